@@ -1,0 +1,179 @@
+"""Settings: one strict model per stage, filled from a preset's TOML file and `--set stage.key=value`.
+
+The defaults are the mission document's two tables for the 1.6B model. A preset that departs from them
+gives the reason beside the value, and `overrides` lists the departures for the report.
+"""
+
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+
+from orion_triage.errors import OrionError
+
+
+class Section(BaseModel):
+    """Unknown keys are mistakes, and settings do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BaseSettings(Section):
+    """The base model that is fine-tuned."""
+
+    model: str = "LiquidAI/LFM2.5-VL-1.6B"  # "orion-tiny", or a local folder in the Hub's layout
+    frame_size: Literal[256, 384, 512] = 512  # pixels; decoding, training, evaluation and flight share it
+
+
+class DatasetSettings(Section):
+    """The places, their split and the imagery."""
+
+    source: Literal["synthetic"] = "synthetic"
+    catalogue: str = ""  # a CSV file; empty: the shipped one
+    metres_per_pixel: PositiveFloat = 10.0  # ground sample distance of a 512x512 frame (Sentinel-2: 10)
+    split_seed: int = 42
+    imagery_seed: int = 7
+    split_distance_km: PositiveFloat = 100.0  # no two splits have places closer than this
+
+
+class FineTuneSettings(Section):
+    """QLoRA, as the mission document's tables give it."""
+
+    rank: PositiveInt = 16
+    alpha: PositiveInt = 32
+    dropout: float = Field(default=0.05, ge=0, lt=1)
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    micro_batch_size: PositiveInt = 1
+    gradient_accumulation_steps: PositiveInt = 16
+    learning_rate: PositiveFloat = 2e-4
+    epochs: PositiveInt = 3
+    optimizer: str = "paged_adamw_8bit"
+    learning_rate_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_fraction: float = Field(default=0.0, ge=0, lt=1)
+    precision: Literal["float16", "bfloat16", "float32"] = "float16"  # CPUs train in float32 and say so
+    gradient_checkpointing: bool = True
+    seed: int = 42
+
+
+class FuseSettings(Section):
+    """Merging the adapter into the 16-bit base."""
+
+    dtype: Literal["float16", "bfloat16"] = "float16"
+    check_records: int = Field(default=24, ge=20)  # records on which the merge is compared with the adapter
+
+
+class QuantizeSettings(Section):
+    """llama.cpp's conversion and quantization."""
+
+    type: Literal["Q4_K_M"] = "Q4_K_M"
+
+
+class EvaluateSettings(Section):
+    """The four-condition protocol."""
+
+    split: Literal["val", "test"] = "test"
+    noise: Literal["gaussian", "uniform"] = "gaussian"  # condition C's picture
+    max_new_tokens: PositiveInt = 96  # longer than every reason of the catalogue; an answer cut here is unparsable
+    batch_size: PositiveInt = 8  # answers generated at once; more is faster and takes more memory
+    threads: PositiveInt | None = None  # llama.cpp's; empty: its own choice
+
+
+class Settings(Section):
+    """Everything a run depends on."""
+
+    preset: str = "tiny"
+    base: BaseSettings = BaseSettings()
+    dataset: DatasetSettings = DatasetSettings()
+    fine_tune: FineTuneSettings = FineTuneSettings()
+    fuse: FuseSettings = FuseSettings()
+    quantize: QuantizeSettings = QuantizeSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+
+
+def preset_names() -> list[str]:
+    return sorted(
+        entry.name.removesuffix(".toml")
+        for entry in resources.files("orion_triage.presets").iterdir()
+        if entry.name.endswith(".toml")
+    )
+
+
+def load_settings(preset: str = "tiny", assignments: tuple[str, ...] | list[str] = ()) -> Settings:
+    """The settings of a preset (a shipped name or a TOML file) with `stage.key=value` assignments applied.
+
+    Raises OrionError listing every mistake at once: unknown keys, wrong types, values out of range.
+    """
+    values, source = _read_preset(preset)
+    values.setdefault("preset", Path(preset).stem if preset.endswith(".toml") else preset)
+    for assignment in assignments:
+        _assign(values, assignment)
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        lines = [
+            f"{'.'.join(str(part) for part in problem['loc'] if part != 'int')}: {_describe(problem)}"
+            for problem in error.errors()
+        ]
+        raise OrionError(
+            f"{source} has {len(lines)} mistake{'s' if len(lines) > 1 else ''}: {'; '.join(lines)}.",
+            "'orion settings' lists every key with its value.",
+        ) from None
+
+
+def _describe(problem: Any) -> str:
+    if problem["type"] == "extra_forbidden":
+        return "there is no such key"
+    return f"{problem['msg'].lower()} (got {problem['input']!r})"
+
+
+def _read_preset(preset: str) -> tuple[dict[str, Any], str]:
+    if preset.endswith(".toml"):
+        path = Path(preset)
+        if not path.is_file():
+            raise OrionError(f"{path} does not exist.", "Pass a preset's name or a TOML file.")
+        text, source = path.read_text(encoding="utf-8"), str(path)
+    elif preset in preset_names():
+        text = (resources.files("orion_triage.presets") / f"{preset}.toml").read_text(encoding="utf-8")
+        source = f"preset {preset}"
+    else:
+        raise OrionError(
+            f"there is no preset {preset!r}.", f"Choose one of {', '.join(preset_names())}, or a .toml file."
+        )
+    try:
+        return tomllib.loads(text), source
+    except tomllib.TOMLDecodeError as error:
+        raise OrionError(f"{source} is not TOML: {error}.", "Correct the line.") from None
+
+
+def _assign(values: dict[str, Any], assignment: str) -> None:
+    key, equals, text = assignment.partition("=")
+    parts = key.strip().split(".")
+    if not equals or len(parts) != 2 or not all(parts):
+        raise OrionError(
+            f"--set {assignment!r} is not stage.key=value.", "For example --set fine_tune.epochs=4."
+        )
+    section = values.setdefault(parts[0], {})
+    if not isinstance(section, dict):
+        raise OrionError(f"--set {assignment!r}: {parts[0]} is not a stage.", "See 'orion settings'.")
+    text = text.strip()
+    if parts[1] == "target_modules":
+        section[parts[1]] = [name.strip() for name in text.split(",") if name.strip()]
+        return
+    try:
+        section[parts[1]] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        section[parts[1]] = text  # a bare word is a string
+
+
+def overrides(settings: Settings) -> dict[str, tuple[Any, Any]]:
+    """`stage.key` -> (default, value) for every setting that departs from the mission's defaults."""
+    default, actual = Settings().model_dump(), settings.model_dump()
+    return {
+        f"{stage}.{key}": (default[stage][key], value)
+        for stage, section in actual.items()
+        if isinstance(section, dict)
+        for key, value in section.items()
+        if value != default[stage][key]
+    }

@@ -1,0 +1,1 @@
+"""Places, imagery and the records that training and evaluation read."""

@@ -1,0 +1,113 @@
+"""A stage's receipt: what went in, what came out, with which settings and versions, in how many seconds.
+
+`manifest.json` is written last into the stage's folder, so its presence means the stage finished. A later
+run compares settings and hashes with it and skips the stage, or does it again when anything changed.
+"""
+
+import importlib.metadata
+import json
+import platform
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from orion_triage.errors import OrionError
+from orion_triage.files import sha256_of_file, write_text
+
+FILE_NAME = "manifest.json"
+_LIBRARIES = ("orion-triage", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "pillow")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`inputs` and `outputs` map a name or relative path to a sha256; `figures` are what the stage measured."""
+
+    stage: str
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    versions: dict[str, str]
+    seconds: float
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+def hash_inputs(inputs: dict[str, Path]) -> dict[str, str]:
+    """name -> sha256 of a file, or of a folder's finished content (its manifest's outputs, or its files)."""
+    return {name: _hash_path(path) for name, path in inputs.items()}
+
+
+def _hash_path(path: Path) -> str:
+    if path.is_file():
+        return sha256_of_file(path)
+    if not path.is_dir():
+        raise OrionError(f"{path} does not exist.", "Run the stage that makes it first.")
+    return sha256_of_listing(hash_outputs(path))
+
+
+def sha256_of_listing(hashes: dict[str, str]) -> str:
+    """One hash for a folder's {relative path: sha256}."""
+    import hashlib
+
+    return hashlib.sha256(json.dumps(sorted(hashes.items())).encode()).hexdigest()
+
+
+def hash_outputs(folder: Path) -> dict[str, str]:
+    """Relative POSIX path -> sha256 of every file in `folder`, hidden files and the manifest excepted."""
+    return {
+        path.relative_to(folder).as_posix(): sha256_of_file(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and path.name != FILE_NAME
+        and not any(part.startswith((".", "__pycache__")) for part in path.relative_to(folder).parts)
+    }
+
+
+def write_manifest(
+    folder: Path,
+    *,
+    stage: str,
+    settings: dict[str, Any],
+    inputs: dict[str, str],
+    seconds: float,
+    figures: dict[str, Any] | None = None,
+) -> Manifest:
+    """Hash everything in `folder` and write its receipt; the last act of a stage."""
+    versions = {"python": platform.python_version()}
+    for library in _LIBRARIES:
+        try:
+            versions[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    manifest = Manifest(
+        stage=stage,
+        settings=settings,
+        inputs=inputs,
+        outputs=hash_outputs(folder),
+        versions=versions,
+        seconds=round(seconds, 3),
+        figures=figures or {},
+    )
+    write_text(folder / FILE_NAME, json.dumps(asdict(manifest), indent=2) + "\n")
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The folder's receipt, or None when the stage has not finished there."""
+    path = folder / FILE_NAME
+    try:
+        return Manifest(**json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise OrionError(f"{path} is damaged: {error}.", "Delete the folder; the next run makes it again.") from None
+
+
+def is_current(folder: Path, *, settings: dict[str, Any], inputs: dict[str, str]) -> bool:
+    """Whether the stage's outputs are complete, unchanged, and were made from these settings and inputs."""
+    manifest = read_manifest(folder)
+    return (
+        manifest is not None
+        and manifest.settings == json.loads(json.dumps(settings))
+        and manifest.inputs == inputs
+        and manifest.outputs == hash_outputs(folder)
+    )

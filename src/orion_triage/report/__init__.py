@@ -1,0 +1,1 @@
+"""Tables and documents rendered from results.json."""

@@ -1,0 +1,1 @@
+"""The small base model that the project ships, and the command that rebuilds it."""
