@@ -82,8 +82,8 @@ class Canvas:
         from scipy import fft
 
         size = self.size
-        cycles = fft.fftfreq(size, self.metres_per_pixel).astype(np.float32)
-        fx, fy = cycles[None, :], cycles[:, None]
+        fx = fft.rfftfreq(size, self.metres_per_pixel).astype(np.float32)[None, :]
+        fy = fft.fftfreq(size, self.metres_per_pixel).astype(np.float32)[:, None]
         if oriented:
             angle, stretch = oriented
             along = fx * math.cos(angle) + fy * math.sin(angle)
@@ -93,8 +93,9 @@ class Canvas:
             squared = fx**2 + fy**2
         amplitude = (squared + np.float32(1 / largest) ** 2) ** np.float32(-slope / 4 - 0.25)
         amplitude[0, 0] = 0
-        white = self.random.standard_normal((2, size, size), dtype=np.float32)
-        field = fft.ifft2((white[0] + 1j * white[1]) * amplitude).real
+        white = self.random.standard_normal((size, size // 2 + 1, 2), dtype=np.float32)
+        spectrum = white.view(np.complex64)[..., 0] * amplitude
+        field = fft.irfft2(spectrum, (size, size))
         return (field / (field.std() + 1e-9)).astype(np.float32)
 
     def rotated(self, angle: float, centre: Point = (0.0, 0.0)) -> tuple[Array, Array]:

@@ -123,7 +123,7 @@ def make_config(
     key_value_heads: int = 4,
     vision_width: int = 192,
     vision_layers: int = 6,
-    vision_heads: int = 4,
+    vision_heads: int = 3,
     vision_feed_forward: int = 512,
     projector_width: int = 256,
 ) -> "Lfm2VlConfig":

@@ -1,0 +1,349 @@
+"""STAGE: QLoRA fine-tuning of the base on the dataset -> adapter.
+
+The base is loaded in NF4, LoRA matrices go beside the attention projections, and the loss falls on the verdict's
+tokens only. The split's records are trained on as they stand in the file, with and without coordinates.
+"""
+
+import json
+import math
+import shutil
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orion_triage import vlm
+from orion_triage.config import FineTuneSettings
+from orion_triage.errors import OrionError
+from orion_triage.files import replaced_folder, require_free_space, sha256_of_text, write_text
+from orion_triage.frames import read_frame
+from orion_triage.manifest import hash_inputs
+from orion_triage.progress import Progress, silent
+from orion_triage.records import Record, image_path, read_split
+from orion_triage.triage import render_prompt
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from transformers import BatchFeature, Trainer, TrainerCallback
+    from transformers.models.lfm2_vl import Lfm2VlProcessor
+
+CENSUS_FILE = "census.json"
+BASE_FILE = "base.json"
+LOSS_FILE = "loss_log.json"
+PREFLIGHT_FRAMES = 8
+# An adapter of rank 16 is about 1 % of the model; a checkpoint adds two optimizer states and three are kept.
+_CHECKPOINT_SHARE = 0.15
+
+
+def run(
+    base: Path,
+    dataset: Path,
+    out_folder: Path,
+    work_folder: Path,
+    settings: FineTuneSettings,
+    frame_size: int,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Train and write the adapter with its processor, census, base fingerprint and losses into `out_folder`.
+
+    `work_folder` keeps one checkpoint an epoch: an interrupted run with the same settings and inputs goes on from
+    the last one. The adapter of the epoch with the lowest validation loss is kept. Returns the figures.
+    Raises OrionError for a bad dataset, a base that cannot see, a target that matches nothing, or a loss
+    that is not finite.
+    """
+    import torch
+    from transformers import set_seed
+
+    train_records, val_records = read_split(dataset, "train"), read_split(dataset, "val")
+    device, precision, note = _device_and_precision(settings)
+    weights = sum(path.stat().st_size for path in base.glob("*.safetensors"))
+    require_free_space(work_folder, int(weights * _CHECKPOINT_SHARE) + 50_000_000, "fine-tuning")
+    base_sha256 = vlm.fingerprint(base)
+    checkpoints = _prepare_work_folder(work_folder, settings, frame_size, base_sha256, dataset, precision)
+
+    processor = vlm.load_processor(base, frame_size)
+    first = train_records[0]
+    vlm.check_template(processor, first.prompt, first.verdict.to_json())
+    frames = _decode(dataset, [*train_records, *val_records], frame_size, progress)
+
+    progress("loading the base", 0, 2)
+    looked_at = _distinct_frames(train_records, frames)
+    reference_model = vlm.load_model(base, dtype=precision, device=device)
+    reference = vlm.vision_features(reference_model, processor, looked_at)
+    del reference_model
+    progress("loading the base", 1, 2)
+    model = vlm.load_model(base, dtype=precision, four_bit=True, device=device)
+    preflight = vlm.preflight(model, reference, processor, looked_at, render_prompt(None))
+    progress("loading the base", 2, 2)
+
+    resume_from = _last_checkpoint(checkpoints)
+    resumed_step = int(resume_from.name.rsplit("-", 1)[1]) if resume_from else 0
+    with warnings.catch_warnings():
+        _filter_warnings(device)
+        set_seed(settings.seed)
+        model, census = add_adapter(model, settings)
+        trainable = _trainable_by_tower(model)
+        trainer = _make_trainer(
+            model, collator(processor, frames), train_records, val_records, settings, device, precision,
+            checkpoints, progress,
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    log = _losses(trainer)
+
+    # A name that means something elsewhere; PEFT puts in this machine's path.
+    model.peft_config["default"].base_model_name_or_path = vlm.base_name(base)
+    with replaced_folder(out_folder) as folder:
+        model.save_pretrained(folder, save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's unfilled form
+        processor.save_pretrained(folder)
+        for name, value in (
+            (CENSUS_FILE, census),
+            (BASE_FILE, {"name": vlm.base_name(base), "sha256": base_sha256, "frame_size": frame_size}),
+            (LOSS_FILE, log),
+        ):
+            write_text(folder / name, json.dumps(value, indent=2) + "\n")
+    state = trainer.state
+    evaluations = [entry for entry in log if "eval_loss" in entry]
+    return {
+        "train_records": len(train_records),
+        "val_records": len(val_records),
+        "steps": state.global_step,
+        "resumed_from_step": resumed_step,
+        "epochs": settings.epochs,
+        "best_step": state.best_global_step,
+        "best_eval_loss": state.best_metric,
+        "first_loss": next((entry["loss"] for entry in log if "loss" in entry), None),
+        "last_loss": next((entry["loss"] for entry in reversed(log) if "loss" in entry), None),
+        "eval_losses": [entry["eval_loss"] for entry in evaluations],
+        "census": census,
+        "trained_parameters": trainable,
+        "preflight": preflight,
+        "precision_used": precision,
+        "precision_note": note,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+    }
+
+
+def _device_and_precision(settings: FineTuneSettings) -> tuple[str, str, str]:
+    """(device, precision, note): 16-bit training needs a GPU; a CPU trains in float32 and the run says so."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda", settings.precision, ""
+    if settings.precision == "float32":
+        return "cpu", "float32", ""
+    return "cpu", "float32", f"no GPU: trained in float32 instead of {settings.precision}"
+
+
+def _prepare_work_folder(
+    work_folder: Path, settings: FineTuneSettings, frame_size: int, base_sha256: str, dataset: Path, precision: str
+) -> Path:
+    """The folder of the checkpoints, emptied unless they come from the same settings and inputs."""
+    inputs = {
+        "settings": settings.model_dump(mode="json"),
+        "frame_size": frame_size,
+        "base": base_sha256,
+        "dataset": hash_inputs({"dataset": dataset})["dataset"],
+        "precision": precision,
+    }
+    fingerprint = sha256_of_text(json.dumps(inputs, sort_keys=True))
+    receipt, checkpoints = work_folder / "fingerprint.txt", work_folder / "checkpoints"
+    if not receipt.is_file() or receipt.read_text(encoding="utf-8") != fingerprint:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        shutil.rmtree(work_folder / "tensorboard", ignore_errors=True)
+        write_text(receipt, fingerprint)
+    return checkpoints
+
+
+def _last_checkpoint(checkpoints: Path) -> Path | None:
+    """The newest complete checkpoint; a folder that an interruption left unfinished is removed."""
+    found = sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
+    for folder in reversed(found):
+        try:  # the Trainer writes this file last
+            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            shutil.rmtree(folder)
+            continue
+        return folder
+    return None
+
+
+def _decode(
+    dataset: Path, records: Sequence[Record], frame_size: int, progress: Progress
+) -> "dict[str, Image.Image]":
+    """Every frame of the records, decoded once: 0.2 MB each at 256 px, 0.8 MB at 512."""
+    frames: dict[str, Image.Image] = {}
+    names = sorted({record.image: record for record in records}.items())
+    for number, (name, record) in enumerate(names, start=1):
+        frames[name] = read_frame(image_path(dataset, record), frame_size).image
+        progress("decoding frames", number, len(names))
+    return frames
+
+
+def _distinct_frames(records: Sequence[Record], frames: "dict[str, Image.Image]") -> "list[Image.Image]":
+    """The first frames that differ in their pixels, for the preflight's swaps."""
+    distinct = {frames[record.image].tobytes(): frames[record.image] for record in records}
+    if len(distinct) < 2:
+        raise OrionError(
+            f"all {len(records)} training records show the same picture.", "Build the dataset again with 'orion dataset'."
+        )
+    return list(distinct.values())[:PREFLIGHT_FRAMES]
+
+
+def add_adapter(model: Any, settings: FineTuneSettings) -> tuple[Any, vlm.Census]:
+    """The model with fresh LoRA matrices on exactly the modules that the target names mean; all else is frozen."""
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    names, census = vlm.resolve_targets(model, settings.target_modules)
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=names,
+        task_type=TaskType.CAUSAL_LM,
+    )
+    model.config.text_config.use_cache = False  # a cache of keys and values is of no use in training
+    adapted = get_peft_model(model, config)
+    wrapped = sorted(
+        name.removeprefix("base_model.model.").removesuffix(".lora_A")
+        for name, _ in adapted.named_modules()
+        if name.endswith(".lora_A")
+    )
+    if wrapped != names:
+        raise OrionError(
+            f"PEFT adapted {len(wrapped)} modules instead of the {len(names)} that were resolved.",
+            "Report this with the versions of peft and transformers.",
+        )
+    return adapted, census
+
+
+def _trainable_by_tower(model: Any) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            tower = vlm.tower_of(name) or "head"
+            counts[tower] = counts.get(tower, 0) + parameter.numel()
+    return counts
+
+
+def collator(
+    processor: "Lfm2VlProcessor", frames: "dict[str, Image.Image]"
+) -> "Callable[[list[Record]], BatchFeature]":
+    """Records -> one training batch (see `vlm.encode`)."""
+
+    def collate(records: list[Record]) -> "BatchFeature":
+        return vlm.encode(
+            processor,
+            [frames[record.image] for record in records],
+            [record.prompt for record in records],
+            [record.verdict.to_json() for record in records],
+        )
+
+    return collate
+
+
+def _make_trainer(
+    model: Any,
+    collate: "Callable[[list[Record]], BatchFeature]",
+    train_records: list[Record],
+    val_records: list[Record],
+    settings: FineTuneSettings,
+    device: str,
+    precision: str,
+    checkpoints: Path,
+    progress: Progress,
+) -> "Trainer":
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers import Trainer, TrainingArguments
+    from transformers.integrations import TensorBoardCallback
+    from transformers.trainer_callback import PrinterCallback
+
+    steps_an_epoch = math.ceil(
+        math.ceil(len(train_records) / settings.micro_batch_size) / settings.gradient_accumulation_steps
+    )
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        per_device_train_batch_size=settings.micro_batch_size,
+        per_device_eval_batch_size=settings.micro_batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        learning_rate=settings.learning_rate,
+        num_train_epochs=settings.epochs,
+        optim=settings.optimizer,
+        lr_scheduler_type=settings.learning_rate_schedule,
+        warmup_steps=math.ceil(settings.warmup_fraction * steps_an_epoch * settings.epochs),
+        fp16=device == "cuda" and precision == "float16",
+        bf16=device == "cuda" and precision == "bfloat16",
+        gradient_checkpointing=settings.gradient_checkpointing,
+        # The reentrant kind needs inputs that require gradients, which a frozen base does not have.
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        seed=settings.seed,
+        data_seed=settings.seed,
+        use_cpu=device == "cpu",
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        prediction_loss_only=True,
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # it would replace a broken loss by the average; see _watch
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_num_workers=0,
+        dataloader_pin_memory=device == "cuda",
+        disable_tqdm=True,
+        report_to="none",
+    )
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        data_collator=collate,  # type: ignore[arg-type]
+        train_dataset=train_records,  # type: ignore[arg-type]
+        eval_dataset=val_records,  # type: ignore[arg-type]
+        callbacks=[_watch(progress), TensorBoardCallback(SummaryWriter(str(checkpoints.parent / "tensorboard")))],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _watch(progress: Progress) -> "TrainerCallback":
+    """Report each step, and stop at the first loss that is not a number."""
+    from transformers import TrainerCallback
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            progress("fine-tuning", state.global_step, state.max_steps)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            progress("fine-tuning", state.global_step, state.max_steps)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+            for name in ("loss", "eval_loss"):
+                value = (logs or {}).get(name)
+                if value is not None and not math.isfinite(value):
+                    raise OrionError(
+                        f"fine-tuning: {name} is {value} at step {state.global_step} of {state.max_steps}.",
+                        "Lower fine_tune.learning_rate, or use fine_tune.precision=bfloat16 on a GPU that has it.",
+                    )
+
+    return Watch()
+
+
+def _losses(trainer: "Trainer") -> list[dict[str, float]]:
+    """The training loss of every step and the validation loss of every epoch, in order."""
+    kept = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm")
+    return [
+        {key: entry[key] for key in kept if key in entry}
+        for entry in trainer.state.log_history
+        if "loss" in entry or "eval_loss" in entry
+    ]
+
+
+def _filter_warnings(device: str) -> None:
+    """Hide two notes that change nothing for a user; make one that voids the training an error."""
+    warnings.filterwarnings("ignore", message=".*checkpointing.* is deprecated", category=FutureWarning)
+    if device == "cpu":  # there, the paged optimizer is not paged
+        warnings.filterwarnings("ignore", message=".*[Pp]aged.*")
+    warnings.filterwarnings("error", message=".*autograd kernel was not registered.*")

@@ -1,0 +1,147 @@
+"""First stage of the shipped base: the vision tower learns to see before any language is attached.
+
+Captions alone do not teach a small tower to look at the image (the caption prior is an easier optimum), so
+it gets its own objective: the morphology, the ground's biome, and the measured shares of each tile.
+"""
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from orion_triage.dataset.canvas import BIOMES
+from orion_triage.progress import Progress, silent
+from orion_triage.tiny_base.tiles import MORPHOLOGIES, Facts
+
+BATCH = 48
+LEARNING_RATE = 1.0e-3
+_BIOMES = tuple(BIOMES)
+
+
+def patches(pixels: torch.Tensor) -> torch.Tensor:
+    """(batch, 256, 256, 3) bytes -> (batch, 256 patches, 768) in [-1, 1], as LFM2-VL's processor lays them out."""
+    batch, height, width, channels = pixels.shape
+    scaled = pixels.to(torch.float32) / 127.5 - 1
+    grid = scaled.view(batch, height // 16, 16, width // 16, 16, channels)
+    return grid.permute(0, 1, 3, 2, 4, 5).reshape(batch, -1, 16 * 16 * channels)
+
+
+def vision_inputs(pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    batch = len(pixels)
+    return {
+        "pixel_values": patches(pixels),
+        "pixel_attention_mask": torch.ones(batch, 256, dtype=torch.int32),
+        "spatial_shapes": torch.full((batch, 2), 16),
+    }
+
+
+def augment(pixels: NDArray[np.uint8], random: np.random.Generator) -> NDArray[np.uint8]:
+    """One of the square's eight symmetries, a change of brightness, contrast and colour cast."""
+    turned = np.rot90(pixels, int(random.integers(4)))
+    if random.random() < 0.5:
+        turned = turned[:, ::-1]
+    gain = random.uniform(0.75, 1.3) * random.uniform(0.9, 1.1, 3)
+    lift = random.uniform(-15, 15)
+    return np.clip(turned * gain + lift, 0, 255).astype(np.uint8)
+
+
+def targets_of(facts: list[Facts]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Morphology and biome indices (n,), and (n, 4) shares: water, built, cloud, roads / 20."""
+    morphology = torch.tensor([MORPHOLOGIES.index(fact.morphology) for fact in facts])
+    biome = torch.tensor([_BIOMES.index(fact.biome) for fact in facts])
+    shares = torch.tensor(
+        [[f.water_share, f.built_share, f.cloud_share, min(f.road_density, 20) / 20] for f in facts]
+    )
+    return morphology, biome, shares
+
+
+class TowerWithHeads(torch.nn.Module):
+    """The tower, its mean-pooled features and three linear heads that are thrown away afterwards."""
+
+    def __init__(self, tower: Any, width: int) -> None:
+        super().__init__()
+        self.tower = tower
+        self.morphology = torch.nn.Linear(width, len(MORPHOLOGIES))
+        self.biome = torch.nn.Linear(width, len(_BIOMES))
+        self.shares = torch.nn.Linear(width, 4)
+
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            features = self.tower(**vision_inputs(pixels)).last_hidden_state
+        pooled = features.float().mean(1)
+        return self.morphology(pooled), self.biome(pooled), self.shares(pooled)
+
+
+def train_tower(
+    tower: Any,
+    pixels: NDArray[np.uint8],
+    facts: list[Facts],
+    *,
+    epochs: float,
+    checkpoint: Path,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> dict[str, float]:
+    """Train `tower` in place; the last 480 tiles are held out. Returns its accuracies there.
+
+    State is saved to `checkpoint` every 100 steps, so an interrupted run continues.
+    """
+    held_out = 480
+    usable = len(pixels) - held_out
+    steps = int(usable * epochs) // BATCH
+    model = TowerWithHeads(tower, tower.config.hidden_size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05, betas=(0.9, 0.98))
+    labels = targets_of(facts)
+    start = 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+    loss_of = torch.nn.functional.cross_entropy
+    running, began = 0.0, time.monotonic()
+    for step in range(start, steps):
+        for group in optimizer.param_groups:
+            warm = min(1.0, (step + 1) / 150)
+            group["lr"] = LEARNING_RATE * warm * (0.5 + 0.5 * math.cos(math.pi * step / steps)) + 1e-6
+        epoch, position = divmod(step * BATCH, usable)
+        order = np.random.default_rng((seed, epoch)).permutation(usable)
+        chosen = np.take(order, range(position, position + BATCH), mode="wrap")
+        random = np.random.default_rng((seed, 1, step))
+        batch = torch.from_numpy(np.stack([augment(pixels[index], random) for index in chosen]))
+        morphology, biome, shares = model(batch)
+        loss = (
+            loss_of(morphology, labels[0][chosen], label_smoothing=0.05)
+            + 0.3 * loss_of(biome, labels[1][chosen])
+            + 3.0 * torch.nn.functional.mse_loss(shares, labels[2][chosen])
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        running = loss.item() if step == start else 0.97 * running + 0.03 * loss.item()
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            torch.save(state, checkpoint.with_suffix(".partial"))
+            checkpoint.with_suffix(".partial").replace(checkpoint)
+            seconds = (time.monotonic() - began) / (step + 1 - start)
+            progress(f"tower: loss {running:.3f}, {seconds:.2f} s a step", step + 1, steps)
+    return measure(model, pixels[usable:], facts[usable:])
+
+
+def measure(model: TowerWithHeads, pixels: NDArray[np.uint8], facts: list[Facts]) -> dict[str, float]:
+    model.eval()
+    labels = targets_of(facts)
+    right = {"morphology": 0, "biome": 0}
+    with torch.no_grad():
+        for start in range(0, len(pixels), BATCH):
+            window = slice(start, start + BATCH)
+            morphology, biome, _ = model(torch.from_numpy(pixels[window]))
+            right["morphology"] += int((morphology.argmax(1) == labels[0][window]).sum())
+            right["biome"] += int((biome.argmax(1) == labels[1][window]).sum())
+    model.train()
+    return {f"{name}_accuracy": count / len(pixels) for name, count in right.items()}

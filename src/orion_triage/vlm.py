@@ -1,0 +1,487 @@
+"""The vision-language model: load it, render one chat turn, encode batches, generate, score.
+
+One owner for everything that training, fusing and evaluation must do alike: the bytes of a turn, the
+processor that neither resizes nor tiles, the labels, and which modules a target name means.
+"""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orion_triage.errors import OrionError
+from orion_triage.files import sha256_of_file
+from orion_triage.manifest import sha256_of_listing
+from orion_triage.triage import IMAGE_PLACEHOLDER
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+    from PIL import Image
+    from transformers import BatchFeature
+    from transformers.models.lfm2_vl import Lfm2VlProcessor
+
+TINY_BASE = "orion-tiny"
+TINY_BASE_FOLDER = Path(__file__).parent / "tiny_base" / "weights"
+
+END_OF_TURN = "<|im_end|>"
+IGNORED = -100  # torch's cross entropy leaves these labels out
+
+# Names are matched from the start of the module path since transformers 5, so "vision_tower" alone skips
+# nothing; without "lm_head" the tied head becomes 4-bit too.
+KEPT_IN_16_BIT = ["lm_head", "model.vision_tower", "model.multi_modal_projector"]
+
+
+def resolve_base(model: str) -> Path:
+    """The folder of a base model in the Hub's layout: the shipped one for "orion-tiny", or a local folder.
+
+    Raises OrionError unless it is an LFM2-VL checkpoint with SafeTensors weights.
+    """
+    folder = TINY_BASE_FOLDER if model == TINY_BASE else Path(model).expanduser()
+    if not folder.is_dir():
+        if model == TINY_BASE:
+            raise OrionError(f"the shipped base is missing from {folder}.", "Install the package again.")
+        raise OrionError(
+            f"base.model {model!r} is not a folder.",
+            f"Download the model first (hf download {model} --local-dir FOLDER) and set base.model to FOLDER.",
+        )
+    config_path = folder / "config.json"
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise OrionError(
+            f"{folder} has no config.json.", "Point base.model at a model folder in the Hub's layout."
+        ) from None
+    except ValueError as error:
+        raise OrionError(f"{config_path} is not JSON: {error}.", "Fetch the model again.") from None
+    model_type = config.get("model_type") if isinstance(config, dict) else None
+    if model_type != "lfm2_vl":
+        raise OrionError(
+            f"{config_path}: model_type is {model_type!r}, not 'lfm2_vl'.",
+            "The pipeline fine-tunes LFM2-VL models only.",
+        )
+    if not list(folder.glob("*.safetensors")):
+        pickles = [path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pt"))]
+        found = f"only {', '.join(pickles)}, which can run code when opened" if pickles else "none"
+        raise OrionError(f"{folder} needs weights as *.safetensors; found {found}.", "Fetch the SafeTensors file.")
+    return folder
+
+
+def base_name(folder: Path) -> str:
+    """A name that means something on another machine, for adapter_config.json and the report."""
+    return TINY_BASE if folder.resolve() == TINY_BASE_FOLDER.resolve() else folder.resolve().name
+
+
+def fingerprint(folder: Path) -> str:
+    """sha256 of `model.safetensors`; of the listing of all shards when there are several."""
+    shards = sorted(folder.glob("*.safetensors"))
+    if len(shards) == 1:
+        return sha256_of_file(shards[0])
+    return sha256_of_listing({shard.name: sha256_of_file(shard) for shard in shards})
+
+
+def load_processor(folder: Path, frame_size: int) -> "Lfm2VlProcessor":
+    """The folder's processor, set to frames of exactly `frame_size` x `frame_size` pixels.
+
+    One tile, no resize, no padding patches: (frame_size / 32)^2 image tokens. The padding matters: with
+    splitting on, a 256x256 frame is padded to 1024 patches and costs as much as 512x512.
+    """
+    from transformers.models.lfm2_vl import Lfm2VlProcessor
+
+    if frame_size % 32:
+        raise OrionError(f"frame size {frame_size} is not a multiple of 32.", "Use 256, 384 or 512.")
+    try:
+        processor = Lfm2VlProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise OrionError(f"{folder} has no usable processor: {error}.", "Fetch the model again.") from error
+    if not processor.chat_template:
+        raise OrionError(f"{folder} has no chat template.", "Copy chat_template.jinja from the base model.")
+    image_tokens = (frame_size // 32) ** 2
+    images = processor.image_processor
+    images.do_image_splitting = False
+    images.min_image_tokens = min(64, image_tokens)
+    images.max_image_tokens = image_tokens
+    images.tile_size = frame_size
+    images.size = {"height": frame_size, "width": frame_size}
+    images.max_num_patches = image_tokens * images.downsample_factor**2
+    return processor
+
+
+def load_model(folder: Path, *, dtype: str, four_bit: bool = False, device: str = "cpu") -> Any:
+    """The model in evaluation mode on `device`; `dtype` is "float16", "bfloat16" or "float32".
+
+    With `four_bit`, the language model's linear layers are NF4 with double quantization and compute in
+    `dtype`; tower, projector and head stay in `dtype`. Raises OrionError when weights are missing or left over.
+    """
+    import torch
+    from transformers import BitsAndBytesConfig, GenerationConfig, Lfm2VlForConditionalGeneration
+
+    _hush_kernel_advice()
+    torch_dtype: torch.dtype = getattr(torch, dtype)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch_dtype,
+        llm_int8_skip_modules=KEPT_IN_16_BIT,
+    )
+    with _no_loading_bar():
+        model, loading = Lfm2VlForConditionalGeneration.from_pretrained(
+            folder,
+            dtype=torch_dtype,
+            quantization_config=quantization if four_bit else None,
+            device_map={"": device},
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(str(name) for name in loading.get(kind, ())):
+            raise OrionError(
+                f"{folder}: {len(names)} {kind.replace('_', ' ')} in the weights, {names[0]} first.",
+                "The checkpoint does not fit its config.json: fetch it again.",
+            )
+    own = model.generation_config  # sampling settings left in place would change greedy answers
+    model.generation_config = GenerationConfig(
+        bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id, do_sample=False
+    )
+    if device == "cpu":
+        _keep_gradients_on_cpu(model)
+    return model.eval()
+
+
+def _keep_gradients_on_cpu(model: Any) -> None:
+    """Stop bitsandbytes from packing 4-bit weights for its inference kernel.
+
+    On CPUs with AVX512-BF16, the first forward pass in evaluation mode (the preflight, or an epoch's validation)
+    packs a Linear4bit for good for a kernel without a backward pass: from then on no gradient crosses the
+    layer, with one warning and a loss that still falls (bitsandbytes 0.50 nn/modules.py, Linear4bit.forward).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _hush_kernel_advice() -> None:
+    """Drop two notes that advise packages which fetch or build kernels; everything else is still logged."""
+    advice = {
+        "transformers.integrations.hub_kernels": "causal_conv1d",
+        "bitsandbytes.backends.cpu.ops": "kernels-community",
+    }
+    for name, word in advice.items():
+        logger = logging.getLogger(name)
+        if not any(isinstance(known, _Without) for known in logger.filters):
+            logger.addFilter(_Without(word))
+
+
+class _Without(logging.Filter):
+    def __init__(self, word: str) -> None:
+        super().__init__()
+        self.word = word
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return self.word not in record.getMessage()
+
+
+@contextmanager
+def _no_loading_bar() -> "Iterator[None]":
+    """transformers draws a bar while it loads; progress goes through orion_triage.progress."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def render_turn(processor: "Lfm2VlProcessor", prompt: str) -> str:
+    """The text of one user turn with an image, and the prefix of the answer, by the model's chat template.
+
+    The template puts nothing between image and text, so the published `<image>\\n` + prompt is an image part
+    and a text part that starts with the newline.
+    """
+    text = IMAGE_PLACEHOLDER.removeprefix(processor.image_token) + prompt
+    content = [{"type": "image"}, {"type": "text", "text": text}]
+    turn: str = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
+    return turn
+
+
+def check_template(processor: "Lfm2VlProcessor", prompt: str, answer: str) -> None:
+    """Raise OrionError unless a finished conversation is the user's turn + answer + <|im_end|> (+ white space)."""
+    turn = render_turn(processor, prompt)
+    text = IMAGE_PLACEHOLDER.removeprefix(processor.image_token) + prompt
+    whole: str = processor.apply_chat_template(
+        [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]},
+            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+        ],
+        tokenize=False,
+    )
+    if whole.rstrip() != turn + answer + END_OF_TURN:
+        raise OrionError(
+            f"the chat template ends a conversation with {whole[-60:]!r}, not with the answer and {END_OF_TURN}.",
+            "Use a base model with the LFM2 chat template.",
+        )
+
+
+def encode(
+    processor: "Lfm2VlProcessor",
+    images: "Sequence[Image.Image]",
+    prompts: Sequence[str],
+    answers: Sequence[str] | None = None,
+) -> "BatchFeature":
+    """One row per image and prompt, on the CPU.
+
+    Without answers, rows are padded on the left, ready to generate. With answers, they are padded on the right
+    and `labels` holds the ids of answer + <|im_end|>, and -100 everywhere else. The answer is tokenized by
+    itself, so the ids before it are exactly those that generation starts from.
+
+    Keys: input_ids, attention_mask, labels [rows, tokens]; pixel_values [rows, patches, 3 * 16 * 16];
+    pixel_attention_mask [rows, patches]; spatial_shapes [rows, 2].
+    """
+    import torch
+
+    frame_size = processor.image_processor.tile_size
+    for image in images:
+        if image.size != (frame_size, frame_size) or image.mode != "RGB":
+            raise OrionError(
+                f"a {image.mode} picture of {image.size[0]}x{image.size[1]} reached the model, which was set to "
+                f"RGB of {frame_size}x{frame_size}.",
+                "Decode frames with orion_triage.frames at the preset's size.",
+            )
+    turns = [render_turn(processor, prompt) for prompt in prompts]
+    batch = processor(images=[[image] for image in images], text=turns)
+    rows: list[list[int]] = batch["input_ids"]
+    targets: list[list[int]] = [[] for _ in rows]
+    if answers is not None:
+        targets = processor.tokenizer([answer + END_OF_TURN for answer in answers], add_special_tokens=False)["input_ids"]
+    length = max(len(row) + len(target) for row, target in zip(rows, targets, strict=True))
+    ids = torch.full((len(rows), length), processor.tokenizer.pad_token_id, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    labels = torch.full_like(ids, IGNORED)
+    for index, (row, target) in enumerate(zip(rows, targets, strict=True)):
+        used = len(row) + len(target)
+        start = 0 if answers is not None else length - used
+        ids[index, start : start + used] = torch.tensor(row + target)
+        mask[index, start : start + used] = 1
+        labels[index, start + len(row) : start + used] = torch.tensor(target, dtype=torch.long)
+    batch["input_ids"], batch["attention_mask"] = ids, mask
+    if answers is not None:
+        batch["labels"] = labels
+    return batch
+
+
+_VISION_KEYS = ("pixel_values", "spatial_shapes", "pixel_attention_mask")
+
+
+def vision_features(model: Any, processor: "Lfm2VlProcessor", images: "Sequence[Image.Image]") -> "torch.Tensor":
+    """What the language model gets to see: [images, image tokens, text width], float32 on the CPU."""
+    import torch
+
+    # One at a time: a tower of 400 M parameters needs its memory for weights, and only a few images are asked.
+    features = []
+    with torch.inference_mode():
+        for image in images:
+            batch = encode(processor, [image], [""]).to(model.device)
+            output = model.get_image_features(**{key: batch[key] for key in _VISION_KEYS})
+            features.append(output.pooler_output[0].float().cpu())
+    return torch.stack(features)
+
+
+def generate(
+    model: Any,
+    processor: "Lfm2VlProcessor",
+    images: "Sequence[Image.Image]",
+    prompts: Sequence[str],
+    max_new_tokens: int,
+) -> list[str]:
+    """Greedy answers, one per image and prompt, without the <|im_end|> that stops them.
+
+    An image object that appears several times is encoded once. Rows are independent of the batch they are in,
+    up to rounding: padding on the left is masked in attention and short-conv layers alike.
+    """
+    import torch
+
+    batch = encode(processor, images, prompts).to(model.device)
+    first_row = {id(image): row for row, image in reversed(list(enumerate(images)))}
+    rows = sorted(set(first_row.values()))
+    end = processor.tokenizer.convert_tokens_to_ids(END_OF_TURN)
+    with torch.inference_mode():
+        output = model.get_image_features(**{key: batch[key][rows] for key in _VISION_KEYS})
+        features = dict(zip(rows, output.pooler_output, strict=True))
+        embeddings = model.get_input_embeddings()(batch["input_ids"])
+        seen = torch.cat([features[first_row[id(image)]] for image in images]).to(embeddings.dtype)
+        is_image = (batch["input_ids"] == processor.image_token_id).unsqueeze(-1)
+        answers = model.generate(
+            inputs_embeds=embeddings.masked_scatter(is_image, seen),
+            attention_mask=batch["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=end,
+            pad_token_id=processor.tokenizer.pad_token_id,
+        )
+    decoded: list[str] = processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return decoded
+
+
+def answer_log_probabilities(
+    model: Any,
+    processor: "Lfm2VlProcessor",
+    images: "Sequence[Image.Image]",
+    prompts: Sequence[str],
+    answers: Sequence[str],
+) -> "list[torch.Tensor]":
+    """Per record, the log-probability of each token of answer + <|im_end|>: float32 on the CPU."""
+    import torch
+
+    result = []
+    with torch.inference_mode():
+        for image, prompt, answer in zip(images, prompts, answers, strict=True):
+            batch = encode(processor, [image], [prompt], [answer]).to(model.device)
+            labels = batch.pop("labels")[0]
+            positions = (labels != IGNORED).nonzero()[:, 0]
+            logits = model(**batch, logits_to_keep=positions - 1, use_cache=False).logits[0].float()
+            scores = logits.log_softmax(-1).gather(-1, labels[positions, None])[:, 0]
+            result.append(scores.cpu())
+    return result
+
+
+_TOWERS = {"language_model": "text", "vision_tower": "vision", "multi_modal_projector": "projector"}
+# LFM2 and SigLIP2 call the attention's output `out_proj`, and so do LFM2's short-conv blocks: the recipe's
+# `o_proj` means the first two only.
+_MEANING = {"o_proj": "self_attn.out_proj"}
+
+Census = dict[str, dict[str, int]]
+
+
+def tower_of(module: str) -> str | None:
+    """text, vision or projector; None outside them (the tied head)."""
+    return next((tower for part, tower in _TOWERS.items() if part in module.split(".")), None)
+
+
+def _count(names: Sequence[str], modules: Sequence[str]) -> tuple[dict[str, str], Census]:
+    matched: dict[str, str] = {}
+    census: Census = {}
+    for name in names:
+        suffix = "." + _MEANING.get(name, name)
+        census[name] = dict.fromkeys(_TOWERS.values(), 0)
+        for module in modules:
+            if module.endswith(suffix) and (tower := tower_of(module)):
+                matched[module] = name
+                census[name][tower] += 1
+    return matched, census
+
+
+def resolve_targets(model: Any, names: Sequence[str]) -> tuple[list[str], Census]:
+    """The full names of the linear modules that `names` mean, and {name: {tower: count}}.
+
+    A name is a module's last component or a dotted end ("conv.in_proj"); `o_proj` is the attention's output.
+    Raises OrionError when any name matches nothing: an adapter would silently leave it out.
+    """
+    from torch import nn
+
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    matched, census = _count(names, linear)
+    idle = [name for name, towers in census.items() if not any(towers.values())]
+    if idle or not names:
+        ends = sorted({".".join(name.split(".")[-2:]) for name in linear if tower_of(name)})
+        raise OrionError(
+            f"fine_tune.target_modules: {', '.join(idle) or 'an empty list'} matches no module of the model.",
+            f"Its linear modules end in {', '.join(ends)}.",
+        )
+    return sorted(matched), census
+
+
+def adapter_census(names: Sequence[str], tensors: Mapping[str, Any]) -> tuple[Census, list[str]]:
+    """{name: {tower: count}} of a finished adapter's tensors, and a warning per requested name without any.
+
+    `names` are adapter_config.json's target_modules; `tensors` is the adapter's state, by key.
+    """
+    modules = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
+    _, census = _count(names, modules)
+    warnings = [
+        f"the adapter's target {name!r} changed no module: it was asked for and never trained"
+        for name, towers in census.items()
+        if not any(towers.values())
+    ]
+    return census, warnings
+
+
+SMALLEST_COSINE = 0.99  # of an image's features against the 16-bit base; blind training gives 0.06
+SMALLEST_MOVE = 1e-3  # of any logit when the image is swapped; exactly 0 when the image is ignored
+
+
+def preflight(
+    model: Any,
+    reference: "torch.Tensor",
+    processor: "Lfm2VlProcessor",
+    frames: "Sequence[Image.Image]",
+    prompt: str,
+) -> dict[str, Any]:
+    """Prove that the model to be trained sees: three checks, before any training.
+
+    `reference` is `vision_features` of the 16-bit base for the same frames. SigLIP2's patch embedding is a linear
+    layer: loaded in 4 bits it casts pixels in [-1, 1] to bytes, silently, and the adapter learns blind.
+    Raises OrionError naming the check and its figure; returns the figures.
+    """
+    import torch
+
+    fix = f"Load it with vlm.load_model, which keeps {', '.join(KEPT_IN_16_BIT)} out of the 4-bit layers."
+    if quantized := _quantized_vision_modules(model):
+        raise OrionError(
+            f"preflight: {len(quantized)} vision or head modules are quantized, {quantized[0]} first: pixels would "
+            "be cast to integers.",
+            fix,
+        )
+    features = vision_features(model, processor, frames)
+    cosines = torch.cosine_similarity(features.flatten(1), reference.flatten(1), dim=1).tolist()
+    if not min(cosines) >= SMALLEST_COSINE:
+        worst = cosines.index(min(cosines))
+        raise OrionError(
+            f"preflight: the vision features of frame {worst + 1} have cosine {min(cosines):.3f} with the 16-bit "
+            f"base's, under {SMALLEST_COSINE}.",
+            fix,
+        )
+    last_logits = []
+    with torch.inference_mode():
+        for frame in frames:
+            batch = encode(processor, [frame], [prompt]).to(model.device)
+            last_logits.append(model(**batch, logits_to_keep=1, use_cache=False).logits[0, -1].float().cpu())
+    moves = [
+        float((logits - last_logits[(index + 1) % len(frames)]).abs().max())
+        for index, logits in enumerate(last_logits)
+    ]
+    if not min(moves) > SMALLEST_MOVE:
+        still = moves.index(min(moves))
+        raise OrionError(
+            f"preflight: swapping frame {still + 1} for the next one moves no logit by more than {min(moves):.2g} "
+            f"(floor {SMALLEST_MOVE}): the model does not look at the image.",
+            "Check that the frames differ and that the base was trained with images.",
+        )
+    return {
+        "frames": len(frames),
+        "smallest_vision_cosine": round(min(cosines), 6),
+        "smallest_logit_move": round(min(moves), 6),
+    }
+
+
+def _quantized_vision_modules(model: Any) -> list[str]:
+    """Modules that must compute on real numbers and do not, the patch embedding first."""
+    from torch import nn
+
+    bad = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or tower_of(name) == "text":
+            continue
+        # Linear4bit can hide its bytes in a floating dtype (bnb_4bit_quant_storage): the type decides.
+        if type(module).__module__.startswith("bitsandbytes") or not module.weight.dtype.is_floating_point:
+            bad.append(name)
+    return sorted(bad, key=lambda name: "patch_embedding" not in name)

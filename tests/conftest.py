@@ -1,0 +1,94 @@
+"""Small real things for the tests: a random LFM2-VL base in the Hub's layout and a published-layout dataset."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from orion_triage.records import IMAGES_FOLDER, Record, write_split
+from orion_triage.triage import CATEGORIES, Category, Coordinates, Verdict, render_prompt
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the tests may reach a network
+
+REASONS = {
+    Category.HIGH: "Dense geometric port infrastructure with long quays.",
+    Category.MEDIUM: "Ordinary street grid beside checkerboard fields.",
+    Category.LOW: "Unbroken dunes without any human infrastructure.",
+}
+
+
+@pytest.fixture(scope="session")
+def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved LFM2-VL of 1 M random parameters: one conv and one attention layer, two vision layers."""
+    return _make_base(tmp_path_factory.mktemp("small") / "small-base", seed=0)
+
+
+@pytest.fixture(scope="session")
+def other_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same shapes with other weights."""
+    return _make_base(tmp_path_factory.mktemp("other") / "other-base", seed=1)
+
+
+def _make_base(folder: Path, seed: int) -> Path:
+    import torch
+    from transformers import Lfm2VlForConditionalGeneration
+
+    from orion_triage.tiny_base import architecture
+
+    texts = [render_prompt(Coordinates(lon / 7, lon / 3)) for lon in range(-60, 60, 5)]
+    texts += [Verdict(reason, category).to_json() for category, reason in REASONS.items()]
+    tokenizer = architecture.train_tokenizer(texts, 704)
+    config = architecture.make_config(
+        tokenizer,
+        layer_types=("conv", "full_attention"),
+        text_feed_forward=256,
+        attention_heads=4,
+        key_value_heads=2,
+        vision_width=64,
+        vision_layers=2,
+        vision_heads=2,
+        vision_feed_forward=128,
+        projector_width=128,
+    )
+    torch.manual_seed(seed)
+    model = Lfm2VlForConditionalGeneration(config)
+    with torch.no_grad():  # the usual initial scale of 0.02 leaves every effect near the rounding error
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4)
+    architecture.save_base(model, architecture.make_processor(tokenizer, 256), folder)
+    return folder
+
+
+def structured_picture(seed: int) -> Image.Image:
+    """512x512 RGB: a smooth background with rectangles, different for every seed."""
+    random = np.random.default_rng(seed)
+    coarse = random.integers(30, 180, (8, 8, 3), dtype=np.uint8)
+    pixels = np.asarray(Image.fromarray(coarse).resize((512, 512), Image.Resampling.BICUBIC)).copy()
+    for _ in range(12):
+        top, left = random.integers(0, 448, 2)
+        height, width = random.integers(8, 64, 2)
+        pixels[top : top + height, left : left + width] = random.integers(0, 256, 3)
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture(scope="session")
+def small_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset folder: 12 training targets twice (with and without coordinates), 6 to validate, 6 to test."""
+    folder = tmp_path_factory.mktemp("small") / "dataset"
+    (folder / IMAGES_FOLDER).mkdir(parents=True)
+    number = 0
+    for split, count in (("train", 12), ("val", 6), ("test", 6)):
+        records = []
+        for index in range(count):
+            category = CATEGORIES[index % 3]
+            name = f"{category.lower()}_place_{number:02d}"
+            structured_picture(number).save(folder / IMAGES_FOLDER / f"{name}.png", compress_level=1)
+            where = Coordinates(round(-170 + 14.17 * number, 2), round(-55 + 4.5 * number, 2))
+            record = Record(f"{IMAGES_FOLDER}/{name}.png", where, Verdict(REASONS[category], category))
+            records += [record, record.without_coordinates()] if split == "train" else [record]
+            number += 1
+        write_split(folder, split, records)
+    return folder
