@@ -1,0 +1,88 @@
+"""STAGE dataset: catalogue -> split -> frames and records.
+
+Every target gets one 512x512 PNG. Training targets appear twice, with and without coordinates (coordinate
+dropout), so that neither prompt is new to the model in flight; val and test always carry coordinates.
+"""
+
+import csv
+import io
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from orion_triage.config import DatasetSettings
+from orion_triage.dataset.catalogue import Target, load_catalogue, split_targets
+from orion_triage.files import replaced_folder, require_free_space, write_bytes, write_text
+from orion_triage.progress import Progress, silent
+from orion_triage.records import IMAGES_FOLDER, SPLITS, Record, Split, write_split
+from orion_triage.triage import Coordinates, Verdict
+
+_BYTES_PER_FRAME = 700_000  # a noisy 512x512 PNG
+
+
+def run(out_folder: Path, settings: DatasetSettings, *, progress: Progress = silent) -> dict[str, Any]:
+    """Build the dataset folder: three JSONL splits, the frames, and `targets.csv`. Returns counts."""
+    targets = load_catalogue(Path(settings.catalogue) if settings.catalogue else None)
+    splits = split_targets(targets, seed=settings.split_seed, distance_km=settings.split_distance_km)
+    require_free_space(out_folder, _BYTES_PER_FRAME * len(targets), "the dataset")
+    with replaced_folder(out_folder) as folder:
+        _draw_all(folder, targets, settings, progress)
+        for split in SPLITS:
+            write_split(folder, split, records_of(splits[split], split))
+        write_text(folder / "targets.csv", _table(splits))
+    return {
+        "targets": {split: len(splits[split]) for split in SPLITS},
+        "records": {split: len(list(records_of(splits[split], split))) for split in SPLITS},
+        "source": settings.source,
+        "metres_per_pixel": settings.metres_per_pixel,
+    }
+
+
+def image_name(target: Target) -> str:
+    """The record's image path; the category's prefix keeps files of one class together, as published."""
+    return f"{IMAGES_FOLDER}/{target.category.lower()}_{target.name}.png"
+
+
+def records_of(targets: list[Target], split: Split) -> Iterator[Record]:
+    """One record a target with coordinates; in training a second one without."""
+    for target in targets:
+        record = Record(
+            image_name(target), Coordinates(target.lon, target.lat), Verdict(target.reason, target.category)
+        )
+        yield record
+        if split == "train":
+            yield record.without_coordinates()
+
+
+def _draw_all(folder: Path, targets: list[Target], settings: DatasetSettings, progress: Progress) -> None:
+    jobs = [
+        (target.morphology, target.name, settings.imagery_seed, settings.metres_per_pixel, str(folder / image_name(target)))
+        for target in targets
+    ]
+    workers = min(len(os.sched_getaffinity(0)), 8)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for done, _ in enumerate(pool.map(_draw_one, jobs, chunksize=4), start=1):
+            progress("drawing frames", done, len(jobs))
+
+
+def _draw_one(job: tuple[str, str, int, float, str]) -> None:
+    from orion_triage.dataset.synthetic import draw_tile, tile_seed
+
+    morphology, name, seed, metres_per_pixel, path = job
+    tile = draw_tile(morphology, tile_seed(seed, name), metres_per_pixel)
+    buffer = io.BytesIO()
+    tile.image.save(buffer, "PNG")
+    write_bytes(Path(path), buffer.getvalue())
+
+
+def _table(splits: dict[Any, list[Target]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["name", "split", "category", "morphology", "lon", "lat"])
+    for split in SPLITS:
+        for target in splits[split]:
+            writer.writerow([target.name, split, target.category, target.morphology, target.lon, target.lat])
+    return text.getvalue()

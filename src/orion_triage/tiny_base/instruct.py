@@ -1,0 +1,144 @@
+"""Second stage of the shipped base: the language model learns to read the tower and to answer questions.
+
+The tower is frozen here, so its output for every tile is computed once and cached; what trains is the
+projector and the language model, on several questions about one image in one sequence.
+"""
+
+import math
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from orion_triage.progress import Progress, silent
+from orion_triage.tiny_base.texts import description, question
+from orion_triage.tiny_base.tiles import Facts
+from orion_triage.tiny_base.tower import vision_inputs
+from orion_triage.triage import Coordinates, format_degrees
+
+BATCH = 24
+LEARNING_RATE = 1.5e-3
+LONGEST = 640  # tokens of one sequence, image included
+PROMPT_WEIGHT = 0.1  # loss on the questions' own text: teaches the language, mostly costs nothing
+
+
+def cache_features(tower: Any, pixels: NDArray[np.uint8], path: Path, progress: Progress = silent) -> NDArray[np.float16]:
+    """Tower output of every tile, (count, 256, width) in half precision, kept in `path`."""
+    width = tower.config.hidden_size
+    if path.exists():
+        return np.load(path, mmap_mode="r")
+    partial = path.with_suffix(".partial.npy")
+    features = np.lib.format.open_memmap(partial, "w+", np.float16, (len(pixels), 256, width))
+    tower.eval()
+    with torch.no_grad():
+        for start in range(0, len(pixels), 64):
+            batch = torch.from_numpy(pixels[start : start + 64])
+            features[start : start + 64] = tower(**vision_inputs(batch)).last_hidden_state.numpy()
+            progress("caching the tower's output", start, len(pixels))
+    features.flush()
+    partial.replace(path)
+    return np.load(path, mmap_mode="r")
+
+
+def coordinates_away_from(places: list[tuple[float, float]], source: random.Random) -> Coordinates:
+    """A random position at least 2 degrees from every one of `places` (lon, lat): those of val and test."""
+    while True:
+        lon, lat = round(source.uniform(-180, 180), 2), round(source.uniform(-75, 75), 2)
+        near = any(abs(lat - b) < 2 and abs(lon - a) < 2 / max(0.1, math.cos(math.radians(b))) for a, b in places)
+        if not near:
+            return Coordinates(lon, lat)
+
+
+def conversation(
+    tokenizer: Any, facts: Facts, source: random.Random, places: list[tuple[float, float]]
+) -> tuple[list[int], list[float]]:
+    """Token ids of one image's turns (64 image tokens in front) and each token's weight in the loss."""
+    ids: list[int] = []
+    weights: list[float] = []
+
+    def add(text: str, weight: float) -> None:
+        new = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids.extend(new)
+        weights.extend([weight] * len(new))
+
+    add("<|startoftext|>", 0)
+    turns = source.choice((1, 1, 2, 3))
+    for turn in range(turns):
+        add("<|im_start|>user\n" if turn == 0 else "\n<|im_start|>user\n", 0)
+        if turn == 0:
+            add("<|image_start|>" + "<image>" * 64 + "<|image_end|>\n", 0)
+        where = ""
+        if source.random() < 0.5:
+            position = coordinates_away_from(places, source)
+            where = f" captured at Longitude: {format_degrees(position.lon)}, Latitude: {format_degrees(position.lat)}"
+        prompt, answer = description(source, facts) if source.random() < 0.1 else question(source, facts, where)
+        add(prompt, PROMPT_WEIGHT)
+        add("<|im_end|>\n<|im_start|>assistant\n", 0)
+        add(answer + "<|im_end|>", 1.0)
+    return ids[:LONGEST], weights[:LONGEST]
+
+
+def train_language(
+    model: Any,
+    tokenizer: Any,
+    features: NDArray[np.float16],
+    facts: list[Facts],
+    *,
+    steps: int,
+    places: list[tuple[float, float]],
+    checkpoint: Path,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> None:
+    """Train projector and language model of `model` in place; state is kept every 100 steps."""
+    trained = [p for name, p in model.named_parameters() if "vision_tower" not in name]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "vision_tower" not in name
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.02, betas=(0.9, 0.98))
+    start = 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+    image_id, pad_id = model.config.image_token_id, tokenizer.pad_token_id
+    usable = len(facts) - 480
+    running, began = 0.0, time.monotonic()
+    for step in range(start, steps):
+        for group in optimizer.param_groups:
+            warm = min(1.0, (step + 1) / 100)
+            group["lr"] = LEARNING_RATE * warm * (0.52 + 0.48 * math.cos(math.pi * step / steps))
+        source = random.Random(f"{seed}/{step}")
+        chosen = [source.randrange(usable) for _ in range(BATCH)]
+        rows = [conversation(tokenizer, facts[index], source, places) for index in chosen]
+        longest = max(len(ids) for ids, _ in rows)
+        ids = torch.tensor([row + [pad_id] * (longest - len(row)) for row, _ in rows])
+        weights = torch.tensor([row + [0.0] * (longest - len(row)) for _, row in rows])
+        attention = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row, _ in rows])
+        seen = torch.from_numpy(np.stack([features[index] for index in chosen]).astype(np.float32))
+        with torch.autocast("cpu", torch.bfloat16):
+            image = model.model.multi_modal_projector(seen.view(BATCH, 16, 16, -1)).reshape(-1, model.config.text_config.hidden_size)
+            embedded = model.model.language_model.embed_tokens(ids)
+            embedded = embedded.masked_scatter((ids == image_id)[..., None], image.to(embedded.dtype))
+            hidden = model.model.language_model(inputs_embeds=embedded, attention_mask=attention).last_hidden_state
+            wanted = weights[:, 1:] > 0
+            logits = model.lm_head(hidden[:, :-1][wanted])
+        losses = torch.nn.functional.cross_entropy(logits.float(), ids[:, 1:][wanted], reduction="none")
+        scale = weights[:, 1:][wanted]
+        loss = (losses * scale).sum() / scale.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        answer_loss = float(losses.detach()[scale == 1].mean())
+        running = answer_loss if step == start else 0.97 * running + 0.03 * answer_loss
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            torch.save(state, checkpoint.with_suffix(".partial"))
+            checkpoint.with_suffix(".partial").replace(checkpoint)
+            seconds = (time.monotonic() - began) / (step + 1 - start)
+            progress(f"language: answer loss {running:.3f}, {seconds:.2f} s a step", step + 1, steps)
