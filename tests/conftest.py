@@ -1,4 +1,4 @@
-"""Small real things for the tests: a random LFM2-VL base in the Hub's layout and a published-layout dataset."""
+"""Small real things for the tests: a random LFM2-VL base, frames, and a dataset in the published layout."""
 
 import os
 from pathlib import Path
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from orion_triage.frames import shrink
 from orion_triage.records import IMAGES_FOLDER, Record, write_split
 from orion_triage.triage import CATEGORIES, Category, Coordinates, Verdict, render_prompt
 
@@ -76,7 +77,7 @@ def structured_picture(seed: int) -> Image.Image:
 
 @pytest.fixture(scope="session")
 def small_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset folder: 12 training targets twice (with and without coordinates), 6 to validate, 6 to test."""
+    """12 training targets twice (with and without coordinates), 6 to validate, 6 to test."""
     folder = tmp_path_factory.mktemp("small") / "dataset"
     (folder / IMAGES_FOLDER).mkdir(parents=True)
     number = 0
@@ -92,3 +93,9 @@ def small_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
             number += 1
         write_split(folder, split, records)
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_frames() -> list[Image.Image]:
+    """Eight different frames of 256x256."""
+    return [shrink(structured_picture(1000 + seed), 256) for seed in range(8)]

@@ -1,7 +1,7 @@
 """STAGE: QLoRA fine-tuning of the base on the dataset -> adapter.
 
-The base is loaded in NF4, LoRA matrices go beside the attention projections, and the loss falls on the verdict's
-tokens only. The split's records are trained on as they stand in the file, with and without coordinates.
+The base is loaded in NF4, LoRA matrices go beside the attention projections, and the loss falls on the
+verdict's tokens only. The records are trained on as they stand in the file, with and without coordinates.
 """
 
 import json
@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orion_triage import vlm
+from orion_triage.adapter import Census, resolve_targets, tower_of
 from orion_triage.config import FineTuneSettings
 from orion_triage.errors import OrionError
 from orion_triage.files import replaced_folder, require_free_space, sha256_of_text, write_text
 from orion_triage.frames import read_frame
 from orion_triage.manifest import hash_inputs
+from orion_triage.preflight import preflight
 from orion_triage.progress import Progress, silent
 from orion_triage.records import Record, image_path, read_split
 from orion_triage.triage import render_prompt
@@ -46,11 +48,12 @@ def run(
 ) -> dict[str, Any]:
     """Train and write the adapter with its processor, census, base fingerprint and losses into `out_folder`.
 
-    `work_folder` keeps one checkpoint an epoch: an interrupted run with the same settings and inputs goes on from
-    the last one. The adapter of the epoch with the lowest validation loss is kept. Returns the figures.
+    `work_folder` keeps one checkpoint an epoch: an interrupted run with the same settings and inputs goes on
+    from the last one. The adapter of the epoch with the lowest validation loss is kept. Returns the figures.
     Raises OrionError for a bad dataset, a base that cannot see, a target that matches nothing, or a loss
     that is not finite.
     """
+    vlm.hush_kernel_advice()
     import torch
     from transformers import set_seed
 
@@ -73,7 +76,7 @@ def run(
     del reference_model
     progress("loading the base", 1, 2)
     model = vlm.load_model(base, dtype=precision, four_bit=True, device=device)
-    preflight = vlm.preflight(model, reference, processor, looked_at, render_prompt(None))
+    sees = preflight(model, reference, processor, looked_at, render_prompt(None))
     progress("loading the base", 2, 2)
 
     resume_from = _last_checkpoint(checkpoints)
@@ -117,7 +120,7 @@ def run(
         "eval_losses": [entry["eval_loss"] for entry in evaluations],
         "census": census,
         "trained_parameters": trainable,
-        "preflight": preflight,
+        "preflight": sees,
         "precision_used": precision,
         "precision_note": note,
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
@@ -136,7 +139,12 @@ def _device_and_precision(settings: FineTuneSettings) -> tuple[str, str, str]:
 
 
 def _prepare_work_folder(
-    work_folder: Path, settings: FineTuneSettings, frame_size: int, base_sha256: str, dataset: Path, precision: str
+    work_folder: Path,
+    settings: FineTuneSettings,
+    frame_size: int,
+    base_sha256: str,
+    dataset: Path,
+    precision: str,
 ) -> Path:
     """The folder of the checkpoints, emptied unless they come from the same settings and inputs."""
     inputs = {
@@ -185,16 +193,17 @@ def _distinct_frames(records: Sequence[Record], frames: "dict[str, Image.Image]"
     distinct = {frames[record.image].tobytes(): frames[record.image] for record in records}
     if len(distinct) < 2:
         raise OrionError(
-            f"all {len(records)} training records show the same picture.", "Build the dataset again with 'orion dataset'."
+            f"all {len(records)} training records show the same picture.",
+            "Build the dataset again with 'orion dataset'.",
         )
     return list(distinct.values())[:PREFLIGHT_FRAMES]
 
 
-def add_adapter(model: Any, settings: FineTuneSettings) -> tuple[Any, vlm.Census]:
-    """The model with fresh LoRA matrices on exactly the modules that the target names mean; all else is frozen."""
+def add_adapter(model: Any, settings: FineTuneSettings) -> tuple[Any, Census]:
+    """The model with fresh LoRA matrices on exactly the modules that the names mean; all else is frozen."""
     from peft import LoraConfig, TaskType, get_peft_model
 
-    names, census = vlm.resolve_targets(model, settings.target_modules)
+    names, census = resolve_targets(model, settings.target_modules)
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -221,7 +230,7 @@ def _trainable_by_tower(model: Any) -> dict[str, int]:
     counts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            tower = vlm.tower_of(name) or "head"
+            tower = tower_of(name) or "head"
             counts[tower] = counts.get(tower, 0) + parameter.numel()
     return counts
 
@@ -299,10 +308,13 @@ def _make_trainer(
     trainer = Trainer(
         model=model,
         args=arguments,
-        data_collator=collate,  # type: ignore[arg-type]
-        train_dataset=train_records,  # type: ignore[arg-type]
-        eval_dataset=val_records,  # type: ignore[arg-type]
-        callbacks=[_watch(progress), TensorBoardCallback(SummaryWriter(str(checkpoints.parent / "tensorboard")))],
+        data_collator=collate,
+        train_dataset=train_records,
+        eval_dataset=val_records,
+        callbacks=[
+            _watch(progress),
+            TensorBoardCallback(SummaryWriter(str(checkpoints.parent / "tensorboard"))),
+        ],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -312,20 +324,22 @@ def _watch(progress: Progress) -> "TrainerCallback":
     """Report each step, and stop at the first loss that is not a number."""
     from transformers import TrainerCallback
 
-    class Watch(TrainerCallback):
+    class Watch(TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             progress("fine-tuning", state.global_step, state.max_steps)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             progress("fine-tuning", state.global_step, state.max_steps)
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        def on_log(
+            self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+        ) -> None:
             for name in ("loss", "eval_loss"):
                 value = (logs or {}).get(name)
                 if value is not None and not math.isfinite(value):
                     raise OrionError(
                         f"fine-tuning: {name} is {value} at step {state.global_step} of {state.max_steps}.",
-                        "Lower fine_tune.learning_rate, or use fine_tune.precision=bfloat16 on a GPU that has it.",
+                        "Lower fine_tune.learning_rate, or set fine_tune.precision=bfloat16 on a GPU.",
                     )
 
     return Watch()

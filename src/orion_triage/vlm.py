@@ -1,12 +1,12 @@
 """The vision-language model: load it, render one chat turn, encode batches, generate, score.
 
 One owner for everything that training, fusing and evaluation must do alike: the bytes of a turn, the
-processor that neither resizes nor tiles, the labels, and which modules a target name means.
+processor that neither resizes nor tiles, the labels, greedy answers and verdict log-probabilities.
 """
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +46,7 @@ def resolve_base(model: str) -> Path:
             raise OrionError(f"the shipped base is missing from {folder}.", "Install the package again.")
         raise OrionError(
             f"base.model {model!r} is not a folder.",
-            f"Download the model first (hf download {model} --local-dir FOLDER) and set base.model to FOLDER.",
+            f"Download the model (hf download {model} --local-dir FOLDER) and set base.model to FOLDER.",
         )
     config_path = folder / "config.json"
     try:
@@ -66,7 +66,9 @@ def resolve_base(model: str) -> Path:
     if not list(folder.glob("*.safetensors")):
         pickles = [path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pt"))]
         found = f"only {', '.join(pickles)}, which can run code when opened" if pickles else "none"
-        raise OrionError(f"{folder} needs weights as *.safetensors; found {found}.", "Fetch the SafeTensors file.")
+        raise OrionError(
+            f"{folder} needs weights as *.safetensors; found {found}.", "Fetch the SafeTensors file."
+        )
     return folder
 
 
@@ -89,6 +91,7 @@ def load_processor(folder: Path, frame_size: int) -> "Lfm2VlProcessor":
     One tile, no resize, no padding patches: (frame_size / 32)^2 image tokens. The padding matters: with
     splitting on, a 256x256 frame is padded to 1024 patches and costs as much as 512x512.
     """
+    hush_kernel_advice()
     from transformers.models.lfm2_vl import Lfm2VlProcessor
 
     if frame_size % 32:
@@ -114,12 +117,13 @@ def load_model(folder: Path, *, dtype: str, four_bit: bool = False, device: str 
     """The model in evaluation mode on `device`; `dtype` is "float16", "bfloat16" or "float32".
 
     With `four_bit`, the language model's linear layers are NF4 with double quantization and compute in
-    `dtype`; tower, projector and head stay in `dtype`. Raises OrionError when weights are missing or left over.
+    `dtype`; tower, projector and head stay in `dtype`. Raises OrionError when weights are missing or left
+    over.
     """
+    hush_kernel_advice()
     import torch
     from transformers import BitsAndBytesConfig, GenerationConfig, Lfm2VlForConditionalGeneration
 
-    _hush_kernel_advice()
     torch_dtype: torch.dtype = getattr(torch, dtype)
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -128,7 +132,7 @@ def load_model(folder: Path, *, dtype: str, four_bit: bool = False, device: str 
         bnb_4bit_compute_dtype=torch_dtype,
         llm_int8_skip_modules=KEPT_IN_16_BIT,
     )
-    with _no_loading_bar():
+    with no_progress_bars():
         model, loading = Lfm2VlForConditionalGeneration.from_pretrained(
             folder,
             dtype=torch_dtype,
@@ -146,7 +150,10 @@ def load_model(folder: Path, *, dtype: str, four_bit: bool = False, device: str 
             )
     own = model.generation_config  # sampling settings left in place would change greedy answers
     model.generation_config = GenerationConfig(
-        bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id, do_sample=False
+        bos_token_id=own.bos_token_id,
+        eos_token_id=own.eos_token_id,
+        pad_token_id=own.pad_token_id,
+        do_sample=False,
     )
     if device == "cpu":
         _keep_gradients_on_cpu(model)
@@ -156,17 +163,20 @@ def load_model(folder: Path, *, dtype: str, four_bit: bool = False, device: str 
 def _keep_gradients_on_cpu(model: Any) -> None:
     """Stop bitsandbytes from packing 4-bit weights for its inference kernel.
 
-    On CPUs with AVX512-BF16, the first forward pass in evaluation mode (the preflight, or an epoch's validation)
-    packs a Linear4bit for good for a kernel without a backward pass: from then on no gradient crosses the
-    layer, with one warning and a loss that still falls (bitsandbytes 0.50 nn/modules.py, Linear4bit.forward).
+    On CPUs with AVX512-BF16, the first forward pass in evaluation mode (the preflight, or an epoch's
+    validation) packs a Linear4bit for good for a kernel without a backward pass: from then on no gradient
+    crosses the layer, with one warning and a loss that still falls (bitsandbytes 0.50, Linear4bit.forward).
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
 
 
-def _hush_kernel_advice() -> None:
-    """Drop two notes that advise packages which fetch or build kernels; everything else is still logged."""
+def hush_kernel_advice() -> None:
+    """Drop two notes that advise packages which fetch or build kernels; everything else is still logged.
+
+    Call it before the first import of transformers' models: bitsandbytes speaks while it is imported.
+    """
     advice = {
         "transformers.integrations.hub_kernels": "causal_conv1d",
         "bitsandbytes.backends.cpu.ops": "kernels-community",
@@ -187,8 +197,8 @@ class _Without(logging.Filter):
 
 
 @contextmanager
-def _no_loading_bar() -> "Iterator[None]":
-    """transformers draws a bar while it loads; progress goes through orion_triage.progress."""
+def no_progress_bars() -> "Iterator[None]":
+    """transformers draws bars while it loads and saves; progress goes through orion_triage.progress."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -215,7 +225,7 @@ def render_turn(processor: "Lfm2VlProcessor", prompt: str) -> str:
 
 
 def check_template(processor: "Lfm2VlProcessor", prompt: str, answer: str) -> None:
-    """Raise OrionError unless a finished conversation is the user's turn + answer + <|im_end|> (+ white space)."""
+    """Raise OrionError unless a finished conversation is user's turn + answer + <|im_end|> + white space."""
     turn = render_turn(processor, prompt)
     text = IMAGE_PLACEHOLDER.removeprefix(processor.image_token) + prompt
     whole: str = processor.apply_chat_template(
@@ -227,7 +237,7 @@ def check_template(processor: "Lfm2VlProcessor", prompt: str, answer: str) -> No
     )
     if whole.rstrip() != turn + answer + END_OF_TURN:
         raise OrionError(
-            f"the chat template ends a conversation with {whole[-60:]!r}, not with the answer and {END_OF_TURN}.",
+            f"the chat template ends a conversation with {whole[-60:]!r}, not with answer + {END_OF_TURN}.",
             "Use a base model with the LFM2 chat template.",
         )
 
@@ -240,9 +250,9 @@ def encode(
 ) -> "BatchFeature":
     """One row per image and prompt, on the CPU.
 
-    Without answers, rows are padded on the left, ready to generate. With answers, they are padded on the right
-    and `labels` holds the ids of answer + <|im_end|>, and -100 everywhere else. The answer is tokenized by
-    itself, so the ids before it are exactly those that generation starts from.
+    Without answers, rows are padded on the left, ready to generate. With answers, they are padded on the
+    right and `labels` holds the ids of answer + <|im_end|>, and -100 everywhere else. The answer is tokenized
+    by itself, so the ids before it are exactly those that generation starts from.
 
     Keys: input_ids, attention_mask, labels [rows, tokens]; pixel_values [rows, patches, 3 * 16 * 16];
     pixel_attention_mask [rows, patches]; spatial_shapes [rows, 2].
@@ -253,8 +263,8 @@ def encode(
     for image in images:
         if image.size != (frame_size, frame_size) or image.mode != "RGB":
             raise OrionError(
-                f"a {image.mode} picture of {image.size[0]}x{image.size[1]} reached the model, which was set to "
-                f"RGB of {frame_size}x{frame_size}.",
+                f"a {image.mode} picture of {image.size[0]}x{image.size[1]} reached the model, which was set "
+                f"to RGB of {frame_size}x{frame_size}.",
                 "Decode frames with orion_triage.frames at the preset's size.",
             )
     turns = [render_turn(processor, prompt) for prompt in prompts]
@@ -262,7 +272,9 @@ def encode(
     rows: list[list[int]] = batch["input_ids"]
     targets: list[list[int]] = [[] for _ in rows]
     if answers is not None:
-        targets = processor.tokenizer([answer + END_OF_TURN for answer in answers], add_special_tokens=False)["input_ids"]
+        targets = processor.tokenizer([answer + END_OF_TURN for answer in answers], add_special_tokens=False)[
+            "input_ids"
+        ]
     length = max(len(row) + len(target) for row, target in zip(rows, targets, strict=True))
     ids = torch.full((len(rows), length), processor.tokenizer.pad_token_id, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -282,11 +294,13 @@ def encode(
 _VISION_KEYS = ("pixel_values", "spatial_shapes", "pixel_attention_mask")
 
 
-def vision_features(model: Any, processor: "Lfm2VlProcessor", images: "Sequence[Image.Image]") -> "torch.Tensor":
+def vision_features(
+    model: Any, processor: "Lfm2VlProcessor", images: "Sequence[Image.Image]"
+) -> "torch.Tensor":
     """What the language model gets to see: [images, image tokens, text width], float32 on the CPU."""
     import torch
 
-    # One at a time: a tower of 400 M parameters needs its memory for weights, and only a few images are asked.
+    # One at a time: only a few images are asked for, and a large tower needs its memory for weights.
     features = []
     with torch.inference_mode():
         for image in images:
@@ -352,136 +366,3 @@ def answer_log_probabilities(
             scores = logits.log_softmax(-1).gather(-1, labels[positions, None])[:, 0]
             result.append(scores.cpu())
     return result
-
-
-_TOWERS = {"language_model": "text", "vision_tower": "vision", "multi_modal_projector": "projector"}
-# LFM2 and SigLIP2 call the attention's output `out_proj`, and so do LFM2's short-conv blocks: the recipe's
-# `o_proj` means the first two only.
-_MEANING = {"o_proj": "self_attn.out_proj"}
-
-Census = dict[str, dict[str, int]]
-
-
-def tower_of(module: str) -> str | None:
-    """text, vision or projector; None outside them (the tied head)."""
-    return next((tower for part, tower in _TOWERS.items() if part in module.split(".")), None)
-
-
-def _count(names: Sequence[str], modules: Sequence[str]) -> tuple[dict[str, str], Census]:
-    matched: dict[str, str] = {}
-    census: Census = {}
-    for name in names:
-        suffix = "." + _MEANING.get(name, name)
-        census[name] = dict.fromkeys(_TOWERS.values(), 0)
-        for module in modules:
-            if module.endswith(suffix) and (tower := tower_of(module)):
-                matched[module] = name
-                census[name][tower] += 1
-    return matched, census
-
-
-def resolve_targets(model: Any, names: Sequence[str]) -> tuple[list[str], Census]:
-    """The full names of the linear modules that `names` mean, and {name: {tower: count}}.
-
-    A name is a module's last component or a dotted end ("conv.in_proj"); `o_proj` is the attention's output.
-    Raises OrionError when any name matches nothing: an adapter would silently leave it out.
-    """
-    from torch import nn
-
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    matched, census = _count(names, linear)
-    idle = [name for name, towers in census.items() if not any(towers.values())]
-    if idle or not names:
-        ends = sorted({".".join(name.split(".")[-2:]) for name in linear if tower_of(name)})
-        raise OrionError(
-            f"fine_tune.target_modules: {', '.join(idle) or 'an empty list'} matches no module of the model.",
-            f"Its linear modules end in {', '.join(ends)}.",
-        )
-    return sorted(matched), census
-
-
-def adapter_census(names: Sequence[str], tensors: Mapping[str, Any]) -> tuple[Census, list[str]]:
-    """{name: {tower: count}} of a finished adapter's tensors, and a warning per requested name without any.
-
-    `names` are adapter_config.json's target_modules; `tensors` is the adapter's state, by key.
-    """
-    modules = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
-    _, census = _count(names, modules)
-    warnings = [
-        f"the adapter's target {name!r} changed no module: it was asked for and never trained"
-        for name, towers in census.items()
-        if not any(towers.values())
-    ]
-    return census, warnings
-
-
-SMALLEST_COSINE = 0.99  # of an image's features against the 16-bit base; blind training gives 0.06
-SMALLEST_MOVE = 1e-3  # of any logit when the image is swapped; exactly 0 when the image is ignored
-
-
-def preflight(
-    model: Any,
-    reference: "torch.Tensor",
-    processor: "Lfm2VlProcessor",
-    frames: "Sequence[Image.Image]",
-    prompt: str,
-) -> dict[str, Any]:
-    """Prove that the model to be trained sees: three checks, before any training.
-
-    `reference` is `vision_features` of the 16-bit base for the same frames. SigLIP2's patch embedding is a linear
-    layer: loaded in 4 bits it casts pixels in [-1, 1] to bytes, silently, and the adapter learns blind.
-    Raises OrionError naming the check and its figure; returns the figures.
-    """
-    import torch
-
-    fix = f"Load it with vlm.load_model, which keeps {', '.join(KEPT_IN_16_BIT)} out of the 4-bit layers."
-    if quantized := _quantized_vision_modules(model):
-        raise OrionError(
-            f"preflight: {len(quantized)} vision or head modules are quantized, {quantized[0]} first: pixels would "
-            "be cast to integers.",
-            fix,
-        )
-    features = vision_features(model, processor, frames)
-    cosines = torch.cosine_similarity(features.flatten(1), reference.flatten(1), dim=1).tolist()
-    if not min(cosines) >= SMALLEST_COSINE:
-        worst = cosines.index(min(cosines))
-        raise OrionError(
-            f"preflight: the vision features of frame {worst + 1} have cosine {min(cosines):.3f} with the 16-bit "
-            f"base's, under {SMALLEST_COSINE}.",
-            fix,
-        )
-    last_logits = []
-    with torch.inference_mode():
-        for frame in frames:
-            batch = encode(processor, [frame], [prompt]).to(model.device)
-            last_logits.append(model(**batch, logits_to_keep=1, use_cache=False).logits[0, -1].float().cpu())
-    moves = [
-        float((logits - last_logits[(index + 1) % len(frames)]).abs().max())
-        for index, logits in enumerate(last_logits)
-    ]
-    if not min(moves) > SMALLEST_MOVE:
-        still = moves.index(min(moves))
-        raise OrionError(
-            f"preflight: swapping frame {still + 1} for the next one moves no logit by more than {min(moves):.2g} "
-            f"(floor {SMALLEST_MOVE}): the model does not look at the image.",
-            "Check that the frames differ and that the base was trained with images.",
-        )
-    return {
-        "frames": len(frames),
-        "smallest_vision_cosine": round(min(cosines), 6),
-        "smallest_logit_move": round(min(moves), 6),
-    }
-
-
-def _quantized_vision_modules(model: Any) -> list[str]:
-    """Modules that must compute on real numbers and do not, the patch embedding first."""
-    from torch import nn
-
-    bad = []
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or tower_of(name) == "text":
-            continue
-        # Linear4bit can hide its bytes in a floating dtype (bnb_4bit_quant_storage): the type decides.
-        if type(module).__module__.startswith("bitsandbytes") or not module.weight.dtype.is_floating_point:
-            bad.append(name)
-    return sorted(bad, key=lambda name: "patch_embedding" not in name)

@@ -1,0 +1,165 @@
+"""LoRA adapters: which modules a target name means, and a finished adapter put back on a base."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from warnings import catch_warnings, filterwarnings
+
+from orion_triage.errors import OrionError
+
+if TYPE_CHECKING:
+    import torch
+
+_TOWERS = {"language_model": "text", "vision_tower": "vision", "multi_modal_projector": "projector"}
+# LFM2 and SigLIP2 call the attention's output `out_proj`, and so do LFM2's short-conv blocks: the recipe's
+# `o_proj` means the first two only.
+_MEANING = {"o_proj": "self_attn.out_proj"}
+
+Census = dict[str, dict[str, int]]
+
+
+def tower_of(module: str) -> str | None:
+    """text, vision or projector; None outside them (the tied head)."""
+    return next((tower for part, tower in _TOWERS.items() if part in module.split(".")), None)
+
+
+def _count(names: Sequence[str], modules: Sequence[str]) -> tuple[dict[str, str], Census]:
+    matched: dict[str, str] = {}
+    census: Census = {}
+    for name in names:
+        suffix = "." + _MEANING.get(name, name)
+        census[name] = dict.fromkeys(_TOWERS.values(), 0)
+        for module in modules:
+            if module.endswith(suffix) and (tower := tower_of(module)):
+                matched[module] = name
+                census[name][tower] += 1
+    return matched, census
+
+
+def resolve_targets(model: Any, names: Sequence[str]) -> tuple[list[str], Census]:
+    """The full names of the linear modules that `names` mean, and {name: {tower: count}}.
+
+    A name is a module's last component or a dotted end ("conv.in_proj"); `o_proj` is the attention's output.
+    Raises OrionError when any name matches nothing: an adapter would silently leave it out.
+    """
+    from torch import nn
+
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    matched, census = _count(names, linear)
+    idle = [name for name, towers in census.items() if not any(towers.values())]
+    if idle or not names:
+        ends = sorted({".".join(name.split(".")[-2:]) for name in linear if tower_of(name)})
+        raise OrionError(
+            f"fine_tune.target_modules: {', '.join(idle) or 'an empty list'} matches no module of the model.",
+            f"Its linear modules end in {', '.join(ends)}.",
+        )
+    return sorted(matched), census
+
+
+def adapter_census(names: Sequence[str], tensors: Mapping[str, Any]) -> tuple[Census, list[str]]:
+    """{name: {tower: count}} of a finished adapter's tensors, and a warning per requested name without any.
+
+    `names` are adapter_config.json's target_modules, where full module names count as their last two parts;
+    `tensors` is the adapter's state, by key.
+    """
+    names = sorted({".".join(name.split(".")[-2:]) if tower_of(name) else name for name in names})
+    modules = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
+    _, census = _count(names, modules)
+    warnings = [
+        f"the adapter's target {name!r} changed no module: it was asked for and never trained"
+        for name, towers in census.items()
+        if not any(towers.values())
+    ]
+    return census, warnings
+
+
+def read_adapter(adapter: Path) -> "dict[str, torch.Tensor]":
+    """The adapter's tensors by key; raises OrionError unless it is a finite, plain LoRA in SafeTensors."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = adapter / "adapter_model.safetensors"
+    if not (adapter / "adapter_config.json").is_file() or not path.is_file():
+        found = (
+            "; adapter_model.bin can run code when opened"
+            if (adapter / "adapter_model.bin").is_file()
+            else ""
+        )
+        raise OrionError(
+            f"{adapter} needs adapter_config.json and adapter_model.safetensors{found}.",
+            "Fine-tune with 'orion fine-tune', or pass the right folder.",
+        )
+    try:
+        tensors: dict[str, torch.Tensor] = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise OrionError(f"{path} is damaged: {error}.", "Fetch it again.") from None
+    for key, tensor in tensors.items():
+        if not key.endswith((".lora_A.weight", ".lora_B.weight")):
+            raise OrionError(f"{path}: {key} is no LoRA matrix.", "Only plain LoRA adapters can be merged.")
+        if not bool(torch.isfinite(tensor).all()):
+            raise OrionError(f"{path}: {key} has values that are not finite.", "Fine-tune again.")
+    if not tensors:
+        raise OrionError(f"{path} has no tensors.", "Fine-tune again.")
+    return tensors
+
+
+def attach_adapter(
+    model: Any, adapter: Path, tensors: "dict[str, torch.Tensor]"
+) -> tuple[Any, Census, list[str]]:
+    """The model with the adapter on, its census, and a warning per requested name that changed nothing.
+
+    Modules are taken from the tensors' keys, not from name patterns, so that every tensor lands somewhere.
+    transformers 5 dropped `vision_model.` from the tower's module names: both forms are understood.
+    """
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+
+    try:
+        config = LoraConfig.from_pretrained(adapter)
+    except (ValueError, TypeError, KeyError) as error:
+        raise OrionError(
+            f"{adapter / 'adapter_config.json'} cannot be read: {error}.", "Fetch it again."
+        ) from None
+    asked = (
+        [config.target_modules]
+        if isinstance(config.target_modules, str)
+        else sorted(config.target_modules or ())
+    )
+    linear = {name: module for name, module in model.named_modules() if hasattr(module, "in_features")}
+    state = {}
+    targets = set()
+    for key, tensor in tensors.items():
+        module, matrix, _ = key.removeprefix("base_model.model.").rsplit(".", 2)
+        if module not in linear:
+            module = module.replace("vision_tower.vision_model.", "vision_tower.")
+        if module not in linear:
+            raise OrionError(
+                f"the adapter's {key} matches no module of the base.", "Use the base it was trained on."
+            )
+        is_a = matrix == "lora_A"
+        rank = tensor.shape[0 if is_a else -1] if config.rank_pattern else config.r
+        wanted = (rank, linear[module].in_features) if is_a else (linear[module].out_features, rank)
+        if tuple(tensor.shape) != wanted:
+            raise OrionError(
+                f"the adapter's {key} has shape {tuple(tensor.shape)}; the base's module needs {wanted}.",
+                "Use the base it was trained on.",
+            )
+        targets.add(module)
+        state[f"base_model.model.{module}.{matrix}.weight"] = tensor
+    config.target_modules = targets
+    config.inference_mode = True
+    path_of_base = config.base_model_name_or_path
+    config.base_model_name_or_path = model.name_or_path  # PEFT warns about any other
+    with catch_warnings():
+        filterwarnings("ignore", message=".*checkpointing.* is deprecated", category=FutureWarning)
+        adapted = get_peft_model(model, config)
+    config.base_model_name_or_path = path_of_base
+    loaded = set_peft_model_state_dict(adapted, state)
+    missing = [key for key in loaded.missing_keys if ".lora_" in key]
+    if loaded.unexpected_keys or missing:
+        raise OrionError(
+            f"the adapter does not fit: {(*loaded.unexpected_keys, *missing)[0]} has no counterpart.",
+            "Fine-tune again.",
+        )
+    census, warnings = adapter_census(asked, state)
+    return adapted.eval(), census, warnings

@@ -1,0 +1,91 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from orion_triage import vlm
+from orion_triage.errors import OrionError
+from orion_triage.preflight import preflight
+from orion_triage.triage import render_prompt
+
+
+@pytest.fixture(scope="module")
+def processor(small_base: Path) -> Any:
+    return vlm.load_processor(small_base, 256)
+
+
+@pytest.fixture(scope="module")
+def reference(small_base: Path, processor: Any, small_frames: list[Image.Image]) -> Any:
+    return vlm.vision_features(vlm.load_model(small_base, dtype="float16"), processor, small_frames)
+
+
+def test_a_sound_four_bit_model_passes(
+    small_base: Path, processor: Any, reference: Any, small_frames: Any
+) -> None:
+    model = vlm.load_model(small_base, dtype="float32", four_bit=True)
+    figures = preflight(model, reference, processor, small_frames, render_prompt(None))
+    assert figures["frames"] == 8
+    assert figures["smallest_vision_cosine"] > 0.999
+    assert figures["smallest_logit_move"] > 0.01
+
+
+@pytest.mark.parametrize(
+    ("skipped", "named"),
+    [
+        (None, "patch_embedding"),
+        (["vision_tower"], "patch_embedding"),  # matches nothing since transformers 5
+        (["model.vision_tower", "model.multi_modal_projector"], "lm_head"),
+    ],
+)
+def test_four_bits_where_pixels_or_verdicts_pass_are_refused(
+    small_base: Path,
+    processor: Any,
+    reference: Any,
+    small_frames: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    skipped: list[str] | None,
+    named: str,
+) -> None:
+    monkeypatch.setattr(vlm, "KEPT_IN_16_BIT", skipped)
+    model = vlm.load_model(small_base, dtype="float32", four_bit=True)
+    with pytest.raises(OrionError, match=rf"quantized, \S*{named} first"):
+        preflight(model, reference, processor, small_frames, render_prompt(None))
+
+
+def test_bytes_in_a_floating_type_are_refused_too(
+    small_base: Path, processor: Any, reference: Any, small_frames: Any
+) -> None:
+    import torch
+    from transformers import BitsAndBytesConfig, Lfm2VlForConditionalGeneration
+
+    hidden = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_storage=torch.bfloat16)
+    model = Lfm2VlForConditionalGeneration.from_pretrained(
+        small_base, dtype=torch.float32, quantization_config=hidden, device_map={"": "cpu"}
+    )
+    embedding = model.model.vision_tower.embeddings.patch_embedding
+    assert embedding.weight.dtype.is_floating_point  # a check of the type alone would pass
+    with pytest.raises(OrionError, match="patch_embedding first"):
+        preflight(model, reference, processor, small_frames, render_prompt(None))
+
+
+def test_other_vision_weights_are_refused(
+    other_base: Path, processor: Any, reference: Any, small_frames: Any
+) -> None:
+    model = vlm.load_model(other_base, dtype="float32")
+    with pytest.raises(OrionError, match=r"frame \d have cosine -?0\.\d+ with the 16-bit base's, under 0.99"):
+        preflight(model, reference, processor, small_frames, render_prompt(None))
+
+
+def test_a_model_that_ignores_the_image_is_refused(
+    small_base: Path, processor: Any, reference: Any, small_frames: Any
+) -> None:
+    import torch
+
+    model = vlm.load_model(small_base, dtype="float32")
+    with torch.no_grad():  # features stay as they are, but attention no longer carries them to the answer
+        for layer in model.model.language_model.layers:
+            if hasattr(layer, "self_attn"):
+                layer.self_attn.out_proj.weight.zero_()
+    with pytest.raises(OrionError, match="swapping frame 1 for the next one moves no logit"):
+        preflight(model, reference, processor, small_frames, render_prompt(None))
