@@ -99,3 +99,21 @@ def small_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_frames() -> list[Image.Image]:
     """Eight different frames of 256x256."""
     return [shrink(structured_picture(1000 + seed), 256) for seed in range(8)]
+
+
+@pytest.fixture(scope="session")
+def small_adapter(tmp_path_factory: pytest.TempPathFactory, small_base: Path, small_dataset: Path) -> Path:
+    """An adapter trained for six steps on `small_base`: it moves every verdict, and knows nothing."""
+    from orion_triage import fine_tune
+    from orion_triage.config import FineTuneSettings
+
+    work = tmp_path_factory.mktemp("small-adapter")
+    settings = FineTuneSettings(
+        micro_batch_size=8,
+        gradient_accumulation_steps=1,
+        epochs=2,
+        learning_rate=1e-2,
+        gradient_checkpointing=False,
+    )
+    fine_tune.run(small_base, small_dataset, work / "adapter", work / "work", settings, 256)
+    return work / "adapter"

@@ -67,7 +67,7 @@ def run(
     processor = vlm.load_processor(base, frame_size)
     first = train_records[0]
     vlm.check_template(processor, first.prompt, first.verdict.to_json())
-    frames = _decode(dataset, [*train_records, *val_records], frame_size, progress)
+    frames = decode_frames(dataset, [*train_records, *val_records], frame_size, progress)
 
     progress("loading the base", 0, 2)
     looked_at = _distinct_frames(train_records, frames)
@@ -86,7 +86,7 @@ def run(
         set_seed(settings.seed)
         model, census = add_adapter(model, settings)
         trainable = _trainable_by_tower(model)
-        trainer = _make_trainer(
+        trainer = make_trainer(
             model, collator(processor, frames), train_records, val_records, settings, device, precision,
             checkpoints, progress,
         )  # fmt: skip
@@ -176,7 +176,7 @@ def _last_checkpoint(checkpoints: Path) -> Path | None:
     return None
 
 
-def _decode(
+def decode_frames(
     dataset: Path, records: Sequence[Record], frame_size: int, progress: Progress
 ) -> "dict[str, Image.Image]":
     """Every frame of the records, decoded once: 0.2 MB each at 256 px, 0.8 MB at 512."""
@@ -251,7 +251,7 @@ def collator(
     return collate
 
 
-def _make_trainer(
+def make_trainer(
     model: Any,
     collate: "Callable[[list[Record]], BatchFeature]",
     train_records: list[Record],

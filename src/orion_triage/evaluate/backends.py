@@ -1,0 +1,59 @@
+"""Who answers: a transformers model in this process, or a llama.cpp server."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from orion_triage.llama_cpp import Client
+
+
+class Backend(Protocol):
+    """Answers a batch of (image, prompt) pairs, greedily; answers do not depend on the batch."""
+
+    batch_size: int
+
+    def answer(self, images: "Sequence[Image.Image]", prompts: Sequence[str]) -> list[str]: ...
+
+
+class ConstantBackend:
+    """The same answer to everything: a baseline, and the tests' stand-in for a model."""
+
+    batch_size = 16
+
+    def __init__(self, answer: str) -> None:
+        self._answer = answer
+
+    def answer(self, images: "Sequence[Image.Image]", prompts: Sequence[str]) -> list[str]:
+        return [self._answer] * len(prompts)
+
+
+class TransformersBackend:
+    """The base or the fused model through transformers."""
+
+    def __init__(self, model: Any, processor: Any, *, max_new_tokens: int, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self._model, self._processor, self._max_new_tokens = model, processor, max_new_tokens
+
+    def answer(self, images: "Sequence[Image.Image]", prompts: Sequence[str]) -> list[str]:
+        from orion_triage import vlm
+
+        return vlm.generate(self._model, self._processor, images, prompts, self._max_new_tokens)
+
+
+class LlamaCppBackend:
+    """A GGUF pair behind llama.cpp's HTTP server, one request at a time."""
+
+    batch_size = 1
+
+    def __init__(self, client: "Client", *, max_new_tokens: int) -> None:
+        self._client, self._max_new_tokens = client, max_new_tokens
+
+    def answer(self, images: "Sequence[Image.Image]", prompts: Sequence[str]) -> list[str]:
+        from orion_triage.frames import Frame
+
+        return [
+            self._client.complete(prompt, Frame(image, image.size).png(), self._max_new_tokens)
+            for image, prompt in zip(images, prompts, strict=True)
+        ]

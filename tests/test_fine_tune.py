@@ -1,0 +1,276 @@
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orion_triage import fine_tune, vlm
+from orion_triage.config import FineTuneSettings
+from orion_triage.errors import OrionError
+from orion_triage.progress import silent
+from orion_triage.records import read_split, split_path
+
+QUICK = FineTuneSettings(
+    micro_batch_size=8,
+    gradient_accumulation_steps=1,
+    epochs=2,
+    learning_rate=1e-2,
+    gradient_checkpointing=False,
+)
+
+
+def tensors_of(folder: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def largest_difference(first: dict[str, Any], second: dict[str, Any]) -> float:
+    assert set(first) == set(second)
+    return max(float((first[key] - second[key]).abs().max()) for key in first)
+
+
+def test_a_run_leaves_an_adapter_with_its_papers(
+    small_base: Path, small_dataset: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[tuple[str, int, int]] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        figures = fine_tune.run(
+            small_base,
+            small_dataset,
+            tmp_path / "adapter",
+            tmp_path / "work",
+            QUICK,
+            256,
+            lambda *call: seen.append(call),
+        )
+    assert figures["steps"] == 6
+    assert figures["train_records"] == 24
+    assert figures["last_loss"] < figures["first_loss"]
+    assert figures["best_eval_loss"] == min(figures["eval_losses"])
+    assert figures["trained_parameters"] == {"text": 28672, "vision": 16384}
+    assert figures["preflight"]["smallest_vision_cosine"] > 0.99
+    if figures["device"] == "cpu":
+        assert figures["precision_used"] == "float32"
+        assert "instead of float16" in figures["precision_note"]
+    assert ("fine-tuning", 6, 6) in seen
+
+    folder = tmp_path / "adapter"
+    names = {path.name for path in folder.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "processor_config.json", "tokenizer.json",
+            "chat_template.jinja", "census.json", "base.json", "loss_log.json"} <= names  # fmt: skip
+    assert "README.md" not in names
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "small-base"
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (16, 32, 0.05)
+    assert config["task_type"] == "CAUSAL_LM"
+    assert json.loads((folder / "base.json").read_text()) == {
+        "name": "small-base",
+        "sha256": vlm.fingerprint(small_base),
+        "frame_size": 256,
+    }
+    census = json.loads((folder / "census.json").read_text())
+    assert census["o_proj"] == {"text": 1, "vision": 2, "projector": 0}
+    log = json.loads((folder / "loss_log.json").read_text())
+    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3, 4, 5, 6]
+    assert [entry["step"] for entry in log if "eval_loss" in entry] == [3, 6]
+    assert list((tmp_path / "work" / "tensorboard").glob("events.*"))
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert printed.err == ""
+
+
+def make_adapted(base: Path, settings: FineTuneSettings) -> Any:
+    from transformers import set_seed
+
+    model = vlm.load_model(base, dtype="float32", four_bit=True)
+    set_seed(settings.seed)
+    return fine_tune.add_adapter(model, settings)[0]
+
+
+def test_only_adapter_weights_move_and_all_of_them(
+    small_base: Path, small_dataset: Path, tmp_path: Path
+) -> None:
+    model = make_adapted(small_base, QUICK)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    records = read_split(small_dataset, "train")[:16]
+    frames = fine_tune.decode_frames(small_dataset, records, 256, silent)
+    collate = fine_tune.collator(vlm.load_processor(small_base, 256), frames)
+    settings = QUICK.model_copy(update={"epochs": 1})
+    trainer = fine_tune.make_trainer(
+        model, collate, records, records[:4], settings, "cpu", "float32", tmp_path, silent
+    )
+    trainer.train()
+    assert trainer.state.global_step == 2
+    moved = {name for name, value in model.named_parameters() if not value.equal(before[name])}
+    assert moved == {name for name in before if ".lora_" in name}
+    assert len(moved) == 2 * 12
+
+
+def test_gradients_cross_the_four_bit_layers_even_after_an_evaluation(
+    small_base: Path, small_dataset: Path
+) -> None:
+    """bitsandbytes packs weights at the first evaluation on some CPUs; then nothing behind them learns."""
+    import torch
+
+    processor = vlm.load_processor(small_base, 256)
+    records = read_split(small_dataset, "train")[:2]
+    frames = fine_tune.decode_frames(small_dataset, records, 256, silent)
+    batch = fine_tune.collator(processor, frames)(records)
+
+    def gradients(model: Any) -> dict[str, Any]:
+        with torch.no_grad():
+            model.eval()(**batch)
+        model.train()
+        model(**batch).loss.backward()
+        return {name: value.grad for name, value in model.named_parameters() if "lora_B" in name}
+
+    settings = QUICK.model_copy(update={"dropout": 0.0})
+    four_bit = make_adapted(small_base, settings)
+    exact = vlm.load_model(small_base, dtype="float32")
+    for name, module in four_bit.base_model.model.named_modules():  # the same weights, without bitsandbytes
+        weight = getattr(module, "weight", None)
+        if type(module).__name__ == "Linear4bit":
+            from bitsandbytes.functional import dequantize_4bit
+
+            plain = exact.get_submodule(name.removesuffix(".base_layer"))
+            plain.weight.data = dequantize_4bit(weight.data, weight.quant_state).to(torch.float32)
+    torch.manual_seed(settings.seed)
+    exact = fine_tune.add_adapter(exact, settings)[0]
+    exact.load_state_dict({k: v for k, v in four_bit.state_dict().items() if ".lora_" in k}, strict=False)
+    expected = gradients(exact)
+    for name, gradient in gradients(four_bit).items():
+        assert float(gradient.norm()) > 0.001
+        assert torch.allclose(gradient, expected[name], rtol=1e-3, atol=1e-5), name
+
+
+def test_batch_two_by_one_equals_one_by_two(small_base: Path, small_dataset: Path, tmp_path: Path) -> None:
+    results = []
+    for micro, accumulated in ((2, 1), (1, 2)):
+        settings = QUICK.model_copy(
+            update={
+                "micro_batch_size": micro,
+                "gradient_accumulation_steps": accumulated,
+                "epochs": 1,
+                "dropout": 0.0,
+                "optimizer": "adamw_torch",
+                "learning_rate": 1e-3,
+            }
+        )
+        out = tmp_path / f"adapter-{micro}"
+        fine_tune.run(small_base, small_dataset, out, tmp_path / f"work-{micro}", settings, 256)
+        results.append(tensors_of(out))
+    assert largest_difference(*results) < 2e-4  # twelve steps of 1e-3 each
+
+
+def test_gradient_checkpointing_changes_no_result(
+    small_base: Path, small_dataset: Path, tmp_path: Path
+) -> None:
+    results = []
+    for on in (False, True):
+        settings = QUICK.model_copy(update={"gradient_checkpointing": on, "epochs": 1})
+        out = tmp_path / f"adapter-{on}"
+        fine_tune.run(small_base, small_dataset, out, tmp_path / f"work-{on}", settings, 256)
+        results.append(tensors_of(out))
+    assert largest_difference(*results) < 1e-4
+
+
+class Stop(Exception):
+    """An interruption, as far as a run is concerned."""
+
+
+def test_an_interrupted_run_ends_like_a_straight_one(
+    small_base: Path, small_dataset: Path, tmp_path: Path
+) -> None:
+    straight = fine_tune.run(small_base, small_dataset, tmp_path / "a", tmp_path / "work-a", QUICK, 256)
+    assert straight["resumed_from_step"] == 0
+
+    def stop_in_the_second_epoch(description: str, done: int, total: int) -> None:
+        if (description, done) == ("fine-tuning", 5):
+            raise Stop
+
+    work = tmp_path / "work-b"
+    with pytest.raises(Stop):
+        fine_tune.run(
+            small_base, small_dataset, tmp_path / "b", work, QUICK, 256, stop_in_the_second_epoch
+        )
+    assert not (tmp_path / "b").exists()
+    half_written = work / "checkpoints" / "checkpoint-5"  # as if the power had gone while saving
+    half_written.mkdir()
+    (half_written / "adapter_model.safetensors").write_bytes(b"cut")
+    resumed = fine_tune.run(small_base, small_dataset, tmp_path / "b", work, QUICK, 256)
+    assert resumed["resumed_from_step"] == 3
+    assert resumed["steps"] == straight["steps"] == 6
+    assert resumed["eval_losses"] == pytest.approx(straight["eval_losses"], abs=1e-4)
+    assert largest_difference(tensors_of(tmp_path / "a"), tensors_of(tmp_path / "b")) < 1e-4
+
+    other = QUICK.model_copy(update={"learning_rate": 5e-3})
+    anew = fine_tune.run(small_base, small_dataset, tmp_path / "b", work, other, 256)
+    assert anew["resumed_from_step"] == 0
+
+
+def test_a_finished_run_is_not_trained_twice(small_base: Path, small_dataset: Path, tmp_path: Path) -> None:
+    settings = QUICK.model_copy(update={"epochs": 1})
+    first = fine_tune.run(small_base, small_dataset, tmp_path / "a", tmp_path / "work", settings, 256)
+    again = fine_tune.run(small_base, small_dataset, tmp_path / "b", tmp_path / "work", settings, 256)
+    assert again["resumed_from_step"] == first["steps"] == 3
+    assert largest_difference(tensors_of(tmp_path / "a"), tensors_of(tmp_path / "b")) == 0
+
+
+def test_a_loss_that_is_no_number_stops_the_run(
+    small_base: Path, small_dataset: Path, tmp_path: Path
+) -> None:
+    settings = QUICK.model_copy(update={"learning_rate": 1e30, "optimizer": "adamw_torch"})
+    with pytest.raises(OrionError, match=r"loss is (nan|inf) at step \d of 6"):
+        fine_tune.run(small_base, small_dataset, tmp_path / "a", tmp_path / "work", settings, 256)
+    assert not (tmp_path / "a").exists()
+
+
+def test_mistakes_are_named_before_a_model_is_loaded(
+    small_base: Path, small_dataset: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(OrionError, match=r"train_dataset\.jsonl does not exist"):
+        fine_tune.run(small_base, tmp_path, tmp_path / "a", tmp_path / "work", QUICK, 256)
+    broken = tmp_path / "dataset"
+    shutil.copytree(small_dataset, broken)
+    record = read_split(broken, "val")[0]
+    (broken / record.image).unlink()
+    with pytest.raises(OrionError, match=rf"{record.name}\.png does not exist"):
+        fine_tune.run(small_base, broken, tmp_path / "a", tmp_path / "work", QUICK, 256)
+
+
+def test_a_dataset_of_one_picture_is_refused(small_base: Path, small_dataset: Path, tmp_path: Path) -> None:
+    flat = tmp_path / "dataset"
+    shutil.copytree(small_dataset, flat)
+    images = sorted((flat / "orion_dataset" / "images").glob("*.png"))
+    for image in images[1:]:
+        shutil.copy(images[0], image)
+    with pytest.raises(OrionError, match="show the same picture"):
+        fine_tune.run(small_base, flat, tmp_path / "a", tmp_path / "work", QUICK, 256)
+
+
+def test_an_unknown_target_is_refused(small_base: Path, small_dataset: Path, tmp_path: Path) -> None:
+    settings = QUICK.model_copy(update={"target_modules": ("q_proj", "c_proj")})
+    with pytest.raises(OrionError, match="c_proj matches no module"):
+        fine_tune.run(small_base, small_dataset, tmp_path / "a", tmp_path / "work", settings, 256)
+
+
+def test_every_line_of_the_file_is_trained_on(small_dataset: Path, small_base: Path) -> None:
+    records = read_split(small_dataset, "train")
+    lines = split_path(small_dataset, "train").read_text().splitlines()
+    frames = fine_tune.decode_frames(small_dataset, records, 256, silent)
+    batch = fine_tune.collator(vlm.load_processor(small_base, 256), frames)(records)
+    tokenizer = vlm.load_processor(small_base, 256).tokenizer
+    for line, ids, mask in zip(lines, batch["input_ids"], batch["attention_mask"], strict=True):
+        user, assistant = (turn["content"] for turn in json.loads(line)["conversations"])
+        text = tokenizer.decode(ids[mask.bool()]).replace("<|image_start|>" + "<image>" * 64, "<image>")
+        assert text == (
+            "<|startoftext|><|im_start|>user\n"
+            + user.replace("<image>", "<image><|image_end|>")
+            + "<|im_end|>\n<|im_start|>assistant\n"
+            + assistant
+            + "<|im_end|>"
+        )
