@@ -194,9 +194,7 @@ def test_an_interrupted_run_ends_like_a_straight_one(
 
     work = tmp_path / "work-b"
     with pytest.raises(Stop):
-        fine_tune.run(
-            small_base, small_dataset, tmp_path / "b", work, QUICK, 256, stop_in_the_second_epoch
-        )
+        fine_tune.run(small_base, small_dataset, tmp_path / "b", work, QUICK, 256, stop_in_the_second_epoch)
     assert not (tmp_path / "b").exists()
     half_written = work / "checkpoints" / "checkpoint-5"  # as if the power had gone while saving
     half_written.mkdir()

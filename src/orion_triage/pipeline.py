@@ -1,0 +1,254 @@
+"""The stages in order; a stage whose receipt still matches its settings and inputs is skipped."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orion_triage import manifest
+from orion_triage.config import Settings
+from orion_triage.files import write_text
+from orion_triage.progress import Progress, silent
+
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, its settings, and where each stage's product lies."""
+
+    folder: Path
+    settings: Settings
+
+    @property
+    def base(self) -> Path:
+        from orion_triage.vlm import resolve_base
+
+        return resolve_base(self.settings.base.model)
+
+    @property
+    def dataset(self) -> Path:
+        return self.folder / "dataset"
+
+    @property
+    def adapter(self) -> Path:
+        return self.folder / "orion_lora_weights"
+
+    @property
+    def merged(self) -> Path:
+        return self.folder / "orion_merged"
+
+    @property
+    def gguf(self) -> Path:
+        return self.folder / "gguf"
+
+    def evaluation(self, model: str) -> Path:
+        return self.folder / "evaluation" / model
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`settings` and `inputs` decide whether the stage has to run again; `run` fills `folder`."""
+
+    name: str
+    folder: Callable[[Run], Path]
+    settings: Callable[[Settings], Figures]
+    inputs: Callable[[Run], dict[str, Path]]
+    run: Callable[[Run, Progress], Figures]
+
+
+def _dataset(run: Run, progress: Progress) -> Figures:
+    from orion_triage.dataset import build
+
+    return build.run(run.dataset, run.settings.dataset, progress=progress)
+
+
+def _fine_tune(run: Run, progress: Progress) -> Figures:
+    from orion_triage import fine_tune
+
+    work = run.folder / "fine_tune_work"
+    settings = run.settings
+    return fine_tune.run(
+        run.base, run.dataset, run.adapter, work, settings.fine_tune, settings.base.frame_size, progress
+    )
+
+
+def _fuse(run: Run, progress: Progress) -> Figures:
+    from orion_triage import fuse
+
+    settings = run.settings
+    return fuse.run(
+        run.base, run.adapter, run.dataset, run.merged, settings.fuse, settings.base.frame_size, progress
+    )
+
+
+def _quantize(run: Run, progress: Progress) -> Figures:
+    from orion_triage import quantize
+    from orion_triage.records import SPLITS, read_split
+
+    prompts = sorted({record.prompt for split in SPLITS for record in read_split(run.dataset, split)})
+    return quantize.run(run.merged, run.gguf, run.settings.quantize, prompts=prompts, progress=progress)
+
+
+def _evaluate_transformers(model: str) -> Callable[[Run, Progress], Figures]:
+    def evaluate(run: Run, progress: Progress) -> Figures:
+        from orion_triage import vlm
+        from orion_triage.evaluate.backends import TransformersBackend
+
+        settings = run.settings
+        folder = run.base if model == "base" else run.merged
+        backend = TransformersBackend(
+            vlm.load_model(folder, dtype="float32"),
+            vlm.load_processor(folder, settings.base.frame_size),
+            max_new_tokens=settings.evaluate.max_new_tokens,
+            batch_size=settings.evaluate.batch_size,
+        )
+        return _ask(run, model, backend, folder, progress)
+
+    return evaluate
+
+
+def _evaluate_quantized(run: Run, progress: Progress) -> Figures:
+    from orion_triage import llama_cpp, quantize
+    from orion_triage.evaluate.backends import LlamaCppBackend
+
+    quantize.check_pair(run.gguf)
+    toolchain = llama_cpp.find_toolchain(progress)
+    log = run.folder / "evaluation" / "llama-server.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    settings = run.settings.evaluate
+    with llama_cpp.Server(
+        toolchain,
+        run.gguf / "orion-q4_k_m.gguf",
+        run.gguf / "orion-mmproj-f16.gguf",
+        log=log,
+        threads=settings.threads,
+    ) as server:
+        backend = LlamaCppBackend(server.client, max_new_tokens=settings.max_new_tokens)
+        return _ask(run, "quantized", backend, run.gguf, progress)
+
+
+def _ask(run: Run, model: str, backend: Any, folder: Path, progress: Progress) -> Figures:
+    from orion_triage.evaluate.run import run as evaluate
+    from orion_triage.records import read_split
+
+    settings = run.settings
+    records = read_split(run.dataset, settings.evaluate.split)
+    inputs = manifest.hash_inputs({"model": folder, "dataset": run.dataset})
+    fingerprint = manifest.sha256_of_listing(inputs | {"settings": json.dumps(settings.evaluate.model_dump())})
+
+    def named(description: str, done: int, total: int) -> None:
+        progress(f"{description} the {model} model", done, total)
+
+    return evaluate(
+        records,
+        run.dataset,
+        backend,
+        run.evaluation(model),
+        settings.evaluate,
+        settings.base.frame_size,
+        fingerprint=fingerprint,
+        progress=named,
+    )
+
+
+def _sections(*names: str) -> Callable[[Settings], Figures]:
+    return lambda settings: {name: settings.model_dump(mode="json")[name] for name in names}
+
+
+STAGES: tuple[Stage, ...] = (
+    Stage("dataset", lambda run: run.dataset, _sections("dataset"), lambda run: _catalogue(run), _dataset),
+    Stage(
+        "evaluate base",
+        lambda run: run.evaluation("base"),
+        _sections("base", "evaluate"),
+        lambda run: {"base": run.base, "dataset": run.dataset},
+        _evaluate_transformers("base"),
+    ),
+    Stage(
+        "fine-tune",
+        lambda run: run.adapter,
+        _sections("base", "fine_tune"),
+        lambda run: {"base": run.base, "dataset": run.dataset},
+        _fine_tune,
+    ),
+    Stage(
+        "fuse",
+        lambda run: run.merged,
+        _sections("base", "fuse"),
+        lambda run: {"base": run.base, "adapter": run.adapter, "dataset": run.dataset},
+        _fuse,
+    ),
+    Stage(
+        "quantize",
+        lambda run: run.gguf,
+        _sections("quantize"),
+        lambda run: {"merged": run.merged, "dataset": run.dataset},
+        _quantize,
+    ),
+    Stage(
+        "evaluate fine-tuned",
+        lambda run: run.evaluation("fine-tuned"),
+        _sections("base", "evaluate"),
+        lambda run: {"merged": run.merged, "dataset": run.dataset},
+        _evaluate_transformers("fine-tuned"),
+    ),
+    Stage(
+        "evaluate quantized",
+        lambda run: run.evaluation("quantized"),
+        _sections("base", "evaluate"),
+        lambda run: {"gguf": run.gguf, "dataset": run.dataset},
+        _evaluate_quantized,
+    ),
+)
+
+
+def _catalogue(run: Run) -> dict[str, Path]:
+    from importlib import resources
+
+    own = run.settings.dataset.catalogue
+    shipped = Path(str(resources.files("orion_triage.dataset") / "catalogue.csv"))
+    return {"catalogue": Path(own) if own else shipped}
+
+
+def stage_named(name: str) -> Stage:
+    return next(stage for stage in STAGES if stage.name == name)
+
+
+def run_stage(
+    stage: Stage, run: Run, *, progress: Progress = silent, force: bool = False
+) -> tuple[manifest.Manifest, bool]:
+    """Run one stage unless its receipt still matches; returns the receipt and whether it was skipped."""
+    folder = stage.folder(run)
+    settings = stage.settings(run.settings)
+    inputs = manifest.hash_inputs(stage.inputs(run))
+    if not force and manifest.is_current(folder, settings=settings, inputs=inputs):
+        current = manifest.read_manifest(folder)
+        assert current is not None
+        return current, True
+    (folder / manifest.FILE_NAME).unlink(missing_ok=True)
+    began = time.monotonic()
+    figures = stage.run(run, progress)
+    receipt = manifest.write_manifest(
+        folder,
+        stage=stage.name,
+        settings=settings,
+        inputs=inputs,
+        seconds=time.monotonic() - began,
+        figures=figures,
+    )
+    return receipt, False
+
+
+def prepare(run: Run) -> None:
+    """Create the run folder and write down the settings."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    write_text(run.folder / "settings.json", run.settings.model_dump_json(indent=2) + "\n")
+
+
+def clean_work(run: Run) -> None:
+    """Delete the optimizer's checkpoints once the whole run is finished; the adapter stays."""
+    shutil.rmtree(run.folder / "fine_tune_work" / "checkpoints", ignore_errors=True)

@@ -1,0 +1,67 @@
+"""results.json: everything a run measured, collected from its stages' receipts and predictions."""
+
+from pathlib import Path
+from typing import Any
+
+from orion_triage.config import Settings, overrides
+from orion_triage.evaluate.baselines import baselines
+from orion_triage.evaluate.metrics import mcnemar, summarize
+from orion_triage.evaluate.run import prediction_of, read_predictions
+from orion_triage.manifest import read_manifest
+
+SCHEMA_VERSION = 1
+MODELS = ("base", "fine-tuned", "quantized")
+DELTAS = {"fine-tuning": ("base", "fine-tuned"), "quantization": ("fine-tuned", "quantized")}
+ARTIFACTS = (
+    "orion_lora_weights/adapter_model.safetensors",
+    "orion_merged/model.safetensors",
+    "gguf/orion-f16.gguf",
+    "gguf/orion-mmproj-f16.gguf",
+    "gguf/orion-q4_k_m.gguf",
+)
+
+
+def build_results(run_folder: Path, settings: Settings, stage_folders: dict[str, Path]) -> dict[str, Any]:
+    """The run's results; stages that have not finished are named in `missing`."""
+    receipts = {name: read_manifest(folder) for name, folder in stage_folders.items()}
+    predictions = {
+        model: [prediction_of(row) for row in read_predictions(run_folder / "evaluation" / model)]
+        for model in MODELS
+        if receipts.get(f"evaluate {model}")
+    }
+    dataset = run_folder / "dataset"
+    finished = {name: receipt for name, receipt in receipts.items() if receipt}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "preset": settings.preset,
+        "settings": settings.model_dump(mode="json"),
+        "overrides": {key: list(pair) for key, pair in overrides(settings).items()},
+        "missing": [name for name, receipt in receipts.items() if receipt is None],
+        "models": {model: summarize(rows) for model, rows in predictions.items()},
+        "deltas": {
+            name: _delta(predictions[first], predictions[second])
+            for name, (first, second) in DELTAS.items()
+            if first in predictions and second in predictions
+        },
+        "baselines": baselines(dataset, settings.evaluate.split) if finished.get("dataset") else {},
+        "bytes": {
+            name: (run_folder / name).stat().st_size for name in ARTIFACTS if (run_folder / name).exists()
+        },
+        "seconds": {name: receipt.seconds for name, receipt in finished.items()},
+        "figures": {name: receipt.figures for name, receipt in finished.items() if "evaluate" not in name},
+        "versions": next((receipt.versions for receipt in finished.values()), {}),
+    }
+
+
+def _delta(first: list[Any], second: list[Any]) -> dict[str, dict[str, float]]:
+    """Condition -> difference in points and the exact McNemar p-value, paired by frame."""
+    result = {}
+    for condition in sorted({p.condition for p in first}):
+        before = {p.name: p.predicted == p.truth for p in first if p.condition == condition}
+        after = {p.name: p.predicted == p.truth for p in second if p.condition == condition}
+        names = sorted(before)
+        result[condition] = {
+            "points": 100 * (sum(after.values()) / len(after) - sum(before.values()) / len(before)),
+            "mcnemar_p": mcnemar([before[n] for n in names], [after[n] for n in names]),
+        }
+    return result

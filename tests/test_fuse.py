@@ -1,0 +1,203 @@
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orion_triage import fuse, vlm
+from orion_triage.adapter import attach_adapter, read_adapter
+from orion_triage.config import FuseSettings
+from orion_triage.errors import OrionError
+from orion_triage.frames import read_frame
+from orion_triage.records import image_path, read_split
+
+SETTINGS = FuseSettings(check_records=20)
+
+
+def fused(base: Path, adapter: Path, dataset: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    return fuse.run(base, adapter, dataset, out, SETTINGS.model_copy(update=changes), 256)
+
+
+def log_probabilities(model: Any, base: Path, dataset: Path) -> Any:
+    import torch
+
+    records = read_split(dataset, "test")  # other records than the stage's own check
+    scores = vlm.answer_log_probabilities(
+        model,
+        vlm.load_processor(base, 256),
+        [read_frame(image_path(dataset, record), 256).image for record in records],
+        [record.prompt for record in records],
+        [record.verdict.to_json() for record in records],
+    )
+    return torch.cat(scores)
+
+
+def changed_adapter(adapter: Path, folder: Path, change: Callable[[str, Any], tuple[str, Any]]) -> Path:
+    """A copy of the adapter with `change` applied to each (key, tensor)."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(adapter, folder)
+    path = folder / "adapter_model.safetensors"
+    save_file(dict(change(key, tensor) for key, tensor in load_file(path).items()), path)
+    return folder
+
+
+def test_the_merged_folder_answers_like_the_adapter_and_not_like_the_base(
+    small_base: Path, small_adapter: Path, small_dataset: Path, tmp_path: Path, capfd: Any
+) -> None:
+    out = tmp_path / "merged"
+    figures = fused(small_base, small_adapter, small_dataset, out)
+    assert figures["check_records"] == 20
+    assert figures["verdict_tokens"] > 20 * 10
+    assert 0 < figures["largest_difference"] <= 0.005
+    assert figures["mean_adapter_effect"] > 0.1
+    assert figures["warnings"] == []
+    assert figures["census"]["self_attn.out_proj"] == {"text": 1, "vision": 2, "projector": 0}
+    printed = capfd.readouterr()
+    assert (printed.out, printed.err) == ("", "")
+
+    base = vlm.load_model(small_base, dtype="float32")
+    plain = log_probabilities(base, small_base, small_dataset)
+    adapted_model, _, _ = attach_adapter(base, small_adapter, read_adapter(small_adapter))
+    adapted = log_probabilities(adapted_model, small_base, small_dataset)
+    merged = log_probabilities(vlm.load_model(out, dtype="float32"), out, small_dataset)
+    assert float((merged - adapted).abs().max()) < 0.005
+    assert float((adapted - plain).abs().max()) > 0.5
+
+
+def test_the_merged_folder_has_the_hub_layout(
+    small_base: Path, small_adapter: Path, small_dataset: Path, tmp_path: Path
+) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    out = tmp_path / "merged"
+    figures = fused(small_base, small_adapter, small_dataset, out)
+    tensors, original = (load_file(folder / "model.safetensors") for folder in (out, small_base))
+    assert {key: value.shape for key, value in tensors.items()} == {k: v.shape for k, v in original.items()}
+    assert {value.dtype for value in tensors.values()} == {torch.float16}
+    assert "lm_head.weight" not in tensors
+    assert sum(value.numel() for value in tensors.values()) == figures["parameters"]
+    changed = {key for key in tensors if not tensors[key].equal(original[key])}
+    assert changed == {key for key in original if "self_attn" in key and key.endswith("proj.weight")}
+    config, of_base = (json.loads((folder / "config.json").read_text()) for folder in (out, small_base))
+    assert config["text_config"]["architectures"] == ["Lfm2ForCausalLM"]
+    assert config["architectures"] == ["Lfm2VlForConditionalGeneration"]
+    assert {config["dtype"], config["text_config"]["dtype"], config["vision_config"]["dtype"]} == {"float16"}
+    assert config["text_config"].get("use_cache", True)
+    assert "quantization_config" not in config
+    del config["text_config"]["dtype"], config["vision_config"]["dtype"]
+    assert config == of_base
+    for name in ("chat_template.jinja", "generation_config.json", "processor_config.json"):
+        assert (out / name).read_bytes() == (small_base / name).read_bytes()
+    vlm.resolve_base(str(out))
+
+
+def test_bfloat16_output(small_base: Path, small_adapter: Path, small_dataset: Path, tmp_path: Path) -> None:
+    figures = fused(small_base, small_adapter, small_dataset, tmp_path / "merged", dtype="bfloat16")
+    assert figures["dtype"] == "bfloat16"
+    assert figures["largest_difference"] <= figures["allowed_difference"]
+
+
+def test_an_adapter_of_another_base_is_refused(
+    other_base: Path, small_adapter: Path, small_dataset: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(OrionError, match=r"adapter of another base \(small-base.*not of other-base"):
+        fused(other_base, small_adapter, small_dataset, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_without_its_base_file_is_taken_with_a_warning(
+    small_base: Path, small_adapter: Path, small_dataset: Path, tmp_path: Path
+) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(small_adapter, adapter)
+    (adapter / "base.json").unlink()
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["target_modules"] = ["q_proj", "k_proj", "v_proj", "out_proj", "o_proj_"]
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    figures = fused(small_base, adapter, small_dataset, tmp_path / "merged")
+    assert [text for text in figures["warnings"] if "no base.json" in text]
+    assert [text for text in figures["warnings"] if "'o_proj_' changed no module" in text]
+
+
+def test_older_names_of_the_tower_give_the_same_model(
+    small_base: Path, small_adapter: Path, small_dataset: Path, tmp_path: Path
+) -> None:
+    def older(key: str, tensor: Any) -> tuple[str, Any]:
+        return key.replace("vision_tower.encoder", "vision_tower.vision_model.encoder"), tensor
+
+    adapter = changed_adapter(small_adapter, tmp_path / "adapter", older)
+    assert any("vision_model" in key for key in read_adapter(adapter))
+    fused(small_base, small_adapter, small_dataset, tmp_path / "a")
+    fused(small_base, adapter, small_dataset, tmp_path / "b")
+    assert vlm.fingerprint(tmp_path / "a") == vlm.fingerprint(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda key, tensor: (key, tensor * float("nan")), "values that are not finite"),
+        (lambda key, tensor: (key, tensor * (0 if "lora_B" in key else 1)), "changes no log-probability"),
+        (lambda key, tensor: (key.replace("lora_A", "lora_magnitude_vector"), tensor), "is no LoRA matrix"),
+        (lambda key, tensor: (key.replace("layers.1", "layers.7"), tensor), "matches no module of the base"),
+        (
+            lambda key, tensor: (key, tensor[:8] if "lora_A" in key else tensor[:, :8]),
+            r"has shape \(8, \d+\)",
+        ),
+        (lambda key, tensor: (key, tensor * 1e3), "values beyond float16's range"),
+    ],
+)
+def test_unusable_adapters_are_refused(
+    small_base: Path, small_adapter: Path, small_dataset: Path, tmp_path: Path, change: Any, message: str
+) -> None:
+    adapter = changed_adapter(
+        small_adapter, tmp_path / "adapter", lambda key, tensor: _contiguous(change(key, tensor))
+    )
+    with pytest.raises(OrionError, match=message):
+        fused(small_base, adapter, small_dataset, tmp_path / "merged")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def _contiguous(pair: tuple[str, Any]) -> tuple[str, Any]:
+    return pair[0], pair[1].contiguous()
+
+
+def test_a_merge_that_answers_otherwise_leaves_nothing(
+    small_base: Path,
+    small_adapter: Path,
+    small_dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    saved = fuse._save
+
+    def save_the_base_instead(model: Any, processor: Any, base: Path, folder: Path) -> None:
+        saved(model, processor, base, folder)
+        shutil.copy(base / "model.safetensors", folder / "model.safetensors")
+
+    monkeypatch.setattr(fuse, "_save", save_the_base_instead)
+    with pytest.raises(OrionError, match=r"differ from base \+ adapter by up to \d"):
+        fused(small_base, small_adapter, small_dataset, tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_frame_size_is_refused(
+    small_base: Path, small_adapter: Path, small_dataset: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(OrionError, match=r"trained on frames of 256 px; base\.frame_size is 512"):
+        fuse.run(small_base, small_adapter, small_dataset, tmp_path / "merged", SETTINGS, 512)
+
+
+def test_too_few_records_and_missing_files_are_named(
+    small_base: Path, small_adapter: Path, small_dataset: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        OrionError, match="has 30 training and validation records; the merge's check needs 31"
+    ):
+        fused(small_base, small_adapter, small_dataset, tmp_path / "merged", check_records=31)
+    (tmp_path / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(OrionError, match=r"adapter_model\.bin can run code"):
+        fused(small_base, tmp_path, small_dataset, tmp_path / "merged")
