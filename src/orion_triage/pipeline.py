@@ -131,6 +131,19 @@ def _evaluate_quantized(run: Run, progress: Progress) -> Figures:
         return _ask(run, "quantized", backend, run.gguf, progress)
 
 
+def evaluate_server(run: Run, url: str, progress: Progress = silent) -> Figures:
+    """Evaluate a llama.cpp server that someone else started; its key is in LLAMA_API_KEY."""
+    import os
+
+    from orion_triage.evaluate.backends import LlamaCppBackend
+    from orion_triage.llama_cpp import Client
+
+    client = Client(url, os.environ.get("LLAMA_API_KEY", ""))
+    client.ready(60)
+    backend = LlamaCppBackend(client, max_new_tokens=run.settings.evaluate.max_new_tokens)
+    return _ask(run, "server", backend, run.gguf, progress)
+
+
 def _ask(run: Run, model: str, backend: Any, folder: Path, progress: Progress) -> Figures:
     from orion_triage.evaluate.run import run as evaluate
     from orion_triage.records import read_split

@@ -1,0 +1,84 @@
+"""Makes the shipped base from nothing: tiles, tokenizer, tower, language. Resumable; about 2 hours on 2 cores.
+
+The base never sees the triage task: its questions have labels and category sets of their own (`texts`), its
+tiles have seeds of their own (`tiles`), and its random coordinates stay 2 degrees away from val and test.
+`record.json` beside the weights says what went in.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from orion_triage.files import replaced_folder, write_text
+from orion_triage.progress import Progress, silent
+
+TILES = 14_400
+TOWER_EPOCHS = 5.0
+LANGUAGE_STEPS = 3000
+SEED = 0
+
+
+def build(
+    work: Path,
+    out_folder: Path,
+    *,
+    tiles: int = TILES,
+    tower_epochs: float = TOWER_EPOCHS,
+    language_steps: int = LANGUAGE_STEPS,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Build the base into `out_folder`, keeping intermediate state in `work`; returns what it measured."""
+    import torch
+    from transformers import Lfm2VlForConditionalGeneration
+
+    from orion_triage.tiny_base.architecture import make_config, make_processor, save_base, train_tokenizer
+    from orion_triage.tiny_base.instruct import cache_features, train_language
+    from orion_triage.tiny_base.texts import corpus
+    from orion_triage.tiny_base.tiles import FRAME_SIZE, NAMESPACE, draw_tiles, load_tiles, seed_of
+    from orion_triage.tiny_base.tower import train_tower
+
+    work.mkdir(parents=True, exist_ok=True)
+    draw_tiles(work / "tiles", tiles, len(os.sched_getaffinity(0)), progress)
+    pixels, facts = load_tiles(work / "tiles", tiles)
+
+    tokenizer = train_tokenizer(corpus(4000, facts[:600]), 2048)
+    torch.manual_seed(SEED)
+    model = Lfm2VlForConditionalGeneration(make_config(tokenizer))
+    tower = model.model.vision_tower
+    figures = train_tower(
+        tower, pixels, facts, epochs=tower_epochs, checkpoint=work / "tower.pt", seed=SEED, progress=progress
+    )
+    features = cache_features(tower, pixels, work / "features.npy", progress)
+    places = held_out_places()
+    train_language(
+        model,
+        tokenizer,
+        features,
+        facts,
+        steps=language_steps,
+        places=places,
+        checkpoint=work / "language.pt",
+        seed=SEED,
+        progress=progress,
+    )
+    with replaced_folder(out_folder) as folder:
+        save_base(model, make_processor(tokenizer, FRAME_SIZE), folder)
+        record = {
+            "tiles": {"namespace": NAMESPACE, "count": tiles, "first_seed": seed_of(0)},
+            "places_kept_away_from": len(places),
+            "tower": {"epochs": tower_epochs, **figures},
+            "language": {"steps": language_steps},
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "seed": SEED,
+        }
+        write_text(folder / "record.json", json.dumps(record, indent=2) + "\n")
+    return record
+
+
+def held_out_places() -> list[tuple[float, float]]:
+    """(lon, lat) of the shipped catalogue's val and test places."""
+    from orion_triage.dataset.catalogue import load_catalogue, split_targets
+
+    splits = split_targets(load_catalogue())
+    return [(target.lon, target.lat) for name in ("val", "test") for target in splits[name]]  # type: ignore[index]
