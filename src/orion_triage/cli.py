@@ -56,7 +56,13 @@ def _escape(text: str) -> str:
 @contextmanager
 def _progress() -> Iterator[Progress]:
     """A bar with time left on a terminal, nothing otherwise."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
     from rich.progress import Progress as Bar
 
     columns = (
@@ -135,7 +141,9 @@ def evaluate(
     assignments: SetOption = [],  # noqa: B006
     folder: RunOption = None,
     file: Annotated[str, typer.Option("--file", help="Split: val or test.")] = "test",
-    quantized: Annotated[bool, typer.Option("--gguf", help="Evaluate the run's GGUF pair: server started here.")] = False,
+    quantized: Annotated[
+        bool, typer.Option("--gguf", help="Evaluate the run's GGUF pair: server started here.")
+    ] = False,
     server: Annotated[str, typer.Option("--quantized-model", help="URL of a running llama.cpp server.")] = "",
     force: ForceOption = False,
 ) -> None:
@@ -187,8 +195,12 @@ def _report(run: Any, *, as_json: bool) -> None:
 @app.command(epilog="Example: orion triage frames/*.png")
 def triage(
     files: Annotated[list[Path], typer.Argument(help="Frames: PNG, JPEG or raw 512x512x3 RGB (.raw).")],
-    folder: Annotated[Path | None, typer.Option("--run", help="Run folder. Default: the newest finished.")] = None,
-    resize: Annotated[bool, typer.Option("--resize", help="Accept other sizes: cut to a square, scale.")] = False,
+    folder: Annotated[
+        Path | None, typer.Option("--run", help="Run folder. Default: the newest finished.")
+    ] = None,
+    resize: Annotated[
+        bool, typer.Option("--resize", help="Accept other sizes: cut to a square, scale.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Classify frames with a run's quantized pair."""
@@ -220,11 +232,15 @@ def triage(
                 progress("classifying frames", len(outcomes), len(files))
     for outcome in outcomes:
         if outcome.error:
-            _console().print(f"[bold red]refused:[/] {_escape(outcome.error)}", highlight=False, soft_wrap=True)
+            _console().print(
+                f"[bold red]refused:[/] {_escape(outcome.error)}", highlight=False, soft_wrap=True
+            )
     good = [outcome for outcome in outcomes if outcome.verdict]
     if as_json:
         rows = [
-            {"file": o.file, "category": o.verdict.category, "reason": o.verdict.reason} for o in good if o.verdict
+            {"file": o.file, "category": o.verdict.category, "reason": o.verdict.reason}
+            for o in good
+            if o.verdict
         ]
         typer.echo(json.dumps(rows, indent=2))
     else:
@@ -232,7 +248,10 @@ def triage(
         for outcome in good:
             assert outcome.verdict is not None
             table.add_row(
-                outcome.file, outcome.verdict.category, _escape(outcome.verdict.reason), f"{outcome.seconds:.2f}"
+                outcome.file,
+                outcome.verdict.category,
+                _escape(outcome.verdict.reason),
+                f"{outcome.seconds:.2f}",
             )
         Console().print(table)
     if len(good) < len(outcomes):
@@ -246,15 +265,21 @@ def toolchain() -> None:
 
     with _progress() as progress:
         found = llama_cpp.find_toolchain(progress)
-    _console().print(f"llama.cpp build {found.build} ({found.origin}): {found.llama_server}", highlight=False, soft_wrap=True)
+    _console().print(
+        f"llama.cpp build {found.build} ({found.origin}): {found.llama_server}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @app.command("build-tiny-base", epilog="Example: orion build-tiny-base --work /tmp/tiny")
 def build_tiny_base(
-    work: Annotated[Path, typer.Option(help="Folder for intermediate state (6 GB); a rerun goes on from it.")] = Path(
-        ".cache/tiny-base"
+    work: Annotated[
+        Path, typer.Option(help="Folder for intermediate state (6 GB); a rerun goes on from it.")
+    ] = Path(".cache/tiny-base"),
+    out: Annotated[Path, typer.Option(help="Where the checkpoint goes.")] = Path(
+        "src/orion_triage/tiny_base/weights"
     ),
-    out: Annotated[Path, typer.Option(help="Where the checkpoint goes.")] = Path("src/orion_triage/tiny_base/weights"),
 ) -> None:
     """Rebuild the shipped base model from nothing (about 2 hours on 2 cores)."""
     from orion_triage.tiny_base.build import build

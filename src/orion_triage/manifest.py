@@ -15,7 +15,16 @@ from orion_triage.errors import OrionError
 from orion_triage.files import sha256_of_file, write_text
 
 FILE_NAME = "manifest.json"
-_LIBRARIES = ("orion-triage", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "pillow")
+_LIBRARIES = (
+    "orion-triage",
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "numpy",
+    "pillow",
+)
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,9 @@ def read_manifest(folder: Path) -> Manifest | None:
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:
-        raise OrionError(f"{path} is damaged: {error}.", "Delete the folder; the next run makes it again.") from None
+        raise OrionError(
+            f"{path} is damaged: {error}.", "Delete the folder; the next run makes it again."
+        ) from None
 
 
 def is_current(folder: Path, *, settings: dict[str, Any], inputs: dict[str, str]) -> bool:

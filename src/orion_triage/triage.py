@@ -23,9 +23,7 @@ class Category(StrEnum):
 
 CATEGORIES: tuple[Category, ...] = (Category.HIGH, Category.MEDIUM, Category.LOW)
 
-_OPENING = (
-    "You are an autonomous orbital triage assistant. Analyze this high-resolution RGB satellite image"
-)
+_OPENING = "You are an autonomous orbital triage assistant. Analyze this high-resolution RGB satellite image"
 _TASK = """
 Strictly use one of these categories based on visual morphology:
 - HIGH: Extreme-scale strategic anomalies, dense geometric cargo/vessel infrastructure, massive cooling \
@@ -54,9 +52,7 @@ class Coordinates:
                 f"longitude {self.lon} is not within -180..180", "Check for swapped lon and lat."
             )
         if not (math.isfinite(self.lat) and -90 <= self.lat <= 90):
-            raise OrionError(
-                f"latitude {self.lat} is not within -90..90", "Check for swapped lon and lat."
-            )
+            raise OrionError(f"latitude {self.lat} is not within -90..90", "Check for swapped lon and lat.")
 
 
 def format_degrees(value: float) -> str:
@@ -69,16 +65,12 @@ def render_prompt(coordinates: Coordinates | None) -> str:
     """The user's text of one frame, with or without its coordinates."""
     if coordinates is None:
         return f"{_OPENING}.{_TASK}"
-    where = (
-        f"Longitude: {format_degrees(coordinates.lon)}, Latitude: {format_degrees(coordinates.lat)}"
-    )
+    where = f"Longitude: {format_degrees(coordinates.lon)}, Latitude: {format_degrees(coordinates.lat)}"
     return f"{_OPENING} captured at {where}.{_TASK}"
 
 
 _WITH_COORDINATES = re.compile(
-    re.escape(_OPENING)
-    + r" captured at Longitude: (-?\d+\.\d+), Latitude: (-?\d+\.\d+)\."
-    + re.escape(_TASK)
+    re.escape(_OPENING) + r" captured at Longitude: (-?\d+\.\d+), Latitude: (-?\d+\.\d+)\." + re.escape(_TASK)
 )
 
 

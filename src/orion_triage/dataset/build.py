@@ -59,7 +59,13 @@ def records_of(targets: list[Target], split: Split) -> Iterator[Record]:
 
 def _draw_all(folder: Path, targets: list[Target], settings: DatasetSettings, progress: Progress) -> None:
     jobs = [
-        (target.morphology, target.name, settings.imagery_seed, settings.metres_per_pixel, str(folder / image_name(target)))
+        (
+            target.morphology,
+            target.name,
+            settings.imagery_seed,
+            settings.metres_per_pixel,
+            str(folder / image_name(target)),
+        )
         for target in targets
     ]
     workers = min(len(os.sched_getaffinity(0)), 8)

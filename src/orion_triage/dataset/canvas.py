@@ -173,7 +173,9 @@ class Layer:
     def line(self, points: Sequence[Point], width: float, colour: Colour, *, road: bool = False) -> None:
         """A stroke of `width` metres through `points`; `road` counts its length."""
         pixels = max(1, round(width * self.SCALE / self.canvas.metres_per_pixel))
-        self.pen.line(self._pixels(points), fill=_rgba(colour), width=pixels, joint="curve" if pixels > 3 else None)
+        self.pen.line(
+            self._pixels(points), fill=_rgba(colour), width=pixels, joint="curve" if pixels > 3 else None
+        )
         if road:
             half = self.canvas.extent / 2
             self.canvas.road_metres += sum(

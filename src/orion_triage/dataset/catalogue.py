@@ -62,7 +62,9 @@ def load_catalogue(path: Path | None = None) -> list[Target]:
     reader = csv.DictReader(text.splitlines())
     missing = [column for column in COLUMNS if column not in (reader.fieldnames or [])]
     if missing:
-        raise OrionError(f"{source} has no column {', '.join(missing)}.", f"The columns are {', '.join(COLUMNS)}.")
+        raise OrionError(
+            f"{source} has no column {', '.join(missing)}.", f"The columns are {', '.join(COLUMNS)}."
+        )
     targets: list[Target] = []
     mistakes: list[str] = []
     seen: dict[str, int] = {}
@@ -92,7 +94,9 @@ def _problems(row: Mapping[str, str | None], seen: Mapping[str, int]) -> list[st
     if category not in CATEGORIES:
         problems.append(f"category {category!r} is not one of {', '.join(CATEGORIES)}")
     elif morphology not in MORPHOLOGIES[Category(category)]:
-        problems.append(f"morphology {morphology!r} is not one of {category}'s: {', '.join(MORPHOLOGIES[Category(category)])}")
+        problems.append(
+            f"morphology {morphology!r} is not one of {category}'s: {', '.join(MORPHOLOGIES[Category(category)])}"
+        )
     for column, limit in (("lon", 180.0), ("lat", 90.0)):
         try:
             value = float(row[column] or "")
@@ -108,7 +112,9 @@ def _problems(row: Mapping[str, str | None], seen: Mapping[str, int]) -> list[st
 def great_circle_km(lon1: float, lat1: float, lon2: float, lat2: float) -> float:
     """Distance on a sphere (haversine), within 0.6 % of the ellipsoid."""
     a, b = math.radians(lat1), math.radians(lat2)
-    half = math.sin((b - a) / 2) ** 2 + math.cos(a) * math.cos(b) * math.sin(math.radians(lon2 - lon1) / 2) ** 2
+    half = (
+        math.sin((b - a) / 2) ** 2 + math.cos(a) * math.cos(b) * math.sin(math.radians(lon2 - lon1) / 2) ** 2
+    )
     return 2 * EARTH_RADIUS_KM * math.asin(min(1.0, math.sqrt(half)))
 
 

@@ -18,7 +18,9 @@ def ocean_water(canvas: Canvas) -> None:
     canvas.rgb += (swell * canvas.uniform(1.5, 6) + currents * canvas.uniform(2, 9))[..., None]
     if canvas.chance(0.5):  # plankton or sediment in eddies
         eddies = np.abs(np.sin(canvas.fractal(3.2, 4000) * 3 + currents))
-        canvas.blend(eddies**3 * canvas.uniform(0.1, 0.5), canvas.pick([(64, 112, 92), (96, 106, 82), (70, 100, 118)]))
+        canvas.blend(
+            eddies**3 * canvas.uniform(0.1, 0.5), canvas.pick([(64, 112, 92), (96, 106, 82), (70, 100, 118)])
+        )
     if canvas.chance(0.45):  # glint brightens one side
         along, _ = canvas.rotated(canvas.uniform(0, 2 * math.pi))
         canvas.rgb += (np.clip(along / canvas.extent + 0.35, 0, 1) ** 2 * canvas.uniform(30, 110))[..., None]
@@ -39,7 +41,11 @@ def desert_ice_canopy(canvas: Canvas) -> None:
 def _dunes(canvas: Canvas) -> None:
     canvas.biome = canvas.pick(["arid", "red_soil", "steppe"])
     dark, light = canvas.pick(
-        [((150, 112, 72), (206, 164, 112)), ((160, 140, 104), (208, 190, 150)), ((136, 88, 58), (190, 132, 88))]
+        [
+            ((150, 112, 72), (206, 164, 112)),
+            ((160, 140, 104), (208, 190, 150)),
+            ((136, 88, 58), (190, 132, 88)),
+        ]
     )
     direction = canvas.angle()
     _, across = canvas.rotated(direction)
@@ -58,12 +64,17 @@ def _ice(canvas: Canvas) -> None:
     canvas.shade(canvas.streaks(canvas.angle(), 6, 2.0, 300), 0.03)
     if canvas.chance(0.6):  # crevasses or leads
         cracks = np.abs(canvas.streaks(canvas.angle(), 4, 2.6, 2500))
-        canvas.blend(np.clip(1 - cracks / canvas.uniform(0.03, 0.1), 0, 1) * 0.8, canvas.pick([(58, 84, 108), (120, 150, 176)]))
+        canvas.blend(
+            np.clip(1 - cracks / canvas.uniform(0.03, 0.1), 0, 1) * 0.8,
+            canvas.pick([(58, 84, 108), (120, 150, 176)]),
+        )
 
 
 def _canopy(canvas: Canvas) -> None:
     canvas.biome = canvas.pick(["tropical", "temperate"])
-    dark, light = canvas.pick([((22, 42, 22), (62, 88, 46)), ((34, 46, 30), (78, 88, 54)), ((40, 52, 26), (96, 98, 52))])
+    dark, light = canvas.pick(
+        [((22, 42, 22), (62, 88, 46)), ((34, 46, 30), (78, 88, 54)), ((40, 52, 26), (96, 98, 52))]
+    )
     crowns = canvas.fractal(0.4, 80)
     stands = canvas.fractal(2.4, 3500)
     canvas.fill(dark, light, 0.9 * crowns + 0.8 * stands, 0.24)
@@ -88,7 +99,10 @@ def paint_coast(canvas: Canvas, field: Array, *, beach: bool = True) -> None:
     canvas.blend(np.exp(-np.clip(depth, 0, None) / canvas.uniform(3, 14)) * (depth > 0) * 0.7, shallow)
     if beach:
         width = canvas.uniform(1.0, 5.0)
-        canvas.blend(np.exp(-((depth + width / 2) ** 2) / width**2) * 0.75, canvas.pick([(196, 180, 144), (150, 138, 116), (214, 206, 188)]))
+        canvas.blend(
+            np.exp(-((depth + width / 2) ** 2) / width**2) * 0.75,
+            canvas.pick([(196, 180, 144), (150, 138, 116), (214, 206, 188)]),
+        )
         canvas.blend(np.exp(-((depth - 1.2) ** 2) / 0.8) * canvas.uniform(0, 0.6), (214, 220, 220))
 
 
@@ -115,7 +129,9 @@ def geological(canvas: Canvas) -> None:
         direction = canvas.angle()
         _, across = canvas.rotated(direction)
         warp = canvas.streaks(direction, 2.5, 3.4, 5000) * canvas.uniform(500, 1100)
-        beds = np.sin((across + warp) / canvas.uniform(45, 110)) + 0.6 * np.sin((across + warp) / canvas.uniform(18, 30))
+        beds = np.sin((across + warp) / canvas.uniform(45, 110)) + 0.6 * np.sin(
+            (across + warp) / canvas.uniform(18, 30)
+        )
         canvas.rgb *= (1 + 0.16 * beds)[..., None]
         canvas.shade(beds + 2 * canvas.fractal(3.2, 1500), canvas.uniform(0.1, 0.3))
         return
@@ -133,13 +149,18 @@ def geological(canvas: Canvas) -> None:
     if kind == "crater":
         height = np.exp(-(((distance - 1) / 0.16) ** 2)) * 1.2 - np.exp(-((distance / 0.8) ** 4)) * 0.9
         canvas.shade(height * 10 + 0.5 * canvas.fractal(3.0, 800), canvas.uniform(0.5, 1.1))
-        canvas.blend(np.exp(-((distance / 0.7) ** 6)) * 0.4, canvas.pick([(180, 168, 140), (70, 66, 62), (110, 100, 84)]))
+        canvas.blend(
+            np.exp(-((distance / 0.7) ** 6)) * 0.4,
+            canvas.pick([(180, 168, 140), (70, 66, 62), (110, 100, 84)]),
+        )
         return
     gullies = np.sin(bearing * canvas.integer(9, 18) + 1.5 * canvas.fractal(2.6, 1500))
     cone = np.exp(-distance * 1.2) * 40 + gullies * np.clip(1 - distance / 2.0, 0, 1) * 0.9
     canvas.shade(cone, canvas.uniform(0.7, 1.2))
     canvas.blend(np.exp(-((distance / 0.22) ** 4)) * 0.85, (48, 42, 40))
-    flows = np.clip(canvas.fractal(2.4, 1200) + gullies - 0.9, 0, 1) * (distance < 2.2) * np.exp(-distance / 2)
+    flows = (
+        np.clip(canvas.fractal(2.4, 1200) + gullies - 0.9, 0, 1) * (distance < 2.2) * np.exp(-distance / 2)
+    )
     canvas.blend(flows, (46, 44, 44))
 
 
@@ -170,7 +191,12 @@ def drainage_tree(canvas: Canvas) -> Layer:
     direction = canvas.uniform(0, 2 * math.pi)
     for _ in range(canvas.integer(2, 3)):
         start = offset((0.0, 0.0), -half * 1.25, canvas.uniform(-0.8, 0.8) * half, direction)
-        grow(start, direction + canvas.uniform(-0.2, 0.2), half * canvas.uniform(2.0, 2.6), canvas.uniform(45, 80))
+        grow(
+            start,
+            direction + canvas.uniform(-0.2, 0.2),
+            half * canvas.uniform(2.0, 2.6),
+            canvas.uniform(45, 80),
+        )
     return layer
 
 
@@ -193,7 +219,9 @@ def fractal_texture(canvas: Canvas) -> None:
     else:
         direction = canvas.angle()
         _, across = canvas.rotated(direction)
-        belt = np.exp(-(((across + 120 * canvas.streaks(direction, 3, 3.8, 5000)) / canvas.uniform(900, 1500)) ** 4))
+        belt = np.exp(
+            -(((across + 120 * canvas.streaks(direction, 3, 3.8, 5000)) / canvas.uniform(900, 1500)) ** 4)
+        )
         canvas.blend(belt * 0.8, canvas.pick([(150, 142, 128), (128, 118, 98), (172, 160, 136)]))
         canvas.rgb += (canvas.streaks(direction, 5, 2.2, 800) * 5 * belt)[..., None]
         layer = canvas.layer()
@@ -206,7 +234,9 @@ def fractal_texture(canvas: Canvas) -> None:
                 offset(
                     (0.0, 0.0),
                     s,
-                    lane + swing * math.sin(s / 420 + phases[0]) + 0.6 * swing * math.sin(s / 170 + phases[1])
+                    lane
+                    + swing * math.sin(s / 420 + phases[0])
+                    + 0.6 * swing * math.sin(s / 170 + phases[1])
                     + bank * 0.5 * math.sin(s / 1500 + phases[2]),
                     direction,
                 )

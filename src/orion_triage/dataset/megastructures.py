@@ -74,7 +74,8 @@ def mega_port(canvas: Canvas) -> None:
     finger_length, finger_width = canvas.uniform(900, 1700), canvas.uniform(320, 480)
     spacing = canvas.extent / (fingers + canvas.uniform(0.2, 0.8))
     centres = [
-        offset((0, 0), edge + finger_length / 2, (number - (fingers - 1) / 2) * spacing, angle) for number in range(fingers)
+        offset((0, 0), edge + finger_length / 2, (number - (fingers - 1) / 2) * spacing, angle)
+        for number in range(fingers)
     ]
     for centre in centres:
         layer.rectangle(centre, finger_length + 200, finger_width, angle, paving)
@@ -106,7 +107,9 @@ def mega_airport(canvas: Canvas) -> None:
     """An intercontinental airport: several runways of 3-4 km, taxiways, terminals with piers, wide aprons."""
     _surroundings(canvas)
     angle = canvas.angle()
-    grass: Colour = tuple(v * canvas.uniform(0.95, 1.2) for v in canvas.pick([BIOMES[canvas.biome][2], BIOMES[canvas.biome][1]]))  # type: ignore[assignment]
+    grass: Colour = tuple(
+        v * canvas.uniform(0.95, 1.2) for v in canvas.pick([BIOMES[canvas.biome][2], BIOMES[canvas.biome][1]])
+    )  # type: ignore[assignment]
     surface = grey(canvas.uniform(78, 175))
     concrete = grey(canvas.uniform(150, 195), 4)
     runways = canvas.integer(2, 4)
@@ -122,9 +125,13 @@ def mega_airport(canvas: Canvas) -> None:
         middle = offset((0, 0), shift, position * gap, angle)
         inward = -1 if position > 0 else 1
         taxi = offset(middle, 0, inward * 190, angle)
-        layer.line([offset(taxi, -length / 2, 0, angle), offset(taxi, length / 2, 0, angle)], 26, concrete, road=True)
+        layer.line(
+            [offset(taxi, -length / 2, 0, angle), offset(taxi, length / 2, 0, angle)], 26, concrete, road=True
+        )
         for exit_at in np.linspace(-length / 2, length / 2, canvas.integer(5, 9)):
-            layer.line([offset(middle, exit_at, 0, angle), offset(taxi, exit_at + 90, 0, angle)], 24, concrete)
+            layer.line(
+                [offset(middle, exit_at, 0, angle), offset(taxi, exit_at + 90, 0, angle)], 24, concrete
+            )
         layer.rectangle(middle, length, 62, angle, surface)
         for end in (-1, 1):
             layer.rectangle(offset(middle, end * (length / 2 - 60), 0, angle), 60, 50, angle, grey(215))
@@ -132,7 +139,9 @@ def mega_airport(canvas: Canvas) -> None:
     layer.rectangle((0, 0), apron_length, apron_width, angle, concrete)
     for position in (-0.3, 0.3):
         tie = apron_length * position
-        layer.line([offset((0, 0), tie, -gap * 0.5, angle), offset((0, 0), tie, gap * 0.5, angle)], 26, concrete)
+        layer.line(
+            [offset((0, 0), tie, -gap * 0.5, angle), offset((0, 0), tie, gap * 0.5, angle)], 26, concrete
+        )
     piers = canvas.integer(2, 5)
     roof = canvas.pick([grey(205), grey(120), (140, 150, 160), (196, 186, 172)])
     for pier in range(piers):
@@ -146,7 +155,9 @@ def mega_airport(canvas: Canvas) -> None:
                     layer.rectangle(plane, 10, 48, angle, grey(232))
     layer.rectangle((0, 0), apron_length * 0.9, 70, angle, roof)
     if canvas.chance(0.5):  # a crossing runway
-        layer.rectangle(offset((0, 0), length * 0.4, 0, angle), 2800, 60, angle + canvas.uniform(0.9, 1.5), surface)
+        layer.rectangle(
+            offset((0, 0), length * 0.4, 0, angle), 2800, 60, angle + canvas.uniform(0.9, 1.5), surface
+        )
     layer.paste(built=True)
     main_roads(canvas, 1, 24, bend=150)
 
@@ -175,7 +186,13 @@ def energy_dam(canvas: Canvas) -> None:
         paint_coast(canvas, field, beach=False)
     layer = canvas.layer()
     if kind == "refinery":
-        layer.rectangle((0, 0), canvas.uniform(2600, 3600), canvas.uniform(1900, 2600), angle, grey(canvas.uniform(118, 150), 8))
+        layer.rectangle(
+            (0, 0),
+            canvas.uniform(2600, 3600),
+            canvas.uniform(1900, 2600),
+            angle,
+            grey(canvas.uniform(118, 150), 8),
+        )
         for spot_along in (-900, 0, 900):
             for spot_across in (-650, 0, 650):
                 spot = offset((canvas.uniform(-60, 60), 0), spot_along, spot_across, angle)
@@ -184,7 +201,13 @@ def energy_dam(canvas: Canvas) -> None:
                 else:
                     for _ in range(60):
                         unit = offset(spot, canvas.uniform(-330, 330), canvas.uniform(-230, 230), angle)
-                        layer.rectangle(unit, canvas.uniform(15, 90), canvas.uniform(12, 40), angle, canvas.pick([grey(92), grey(180), grey(60), (120, 110, 96)]))
+                        layer.rectangle(
+                            unit,
+                            canvas.uniform(15, 90),
+                            canvas.uniform(12, 40),
+                            angle,
+                            canvas.pick([grey(92), grey(180), grey(60), (120, 110, 96)]),
+                        )
         layer.paste(built=True)
         main_roads(canvas, 1, 18, bend=100)
         return
@@ -193,11 +216,15 @@ def energy_dam(canvas: Canvas) -> None:
         hall = offset((0, 0), canvas.uniform(-600, 600), canvas.uniform(200, 500), angle)
         layer.rectangle((hall[0] + 22, hall[1] + 22), 320, 110, angle, grey(48))
         layer.rectangle(hall, 320, 110, angle, canvas.pick(ROOFS))
-    layer.rectangle(offset((0, 0), 820, 350, angle), 430, 520, angle, canvas.pick([grey(38), grey(52), (92, 84, 74)]))
+    layer.rectangle(
+        offset((0, 0), 820, 350, angle), 430, 520, angle, canvas.pick([grey(38), grey(52), (92, 84, 74)])
+    )
     for _ in range(2):
         switch = offset((0, 0), canvas.uniform(-950, -750), canvas.uniform(100, 600), angle)
         for bar in range(8):
-            layer.line([offset(switch, -150, bar * 26, angle), offset(switch, 150, bar * 26, angle)], 6, grey(190))
+            layer.line(
+                [offset(switch, -150, bar * 26, angle), offset(switch, 150, bar * 26, angle)], 6, grey(190)
+            )
     towers = canvas.integer(3, 8)
     rows = 2 if towers > 4 else 1
     spots = [
@@ -237,9 +264,13 @@ def _dam(canvas: Canvas) -> None:
     canvas.flood(np.clip(lake * 6, 0, 1) * upstream)
     layer = canvas.layer()
     bulge = span * canvas.uniform(-0.05, 0.22)
-    wall = [offset((0, 0), position + bulge * (1 - (2 * t) ** 2) * -1, t * span * 1.12, angle) for t in np.linspace(-0.5, 0.5, 15)]
+    wall = [
+        offset((0, 0), position + bulge * (1 - (2 * t) ** 2) * -1, t * span * 1.12, angle)
+        for t in np.linspace(-0.5, 0.5, 15)
+    ]
     stream = [
-        offset((0, 0), position + s, 90 * (math.sin(s / 420) - 0.0) * min(1, s / 600), angle) for s in np.linspace(30, 6000, 40)
+        offset((0, 0), position + s, 90 * (math.sin(s / 420) - 0.0) * min(1, s / 600), angle)
+        for s in np.linspace(30, 6000, 40)
     ]
     layer.line(stream, canvas.uniform(60, 130), canvas.water_colour())
     layer.paste(water=True)
@@ -250,8 +281,13 @@ def _dam(canvas: Canvas) -> None:
     layer.rectangle(spill, 230, 90, angle, grey(232))
     layer.rectangle(offset((0, 0), position + 190, span * 0.28, angle), 90, 240, angle, grey(160, 4))
     for block in range(5):
-        layer.rectangle(offset((0, 0), position + 420, span * 0.3 + block * 70, angle), 120, 45, angle, grey(180))
-    zigzag = [offset((0, 0), position + 100 + 130 * step, span * (0.62 + 0.12 * (step % 2)), angle) for step in range(14)]
+        layer.rectangle(
+            offset((0, 0), position + 420, span * 0.3 + block * 70, angle), 120, 45, angle, grey(180)
+        )
+    zigzag = [
+        offset((0, 0), position + 100 + 130 * step, span * (0.62 + 0.12 * (step % 2)), angle)
+        for step in range(14)
+    ]
     layer.line(zigzag, 14, grey(185, 8), road=True)
     layer.paste(built=True)
 
@@ -272,20 +308,43 @@ def _open_pit(canvas: Canvas) -> None:
     long, short = canvas.uniform(1100, 1900), canvas.uniform(800, 1300)
     wobble = 1 + 0.08 * canvas.fractal(3.2, 2500)
     radius = np.hypot(along / long, across / short) * wobble
-    rock, pale = canvas.pick([((112, 98, 84), (176, 160, 140)), ((120, 82, 64), (176, 132, 104)), ((92, 90, 90), (150, 146, 140)), ((130, 118, 96), (196, 184, 158))])
+    rock, pale = canvas.pick(
+        [
+            ((112, 98, 84), (176, 160, 140)),
+            ((120, 82, 64), (176, 132, 104)),
+            ((92, 90, 90), (150, 146, 140)),
+            ((130, 118, 96), (196, 184, 158)),
+        ]
+    )
     layer = canvas.layer()
     for _ in range(canvas.integer(2, 4)):  # waste heaps: lobed fans
         direction = canvas.uniform(0, 2 * math.pi)
         heap = (centre[0] + math.cos(direction) * long * 1.35, centre[1] + math.sin(direction) * long * 1.35)
         size = canvas.uniform(350, 750)
         lobes = canvas.uniform(3, 7)
-        points = [(heap[0] + size * (1 + 0.2 * math.sin(lobes * t)) * math.cos(t), heap[1] + size * (1 + 0.2 * math.sin(lobes * t)) * math.sin(t)) for t in np.linspace(0, 2 * math.pi, 40)]
+        points = [
+            (
+                heap[0] + size * (1 + 0.2 * math.sin(lobes * t)) * math.cos(t),
+                heap[1] + size * (1 + 0.2 * math.sin(lobes * t)) * math.sin(t),
+            )
+            for t in np.linspace(0, 2 * math.pi, 40)
+        ]
         layer.polygon(points, tuple(v * canvas.uniform(0.85, 1.1) for v in pale))
         for ring in np.arange(0.3, 1.0, 0.22):
-            layer.line([(heap[0] + (x - heap[0]) * ring, heap[1] + (y - heap[1]) * ring) for x, y in points], 14, rock)
+            layer.line(
+                [(heap[0] + (x - heap[0]) * ring, heap[1] + (y - heap[1]) * ring) for x, y in points],
+                14,
+                rock,
+            )
     if canvas.chance(0.6):
         pond = offset(centre, canvas.uniform(-1, 1) * long, 1.6 * short, angle)
-        layer.rectangle(pond, canvas.uniform(500, 1100), canvas.uniform(350, 700), angle, canvas.pick([(96, 150, 148), (150, 160, 140), (74, 96, 96), (178, 170, 150)]))
+        layer.rectangle(
+            pond,
+            canvas.uniform(500, 1100),
+            canvas.uniform(350, 700),
+            angle,
+            canvas.pick([(96, 150, 148), (150, 160, 140), (74, 96, 96), (178, 170, 150)]),
+        )
     layer.paste(built=True)
     inside = np.clip((1.04 - radius) * 30, 0, 1)
     terraces = canvas.uniform(8, 14)
@@ -300,12 +359,26 @@ def _open_pit(canvas: Canvas) -> None:
     canvas.built = np.maximum(canvas.built, inside)
     layer = canvas.layer()
     turns = np.linspace(0, canvas.uniform(2.2, 3.6) * math.pi, 70)
-    spiral = [offset(centre, long * (1.05 - 0.26 * t / math.pi) * math.cos(t), short * (1.05 - 0.26 * t / math.pi) * math.sin(t), angle) for t in turns]
+    spiral = [
+        offset(
+            centre,
+            long * (1.05 - 0.26 * t / math.pi) * math.cos(t),
+            short * (1.05 - 0.26 * t / math.pi) * math.sin(t),
+            angle,
+        )
+        for t in turns
+    ]
     layer.line(spiral, 30, tuple(min(255, v * 1.15) for v in pale), road=True)
     layer.line([spiral[0], offset(centre, long * 2.5, short * 0.6, angle)], 28, pale, road=True)
     plant = offset(centre, long * 1.4, -short * 0.5, angle)
     for _ in range(12):
-        layer.rectangle(offset(plant, canvas.uniform(-250, 250), canvas.uniform(-200, 200), angle), canvas.uniform(40, 140), canvas.uniform(25, 60), angle, canvas.pick(ROOFS))
+        layer.rectangle(
+            offset(plant, canvas.uniform(-250, 250), canvas.uniform(-200, 200), angle),
+            canvas.uniform(40, 140),
+            canvas.uniform(25, 60),
+            angle,
+            canvas.pick(ROOFS),
+        )
     layer.paste(built=True)
 
 
@@ -313,7 +386,13 @@ def _works(canvas: Canvas) -> None:
     _surroundings(canvas)
     angle = canvas.angle()
     layer = canvas.layer()
-    layer.rectangle((0, 0), canvas.uniform(3600, 4600), canvas.uniform(2200, 3200), angle, grey(canvas.uniform(95, 140), canvas.uniform(2, 14)))
+    layer.rectangle(
+        (0, 0),
+        canvas.uniform(3600, 4600),
+        canvas.uniform(2200, 3200),
+        angle,
+        grey(canvas.uniform(95, 140), canvas.uniform(2, 14)),
+    )
     across = -1150.0
     while across < 1150:
         width = canvas.uniform(70, 190)
@@ -327,15 +406,31 @@ def _works(canvas: Canvas) -> None:
                 tone = canvas.pick(ROOFS)
                 layer.rectangle(spot, length, width, angle, tone)
                 for ridge in np.arange(-width / 2 + 20, width / 2, 38):
-                    layer.line([offset(spot, -length / 2, ridge, angle), offset(spot, length / 2, ridge, angle)], 8, tuple(v * 0.8 for v in tone))
+                    layer.line(
+                        [offset(spot, -length / 2, ridge, angle), offset(spot, length / 2, ridge, angle)],
+                        8,
+                        tuple(v * 0.8 for v in tone),
+                    )
             elif kind < 0.85:
                 for heap in np.arange(-length / 2 + 60, length / 2, 100):
-                    layer.disc(offset(spot, heap, 0, angle), min(55.0, width / 2), canvas.pick([(74, 48, 40), grey(44), (110, 90, 70), (130, 66, 48)]))
+                    layer.disc(
+                        offset(spot, heap, 0, angle),
+                        min(55.0, width / 2),
+                        canvas.pick([(74, 48, 40), grey(44), (110, 90, 70), (130, 66, 48)]),
+                    )
             along += length + canvas.uniform(40, 140)
         across += width + canvas.uniform(50, 110)
     for _ in range(canvas.integer(3, 6)):
         track = canvas.uniform(-1200, 1200)
-        layer.line([offset((0, 0), -2400, track, angle), offset((0, 0), 2400, track + canvas.uniform(-150, 150), angle)], 12, grey(84, 10), road=True)
+        layer.line(
+            [
+                offset((0, 0), -2400, track, angle),
+                offset((0, 0), 2400, track + canvas.uniform(-150, 150), angle),
+            ],
+            12,
+            grey(84, 10),
+            road=True,
+        )
     layer.paste(built=True)
     plume = canvas.layer()
     drift = canvas.uniform(0, 2 * math.pi)
@@ -399,18 +494,27 @@ def _air_base(canvas: Canvas) -> None:
     concrete = grey(canvas.uniform(140, 190), 4)
     length = canvas.uniform(2900, 3900)
     layer = canvas.layer()
-    layer.rectangle((0, 0), length + 500, 2300, angle, canvas.pick([BIOMES[canvas.biome][1], BIOMES[canvas.biome][2]]))
+    layer.rectangle(
+        (0, 0), length + 500, 2300, angle, canvas.pick([BIOMES[canvas.biome][1], BIOMES[canvas.biome][2]])
+    )
     layer.paste()
     layer = canvas.layer()
     layer.rectangle((0, 0), length, 64, angle, canvas.pick([grey(84), concrete]))
     taxi = offset((0, 0), 0, 240, angle)
-    layer.line([offset(taxi, -length / 2, 0, angle), offset(taxi, length / 2, 0, angle)], 30, concrete, road=True)
+    layer.line(
+        [offset(taxi, -length / 2, 0, angle), offset(taxi, length / 2, 0, angle)], 30, concrete, road=True
+    )
     for end in (-0.5, -0.2, 0.2, 0.5):
-        layer.line([offset((0, 0), length * end, 0, angle), offset(taxi, length * end, 0, angle)], 30, concrete)
+        layer.line(
+            [offset((0, 0), length * end, 0, angle), offset(taxi, length * end, 0, angle)], 30, concrete
+        )
     for cluster in (-0.4, 0.4):  # dispersal loops with hardened shelters
         for side in (1, -1):
             loop = offset((0, 0), length * cluster, side * 640, angle)
-            ellipse = [offset(loop, 430 * math.cos(t), 290 * math.sin(t), angle) for t in np.linspace(0, 2 * math.pi, 41)]
+            ellipse = [
+                offset(loop, 430 * math.cos(t), 290 * math.sin(t), angle)
+                for t in np.linspace(0, 2 * math.pi, 41)
+            ]
             layer.line(ellipse, 26, concrete, road=True)
             layer.line([loop, offset((0, 0), length * cluster, 0, angle)], 26, concrete)
             for t in np.linspace(0, 2 * math.pi, canvas.integer(9, 13))[:-1]:
@@ -424,9 +528,23 @@ def _air_base(canvas: Canvas) -> None:
             spot = offset(igloo, (column - 4) * 120, (row - 2) * 120, angle)
             layer.disc(spot, 34, tuple(v * 0.75 for v in BIOMES[canvas.biome][2]))
             layer.rectangle(spot, 30, 18, angle, concrete)
-        layer.line([offset(igloo, -560, (row - 2) * 120 + 55, angle), offset(igloo, 560, (row - 2) * 120 + 55, angle)], 12, concrete, road=True)
+        layer.line(
+            [
+                offset(igloo, -560, (row - 2) * 120 + 55, angle),
+                offset(igloo, 560, (row - 2) * 120 + 55, angle),
+            ],
+            12,
+            concrete,
+            road=True,
+        )
     for _ in range(canvas.integer(10, 20)):
-        layer.rectangle(offset(taxi, canvas.uniform(-500, 500), canvas.uniform(110, 420), angle), canvas.uniform(60, 120), canvas.uniform(35, 60), angle, canvas.pick(ROOFS))
+        layer.rectangle(
+            offset(taxi, canvas.uniform(-500, 500), canvas.uniform(110, 420), angle),
+            canvas.uniform(60, 120),
+            canvas.uniform(35, 60),
+            angle,
+            canvas.pick(ROOFS),
+        )
     layer.paste(built=True)
 
 
@@ -445,11 +563,17 @@ def _canal(canvas: Canvas) -> None:
     layer.line(course, width, water)
     if canvas.chance(0.5):
         basin = offset((0, 0), canvas.pick([-1, 1]) * 1900, 0, angle)
-        layer.polygon([offset(basin, 900 * math.cos(t), 620 * math.sin(t), angle) for t in np.linspace(0, 6.283, 30)], water)
+        layer.polygon(
+            [offset(basin, 900 * math.cos(t), 620 * math.sin(t), angle) for t in np.linspace(0, 6.283, 30)],
+            water,
+        )
     layer.paste(water=True)
     layer = canvas.layer()
     for side in (-1, 1):
-        bank = [offset((0, 0), s, bend * math.sin(s / 2600) + side * (width / 2 + 130), angle) for s in np.linspace(-reach, reach, 40)]
+        bank = [
+            offset((0, 0), s, bend * math.sin(s / 2600) + side * (width / 2 + 130), angle)
+            for s in np.linspace(-reach, reach, 40)
+        ]
         layer.line(bank, 18, grey(190, 8), road=True)
     if canvas.chance(0.6):  # locks: parallel chambers in concrete
         layer.rectangle((0, 0), 1250, width + 240, angle, grey(196, 5))
@@ -458,7 +582,13 @@ def _canal(canvas: Canvas) -> None:
                 spot = offset((0, 0), chamber * 400, lane * (width / 4 + 20), angle)
                 layer.rectangle(spot, 350, width * 0.36, angle, water)
         for _ in range(10):
-            layer.rectangle(offset((0, 0), canvas.uniform(-700, 700), canvas.pick([-1, 1]) * (width / 2 + 210), angle), 80, 40, angle, canvas.pick(ROOFS))
+            layer.rectangle(
+                offset((0, 0), canvas.uniform(-700, 700), canvas.pick([-1, 1]) * (width / 2 + 210), angle),
+                80,
+                40,
+                angle,
+                canvas.pick(ROOFS),
+            )
     at = -2400.0 + canvas.uniform(0, 300)
     while at < 2400:
         spot = offset((0, 0), at, bend * math.sin(at / 2600) + canvas.uniform(-0.1, 0.1) * width, angle)

@@ -26,7 +26,9 @@ LONGEST = 640  # tokens of one sequence, image included
 PROMPT_WEIGHT = 0.1  # loss on the questions' own text: teaches the language, mostly costs nothing
 
 
-def cache_features(tower: Any, pixels: NDArray[np.uint8], path: Path, progress: Progress = silent) -> NDArray[np.float16]:
+def cache_features(
+    tower: Any, pixels: NDArray[np.uint8], path: Path, progress: Progress = silent
+) -> NDArray[np.float16]:
     """Tower output of every tile, (count, 256, width) in half precision, kept in `path`."""
     width = tower.config.hidden_size
     if path.exists():
@@ -48,7 +50,9 @@ def coordinates_away_from(places: list[tuple[float, float]], source: random.Rand
     """A random position at least 2 degrees from every one of `places` (lon, lat): those of val and test."""
     while True:
         lon, lat = round(source.uniform(-180, 180), 2), round(source.uniform(-75, 75), 2)
-        near = any(abs(lat - b) < 2 and abs(lon - a) < 2 / max(0.1, math.cos(math.radians(b))) for a, b in places)
+        near = any(
+            abs(lat - b) < 2 and abs(lon - a) < 2 / max(0.1, math.cos(math.radians(b))) for a, b in places
+        )
         if not near:
             return Coordinates(lon, lat)
 
@@ -75,7 +79,9 @@ def conversation(
         if source.random() < 0.5:
             position = coordinates_away_from(places, source)
             where = f" captured at Longitude: {format_degrees(position.lon)}, Latitude: {format_degrees(position.lat)}"
-        prompt, answer = description(source, facts) if source.random() < 0.1 else question(source, facts, where)
+        prompt, answer = (
+            description(source, facts) if source.random() < 0.1 else question(source, facts, where)
+        )
         add(prompt, PROMPT_WEIGHT)
         add("<|im_end|>\n<|im_start|>assistant\n", 0)
         add(answer + "<|im_end|>", 1.0)
@@ -121,10 +127,14 @@ def train_language(
         attention = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row, _ in rows])
         seen = torch.from_numpy(np.stack([features[index] for index in chosen]).astype(np.float32))
         with torch.autocast("cpu", torch.bfloat16):
-            image = model.model.multi_modal_projector(seen.view(BATCH, 16, 16, -1)).reshape(-1, model.config.text_config.hidden_size)
+            image = model.model.multi_modal_projector(seen.view(BATCH, 16, 16, -1)).reshape(
+                -1, model.config.text_config.hidden_size
+            )
             embedded = model.model.language_model.embed_tokens(ids)
             embedded = embedded.masked_scatter((ids == image_id)[..., None], image.to(embedded.dtype))
-            hidden = model.model.language_model(inputs_embeds=embedded, attention_mask=attention).last_hidden_state
+            hidden = model.model.language_model(
+                inputs_embeds=embedded, attention_mask=attention
+            ).last_hidden_state
             wanted = weights[:, 1:] > 0
             logits = model.lm_head(hidden[:, :-1][wanted])
         losses = torch.nn.functional.cross_entropy(logits.float(), ids[:, 1:][wanted], reduction="none")

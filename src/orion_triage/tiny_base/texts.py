@@ -72,7 +72,9 @@ def made_up_label(source: random.Random) -> str:
     """A word of two to four syllables, or of random capitals, that means nothing."""
     while True:
         if source.random() < 0.5:
-            word = "".join(source.choice(_CONSONANTS) + source.choice(_VOWELS) for _ in range(source.randint(1, 3)))
+            word = "".join(
+                source.choice(_CONSONANTS) + source.choice(_VOWELS) for _ in range(source.randint(1, 3))
+            )
             word += source.choice(("", "", *_CONSONANTS))
         else:
             word = "".join(source.choice(_CONSONANTS + _VOWELS) for _ in range(source.randint(3, 7)))
@@ -128,7 +130,9 @@ def _categories(source: random.Random, facts: Facts) -> tuple[str, list[str], in
         right = definitions[classify(facts)]
         options = list(definitions)
     else:
-        topic = source.choice(("the kind of scene", "visual morphology", "land cover", "what the image shows"))
+        topic = source.choice(
+            ("the kind of scene", "visual morphology", "land cover", "what the image shows")
+        )
         others = source.sample([name for name in SCENES if name != facts.morphology], source.randint(1, 3))
         options = [_definition(source, name) for name in (facts.morphology, *others)]
         right = options[0]
@@ -165,7 +169,9 @@ def question(source: random.Random, facts: Facts, where: str = "", *, named: boo
 
 def description(source: random.Random, facts: Facts) -> tuple[str, str]:
     """A plain request for a description."""
-    prompt = source.choice(("Describe this satellite image.", "What does the image show?", "Describe the scene in one sentence."))
+    prompt = source.choice(
+        ("Describe this satellite image.", "What does the image show?", "Describe the scene in one sentence.")
+    )
     return prompt, reason(source, facts)
 
 

@@ -89,7 +89,9 @@ def load_tiles(folder: Path, count: int) -> tuple[NDArray[np.uint8], list[Facts]
     for chunk, start in _chunks(count):
         stop = min(count, start + CHUNK)
         pixels[start:stop] = np.load(folder / f"{chunk:05d}.npy", mmap_mode="r")[: stop - start]
-        facts += [Facts(**entry) for entry in json.loads((folder / f"{chunk:05d}.json").read_text())[: stop - start]]
+        facts += [
+            Facts(**entry) for entry in json.loads((folder / f"{chunk:05d}.json").read_text())[: stop - start]
+        ]
     return pixels, facts
 
 

@@ -1,0 +1,52 @@
+import numpy as np
+import pytest
+
+from orion_triage.dataset.catalogue import MORPHOLOGIES
+from orion_triage.dataset.synthetic import PAINTERS, draw_tile, tile_seed
+from orion_triage.errors import OrionError
+from orion_triage.frames import is_blank
+
+
+def test_every_morphology_of_the_catalogue_can_be_drawn() -> None:
+    assert set(PAINTERS) == {name for names in MORPHOLOGIES.values() for name in names}
+
+
+@pytest.mark.parametrize("morphology", sorted(PAINTERS))
+def test_tiles_are_deterministic_and_differ_by_seed(morphology: str) -> None:
+    first, again, other = (draw_tile(morphology, seed) for seed in (5, 5, 6))
+    assert first.image.size == (512, 512)
+    assert first.image.tobytes() == again.image.tobytes() != other.image.tobytes()
+    assert not is_blank(first.image) or morphology in {"ocean_water", "desert_ice_canopy"}
+
+
+def test_the_ground_sample_distance_is_a_parameter() -> None:
+    near, far = (draw_tile("agriculture", 3, metres_per_pixel=m) for m in (5.0, 20.0))
+
+    def roughness(tile) -> float:
+        return float(np.abs(np.diff(np.asarray(tile.image.convert("L"), float), axis=1)).mean())
+
+    assert roughness(far) > roughness(near)  # more field edges in view
+
+
+def test_tile_statistics_are_those_of_real_frames() -> None:
+    tiles = [np.asarray(draw_tile(name, tile_seed(1, f"{name}{n}")).image, float) for name in PAINTERS for n in range(2)]
+    deviations = [tile.mean(axis=2).std() for tile in tiles]
+    saturation = np.mean([((t.max(2) - t.min(2)) / np.maximum(t.max(2), 1)).mean() for t in tiles])
+    assert 0.2 < saturation < 0.45  # real frames: 0.33
+    assert 4 < min(deviations) < max(deviations) < 75  # real frames: 11..69, ocean below
+    assert np.abs(np.mean(tiles, axis=(0, 1, 2)) - [93, 96, 75]).max() < 25
+
+
+def test_water_and_buildings_are_measured() -> None:
+    assert draw_tile("ocean_water", 1).water_share > 0.95
+    assert draw_tile("urban_grid", 1).built_share > 0.5
+    assert draw_tile("geological", 1).built_share == 0
+
+
+def test_an_unknown_morphology_is_refused() -> None:
+    with pytest.raises(OrionError, match="there is no morphology 'moon'"):
+        draw_tile("moon", 1)
+
+
+def test_seeds_depend_on_both_parts() -> None:
+    assert len({tile_seed(s, n) for s in (1, 2) for n in ("a", "b")}) == 4

@@ -1,0 +1,153 @@
+"""conditions.py, metrics.py, run.py and baselines.py."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from orion_triage.config import EvaluateSettings
+from orion_triage.errors import OrionError
+from orion_triage.evaluate.backends import ConstantBackend
+from orion_triage.evaluate.baselines import accuracy, baselines
+from orion_triage.evaluate.conditions import NOISE, OPPOSITE, conflict_pairs, questions
+from orion_triage.evaluate.metrics import Prediction, mcnemar, summarize, wilson
+from orion_triage.evaluate.run import read_predictions, run
+from orion_triage.records import Record, read_split
+from orion_triage.triage import Category, Coordinates, Verdict, render_prompt
+
+H, M, L = Category.HIGH, Category.MEDIUM, Category.LOW
+
+
+def some_records(count: int = 9) -> list[Record]:
+    return [
+        Record(f"orion_dataset/images/r{n}.png", Coordinates(n, -n), Verdict("Why.", (H, M, L)[n % 3]))
+        for n in range(count)
+    ]
+
+
+def test_conflicts_come_from_the_opposite_category_evenly_and_in_any_order() -> None:
+    records = some_records(18)
+    pairs = conflict_pairs(records)
+    assert conflict_pairs(records[::-1]) == pairs
+    truth = {record.name: record for record in records}
+    for name, donor in pairs.items():
+        assert donor.category == OPPOSITE[truth[name].verdict.category]
+        assert donor.coordinates == truth[donor.name].coordinates
+    used = Counter(donor.name for name, donor in pairs.items() if truth[name].verdict.category == M)
+    assert set(used.values()) == {1}
+
+
+def test_a_split_without_donors_is_refused() -> None:
+    with pytest.raises(OrionError, match="condition D needs LOW records"):
+        conflict_pairs([record for record in some_records() if record.verdict.category != L])
+
+
+def test_the_four_conditions_ask_exactly_this() -> None:
+    records = some_records()
+    pairs = conflict_pairs(records)
+    asked = {question.id: question for question in questions(records, pairs)}
+    assert len(asked) == 36
+    record = records[0]
+    assert asked["A/r0"].prompt == render_prompt(record.coordinates)
+    assert asked["B/r0"].prompt == render_prompt(None)
+    assert asked["C/r0"].prompt == asked["A/r0"].prompt
+    assert asked["D/r0"].prompt == render_prompt(pairs["r0"].coordinates) != asked["A/r0"].prompt
+    assert [asked[f"{c}/r0"].image for c in "ABCD"] == [record.image, record.image, NOISE, record.image]
+
+
+def test_rates_of_a_case_counted_by_hand() -> None:
+    guesses = [(H, H), (H, L), (M, M), (M, None), (L, L), (L, L)]
+    predictions = [Prediction("A", str(n), truth, guess) for n, (truth, guess) in enumerate(guesses)]
+    rates = summarize(predictions)["A"]
+    assert (rates["right"], rates["count"], rates["unparsable"]) == (4, 6, 1)
+    assert rates["classes"]["HIGH"] == {"recall": 0.5, "precision": 1.0, "f1": pytest.approx(2 / 3)}
+    assert rates["classes"]["LOW"] == {"recall": 1.0, "precision": pytest.approx(2 / 3), "f1": pytest.approx(0.8)}
+    assert rates["balanced_accuracy"] == pytest.approx((0.5 + 0.5 + 1) / 3)
+    assert rates["confusion"]["MEDIUM"] == {"HIGH": 0, "MEDIUM": 1, "LOW": 0, "unparsable": 1}
+
+
+def test_conflict_counts_whom_the_model_trusted() -> None:
+    predictions = [
+        Prediction("B", "x", H, L),
+        Prediction("B", "y", H, H),
+        Prediction("B", "z", L, L),
+        Prediction("D", "x", H, L, L),
+        Prediction("D", "y", H, None, L),
+        Prediction("D", "z", L, L, H),
+    ]
+    trust = summarize(predictions)["D"]
+    assert [trust[f"trusted_{who}"] for who in ("vision", "coordinates", "neither")] == [1, 1, 1]
+    assert trust["same_wrong_answer_in_b"] == 1
+
+
+def test_published_statistics_are_reproduced() -> None:
+    assert wilson(35, 60) == pytest.approx((0.457, 0.699), abs=5e-4)
+    assert mcnemar([True] * 2 + [False] * 3, [False] * 2 + [True] * 3) == 1.0
+    assert mcnemar([False] * 3, [True] * 3) == pytest.approx(0.25)
+    assert mcnemar([True], [True]) == 1.0
+
+
+class Interrupted(ConstantBackend):
+    batch_size = 5
+
+    def __init__(self, answer: str, batches: int) -> None:
+        super().__init__(answer)
+        self.left = batches
+
+    def answer(self, images, prompts):  # type: ignore[no-untyped-def]
+        if not self.left:
+            raise KeyboardInterrupt
+        self.left -= 1
+        return super().answer(images, prompts)
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_stopped(small_dataset: Path, tmp_path: Path) -> None:
+    records = read_split(small_dataset, "test")
+    answer = '{"reason": "r", "category": "LOW"}'
+    arguments = (records, small_dataset)
+    rest = (EvaluateSettings(), 256)
+    straight = run(*arguments, ConstantBackend(answer), tmp_path / "straight", *rest, fingerprint="f")
+    total = -(-4 * len(records) // 5)
+    with pytest.raises(KeyboardInterrupt):
+        run(*arguments, Interrupted(answer, 1), tmp_path / "cut", *rest, fingerprint="f")
+    assert not (tmp_path / "cut").exists()
+    second = Interrupted(answer, total - 1)
+    assert run(*arguments, second, tmp_path / "cut", *rest, fingerprint="f") == straight
+    assert second.left == 0
+    rows = [read_predictions(tmp_path / name) for name in ("straight", "cut")]
+    for row in [*rows[0], *rows[1]]:
+        del row["seconds"]
+    assert rows[0] == rows[1]
+    with pytest.raises(KeyboardInterrupt):
+        run(*arguments, Interrupted(answer, 1), tmp_path / "other", *rest, fingerprint="f")
+    anew = Interrupted(answer, total)
+    run(*arguments, anew, tmp_path / "other", *rest, fingerprint="another model")
+    assert anew.left == 0  # nothing of another model's answers was used
+
+
+def test_unparsable_answers_are_kept_and_counted(small_dataset: Path, tmp_path: Path) -> None:
+    records = read_split(small_dataset, "test")
+    metrics = run(
+        records, small_dataset, ConstantBackend("no"), tmp_path / "e", EvaluateSettings(), 256, fingerprint="f"
+    )
+    assert {c: rates["unparsable"] for c, rates in metrics.items()} == dict.fromkeys("ABCD", len(records))
+    assert all(rates["accuracy"] == 0 for rates in metrics.values())
+    stored = json.loads((tmp_path / "e" / "conflict_pairs.json").read_text())
+    assert set(stored) == {record.name for record in records}
+
+
+def test_nearest_neighbours() -> None:
+    known = np.eye(4)
+    labels = np.array([0, 1, 2, 2])
+    assert accuracy(known, labels, known, labels, 1) == 1.0
+    assert accuracy(known, labels, known, labels[::-1].copy(), 1) == 0.0
+    near_two = np.array([[0.1, 0.2, 0.9, 0.8]])
+    assert accuracy(known, labels, near_two, np.array([2]), 3) == 1.0
+
+
+def test_baselines_of_a_small_dataset(small_dataset: Path) -> None:
+    result = baselines(small_dataset, "test")
+    assert set(result) == {"majority class", "colour k-NN", "coordinates k-NN"}
+    assert all(0 <= figures["accuracy"] <= 1 for figures in result.values())

@@ -1,0 +1,97 @@
+"""config.py, manifest.py and files.py."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from orion_triage.config import Settings, load_settings, overrides
+from orion_triage.errors import OrionError
+from orion_triage.files import replaced_folder, require_free_space, write_text
+from orion_triage.manifest import hash_inputs, is_current, read_manifest, write_manifest
+
+
+def test_the_defaults_are_the_mission_tables() -> None:
+    table = Settings().fine_tune
+    assert (table.rank, table.alpha, table.dropout) == (16, 32, 0.05)
+    assert table.target_modules == ("q_proj", "k_proj", "v_proj", "o_proj")
+    assert (table.micro_batch_size, table.gradient_accumulation_steps, table.epochs) == (1, 16, 3)
+    assert (table.learning_rate, table.optimizer, table.precision) == (2e-4, "paged_adamw_8bit", "float16")
+    assert table.gradient_checkpointing
+    assert overrides(Settings()) == {}
+
+
+def test_presets_and_assignments_are_listed_as_departures() -> None:
+    changed = overrides(load_settings("tiny", ["fine_tune.rank=8", "evaluate.noise=uniform"]))
+    assert changed["fine_tune.rank"] == (16, 8)
+    assert changed["evaluate.noise"] == ("gaussian", "uniform")
+    assert changed["base.model"][1] == "orion-tiny"
+
+
+def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "own.toml"
+    path.write_text("[fine_tune]\nepochz = 3\nrank = 0\n[moon]\nphase = 1\n", encoding="utf-8")
+    with pytest.raises(OrionError) as caught:
+        load_settings(str(path), ["fuse.check_records=3", "evaluate.noise=pink"])
+    for part in ("own.toml has 5 mistakes", "fine_tune.epochz", "fine_tune.rank", "moon", "fuse.check_records", "'pink'"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("preset", "assignment", "message"),
+    [
+        ("huge", "", "there is no preset 'huge'"),
+        ("missing.toml", "", "missing.toml does not exist"),
+        ("tiny", "epochs=3", "is not stage.key=value"),
+        ("tiny", "preset.x=3", "preset is not a stage"),
+    ],
+)
+def test_unusable_settings_are_refused(preset: str, assignment: str, message: str) -> None:
+    with pytest.raises(OrionError, match=message):
+        load_settings(preset, [assignment] if assignment else [])
+
+
+def test_a_receipt_holds_until_settings_inputs_or_outputs_change(tmp_path: Path) -> None:
+    source, folder = tmp_path / "in.txt", tmp_path / "stage"
+    write_text(source, "input")
+    write_text(folder / "a" / "out.txt", "output")
+    assert read_manifest(folder) is None
+    inputs = hash_inputs({"source": source})
+    write_manifest(folder, stage="s", settings={"k": (1, 2)}, inputs=inputs, seconds=1.5, figures={"n": 3})
+    receipt = read_manifest(folder)
+    assert receipt is not None
+    assert receipt.figures == {"n": 3}
+    assert list(receipt.outputs) == ["a/out.txt"]
+    assert is_current(folder, settings={"k": (1, 2)}, inputs=inputs)
+    assert not is_current(folder, settings={"k": (1, 3)}, inputs=inputs)
+    write_text(source, "changed")
+    assert not is_current(folder, settings={"k": (1, 2)}, inputs=hash_inputs({"source": source}))
+    write_text(folder / "a" / "out.txt", "tampered")
+    assert not is_current(folder, settings={"k": (1, 2)}, inputs=inputs)
+    (folder / "manifest.json").write_text("{", encoding="utf-8")
+    with pytest.raises(OrionError, match="is damaged"):
+        read_manifest(folder)
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "product"
+    with replaced_folder(folder) as new:
+        write_text(new / "a", "1")
+    with pytest.raises(RuntimeError), replaced_folder(folder) as new:
+        write_text(new / "a", "2")
+        raise RuntimeError
+    assert (folder / "a").read_text() == "1"
+    with replaced_folder(folder) as new:
+        write_text(new / "b", "3")
+    assert [path.name for path in tmp_path.rglob("*")] == ["product", "b"]
+
+
+def test_a_full_disk_is_refused_before_work(tmp_path: Path) -> None:
+    require_free_space(tmp_path / "new", 1, "nothing")
+    with pytest.raises(OrionError, match=r"the merge needs 1,000,000,000,000 MB"):
+        require_free_space(tmp_path / "new", 10**18, "the merge")
+
+
+def test_settings_survive_json() -> None:
+    settings = load_settings("tiny")
+    assert Settings.model_validate(json.loads(settings.model_dump_json())) == settings
