@@ -20,9 +20,7 @@ def test_the_recipes_names_are_the_attention_projections(model: Any) -> None:
     assert census == {name: {"text": 1, "vision": 2, "projector": 0} for name in RECIPE}
     assert len(names) == len(set(names)) == 12
     assert "model.language_model.layers.1.self_attn.out_proj" in names
-    assert not [
-        name for name in names if ".conv." in name
-    ]  # layer 0 is a short-conv block with its own out_proj
+    assert not [name for name in names if ".conv." in name]  # layer 0 is a short-conv block with its own out_proj
 
 
 def test_four_bit_layers_count_too(small_base: Path) -> None:

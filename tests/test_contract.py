@@ -8,7 +8,15 @@ import pytest
 
 from orion_triage.errors import OrionError, RecordError
 from orion_triage.records import SPLITS, parse_record, read_records, read_split, split_path, write_split
-from orion_triage.triage import Category, Coordinates, Verdict, format_degrees, parse_prompt, parse_verdict, render_prompt
+from orion_triage.triage import (
+    Category,
+    Coordinates,
+    Verdict,
+    format_degrees,
+    parse_prompt,
+    parse_verdict,
+    render_prompt,
+)
 
 PUBLISHED = Path(os.environ.get("ORION_SHARED", Path(__file__).parents[2] / "shared")) / "data" / "orion-dataset"
 
@@ -28,7 +36,8 @@ LINE = (
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(33, "33.0"), (-6.5, "-6.5"), (-120.6249, "-120.62"), (-0.001, "0.0"), (12.345678, "12.35")]
+    ("value", "text"),
+    [(33, "33.0"), (-6.5, "-6.5"), (-120.6249, "-120.62"), (-0.001, "0.0"), (12.345678, "12.35")],
 )
 def test_coordinates_are_the_shortest_form_of_two_decimals(value: float, text: str) -> None:
     assert format_degrees(value) == text

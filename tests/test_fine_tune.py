@@ -91,18 +91,14 @@ def make_adapted(base: Path, settings: FineTuneSettings) -> Any:
     return fine_tune.add_adapter(model, settings)[0]
 
 
-def test_only_adapter_weights_move_and_all_of_them(
-    small_base: Path, small_dataset: Path, tmp_path: Path
-) -> None:
+def test_only_adapter_weights_move_and_all_of_them(small_base: Path, small_dataset: Path, tmp_path: Path) -> None:
     model = make_adapted(small_base, QUICK)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     records = read_split(small_dataset, "train")[:16]
     frames = fine_tune.decode_frames(small_dataset, records, 256, silent)
     collate = fine_tune.collator(vlm.load_processor(small_base, 256), frames)
     settings = QUICK.model_copy(update={"epochs": 1})
-    trainer = fine_tune.make_trainer(
-        model, collate, records, records[:4], settings, "cpu", "float32", tmp_path, silent
-    )
+    trainer = fine_tune.make_trainer(model, collate, records, records[:4], settings, "cpu", "float32", tmp_path, silent)
     trainer.train()
     assert trainer.state.global_step == 2
     moved = {name for name, value in model.named_parameters() if not value.equal(before[name])}
@@ -110,9 +106,7 @@ def test_only_adapter_weights_move_and_all_of_them(
     assert len(moved) == 2 * 12
 
 
-def test_gradients_cross_the_four_bit_layers_even_after_an_evaluation(
-    small_base: Path, small_dataset: Path
-) -> None:
+def test_gradients_cross_the_four_bit_layers_even_after_an_evaluation(small_base: Path, small_dataset: Path) -> None:
     """bitsandbytes packs weights at the first evaluation on some CPUs; then nothing behind them learns."""
     import torch
 
@@ -147,6 +141,26 @@ def test_gradients_cross_the_four_bit_layers_even_after_an_evaluation(
         assert torch.allclose(gradient, expected[name], rtol=1e-3, atol=1e-5), name
 
 
+def test_loss_of_a_training_batch_is_the_loss_of_the_whole_rows(small_base: Path, small_dataset: Path) -> None:
+    import torch
+
+    processor = vlm.load_processor(small_base, 256)
+    records = read_split(small_dataset, "train")[:6]  # rows of different lengths
+    frames = fine_tune.decode_frames(small_dataset, records, 256, silent)
+    whole = vlm.encode(
+        processor,
+        [frames[record.image] for record in records],
+        [record.prompt for record in records],
+        [record.verdict.to_json() for record in records],
+    )
+    model = vlm.load_model(small_base, dtype="float32")
+    cut = fine_tune.collator(processor, frames)(records)
+    with torch.no_grad():
+        first, second = model(**whole), model(**cut)
+    assert float(second.loss) == pytest.approx(float(first.loss), abs=1e-5)
+    assert second.logits.shape[1] < first.logits.shape[1] / 3
+
+
 def test_batch_two_by_one_equals_one_by_two(small_base: Path, small_dataset: Path, tmp_path: Path) -> None:
     results = []
     for micro, accumulated in ((2, 1), (1, 2)):
@@ -166,9 +180,7 @@ def test_batch_two_by_one_equals_one_by_two(small_base: Path, small_dataset: Pat
     assert largest_difference(*results) < 2e-4  # twelve steps of 1e-3 each
 
 
-def test_gradient_checkpointing_changes_no_result(
-    small_base: Path, small_dataset: Path, tmp_path: Path
-) -> None:
+def test_gradient_checkpointing_changes_no_result(small_base: Path, small_dataset: Path, tmp_path: Path) -> None:
     results = []
     for on in (False, True):
         settings = QUICK.model_copy(update={"gradient_checkpointing": on, "epochs": 1})
@@ -182,9 +194,7 @@ class Stop(Exception):
     """An interruption, as far as a run is concerned."""
 
 
-def test_an_interrupted_run_ends_like_a_straight_one(
-    small_base: Path, small_dataset: Path, tmp_path: Path
-) -> None:
+def test_an_interrupted_run_ends_like_a_straight_one(small_base: Path, small_dataset: Path, tmp_path: Path) -> None:
     straight = fine_tune.run(small_base, small_dataset, tmp_path / "a", tmp_path / "work-a", QUICK, 256)
     assert straight["resumed_from_step"] == 0
 
@@ -218,18 +228,14 @@ def test_a_finished_run_is_not_trained_twice(small_base: Path, small_dataset: Pa
     assert largest_difference(tensors_of(tmp_path / "a"), tensors_of(tmp_path / "b")) == 0
 
 
-def test_a_loss_that_is_no_number_stops_the_run(
-    small_base: Path, small_dataset: Path, tmp_path: Path
-) -> None:
+def test_a_loss_that_is_no_number_stops_the_run(small_base: Path, small_dataset: Path, tmp_path: Path) -> None:
     settings = QUICK.model_copy(update={"learning_rate": 1e30, "optimizer": "adamw_torch"})
     with pytest.raises(OrionError, match=r"loss is (nan|inf) at step \d of 6"):
         fine_tune.run(small_base, small_dataset, tmp_path / "a", tmp_path / "work", settings, 256)
     assert not (tmp_path / "a").exists()
 
 
-def test_mistakes_are_named_before_a_model_is_loaded(
-    small_base: Path, small_dataset: Path, tmp_path: Path
-) -> None:
+def test_mistakes_are_named_before_a_model_is_loaded(small_base: Path, small_dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(OrionError, match=r"train_dataset\.jsonl does not exist"):
         fine_tune.run(small_base, tmp_path, tmp_path / "a", tmp_path / "work", QUICK, 256)
     broken = tmp_path / "dataset"

@@ -20,9 +20,7 @@ def reference(small_base: Path, processor: Any, small_frames: list[Image.Image])
     return vlm.vision_features(vlm.load_model(small_base, dtype="float16"), processor, small_frames)
 
 
-def test_a_sound_four_bit_model_passes(
-    small_base: Path, processor: Any, reference: Any, small_frames: Any
-) -> None:
+def test_a_sound_four_bit_model_passes(small_base: Path, processor: Any, reference: Any, small_frames: Any) -> None:
     model = vlm.load_model(small_base, dtype="float32", four_bit=True)
     figures = preflight(model, reference, processor, small_frames, render_prompt(None))
     assert figures["frames"] == 8
@@ -69,9 +67,7 @@ def test_bytes_in_a_floating_type_are_refused_too(
         preflight(model, reference, processor, small_frames, render_prompt(None))
 
 
-def test_other_vision_weights_are_refused(
-    other_base: Path, processor: Any, reference: Any, small_frames: Any
-) -> None:
+def test_other_vision_weights_are_refused(other_base: Path, processor: Any, reference: Any, small_frames: Any) -> None:
     model = vlm.load_model(other_base, dtype="float32")
     with pytest.raises(OrionError, match=r"frame \d have cosine -?0\.\d+ with the 16-bit base's, under 0.99"):
         preflight(model, reference, processor, small_frames, render_prompt(None))

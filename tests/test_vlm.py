@@ -92,15 +92,12 @@ def test_other_frame_size_is_refused(processor: Any) -> None:
         vlm.encode(processor, [Image.new("RGB", (512, 512))], ["x"])
 
 
-def test_answers_do_not_depend_on_the_batch(
-    model: Any, processor: Any, small_frames: list[Image.Image]
-) -> None:
+def test_answers_do_not_depend_on_the_batch(model: Any, processor: Any, small_frames: list[Image.Image]) -> None:
     prompts = [render_prompt(Coordinates(-120.62 + 31 * n, 3.5)) if n % 2 else PROMPTS[0] for n in range(5)]
     images = [*small_frames[:3], small_frames[0], small_frames[1]]
     together = vlm.generate(model, processor, images, prompts, 20)
     alone = [
-        vlm.generate(model, processor, [image], [prompt], 20)[0]
-        for image, prompt in zip(images, prompts, strict=True)
+        vlm.generate(model, processor, [image], [prompt], 20)[0] for image, prompt in zip(images, prompts, strict=True)
     ]
     assert together == alone
     assert len(set(together)) > 1

@@ -81,11 +81,7 @@ def read_adapter(adapter: Path) -> "dict[str, torch.Tensor]":
 
     path = adapter / "adapter_model.safetensors"
     if not (adapter / "adapter_config.json").is_file() or not path.is_file():
-        found = (
-            "; adapter_model.bin can run code when opened"
-            if (adapter / "adapter_model.bin").is_file()
-            else ""
-        )
+        found = "; adapter_model.bin can run code when opened" if (adapter / "adapter_model.bin").is_file() else ""
         raise OrionError(
             f"{adapter} needs adapter_config.json and adapter_model.safetensors{found}.",
             "Fine-tune with 'orion fine-tune', or pass the right folder.",
@@ -104,9 +100,7 @@ def read_adapter(adapter: Path) -> "dict[str, torch.Tensor]":
     return tensors
 
 
-def attach_adapter(
-    model: Any, adapter: Path, tensors: "dict[str, torch.Tensor]"
-) -> tuple[Any, Census, list[str]]:
+def attach_adapter(model: Any, adapter: Path, tensors: "dict[str, torch.Tensor]") -> tuple[Any, Census, list[str]]:
     """The model with the adapter on, its census, and a warning per requested name that changed nothing.
 
     Modules are taken from the tensors' keys, not from name patterns, so that every tensor lands somewhere.
@@ -117,14 +111,8 @@ def attach_adapter(
     try:
         config = LoraConfig.from_pretrained(adapter)
     except (ValueError, TypeError, KeyError) as error:
-        raise OrionError(
-            f"{adapter / 'adapter_config.json'} cannot be read: {error}.", "Fetch it again."
-        ) from None
-    asked = (
-        [config.target_modules]
-        if isinstance(config.target_modules, str)
-        else sorted(config.target_modules or ())
-    )
+        raise OrionError(f"{adapter / 'adapter_config.json'} cannot be read: {error}.", "Fetch it again.") from None
+    asked = [config.target_modules] if isinstance(config.target_modules, str) else sorted(config.target_modules or ())
     linear = {name: module for name, module in model.named_modules() if hasattr(module, "in_features")}
     state = {}
     targets = set()
@@ -133,9 +121,7 @@ def attach_adapter(
         if module not in linear:
             module = module.replace("vision_tower.vision_model.", "vision_tower.")
         if module not in linear:
-            raise OrionError(
-                f"the adapter's {key} matches no module of the base.", "Use the base it was trained on."
-            )
+            raise OrionError(f"the adapter's {key} matches no module of the base.", "Use the base it was trained on.")
         is_a = matrix == "lora_A"
         rank = tensor.shape[0 if is_a else -1] if config.rank_pattern else config.r
         wanted = (rank, linear[module].in_features) if is_a else (linear[module].out_features, rank)

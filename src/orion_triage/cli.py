@@ -195,12 +195,8 @@ def _report(run: Any, *, as_json: bool) -> None:
 @app.command(epilog="Example: orion triage frames/*.png")
 def triage(
     files: Annotated[list[Path], typer.Argument(help="Frames: PNG, JPEG or raw 512x512x3 RGB (.raw).")],
-    folder: Annotated[
-        Path | None, typer.Option("--run", help="Run folder. Default: the newest finished.")
-    ] = None,
-    resize: Annotated[
-        bool, typer.Option("--resize", help="Accept other sizes: cut to a square, scale.")
-    ] = False,
+    folder: Annotated[Path | None, typer.Option("--run", help="Run folder. Default: the newest finished.")] = None,
+    resize: Annotated[bool, typer.Option("--resize", help="Accept other sizes: cut to a square, scale.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Classify frames with a run's quantized pair."""
@@ -232,16 +228,10 @@ def triage(
                 progress("classifying frames", len(outcomes), len(files))
     for outcome in outcomes:
         if outcome.error:
-            _console().print(
-                f"[bold red]refused:[/] {_escape(outcome.error)}", highlight=False, soft_wrap=True
-            )
+            _console().print(f"[bold red]refused:[/] {_escape(outcome.error)}", highlight=False, soft_wrap=True)
     good = [outcome for outcome in outcomes if outcome.verdict]
     if as_json:
-        rows = [
-            {"file": o.file, "category": o.verdict.category, "reason": o.verdict.reason}
-            for o in good
-            if o.verdict
-        ]
+        rows = [{"file": o.file, "category": o.verdict.category, "reason": o.verdict.reason} for o in good if o.verdict]
         typer.echo(json.dumps(rows, indent=2))
     else:
         table = Table("file", "category", "reason", "seconds")
@@ -274,12 +264,10 @@ def toolchain() -> None:
 
 @app.command("build-tiny-base", epilog="Example: orion build-tiny-base --work /tmp/tiny")
 def build_tiny_base(
-    work: Annotated[
-        Path, typer.Option(help="Folder for intermediate state (6 GB); a rerun goes on from it.")
-    ] = Path(".cache/tiny-base"),
-    out: Annotated[Path, typer.Option(help="Where the checkpoint goes.")] = Path(
-        "src/orion_triage/tiny_base/weights"
+    work: Annotated[Path, typer.Option(help="Folder for intermediate state (6 GB); a rerun goes on from it.")] = Path(
+        ".cache/tiny-base"
     ),
+    out: Annotated[Path, typer.Option(help="Where the checkpoint goes.")] = Path("src/orion_triage/tiny_base/weights"),
 ) -> None:
     """Rebuild the shipped base model from nothing (about 2 hours on 2 cores)."""
     from orion_triage.tiny_base.build import build

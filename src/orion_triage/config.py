@@ -75,9 +75,7 @@ class EvaluateSettings(Section):
 
     split: Literal["val", "test"] = "test"
     noise: Literal["gaussian", "uniform"] = "gaussian"  # condition C's picture
-    max_new_tokens: PositiveInt = (
-        96  # longer than every reason of the catalogue; an answer cut here is unparsable
-    )
+    max_new_tokens: PositiveInt = 96  # longer than every reason of the catalogue; an answer cut here is unparsable
     batch_size: PositiveInt = 8  # answers generated at once; more is faster and takes more memory
     threads: PositiveInt | None = None  # llama.cpp's; empty: its own choice
 
@@ -153,9 +151,7 @@ def _assign(values: dict[str, Any], assignment: str) -> None:
     key, equals, text = assignment.partition("=")
     parts = key.strip().split(".")
     if not equals or len(parts) != 2 or not all(parts):
-        raise OrionError(
-            f"--set {assignment!r} is not stage.key=value.", "For example --set fine_tune.epochs=4."
-        )
+        raise OrionError(f"--set {assignment!r} is not stage.key=value.", "For example --set fine_tune.epochs=4.")
     section = values.setdefault(parts[0], {})
     if not isinstance(section, dict):
         raise OrionError(f"--set {assignment!r}: {parts[0]} is not a stage.", "See 'orion settings'.")

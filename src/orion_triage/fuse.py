@@ -71,9 +71,7 @@ def run(
     try:
         model = model.merge_and_unload(safe_merge=True)
     except ValueError as error:
-        raise OrionError(
-            f"merging {adapter} gives values that are not finite: {error}.", "Fine-tune again."
-        ) from None
+        raise OrionError(f"merging {adapter} gives values that are not finite: {error}.", "Fine-tune again.") from None
     _round(model, settings.dtype)
     progress("merging", 1, 2)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -81,9 +79,7 @@ def run(
         _save(model, processor, base, folder)
         del model
         progress("merging", 2, 2)
-        merged = samples.score(
-            vlm.load_model(folder, dtype="float32", device=device), "scoring the merged model"
-        )
+        merged = samples.score(vlm.load_model(folder, dtype="float32", device=device), "scoring the merged model")
         difference = float((merged - adapted).abs().max())
         limit = max(LARGEST_DIFFERENCE, LARGEST_SHARE * float(effect.mean()))
         if not difference <= limit:
@@ -155,9 +151,7 @@ def _check_base(base: Path, adapter: Path, frame_size: int) -> list[str]:
         made_from = json.loads(path.read_text(encoding="utf-8"))
         sha256, trained_size = made_from["sha256"], made_from["frame_size"]
     except FileNotFoundError:
-        return [
-            f"{adapter} has no {BASE_FILE}: only the shapes show that it belongs to {vlm.base_name(base)}"
-        ]
+        return [f"{adapter} has no {BASE_FILE}: only the shapes show that it belongs to {vlm.base_name(base)}"]
     except (ValueError, KeyError, TypeError) as error:
         raise OrionError(f"{path} is damaged: {error!r}.", "Fine-tune again.") from None
     if sha256 != vlm.fingerprint(base):

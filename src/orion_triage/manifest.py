@@ -108,9 +108,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:
-        raise OrionError(
-            f"{path} is damaged: {error}.", "Delete the folder; the next run makes it again."
-        ) from None
+        raise OrionError(f"{path} is damaged: {error}.", "Delete the folder; the next run makes it again.") from None
 
 
 def is_current(folder: Path, *, settings: dict[str, Any], inputs: dict[str, str]) -> bool:

@@ -80,9 +80,7 @@ def _fuse(run: Run, progress: Progress) -> Figures:
     from orion_triage import fuse
 
     settings = run.settings
-    return fuse.run(
-        run.base, run.adapter, run.dataset, run.merged, settings.fuse, settings.base.frame_size, progress
-    )
+    return fuse.run(run.base, run.adapter, run.dataset, run.merged, settings.fuse, settings.base.frame_size, progress)
 
 
 def _quantize(run: Run, progress: Progress) -> Figures:
@@ -151,9 +149,7 @@ def _ask(run: Run, model: str, backend: Any, folder: Path, progress: Progress) -
     settings = run.settings
     records = read_split(run.dataset, settings.evaluate.split)
     inputs = manifest.hash_inputs({"model": folder, "dataset": run.dataset})
-    fingerprint = manifest.sha256_of_listing(
-        inputs | {"settings": json.dumps(settings.evaluate.model_dump())}
-    )
+    fingerprint = manifest.sha256_of_listing(inputs | {"settings": json.dumps(settings.evaluate.model_dump())})
 
     def named(description: str, done: int, total: int) -> None:
         progress(f"{description} the {model} model", done, total)

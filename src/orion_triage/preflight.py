@@ -53,8 +53,7 @@ def preflight(
             batch = encode(processor, [frame], [prompt]).to(model.device)
             last_logits.append(model(**batch, logits_to_keep=1, use_cache=False).logits[0, -1].float().cpu())
     moves = [
-        float((logits - last_logits[(index + 1) % len(frames)]).abs().max())
-        for index, logits in enumerate(last_logits)
+        float((logits - last_logits[(index + 1) % len(frames)]).abs().max()) for index, logits in enumerate(last_logits)
     ]
     if not min(moves) > SMALLEST_MOVE:
         still = moves.index(min(moves))

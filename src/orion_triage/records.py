@@ -8,6 +8,7 @@ A dataset folder holds `train_dataset.jsonl`, `val_dataset.jsonl`, `test_dataset
 at the paths that the lines name.
 """
 
+import contextlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -82,9 +83,7 @@ def parse_record(line: str) -> Record:
     image = _checked_image(value["image"])
     user, assistant = _turns(value["conversations"])
     if not user.startswith(IMAGE_PLACEHOLDER):
-        raise RecordError(
-            f"the user's turn starts with {user[:12]!r}.", f"It must start with {IMAGE_PLACEHOLDER!r}."
-        )
+        raise RecordError(f"the user's turn starts with {user[:12]!r}.", f"It must start with {IMAGE_PLACEHOLDER!r}.")
     try:
         coordinates = parse_prompt(user.removeprefix(IMAGE_PLACEHOLDER))
     except OrionError as error:
@@ -120,15 +119,11 @@ def _checked_verdict(answer: str) -> Verdict:
     verdict = parse_verdict(answer)
     if verdict is None:
         category = None
-        try:
+        with contextlib.suppress(ValueError, AttributeError, RecursionError):
             category = json.loads(answer).get("category")
-        except (ValueError, AttributeError, RecursionError):
-            pass
         if category is not None and category not in CATEGORIES:
             raise RecordError(f"category {category!r} is not one of {', '.join(CATEGORIES)}.", "Correct it.")
-        raise RecordError(
-            f"the answer is not a verdict: {answer[:80]!r}.", 'Write {"reason": ..., "category": ...}.'
-        )
+        raise RecordError(f"the answer is not a verdict: {answer[:80]!r}.", 'Write {"reason": ..., "category": ...}.')
     if verdict.to_json() != answer:
         raise RecordError(
             f"the answer is not in the verdict's exact form: {answer[:80]!r}.",

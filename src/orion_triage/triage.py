@@ -48,9 +48,7 @@ class Coordinates:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.lon) and -180 <= self.lon <= 180):
-            raise OrionError(
-                f"longitude {self.lon} is not within -180..180", "Check for swapped lon and lat."
-            )
+            raise OrionError(f"longitude {self.lon} is not within -180..180", "Check for swapped lon and lat.")
         if not (math.isfinite(self.lat) and -90 <= self.lat <= 90):
             raise OrionError(f"latitude {self.lat} is not within -90..90", "Check for swapped lon and lat.")
 

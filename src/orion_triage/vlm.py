@@ -66,9 +66,7 @@ def resolve_base(model: str) -> Path:
     if not list(folder.glob("*.safetensors")):
         pickles = [path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pt"))]
         found = f"only {', '.join(pickles)}, which can run code when opened" if pickles else "none"
-        raise OrionError(
-            f"{folder} needs weights as *.safetensors; found {found}.", "Fetch the SafeTensors file."
-        )
+        raise OrionError(f"{folder} needs weights as *.safetensors; found {found}.", "Fetch the SafeTensors file.")
     return folder
 
 
@@ -294,9 +292,7 @@ def encode(
 _VISION_KEYS = ("pixel_values", "spatial_shapes", "pixel_attention_mask")
 
 
-def vision_features(
-    model: Any, processor: "Lfm2VlProcessor", images: "Sequence[Image.Image]"
-) -> "torch.Tensor":
+def vision_features(model: Any, processor: "Lfm2VlProcessor", images: "Sequence[Image.Image]") -> "torch.Tensor":
     """What the language model gets to see: [images, image tokens, text width], float32 on the CPU."""
     import torch
 

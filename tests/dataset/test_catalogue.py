@@ -5,7 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from orion_triage.dataset.catalogue import COLUMNS, MORPHOLOGIES, great_circle_km, load_catalogue, split_targets
+from orion_triage.dataset.catalogue import (
+    COLUMNS,
+    MORPHOLOGIES,
+    great_circle_km,
+    load_catalogue,
+    split_targets,
+)
 from orion_triage.errors import OrionError
 
 SIZES = {"train": 240, "val": 60, "test": 60}
@@ -56,10 +62,20 @@ def test_all_mistakes_are_named_with_their_lines(tmp_path: Path) -> None:
     with pytest.raises(OrionError) as caught:
         load_catalogue(path)
     message = str(caught.value)
-    for part in ("line 3: name 'ok' is already on line 2", "line 4: name 'Bad Name'", "'town'", "lon '400'", "lat 'nan'", "reason is empty"):
+    for part in (
+        "line 3: name 'ok' is already on line 2",
+        "line 4: name 'Bad Name'",
+        "'town'",
+        "lon '400'",
+        "lat 'nan'",
+        "reason is empty",
+    ):
         assert part in message
 
 
-@pytest.mark.parametrize(("place", "km"), [((0, 0, 0, 1), 111.19), ((179.9, 0, -179.9, 0), 22.24), ((2.35, 48.86, -0.13, 51.51), 343)])
+@pytest.mark.parametrize(
+    ("place", "km"),
+    [((0, 0, 0, 1), 111.19), ((179.9, 0, -179.9, 0), 22.24), ((2.35, 48.86, -0.13, 51.51), 343)],
+)
 def test_great_circle(place: tuple[float, float, float, float], km: float) -> None:
     assert great_circle_km(*place) == pytest.approx(km, rel=0.01)

@@ -29,7 +29,9 @@ def test_the_ground_sample_distance_is_a_parameter() -> None:
 
 
 def test_tile_statistics_are_those_of_real_frames() -> None:
-    tiles = [np.asarray(draw_tile(name, tile_seed(1, f"{name}{n}")).image, float) for name in PAINTERS for n in range(2)]
+    tiles = [
+        np.asarray(draw_tile(name, tile_seed(1, f"{name}{n}")).image, float) for name in PAINTERS for n in range(2)
+    ]
     deviations = [tile.mean(axis=2).std() for tile in tiles]
     saturation = np.mean([((t.max(2) - t.min(2)) / np.maximum(t.max(2), 1)).mean() for t in tiles])
     assert 0.2 < saturation < 0.45  # real frames: 0.33

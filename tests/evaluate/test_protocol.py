@@ -63,7 +63,11 @@ def test_rates_of_a_case_counted_by_hand() -> None:
     rates = summarize(predictions)["A"]
     assert (rates["right"], rates["count"], rates["unparsable"]) == (4, 6, 1)
     assert rates["classes"]["HIGH"] == {"recall": 0.5, "precision": 1.0, "f1": pytest.approx(2 / 3)}
-    assert rates["classes"]["LOW"] == {"recall": 1.0, "precision": pytest.approx(2 / 3), "f1": pytest.approx(0.8)}
+    assert rates["classes"]["LOW"] == {
+        "recall": 1.0,
+        "precision": pytest.approx(2 / 3),
+        "f1": pytest.approx(0.8),
+    }
     assert rates["balanced_accuracy"] == pytest.approx((0.5 + 0.5 + 1) / 3)
     assert rates["confusion"]["MEDIUM"] == {"HIGH": 0, "MEDIUM": 1, "LOW": 0, "unparsable": 1}
 
@@ -130,7 +134,13 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(small_dataset: Path,
 def test_unparsable_answers_are_kept_and_counted(small_dataset: Path, tmp_path: Path) -> None:
     records = read_split(small_dataset, "test")
     metrics = run(
-        records, small_dataset, ConstantBackend("no"), tmp_path / "e", EvaluateSettings(), 256, fingerprint="f"
+        records,
+        small_dataset,
+        ConstantBackend("no"),
+        tmp_path / "e",
+        EvaluateSettings(),
+        256,
+        fingerprint="f",
     )
     assert {c: rates["unparsable"] for c, rates in metrics.items()} == dict.fromkeys("ABCD", len(records))
     assert all(rates["accuracy"] == 0 for rates in metrics.values())

@@ -3,18 +3,19 @@
 Positions are metres from the tile's centre, x to the east and y to the south; colours are RGB 0..255.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 T = TypeVar("T")
-Array = NDArray[np.float32]
+Array = NDArray[Any]
 Mask = NDArray[np.bool_]
-Colour = tuple[float, float, float]
+Colour = tuple[float, ...]  # red, green, blue
 Point = tuple[float, float]
 
 # Ground colours of places anywhere on Earth. Natural and built morphologies draw from the same list, so that
@@ -32,6 +33,11 @@ BIOMES: dict[str, tuple[Colour, Colour, Colour]] = {
 WATERS: tuple[Colour, ...] = (
     (18, 34, 56), (26, 48, 66), (34, 58, 60), (46, 66, 62), (64, 76, 62), (88, 88, 70), (30, 62, 80), (20, 28, 40),
 )  # fmt: skip
+
+
+def as_array(colour: Any) -> Array:
+    """Colours as float32, for arithmetic with images."""
+    return np.asarray(colour, np.float32)
 
 
 class Canvas:
@@ -114,7 +120,7 @@ class Canvas:
     def fill(self, dark: Colour, light: Colour, field: Array, contrast: float = 0.22) -> None:
         """Cover the tile with the blend dark..light that `field` (unit deviation) chooses."""
         weight = np.clip(0.5 + contrast * field, 0, 1)[..., None]
-        self.rgb = np.float32(dark) * (1 - weight) + np.float32(light) * weight
+        self.rgb = as_array(dark) * (1 - weight) + as_array(light) * weight
 
     def blend(self, mask: Array | Mask, colour: Colour | Array) -> None:
         """Paint `colour` (one colour or an image) where `mask` (0..1) says."""
@@ -145,7 +151,7 @@ class Canvas:
         """Water where `mask` (0..1) says, with a little swell."""
         weight = np.asarray(mask, np.float32)
         swell = self.streaks(self.angle(), 3, 1.6, 400)
-        tone = np.float32(colour or self.water_colour()) + (swell * self.uniform(0.8, 2.5))[..., None]
+        tone = as_array(colour or self.water_colour()) + (swell * self.uniform(0.8, 2.5))[..., None]
         self.blend(weight, tone)
         self.water = np.maximum(self.water, weight)
 
@@ -173,15 +179,11 @@ class Layer:
     def line(self, points: Sequence[Point], width: float, colour: Colour, *, road: bool = False) -> None:
         """A stroke of `width` metres through `points`; `road` counts its length."""
         pixels = max(1, round(width * self.SCALE / self.canvas.metres_per_pixel))
-        self.pen.line(
-            self._pixels(points), fill=_rgba(colour), width=pixels, joint="curve" if pixels > 3 else None
-        )
+        self.pen.line(self._pixels(points), fill=_rgba(colour), width=pixels, joint="curve" if pixels > 3 else None)
         if road:
             half = self.canvas.extent / 2
             self.canvas.road_metres += sum(
-                math.dist(a, b)
-                for a, b in zip(points, points[1:], strict=False)
-                if max(map(abs, (*a, *b))) < 1.2 * half
+                math.dist(a, b) for a, b in itertools.pairwise(points) if max(map(abs, (*a, *b))) < 1.2 * half
             )
 
     def polygon(self, points: Sequence[Point], colour: Colour) -> None:
@@ -231,15 +233,12 @@ def offset(origin: Point, along: float, across: float, angle: float) -> Point:
 
 def box(centre: Point, length: float, width: float, angle: float) -> list[Point]:
     """The corners of a rectangle."""
-    return [
-        offset(centre, a * length / 2, b * width / 2, angle) for a, b in ((-1, -1), (1, -1), (1, 1), (-1, 1))
-    ]
+    return [offset(centre, a * length / 2, b * width / 2, angle) for a, b in ((-1, -1), (1, -1), (1, 1), (-1, 1))]
 
 
 def arc(centre: Point, radius: float, start: float, stop: float, steps: int = 24) -> list[Point]:
     return [
-        (centre[0] + radius * math.cos(t), centre[1] + radius * math.sin(t))
-        for t in np.linspace(start, stop, steps)
+        (centre[0] + radius * math.cos(t), centre[1] + radius * math.sin(t)) for t in np.linspace(start, stop, steps)
     ]
 
 

@@ -62,9 +62,7 @@ def load_catalogue(path: Path | None = None) -> list[Target]:
     reader = csv.DictReader(text.splitlines())
     missing = [column for column in COLUMNS if column not in (reader.fieldnames or [])]
     if missing:
-        raise OrionError(
-            f"{source} has no column {', '.join(missing)}.", f"The columns are {', '.join(COLUMNS)}."
-        )
+        raise OrionError(f"{source} has no column {', '.join(missing)}.", f"The columns are {', '.join(COLUMNS)}.")
     targets: list[Target] = []
     mistakes: list[str] = []
     seen: dict[str, int] = {}
@@ -112,9 +110,7 @@ def _problems(row: Mapping[str, str | None], seen: Mapping[str, int]) -> list[st
 def great_circle_km(lon1: float, lat1: float, lon2: float, lat2: float) -> float:
     """Distance on a sphere (haversine), within 0.6 % of the ellipsoid."""
     a, b = math.radians(lat1), math.radians(lat2)
-    half = (
-        math.sin((b - a) / 2) ** 2 + math.cos(a) * math.cos(b) * math.sin(math.radians(lon2 - lon1) / 2) ** 2
-    )
+    half = math.sin((b - a) / 2) ** 2 + math.cos(a) * math.cos(b) * math.sin(math.radians(lon2 - lon1) / 2) ** 2
     return 2 * EARTH_RADIUS_KM * math.asin(min(1.0, math.sqrt(half)))
 
 
@@ -142,9 +138,7 @@ def clusters(targets: list[Target], distance_km: float) -> list[list[Target]]:
     return list(members.values())
 
 
-def split_targets(
-    targets: list[Target], *, seed: int = 42, distance_km: float = 100.0
-) -> dict[Split, list[Target]]:
+def split_targets(targets: list[Target], *, seed: int = 42, distance_km: float = 100.0) -> dict[Split, list[Target]]:
     """Train, val and test in the proportion 4:1:1 within every morphology, sorted by name.
 
     Deterministic for `seed` and independent of the order of `targets`. Raises OrionError when the distance

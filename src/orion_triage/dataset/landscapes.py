@@ -5,12 +5,12 @@ import math
 import numpy as np
 from scipy import ndimage
 
-from orion_triage.dataset.canvas import Array, Canvas, Colour, Layer, Point, offset
+from orion_triage.dataset.canvas import Array, Canvas, Colour, Layer, Point, as_array, offset
 
 
 def ocean_water(canvas: Canvas) -> None:
     """Open water: swell, current streaks, sun glint, sometimes plankton swirls or sediment."""
-    colour = np.float32(canvas.water_colour())
+    colour = as_array(canvas.water_colour())
     direction = canvas.angle()
     swell = canvas.streaks(direction, canvas.uniform(2, 6), 1.3, canvas.uniform(150, 500))
     currents = canvas.streaks(direction + canvas.uniform(-0.5, 0.5), 4, 2.8, 5000)
@@ -18,9 +18,7 @@ def ocean_water(canvas: Canvas) -> None:
     canvas.rgb += (swell * canvas.uniform(1.5, 6) + currents * canvas.uniform(2, 9))[..., None]
     if canvas.chance(0.5):  # plankton or sediment in eddies
         eddies = np.abs(np.sin(canvas.fractal(3.2, 4000) * 3 + currents))
-        canvas.blend(
-            eddies**3 * canvas.uniform(0.1, 0.5), canvas.pick([(64, 112, 92), (96, 106, 82), (70, 100, 118)])
-        )
+        canvas.blend(eddies**3 * canvas.uniform(0.1, 0.5), canvas.pick([(64, 112, 92), (96, 106, 82), (70, 100, 118)]))
     if canvas.chance(0.45):  # glint brightens one side
         along, _ = canvas.rotated(canvas.uniform(0, 2 * math.pi))
         canvas.rgb += (np.clip(along / canvas.extent + 0.35, 0, 1) ** 2 * canvas.uniform(30, 110))[..., None]
@@ -158,9 +156,7 @@ def geological(canvas: Canvas) -> None:
     cone = np.exp(-distance * 1.2) * 40 + gullies * np.clip(1 - distance / 2.0, 0, 1) * 0.9
     canvas.shade(cone, canvas.uniform(0.7, 1.2))
     canvas.blend(np.exp(-((distance / 0.22) ** 4)) * 0.85, (48, 42, 40))
-    flows = (
-        np.clip(canvas.fractal(2.4, 1200) + gullies - 0.9, 0, 1) * (distance < 2.2) * np.exp(-distance / 2)
-    )
+    flows = np.clip(canvas.fractal(2.4, 1200) + gullies - 0.9, 0, 1) * (distance < 2.2) * np.exp(-distance / 2)
     canvas.blend(flows, (46, 44, 44))
 
 
@@ -219,9 +215,7 @@ def fractal_texture(canvas: Canvas) -> None:
     else:
         direction = canvas.angle()
         _, across = canvas.rotated(direction)
-        belt = np.exp(
-            -(((across + 120 * canvas.streaks(direction, 3, 3.8, 5000)) / canvas.uniform(900, 1500)) ** 4)
-        )
+        belt = np.exp(-(((across + 120 * canvas.streaks(direction, 3, 3.8, 5000)) / canvas.uniform(900, 1500)) ** 4))
         canvas.blend(belt * 0.8, canvas.pick([(150, 142, 128), (128, 118, 98), (172, 160, 136)]))
         canvas.rgb += (canvas.streaks(direction, 5, 2.2, 800) * 5 * belt)[..., None]
         layer = canvas.layer()

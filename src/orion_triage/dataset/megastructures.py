@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from orion_triage.dataset.canvas import BIOMES, Canvas, Colour, Point, arc, grey, offset
+from orion_triage.dataset.canvas import BIOMES, Canvas, Colour, Layer, Point, arc, as_array, grey, offset
 from orion_triage.dataset.landscapes import paint_coast, shoreline
 from orion_triage.dataset.settlements import ROOFS, main_roads, paint_blocks, paint_fields, paint_houses
 
@@ -28,7 +28,7 @@ def _surroundings(canvas: Canvas) -> None:
             paint_blocks(canvas, fringe, canvas.angle(), block=(140, 90))
 
 
-def _ship(canvas: Canvas, layer, spot: Point, length: float, heading: float) -> None:
+def _ship(canvas: Canvas, layer: Layer, spot: Point, length: float, heading: float) -> None:
     width = length * 0.16
     hull = [
         offset(spot, -length / 2, -width / 2, heading),
@@ -44,7 +44,7 @@ def _ship(canvas: Canvas, layer, spot: Point, length: float, heading: float) -> 
     layer.rectangle(offset(spot, -length * 0.42, 0, heading), length * 0.05, width, heading, grey(225))
 
 
-def _stacks(canvas: Canvas, layer, centre: Point, length: float, width: float, angle: float) -> None:
+def _stacks(canvas: Canvas, layer: Layer, centre: Point, length: float, width: float, angle: float) -> None:
     """Container rows on a paved terminal."""
     lane = 44.0
     for across in np.arange(-width / 2 + lane / 2, width / 2, lane):
@@ -109,7 +109,7 @@ def mega_airport(canvas: Canvas) -> None:
     angle = canvas.angle()
     grass: Colour = tuple(
         v * canvas.uniform(0.95, 1.2) for v in canvas.pick([BIOMES[canvas.biome][2], BIOMES[canvas.biome][1]])
-    )  # type: ignore[assignment]
+    )
     surface = grey(canvas.uniform(78, 175))
     concrete = grey(canvas.uniform(150, 195), 4)
     runways = canvas.integer(2, 4)
@@ -125,13 +125,9 @@ def mega_airport(canvas: Canvas) -> None:
         middle = offset((0, 0), shift, position * gap, angle)
         inward = -1 if position > 0 else 1
         taxi = offset(middle, 0, inward * 190, angle)
-        layer.line(
-            [offset(taxi, -length / 2, 0, angle), offset(taxi, length / 2, 0, angle)], 26, concrete, road=True
-        )
+        layer.line([offset(taxi, -length / 2, 0, angle), offset(taxi, length / 2, 0, angle)], 26, concrete, road=True)
         for exit_at in np.linspace(-length / 2, length / 2, canvas.integer(5, 9)):
-            layer.line(
-                [offset(middle, exit_at, 0, angle), offset(taxi, exit_at + 90, 0, angle)], 24, concrete
-            )
+            layer.line([offset(middle, exit_at, 0, angle), offset(taxi, exit_at + 90, 0, angle)], 24, concrete)
         layer.rectangle(middle, length, 62, angle, surface)
         for end in (-1, 1):
             layer.rectangle(offset(middle, end * (length / 2 - 60), 0, angle), 60, 50, angle, grey(215))
@@ -139,9 +135,7 @@ def mega_airport(canvas: Canvas) -> None:
     layer.rectangle((0, 0), apron_length, apron_width, angle, concrete)
     for position in (-0.3, 0.3):
         tie = apron_length * position
-        layer.line(
-            [offset((0, 0), tie, -gap * 0.5, angle), offset((0, 0), tie, gap * 0.5, angle)], 26, concrete
-        )
+        layer.line([offset((0, 0), tie, -gap * 0.5, angle), offset((0, 0), tie, gap * 0.5, angle)], 26, concrete)
     piers = canvas.integer(2, 5)
     roof = canvas.pick([grey(205), grey(120), (140, 150, 160), (196, 186, 172)])
     for pier in range(piers):
@@ -155,14 +149,12 @@ def mega_airport(canvas: Canvas) -> None:
                     layer.rectangle(plane, 10, 48, angle, grey(232))
     layer.rectangle((0, 0), apron_length * 0.9, 70, angle, roof)
     if canvas.chance(0.5):  # a crossing runway
-        layer.rectangle(
-            offset((0, 0), length * 0.4, 0, angle), 2800, 60, angle + canvas.uniform(0.9, 1.5), surface
-        )
+        layer.rectangle(offset((0, 0), length * 0.4, 0, angle), 2800, 60, angle + canvas.uniform(0.9, 1.5), surface)
     layer.paste(built=True)
     main_roads(canvas, 1, 24, bend=150)
 
 
-def _tanks(canvas: Canvas, layer, centre: Point, rows: int, columns: int, angle: float) -> None:
+def _tanks(canvas: Canvas, layer: Layer, centre: Point, rows: int, columns: int, angle: float) -> None:
     pitch = canvas.uniform(95, 130)
     radius = pitch * canvas.uniform(0.3, 0.38)
     layer.rectangle(centre, columns * pitch + 60, rows * pitch + 60, angle, grey(128, 8))
@@ -216,15 +208,11 @@ def energy_dam(canvas: Canvas) -> None:
         hall = offset((0, 0), canvas.uniform(-600, 600), canvas.uniform(200, 500), angle)
         layer.rectangle((hall[0] + 22, hall[1] + 22), 320, 110, angle, grey(48))
         layer.rectangle(hall, 320, 110, angle, canvas.pick(ROOFS))
-    layer.rectangle(
-        offset((0, 0), 820, 350, angle), 430, 520, angle, canvas.pick([grey(38), grey(52), (92, 84, 74)])
-    )
+    layer.rectangle(offset((0, 0), 820, 350, angle), 430, 520, angle, canvas.pick([grey(38), grey(52), (92, 84, 74)]))
     for _ in range(2):
         switch = offset((0, 0), canvas.uniform(-950, -750), canvas.uniform(100, 600), angle)
         for bar in range(8):
-            layer.line(
-                [offset(switch, -150, bar * 26, angle), offset(switch, 150, bar * 26, angle)], 6, grey(190)
-            )
+            layer.line([offset(switch, -150, bar * 26, angle), offset(switch, 150, bar * 26, angle)], 6, grey(190))
     towers = canvas.integer(3, 8)
     rows = 2 if towers > 4 else 1
     spots = [
@@ -281,12 +269,9 @@ def _dam(canvas: Canvas) -> None:
     layer.rectangle(spill, 230, 90, angle, grey(232))
     layer.rectangle(offset((0, 0), position + 190, span * 0.28, angle), 90, 240, angle, grey(160, 4))
     for block in range(5):
-        layer.rectangle(
-            offset((0, 0), position + 420, span * 0.3 + block * 70, angle), 120, 45, angle, grey(180)
-        )
+        layer.rectangle(offset((0, 0), position + 420, span * 0.3 + block * 70, angle), 120, 45, angle, grey(180))
     zigzag = [
-        offset((0, 0), position + 100 + 130 * step, span * (0.62 + 0.12 * (step % 2)), angle)
-        for step in range(14)
+        offset((0, 0), position + 100 + 130 * step, span * (0.62 + 0.12 * (step % 2)), angle) for step in range(14)
     ]
     layer.line(zigzag, 14, grey(185, 8), road=True)
     layer.paste(built=True)
@@ -350,7 +335,7 @@ def _open_pit(canvas: Canvas) -> None:
     terraces = canvas.uniform(8, 14)
     step = np.mod(radius * terraces, 1)
     tone = np.where(step < 0.35, 0.62, 1.0) * (0.55 + 0.45 * radius)
-    bank = np.float32(rock) * (1 - step)[..., None] + np.float32(pale) * step[..., None]
+    bank = as_array(rock) * (1 - step)[..., None] + as_array(pale) * step[..., None]
     canvas.blend(inside, bank * tone[..., None])
     light = np.cos(np.arctan2(across, along) + angle - 0.8)
     canvas.rgb *= (1 - 0.18 * light * inside)[..., None]
@@ -494,26 +479,19 @@ def _air_base(canvas: Canvas) -> None:
     concrete = grey(canvas.uniform(140, 190), 4)
     length = canvas.uniform(2900, 3900)
     layer = canvas.layer()
-    layer.rectangle(
-        (0, 0), length + 500, 2300, angle, canvas.pick([BIOMES[canvas.biome][1], BIOMES[canvas.biome][2]])
-    )
+    layer.rectangle((0, 0), length + 500, 2300, angle, canvas.pick([BIOMES[canvas.biome][1], BIOMES[canvas.biome][2]]))
     layer.paste()
     layer = canvas.layer()
     layer.rectangle((0, 0), length, 64, angle, canvas.pick([grey(84), concrete]))
     taxi = offset((0, 0), 0, 240, angle)
-    layer.line(
-        [offset(taxi, -length / 2, 0, angle), offset(taxi, length / 2, 0, angle)], 30, concrete, road=True
-    )
+    layer.line([offset(taxi, -length / 2, 0, angle), offset(taxi, length / 2, 0, angle)], 30, concrete, road=True)
     for end in (-0.5, -0.2, 0.2, 0.5):
-        layer.line(
-            [offset((0, 0), length * end, 0, angle), offset(taxi, length * end, 0, angle)], 30, concrete
-        )
+        layer.line([offset((0, 0), length * end, 0, angle), offset(taxi, length * end, 0, angle)], 30, concrete)
     for cluster in (-0.4, 0.4):  # dispersal loops with hardened shelters
         for side in (1, -1):
             loop = offset((0, 0), length * cluster, side * 640, angle)
             ellipse = [
-                offset(loop, 430 * math.cos(t), 290 * math.sin(t), angle)
-                for t in np.linspace(0, 2 * math.pi, 41)
+                offset(loop, 430 * math.cos(t), 290 * math.sin(t), angle) for t in np.linspace(0, 2 * math.pi, 41)
             ]
             layer.line(ellipse, 26, concrete, road=True)
             layer.line([loop, offset((0, 0), length * cluster, 0, angle)], 26, concrete)

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from orion_triage.dataset.canvas import BIOMES, Array, Canvas, Colour, Point, arc, grey, offset
+from orion_triage.dataset.canvas import BIOMES, Array, Canvas, Colour, Point, arc, as_array, grey, offset
 from orion_triage.dataset.landscapes import paint_coast, shoreline
 
 ROOFS: tuple[Colour, ...] = (
@@ -16,7 +16,7 @@ def roof_mosaic(canvas: Canvas, along: Array, across: Array, lot: float) -> Arra
     """An image of roofs, one tone per `lot` x `lot` metres."""
     column, row = np.floor(along / lot), np.floor(across / lot)
     pick = canvas.cell_values(column, row)
-    tones = np.float32(ROOFS)
+    tones = as_array(ROOFS)
     main = canvas.integer(0, len(ROOFS) - 1)
     index = np.where(pick < canvas.uniform(0.3, 0.6), main, (pick * 997).astype(np.int32) % len(ROOFS))
     brightness = 0.68 + 0.5 * canvas.cell_values(column + 17, row + 31)
@@ -40,8 +40,8 @@ def paint_blocks(
         )
         roofs[inner] *= 0.62
     green = canvas.cell_values(np.floor(along / length), np.floor(across / width))
-    roofs = np.where((green < 0.05)[..., None], np.float32(BIOMES[canvas.biome][2]), roofs)
-    pavement = np.float32(grey(canvas.uniform(78, 118), 2))
+    roofs = np.where((green < 0.05)[..., None], as_array(BIOMES[canvas.biome][2]), roofs)
+    pavement = as_array(grey(canvas.uniform(78, 118), 2))
     fabric = np.where((in_street | in_avenue)[..., None], pavement, roofs)
     fabric[in_avenue] *= 1.15
     canvas.blend(mask, fabric)
@@ -61,25 +61,20 @@ def paint_houses(canvas: Canvas, mask: Array, angle: float, *, curl: float, gree
     lot = canvas.uniform(24, 32)
     column, row = np.floor(along / lot), np.floor(across / (depth / 3))
     near = np.hypot(np.mod(along, lot) - lot / 2, np.mod(across, depth / 3) - depth / 6)
-    garden = (
-        np.float32(BIOMES[canvas.biome][2])
-        * (0.75 + 0.6 * canvas.cell_values(column + 5, row + 3))[..., None]
-    )
-    soil = np.float32(BIOMES[canvas.biome][1])
+    garden = as_array(BIOMES[canvas.biome][2]) * (0.75 + 0.6 * canvas.cell_values(column + 5, row + 3))[..., None]
+    soil = as_array(BIOMES[canvas.biome][1])
     woods = np.clip(canvas.fractal(2.8, 900) * 0.1, -0.2, 0.2)[..., None]
     lawn = (garden * greenery + soil * (1 - greenery)) * (1 - woods)
     house = (near < lot * 0.36) & (canvas.cell_values(column + 9, row + 40) < 0.9)
     roofs = roof_mosaic(canvas, along, across, lot)
     image = np.where(house[..., None], roofs * 0.75 + lawn * 0.25, lawn)
-    image = np.where(in_street[..., None], np.float32(grey(canvas.uniform(110, 150))), image)
+    image = np.where(in_street[..., None], as_array(grey(canvas.uniform(110, 150))), image)
     canvas.blend(mask, image)
     canvas.built = np.maximum(canvas.built, mask * 0.6)
     canvas.road_metres += float(mask.mean()) * canvas.extent**2 * (1 / depth + 1 / length)
 
 
-def main_roads(
-    canvas: Canvas, count: int, width: float, *, bend: float = 300.0, through: Point | None = None
-) -> None:
+def main_roads(canvas: Canvas, count: int, width: float, *, bend: float = 300.0, through: Point | None = None) -> None:
     """Roads from edge to edge."""
     layer = canvas.layer()
     reach = canvas.extent * 0.75
@@ -96,9 +91,7 @@ def main_roads(
     layer.paste()
 
 
-def paint_fields(
-    canvas: Canvas, *, angle: float | None = None, size: tuple[float, float] | None = None
-) -> None:
+def paint_fields(canvas: Canvas, *, angle: float | None = None, size: tuple[float, float] | None = None) -> None:
     """A mosaic of rectangular fields with hedges or tracks between."""
     angle = canvas.angle() if angle is None else angle
     long, short = size or (canvas.uniform(250, 800), canvas.uniform(120, 420))
@@ -109,10 +102,8 @@ def paint_fields(
     stretch = 0.6 + 0.8 * canvas.cell_values(np.ones_like(row), row)
     column = np.floor((along + shift) / (long * stretch))
     value = canvas.cell_values(column, row)
-    dark, light, green = (np.float32(tone) for tone in BIOMES[canvas.biome])
-    crops = np.stack(
-        [dark, light, green, (dark + light) / 2, light * 1.12, green * 0.8 + light * 0.25, green * 1.3]
-    )
+    dark, light, green = (as_array(tone) for tone in BIOMES[canvas.biome])
+    crops = np.stack([dark, light, green, (dark + light) / 2, light * 1.12, green * 0.8 + light * 0.25, green * 1.3])
     image = crops[(value * 991).astype(np.int32) % len(crops)] * (0.85 + 0.3 * value)[..., None]
     furrow = np.mod(along if canvas.chance(0.5) else across, canvas.uniform(28, 60)) / 60
     image *= (0.96 + 0.08 * furrow)[..., None]
@@ -168,16 +159,12 @@ def urban_grid(canvas: Canvas) -> None:
     paint_blocks(canvas, everywhere, angle, block=(canvas.uniform(90, 240), canvas.uniform(70, 140)))
     for _ in range(canvas.integer(0, 2)):  # quarters with another orientation
         part = np.clip(canvas.fractal(3.6, 4500) * 4 - 2, 0, 1)
-        paint_blocks(
-            canvas, np.round(part), canvas.angle(), block=(canvas.uniform(90, 200), canvas.uniform(70, 130))
-        )
+        paint_blocks(canvas, np.round(part), canvas.angle(), block=(canvas.uniform(90, 200), canvas.uniform(70, 130)))
     if canvas.chance(0.5):
         layer = canvas.layer()
         for _ in range(canvas.integer(1, 3)):
             centre = (canvas.uniform(-2000, 2000), canvas.uniform(-2000, 2000))
-            layer.rectangle(
-                centre, canvas.uniform(300, 900), canvas.uniform(200, 500), angle, BIOMES[canvas.biome][2]
-            )
+            layer.rectangle(centre, canvas.uniform(300, 900), canvas.uniform(200, 500), angle, BIOMES[canvas.biome][2])
         layer.paste()
     if canvas.chance(0.35):
         river(canvas, canvas.uniform(80, 260))
@@ -187,12 +174,10 @@ def urban_grid(canvas: Canvas) -> None:
 def suburb(canvas: Canvas) -> None:
     """Detached houses in gardens along bending streets, with a school field or a pond."""
     canvas.ground()
-    everywhere = np.ones((canvas.size, canvas.size), np.float32)
+    everywhere: Array = np.ones((canvas.size, canvas.size), np.float32)
     if canvas.chance(0.5):
         everywhere = np.round(np.clip(1.6 + canvas.fractal(3.4, 3000), 0, 1))
-    paint_houses(
-        canvas, everywhere, canvas.angle(), curl=canvas.uniform(60, 260), greenery=canvas.uniform(0.35, 1.0)
-    )
+    paint_houses(canvas, everywhere, canvas.angle(), curl=canvas.uniform(60, 260), greenery=canvas.uniform(0.35, 1.0))
     layer = canvas.layer()
     for _ in range(canvas.integer(2, 7)):
         centre = (canvas.uniform(-2400, 2400), canvas.uniform(-2400, 2400))
@@ -235,9 +220,7 @@ def agriculture(canvas: Canvas) -> None:
                 if canvas.chance(0.12):
                     continue
                 centre = offset(shift, column * spacing, row * spacing, angle)
-                tone = canvas.pick(
-                    [green, dark, light, tuple(v * 1.3 for v in green), tuple(v * 0.8 for v in dark)]
-                )
+                tone = canvas.pick([green, dark, light, tuple(v * 1.3 for v in green), tuple(v * 0.8 for v in dark)])
                 layer.disc(centre, spacing * 0.48, tone)
                 if canvas.chance(0.3):
                     start = canvas.uniform(0, 6)
@@ -300,9 +283,7 @@ def ordinary_infrastructure(canvas: Canvas) -> None:
             for row in range(rows):
                 if canvas.chance(0.9):
                     spot = offset(centre, (column - columns / 2) * 420, (row - rows / 2) * 75, angle)
-                    layer.rectangle(
-                        spot, 390, 50, angle, canvas.pick([(46, 54, 78), (40, 48, 70), (54, 62, 84)])
-                    )
+                    layer.rectangle(spot, 390, 50, angle, canvas.pick([(46, 54, 78), (40, 48, 70), (54, 62, 84)]))
     elif kind == "rail_yard":
         bed = canvas.uniform(90, 160)
         layer.rectangle(centre, 1500, bed, angle, grey(canvas.uniform(100, 130), 8))
@@ -310,9 +291,7 @@ def ordinary_infrastructure(canvas: Canvas) -> None:
             spread = canvas.uniform(500, 700)
             layer.line([offset(centre, a * spread, track, angle) for a in (-1, 1)], 6, grey(70, 4))
         reach = canvas.extent
-        layer.line(
-            [offset(centre, -reach, 0, angle), offset(centre, reach, 0, angle)], 16, grey(92, 6), road=True
-        )
+        layer.line([offset(centre, -reach, 0, angle), offset(centre, reach, 0, angle)], 16, grey(92, 6), road=True)
         for _ in range(canvas.integer(2, 5)):
             layer.rectangle(
                 offset(centre, canvas.uniform(-600, 600), bed / 2 + 50, angle),
@@ -329,9 +308,7 @@ def ordinary_infrastructure(canvas: Canvas) -> None:
                 spot = offset(centre, (column - (columns - 1) / 2) * 95, (row - (rows - 1) / 2) * 95, angle)
                 layer.disc(spot, 34, (60, 72, 66))
                 layer.ring(spot, 34, 8, grey(190))
-        layer.rectangle(
-            offset(centre, 0, rows * 55 + 60, angle), columns * 60, 40, angle, canvas.water_colour()
-        )
+        layer.rectangle(offset(centre, 0, rows * 55 + 60, angle), columns * 60, 40, angle, canvas.water_colour())
     layer.paste(built=True)
 
 
@@ -366,17 +343,13 @@ def _small_harbour(canvas: Canvas) -> None:
     field = shoreline(canvas, 0.15, canvas.uniform(0.35, 0.55), angle)
     paint_coast(canvas, field)
     near = np.argwhere((np.abs(field) < 0.03) & (np.hypot(canvas.x, canvas.y) < 1200))
-    row, column = (
-        near[canvas.integer(0, len(near) - 1)] if len(near) else (canvas.size // 2, canvas.size // 2)
-    )
+    row, column = near[canvas.integer(0, len(near) - 1)] if len(near) else (canvas.size // 2, canvas.size // 2)
     centre = (float(canvas.x[row, column]), float(canvas.y[row, column]))
     layer = canvas.layer()
     stone = grey(canvas.uniform(120, 165), 5)
     for side in (-1, 1):
         start = offset(centre, -60, side * 230, angle)
-        layer.line(
-            [start, offset(centre, 190, side * 230, angle), offset(centre, 280, side * 60, angle)], 22, stone
-        )
+        layer.line([start, offset(centre, 190, side * 230, angle), offset(centre, 280, side * 60, angle)], 22, stone)
     for step in range(canvas.integer(2, 4)):
         layer.line(
             [offset(centre, -20, -120 + 80 * step, angle), offset(centre, 110, -120 + 80 * step, angle)],

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from orion_triage.dataset import landscapes, megastructures, settlements
-from orion_triage.dataset.canvas import Canvas
+from orion_triage.dataset.canvas import Canvas, as_array
 from orion_triage.errors import OrionError
 from orion_triage.frames import CAMERA_SIZE
 
@@ -93,12 +93,12 @@ def _observe(canvas: Canvas) -> float:
         share = float((cloud > 0.5).mean())
     grey = rgb.mean(axis=2, keepdims=True)
     rgb = grey + (rgb - grey) * canvas.uniform(0.7, 1.3)
-    rgb *= np.float32([canvas.uniform(0.9, 1.12), canvas.uniform(0.92, 1.06), canvas.uniform(0.8, 1.08)])
+    rgb *= as_array([canvas.uniform(0.9, 1.12), canvas.uniform(0.92, 1.06), canvas.uniform(0.8, 1.08)])
     gain = canvas.uniform(0.62, 1.05)
     level = float(rgb.mean())
     rgb = (level + (rgb - level) * canvas.uniform(0.8, 1.35)) * gain
     haze = canvas.uniform(0, 0.28) ** 1.3
-    rgb = rgb * (1 - haze) + np.float32([150, 160, 170]) * haze
+    rgb = rgb * (1 - haze) + as_array([150, 160, 170]) * haze
     blur = canvas.uniform(0.45, 0.8) * 10 / canvas.metres_per_pixel
     rgb = ndimage.gaussian_filter(rgb, (blur, blur, 0))
     noise = canvas.random.standard_normal(rgb.shape, dtype=np.float32)

@@ -24,9 +24,7 @@ def baselines(dataset: Path, split: Split) -> dict[str, dict[str, Any]]:
     val, asked = read_split(dataset, "val"), read_split(dataset, split)
     majority = Counter(record.verdict.category for record in train).most_common(1)[0][0]
     hits = sum(record.verdict.category == majority for record in asked)
-    result: dict[str, dict[str, Any]] = {
-        "majority class": {"accuracy": hits / len(asked), "answer": majority.value}
-    }
+    result: dict[str, dict[str, Any]] = {"majority class": {"accuracy": hits / len(asked), "answer": majority.value}}
     groups = (train, val, asked)
     colour = [np.stack([colour_histogram(dataset, r) for r in group]) for group in groups]
     position = [np.stack([unit_vector(r) for r in group]) for group in groups]

@@ -62,7 +62,7 @@ def conflict_pairs(records: Sequence[Record], seed: int = 42) -> dict[str, Donor
         donors = [r for r in ordered if r.verdict.category == opposite and r.coordinates is not None]
         if takers and not donors:
             raise OrionError(
-                f"condition D needs {opposite} records with coordinates for the {category} ones, and the split has none.",
+                f"condition D needs {opposite} records for the {category} ones, and the split has none.",
                 "Evaluate a split with all three categories.",
             )
         random.Random(f"{seed}/{category}").shuffle(donors)

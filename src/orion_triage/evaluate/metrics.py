@@ -53,8 +53,7 @@ def _rates(predictions: Sequence[Prediction]) -> dict[str, Any]:
     confusion = {
         truth.value: {
             **{
-                guess.value: sum(p.truth == truth and p.predicted == guess for p in predictions)
-                for guess in CATEGORIES
+                guess.value: sum(p.truth == truth and p.predicted == guess for p in predictions) for guess in CATEGORIES
             },
             UNPARSABLE: sum(p.truth == truth and p.predicted is None for p in predictions),
         }

@@ -124,9 +124,7 @@ def _row(question: Question, picture: "Image.Image", answer: str, seconds: float
         "image": question.image,
         "pixels_sha256": hashlib.sha256(picture.tobytes()).hexdigest(),
         "coordinates": asdict(question.coordinates) if question.coordinates else None,
-        "donor": {"name": question.donor.name, "category": question.donor.category}
-        if question.donor
-        else None,
+        "donor": {"name": question.donor.name, "category": question.donor.category} if question.donor else None,
         "prompt_sha256": sha256_of_text(question.prompt),
         "answer": answer,
         "category": verdict.category if verdict else None,

@@ -50,9 +50,7 @@ def terminal_tables(results: dict[str, Any]) -> "list[Table]":
     """The accuracy table with baselines, and sizes and seconds."""
     from rich.table import Table
 
-    accuracy = Table(
-        title=f"Accuracy on {results['settings']['evaluate']['split']} (preset {results['preset']})"
-    )
+    accuracy = Table(title=f"Accuracy on {results['settings']['evaluate']['split']} (preset {results['preset']})")
     accuracy.add_column("condition")
     for name in (*MODELS, *(f"by {delta}" for delta in DELTAS)):
         accuracy.add_column(name, justify="right")
@@ -66,9 +64,7 @@ def terminal_tables(results: dict[str, Any]) -> "list[Table]":
         cells = [str(results["models"].get(m, {}).get("D", {}).get(key, "-")) for m in MODELS]
         accuracy.add_row(label, *cells, "", "")
     unparsable = [
-        str(sum(rates["unparsable"] for rates in results["models"][m].values()))
-        if m in results["models"]
-        else "-"
+        str(sum(rates["unparsable"] for rates in results["models"][m].values())) if m in results["models"] else "-"
         for m in MODELS
     ]
     accuracy.add_row("unparsable answers", *unparsable, "", "")

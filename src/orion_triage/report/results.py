@@ -44,9 +44,7 @@ def build_results(run_folder: Path, settings: Settings, stage_folders: dict[str,
             if first in predictions and second in predictions
         },
         "baselines": baselines(dataset, settings.evaluate.split) if finished.get("dataset") else {},
-        "bytes": {
-            name: (run_folder / name).stat().st_size for name in ARTIFACTS if (run_folder / name).exists()
-        },
+        "bytes": {name: (run_folder / name).stat().st_size for name in ARTIFACTS if (run_folder / name).exists()},
         "seconds": {name: receipt.seconds for name, receipt in finished.items()},
         "figures": {name: receipt.figures for name, receipt in finished.items() if "evaluate" not in name},
         "versions": next((receipt.versions for receipt in finished.values()), {}),

@@ -81,4 +81,4 @@ def held_out_places() -> list[tuple[float, float]]:
     from orion_triage.dataset.catalogue import load_catalogue, split_targets
 
     splits = split_targets(load_catalogue())
-    return [(target.lon, target.lat) for name in ("val", "test") for target in splits[name]]  # type: ignore[index]
+    return [(target.lon, target.lat) for name in ("val", "test") for target in splits[name]]

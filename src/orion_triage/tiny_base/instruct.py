@@ -50,9 +50,7 @@ def coordinates_away_from(places: list[tuple[float, float]], source: random.Rand
     """A random position at least 2 degrees from every one of `places` (lon, lat): those of val and test."""
     while True:
         lon, lat = round(source.uniform(-180, 180), 2), round(source.uniform(-75, 75), 2)
-        near = any(
-            abs(lat - b) < 2 and abs(lon - a) < 2 / max(0.1, math.cos(math.radians(b))) for a, b in places
-        )
+        near = any(abs(lat - b) < 2 and abs(lon - a) < 2 / max(0.1, math.cos(math.radians(b))) for a, b in places)
         if not near:
             return Coordinates(lon, lat)
 
@@ -79,9 +77,7 @@ def conversation(
         if source.random() < 0.5:
             position = coordinates_away_from(places, source)
             where = f" captured at Longitude: {format_degrees(position.lon)}, Latitude: {format_degrees(position.lat)}"
-        prompt, answer = (
-            description(source, facts) if source.random() < 0.1 else question(source, facts, where)
-        )
+        prompt, answer = description(source, facts) if source.random() < 0.1 else question(source, facts, where)
         add(prompt, PROMPT_WEIGHT)
         add("<|im_end|>\n<|im_start|>assistant\n", 0)
         add(answer + "<|im_end|>", 1.0)
@@ -132,9 +128,7 @@ def train_language(
             )
             embedded = model.model.language_model.embed_tokens(ids)
             embedded = embedded.masked_scatter((ids == image_id)[..., None], image.to(embedded.dtype))
-            hidden = model.model.language_model(
-                inputs_embeds=embedded, attention_mask=attention
-            ).last_hidden_state
+            hidden = model.model.language_model(inputs_embeds=embedded, attention_mask=attention).last_hidden_state
             wanted = weights[:, 1:] > 0
             logits = model.lm_head(hidden[:, :-1][wanted])
         losses = torch.nn.functional.cross_entropy(logits.float(), ids[:, 1:][wanted], reduction="none")

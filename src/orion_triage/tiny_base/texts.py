@@ -32,17 +32,142 @@ SCENES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "space_military_chokepoint": (("launch pads, an air base or a ship canal", "a guarded special site"), ("pads joined by wide roads", "loops of hardened shelters", "ships queuing in a channel")),
 }  # fmt: skip
 
-_WORDS = """ACORN AGATE ALDER AMBER ANCHOR APPLE ARROW ASPEN AZURE BADGER BAMBOO BASALT BEACON BIRCH BISON BRASS BRIDGE CANDLE
-CEDAR CHALK CHERRY CIRCLE CLOVER COBALT COMET COPPER CORAL CRANE CRIMSON CYAN DAHLIA DELTA DIAMOND DOLPHIN DRAGON EAGLE EBONY
-ECHO EMBER FALCON FERN FINCH FLINT FOREST FOXTROT GAMMA GARNET GINGER GOLF GRANITE HARBOR HAZEL HERON HOTEL INDIGO IRIS IRON
-ISLAND IVORY JADE JASMINE JUNIPER KAPPA KESTREL KILO LAGOON LAMBDA LEMON LILAC LINDEN LION LOTUS MAGENTA MANGO MAPLE MARBLE
-MEADOW MERLIN MINT NECTAR NICKEL NOVEMBER OAK OLIVE OMEGA ONYX OPAL ORCHID OSCAR OTTER PANDA PEARL PEBBLE PEPPER PINE PLUM
-POPPY QUARTZ QUILL RAVEN RIVER ROBIN ROSE RUBY SAFFRON SAGE SIERRA SIGMA SILVER SLATE SPARROW SPRUCE TANGO TEAL THETA TIGER
-TOPAZ TULIP UMBER VALLEY VELVET VIOLET WALNUT WHISKEY WILLOW WOLF XENON YANKEE ZEBRA ZINC""".split()
+_WORDS = [
+    "ACORN",
+    "AGATE",
+    "ALDER",
+    "AMBER",
+    "ANCHOR",
+    "APPLE",
+    "ARROW",
+    "ASPEN",
+    "AZURE",
+    "BADGER",
+    "BAMBOO",
+    "BASALT",
+    "BEACON",
+    "BIRCH",
+    "BISON",
+    "BRASS",
+    "BRIDGE",
+    "CANDLE",
+    "CEDAR",
+    "CHALK",
+    "CHERRY",
+    "CIRCLE",
+    "CLOVER",
+    "COBALT",
+    "COMET",
+    "COPPER",
+    "CORAL",
+    "CRANE",
+    "CRIMSON",
+    "CYAN",
+    "DAHLIA",
+    "DELTA",
+    "DIAMOND",
+    "DOLPHIN",
+    "DRAGON",
+    "EAGLE",
+    "EBONY",
+    "ECHO",
+    "EMBER",
+    "FALCON",
+    "FERN",
+    "FINCH",
+    "FLINT",
+    "FOREST",
+    "FOXTROT",
+    "GAMMA",
+    "GARNET",
+    "GINGER",
+    "GOLF",
+    "GRANITE",
+    "HARBOR",
+    "HAZEL",
+    "HERON",
+    "HOTEL",
+    "INDIGO",
+    "IRIS",
+    "IRON",
+    "ISLAND",
+    "IVORY",
+    "JADE",
+    "JASMINE",
+    "JUNIPER",
+    "KAPPA",
+    "KESTREL",
+    "KILO",
+    "LAGOON",
+    "LAMBDA",
+    "LEMON",
+    "LILAC",
+    "LINDEN",
+    "LION",
+    "LOTUS",
+    "MAGENTA",
+    "MANGO",
+    "MAPLE",
+    "MARBLE",
+    "MEADOW",
+    "MERLIN",
+    "MINT",
+    "NECTAR",
+    "NICKEL",
+    "NOVEMBER",
+    "OAK",
+    "OLIVE",
+    "OMEGA",
+    "ONYX",
+    "OPAL",
+    "ORCHID",
+    "OSCAR",
+    "OTTER",
+    "PANDA",
+    "PEARL",
+    "PEBBLE",
+    "PEPPER",
+    "PINE",
+    "PLUM",
+    "POPPY",
+    "QUARTZ",
+    "QUILL",
+    "RAVEN",
+    "RIVER",
+    "ROBIN",
+    "ROSE",
+    "RUBY",
+    "SAFFRON",
+    "SAGE",
+    "SIERRA",
+    "SIGMA",
+    "SILVER",
+    "SLATE",
+    "SPARROW",
+    "SPRUCE",
+    "TANGO",
+    "TEAL",
+    "THETA",
+    "TIGER",
+    "TOPAZ",
+    "TULIP",
+    "UMBER",
+    "VALLEY",
+    "VELVET",
+    "VIOLET",
+    "WALNUT",
+    "WHISKEY",
+    "WILLOW",
+    "WOLF",
+    "XENON",
+    "YANKEE",
+    "ZEBRA",
+    "ZINC",
+]
 
 # Never used as labels: the labels of triage and words that mean the same.
 FORBIDDEN = frozenset(
-    "HIGH MEDIUM LOW TOP MAJOR MINOR MID MIDDLE URGENT PRIORITY CRITICAL NORMAL IMPORTANT AVERAGE HI LO MED".split()
+    ["HIGH", "MEDIUM", "LOW", "TOP", "MAJOR", "MINOR", "MID", "MIDDLE", "URGENT", "PRIORITY", "CRITICAL", "NORMAL", "IMPORTANT", "AVERAGE", "HI", "LO", "MED"]
 )  # fmt: skip
 _CONSONANTS, _VOWELS = "BCDFGHJKLMNPRSTVWZ", "AEIOU"
 
@@ -72,9 +197,7 @@ def made_up_label(source: random.Random) -> str:
     """A word of two to four syllables, or of random capitals, that means nothing."""
     while True:
         if source.random() < 0.5:
-            word = "".join(
-                source.choice(_CONSONANTS) + source.choice(_VOWELS) for _ in range(source.randint(1, 3))
-            )
+            word = "".join(source.choice(_CONSONANTS) + source.choice(_VOWELS) for _ in range(source.randint(1, 3)))
             word += source.choice(("", "", *_CONSONANTS))
         else:
             word = "".join(source.choice(_CONSONANTS + _VOWELS) for _ in range(source.randint(3, 7)))
@@ -130,9 +253,7 @@ def _categories(source: random.Random, facts: Facts) -> tuple[str, list[str], in
         right = definitions[classify(facts)]
         options = list(definitions)
     else:
-        topic = source.choice(
-            ("the kind of scene", "visual morphology", "land cover", "what the image shows")
-        )
+        topic = source.choice(("the kind of scene", "visual morphology", "land cover", "what the image shows"))
         others = source.sample([name for name in SCENES if name != facts.morphology], source.randint(1, 3))
         options = [_definition(source, name) for name in (facts.morphology, *others)]
         right = options[0]

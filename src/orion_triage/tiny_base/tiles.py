@@ -48,7 +48,7 @@ def _draw_chunk(job: tuple[int, str]) -> int:
         index = chunk * CHUNK + position
         tile = draw_tile(MORPHOLOGIES[index % len(MORPHOLOGIES)], seed_of(index))
         pixels[position] = np.asarray(shrink(tile.image, FRAME_SIZE))
-        values = {key: value for key, value in asdict(Facts(**_facts(tile))).items()}
+        values = dict(asdict(Facts(**_facts(tile))).items())
         facts.append(values)
     path = Path(folder) / f"{chunk:05d}.npy"
     temporary = path.with_suffix(".partial.npy")
@@ -89,9 +89,7 @@ def load_tiles(folder: Path, count: int) -> tuple[NDArray[np.uint8], list[Facts]
     for chunk, start in _chunks(count):
         stop = min(count, start + CHUNK)
         pixels[start:stop] = np.load(folder / f"{chunk:05d}.npy", mmap_mode="r")[: stop - start]
-        facts += [
-            Facts(**entry) for entry in json.loads((folder / f"{chunk:05d}.json").read_text())[: stop - start]
-        ]
+        facts += [Facts(**entry) for entry in json.loads((folder / f"{chunk:05d}.json").read_text())[: stop - start]]
     return pixels, facts
 
 

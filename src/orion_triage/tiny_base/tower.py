@@ -53,9 +53,7 @@ def targets_of(facts: list[Facts]) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     """Morphology and biome indices (n,), and (n, 4) shares: water, built, cloud, roads / 20."""
     morphology = torch.tensor([MORPHOLOGIES.index(fact.morphology) for fact in facts])
     biome = torch.tensor([_BIOMES.index(fact.biome) for fact in facts])
-    shares = torch.tensor(
-        [[f.water_share, f.built_share, f.cloud_share, min(f.road_density, 20) / 20] for f in facts]
-    )
+    shares = torch.tensor([[f.water_share, f.built_share, f.cloud_share, min(f.road_density, 20) / 20] for f in facts])
     return morphology, biome, shares
 
 
