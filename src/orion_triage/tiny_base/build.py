@@ -15,7 +15,7 @@ from orion_triage.progress import Progress, silent
 
 TILES = 14_400
 TOWER_EPOCHS = 5.0
-LANGUAGE_STEPS = 3000
+LANGUAGE_STEPS = 1600
 SEED = 0
 
 
