@@ -12,6 +12,12 @@ from orion_triage.errors import OrionError
 from orion_triage.progress import silent
 from orion_triage.records import read_split, split_path
 
+# Spoken by PEFT and by a CPU's paged optimizer; `run` filters them, its parts do not.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*checkpointing.* is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Paged optimizers:UserWarning"),
+]
+
 QUICK = FineTuneSettings(
     micro_batch_size=8,
     gradient_accumulation_steps=1,
@@ -180,6 +186,7 @@ def test_batch_two_by_one_equals_one_by_two(small_base: Path, small_dataset: Pat
     assert largest_difference(*results) < 2e-4  # twelve steps of 1e-3 each
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_no_result(small_base: Path, small_dataset: Path, tmp_path: Path) -> None:
     results = []
     for on in (False, True):
@@ -190,20 +197,21 @@ def test_gradient_checkpointing_changes_no_result(small_base: Path, small_datase
     assert largest_difference(*results) < 1e-4
 
 
-class Stop(Exception):
+class InterruptionError(Exception):
     """An interruption, as far as a run is concerned."""
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_like_a_straight_one(small_base: Path, small_dataset: Path, tmp_path: Path) -> None:
     straight = fine_tune.run(small_base, small_dataset, tmp_path / "a", tmp_path / "work-a", QUICK, 256)
     assert straight["resumed_from_step"] == 0
 
     def stop_in_the_second_epoch(description: str, done: int, total: int) -> None:
         if (description, done) == ("fine-tuning", 5):
-            raise Stop
+            raise InterruptionError
 
     work = tmp_path / "work-b"
-    with pytest.raises(Stop):
+    with pytest.raises(InterruptionError):
         fine_tune.run(small_base, small_dataset, tmp_path / "b", work, QUICK, 256, stop_in_the_second_epoch)
     assert not (tmp_path / "b").exists()
     half_written = work / "checkpoints" / "checkpoint-5"  # as if the power had gone while saving
@@ -220,6 +228,7 @@ def test_an_interrupted_run_ends_like_a_straight_one(small_base: Path, small_dat
     assert anew["resumed_from_step"] == 0
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_trained_twice(small_base: Path, small_dataset: Path, tmp_path: Path) -> None:
     settings = QUICK.model_copy(update={"epochs": 1})
     first = fine_tune.run(small_base, small_dataset, tmp_path / "a", tmp_path / "work", settings, 256)
