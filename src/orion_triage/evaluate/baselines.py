@@ -14,62 +14,96 @@ from orion_triage.triage import CATEGORIES
 
 NEIGHBOURS = (1, 3, 5, 9, 25)
 
+Vectors = NDArray[np.float64]  # one row a record, each of unit length
+
 
 def baselines(dataset: Path, split: Split) -> dict[str, dict[str, Any]]:
-    """Name -> {accuracy, k, val_accuracy}: majority class of train, colour k-NN, coordinates k-NN.
+    """Name -> accuracy, right, count, predictions (record name -> category), and k with its accuracy on val.
 
-    k is chosen on val (smallest among equals), so on the val split itself these figures are optimistic.
+    "majority class" of the training targets, "colour k-NN" and "coordinates k-NN" on them. k is chosen on val,
+    the smallest among equals, so on val itself the last two are optimistic. Every target counts once, and only
+    records with coordinates take part in the last.
     """
-    train = [record for record in read_split(dataset, "train") if record.coordinates]
-    val, asked = read_split(dataset, "val"), read_split(dataset, split)
-    majority = Counter(record.verdict.category for record in train).most_common(1)[0][0]
-    hits = sum(record.verdict.category == majority for record in asked)
-    result: dict[str, dict[str, Any]] = {"majority class": {"accuracy": hits / len(asked), "answer": majority.value}}
-    groups = (train, val, asked)
-    colour = [np.stack([colour_histogram(dataset, r) for r in group]) for group in groups]
-    position = [np.stack([unit_vector(r) for r in group]) for group in groups]
-    labels = [np.array([CATEGORIES.index(r.verdict.category) for r in group]) for group in groups]
-    # Both spaces have unit vectors: nearest in Hellinger or great-circle distance is the largest dot product.
-    for name, features in (("colour k-NN", colour), ("coordinates k-NN", position)):
-        on_val = {k: accuracy(features[0], labels[0], features[1], labels[1], k) for k in NEIGHBOURS}
+    train, val, asked = (_distinct(read_split(dataset, name)) for name in ("train", "val", split))
+    counts = Counter(record.verdict.category for record in train)
+    majority = max(CATEGORIES, key=lambda category: counts[category])
+    result = {"majority class": _score(asked, [majority] * len(asked))}
+    for name, features in (("colour k-NN", _colours), ("coordinates k-NN", _places)):
+        known, tried, scored = features(dataset, train), features(dataset, val), features(dataset, asked)
+        if not known.vectors.size or not tried.vectors.size or not scored.vectors.size:
+            continue
+        on_val = {k: _right(tried, nearest(known.vectors, known.labels, tried.vectors, k)) for k in NEIGHBOURS}
         best = max(NEIGHBOURS, key=lambda k: (on_val[k], -k))
-        result[name] = {
-            "accuracy": accuracy(features[0], labels[0], features[2], labels[2], best),
+        votes = nearest(known.vectors, known.labels, scored.vectors, best)
+        result[name] = _score(scored.records, [CATEGORIES[vote] for vote in votes]) | {
             "k": best,
             "val_accuracy": on_val[best],
         }
     return result
 
 
-def colour_histogram(dataset: Path, record: Record) -> NDArray[np.float64]:
-    """Square roots of the 8x8x8 RGB histogram, (512,), of unit length."""
-    image = read_frame(image_path(dataset, record), CAMERA_SIZE).image
-    bins = (np.asarray(image) >> 5).reshape(-1, 3).astype(np.int64)
-    counts = np.bincount(bins @ np.array([64, 8, 1]), minlength=512)
+def colour_histogram(pixels: NDArray[np.uint8]) -> Vectors:
+    """Square roots of the 8x8x8 RGB histogram of [height, width, 3] pixels: (512,), of unit length."""
+    bins = (pixels >> 5).reshape(-1, 3).astype(np.int64) @ np.array([64, 8, 1])
+    counts = np.bincount(bins, minlength=512)
     return np.sqrt(counts / counts.sum())
 
 
-def unit_vector(record: Record) -> NDArray[np.float64]:
-    """The place on the unit sphere, (3,)."""
-    assert record.coordinates is not None
-    lon, lat = np.radians(record.coordinates.lon), np.radians(record.coordinates.lat)
+def unit_vector(lon: float, lat: float) -> Vectors:
+    """The place, in degrees, on the unit sphere: (3,)."""
+    lon, lat = np.radians(lon), np.radians(lat)
     return np.array([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)])
 
 
-def accuracy(
-    known: NDArray[np.float64],
-    known_labels: NDArray[np.int64],
-    asked: NDArray[np.float64],
-    asked_labels: NDArray[np.int64],
-    k: int,
-) -> float:
-    """Share of `asked` whose k nearest in `known` vote for the right label; ties go to the nearer one's."""
-    order = np.argsort(-(asked @ known.T), axis=1, kind="stable")[:, :k]
-    votes = [_vote(known_labels[row]) for row in order]
-    return float(np.mean(np.array(votes) == asked_labels))
+def nearest(known: Vectors, labels: NDArray[np.int64], asked: Vectors, k: int) -> list[int]:
+    """The label that most of the k nearest in `known` have, per row of `asked`; a tie goes to the nearer one's.
+
+    Rows are unit vectors, so the nearest by Hellinger or great-circle distance has the largest dot product.
+    """
+    order = np.argsort(-np.round(asked @ known.T, 12), axis=1, kind="stable")[:, :k]
+    votes = []
+    for row in labels[order]:
+        counts = Counter(row.tolist())  # in order of first appearance, which is by distance
+        votes.append(max(counts, key=lambda label: counts[label]))
+    return votes
 
 
-def _vote(labels: Sequence[int] | NDArray[np.int64]) -> int:
-    counts = Counter(int(label) for label in labels)
-    most = max(counts.values())
-    return next(int(label) for label in labels if counts[int(label)] == most)
+class _Features:
+    """Records that have the feature, their vectors, and their classes as indices into CATEGORIES."""
+
+    def __init__(self, records: Sequence[Record], vectors: Sequence[Vectors]) -> None:
+        self.records = records
+        self.vectors: Vectors = np.array(vectors, dtype=np.float64)
+        self.labels = np.array([CATEGORIES.index(record.verdict.category) for record in records], dtype=np.int64)
+
+
+def _colours(dataset: Path, records: Sequence[Record]) -> _Features:
+    images = (read_frame(image_path(dataset, record), CAMERA_SIZE).image for record in records)
+    return _Features(records, [colour_histogram(np.asarray(image)) for image in images])
+
+
+def _places(dataset: Path, records: Sequence[Record]) -> _Features:
+    placed = [record for record in records if record.coordinates is not None]
+    return _Features(placed, [unit_vector(r.coordinates.lon, r.coordinates.lat) for r in placed if r.coordinates])
+
+
+def _distinct(records: Sequence[Record]) -> list[Record]:
+    """One record an image, by name; of a target's two training records the one with coordinates."""
+    first: dict[str, Record] = {}
+    for record in sorted(records, key=lambda record: (record.name, record.coordinates is None)):
+        first.setdefault(record.image, record)
+    return list(first.values())
+
+
+def _right(features: _Features, votes: Sequence[int]) -> float:
+    return float(np.mean(np.array(votes) == features.labels))
+
+
+def _score(records: Sequence[Record], answers: Sequence[Any]) -> dict[str, Any]:
+    right = sum(record.verdict.category == answer for record, answer in zip(records, answers, strict=True))
+    return {
+        "accuracy": right / len(records),
+        "right": right,
+        "count": len(records),
+        "predictions": {record.name: str(answer) for record, answer in zip(records, answers, strict=True)},
+    }

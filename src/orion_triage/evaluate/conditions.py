@@ -5,13 +5,14 @@ and the coordinates of a place of the opposite category.
 """
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from orion_triage.errors import OrionError
 from orion_triage.records import Record
-from orion_triage.triage import Category, Coordinates, render_prompt
+from orion_triage.triage import CATEGORIES, Category, Coordinates, render_prompt
 
 Condition = Literal["A", "B", "C", "D"]
 CONDITIONS: dict[Condition, str] = {
@@ -54,33 +55,36 @@ class Question:
 
 
 def conflict_pairs(records: Sequence[Record], seed: int = 42) -> dict[str, Donor]:
-    """Record name -> donor, every donor used about equally often; independent of the order of `records`."""
-    ordered = sorted(records, key=lambda record: record.name)
+    """Record name -> donor; no donor is used more than once oftener than another of its category.
+
+    Depends on the records and the seed only, not on their order. Raises OrionError when a category has no
+    donors or a record is not usable.
+    """
+    ordered = _usable(records)
     pairs = {}
-    for category, opposite in OPPOSITE.items():
-        takers = [record for record in ordered if record.verdict.category == category]
-        donors = [r for r in ordered if r.verdict.category == opposite and r.coordinates is not None]
+    for category in CATEGORIES:
+        takers = [record for record in ordered if OPPOSITE[record.verdict.category] == category]
+        donors = [
+            Donor(record.name, category, record.coordinates)
+            for record in ordered
+            if record.verdict.category == category and record.coordinates is not None
+        ]
         if takers and not donors:
             raise OrionError(
-                f"condition D needs {opposite} records for the {category} ones, and the split has none.",
+                f"condition D needs {category} records to give {takers[0].name} their coordinates, and the "
+                "split has none.",
                 "Evaluate a split with all three categories.",
             )
+        # Strings seed by their bytes, so the shuffle is the same in every process.
         random.Random(f"{seed}/{category}").shuffle(donors)
         for index, taker in enumerate(takers):
-            donor = donors[index % len(donors)]
-            assert donor.coordinates is not None
-            pairs[taker.name] = Donor(donor.name, donor.verdict.category, donor.coordinates)
-    return pairs
+            pairs[taker.name] = donors[index % len(donors)]
+    return {record.name: pairs[record.name] for record in ordered}
 
 
 def questions(records: Sequence[Record], pairs: dict[str, Donor]) -> list[Question]:
     """All questions, image by image (A, B, D), and condition C last: its one image is encoded once."""
-    ordered = sorted(records, key=lambda record: record.name)
-    missing = [record.name for record in ordered if record.coordinates is None]
-    if missing:
-        raise OrionError(
-            f"record {missing[0]} has no coordinates.", "Evaluate val or test: training records drop them."
-        )
+    ordered = _usable(records)
     asked = []
     for record in ordered:
         donor = pairs[record.name]
@@ -90,3 +94,20 @@ def questions(records: Sequence[Record], pairs: dict[str, Donor]) -> list[Questi
             Question("D", record, record.image, donor.coordinates, donor),
         ]
     return asked + [Question("C", record, NOISE, record.coordinates) for record in ordered]
+
+
+def _usable(records: Sequence[Record]) -> list[Record]:
+    """The records by name; raises OrionError for one without coordinates, or two of one name."""
+    ordered = sorted(records, key=lambda record: record.name)
+    for record in ordered:
+        if record.coordinates is None:
+            raise OrionError(
+                f"record {record.name} has no coordinates.", "Evaluate val or test: training records drop them."
+            )
+    name, count = Counter(record.name for record in ordered).most_common(1)[0] if ordered else ("", 0)
+    if count != 1:
+        raise OrionError(
+            f"record {name} is there {count} times." if count else "there are no records to evaluate.",
+            "Give every record of the split an image with a name of its own.",
+        )
+    return ordered

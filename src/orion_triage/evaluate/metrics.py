@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from orion_triage.errors import OrionError
 from orion_triage.triage import CATEGORIES, Category
 
 UNPARSABLE = "unparsable"
+_FEWEST_FRAMES = 6  # 2 * 0.5**6 = 0.03 < 0.05 < 2 * 0.5**5
 
 
 @dataclass(frozen=True)
@@ -28,17 +30,53 @@ def wilson(successes: int, total: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
-    """Exact two-sided p-value that two models are right equally often on the same frames."""
+@dataclass(frozen=True)
+class Change:
+    """Two models on the same frames: frames gained and lost, percentage points, exact McNemar p-value."""
+
+    gained: int
+    lost: int
+    points: float
+    p_value: float
+
+
+def compare(first: Sequence[Prediction], second: Sequence[Prediction], condition: str) -> Change:
+    """How often `second` is right where `first` is not, and the reverse, under one condition.
+
+    The p-value (two-sided, exact) answers: had neither model the edge, how often would the frames on which
+    they differ split at least this unevenly? Raises OrionError unless both saw the same frames.
+    """
     from scipy.stats import binomtest
 
-    gained = sum(b and not a for a, b in zip(first, second, strict=True))
-    lost = sum(a and not b for a, b in zip(first, second, strict=True))
-    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    before, after = (
+        {p.name: p.predicted == p.truth for p in predictions if p.condition == condition}
+        for predictions in (first, second)
+    )
+    if set(before) != set(after) or not before:
+        raise OrionError(
+            f"the two models' predictions under condition {condition} are not of the same frames.",
+            "Evaluate both again on one split.",
+        )
+    gained = sum(after[name] and not before[name] for name in before)
+    lost = sum(before[name] and not after[name] for name in before)
+    p_value = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    return Change(gained, lost, 100 * (gained - lost) / len(before), p_value)
+
+
+def smallest_detectable_points(count: int) -> float | None:
+    """The least difference of accuracy on `count` frames that McNemar's test can tell from chance.
+
+    In percentage points at p < 0.05, in the best case that every frame with another answer changed the same
+    way: six frames. Two models that also differ the other way need more. None when `count` is under six.
+    """
+    return 100 * _FEWEST_FRAMES / count if count >= _FEWEST_FRAMES else None
 
 
 def summarize(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """Condition -> accuracy, Wilson interval, per-class figures, confusion; D also whom the model trusted."""
+    """Condition -> accuracy, Wilson interval, per-class figures, confusion; D also whom the model trusted.
+
+    An unparsable answer is an outcome of its own in the confusion and wrong in every rate; none is left out.
+    """
     summary: dict[str, Any] = {}
     for condition in sorted({prediction.condition for prediction in predictions}):
         summary[condition] = _rates([p for p in predictions if p.condition == condition])
@@ -87,16 +125,20 @@ def _class_rates(confusion: dict[str, dict[str, int]], name: str) -> dict[str, f
 
 
 def _trust(predictions: Sequence[Prediction]) -> dict[str, Any]:
+    """Under D: right in spite of the coordinates, wrong as the coordinates suggest, or anything else.
+
+    `same_wrong_answer_in_b` counts the frames that get the donor's category without any coordinates already: a
+    vision error, not trust. `moved_to_coordinates` are those that give it under D but not under B.
+    """
     conflicts = [p for p in predictions if p.condition == "D"]
     without = {p.name: p.predicted for p in predictions if p.condition == "B"}
     vision = sum(p.predicted == p.truth for p in conflicts)
-    coordinates = sum(p.predicted is not None and p.predicted == p.donor_category for p in conflicts)
+    fooled = [p.name for p in conflicts if p.predicted is not None and p.predicted == p.donor_category]
+    wrong_in_b = {p.name for p in conflicts if without.get(p.name) is not None and without[p.name] == p.donor_category}
     return {
         "trusted_vision": vision,
-        "trusted_coordinates": coordinates,
-        "trusted_neither": len(conflicts) - vision - coordinates,
-        # The same wrong answer without any coordinates is a vision error, not trust in the coordinates.
-        "same_wrong_answer_in_b": sum(
-            without.get(p.name) is not None and without[p.name] == p.donor_category for p in conflicts
-        ),
+        "trusted_coordinates": len(fooled),
+        "trusted_neither": len(conflicts) - vision - len(fooled),
+        "same_wrong_answer_in_b": len(wrong_in_b),
+        "moved_to_coordinates": len(set(fooled) - wrong_in_b),
     }

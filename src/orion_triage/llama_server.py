@@ -1,0 +1,198 @@
+"""llama.cpp's HTTP server: started on 127.0.0.1 with a key, asked, and always stopped."""
+
+import base64
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from orion_triage.errors import ServerError
+
+if TYPE_CHECKING:
+    from orion_triage.llama_cpp import Toolchain
+
+CONTEXT_TOKENS = 2048  # a frame takes under 600; the model's own 128,000 would cost 1.5 GB
+IMAGE_CACHE_MIB = 256  # the default of 8 GiB grows with every image
+START_SECONDS = 300
+
+
+class Client:
+    """The calls that evaluation and triage need, over a running server."""
+
+    def __init__(self, base_url: str, api_key: str = "", *, timeout_seconds: float = 600) -> None:
+        import httpx
+
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self.base_url = base_url.rstrip("/")
+        self._http = httpx.Client(base_url=self.base_url, headers=headers, timeout=timeout_seconds)
+        self._marker = ""
+
+    def close(self) -> None:
+        self._http.close()
+
+    def ready(self, timeout_seconds: float) -> None:
+        """Wait until the server has its model; raises ServerError when it does not come up in time."""
+        deadline = time.monotonic() + timeout_seconds
+        while not self.is_ready():
+            if time.monotonic() > deadline:
+                raise ServerError(
+                    f"the llama.cpp server at {self.base_url} is not ready after {timeout_seconds:g} s.",
+                    "Start it, wait until it has loaded its model, and check the address.",
+                )
+            time.sleep(0.1)
+
+    def is_ready(self) -> bool:
+        import httpx
+
+        try:
+            return self._http.get("/health", timeout=5).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def props(self) -> dict[str, Any]:
+        """What the server says of itself: media marker, chat template, build."""
+        return self._request("GET", "/props", None)
+
+    def tokenize(self, text: str) -> list[int]:
+        """The model's token ids of `text`, special tokens recognized, none added."""
+        body = {"content": text, "add_special": False, "parse_special": True}
+        tokens: list[int] = self._request("POST", "/tokenize", body)["tokens"]
+        return tokens
+
+    def complete(self, prompt: str, image_png: bytes, max_tokens: int, grammar: str = "") -> str:
+        """The greedy answer to one frame; the same tokens as transformers' chat template gives."""
+        answer: str = self.completion(prompt, image_png, max_tokens, grammar=grammar)["content"]
+        return answer
+
+    def completion(self, prompt: str, image_png: bytes, max_tokens: int, **options: Any) -> dict[str, Any]:
+        """The server's whole reply to one frame and prompt.
+
+        The chat string is written out, because the chat endpoint would add a thinking block; the server puts the
+        start token in front, and image start and end around the marker.
+        """
+        if not self._marker:
+            self._marker = self.props().get("media_marker") or "<__media__>"
+        chat = f"<|im_start|>user\n{self._marker}\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+        body = {
+            "prompt": {"prompt_string": chat, "multimodal_data": [base64.b64encode(image_png).decode()]},
+            "n_predict": max_tokens,
+            "temperature": 0,
+            "top_k": 1,
+            "seed": 0,
+            "cache_prompt": False,
+            **{key: value for key, value in options.items() if value != ""},
+        }
+        reply = self._request("POST", "/completion", body)
+        if not isinstance(reply.get("content"), str):
+            raise ServerError("the server's reply has no content.", "Is this a llama.cpp server?")
+        return reply
+
+    def _request(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        import httpx
+
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                reply = self._http.request(method, path, json=body)
+            except httpx.ConnectError:
+                raise ServerError(
+                    f"no server answers at {self.base_url}.", "Start llama-server, or check the address."
+                ) from None
+            except httpx.HTTPError as error:
+                raise ServerError(
+                    f"the server at {self.base_url} broke off: {type(error).__name__} {error}.", "See its log."
+                ) from None
+            if reply.status_code != 503 or time.monotonic() > deadline:
+                break
+            time.sleep(0.2)  # still loading its model
+        if reply.status_code == 401:
+            raise ServerError("the server refuses the key (401).", "Set LLAMA_API_KEY to the server's --api-key.")
+        if reply.status_code != 200:
+            raise ServerError(f"{path} answered {reply.status_code}: {reply.text[:200]!r}.", "See the server's log.")
+        try:
+            value = reply.json()
+        except ValueError:
+            value = None
+        if not isinstance(value, dict):
+            raise ServerError(f"{path} answered no JSON object: {reply.text[:80]!r}.", "Is this a llama.cpp server?")
+        return value
+
+
+class Server:
+    """A llama-server of our own for the length of a `with` block; `client` speaks to it."""
+
+    def __init__(
+        self, toolchain: "Toolchain", model: Path, mmproj: Path | None, *, log: Path, threads: int | None = None
+    ) -> None:
+        self._command = [str(toolchain.llama_server), "--model", str(model)]
+        if mmproj is not None:
+            self._command += ["--mmproj", str(mmproj)]
+        if threads:
+            self._command += ["--threads", str(threads)]
+        self._log = log
+        self._process: subprocess.Popen[bytes] | None = None
+        self.client: Client
+
+    def __enter__(self) -> "Server":
+        port, key = _free_port(), secrets.token_urlsafe(24)
+        # Flash attention off and one slot: faster for the tower's head size, and the numbers do not depend on load.
+        command = [*self._command, "--host", "127.0.0.1", "--port", str(port), "--parallel", "1"]
+        command += ["--ctx-size", str(CONTEXT_TOKENS), "--cache-ram", str(IMAGE_CACHE_MIB)]
+        command += ["--flash-attn", "off", "--no-webui"]
+        environment = {**os.environ, "LLAMA_API_KEY": key}  # not on the command line, where others could read it
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        with self._log.open("wb") as file:
+            self._process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        self.client = Client(f"http://127.0.0.1:{port}", key)
+        try:
+            self._wait()
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        died = self._process is not None and self._process.poll() is not None
+        self._stop()
+        if died and isinstance(error, ServerError):
+            raise ServerError(f"llama-server died: {self._tail()}", f"Its whole log: {self._log}") from None
+
+    def _wait(self) -> None:
+        assert self._process is not None
+        deadline = time.monotonic() + START_SECONDS
+        while not self.client.is_ready():
+            if self._process.poll() is not None:
+                raise ServerError(f"llama-server did not start: {self._tail()}", f"Its whole log: {self._log}")
+            if time.monotonic() > deadline:
+                raise ServerError(f"llama-server is not ready after {START_SECONDS} s.", f"See {self._log}")
+            time.sleep(0.1)
+
+    def _tail(self) -> str:
+        lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return " | ".join(lines[-3:])
+
+    def _stop(self) -> None:
+        self.client.close()
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
