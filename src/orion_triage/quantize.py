@@ -1,0 +1,130 @@
+"""STAGE quantize: merged model -> F16 GGUF, F16 mmproj and Q4_K_M, checked against the model they came from."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from orion_triage import llama_cpp
+from orion_triage.config import QuantizeSettings
+from orion_triage.errors import OrionError
+from orion_triage.files import replaced_folder, require_free_space, sha256_of_file, write_text
+from orion_triage.progress import Progress, silent
+
+F16, MMPROJ, QUANTIZED = "orion-f16.gguf", "orion-mmproj-f16.gguf", "orion-q4_k_m.gguf"
+PAIR = "pair.json"
+_STEPS = 5
+# What Q4_K_M may hold: matrices as Q4_K or Q6_K, norms, biases and short-conv kernels in full.
+_MATRIX_TYPES = {"Q4_K", "Q6_K"}
+
+
+def run(
+    merged: Path,
+    out_folder: Path,
+    settings: QuantizeSettings,
+    *,
+    prompts: Sequence[str],
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Write the three files and `pair.json` into `out_folder`; returns sizes, tensor types and the build.
+
+    Raises OrionError when a tool fails, when a file is not what it should be, or when llama.cpp splits any of
+    `prompts` into other tokens than the model's own tokenizer.
+    """
+    weights = merged / "model.safetensors"
+    if not weights.exists():
+        raise OrionError(f"{weights} does not exist.", "Run 'orion fuse' first.")
+    require_free_space(out_folder, int(1.5 * weights.stat().st_size) + 50_000_000, "quantizing")
+    toolchain = llama_cpp.find_toolchain(progress)
+    with replaced_folder(out_folder) as folder:
+        progress("converting the language model", 0, _STEPS)
+        llama_cpp.convert(toolchain, merged, folder / F16, mmproj=False)
+        progress("converting the vision tower", 1, _STEPS)
+        llama_cpp.convert(toolchain, merged, folder / MMPROJ, mmproj=True)
+        progress("quantizing", 2, _STEPS)
+        llama_cpp.quantize(toolchain, folder / F16, folder / QUANTIZED, settings.type)
+        progress("checking", 3, _STEPS)
+        types = {name: check_file(folder / name, merged) for name in (F16, MMPROJ, QUANTIZED)}
+        log = out_folder.with_name("quantize-server.log")
+        with llama_cpp.Server(toolchain, folder / QUANTIZED, None, log=log) as server:
+            compared = check_tokenization(server.client, merged, prompts)
+        pair = {
+            "merged_sha256": sha256_of_file(weights),
+            "llama_cpp_build": toolchain.build,
+            "files": {name: sha256_of_file(folder / name) for name in (F16, MMPROJ, QUANTIZED)},
+        }
+        write_text(folder / PAIR, json.dumps(pair, indent=2) + "\n")
+        sizes = {name: (folder / name).stat().st_size for name in (F16, MMPROJ, QUANTIZED)}
+        progress("checking", _STEPS, _STEPS)
+    return {
+        "bytes": sizes,
+        "tensor_types": types,
+        "prompts_tokenized_alike": compared,
+        "llama_cpp_build": toolchain.build,
+        "llama_cpp_origin": toolchain.origin,
+    }
+
+
+def check_file(path: Path, merged: Path) -> dict[str, int]:
+    """Count the tensor types of one of the three files; raises OrionError when it is not what its name says."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    field = reader.get_field("general.architecture")
+    architecture = field.contents() if field else None
+    expected = "clip" if path.name == MMPROJ else "lfm2"
+    if architecture != expected:
+        raise OrionError(f"{path.name} has architecture {architecture!r}, not {expected!r}.", "Quantize again.")
+    types = Counter(tensor.tensor_type.name for tensor in reader.tensors)
+    if path.name != MMPROJ:
+        template = reader.get_field("tokenizer.chat_template")
+        own = (merged / "chat_template.jinja").read_text(encoding="utf-8")
+        if template is None or template.contents() != own:
+            raise OrionError(f"{path.name} has not the model's chat template.", "Fuse and quantize again.")
+    if path.name == QUANTIZED:
+        for tensor in reader.tensors:
+            is_matrix = len(tensor.shape) == 2 and "shortconv.conv" not in tensor.name
+            if is_matrix and tensor.tensor_type.name not in _MATRIX_TYPES:
+                raise OrionError(
+                    f"{path.name}: {tensor.name} is {tensor.tensor_type.name}, not one of {sorted(_MATRIX_TYPES)}.",
+                    "K-quants need rows that are multiples of 256.",
+                )
+    return dict(sorted(types.items()))
+
+
+def check_tokenization(client: llama_cpp.Client, merged: Path, prompts: Sequence[str]) -> int:
+    """Compare the chat turn of every prompt between llama.cpp and transformers; returns how many were."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    for prompt in prompts:
+        text = f"<|im_start|>user\n\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+        theirs, ours = client.tokenize(text), tokenizer(text, add_special_tokens=False)["input_ids"]
+        if theirs != ours:
+            place = next(i for i, pair in enumerate(zip([*theirs, -1], [*ours, -1], strict=False)) if pair[0] != pair[1])
+            raise OrionError(
+                f"llama.cpp splits a prompt differently from token {place}: "
+                f"{tokenizer.decode(theirs[place : place + 3])!r} against {tokenizer.decode(ours[place : place + 3])!r}.",
+                "The tokenizer is not LFM2's; this pair must not fly.",
+            )
+    return len(prompts)
+
+
+def check_pair(folder: Path) -> None:
+    """Raise OrionError unless backbone and mmproj are the unaltered files of one conversion."""
+    path = folder / PAIR
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["files"]
+    except FileNotFoundError:
+        raise OrionError(f"{path} does not exist.", "Run 'orion quantize' first.") from None
+    except (ValueError, KeyError):
+        raise OrionError(f"{path} is damaged.", "Run 'orion quantize' again.") from None
+    for name in (QUANTIZED, MMPROJ):
+        if not (folder / name).exists():
+            raise OrionError(f"{folder / name} does not exist.", "Run 'orion quantize' again.")
+        if sha256_of_file(folder / name) != files.get(name):
+            raise OrionError(
+                f"{folder / name} is not the file of this conversion (another run's, or altered).",
+                "Backbone and mmproj must come from the same fuse: run 'orion quantize' again.",
+            )
