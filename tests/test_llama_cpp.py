@@ -157,7 +157,9 @@ def test_f16_gives_the_probabilities_of_transformers(
                 expected = model(**batch).logits[0, -1].log_softmax(-1)
             assert reply["tokens_evaluated"] == batch["input_ids"].shape[1]
             for candidate in reply["completion_probabilities"][0]["top_logprobs"]:
-                assert candidate["logprob"] == pytest.approx(expected[candidate["id"]].item(), abs=0.0026)
+                assert candidate["logprob"] == pytest.approx(
+                    expected[candidate["id"]].item(), abs=0.01
+                )  # 0.0002 on trained weights
 
 
 @pytest.mark.llama_cpp

@@ -102,12 +102,10 @@ def check_tokenization(client: llama_cpp.Client, merged: Path, prompts: Sequence
         text = f"<|im_start|>user\n\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
         theirs, ours = client.tokenize(text), tokenizer(text, add_special_tokens=False)["input_ids"]
         if theirs != ours:
-            place = next(
-                i for i, pair in enumerate(zip([*theirs, -1], [*ours, -1], strict=False)) if pair[0] != pair[1]
-            )
+            place = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), 0)
+            pieces = [tokenizer.decode(tokens[place : place + 3]) for tokens in (theirs, ours)]
             raise OrionError(
-                f"llama.cpp splits a prompt differently from token {place}: "
-                f"{tokenizer.decode(theirs[place : place + 3])!r} against {tokenizer.decode(ours[place : place + 3])!r}.",
+                f"llama.cpp splits a prompt differently from token {place}: {pieces[0]!r} against {pieces[1]!r}.",
                 "The tokenizer is not LFM2's; this pair must not fly.",
             )
     return len(prompts)

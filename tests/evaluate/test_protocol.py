@@ -12,7 +12,7 @@ from orion_triage.errors import OrionError
 from orion_triage.evaluate.backends import ConstantBackend
 from orion_triage.evaluate.baselines import accuracy, baselines
 from orion_triage.evaluate.conditions import NOISE, OPPOSITE, conflict_pairs, questions
-from orion_triage.evaluate.metrics import Prediction, mcnemar, summarize, wilson
+from orion_triage.evaluate.metrics import Prediction, compare, summarize, wilson
 from orion_triage.evaluate.run import read_predictions, run
 from orion_triage.records import Record, read_split
 from orion_triage.triage import Category, Coordinates, Verdict, render_prompt
@@ -88,9 +88,12 @@ def test_conflict_counts_whom_the_model_trusted() -> None:
 
 def test_published_statistics_are_reproduced() -> None:
     assert wilson(35, 60) == pytest.approx((0.457, 0.699), abs=5e-4)
-    assert mcnemar([True] * 2 + [False] * 3, [False] * 2 + [True] * 3) == 1.0
-    assert mcnemar([False] * 3, [True] * 3) == pytest.approx(0.25)
-    assert mcnemar([True], [True]) == 1.0
+    wrong_then_right = [[Prediction("A", str(n), H, guess) for n in range(3)] for guess in (L, H)]
+    change = compare(*wrong_then_right, "A")
+    assert (change.gained, change.lost, change.points, change.p_value) == (3, 0, 100, pytest.approx(0.25))
+    assert compare(wrong_then_right[0], wrong_then_right[0], "A").p_value == 1.0
+    with pytest.raises(OrionError, match="not of the same frames"):
+        compare(wrong_then_right[0], wrong_then_right[1][:2], "A")
 
 
 class Interrupted(ConstantBackend):

@@ -5,7 +5,7 @@ from typing import Any
 
 from orion_triage.config import Settings, overrides
 from orion_triage.evaluate.baselines import baselines
-from orion_triage.evaluate.metrics import mcnemar, summarize
+from orion_triage.evaluate.metrics import Prediction, compare, summarize
 from orion_triage.evaluate.run import prediction_of, read_predictions
 from orion_triage.manifest import read_manifest
 
@@ -51,15 +51,7 @@ def build_results(run_folder: Path, settings: Settings, stage_folders: dict[str,
     }
 
 
-def _delta(first: list[Any], second: list[Any]) -> dict[str, dict[str, float]]:
+def _delta(first: list[Prediction], second: list[Prediction]) -> dict[str, dict[str, float]]:
     """Condition -> difference in points and the exact McNemar p-value, paired by frame."""
-    result = {}
-    for condition in sorted({p.condition for p in first}):
-        before = {p.name: p.predicted == p.truth for p in first if p.condition == condition}
-        after = {p.name: p.predicted == p.truth for p in second if p.condition == condition}
-        names = sorted(before)
-        result[condition] = {
-            "points": 100 * (sum(after.values()) / len(after) - sum(before.values()) / len(before)),
-            "mcnemar_p": mcnemar([before[n] for n in names], [after[n] for n in names]),
-        }
-    return result
+    changes = {c: compare(first, second, c) for c in sorted({p.condition for p in first})}
+    return {condition: {"points": change.points, "mcnemar_p": change.p_value} for condition, change in changes.items()}
