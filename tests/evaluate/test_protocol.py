@@ -4,13 +4,12 @@ import json
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from orion_triage.config import EvaluateSettings
 from orion_triage.errors import OrionError
 from orion_triage.evaluate.backends import ConstantBackend
-from orion_triage.evaluate.baselines import accuracy, baselines
+from orion_triage.evaluate.baselines import baselines
 from orion_triage.evaluate.conditions import NOISE, OPPOSITE, conflict_pairs, questions
 from orion_triage.evaluate.metrics import Prediction, compare, summarize, wilson
 from orion_triage.evaluate.run import read_predictions, run
@@ -149,15 +148,6 @@ def test_unparsable_answers_are_kept_and_counted(small_dataset: Path, tmp_path: 
     assert all(rates["accuracy"] == 0 for rates in metrics.values())
     stored = json.loads((tmp_path / "e" / "conflict_pairs.json").read_text())
     assert set(stored) == {record.name for record in records}
-
-
-def test_nearest_neighbours() -> None:
-    known = np.eye(4)
-    labels = np.array([0, 1, 2, 2])
-    assert accuracy(known, labels, known, labels, 1) == 1.0
-    assert accuracy(known, labels, known, labels[::-1].copy(), 1) == 0.0
-    near_two = np.array([[0.1, 0.2, 0.9, 0.8]])
-    assert accuracy(known, labels, near_two, np.array([2]), 3) == 1.0
 
 
 def test_baselines_of_a_small_dataset(small_dataset: Path) -> None:
