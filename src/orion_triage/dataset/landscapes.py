@@ -5,7 +5,7 @@ import math
 import numpy as np
 from scipy import ndimage
 
-from orion_triage.dataset.canvas import Array, Canvas, Colour, Layer, Point, as_array, offset
+from orion_triage.dataset.canvas import BIOMES, Array, Canvas, Colour, Layer, Point, arc, as_array, offset
 
 
 def ocean_water(canvas: Canvas) -> None:
@@ -26,14 +26,8 @@ def ocean_water(canvas: Canvas) -> None:
 
 
 def desert_ice_canopy(canvas: Canvas) -> None:
-    """Sand, ice or closed forest from edge to edge: one texture, nothing in it."""
-    kind = canvas.pick(["dunes", "ice", "canopy"])
-    if kind == "dunes":
-        _dunes(canvas)
-    elif kind == "ice":
-        _ice(canvas)
-    else:
-        _canopy(canvas)
+    """Sand, ice, scrub or closed forest from edge to edge: one texture, nothing in it."""
+    canvas.pick([_dunes, _ice, _canopy, _scrub])(canvas)
 
 
 def _dunes(canvas: Canvas) -> None:
@@ -77,6 +71,17 @@ def _canopy(canvas: Canvas) -> None:
     stands = canvas.fractal(2.4, 3500)
     canvas.fill(dark, light, 0.9 * crowns + 0.8 * stands, 0.24)
     canvas.shade(canvas.fractal(3.2, 3000), canvas.uniform(0.5, 2.5))
+
+
+def _scrub(canvas: Canvas) -> None:
+    """Savanna and heath: bushes on open ground, often with a burn scar."""
+    canvas.ground(canvas.pick(["arid", "red_soil", "steppe", "tundra", "temperate"]))
+    canvas.shade(canvas.fractal(3.2, 3000), canvas.uniform(0, 2))
+    bushes = canvas.fractal(0.5, 100) + 0.8 * canvas.fractal(2.4, 2500)
+    canvas.blend(np.clip((bushes - canvas.uniform(0.2, 1.2)) * 1.5, 0, 0.75), BIOMES[canvas.biome][2])
+    if canvas.chance(0.4):
+        scar = canvas.fractal(2.6, canvas.uniform(1500, 3500)) - canvas.uniform(0.5, 1.2)
+        canvas.blend(np.clip(scar * 6, 0, canvas.uniform(0.4, 0.8)), canvas.pick([(52, 46, 44), (70, 58, 52)]))
 
 
 def shoreline(canvas: Canvas, roughness: float, share: float, angle: float | None = None) -> Array:
@@ -196,9 +201,51 @@ def drainage_tree(canvas: Canvas) -> Layer:
     return layer
 
 
+def _meanders(canvas: Canvas) -> None:
+    """A winding river in its plain, with oxbows and sand bars."""
+    if canvas.chance(0.5):
+        _canopy(canvas)
+    else:
+        canvas.ground(canvas.pick(["temperate", "tropical", "steppe", "tundra"]))
+    direction, colour = canvas.angle(), canvas.water_colour()
+    sand = canvas.pick([(178, 164, 132), (150, 140, 112)])
+    wavelength, width = canvas.uniform(1200, 3200), canvas.uniform(50, 150)
+    swing, phase = (
+        canvas.uniform(1.0, 1.9),
+        canvas.uniform(0, 6),
+    )  # the heading swings by this angle: a sine-generated curve
+    position = offset((0.0, 0.0), -0.9 * canvas.extent, canvas.uniform(-0.25, 0.25) * canvas.extent, direction)
+    course = [position]
+    for number in range(int(6 * canvas.extent / 40)):
+        bearing = direction + swing * (0.75 + 0.25 * math.sin(number / 29)) * math.sin(
+            2 * math.pi * number * 40 / wavelength + phase
+        )
+        bearing += 0.3 * math.sin(number * 40 / 1500 + 2 * phase)
+        position = offset(position, 40, 0, bearing)
+        course.append(position)
+    bars, water = canvas.layer(), canvas.layer()
+    for _ in range(canvas.integer(1, 5)):
+        centre = course[canvas.integer(20, 300)]
+        start = canvas.uniform(0, 6)
+        bend = arc(
+            offset(centre, 0, canvas.uniform(-700, 700), direction),
+            canvas.uniform(130, 320),
+            start,
+            start + canvas.uniform(2, 4.5),
+        )
+        water.line(bend, width * canvas.uniform(0.5, 0.9), colour)
+    bars.line([(x + 0.3 * width, y + 0.25 * width) for x, y in course], width * canvas.uniform(0.8, 1.1), sand)
+    water.line(course, width, colour)
+    bars.paste()
+    water.paste(water=True)
+
+
 def fractal_texture(canvas: Canvas) -> None:
-    """Self-similar natural patterns: drainage trees, braided rivers, badlands, a maze of small lakes."""
-    kind = canvas.pick(["drainage", "braided", "lakes", "badlands"])
+    """Self-similar natural patterns: drainage trees, braided or winding rivers, badlands, a maze of small lakes."""
+    kind = canvas.pick(["drainage", "braided", "meanders", "lakes", "badlands"])
+    if kind == "meanders":
+        _meanders(canvas)
+        return
     canvas.ground()
     if kind == "drainage":
         canvas.shade(canvas.fractal(3.4, 1500), canvas.uniform(1, 4))

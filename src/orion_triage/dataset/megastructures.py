@@ -6,7 +6,14 @@ import numpy as np
 
 from orion_triage.dataset.canvas import BIOMES, Canvas, Colour, Layer, Point, arc, as_array, grey, offset
 from orion_triage.dataset.landscapes import paint_coast, shoreline
-from orion_triage.dataset.settlements import ROOFS, main_roads, paint_blocks, paint_fields, paint_houses
+from orion_triage.dataset.settlements import (
+    ROOFS,
+    main_roads,
+    paint_blocks,
+    paint_fields,
+    paint_houses,
+    paint_smallholdings,
+)
 
 CONTAINERS: tuple[Colour, ...] = (
     (150, 64, 52), (60, 88, 128), (178, 150, 92), (84, 116, 88), (196, 196, 190), (160, 100, 60), (96, 100, 110),
@@ -16,7 +23,9 @@ CONTAINERS: tuple[Colour, ...] = (
 def _surroundings(canvas: Canvas) -> None:
     """Fields, bare land or the edge of a city."""
     choice = canvas.uniform(0, 1)
-    if choice < 0.4:
+    if choice < 0.1:
+        paint_smallholdings(canvas)
+    elif choice < 0.4:
         paint_fields(canvas)
     else:
         canvas.shade(canvas.ground(), canvas.uniform(0, 1.5))

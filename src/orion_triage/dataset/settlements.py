@@ -113,6 +113,45 @@ def paint_fields(canvas: Canvas, *, angle: float | None = None, size: tuple[floa
     canvas.rgb = image.astype(np.float32)
 
 
+def paint_smallholdings(canvas: Canvas) -> None:
+    """A patchwork of small irregular plots between crooked tracks and hedges."""
+    from scipy.spatial import cKDTree
+
+    relief = canvas.ground()
+    plot = canvas.uniform(60, 190)
+    half = canvas.extent / 2 + plot
+    count = int((2 * half / plot) ** 2)
+    corners = canvas.random.uniform(-half, half, (count, 2))
+    # Evens the plots out a little: pairs of points nearer than half a plot would leave slivers.
+    tree = cKDTree(corners)
+    corners = corners[tree.query(corners, k=2)[0][:, 1] > 0.35 * plot]
+    warp = 0.12 * plot
+    x = canvas.x + warp * canvas.fractal(2.2, 500)
+    y = canvas.y * canvas.uniform(0.6, 1.0) + warp * canvas.fractal(2.2, 500)
+    owner = cKDTree(corners).query(np.stack([x.ravel(), y.ravel()], axis=1))[1].reshape(x.shape)
+    dark, light, green = (as_array(tone) for tone in BIOMES[canvas.biome])
+    crops = np.stack([dark, light, green, (dark + light) / 2, light * 1.08, (green + light) / 2, green * 1.2])
+    tone = crops[canvas.random.integers(0, len(crops), len(corners))]
+    tone *= canvas.random.uniform(0.85, 1.12, (len(corners), 1)).astype(np.float32)
+    image = tone[owner] + (canvas.fractal(1.4, 250) * 4)[..., None]
+    edge = np.zeros(owner.shape, bool)
+    edge[:, 1:] |= owner[:, 1:] != owner[:, :-1]
+    edge[1:] |= owner[1:] != owner[:-1]
+    hedge = canvas.pick([green * 0.75, light * 1.1, (dark + green) / 2])
+    image = np.where(edge[..., None], 0.5 * image + 0.5 * hedge, image)
+    canvas.rgb = image.astype(np.float32)
+    canvas.shade(relief, canvas.uniform(0, 1.5))
+
+
+def hamlets(canvas: Canvas, count: int) -> None:
+    """Loose clusters of roofs along the tracks."""
+    for _ in range(count):
+        centre = (canvas.uniform(-2200, 2200), canvas.uniform(-2200, 2200))
+        edge = np.hypot(canvas.x - centre[0], canvas.y - centre[1]) / canvas.uniform(120, 380)
+        mask = np.round(np.clip(1.5 - edge - 0.4 * canvas.fractal(2.4, 500), 0, 1))
+        paint_houses(canvas, mask, canvas.angle(), curl=canvas.uniform(20, 60), greenery=canvas.uniform(0.3, 0.8))
+
+
 def farmsteads(canvas: Canvas, count: int) -> None:
     layer = canvas.layer()
     half = canvas.extent / 2
@@ -141,7 +180,10 @@ def river(canvas: Canvas, width: float) -> None:
 
 def _countryside(canvas: Canvas) -> None:
     """Somewhere for a town or an installation to stand: fields or bare land."""
-    if canvas.chance(0.55):
+    choice = canvas.uniform(0, 1)
+    if choice < 0.15:
+        paint_smallholdings(canvas)
+    elif choice < 0.55:
         paint_fields(canvas)
         farmsteads(canvas, canvas.integer(0, 10))
     else:
@@ -177,7 +219,7 @@ def suburb(canvas: Canvas) -> None:
     everywhere: Array = np.ones((canvas.size, canvas.size), np.float32)
     if canvas.chance(0.5):
         everywhere = np.round(np.clip(1.6 + canvas.fractal(3.4, 3000), 0, 1))
-    paint_houses(canvas, everywhere, canvas.angle(), curl=canvas.uniform(60, 260), greenery=canvas.uniform(0.35, 1.0))
+    paint_houses(canvas, everywhere, canvas.angle(), curl=canvas.uniform(40, 150), greenery=canvas.uniform(0.35, 1.0))
     layer = canvas.layer()
     for _ in range(canvas.integer(2, 7)):
         centre = (canvas.uniform(-2400, 2400), canvas.uniform(-2400, 2400))
@@ -197,8 +239,13 @@ def suburb(canvas: Canvas) -> None:
 
 
 def agriculture(canvas: Canvas) -> None:
-    """Cropland from edge to edge: mosaic, centre pivots, strips or paddies."""
-    kind = canvas.pick(["mosaic", "pivots", "strips", "paddies"])
+    """Cropland from edge to edge: mosaic, smallholdings, centre pivots, strips or paddies."""
+    kind = canvas.pick(["mosaic", "smallholdings", "smallholdings", "pivots", "strips", "paddies"])
+    if kind == "smallholdings":
+        paint_smallholdings(canvas)
+        hamlets(canvas, canvas.integer(0, 3))
+        main_roads(canvas, canvas.integer(0, 2), 12, bend=400)
+        return
     canvas.ground()
     if kind == "mosaic":
         paint_fields(canvas)
