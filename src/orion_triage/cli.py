@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,10 +21,19 @@ app = typer.Typer(
     help="Fine-tune, quantize and evaluate a vision-language model that triages satellite frames on board.",
 )
 
+
+class SplitName(StrEnum):
+    """The splits that an evaluation can ask about."""
+
+    val = "val"
+    test = "test"
+
+
 PresetOption = Annotated[str, typer.Option("--preset", help="A shipped preset, or a TOML file.")]
 SetOption = Annotated[list[str], typer.Option("--set", help="Change a setting: stage.key=value. Repeatable.")]
 RunOption = Annotated[Path | None, typer.Option("--run", help="Run folder. Default: runs/PRESET.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Do the stage again even if nothing changed.")]
+FileOption = Annotated[SplitName, typer.Option("--file", help="The split that is evaluated.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
 
 
@@ -82,14 +92,22 @@ def _progress() -> Iterator[Progress]:
         yield progress
 
 
-def _run(preset: str, assignments: list[str], folder: Path | None) -> Any:
+def _run(preset: str, assignments: list[str], folder: Path | None, split: Any = "test") -> Any:
+    """The run that a command works on: its settings come from the preset and are written into its folder."""
     from orion_triage.config import load_settings
     from orion_triage.pipeline import Run, prepare
 
     settings = load_settings(preset, assignments)
-    run = Run(folder or Path("runs") / settings.preset, settings)
+    run = Run(folder or Path("runs") / settings.preset, settings, split)
     prepare(run)
     return run
+
+
+def _finished(folder: Path | None, stage: str, split: Any = "test") -> Any:
+    """The run that a command reads: its settings are those it was made with."""
+    from orion_triage.pipeline import newest_run, open_run
+
+    return open_run(folder or newest_run(Path("runs"), stage), split)
 
 
 def _stage(name: str, run: Any, force: bool = False) -> None:
@@ -129,10 +147,23 @@ def _single(name: str, command: str, help_text: str) -> None:
 
 
 _single("dataset", "dataset", "Draw the frames and write the three splits.")
-_single("evaluate base", "ablation", "Evaluate the base model under the four conditions.")
 _single("fine-tune", "fine-tune", "Train the QLoRA adapter.")
 _single("fuse", "fuse", "Merge the adapter into the 16-bit base.")
 _single("quantize", "quantize", "Convert to GGUF and quantize.")
+
+
+@app.command(epilog="Example: orion ablation --file val")
+def ablation(
+    preset: PresetOption = "tiny",
+    assignments: SetOption = [],  # noqa: B006
+    folder: RunOption = None,
+    file: FileOption = SplitName.test,
+    force: ForceOption = False,
+) -> None:
+    """Evaluate the base model under the four conditions."""
+    current = _run(preset, assignments, folder, file.value)
+    _stage("evaluate base", current, force)
+    _print_rates(current, "evaluate base")
 
 
 @app.command(epilog="Example: orion evaluate --quantized-model http://127.0.0.1:8080")
@@ -140,35 +171,52 @@ def evaluate(
     preset: PresetOption = "tiny",
     assignments: SetOption = [],  # noqa: B006
     folder: RunOption = None,
-    file: Annotated[str, typer.Option("--file", help="Split: val or test.")] = "test",
+    file: FileOption = SplitName.test,
     quantized: Annotated[
-        bool, typer.Option("--gguf", help="Evaluate the run's GGUF pair: server started here.")
+        bool, typer.Option("--gguf", help="The run's GGUF pair instead: a server is started and stopped here.")
     ] = False,
-    server: Annotated[str, typer.Option("--quantized-model", help="URL of a running llama.cpp server.")] = "",
+    server: Annotated[
+        str,
+        typer.Option(
+            "--quantized-model", metavar="URL", help="A running llama.cpp server instead (key: LLAMA_API_KEY)."
+        ),
+    ] = "",
     force: ForceOption = False,
 ) -> None:
     """Evaluate the fine-tuned model, or the quantized one, under the four conditions."""
     from orion_triage.pipeline import evaluate_server
 
-    current = _run(preset, [*assignments, f"evaluate.split={file}"], folder)
-    if not server:
-        _stage("evaluate quantized" if quantized else "evaluate fine-tuned", current, force)
-        return
-    with _progress() as progress:
-        metrics = evaluate_server(current, server, progress)
-    for condition, rates in metrics.items():
-        typer.echo(f"{condition}: {rates['right']}/{rates['count']}")
+    current = _run(preset, assignments, folder, file.value)
+    stage = "evaluate quantized" if quantized or server else "evaluate fine-tuned"
+    if server:
+        with _progress() as progress:
+            receipt = evaluate_server(current, server, progress)
+        _console().print(f"{stage}: done in {receipt.seconds:,.1f} s", highlight=False)
+    else:
+        _stage(stage, current, force)
+    _print_rates(current, stage)
+
+
+def _print_rates(run: Any, stage: str) -> None:
+    """Accuracy by condition of one evaluation."""
+    from orion_triage.manifest import read_manifest
+    from orion_triage.pipeline import stage_named
+
+    receipt = read_manifest(stage_named(stage).folder(run))
+    assert receipt is not None
+    for condition, rates in receipt.figures.items():
+        if isinstance(rates, dict):
+            typer.echo(f"{condition}: {rates['right']}/{rates['count']} right, {rates['unparsable']} unparsable")
 
 
 @app.command(epilog="Example: orion report --json")
 def report(
-    preset: PresetOption = "tiny",
-    assignments: SetOption = [],  # noqa: B006
-    folder: RunOption = None,
+    folder: Annotated[Path | None, typer.Option("--run", help="Run folder. Default: the newest.")] = None,
+    file: FileOption = SplitName.test,
     as_json: JsonOption = False,
 ) -> None:
     """Collect results.json and report.md from what has finished, and print the table."""
-    _report(_run(preset, assignments, folder), as_json=as_json)
+    _report(_finished(folder, "dataset", file.value), as_json=as_json)
 
 
 def _report(run: Any, *, as_json: bool) -> None:
@@ -179,17 +227,19 @@ def _report(run: Any, *, as_json: bool) -> None:
     from orion_triage.report.render import render_markdown, terminal_tables
     from orion_triage.report.results import build_results
 
-    results = build_results(run.folder, run.settings, {stage.name: stage.folder(run) for stage in STAGES})
+    folders = {stage.name: stage.folder(run) for stage in STAGES}
+    results = build_results(run.folder, run.settings, run.split, folders)
     text = json.dumps(results, indent=2)
-    write_text(run.folder / "results.json", text + "\n")
-    write_text(run.folder / "report.md", render_markdown(results))
+    suffix = "" if run.split == "test" else f"-{run.split}"
+    write_text(run.folder / f"results{suffix}.json", text + "\n")
+    write_text(run.folder / f"report{suffix}.md", render_markdown(results))
     if as_json:
         typer.echo(text)
         return
     console = Console()
     for table in terminal_tables(results):
         console.print(table)
-    console.print(f"report: {run.folder / 'report.md'}", highlight=False, soft_wrap=True)
+    console.print(f"report: {run.folder / f'report{suffix}.md'}", highlight=False, soft_wrap=True)
 
 
 @app.command(epilog="Example: orion triage frames/*.png")
@@ -203,29 +253,16 @@ def triage(
     from rich.console import Console
     from rich.table import Table
 
-    from orion_triage import flight, llama_cpp, quantize
-    from orion_triage.config import Settings
+    from orion_triage import flight
 
-    run_folder = folder or flight.newest_finished_run(Path("runs"))
-    gguf = run_folder / "gguf"
-    quantize.check_pair(gguf)
-    settings = Settings.model_validate_json((run_folder / "settings.json").read_text(encoding="utf-8"))
+    run = _finished(folder, "quantize")
     outcomes = []
     with _progress() as progress:
-        toolchain = llama_cpp.find_toolchain(progress)
-        with llama_cpp.Server(
-            toolchain,
-            gguf / "orion-q4_k_m.gguf",
-            gguf / "orion-mmproj-f16.gguf",
-            log=run_folder / "triage-server.log",
-        ) as server:
-
-            def ask(prompt: str, png: bytes) -> str:
-                return server.client.complete(prompt, png, settings.evaluate.max_new_tokens, flight.GRAMMAR)
-
-            for outcome in flight.triage_files(files, ask, settings.base.frame_size, resize=resize):
-                outcomes.append(outcome)
-                progress("classifying frames", len(outcomes), len(files))
+        for outcome in flight.triage_with_pair(
+            files, run.gguf, run.settings, log=run.folder / "logs" / "triage-server.log", resize=resize
+        ):
+            outcomes.append(outcome)
+            progress("classifying frames", len(outcomes), len(files))
     for outcome in outcomes:
         if outcome.error:
             _console().print(f"[bold red]refused:[/] {_escape(outcome.error)}", highlight=False, soft_wrap=True)

@@ -73,7 +73,6 @@ class QuantizeSettings(Section):
 class EvaluateSettings(Section):
     """The four-condition protocol."""
 
-    split: Literal["val", "test"] = "test"
     noise: Literal["gaussian", "uniform"] = "gaussian"  # condition C's picture
     max_new_tokens: PositiveInt = 96  # longer than every reason of the catalogue; an answer cut here is unparsable
     batch_size: PositiveInt = 8  # answers generated at once; more is faster and takes more memory

@@ -1,13 +1,14 @@
 """Classifying real frames with the quantized pair of a run, as on board: no coordinates, one frame at a time."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from orion_triage.errors import FrameError, OrionError
+from orion_triage import llama_cpp, quantize
+from orion_triage.config import Settings
+from orion_triage.errors import FrameError
 from orion_triage.frames import CAMERA_SIZE, Frame, is_blank, read_frame, shrink
-from orion_triage.manifest import read_manifest
 from orion_triage.triage import CATEGORIES, Category, Verdict, parse_verdict, render_prompt
 
 BLANK_REASON = "Blank frame: no image content to judge."
@@ -63,13 +64,15 @@ def triage_files(
         yield FrameVerdict(str(path), answer, time.monotonic() - began, frame.native_size, error=error_text)
 
 
-def newest_finished_run(runs: Path) -> Path:
-    """The run folder whose GGUF pair was finished last."""
-    finished = [
-        folder
-        for folder in (runs.iterdir() if runs.is_dir() else [])
-        if folder.is_dir() and read_manifest(folder / "gguf") is not None
-    ]
-    if not finished:
-        raise OrionError(f"{runs} has no finished run.", "Run 'orion run' first, or pass --run FOLDER.")
-    return max(finished, key=lambda folder: (folder / "gguf" / "manifest.json").stat().st_mtime)
+def triage_with_pair(
+    paths: Sequence[Path], gguf: Path, settings: Settings, *, log: Path, resize: bool = False
+) -> Iterator[FrameVerdict]:
+    """`triage_files` with the GGUF pair in the folder `gguf`, behind a server that lives as long as the iteration."""
+    quantize.check_pair(gguf)
+    toolchain = llama_cpp.find_toolchain()
+    with llama_cpp.Server(toolchain, gguf / quantize.QUANTIZED, gguf / quantize.MMPROJ, log=log) as server:
+
+        def ask(prompt: str, png: bytes) -> str:
+            return server.client.complete(prompt, png, settings.evaluate.max_new_tokens, GRAMMAR)
+
+        yield from triage_files(paths, ask, settings.base.frame_size, resize=resize)

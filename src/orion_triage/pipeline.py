@@ -1,27 +1,32 @@
 """The stages in order; a stage whose receipt still matches its settings and inputs is skipped."""
 
 import json
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from orion_triage import manifest
 from orion_triage.config import Settings
+from orion_triage.errors import OrionError
 from orion_triage.files import write_text
 from orion_triage.progress import Progress, silent
+from orion_triage.records import Split
 
 Figures = dict[str, Any]
+SETTINGS_FILE = "settings.json"
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder, its settings, and where each stage's product lies."""
+    """A run folder, its settings, the split that is evaluated, and where each stage's product lies."""
 
     folder: Path
     settings: Settings
+    split: Split = "test"
 
     @property
     def base(self) -> Path:
@@ -46,7 +51,7 @@ class Run:
         return self.folder / "gguf"
 
     def evaluation(self, model: str) -> Path:
-        return self.folder / "evaluation" / model
+        return self.folder / "evaluation" / self.split / model
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ def _evaluate_transformers(model: str) -> Callable[[Run, Progress], Figures]:
             max_new_tokens=settings.evaluate.max_new_tokens,
             batch_size=settings.evaluate.batch_size,
         )
-        return _ask(run, model, backend, folder, progress)
+        return _ask(run, model, backend, manifest.hash_inputs({"model": folder, "dataset": run.dataset}), progress)
 
     return evaluate
 
@@ -115,22 +120,26 @@ def _evaluate_quantized(run: Run, progress: Progress) -> Figures:
 
     quantize.check_pair(run.gguf)
     toolchain = llama_cpp.find_toolchain(progress)
-    log = run.folder / "evaluation" / "llama-server.log"
+    log = run.folder / "logs" / "evaluate-server.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     settings = run.settings.evaluate
     with llama_cpp.Server(
         toolchain,
-        run.gguf / "orion-q4_k_m.gguf",
-        run.gguf / "orion-mmproj-f16.gguf",
+        run.gguf / quantize.QUANTIZED,
+        run.gguf / quantize.MMPROJ,
         log=log,
         threads=settings.threads,
     ) as server:
         backend = LlamaCppBackend(server.client, max_new_tokens=settings.max_new_tokens)
-        return _ask(run, "quantized", backend, run.gguf, progress)
+        inputs = manifest.hash_inputs({"model": run.gguf, "dataset": run.dataset})
+        return _ask(run, "quantized", backend, inputs, progress)
 
 
-def evaluate_server(run: Run, url: str, progress: Progress = silent) -> Figures:
-    """Evaluate a llama.cpp server that someone else started; its key is in LLAMA_API_KEY."""
+def evaluate_server(run: Run, url: str, progress: Progress = silent) -> manifest.Manifest:
+    """The quantized model's evaluation by a llama.cpp server that someone else started; its key is LLAMA_API_KEY.
+
+    Its receipt names the server instead of the run's GGUF pair, so `orion run` would evaluate the pair itself again.
+    """
     import os
 
     from orion_triage.evaluate.backends import LlamaCppBackend
@@ -138,17 +147,32 @@ def evaluate_server(run: Run, url: str, progress: Progress = silent) -> Figures:
 
     client = Client(url, os.environ.get("LLAMA_API_KEY", ""))
     client.ready(60)
+    props = client.props()
+    served = {key: props.get(key) for key in ("model_path", "build_info", "chat_template")}
+    model = manifest.sha256_of_listing({key: str(value) for key, value in served.items()})
+    dataset = manifest.hash_inputs({"dataset": run.dataset})["dataset"]
     backend = LlamaCppBackend(client, max_new_tokens=run.settings.evaluate.max_new_tokens)
-    return _ask(run, "server", backend, run.gguf, progress)
+    stage = stage_named("evaluate quantized")
+    folder = stage.folder(run)
+    (folder / manifest.FILE_NAME).unlink(missing_ok=True)
+    began = time.monotonic()
+    figures = _ask(run, "quantized", backend, {"model": model, "dataset": dataset}, progress)
+    return manifest.write_manifest(
+        folder,
+        stage=stage.name,
+        settings=stage.settings(run.settings),
+        inputs={"server": model, "dataset": dataset},
+        seconds=time.monotonic() - began,
+        figures=figures | {"server": url, "served_model": served["model_path"], "server_build": served["build_info"]},
+    )
 
 
-def _ask(run: Run, model: str, backend: Any, folder: Path, progress: Progress) -> Figures:
+def _ask(run: Run, model: str, backend: Any, inputs: dict[str, str], progress: Progress) -> Figures:
     from orion_triage.evaluate.run import run as evaluate
     from orion_triage.records import read_split
 
     settings = run.settings
-    records = read_split(run.dataset, settings.evaluate.split)
-    inputs = manifest.hash_inputs({"model": folder, "dataset": run.dataset})
+    records = read_split(run.dataset, run.split)
     fingerprint = manifest.sha256_of_listing(inputs | {"settings": json.dumps(settings.evaluate.model_dump())})
 
     def named(description: str, done: int, total: int) -> None:
@@ -257,9 +281,31 @@ def run_stage(
 def prepare(run: Run) -> None:
     """Create the run folder and write down the settings."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    write_text(run.folder / "settings.json", run.settings.model_dump_json(indent=2) + "\n")
+    write_text(run.folder / SETTINGS_FILE, run.settings.model_dump_json(indent=2) + "\n")
 
 
-def clean_work(run: Run) -> None:
-    """Delete the optimizer's checkpoints once the whole run is finished; the adapter stays."""
-    shutil.rmtree(run.folder / "fine_tune_work" / "checkpoints", ignore_errors=True)
+def open_run(folder: Path, split: Split = "test") -> Run:
+    """A run that exists, with the settings it was made with."""
+    path = folder / SETTINGS_FILE
+    try:
+        settings = Settings.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise OrionError(f"{path} does not exist.", "Pass the folder of a run: --run FOLDER.") from None
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(str(part) for part in problem["loc"]) or "JSON"
+        raise OrionError(f"{path}: {place}: {problem['msg']}.", "Run 'orion run' with this version again.") from None
+    return Run(folder, settings, split)
+
+
+def newest_run(runs: Path, stage: str) -> Path:
+    """The folder in `runs` in which `stage` was finished last."""
+    product = stage_named(stage).folder(Run(Path(), Settings()))
+    finished = [
+        (receipt.stat().st_mtime, folder)
+        for folder in (runs.iterdir() if runs.is_dir() else [])
+        if (receipt := folder / product / manifest.FILE_NAME).is_file()
+    ]
+    if not finished:
+        raise OrionError(f"{runs} has no run with a finished {stage} stage.", "Run 'orion run' first, or pass --run.")
+    return max(finished)[1]

@@ -46,7 +46,7 @@ def run(
         llama_cpp.quantize(toolchain, folder / F16, folder / QUANTIZED, settings.type)
         progress("checking", 3, _STEPS)
         types = {name: check_file(folder / name, merged) for name in (F16, MMPROJ, QUANTIZED)}
-        log = out_folder.with_name("quantize-server.log")
+        log = out_folder.parent / "logs" / "quantize-server.log"
         with llama_cpp.Server(toolchain, folder / QUANTIZED, None, log=log) as server:
             compared = check_tokenization(server.client, merged, prompts)
         pair = {

@@ -50,7 +50,7 @@ def terminal_tables(results: dict[str, Any]) -> "list[Table]":
     """The accuracy table with baselines, and sizes and seconds."""
     from rich.table import Table
 
-    accuracy = Table(title=f"Accuracy on {results['settings']['evaluate']['split']} (preset {results['preset']})")
+    accuracy = Table(title=f"Accuracy on {results['split']} (preset {results['preset']})")
     accuracy.add_column("condition")
     for name in (*MODELS, *(f"by {delta}" for delta in DELTAS)):
         accuracy.add_column(name, justify="right")

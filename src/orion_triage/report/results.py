@@ -8,6 +8,7 @@ from orion_triage.evaluate.baselines import baselines
 from orion_triage.evaluate.metrics import Prediction, compare, summarize
 from orion_triage.evaluate.run import prediction_of, read_predictions
 from orion_triage.manifest import read_manifest
+from orion_triage.records import Split
 
 SCHEMA_VERSION = 1
 MODELS = ("base", "fine-tuned", "quantized")
@@ -21,11 +22,11 @@ ARTIFACTS = (
 )
 
 
-def build_results(run_folder: Path, settings: Settings, stage_folders: dict[str, Path]) -> dict[str, Any]:
-    """The run's results; stages that have not finished are named in `missing`."""
+def build_results(run_folder: Path, settings: Settings, split: Split, stage_folders: dict[str, Path]) -> dict[str, Any]:
+    """The run's results on one split; stages that have not finished are named in `missing`."""
     receipts = {name: read_manifest(folder) for name, folder in stage_folders.items()}
     predictions = {
-        model: [prediction_of(row) for row in read_predictions(run_folder / "evaluation" / model)]
+        model: [prediction_of(row) for row in read_predictions(stage_folders[f"evaluate {model}"])]
         for model in MODELS
         if receipts.get(f"evaluate {model}")
     }
@@ -34,6 +35,7 @@ def build_results(run_folder: Path, settings: Settings, stage_folders: dict[str,
     return {
         "schema_version": SCHEMA_VERSION,
         "preset": settings.preset,
+        "split": split,
         "settings": settings.model_dump(mode="json"),
         "overrides": {key: list(pair) for key, pair in overrides(settings).items()},
         "missing": [name for name, receipt in receipts.items() if receipt is None],
@@ -43,7 +45,7 @@ def build_results(run_folder: Path, settings: Settings, stage_folders: dict[str,
             for name, (first, second) in DELTAS.items()
             if first in predictions and second in predictions
         },
-        "baselines": baselines(dataset, settings.evaluate.split) if finished.get("dataset") else {},
+        "baselines": baselines(dataset, split) if finished.get("dataset") else {},
         "bytes": {name: (run_folder / name).stat().st_size for name in ARTIFACTS if (run_folder / name).exists()},
         "seconds": {name: receipt.seconds for name, receipt in finished.items()},
         "figures": {name: receipt.figures for name, receipt in finished.items() if "evaluate" not in name},

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from orion_triage.files import replaced_folder, write_text
+from orion_triage.files import replaced_folder, sha256_of_file, write_text
 from orion_triage.progress import Progress, silent
 
 TILES = 14_400
@@ -33,8 +33,8 @@ def build(
     from transformers import Lfm2VlForConditionalGeneration
 
     from orion_triage.tiny_base.architecture import make_config, make_processor, save_base, train_tokenizer
-    from orion_triage.tiny_base.instruct import cache_features, train_language
-    from orion_triage.tiny_base.texts import corpus
+    from orion_triage.tiny_base.instruct import AWAY_DEGREES, cache_features, train_language
+    from orion_triage.tiny_base.texts import corpus, phrases
     from orion_triage.tiny_base.tiles import FRAME_SIZE, NAMESPACE, draw_tiles, load_tiles, seed_of
     from orion_triage.tiny_base.tower import train_tower
 
@@ -65,12 +65,19 @@ def build(
     with replaced_folder(out_folder) as folder:
         save_base(model, make_processor(tokenizer, FRAME_SIZE), folder)
         record = {
-            "tiles": {"namespace": NAMESPACE, "count": tiles, "first_seed": seed_of(0)},
-            "places_kept_away_from": len(places),
+            "tiles": {
+                "namespace": NAMESPACE,
+                "count": tiles,
+                "first_seed": seed_of(0),
+                "last_seed": seed_of(tiles - 1),
+            },
+            "places": {"kept_away_degrees": AWAY_DEGREES, "kept_away_from_lon_lat": places},
+            "texts": phrases(),
             "tower": {"epochs": tower_epochs, **figures},
             "language": {"steps": language_steps},
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "seed": SEED,
+            "weights_sha256": sha256_of_file(folder / "model.safetensors"),
         }
         write_text(folder / "record.json", json.dumps(record, indent=2) + "\n")
     return record

@@ -23,6 +23,7 @@ from orion_triage.triage import Coordinates, format_degrees
 BATCH = 24
 LEARNING_RATE = 1.5e-3
 LONGEST = 640  # tokens of one sequence, image included
+AWAY_DEGREES = 2.0  # of the coordinates in its questions from every val and test place
 PROMPT_WEIGHT = 0.1  # loss on the questions' own text: teaches the language, mostly costs nothing
 
 
@@ -47,10 +48,13 @@ def cache_features(
 
 
 def coordinates_away_from(places: list[tuple[float, float]], source: random.Random) -> Coordinates:
-    """A random position at least 2 degrees from every one of `places` (lon, lat): those of val and test."""
+    """A random position at least 2 degrees (222 km) from every one of `places` (lon, lat): those of val and test."""
     while True:
         lon, lat = round(source.uniform(-180, 180), 2), round(source.uniform(-75, 75), 2)
-        near = any(abs(lat - b) < 2 and abs(lon - a) < 2 / max(0.1, math.cos(math.radians(b))) for a, b in places)
+        near = any(
+            abs(lat - b) < AWAY_DEGREES and abs(lon - a) < AWAY_DEGREES / max(0.1, math.cos(math.radians(b)))
+            for a, b in places
+        )
         if not near:
             return Coordinates(lon, lat)
 

@@ -9,6 +9,7 @@ label is something to copy from the question and never something to remember.
 import json
 import random
 from collections.abc import Callable
+from typing import Any
 
 from orion_triage.tiny_base.tiles import Facts
 from orion_triage.triage import CATEGORIES, render_prompt
@@ -16,13 +17,13 @@ from orion_triage.triage import CATEGORIES, render_prompt
 # How a scene of each morphology is put into words: (noun phrases, what is seen).
 SCENES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "ocean_water": (("open water", "an empty sea surface"), ("long swell lines", "faint current streaks", "sun glint on waves")),
-    "desert_ice_canopy": (("one unbroken natural surface", "sand, ice or closed forest"), ("parallel dune crests", "smooth drifted snow", "grainy tree crowns")),
+    "desert_ice_canopy": (("one unbroken natural surface", "sand, ice, scrub or closed forest"), ("parallel dune crests", "smooth drifted snow", "grainy tree crowns")),
     "coastline": (("a natural shore", "bays and headlands"), ("a pale beach line", "shallow water along the land", "scattered islets")),
     "geological": (("bare rock relief", "craters, cones or folded beds"), ("shaded ridges", "a round rim", "wavy rock bands")),
-    "fractal_texture": (("a branching natural pattern", "braided channels or badlands"), ("gullies that split again and again", "interlaced streams", "a maze of small lakes")),
+    "fractal_texture": (("a branching natural pattern", "winding or braided channels, or badlands"), ("gullies that split again and again", "interlaced streams", "a maze of small lakes")),
     "urban_grid": (("a dense city fabric", "tightly packed blocks"), ("crossing avenues", "rows of large roofs", "small parks between blocks")),
     "suburb": (("detached houses in gardens", "a residential quarter"), ("bending streets", "small roofs among trees", "a sports field")),
-    "agriculture": (("cropland", "a mosaic of fields"), ("rectangular plots", "irrigated circles", "narrow strips and tracks")),
+    "agriculture": (("cropland", "a mosaic of fields"), ("rectangular plots", "small irregular plots", "irrigated circles", "narrow strips and tracks")),
     "ordinary_infrastructure": (("one local installation", "a single small facility in open country"), ("a short airstrip", "a road interchange", "rows of panels or tracks", "a small harbour")),
     "town": (("a small town", "a compact settlement among fields"), ("roads meeting in the middle", "houses around a core", "open country on all sides")),
     "mega_port": (("a container port", "a deep-water terminal"), ("long piers with stacked boxes", "ships alongside", "cranes on the quay")),
@@ -32,138 +33,16 @@ SCENES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "space_military_chokepoint": (("launch pads, an air base or a ship canal", "a guarded special site"), ("pads joined by wide roads", "loops of hardened shelters", "ships queuing in a channel")),
 }  # fmt: skip
 
-_WORDS = [
-    "ACORN",
-    "AGATE",
-    "ALDER",
-    "AMBER",
-    "ANCHOR",
-    "APPLE",
-    "ARROW",
-    "ASPEN",
-    "AZURE",
-    "BADGER",
-    "BAMBOO",
-    "BASALT",
-    "BEACON",
-    "BIRCH",
-    "BISON",
-    "BRASS",
-    "BRIDGE",
-    "CANDLE",
-    "CEDAR",
-    "CHALK",
-    "CHERRY",
-    "CIRCLE",
-    "CLOVER",
-    "COBALT",
-    "COMET",
-    "COPPER",
-    "CORAL",
-    "CRANE",
-    "CRIMSON",
-    "CYAN",
-    "DAHLIA",
-    "DELTA",
-    "DIAMOND",
-    "DOLPHIN",
-    "DRAGON",
-    "EAGLE",
-    "EBONY",
-    "ECHO",
-    "EMBER",
-    "FALCON",
-    "FERN",
-    "FINCH",
-    "FLINT",
-    "FOREST",
-    "FOXTROT",
-    "GAMMA",
-    "GARNET",
-    "GINGER",
-    "GOLF",
-    "GRANITE",
-    "HARBOR",
-    "HAZEL",
-    "HERON",
-    "HOTEL",
-    "INDIGO",
-    "IRIS",
-    "IRON",
-    "ISLAND",
-    "IVORY",
-    "JADE",
-    "JASMINE",
-    "JUNIPER",
-    "KAPPA",
-    "KESTREL",
-    "KILO",
-    "LAGOON",
-    "LAMBDA",
-    "LEMON",
-    "LILAC",
-    "LINDEN",
-    "LION",
-    "LOTUS",
-    "MAGENTA",
-    "MANGO",
-    "MAPLE",
-    "MARBLE",
-    "MEADOW",
-    "MERLIN",
-    "MINT",
-    "NECTAR",
-    "NICKEL",
-    "NOVEMBER",
-    "OAK",
-    "OLIVE",
-    "OMEGA",
-    "ONYX",
-    "OPAL",
-    "ORCHID",
-    "OSCAR",
-    "OTTER",
-    "PANDA",
-    "PEARL",
-    "PEBBLE",
-    "PEPPER",
-    "PINE",
-    "PLUM",
-    "POPPY",
-    "QUARTZ",
-    "QUILL",
-    "RAVEN",
-    "RIVER",
-    "ROBIN",
-    "ROSE",
-    "RUBY",
-    "SAFFRON",
-    "SAGE",
-    "SIERRA",
-    "SIGMA",
-    "SILVER",
-    "SLATE",
-    "SPARROW",
-    "SPRUCE",
-    "TANGO",
-    "TEAL",
-    "THETA",
-    "TIGER",
-    "TOPAZ",
-    "TULIP",
-    "UMBER",
-    "VALLEY",
-    "VELVET",
-    "VIOLET",
-    "WALNUT",
-    "WHISKEY",
-    "WILLOW",
-    "WOLF",
-    "XENON",
-    "YANKEE",
-    "ZEBRA",
-    "ZINC",
-]
+_WORDS = """
+    ACORN AGATE ALDER AMBER ANCHOR APPLE ARROW ASPEN AZURE BADGER BAMBOO BASALT BEACON BIRCH BISON BRASS BRIDGE
+    CANDLE CEDAR CHALK CHERRY CIRCLE CLOVER COBALT COMET COPPER CORAL CRANE CRIMSON CYAN DAHLIA DELTA DIAMOND
+    DOLPHIN DRAGON EAGLE EBONY ECHO EMBER FALCON FERN FINCH FLINT FOREST FOXTROT GAMMA GARNET GINGER GOLF GRANITE
+    HARBOR HAZEL HERON HOTEL INDIGO IRIS IRON ISLAND IVORY JADE JASMINE JUNIPER KAPPA KESTREL KILO LAGOON LAMBDA
+    LEMON LILAC LINDEN LION LOTUS MAGENTA MANGO MAPLE MARBLE MEADOW MERLIN MINT NECTAR NICKEL NOVEMBER OAK OLIVE
+    OMEGA ONYX OPAL ORCHID OSCAR OTTER PANDA PEARL PEBBLE PEPPER PINE PLUM POPPY QUARTZ QUILL RAVEN RIVER ROBIN ROSE
+    RUBY SAFFRON SAGE SIERRA SIGMA SILVER SLATE SPARROW SPRUCE TANGO TEAL THETA TIGER TOPAZ TULIP UMBER VALLEY
+    VELVET VIOLET WALNUT WHISKEY WILLOW WOLF XENON YANKEE ZEBRA ZINC
+""".split()
 
 # Never used as labels: the labels of triage and words that mean the same.
 FORBIDDEN = frozenset(
@@ -219,7 +98,7 @@ def _level(value: float, limits: tuple[float, ...]) -> int:
 
 
 # Topic -> (name in the question, definition of each class, class of a tile).
-_MEASURES: tuple[tuple[str, tuple[str, ...], Callable[[Facts], int]], ...] = (
+MEASURES: tuple[tuple[str, tuple[str, ...], Callable[[Facts], int]], ...] = (
     ("water share", ("Dry ground, no water surface at all", "Some water: a river, a pond or a shore", "Water covers most of the scene"),
      lambda f: _level(f.water_share, (0.02, 0.6))),
     ("road density", ("No road or track", "A few roads cross the scene", "A dense network of streets"),
@@ -249,7 +128,7 @@ def reason(source: random.Random, facts: Facts) -> str:
 def _categories(source: random.Random, facts: Facts) -> tuple[str, list[str], int]:
     """(topic, definitions, index of the right one), in random order."""
     if source.random() < 0.45:
-        topic, definitions, classify = source.choice(_MEASURES)
+        topic, definitions, classify = source.choice(MEASURES)
         right = definitions[classify(facts)]
         options = list(definitions)
     else:
@@ -294,6 +173,20 @@ def description(source: random.Random, facts: Facts) -> tuple[str, str]:
         ("Describe this satellite image.", "What does the image show?", "Describe the scene in one sentence.")
     )
     return prompt, reason(source, facts)
+
+
+def phrases() -> dict[str, Any]:
+    """Everything that questions and answers are put together from, for the base's record; labels are made up."""
+    return {
+        "scenes": {name: [*nouns, *sights] for name, (nouns, sights) in SCENES.items()},
+        "measures": {name: list(definitions) for name, definitions, _ in MEASURES},
+        "openings": list(OPENINGS),
+        "asks": list(ASKS),
+        "formats": list(FORMATS),
+        "fillers": list(_FILLERS),
+        "label_words": _WORDS,
+        "never_labels": sorted(FORBIDDEN),
+    }
 
 
 def corpus(count: int, facts: list[Facts], seed: int = 0) -> list[str]:

@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from orion_triage.dataset.synthetic import PAINTERS, draw_tile, tile_seed
+from orion_triage.dataset.synthetic import PAINTERS, Tile, draw_tile, tile_seed
 from orion_triage.files import write_text
 from orion_triage.frames import shrink
 from orion_triage.progress import Progress, silent
@@ -48,8 +47,7 @@ def _draw_chunk(job: tuple[int, str]) -> int:
         index = chunk * CHUNK + position
         tile = draw_tile(MORPHOLOGIES[index % len(MORPHOLOGIES)], seed_of(index))
         pixels[position] = np.asarray(shrink(tile.image, FRAME_SIZE))
-        values = dict(asdict(Facts(**_facts(tile))).items())
-        facts.append(values)
+        facts.append(asdict(facts_of(tile)))
     path = Path(folder) / f"{chunk:05d}.npy"
     temporary = path.with_suffix(".partial.npy")
     np.save(temporary, pixels)
@@ -58,15 +56,16 @@ def _draw_chunk(job: tuple[int, str]) -> int:
     return chunk
 
 
-def _facts(tile: Any) -> dict[str, Any]:
-    return {
-        "morphology": tile.morphology,
-        "biome": tile.biome,
-        "water_share": round(tile.water_share, 3),
-        "built_share": round(tile.built_share, 3),
-        "cloud_share": round(tile.cloud_share, 3),
-        "road_density": round(tile.road_density, 2),
-    }
+def facts_of(tile: Tile) -> Facts:
+    """What the descriptions may say of a tile, rounded so that the cache's JSON gives it back exactly."""
+    return Facts(
+        morphology=tile.morphology,
+        biome=tile.biome,
+        water_share=round(tile.water_share, 3),
+        built_share=round(tile.built_share, 3),
+        cloud_share=round(tile.cloud_share, 3),
+        road_density=round(tile.road_density, 2),
+    )
 
 
 def draw_tiles(folder: Path, count: int, workers: int, progress: Progress = silent) -> None:

@@ -1,0 +1,120 @@
+"""The shipped base: it never met the triage task, and it sees and follows instructions all the same."""
+
+import json
+import random
+import re
+from collections import defaultdict
+from typing import Any
+
+import pytest
+
+from orion_triage.config import DatasetSettings
+from orion_triage.dataset.catalogue import MORPHOLOGIES, load_catalogue, split_targets
+from orion_triage.dataset.synthetic import draw_tile, tile_seed
+from orion_triage.files import sha256_of_file
+from orion_triage.frames import shrink
+from orion_triage.tiny_base import texts
+from orion_triage.tiny_base.build import held_out_places
+from orion_triage.tiny_base.instruct import AWAY_DEGREES, coordinates_away_from
+from orion_triage.tiny_base.tiles import Facts, facts_of, seed_of
+from orion_triage.triage import CATEGORIES, parse_verdict, render_prompt
+from orion_triage.vlm import TINY_BASE_FOLDER
+
+
+@pytest.fixture(scope="module")
+def record() -> dict[str, Any]:
+    value: dict[str, Any] = json.loads((TINY_BASE_FOLDER / "record.json").read_text(encoding="utf-8"))
+    return value
+
+
+@pytest.fixture(scope="module")
+def facts() -> list[Facts]:
+    return [facts_of(draw_tile(name, seed_of(index))) for index, name in enumerate(sum(MORPHOLOGIES.values(), ()))]
+
+
+def test_the_record_belongs_to_the_weights_and_the_checkpoint_is_small(record: dict[str, Any]) -> None:
+    weights = TINY_BASE_FOLDER / "model.safetensors"
+    assert record["weights_sha256"] == sha256_of_file(weights)
+    assert sum(path.stat().st_size for path in TINY_BASE_FOLDER.iterdir()) <= 16_000_000
+    assert not [path.name for path in TINY_BASE_FOLDER.iterdir() if path.suffix in {".bin", ".pt", ".pkl", ".py"}]
+
+
+def test_its_tiles_are_none_of_the_datasets(record: dict[str, Any]) -> None:
+    tiles = record["tiles"]
+    seen = {seed_of(index) for index in range(tiles["count"])}
+    assert len(seen) == tiles["count"]
+    assert (tiles["first_seed"], tiles["last_seed"]) == (seed_of(0), seed_of(tiles["count"] - 1))
+    drawn = {tile_seed(DatasetSettings().imagery_seed, target.name) for target in load_catalogue()}
+    assert len(drawn) == 360
+    assert not seen & drawn
+
+
+def test_its_places_keep_away_from_val_and_test(record: dict[str, Any]) -> None:
+    splits = split_targets(load_catalogue())
+    held_out = {(target.lon, target.lat) for name in ("val", "test") for target in splits[name]}  # type: ignore[index]
+    assert {tuple(place) for place in record["places"]["kept_away_from_lon_lat"]} == held_out
+    assert set(held_out_places()) == held_out
+    source = random.Random(1)
+    for _ in range(2000):
+        there = coordinates_away_from(list(held_out), source)
+        assert all(
+            abs(there.lat - lat) >= AWAY_DEGREES or abs(there.lon - lon) >= AWAY_DEGREES for lon, lat in held_out
+        )
+
+
+def test_its_texts_are_recorded_and_none_of_the_catalogues(record: dict[str, Any], facts: list[Facts]) -> None:
+    assert record["texts"] == json.loads(json.dumps(texts.phrases()))
+    source = random.Random(2)
+    written = {texts.reason(source, fact) for _ in range(300) for fact in facts}
+    reasons = [target.reason for target in load_catalogue()]
+    assert not written & set(reasons)
+    phrases = [phrase for scene in record["texts"]["scenes"].values() for phrase in scene]
+    shared = [
+        (phrase, reason) for phrase in phrases for reason in reasons if len(phrase.split()) > 3 and phrase in reason
+    ]
+    assert not shared
+
+
+def test_labels_are_never_those_of_triage(facts: list[Facts]) -> None:
+    source = random.Random(3)
+    assert not texts.FORBIDDEN & {label for _ in range(20_000) for label in texts.labels(source, 3)}
+    assert set(CATEGORIES) <= texts.FORBIDDEN
+    tokenizer_text = "\n".join(texts.corpus(200, facts))
+    assert not re.search(r"\b(HIGH|MEDIUM|LOW)\b", tokenizer_text)
+
+
+def test_no_category_set_groups_the_morphologies_as_triage_does(facts: list[Facts]) -> None:
+    """A set that says of every tile what triage says, under other names, would be the task itself."""
+    triage = {name: category for category, names in MORPHOLOGIES.items() for name in names}
+    source = random.Random(4)
+    many = [
+        facts_of(draw_tile(name, seed_of(100 * len(triage) + index)))
+        for index, name in enumerate(sum(MORPHOLOGIES.values(), ()) * 3)
+    ]
+    for topic, definitions, classify in texts.MEASURES:
+        said = defaultdict(set)
+        for fact in many:
+            said[triage[fact.morphology]].add(classify(fact))
+        told_apart = [not said[a] & said[b] for a, b in (("HIGH", "MEDIUM"), ("HIGH", "LOW"), ("MEDIUM", "LOW"))]
+        assert not all(told_apart), topic
+        assert len(definitions) <= 4
+    for fact in many:  # sets of scenes name one morphology a category
+        prompt, answer = texts.question(source, fact)
+        names = re.findall(r"^- ([^:]+):", prompt, re.MULTILINE)
+        assert 2 <= len(names) <= 4
+        assert json.loads(answer)["category"] in names
+
+
+@pytest.mark.slow
+def test_zero_shot_answers_parse_and_follow_the_image() -> None:
+    from orion_triage import vlm
+
+    model = vlm.load_model(TINY_BASE_FOLDER, dtype="float32")
+    processor = vlm.load_processor(TINY_BASE_FOLDER, 256)
+    targets = split_targets(load_catalogue())["test"][::3]
+    frames = [shrink(draw_tile(target.morphology, tile_seed(7, target.name)).image, 256) for target in targets]
+    answers = vlm.generate(model, processor, frames, [render_prompt(None)] * len(frames), 96)
+    parsed = [parse_verdict(answer) for answer in answers]
+    assert sum(verdict is not None for verdict in parsed) >= 0.9 * len(frames)
+    assert len({verdict.reason for verdict in parsed if verdict}) > len(frames) / 2
+    assert len({verdict.category for verdict in parsed if verdict}) >= 2
