@@ -13,6 +13,19 @@ from orion_triage.triage import CATEGORIES, Category, Coordinates, Verdict, rend
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the tests may reach a network
 
+# The published splits and real frames, which are not the project's to copy.
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out tests that read ../shared where it is not there: the project must pass without."""
+    if SHARED.is_dir():
+        return
+    left_out = [item for item in items if item.get_closest_marker("shared")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
 REASONS = {
     Category.HIGH: "Dense geometric port infrastructure with long quays.",
     Category.MEDIUM: "Ordinary street grid beside checkerboard fields.",

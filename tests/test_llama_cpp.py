@@ -88,8 +88,14 @@ def test_an_old_build_of_the_user_is_refused(
 class _Handler(BaseHTTPRequestHandler):
     replies: list[tuple[int, bytes]]
 
+    def do_GET(self) -> None:
+        self._reply()
+
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
+        self._reply()
+
+    def _reply(self) -> None:
         status, body = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
@@ -132,8 +138,17 @@ def test_loading_is_waited_for_and_nobody_there_is_said(server: ThreadingHTTPSer
     assert llama_cpp.Client(f"http://127.0.0.1:{server.server_port}").tokenize("a") == [1, 2]
     with pytest.raises(ServerError, match="no server answers"):
         llama_cpp.Client("http://127.0.0.1:1").tokenize("a")
-    with pytest.raises(ServerError, match="not ready after"):
-        llama_cpp.Client("http://127.0.0.1:1").ready(0.2)
+    with pytest.raises(ServerError, match="no server answers"):
+        llama_cpp.Client("http://127.0.0.1:1").ready(5)
+    client = llama_cpp.Client(f"http://127.0.0.1:{server.server_port}")
+    _Handler.replies = [(503, b""), (503, b""), (200, b"{}")]
+    client.ready(5)
+    _Handler.replies = [(503, b"")]
+    with pytest.raises(ServerError, match="still loads its model"):
+        client.ready(0.3)
+    _Handler.replies = [(404, b"")]
+    with pytest.raises(ServerError, match="answered 404"):
+        client.ready(5)
 
 
 @pytest.mark.llama_cpp

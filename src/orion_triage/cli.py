@@ -125,9 +125,10 @@ def _stage(name: str, run: Any, force: bool = False) -> None:
 @app.command(epilog="Example: orion run --set fine_tune.epochs=4")
 def run(preset: PresetOption = "tiny", assignments: SetOption = [], folder: RunOption = None) -> None:  # noqa: B006
     """Do all stages in order; finished ones are skipped."""
-    from orion_triage.pipeline import STAGES
+    from orion_triage.pipeline import STAGES, check_inputs
 
     current = _run(preset, assignments, folder)
+    check_inputs(current)
     for stage in STAGES:
         _stage(stage.name, current)
     _report(current, as_json=False)

@@ -60,7 +60,7 @@ def triage_files(
             continue
         png = Frame(shrink(frame.image, frame_size), frame.native_size).png()
         answer = parse_verdict(ask(prompt, png))
-        error_text = "" if answer else "the model's answer has no verdict"
+        error_text = "" if answer else f"{path}: the model gave no verdict. Evaluate the run: its answers should parse."
         yield FrameVerdict(str(path), answer, time.monotonic() - began, frame.native_size, error=error_text)
 
 

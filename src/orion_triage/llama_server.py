@@ -36,15 +36,28 @@ class Client:
         self._http.close()
 
     def ready(self, timeout_seconds: float) -> None:
-        """Wait until the server has its model; raises ServerError when it does not come up in time."""
+        """Wait while the server loads its model; raises ServerError when nobody answers or it takes too long."""
+        import httpx
+
         deadline = time.monotonic() + timeout_seconds
-        while not self.is_ready():
+        while True:
+            try:
+                status = self._http.get("/health", timeout=timeout_seconds).status_code
+            except httpx.HTTPError as error:
+                raise ServerError(
+                    f"no server answers at {self.base_url} ({type(error).__name__}).",
+                    "Start llama-server, or check the address.",
+                ) from None
+            if status == 200:
+                return
+            if status != 503:
+                raise ServerError(f"/health answered {status} at {self.base_url}.", "Is this a llama.cpp server?")
             if time.monotonic() > deadline:
                 raise ServerError(
-                    f"the llama.cpp server at {self.base_url} is not ready after {timeout_seconds:g} s.",
-                    "Start it, wait until it has loaded its model, and check the address.",
+                    f"the server at {self.base_url} still loads its model after {timeout_seconds:g} s.",
+                    "Wait until it has loaded, then try again.",
                 )
-            time.sleep(0.1)
+            time.sleep(0.2)
 
     def is_ready(self) -> bool:
         import httpx

@@ -278,6 +278,16 @@ def run_stage(
     return receipt, False
 
 
+def check_inputs(run: Run) -> None:
+    """What a run needs from outside, looked at before the first stage spends minutes: the base and the catalogue."""
+    from orion_triage.dataset.catalogue import load_catalogue, split_targets
+
+    settings = run.settings.dataset
+    _ = run.base
+    targets = load_catalogue(Path(settings.catalogue) if settings.catalogue else None)
+    split_targets(targets, seed=settings.split_seed, distance_km=settings.split_distance_km)
+
+
 def prepare(run: Run) -> None:
     """Create the run folder and write down the settings."""
     run.folder.mkdir(parents=True, exist_ok=True)

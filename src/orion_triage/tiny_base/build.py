@@ -13,9 +13,9 @@ from typing import Any
 from orion_triage.files import replaced_folder, sha256_of_file, write_text
 from orion_triage.progress import Progress, silent
 
-TILES = 14_400
+TILES = 9_600
 TOWER_EPOCHS = 5.0
-LANGUAGE_STEPS = 1600
+LANGUAGE_STEPS = 1800
 SEED = 0
 
 

@@ -20,11 +20,12 @@ from orion_triage.tiny_base.tiles import Facts
 from orion_triage.tiny_base.tower import vision_inputs
 from orion_triage.triage import Coordinates, format_degrees
 
-BATCH = 24
+BATCH = 16
 LEARNING_RATE = 1.5e-3
 LONGEST = 640  # tokens of one sequence, image included
 AWAY_DEGREES = 2.0  # of the coordinates in its questions from every val and test place
-PROMPT_WEIGHT = 0.1  # loss on the questions' own text: teaches the language, mostly costs nothing
+PROMPT_SHARE = 0.25  # of the questions' own tokens carry loss: they teach the language, and cost the head's time
+PROMPT_WEIGHT = 0.3
 
 
 def cache_features(
@@ -60,19 +61,18 @@ def coordinates_away_from(places: list[tuple[float, float]], source: random.Rand
 
 
 def conversation(
-    tokenizer: Any, facts: Facts, source: random.Random, places: list[tuple[float, float]]
+    tokenizer: Any, facts: Facts, source: random.Random, places: list[tuple[float, float]], turns: int
 ) -> tuple[list[int], list[float]]:
-    """Token ids of one image's turns (64 image tokens in front) and each token's weight in the loss."""
+    """Token ids of `turns` questions about one image (64 image tokens in front), each token's weight in the loss."""
     ids: list[int] = []
     weights: list[float] = []
 
-    def add(text: str, weight: float) -> None:
+    def add(text: str, weight: float, share: float = 1.0) -> None:
         new = tokenizer(text, add_special_tokens=False)["input_ids"]
         ids.extend(new)
-        weights.extend([weight] * len(new))
+        weights.extend(weight if share == 1 or source.random() < share else 0.0 for _ in new)
 
     add("<|startoftext|>", 0)
-    turns = source.choice((1, 1, 2, 3))
     for turn in range(turns):
         add("<|im_start|>user\n" if turn == 0 else "\n<|im_start|>user\n", 0)
         if turn == 0:
@@ -82,7 +82,7 @@ def conversation(
             position = coordinates_away_from(places, source)
             where = f" captured at Longitude: {format_degrees(position.lon)}, Latitude: {format_degrees(position.lat)}"
         prompt, answer = description(source, facts) if source.random() < 0.1 else question(source, facts, where)
-        add(prompt, PROMPT_WEIGHT)
+        add(prompt, PROMPT_WEIGHT, PROMPT_SHARE)
         add("<|im_end|>\n<|im_start|>assistant\n", 0)
         add(answer + "<|im_end|>", 1.0)
     return ids[:LONGEST], weights[:LONGEST]
@@ -120,7 +120,8 @@ def train_language(
             group["lr"] = LEARNING_RATE * warm * (0.52 + 0.48 * math.cos(math.pi * step / steps))
         source = random.Random(f"{seed}/{step}")
         chosen = [source.randrange(usable) for _ in range(BATCH)]
-        rows = [conversation(tokenizer, facts[index], source, places) for index in chosen]
+        turns = source.choice((1, 1, 2, 3))  # the same for a whole batch: less padding
+        rows = [conversation(tokenizer, facts[index], source, places, turns) for index in chosen]
         longest = max(len(ids) for ids, _ in rows)
         ids = torch.tensor([row + [pad_id] * (longest - len(row)) for row, _ in rows])
         weights = torch.tensor([row + [0.0] * (longest - len(row)) for _, row in rows])

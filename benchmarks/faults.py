@@ -1,0 +1,176 @@
+"""What three faults of the published recipe cost: the same base and dataset, trained soundly and with each.
+
+    python benchmarks/faults.py                    # five trainings, about 25 minutes on 2 cores
+
+blind      the vision tower is loaded in 4 bits with everything else, which turns pixels in [-1, 1] into bytes
+loss       the loss falls on image placeholders, prompt and padding as well (labels are the input ids)
+o_proj     `o_proj` is handed to PEFT as it stands and matches nothing
+all        the three together
+
+The faults are planted here and nowhere in the package. Everything else is the package's own: frames, turns,
+Trainer settings, fuse with its check, and the four-condition evaluation of the fused 16-bit model.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, TaskType, get_peft_model
+from transformers import BitsAndBytesConfig, Lfm2VlForConditionalGeneration, set_seed
+
+from orion_triage import fine_tune, fuse, vlm
+from orion_triage.config import Settings, load_settings
+from orion_triage.evaluate import run as evaluate
+from orion_triage.evaluate.backends import TransformersBackend
+from orion_triage.files import write_text
+from orion_triage.pipeline import Run, prepare, run_stage, stage_named
+from orion_triage.progress import silent
+from orion_triage.records import Record, read_split
+
+RESULTS = Path(__file__).parent / "results" / "faults.json"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Which faults a training has."""
+
+    name: str
+    blind: bool = False
+    loss_everywhere: bool = False
+    o_proj_unresolved: bool = False
+
+
+RECIPES = (
+    Recipe("sound"),
+    Recipe("blind", blind=True),
+    Recipe("loss", loss_everywhere=True),
+    Recipe("o_proj", o_proj_unresolved=True),
+    Recipe("all", blind=True, loss_everywhere=True, o_proj_unresolved=True),
+)
+
+
+def load_blind(base: Path) -> Any:
+    """The base as `load_in_4bit` gives it when nothing is left out: the patch embedding holds bytes."""
+    model = Lfm2VlForConditionalGeneration.from_pretrained(
+        base,
+        dtype=torch.float32,
+        device_map={"": "cpu"},
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        ),
+    )
+    weight = model.model.vision_tower.embeddings.patch_embedding.weight
+    assert weight.dtype == torch.uint8, "the fault is not there any more"
+    vlm._keep_gradients_on_cpu(model)  # a trap of its own, and not one of those measured here
+    return model
+
+
+def add_unresolved_adapter(model: Any, settings: Settings) -> Any:
+    """LoRA on the names as the recipe writes them; PEFT is silent as long as one of them matches."""
+    tuning = settings.fine_tune
+    model.config.text_config.use_cache = False
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=tuning.rank,
+            lora_alpha=tuning.alpha,
+            lora_dropout=tuning.dropout,
+            target_modules=list(tuning.target_modules),
+            task_type=TaskType.CAUSAL_LM,
+        ),
+    )
+
+
+def loss_everywhere(collate: Callable[[list[Record]], Any], processor: Any, frames: Any) -> Any:
+    def with_all_labels(records: list[Record]) -> Any:
+        answers = [record.verdict.to_json() for record in records]
+        pictures = [frames[record.image] for record in records]
+        batch = vlm.encode(processor, pictures, [record.prompt for record in records], answers)
+        batch["labels"] = batch["input_ids"].clone()
+        return batch
+
+    return with_all_labels
+
+
+def train(recipe: Recipe, run: Run, folder: Path) -> dict[str, Any]:
+    """Train with the recipe's faults; leaves an adapter and returns its size and validation losses."""
+    settings = run.settings
+    train_records, val_records = read_split(run.dataset, "train"), read_split(run.dataset, "val")
+    processor = vlm.load_processor(run.base, settings.base.frame_size)
+    frames = fine_tune.decode_frames(run.dataset, [*train_records, *val_records], settings.base.frame_size, silent)
+    model = load_blind(run.base) if recipe.blind else vlm.load_model(run.base, dtype="float32", four_bit=True)
+    set_seed(settings.fine_tune.seed)
+    if recipe.o_proj_unresolved:
+        model = add_unresolved_adapter(model, settings)
+    else:
+        model, _ = fine_tune.add_adapter(model, settings.fine_tune)
+    collate = fine_tune.collator(processor, frames)
+    if recipe.loss_everywhere:
+        collate = loss_everywhere(collate, processor, frames)
+    trainer = fine_tune.make_trainer(
+        model, collate, train_records, val_records, settings.fine_tune, "cpu", "float32", folder / "checkpoints", silent
+    )
+    trainer.train()
+    model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+    adapted = [name for name, _ in model.named_modules() if name.endswith(".lora_A")]
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    return {"adapted_modules": len(adapted), "eval_losses": losses}
+
+
+def measure(recipe: Recipe, run: Run) -> dict[str, Any]:
+    folder = run.folder / recipe.name
+    finished = folder / "figures.json"
+    if finished.exists():
+        value: dict[str, Any] = json.loads(finished.read_text(encoding="utf-8"))
+        return value
+    figures = train(recipe, run, folder)
+    settings = run.settings
+    fuse.run(run.base, folder / "adapter", run.dataset, folder / "merged", settings.fuse, settings.base.frame_size)
+    backend = TransformersBackend(
+        vlm.load_model(folder / "merged", dtype="float32"),
+        vlm.load_processor(folder / "merged", settings.base.frame_size),
+        max_new_tokens=settings.evaluate.max_new_tokens,
+        batch_size=settings.evaluate.batch_size,
+    )
+    records = read_split(run.dataset, "test")
+    figures["metrics"] = evaluate.run(
+        records, run.dataset, backend, folder / "evaluation", settings.evaluate, settings.base.frame_size,
+        fingerprint=recipe.name,
+    )  # fmt: skip
+    write_text(finished, json.dumps(figures, indent=1) + "\n")
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--folder", type=Path, default=Path("runs/faults"))
+    arguments = parser.parse_args()
+    vlm.hush_kernel_advice()
+    run = Run(arguments.folder, load_settings(arguments.preset))
+    prepare(run)
+    run_stage(stage_named("dataset"), run)
+    figures = {}
+    print("recipe   modules   A      B      C      D      trusted coordinates   eval loss")
+    for recipe in RECIPES:
+        figures[recipe.name] = value = measure(recipe, run)
+        rates = "  ".join(f"{100 * value['metrics'][c]['accuracy']:4.1f}%" for c in "ABCD")
+        trusted = value["metrics"]["D"]["trusted_coordinates"]
+        print(
+            f"{recipe.name:<8} {value['adapted_modules']:>7}  {rates}  {trusted:>19}   "
+            f"{min(value['eval_losses']):9.4f}",
+            flush=True,
+        )
+    write_text(RESULTS, json.dumps(figures, indent=1) + "\n")
+    print(f"figures: {RESULTS}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,250 @@
+"""The command line as a user meets it: real processes, exit status, both output streams."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orion_triage import llama_cpp, quantize
+from orion_triage.dataset.catalogue import load_catalogue
+from orion_triage.manifest import read_manifest
+from orion_triage.pipeline import STAGES
+
+from .conftest import SHARED, structured_picture
+
+ORION = [sys.executable, "-m", "orion_triage.cli"]
+REAL_FRAMES = SHARED / "frames"
+COMMANDS = (
+    "run", "dataset", "ablation", "fine-tune", "fuse", "quantize", "evaluate", "report", "triage", "toolchain",
+    "build-tiny-base", "settings",
+)  # fmt: skip
+
+
+def orion(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [*ORION, *map(str, arguments)]
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "COLUMNS": "120", **environment},
+        check=False,
+    )
+
+
+def assert_refused(result: subprocess.CompletedProcess[str], *words: str, status: int = 1) -> None:
+    assert result.returncode == status, result.stderr
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in result.stderr
+    if status == 1:
+        assert result.stderr.startswith("error: ")
+        assert "fix: " in result.stderr
+
+
+def test_starting_up_loads_no_heavy_library() -> None:
+    code = "import sys, orion_triage.cli; print({'torch', 'transformers', 'scipy', 'PIL', 'httpx'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself_with_an_example(command: str) -> None:
+    result = orion(command, "--help")
+    assert result.returncode == 0
+    assert f"Example: orion {command}" in result.stdout
+
+
+def test_the_list_of_commands_is_complete() -> None:
+    listed = re.findall(r"^│ ([a-z][a-z-]+) ", orion("--help").stdout, re.MULTILINE)
+    assert set(listed) == set(COMMANDS)
+
+
+def test_usage_mistakes_have_exit_status_two(tmp_path: Path) -> None:
+    assert orion("nothing-of-that-name").returncode == 2
+    assert orion("evaluate", "--file", "train", cwd=tmp_path).returncode == 2
+    assert orion("triage", cwd=tmp_path).returncode == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_mistakes_are_one_line_and_a_fix(tmp_path: Path) -> None:
+    assert_refused(orion("run", "--preset", "huge", cwd=tmp_path), "there is no preset 'huge'", "tiny")
+    both = orion("run", "--set", "fine_tune.rnak=8", "--set", "fine_tune.epochs=-1", cwd=tmp_path)
+    assert_refused(both, "2 mistakes", "fine_tune.rnak: there is no such key", "fine_tune.epochs")
+    assert_refused(orion("run", "--set", "base.model=nowhere", cwd=tmp_path), "'nowhere' is not a folder")
+    assert_refused(orion("triage", "x.png", cwd=tmp_path), "no run with a finished quantize stage")
+    assert_refused(orion("report", "--run", "gone", cwd=tmp_path), "gone/settings.json does not exist")
+    assert_refused(orion("fuse", cwd=tmp_path), "does not exist", "Run the stage that makes it first")
+    shutil.rmtree(tmp_path / "runs")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bad_dataset_line_is_named_before_training(tmp_path: Path, small_dataset: Path, small_base: Path) -> None:
+    run = tmp_path / "runs" / "tiny"
+    shutil.copytree(small_dataset, run / "dataset")
+    path = run / "dataset" / "train_dataset.jsonl"
+    path.write_text(path.read_text().replace('\\"LOW\\"', '\\"NONE\\"', 1))
+    result = orion("fine-tune", "--set", f"base.model={small_base}", cwd=tmp_path)
+    assert_refused(result, "train_dataset.jsonl:", "category 'NONE' is not one of HIGH, MEDIUM, LOW")
+    assert not (run / "orion_lora_weights").exists()
+
+
+# --- one small run through every stage ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with runs/small: the shipped base, 36 places, two epochs; every stage through the command line."""
+    folder = tmp_path_factory.mktemp("cli")
+    wanted = {"ocean_water": 12, "urban_grid": 12, "mega_airport": 12}
+    with (folder / "places.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["name", "category", "morphology", "lon", "lat", "reason"])
+        for target in load_catalogue():
+            if wanted.get(target.morphology, 0):
+                wanted[target.morphology] -= 1
+                writer.writerow(
+                    [target.name, target.category, target.morphology, target.lon, target.lat, target.reason]
+                )
+    result = orion(*_run_command(), cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def _run_command() -> list[str]:
+    sets = ["dataset.catalogue=places.csv", "dataset.split_distance_km=20", "fine_tune.epochs=2"]
+    return ["run", "--run", "runs/small", *(word for value in sets for word in ("--set", value))]
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.slow
+def test_a_run_leaves_every_product_and_its_receipts(finished: Path) -> None:
+    run = finished / "runs" / "small"
+    for name in (
+        "orion_lora_weights/adapter_model.safetensors",
+        "orion_merged/model.safetensors",
+        "gguf/orion-f16.gguf",
+        "gguf/orion-mmproj-f16.gguf",
+        "gguf/orion-q4_k_m.gguf",
+        "evaluation/test/base/predictions.jsonl",
+        "evaluation/test/fine-tuned/predictions.jsonl",
+        "evaluation/test/quantized/predictions.jsonl",
+        "report.md",
+    ):
+        assert (run / name).stat().st_size > 0
+    results = json.loads((run / "results.json").read_text())
+    assert results["missing"] == []
+    assert set(results["models"]) == {"base", "fine-tuned", "quantized"}
+    assert set(results["seconds"]) == {stage.name for stage in STAGES}
+    for rates in results["models"].values():
+        assert {condition: figures["count"] for condition, figures in rates.items()} == dict.fromkeys("ABCD", 6)
+    types = read_manifest(run / "gguf").figures["tensor_types"]["orion-q4_k_m.gguf"]  # type: ignore[union-attr]
+    assert "Q4_K" in types
+    report = (run / "report.md").read_text()
+    assert "fine_tune.epochs | 3 | 2" in report
+    assert not [path for path in run.rglob("*") if ".partial" in path.name or ".old" in path.name]
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.slow
+def test_a_second_run_skips_and_a_changed_setting_redoes_what_follows(finished: Path) -> None:
+    again = orion(*_run_command(), cwd=finished)
+    assert again.returncode == 0, again.stderr
+    assert re.findall(r"^(.+): unchanged, skipped", again.stderr, re.MULTILINE) == [stage.name for stage in STAGES]
+    assert "fine-tuned" in again.stdout
+    copy = finished / "copy"
+    shutil.copytree(finished / "runs" / "small", copy / "runs" / "small")
+    shutil.copy(finished / "places.csv", copy)
+    (copy / "runs" / "small" / "orion_lora_weights" / "adapter_model.safetensors").unlink()
+    changed = orion(*_run_command(), "--set", "fine_tune.seed=7", cwd=copy)
+    assert changed.returncode == 0, changed.stderr
+    state = dict(re.findall(r"^(.+): (unchanged, skipped|done)", changed.stderr, re.MULTILINE))
+    skipped = [name for name, outcome in state.items() if outcome != "done"]
+    assert skipped == ["dataset", "evaluate base"]
+    assert len(state) == len(STAGES)
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.slow
+def test_report_reads_the_runs_own_settings(finished: Path) -> None:
+    result = orion("report", "--json", cwd=finished)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["settings"]["fine_tune"]["epochs"] == 2
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.slow
+def test_triage_answers_good_frames_and_refuses_bad_ones_by_name(finished: Path, tmp_path: Path) -> None:
+    structured_picture(1).save(tmp_path / "good.png")
+    structured_picture(2).save(tmp_path / "good.jpg", quality=95)
+    (tmp_path / "good.raw").write_bytes(structured_picture(3).tobytes())
+    (tmp_path / "cut.raw").write_bytes(structured_picture(3).tobytes()[:-481])
+    structured_picture(4).resize((640, 600)).save(tmp_path / "large.png")
+    (tmp_path / "page.png").write_text("<html>")
+    names = ["good.png", "cut.raw", "good.jpg", "page.png", "large.png", "missing.png", "good.raw"]
+    result = orion("triage", *(tmp_path / name for name in names), "--json", cwd=finished)
+    assert result.returncode == 1
+    answers = json.loads(result.stdout)
+    assert [Path(answer["file"]).name for answer in answers] == ["good.png", "good.jpg", "good.raw"]
+    assert {key for answer in answers for key in answer} == {"file", "category", "reason"}
+    refused = re.findall(r"refused: \S*/(\S+) ", result.stderr)
+    assert refused == ["cut.raw", "page.png", "large.png", "missing.png"]
+    assert "785,951 bytes, not the 786,432" in result.stderr
+    resized = orion("triage", tmp_path / "large.png", "--resize", cwd=finished)
+    assert resized.returncode == 0, resized.stderr
+    assert "large.png" in resized.stdout
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.slow
+@pytest.mark.shared
+def test_triage_goes_through_the_real_frames(finished: Path) -> None:
+    files = sorted(REAL_FRAMES.glob("*.png")) + sorted(REAL_FRAMES.glob("*.raw"))
+    result = orion("triage", *files, "--json", cwd=finished)
+    assert result.returncode == 1
+    assert len(json.loads(result.stdout)) == 25
+    assert re.findall(r"refused: \S*/(\S+) has 785,955 bytes", result.stderr) == [
+        "UHF_r2_orion_medium_00006.truncated.raw"
+    ]
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.slow
+def test_a_pair_of_two_runs_is_refused(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "mixed"
+    shutil.copytree(finished / "runs" / "small", run)
+    data = bytearray((run / "gguf" / "orion-mmproj-f16.gguf").read_bytes())
+    data[-1] ^= 1
+    (run / "gguf" / "orion-mmproj-f16.gguf").write_bytes(data)
+    structured_picture(1).save(tmp_path / "good.png")
+    result = orion("triage", tmp_path / "good.png", "--run", run, cwd=tmp_path)
+    assert_refused(result, "orion-mmproj-f16.gguf is not the file of this conversion")
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.slow
+def test_someone_elses_server_is_evaluated(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "copy")
+    folder = tmp_path / "copy"
+    gguf = folder / "runs" / "small" / "gguf"
+    tools = llama_cpp.find_toolchain()
+    own = (folder / "runs" / "small" / "evaluation" / "test" / "quantized" / "predictions.jsonl").read_text()
+    with llama_cpp.Server(tools, gguf / quantize.QUANTIZED, gguf / quantize.MMPROJ, log=tmp_path / "log") as server:
+        command = ["evaluate", "--run", "runs/small", *_run_command()[3:], "--quantized-model", server.client.base_url]
+        wrong_key = orion(*command, cwd=folder, LLAMA_API_KEY="wrong")
+        assert_refused(wrong_key, "refuses the key (401)", "LLAMA_API_KEY")
+        key = str(server.client._http.headers["Authorization"]).removeprefix("Bearer ")
+        result = orion(*command, cwd=folder, LLAMA_API_KEY=key)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("right") == 4
+    again = (folder / "runs" / "small" / "evaluation" / "test" / "quantized" / "predictions.jsonl").read_text()
+    answers = [[json.loads(line)["answer"] for line in text.splitlines()] for text in (own, again)]
+    assert answers[0] == answers[1]
+    gone = orion(*command[:-1], "http://127.0.0.1:1", cwd=folder)
+    assert_refused(gone, "no server answers at http://127.0.0.1:1")
