@@ -114,6 +114,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 )
     result = orion(*_run_command(), cwd=folder)
     assert result.returncode == 0, result.stderr
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):  # fine-tune and fuse both count what the names matched
+        assert result.stderr.count(f"  {name}: 2 in text, 6 in vision\n") == 2
+    assert "no GPU: trained in float32 instead of float16" in result.stderr
     return folder
 
 

@@ -120,6 +120,22 @@ def _stage(name: str, run: Any, force: bool = False) -> None:
     where = stage.folder(run)
     state = "unchanged, skipped" if skipped else f"done in {receipt.seconds:,.1f} s"
     console.print(f"{name}: {state}  ->  {where}", highlight=False, soft_wrap=True)
+    if not skipped:
+        for line in _notes(receipt.figures):
+            console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _notes(figures: dict[str, Any]) -> Iterator[str]:
+    """What a stage found that its user should see: the adapter's modules, a precision it changed, warnings."""
+    for target, towers in figures.get("census", {}).items():
+        counts = ", ".join(f"{count} in {tower}" for tower, count in towers.items() if count)
+        yield f"{target}: {counts or 'no module'}"
+    for tower, count in figures.get("trained_parameters", {}).items():
+        yield f"trained in {tower}: {count:,} parameters"
+    if figures.get("precision_note"):
+        yield figures["precision_note"]
+    for warning in figures.get("warnings", []):
+        yield f"warning: {warning}"
 
 
 @app.command(epilog="Example: orion run --set fine_tune.epochs=4")

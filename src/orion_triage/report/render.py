@@ -47,7 +47,7 @@ def accuracy_rows(results: dict[str, Any]) -> list[list[str]]:
 
 
 def terminal_tables(results: dict[str, Any]) -> "list[Table]":
-    """The accuracy table with baselines, and sizes and seconds."""
+    """Accuracy by condition and model, the baselines, and sizes and seconds."""
     from rich.table import Table
 
     accuracy = Table(title=f"Accuracy on {results['split']} (preset {results['preset']})")
@@ -68,9 +68,11 @@ def terminal_tables(results: dict[str, Any]) -> "list[Table]":
         for m in MODELS
     ]
     accuracy.add_row("unparsable answers", *unparsable, "", "")
-    accuracy.add_section()
+    simple = Table(title="Without a language model")
+    simple.add_column("baseline")
+    simple.add_column("accuracy", justify="right")
     for name, baseline in results["baselines"].items():
-        accuracy.add_row(name, percent(baseline["accuracy"]), *[""] * 4)
+        simple.add_row(name, percent(baseline["accuracy"]))
     work = Table(title="Stages")
     work.add_column("stage")
     work.add_column("seconds", justify="right")
@@ -79,4 +81,4 @@ def terminal_tables(results: dict[str, Any]) -> "list[Table]":
     work.add_section()
     for name, size in results["bytes"].items():
         work.add_row(name, f"{size / 1e6:,.1f} MB")
-    return [accuracy, work]
+    return [accuracy, simple, work]

@@ -15,7 +15,7 @@ from orion_triage.progress import Progress, silent
 
 TILES = 9_600
 TOWER_EPOCHS = 5.0
-LANGUAGE_STEPS = 1800
+LANGUAGE_STEPS = 1600
 SEED = 0
 
 
@@ -33,10 +33,10 @@ def build(
     from transformers import Lfm2VlForConditionalGeneration
 
     from orion_triage.tiny_base.architecture import make_config, make_processor, save_base, train_tokenizer
-    from orion_triage.tiny_base.instruct import AWAY_DEGREES, cache_features, train_language
+    from orion_triage.tiny_base.instruct import AWAY_DEGREES, cache_features, measure_language, train_language
     from orion_triage.tiny_base.texts import corpus, phrases
     from orion_triage.tiny_base.tiles import FRAME_SIZE, NAMESPACE, draw_tiles, load_tiles, seed_of
-    from orion_triage.tiny_base.tower import train_tower
+    from orion_triage.tiny_base.tower import HELD_OUT, train_tower
 
     work.mkdir(parents=True, exist_ok=True)
     draw_tiles(work / "tiles", tiles, len(os.sched_getaffinity(0)), progress)
@@ -62,8 +62,11 @@ def build(
         seed=SEED,
         progress=progress,
     )
+    progress("asking about unseen tiles", 0, 1)
+    processor = make_processor(tokenizer, FRAME_SIZE)
+    answers = measure_language(model.eval(), processor, pixels[-HELD_OUT:], facts[-HELD_OUT:])
     with replaced_folder(out_folder) as folder:
-        save_base(model, make_processor(tokenizer, FRAME_SIZE), folder)
+        save_base(model, processor, folder)
         record = {
             "tiles": {
                 "namespace": NAMESPACE,
@@ -74,7 +77,7 @@ def build(
             "places": {"kept_away_degrees": AWAY_DEGREES, "kept_away_from_lon_lat": places},
             "texts": phrases(),
             "tower": {"epochs": tower_epochs, **figures},
-            "language": {"steps": language_steps},
+            "language": {"steps": language_steps, **answers},
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "seed": SEED,
             "weights_sha256": sha256_of_file(folder / "model.safetensors"),

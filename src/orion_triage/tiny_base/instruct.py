@@ -4,6 +4,7 @@ The tower is frozen here, so its output for every tile is computed once and cach
 projector and the language model, on several questions about one image in one sequence.
 """
 
+import json
 import math
 import random
 import time
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from orion_triage.progress import Progress, silent
 from orion_triage.tiny_base.texts import description, question
 from orion_triage.tiny_base.tiles import Facts
-from orion_triage.tiny_base.tower import vision_inputs
+from orion_triage.tiny_base.tower import HELD_OUT, vision_inputs
 from orion_triage.triage import Coordinates, format_degrees
 
 BATCH = 16
@@ -112,7 +113,7 @@ def train_language(
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
     image_id, pad_id = model.config.image_token_id, tokenizer.pad_token_id
-    usable = len(facts) - 480
+    usable = len(facts) - HELD_OUT
     running, began = 0.0, time.monotonic()
     for step in range(start, steps):
         for group in optimizer.param_groups:
@@ -125,7 +126,6 @@ def train_language(
         longest = max(len(ids) for ids, _ in rows)
         ids = torch.tensor([row + [pad_id] * (longest - len(row)) for row, _ in rows])
         weights = torch.tensor([row + [0.0] * (longest - len(row)) for _, row in rows])
-        attention = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row, _ in rows])
         seen = torch.from_numpy(np.stack([features[index] for index in chosen]).astype(np.float32))
         with torch.autocast("cpu", torch.bfloat16):
             image = model.model.multi_modal_projector(seen.view(BATCH, 16, 16, -1)).reshape(
@@ -133,7 +133,8 @@ def train_language(
             )
             embedded = model.model.language_model.embed_tokens(ids)
             embedded = embedded.masked_scatter((ids == image_id)[..., None], image.to(embedded.dtype))
-            hidden = model.model.language_model(inputs_embeds=embedded, attention_mask=attention).last_hidden_state
+            # No mask: the padding stands on the right, where a causal model's other tokens cannot see it.
+            hidden = model.model.language_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
             wanted = weights[:, 1:] > 0
             logits = model.lm_head(hidden[:, :-1][wanted])
         losses = torch.nn.functional.cross_entropy(logits.float(), ids[:, 1:][wanted], reduction="none")
@@ -151,3 +152,38 @@ def train_language(
             checkpoint.with_suffix(".partial").replace(checkpoint)
             seconds = (time.monotonic() - began) / (step + 1 - start)
             progress(f"language: answer loss {running:.3f}, {seconds:.2f} s a step", step + 1, steps)
+
+
+def measure_language(
+    model: Any, processor: Any, pixels: NDArray[np.uint8], facts: list[Facts], questions: int = 120
+) -> dict[str, float]:
+    """Shares of answers to questions on unseen tiles that parse and that are right, and right about another tile.
+
+    The last is what a model that does not look at the image would score on all.
+    """
+    from PIL import Image
+
+    from orion_triage import vlm
+
+    source = random.Random("measure")
+    images = [Image.fromarray(pixels[index], "RGB") for index in range(questions)]
+    asked = [question(source, fact) for fact in facts[:questions]]
+    figures = {}
+    for name, shown in (("own", images), ("another", images[7:] + images[:7])):
+        answers = []
+        for start in range(0, questions, 12):
+            window = slice(start, start + 12)
+            answers += vlm.generate(model, processor, shown[window], [prompt for prompt, _ in asked[window]], 96)
+        categories = [_category(answer) for answer in answers]
+        wanted = [_category(answer) for _, answer in asked]
+        figures[f"right_on_{name}_tile"] = sum(a == b for a, b in zip(categories, wanted, strict=True)) / questions
+        figures[f"parsed_on_{name}_tile"] = sum(category is not None for category in categories) / questions
+    return figures
+
+
+def _category(answer: str) -> str | None:
+    try:
+        value = json.loads(answer)
+        return str(value["category"])
+    except (ValueError, KeyError, TypeError):
+        return None
