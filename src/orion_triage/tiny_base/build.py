@@ -15,7 +15,7 @@ from orion_triage.progress import Progress, silent
 
 TILES = 9_600
 TOWER_EPOCHS = 5.0
-LANGUAGE_STEPS = 1600
+LANGUAGE_STEPS = 1300
 SEED = 0
 
 

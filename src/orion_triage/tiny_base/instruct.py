@@ -26,7 +26,8 @@ LEARNING_RATE = 1.5e-3
 LONGEST = 640  # tokens of one sequence, image included
 AWAY_DEGREES = 2.0  # of the coordinates in its questions from every val and test place
 PROMPT_SHARE = 0.25  # of the questions' own tokens carry loss: they teach the language, and cost the head's time
-PROMPT_WEIGHT = 0.3
+PROMPT_WEIGHT = 0.2
+LABEL_WEIGHT = 4.0  # of the category's letters: few among many, and the only ones that must be read off the question
 
 
 def cache_features(
@@ -85,7 +86,13 @@ def conversation(
         prompt, answer = description(source, facts) if source.random() < 0.1 else question(source, facts, where)
         add(prompt, PROMPT_WEIGHT, PROMPT_SHARE)
         add("<|im_end|>\n<|im_start|>assistant\n", 0)
-        add(answer + "<|im_end|>", 1.0)
+        # The label has pre-tokens of its own, so the parts give the tokens of the whole.
+        head, key, label = answer.partition('"category": "')
+        add(head + key, 1.0)
+        if label:
+            add(label.removesuffix('"}'), LABEL_WEIGHT)
+            add('"}', 1.0)
+        add("<|im_end|>", 1.0)
     return ids[:LONGEST], weights[:LONGEST]
 
 
@@ -114,7 +121,7 @@ def train_language(
         start = state["step"]
     image_id, pad_id = model.config.image_token_id, tokenizer.pad_token_id
     usable = len(facts) - HELD_OUT
-    running, began = 0.0, time.monotonic()
+    running, running_label, began = 0.0, 0.0, time.monotonic()
     for step in range(start, steps):
         for group in optimizer.param_groups:
             warm = min(1.0, (step + 1) / 100)
@@ -145,13 +152,16 @@ def train_language(
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         answer_loss = float(losses.detach()[scale == 1].mean())
+        label_loss = float(losses.detach()[scale == LABEL_WEIGHT].mean())
         running = answer_loss if step == start else 0.97 * running + 0.03 * answer_loss
+        running_label = label_loss if step == start else 0.97 * running_label + 0.03 * label_loss
         if (step + 1) % 100 == 0 or step + 1 == steps:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
             torch.save(state, checkpoint.with_suffix(".partial"))
             checkpoint.with_suffix(".partial").replace(checkpoint)
             seconds = (time.monotonic() - began) / (step + 1 - start)
-            progress(f"language: answer loss {running:.3f}, {seconds:.2f} s a step", step + 1, steps)
+            losses_now = f"answer loss {running:.3f}, label loss {running_label:.3f}"
+            progress(f"language: {losses_now}, {seconds:.2f} s a step", step + 1, steps)
 
 
 def measure_language(
