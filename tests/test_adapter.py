@@ -17,15 +17,15 @@ def model(small_base: Path) -> Any:
 
 def test_the_recipes_names_are_the_attention_projections(model: Any) -> None:
     names, census = resolve_targets(model, RECIPE)
-    assert census == {name: {"text": 1, "vision": 2, "projector": 0} for name in RECIPE}
-    assert len(names) == len(set(names)) == 12
+    assert census == {name: {"text": 1, "vision": 3, "projector": 0} for name in RECIPE}
+    assert len(names) == len(set(names)) == 16
     assert "model.language_model.layers.1.self_attn.out_proj" in names
     assert not [name for name in names if ".conv." in name]  # layer 0 is a short-conv block with its own out_proj
 
 
 def test_four_bit_layers_count_too(small_base: Path) -> None:
     quantized = vlm.load_model(small_base, dtype="float32", four_bit=True)
-    assert resolve_targets(quantized, RECIPE)[1]["o_proj"] == {"text": 1, "vision": 2, "projector": 0}
+    assert resolve_targets(quantized, RECIPE)[1]["o_proj"] == {"text": 1, "vision": 3, "projector": 0}
 
 
 def test_the_full_size_shapes_have_six_and_twenty_seven_of_each(small_base: Path) -> None:
@@ -48,7 +48,7 @@ def test_the_full_size_shapes_have_six_and_twenty_seven_of_each(small_base: Path
 def test_dotted_and_bare_names(model: Any) -> None:
     assert resolve_targets(model, ["conv.in_proj"])[0] == ["model.language_model.layers.0.conv.in_proj"]
     assert resolve_targets(model, ["linear_1"])[1] == {"linear_1": {"text": 0, "vision": 0, "projector": 1}}
-    assert resolve_targets(model, ["out_proj"])[1]["out_proj"] == {"text": 2, "vision": 2, "projector": 0}
+    assert resolve_targets(model, ["out_proj"])[1]["out_proj"] == {"text": 2, "vision": 3, "projector": 0}
 
 
 @pytest.mark.parametrize(

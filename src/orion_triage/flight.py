@@ -13,11 +13,15 @@ from orion_triage.triage import CATEGORIES, Category, Verdict, parse_verdict, re
 
 BLANK_REASON = "Blank frame: no image content to judge."
 
-# Exactly the bytes of a verdict: printable ASCII without quote and backslash, at most 160 characters of reason.
+LONGEST_REASON = 160  # characters; the catalogue's longest has 88
+# No token is shorter than a character, and the rest of a verdict has 36: an answer under the grammar is never cut.
+ANSWER_TOKENS = LONGEST_REASON + 40
+
+# Exactly the bytes of a verdict: printable ASCII without quote and backslash.
 # The evaluation goes without it, so that unparsable answers are counted instead of prevented.
 GRAMMAR = (
     'root ::= "{\\"reason\\": \\"" reason "\\", \\"category\\": \\"" category "\\"}"\n'
-    "reason ::= [ !#-\\[\\]-~]{1,160}\n"
+    f"reason ::= [ !#-\\[\\]-~]{{1,{LONGEST_REASON}}}\n"
     "category ::= " + " | ".join(f'"{category}"' for category in CATEGORIES) + "\n"
 )
 
@@ -73,6 +77,6 @@ def triage_with_pair(
     with llama_cpp.Server(toolchain, gguf / quantize.QUANTIZED, gguf / quantize.MMPROJ, log=log) as server:
 
         def ask(prompt: str, png: bytes) -> str:
-            return server.client.complete(prompt, png, settings.evaluate.max_new_tokens, GRAMMAR)
+            return server.client.complete(prompt, png, ANSWER_TOKENS, GRAMMAR)
 
         yield from triage_files(paths, ask, settings.base.frame_size, resize=resize)
