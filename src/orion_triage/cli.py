@@ -318,12 +318,12 @@ def toolchain() -> None:
 
 @app.command("build-tiny-base", epilog="Example: orion build-tiny-base --work /tmp/tiny")
 def build_tiny_base(
-    work: Annotated[Path, typer.Option(help="Folder for intermediate state (6 GB); a rerun goes on from it.")] = Path(
+    work: Annotated[Path, typer.Option(help="Folder for intermediate state (3 GB); a rerun goes on from it.")] = Path(
         ".cache/tiny-base"
     ),
     out: Annotated[Path, typer.Option(help="Where the checkpoint goes.")] = Path("src/orion_triage/tiny_base/weights"),
 ) -> None:
-    """Rebuild the shipped base model from nothing (about 2 hours on 2 cores)."""
+    """Rebuild the shipped base model from nothing (about 65 minutes on 2 cores)."""
     from orion_triage.tiny_base.build import build
 
     with _progress() as progress:
