@@ -216,14 +216,15 @@ def evaluate(
 
 def _print_rates(run: Any, stage: str) -> None:
     """Accuracy by condition of one evaluation."""
+    from orion_triage.evaluate.conditions import CONDITIONS
     from orion_triage.manifest import read_manifest
     from orion_triage.pipeline import stage_named
 
     receipt = read_manifest(stage_named(stage).folder(run))
     assert receipt is not None
-    for condition, rates in receipt.figures.items():
-        if isinstance(rates, dict):
-            typer.echo(f"{condition}: {rates['right']}/{rates['count']} right, {rates['unparsable']} unparsable")
+    for condition in CONDITIONS:
+        rates = receipt.figures[condition]
+        typer.echo(f"{condition}: {rates['right']}/{rates['count']} right, {rates['unparsable']} unparsable")
 
 
 @app.command(epilog="Example: orion report --json")
@@ -276,7 +277,12 @@ def triage(
     outcomes = []
     with _progress() as progress:
         for outcome in flight.triage_with_pair(
-            files, run.gguf, run.settings, log=run.folder / "logs" / "triage-server.log", resize=resize
+            files,
+            run.gguf,
+            run.settings.base.frame_size,
+            log=run.folder / "logs" / "triage-server.log",
+            resize=resize,
+            progress=progress,
         ):
             outcomes.append(outcome)
             progress("classifying frames", len(outcomes), len(files))

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orion_triage import llama_cpp, quantize
-from orion_triage.config import Settings
 from orion_triage.errors import FrameError
 from orion_triage.frames import CAMERA_SIZE, Frame, is_blank, read_frame, shrink
+from orion_triage.progress import Progress, silent
 from orion_triage.triage import CATEGORIES, Category, Verdict, parse_verdict, render_prompt
 
 BLANK_REASON = "Blank frame: no image content to judge."
@@ -69,14 +69,20 @@ def triage_files(
 
 
 def triage_with_pair(
-    paths: Sequence[Path], gguf: Path, settings: Settings, *, log: Path, resize: bool = False
+    paths: Sequence[Path],
+    gguf: Path,
+    frame_size: int,
+    *,
+    log: Path,
+    resize: bool = False,
+    progress: Progress = silent,
 ) -> Iterator[FrameVerdict]:
     """`triage_files` with the GGUF pair in the folder `gguf`, behind a server that lives as long as the iteration."""
     quantize.check_pair(gguf)
-    toolchain = llama_cpp.find_toolchain()
+    toolchain = llama_cpp.find_toolchain(progress)
     with llama_cpp.Server(toolchain, gguf / quantize.QUANTIZED, gguf / quantize.MMPROJ, log=log) as server:
 
         def ask(prompt: str, png: bytes) -> str:
             return server.client.complete(prompt, png, ANSWER_TOKENS, GRAMMAR)
 
-        yield from triage_files(paths, ask, settings.base.frame_size, resize=resize)
+        yield from triage_files(paths, ask, frame_size, resize=resize)

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -153,18 +153,12 @@ def evaluate_server(run: Run, url: str, progress: Progress = silent) -> manifest
     dataset = manifest.hash_inputs({"dataset": run.dataset})["dataset"]
     backend = LlamaCppBackend(client, max_new_tokens=run.settings.evaluate.max_new_tokens)
     stage = stage_named("evaluate quantized")
-    folder = stage.folder(run)
-    (folder / manifest.FILE_NAME).unlink(missing_ok=True)
-    began = time.monotonic()
-    figures = _ask(run, "quantized", backend, {"model": model, "dataset": dataset}, progress)
-    return manifest.write_manifest(
-        folder,
-        stage=stage.name,
-        settings=stage.settings(run.settings),
-        inputs={"server": model, "dataset": dataset},
-        seconds=time.monotonic() - began,
-        figures=figures | {"server": url, "served_model": served["model_path"], "server_build": served["build_info"]},
-    )
+
+    def ask(run: Run, progress: Progress) -> Figures:
+        figures = _ask(run, "quantized", backend, {"model": model, "dataset": dataset}, progress)
+        return figures | {"server": url, "served_model": served["model_path"], "server_build": served["build_info"]}
+
+    return _do(replace(stage, run=ask), run, {"server": model, "dataset": dataset}, progress)
 
 
 def _ask(run: Run, model: str, backend: Any, inputs: dict[str, str], progress: Progress) -> Figures:
@@ -264,18 +258,23 @@ def run_stage(
         current = manifest.read_manifest(folder)
         assert current is not None
         return current, True
+    return _do(stage, run, inputs, progress), False
+
+
+def _do(stage: Stage, run: Run, inputs: dict[str, str], progress: Progress) -> manifest.Manifest:
+    """Run a stage and write its receipt; the old receipt goes first, so that an interruption leaves none."""
+    folder = stage.folder(run)
     (folder / manifest.FILE_NAME).unlink(missing_ok=True)
     began = time.monotonic()
     figures = stage.run(run, progress)
-    receipt = manifest.write_manifest(
+    return manifest.write_manifest(
         folder,
         stage=stage.name,
-        settings=settings,
+        settings=stage.settings(run.settings),
         inputs=inputs,
         seconds=time.monotonic() - began,
         figures=figures,
     )
-    return receipt, False
 
 
 def check_inputs(run: Run) -> None:

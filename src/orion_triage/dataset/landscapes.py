@@ -210,10 +210,8 @@ def _meanders(canvas: Canvas) -> None:
     direction, colour = canvas.angle(), canvas.water_colour()
     sand = canvas.pick([(178, 164, 132), (150, 140, 112)])
     wavelength, width = canvas.uniform(1200, 3200), canvas.uniform(50, 150)
-    swing, phase = (
-        canvas.uniform(1.0, 1.9),
-        canvas.uniform(0, 6),
-    )  # the heading swings by this angle: a sine-generated curve
+    # The heading swings to and fro by this angle: a sine-generated curve, as real meanders are.
+    swing, phase = canvas.uniform(1.0, 1.9), canvas.uniform(0, 6)
     position = offset((0.0, 0.0), -0.9 * canvas.extent, canvas.uniform(-0.25, 0.25) * canvas.extent, direction)
     course = [position]
     for number in range(int(6 * canvas.extent / 40)):
