@@ -133,12 +133,7 @@ def measure(recipe: Recipe, run: Run) -> dict[str, Any]:
     figures = train(recipe, run, folder)
     settings = run.settings
     fuse.run(run.base, folder / "adapter", run.dataset, folder / "merged", settings.fuse, settings.base.frame_size)
-    backend = TransformersBackend(
-        vlm.load_model(folder / "merged", dtype="float32"),
-        vlm.load_processor(folder / "merged", settings.base.frame_size),
-        max_new_tokens=settings.evaluate.max_new_tokens,
-        batch_size=settings.evaluate.batch_size,
-    )
+    backend = TransformersBackend.load(folder / "merged", settings.evaluate, settings.base.frame_size)
     records = read_split(run.dataset, "test")
     figures["metrics"] = evaluate.run(
         records, run.dataset, backend, folder / "evaluation", settings.evaluate, settings.base.frame_size,

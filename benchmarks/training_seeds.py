@@ -29,7 +29,7 @@ def run_seed(seed: int, preset: str, folder: Path) -> dict[str, Any]:
     for stage in STAGES:
         receipt, skipped = run_stage(stage, run)
         print(f"seed {seed}: {stage.name} {'skipped' if skipped else f'{receipt.seconds:.0f} s'}", flush=True)
-    return build_results(run.folder, run.settings, run.split, {stage.name: stage.folder(run) for stage in STAGES})
+    return build_results(run)
 
 
 def row(results: dict[str, Any], model: str) -> dict[str, Any]:

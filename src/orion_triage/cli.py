@@ -233,7 +233,7 @@ def report(
     file: FileOption = SplitName.test,
     as_json: JsonOption = False,
 ) -> None:
-    """Collect results.json and report.md from what has finished, and print the table."""
+    """Collect results.json, report.md and report.png from what has finished, and print the table."""
     _report(_finished(folder, "dataset", file.value), as_json=as_json)
 
 
@@ -241,16 +241,17 @@ def _report(run: Any, *, as_json: bool) -> None:
     from rich.console import Console
 
     from orion_triage.files import write_text
-    from orion_triage.pipeline import STAGES
+    from orion_triage.fine_tune import read_losses
+    from orion_triage.report import plot
     from orion_triage.report.render import render_markdown, terminal_tables
     from orion_triage.report.results import build_results
 
-    folders = {stage.name: stage.folder(run) for stage in STAGES}
-    results = build_results(run.folder, run.settings, run.split, folders)
+    results = build_results(run)
     text = json.dumps(results, indent=2)
     suffix = "" if run.split == "test" else f"-{run.split}"
     write_text(run.folder / f"results{suffix}.json", text + "\n")
-    write_text(run.folder / f"report{suffix}.md", render_markdown(results))
+    plot.draw(results, read_losses(run.adapter), run.folder / f"report{suffix}.png")
+    write_text(run.folder / f"report{suffix}.md", render_markdown(results, f"report{suffix}.png"))
     if as_json:
         typer.echo(text)
         return

@@ -362,6 +362,12 @@ def _losses(trainer: "Trainer") -> list[dict[str, float]]:
     ]
 
 
+def read_losses(adapter: Path) -> list[dict[str, float]]:
+    """The losses written beside an adapter, in order; empty if it has none, as one made elsewhere."""
+    path = adapter / LOSS_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+
 def _filter_warnings(device: str) -> None:
     """Hide two notes that change nothing for a user; make one that voids the training an error."""
     warnings.filterwarnings("ignore", message=".*checkpointing.* is deprecated", category=FutureWarning)

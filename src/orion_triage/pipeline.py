@@ -98,17 +98,10 @@ def _quantize(run: Run, progress: Progress) -> Figures:
 
 def _evaluate_transformers(model: str) -> Callable[[Run, Progress], Figures]:
     def evaluate(run: Run, progress: Progress) -> Figures:
-        from orion_triage import vlm
         from orion_triage.evaluate.backends import TransformersBackend
 
-        settings = run.settings
         folder = run.base if model == "base" else run.merged
-        backend = TransformersBackend(
-            vlm.load_model(folder, dtype="float32"),
-            vlm.load_processor(folder, settings.base.frame_size),
-            max_new_tokens=settings.evaluate.max_new_tokens,
-            batch_size=settings.evaluate.batch_size,
-        )
+        backend = TransformersBackend.load(folder, run.settings.evaluate, run.settings.base.frame_size)
         return _ask(run, model, backend, manifest.hash_inputs({"model": folder, "dataset": run.dataset}), progress)
 
     return evaluate

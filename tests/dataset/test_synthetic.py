@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from orion_triage.dataset.catalogue import MORPHOLOGIES
-from orion_triage.dataset.synthetic import PAINTERS, draw_tile, tile_seed
+from orion_triage.dataset.synthetic import PAINTERS, SUBTYPES, draw_tile, tile_seed
 from orion_triage.errors import OrionError
 from orion_triage.frames import is_blank
 
@@ -43,6 +43,13 @@ def test_water_and_buildings_are_measured() -> None:
     assert draw_tile("ocean_water", 1).water_share > 0.95
     assert draw_tile("urban_grid", 1).built_share > 0.5
     assert draw_tile("geological", 1).built_share == 0
+
+
+def test_a_tile_says_which_of_its_morphologys_scenes_it_shows() -> None:
+    assert set(SUBTYPES) == set(PAINTERS)
+    for morphology, subtypes in SUBTYPES.items():
+        seen = {draw_tile(morphology, seed, metres_per_pixel=80, size=64).subtype for seed in range(12 * len(subtypes))}
+        assert seen == set(subtypes), morphology
 
 
 def test_an_unknown_morphology_is_refused() -> None:

@@ -33,12 +33,8 @@ def run(small_dataset: Path, tmp_path: Path) -> Run:
     return run
 
 
-def results_of(run: Run) -> dict[str, Any]:
-    return build_results(run.folder, run.settings, run.split, {stage.name: stage.folder(run) for stage in STAGES})
-
-
 def test_results_are_counted_from_predictions_and_name_what_is_missing(run: Run) -> None:
-    results = results_of(run)
+    results = build_results(run)
     assert json.loads(json.dumps(results)) == results
     assert results["missing"] == ["fine-tune", "fuse", "quantize", "evaluate quantized"]
     assert results["models"]["base"]["A"]["unparsable"] == 6
@@ -53,9 +49,9 @@ def test_results_are_counted_from_predictions_and_name_what_is_missing(run: Run)
 
 
 def test_tables_show_every_model_and_a_dash_for_what_is_missing(run: Run) -> None:
-    results = results_of(run)
+    results = build_results(run)
     assert accuracy_rows(results)[0] == ["A full system", "0.0 %", "33.3 %", "-", "+33.3", "-"]
-    markdown = render_markdown(results)
+    markdown = render_markdown(results, "report.png")
     assert "Not finished: fine-tune, fuse, quantize, evaluate quantized" in markdown
     assert "| A full system | 0.0 % | 33.3 % | - | +33.3 | - |" in markdown
     assert "cannot be told from chance" in markdown

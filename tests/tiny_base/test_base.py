@@ -10,7 +10,7 @@ import pytest
 
 from orion_triage.config import DatasetSettings
 from orion_triage.dataset.catalogue import MORPHOLOGIES, load_catalogue, split_targets
-from orion_triage.dataset.synthetic import draw_tile, tile_seed
+from orion_triage.dataset.synthetic import SUBTYPES, draw_tile, tile_seed
 from orion_triage.files import sha256_of_file
 from orion_triage.frames import shrink
 from orion_triage.tiny_base import texts
@@ -68,11 +68,17 @@ def test_its_texts_are_recorded_and_none_of_the_catalogues(record: dict[str, Any
     written = {texts.reason(source, fact) for _ in range(300) for fact in facts}
     reasons = [target.reason for target in load_catalogue()]
     assert not written & set(reasons)
-    phrases = [phrase for scene in record["texts"]["scenes"].values() for phrase in scene]
-    shared = [
-        (phrase, reason) for phrase in phrases for reason in reasons if len(phrase.split()) > 3 and phrase in reason
-    ]
-    assert not shared
+    scenes, measures = record["texts"]["scenes"].values(), record["texts"]["measures"].values()
+    phrases = {phrase.lower() for texts in (*scenes, *measures) for phrase in texts if len(phrase.split()) > 3}
+    assert len(phrases) > 100
+    assert not [(phrase, reason) for phrase in phrases for reason in reasons if phrase in reason.lower()]
+
+
+def test_every_scene_that_a_tile_can_show_has_its_words() -> None:
+    assert set(texts.SCENES) == {subtype for subtypes in SUBTYPES.values() for subtype in subtypes}
+    for what, sights in texts.SCENES.values():
+        assert len(set(what)) == len(what) >= 3
+        assert len(set(sights)) == len(sights) >= 5
 
 
 def test_labels_are_never_those_of_triage(facts: list[Facts]) -> None:
@@ -91,14 +97,14 @@ def test_no_category_set_groups_the_morphologies_as_triage_does(facts: list[Fact
         facts_of(draw_tile(name, seed_of(100 * len(triage) + index)))
         for index, name in enumerate(sum(MORPHOLOGIES.values(), ()) * 3)
     ]
-    for topic, definitions, classify in texts.MEASURES:
+    for topic, definitions, _, classify in texts.MEASURES:
         said = defaultdict(set)
         for fact in many:
             said[triage[fact.morphology]].add(classify(fact))
         told_apart = [not said[a] & said[b] for a, b in (("HIGH", "MEDIUM"), ("HIGH", "LOW"), ("MEDIUM", "LOW"))]
         assert not all(told_apart), topic
         assert len(definitions) <= 4
-    for fact in many:  # sets of scenes name one morphology a category
+    for fact in many:  # sets of scenes name one scene a category
         prompt, answer = texts.question(source, fact)
         names = re.findall(r"^- ([^:]+):", prompt, re.MULTILINE)
         assert 2 <= len(names) <= 4

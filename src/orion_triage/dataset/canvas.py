@@ -55,6 +55,7 @@ class Canvas:
         self.built: Array = np.zeros((size, size), np.float32)  # 0..1: roofs, paving, works
         self.road_metres = 0.0
         self.biome = str(random.choice(list(BIOMES)))
+        self.subtype = ""  # which of its morphology's scenes this is, where a morphology has several
 
     # --- random numbers -------------------------------------------------------------------------------
 

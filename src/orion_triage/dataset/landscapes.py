@@ -27,7 +27,9 @@ def ocean_water(canvas: Canvas) -> None:
 
 def desert_ice_canopy(canvas: Canvas) -> None:
     """Sand, ice, scrub or closed forest from edge to edge: one texture, nothing in it."""
-    canvas.pick([_dunes, _ice, _canopy, _scrub])(canvas)
+    painters = {"dunes": _dunes, "ice": _ice, "canopy": _canopy, "scrub": _scrub}
+    canvas.subtype = canvas.pick(list(painters))
+    painters[canvas.subtype](canvas)
 
 
 def _dunes(canvas: Canvas) -> None:
@@ -114,7 +116,8 @@ def coastline(canvas: Canvas) -> None:
     relief = canvas.fractal(3.2, 3500)
     canvas.ground()
     canvas.shade(relief, canvas.uniform(1, 5))
-    if canvas.chance(0.3):  # islands or an atoll
+    canvas.subtype = "islands" if canvas.chance(0.3) else "mainland"
+    if canvas.subtype == "islands":
         rings = canvas.fractal(3.0, canvas.uniform(1200, 3000))
         field = (canvas.uniform(0.5, 0.9) - rings).astype(np.float32)
         if canvas.chance(0.4):
@@ -126,7 +129,7 @@ def coastline(canvas: Canvas) -> None:
 
 def geological(canvas: Canvas) -> None:
     """Craters, cones, folded beds, ridges: rock laid bare."""
-    kind = canvas.pick(["crater", "volcano", "folds", "mountains"])
+    kind = canvas.subtype = canvas.pick(["crater", "volcano", "folds", "mountains"])
     canvas.ground(canvas.pick(["arid", "red_soil", "grey_rock", "tundra", "steppe", "snowy"]))
     if kind == "folds":
         direction = canvas.angle()
@@ -240,7 +243,7 @@ def _meanders(canvas: Canvas) -> None:
 
 def fractal_texture(canvas: Canvas) -> None:
     """Self-similar natural patterns: drainage trees, braided or winding rivers, badlands, a maze of small lakes."""
-    kind = canvas.pick(["drainage", "braided", "meanders", "lakes", "badlands"])
+    kind = canvas.subtype = canvas.pick(["drainage", "braided", "meanders", "lakes", "badlands"])
     if kind == "meanders":
         _meanders(canvas)
         return

@@ -176,7 +176,7 @@ def _tanks(canvas: Canvas, layer: Layer, centre: Point, rows: int, columns: int,
 
 def energy_dam(canvas: Canvas) -> None:
     """A dam with its reservoir, a power station with cooling towers, or a refinery with its tank farm."""
-    kind = canvas.pick(["dam", "towers", "refinery"])
+    kind = canvas.subtype = canvas.pick(["dam", "towers", "refinery"])
     if kind == "dam":
         _dam(canvas)
         return
@@ -288,7 +288,8 @@ def _dam(canvas: Canvas) -> None:
 
 def mega_mine_industry(canvas: Canvas) -> None:
     """An open pit with its terraces and waste heaps, or kilometres of works halls with stockpiles."""
-    if canvas.chance(0.55):
+    canvas.subtype = "open_pit" if canvas.chance(0.55) else "works"
+    if canvas.subtype == "open_pit":
         _open_pit(canvas)
     else:
         _works(canvas)
@@ -437,7 +438,7 @@ def _works(canvas: Canvas) -> None:
 
 def space_military_chokepoint(canvas: Canvas) -> None:
     """Launch pads, a hardened air base, or a ship canal: places that matter out of proportion."""
-    kind = canvas.pick(["launch", "base", "canal"])
+    kind = canvas.subtype = canvas.pick(["launch", "base", "canal"])
     if kind == "launch":
         _launch_site(canvas)
     elif kind == "base":

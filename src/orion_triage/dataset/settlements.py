@@ -240,7 +240,7 @@ def suburb(canvas: Canvas) -> None:
 
 def agriculture(canvas: Canvas) -> None:
     """Cropland from edge to edge: mosaic, smallholdings, centre pivots, strips or paddies."""
-    kind = canvas.pick(["mosaic", "smallholdings", "smallholdings", "pivots", "strips", "paddies"])
+    kind = canvas.subtype = canvas.pick(["mosaic", "smallholdings", "smallholdings", "pivots", "strips", "paddies"])
     if kind == "smallholdings":
         paint_smallholdings(canvas)
         hamlets(canvas, canvas.integer(0, 3))
@@ -298,7 +298,7 @@ def town(canvas: Canvas) -> None:
 
 def ordinary_infrastructure(canvas: Canvas) -> None:
     """One local installation in its surroundings: interchange, airstrip, solar farm, rail yard, harbour, works."""
-    kind = canvas.pick(["interchange", "airstrip", "solar", "rail_yard", "harbour", "treatment"])
+    kind = canvas.subtype = canvas.pick(["interchange", "airstrip", "solar", "rail_yard", "harbour", "treatment"])
     _countryside(canvas)
     if kind == "harbour":
         _small_harbour(canvas)

@@ -36,13 +36,30 @@ PAINTERS: dict[str, Callable[[Canvas], None]] = {
     "space_military_chokepoint": megastructures.space_military_chokepoint,
 }
 
+# The scenes that a morphology comes as; one that comes as a single scene has its own name here.
+SUBTYPES: dict[str, tuple[str, ...]] = {name: (name,) for name in PAINTERS} | {
+    "desert_ice_canopy": ("dunes", "ice", "canopy", "scrub"),
+    "coastline": ("islands", "mainland"),
+    "geological": ("crater", "volcano", "folds", "mountains"),
+    "fractal_texture": ("drainage", "braided", "meanders", "lakes", "badlands"),
+    "agriculture": ("mosaic", "smallholdings", "pivots", "strips", "paddies"),
+    "ordinary_infrastructure": ("interchange", "airstrip", "solar", "rail_yard", "harbour", "treatment"),
+    "energy_dam": ("dam", "towers", "refinery"),
+    "mega_mine_industry": ("open_pit", "works"),
+    "space_military_chokepoint": ("launch", "base", "canal"),
+}
+
 
 @dataclass(frozen=True)
 class Tile:
-    """A drawn tile and what is on it; shares are fractions of the area, road density is km per km2."""
+    """A drawn tile and what is on it; shares are fractions of the area, road density is km per km2.
+
+    `subtype` is one of `SUBTYPES[morphology]`.
+    """
 
     image: Image.Image
     morphology: str
+    subtype: str
     biome: str
     water_share: float
     built_share: float
@@ -68,6 +85,7 @@ def draw_tile(morphology: str, seed: int, metres_per_pixel: float = 10.0, size: 
     return Tile(
         image=Image.fromarray(np.clip(canvas.rgb, 0, 255).astype(np.uint8), "RGB"),
         morphology=morphology,
+        subtype=canvas.subtype or morphology,
         biome=canvas.biome,
         water_share=float(canvas.water.mean()),
         built_share=float(canvas.built.mean()),

@@ -4,8 +4,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from PIL import Image
 
+    from orion_triage.config import EvaluateSettings
     from orion_triage.llama_cpp import Client
 
 
@@ -35,6 +38,18 @@ class TransformersBackend:
     def __init__(self, model: Any, processor: Any, *, max_new_tokens: int, batch_size: int) -> None:
         self.batch_size = batch_size
         self._model, self._processor, self._max_new_tokens = model, processor, max_new_tokens
+
+    @classmethod
+    def load(cls, folder: "Path", settings: "EvaluateSettings", frame_size: int) -> "TransformersBackend":
+        """The checkpoint in `folder`, computing in float32."""
+        from orion_triage import vlm
+
+        return cls(
+            vlm.load_model(folder, dtype="float32"),
+            vlm.load_processor(folder, frame_size),
+            max_new_tokens=settings.max_new_tokens,
+            batch_size=settings.batch_size,
+        )
 
     def answer(self, images: "Sequence[Image.Image]", prompts: Sequence[str]) -> list[str]:
         from orion_triage import vlm

@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def render_markdown(results: dict[str, Any]) -> str:
-    """The report, from the template beside this module."""
+def render_markdown(results: dict[str, Any], figure: str) -> str:
+    """The report, from the template beside this module; `figure` is the name of the picture beside it."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -24,7 +24,7 @@ def render_markdown(results: dict[str, Any]) -> str:
     environment.filters["percent"] = percent
     environment.filters["megabytes"] = lambda size: f"{size / 1e6:,.1f} MB"
     template = environment.get_template("report.md.j2")
-    return template.render(results=results, rows=accuracy_rows(results), models=MODELS, conditions=CONDITIONS)
+    return template.render(results=results, rows=accuracy_rows(results), figure=figure)
 
 
 def percent(value: float | None) -> str:

@@ -1,18 +1,18 @@
 """results.json: everything a run measured, collected from its stages' receipts and predictions."""
 
-from pathlib import Path
 from typing import Any
 
-from orion_triage.config import Settings, overrides
+from orion_triage.config import overrides
 from orion_triage.evaluate.baselines import baselines
 from orion_triage.evaluate.metrics import Prediction, compare, summarize
 from orion_triage.evaluate.run import prediction_of, read_predictions
 from orion_triage.manifest import read_manifest
-from orion_triage.records import Split
+from orion_triage.pipeline import STAGES, Run
 
 SCHEMA_VERSION = 1
 MODELS = ("base", "fine-tuned", "quantized")
 DELTAS = {"fine-tuning": ("base", "fine-tuned"), "quantization": ("fine-tuned", "quantized")}
+SERVER = ("server", "served_model", "server_build")  # in the receipt when someone else's server answered
 ARTIFACTS = (
     "orion_lora_weights/adapter_model.safetensors",
     "orion_merged/model.safetensors",
@@ -22,20 +22,22 @@ ARTIFACTS = (
 )
 
 
-def build_results(run_folder: Path, settings: Settings, split: Split, stage_folders: dict[str, Path]) -> dict[str, Any]:
-    """The run's results on one split; stages that have not finished are named in `missing`."""
-    receipts = {name: read_manifest(folder) for name, folder in stage_folders.items()}
-    predictions = {
-        model: [prediction_of(row) for row in read_predictions(stage_folders[f"evaluate {model}"])]
-        for model in MODELS
-        if receipts.get(f"evaluate {model}")
-    }
-    dataset = run_folder / "dataset"
+def build_results(run: Run) -> dict[str, Any]:
+    """The run's results on its split; stages that have not finished are named in `missing`."""
+    receipts = {stage.name: read_manifest(stage.folder(run)) for stage in STAGES}
     finished = {name: receipt for name, receipt in receipts.items() if receipt}
+    settings = run.settings
+    predictions = {
+        model: [prediction_of(row) for row in read_predictions(run.evaluation(model))]
+        for model in MODELS
+        if f"evaluate {model}" in finished
+    }
+    quantized = finished.get("evaluate quantized")
+    server = {key: quantized.figures[key] for key in SERVER if key in quantized.figures} if quantized else {}
     return {
         "schema_version": SCHEMA_VERSION,
         "preset": settings.preset,
-        "split": split,
+        "split": run.split,
         "settings": settings.model_dump(mode="json"),
         "overrides": {key: list(pair) for key, pair in overrides(settings).items()},
         "missing": [name for name, receipt in receipts.items() if receipt is None],
@@ -45,8 +47,9 @@ def build_results(run_folder: Path, settings: Settings, split: Split, stage_fold
             for name, (first, second) in DELTAS.items()
             if first in predictions and second in predictions
         },
-        "baselines": baselines(dataset, split) if finished.get("dataset") else {},
-        "bytes": {name: (run_folder / name).stat().st_size for name in ARTIFACTS if (run_folder / name).exists()},
+        "baselines": baselines(run.dataset, run.split) if "dataset" in finished else {},
+        "foreign_server": server,
+        "bytes": {name: (run.folder / name).stat().st_size for name in ARTIFACTS if (run.folder / name).exists()},
         "seconds": {name: receipt.seconds for name, receipt in finished.items()},
         "figures": {name: receipt.figures for name, receipt in finished.items() if "evaluate" not in name},
         "versions": next((receipt.versions for receipt in finished.values()), {}),

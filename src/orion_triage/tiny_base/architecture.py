@@ -52,6 +52,10 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
 )
 
+# Four of seven layers attend, where LFM2.5-VL-1.6B has 6 of 16: LoRA adapts attention only, and with two such layers
+# fine-tuning could not move the language model off its own sentences.
+LAYER_TYPES = ("conv", "conv", "full_attention", "conv", "full_attention", "full_attention", "full_attention")
+
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
     """A byte-level BPE tokenizer over `texts` with LFM2's pre-tokenizer and special tokens.
@@ -117,7 +121,7 @@ def make_config(
     tokenizer: "PreTrainedTokenizerFast",
     *,
     text_width: int = 256,
-    layer_types: tuple[str, ...] = ("conv", "conv", "full_attention", "conv", "full_attention", "conv"),
+    layer_types: tuple[str, ...] = LAYER_TYPES,
     text_feed_forward: int = 512,
     attention_heads: int = 8,
     key_value_heads: int = 4,

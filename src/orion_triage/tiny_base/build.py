@@ -14,7 +14,7 @@ from orion_triage.files import replaced_folder, sha256_of_file, write_text
 from orion_triage.progress import Progress, silent
 
 TILES = 9_600
-TOWER_EPOCHS = 5.0
+TOWER_EPOCHS = 7.0
 LANGUAGE_STEPS = 1300
 SEED = 0
 

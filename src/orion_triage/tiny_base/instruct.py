@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 
 from orion_triage.progress import Progress, silent
 from orion_triage.tiny_base.texts import description, question
+from orion_triage.tiny_base.optimize import load_state, make_optimizers, save_state, set_learning_rates
 from orion_triage.tiny_base.tiles import Facts
 from orion_triage.tiny_base.tower import HELD_OUT, vision_inputs
 from orion_triage.triage import Coordinates, format_degrees
 
 BATCH = 16
-LEARNING_RATE = 1.5e-3
 LONGEST = 640  # tokens of one sequence, image included
 AWAY_DEGREES = 2.0  # of the coordinates in its questions from every val and test place
 PROMPT_SHARE = 0.25  # of the questions' own tokens carry loss: they teach the language, and cost the head's time
@@ -112,20 +112,13 @@ def train_language(
     trained = [p for name, p in model.named_parameters() if "vision_tower" not in name]
     for name, parameter in model.named_parameters():
         parameter.requires_grad = "vision_tower" not in name
-    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.02, betas=(0.9, 0.98))
-    start = 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
+    optimizers = make_optimizers(model, weight_decay=0.02)
+    start = load_state(checkpoint, model, optimizers)
     image_id, pad_id = model.config.image_token_id, tokenizer.pad_token_id
     usable = len(facts) - HELD_OUT
     running, running_label, began = 0.0, 0.0, time.monotonic()
     for step in range(start, steps):
-        for group in optimizer.param_groups:
-            warm = min(1.0, (step + 1) / 100)
-            group["lr"] = LEARNING_RATE * warm * (0.52 + 0.48 * math.cos(math.pi * step / steps))
+        set_learning_rates(optimizers, min(1.0, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
         source = random.Random(f"{seed}/{step}")
         chosen = [source.randrange(usable) for _ in range(BATCH)]
         turns = source.choice((1, 1, 2, 3))  # the same for a whole batch: less padding
@@ -147,18 +140,17 @@ def train_language(
         losses = torch.nn.functional.cross_entropy(logits.float(), ids[:, 1:][wanted], reduction="none")
         scale = weights[:, 1:][wanted]
         loss = (losses * scale).sum() / scale.sum()
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         answer_loss = float(losses.detach()[scale == 1].mean())
         label_loss = float(losses.detach()[scale == LABEL_WEIGHT].mean())
         running = answer_loss if step == start else 0.97 * running + 0.03 * answer_loss
         running_label = label_loss if step == start else 0.97 * running_label + 0.03 * label_loss
         if (step + 1) % 100 == 0 or step + 1 == steps:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            torch.save(state, checkpoint.with_suffix(".partial"))
-            checkpoint.with_suffix(".partial").replace(checkpoint)
+            save_state(checkpoint, model, optimizers, step + 1)
             seconds = (time.monotonic() - began) / (step + 1 - start)
             losses_now = f"answer loss {running:.3f}, label loss {running_label:.3f}"
             progress(f"language: {losses_now}, {seconds:.2f} s a step", step + 1, steps)

@@ -28,6 +28,7 @@ class Facts:
     """What is on a tile, for its descriptions; shares are fractions, road density is km per km2."""
 
     morphology: str
+    subtype: str
     biome: str
     water_share: float
     built_share: float
@@ -60,6 +61,7 @@ def facts_of(tile: Tile) -> Facts:
     """What the descriptions may say of a tile, rounded so that the cache's JSON gives it back exactly."""
     return Facts(
         morphology=tile.morphology,
+        subtype=tile.subtype,
         biome=tile.biome,
         water_share=round(tile.water_share, 3),
         built_share=round(tile.built_share, 3),

@@ -1,7 +1,8 @@
 """First stage of the shipped base: the vision tower learns to see before any language is attached.
 
 Captions alone do not teach a small tower to look at the image (the caption prior is an easier optimum), so
-it gets its own objective: the morphology, the ground's biome, and the measured shares of each tile.
+it gets its own objective: the scene (40 subtypes of 15 morphologies), the ground's biome, and the measured
+shares of each tile.
 """
 
 import math
@@ -14,13 +15,15 @@ import torch
 from numpy.typing import NDArray
 
 from orion_triage.dataset.canvas import BIOMES
+from orion_triage.dataset.synthetic import SUBTYPES
 from orion_triage.progress import Progress, silent
-from orion_triage.tiny_base.tiles import MORPHOLOGIES, Facts
+from orion_triage.tiny_base.optimize import load_state, make_optimizers, save_state, set_learning_rates
+from orion_triage.tiny_base.tiles import Facts
 
-BATCH = 24  # never compared with another size, all else equal
-LEARNING_RATE = 8e-4
+BATCH = 24
 HELD_OUT = 480  # the last tiles, on which both stages are measured
 _BIOMES = tuple(BIOMES)
+_SCENES = [(morphology, subtype) for morphology, subtypes in SUBTYPES.items() for subtype in subtypes]
 
 
 def patches(pixels: torch.Tensor) -> torch.Tensor:
@@ -51,11 +54,11 @@ def augment(pixels: NDArray[np.uint8], random: np.random.Generator) -> NDArray[n
 
 
 def targets_of(facts: list[Facts]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Morphology and biome indices (n,), and (n, 4) shares: water, built, cloud, roads / 20."""
-    morphology = torch.tensor([MORPHOLOGIES.index(fact.morphology) for fact in facts])
+    """Scene and biome indices (n,), and (n, 4) shares: water, built, cloud, roads / 20."""
+    scene = torch.tensor([_SCENES.index((fact.morphology, fact.subtype)) for fact in facts])
     biome = torch.tensor([_BIOMES.index(fact.biome) for fact in facts])
     shares = torch.tensor([[f.water_share, f.built_share, f.cloud_share, min(f.road_density, 20) / 20] for f in facts])
-    return morphology, biome, shares
+    return scene, biome, shares
 
 
 class TowerWithHeads(torch.nn.Module):
@@ -67,7 +70,7 @@ class TowerWithHeads(torch.nn.Module):
     def __init__(self, tower: Any, width: int) -> None:
         super().__init__()
         self.tower = tower
-        self.morphology = torch.nn.Linear(2 * width, len(MORPHOLOGIES))
+        self.scene = torch.nn.Linear(2 * width, len(_SCENES))
         self.biome = torch.nn.Linear(2 * width, len(_BIOMES))
         self.shares = torch.nn.Linear(2 * width, 4)
 
@@ -75,7 +78,7 @@ class TowerWithHeads(torch.nn.Module):
         with torch.autocast("cpu", torch.bfloat16):
             features = self.tower(**vision_inputs(pixels)).last_hidden_state
         pooled = torch.cat([features.float().mean(1), features.float().amax(1)], dim=1)
-        return self.morphology(pooled), self.biome(pooled), self.shares(pooled)
+        return self.scene(pooled), self.biome(pooled), self.shares(pooled)
 
 
 def train_tower(
@@ -95,40 +98,32 @@ def train_tower(
     usable = len(pixels) - HELD_OUT
     steps = int(usable * epochs) // BATCH
     model = TowerWithHeads(tower, tower.config.hidden_size)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05, betas=(0.9, 0.98))
+    optimizers = make_optimizers(model, weight_decay=0.05)
     labels = targets_of(facts)
-    start = 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
+    start = load_state(checkpoint, model, optimizers)
     loss_of = torch.nn.functional.cross_entropy
     running, began = 0.0, time.monotonic()
     for step in range(start, steps):
-        for group in optimizer.param_groups:
-            warm = min(1.0, (step + 1) / 200)
-            group["lr"] = LEARNING_RATE * warm * (0.5 + 0.5 * math.cos(math.pi * step / steps)) + 1e-6
+        set_learning_rates(optimizers, min(1.0, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
         epoch, position = divmod(step * BATCH, usable)
         order = np.random.default_rng((seed, epoch)).permutation(usable)
         chosen = np.take(order, range(position, position + BATCH), mode="wrap")
         random = np.random.default_rng((seed, 1, step))
         batch = torch.from_numpy(np.stack([augment(pixels[index], random) for index in chosen]))
-        morphology, biome, shares = model(batch)
+        scene, biome, shares = model(batch)
         loss = (
-            loss_of(morphology, labels[0][chosen], label_smoothing=0.05)
+            loss_of(scene, labels[0][chosen], label_smoothing=0.05)
             + 0.3 * loss_of(biome, labels[1][chosen])
             + 3.0 * torch.nn.functional.mse_loss(shares, labels[2][chosen])
         )
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         running = loss.item() if step == start else 0.97 * running + 0.03 * loss.item()
         if (step + 1) % 200 == 0 or step + 1 == steps:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            torch.save(state, checkpoint.with_suffix(".partial"))
-            checkpoint.with_suffix(".partial").replace(checkpoint)
+            save_state(checkpoint, model, optimizers, step + 1)
             seconds = (time.monotonic() - began) / (step + 1 - start)
             progress(f"tower: loss {running:.3f}, {seconds:.2f} s a step", step + 1, steps)
     return measure(model, pixels[usable:], facts[usable:])
@@ -137,12 +132,15 @@ def train_tower(
 def measure(model: TowerWithHeads, pixels: NDArray[np.uint8], facts: list[Facts]) -> dict[str, float]:
     model.eval()
     labels = targets_of(facts)
-    right = {"morphology": 0, "biome": 0}
+    morphology_of = torch.tensor([list(SUBTYPES).index(morphology) for morphology, _ in _SCENES])
+    right = {"scene": 0, "morphology": 0, "biome": 0}
     with torch.no_grad():
         for start in range(0, len(pixels), BATCH):
             window = slice(start, start + BATCH)
-            morphology, biome, _ = model(torch.from_numpy(pixels[window]))
-            right["morphology"] += int((morphology.argmax(1) == labels[0][window]).sum())
+            scene, biome, _ = model(torch.from_numpy(pixels[window]))
+            said = scene.argmax(1)
+            right["scene"] += int((said == labels[0][window]).sum())
+            right["morphology"] += int((morphology_of[said] == morphology_of[labels[0][window]]).sum())
             right["biome"] += int((biome.argmax(1) == labels[1][window]).sum())
     model.train()
     return {f"{name}_accuracy": count / len(pixels) for name, count in right.items()}
