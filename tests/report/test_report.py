@@ -4,7 +4,6 @@ import io
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
@@ -13,7 +12,7 @@ from orion_triage.config import Settings, load_settings
 from orion_triage.evaluate.backends import ConstantBackend
 from orion_triage.evaluate.run import run as evaluate
 from orion_triage.manifest import write_manifest
-from orion_triage.pipeline import STAGES, Run
+from orion_triage.pipeline import Run
 from orion_triage.records import read_split
 from orion_triage.report.render import accuracy_rows, render_markdown, terminal_tables
 from orion_triage.report.results import build_results

@@ -10,7 +10,7 @@ COLOURS = ("#9aa5b1", "#1f6feb", "#e07b39")  # base, fine-tuned, quantized
 
 
 def draw(results: dict[str, Any], losses: list[dict[str, float]], path: Path) -> None:
-    """Write the figure; `losses` is the fine-tuning's log (`loss` a step, `eval_loss` an epoch), empty if there is none."""
+    """Write the figure; `losses` is the fine-tuning's log: `loss` a step, `eval_loss` an epoch, or nothing."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")

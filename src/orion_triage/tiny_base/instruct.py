@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from orion_triage.progress import Progress, silent
-from orion_triage.tiny_base.texts import description, question
 from orion_triage.tiny_base.optimize import load_state, make_optimizers, save_state, set_learning_rates
+from orion_triage.tiny_base.texts import description, question
 from orion_triage.tiny_base.tiles import Facts
 from orion_triage.tiny_base.tower import HELD_OUT, vision_inputs
 from orion_triage.triage import Coordinates, format_degrees
