@@ -16,9 +16,11 @@ ADAMW_LEARNING_RATE = 1e-3
 
 def make_optimizers(model: torch.nn.Module, weight_decay: float) -> list[torch.optim.Optimizer]:
     """Optimizers over the parameters of `model` that require gradients."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    inside = [p for name, p in trained if p.ndim == 2 and ".layers." in name]
-    others = [p for name, p in trained if not (p.ndim == 2 and ".layers." in name)]
+    inside, others = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            matrix_in_layer = parameter.ndim == 2 and "layers" in name.split(".")
+            (inside if matrix_in_layer else others).append(parameter)
     return [
         torch.optim.Muon(inside, lr=MUON_LEARNING_RATE, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=ADAMW_LEARNING_RATE, weight_decay=weight_decay, betas=(0.9, 0.98)),
