@@ -16,7 +16,8 @@ ADAMW_LEARNING_RATE = 1e-3
 
 def make_optimizers(model: torch.nn.Module, weight_decay: float) -> list[torch.optim.Optimizer]:
     """Optimizers over the parameters of `model` that require gradients."""
-    inside, others = [], []
+    inside: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             matrix_in_layer = parameter.ndim == 2 and "layers" in name.split(".")
