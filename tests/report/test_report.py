@@ -54,7 +54,7 @@ def test_tables_show_every_model_and_a_dash_for_what_is_missing(run: Run) -> Non
     assert "Not finished: fine-tune, fuse, quantize, evaluate quantized" in markdown
     assert "| A full system | 0.0 % | 33.3 % | - | +33.3 | - |" in markdown
     assert "cannot be told from chance" in markdown
-    assert "| fine_tune.learning_rate | 0.0002 | 0.002 |" in markdown
+    assert "| fine_tune.learning_rate | 0.0002 | 0.004 |" in markdown
     assert "| colour k-NN (k = " in markdown
     console = Console(width=120, record=True, file=io.StringIO())
     for table in terminal_tables(results):
