@@ -141,6 +141,7 @@ def test_a_run_leaves_every_product_and_its_receipts(finished: Path) -> None:
         "evaluation/test/fine-tuned/predictions.jsonl",
         "evaluation/test/quantized/predictions.jsonl",
         "report.md",
+        "report.png",
     ):
         assert (run / name).stat().st_size > 0
     results = json.loads((run / "results.json").read_text())

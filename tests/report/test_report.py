@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
+from PIL import Image
 from rich.console import Console
 
 from orion_triage.config import Settings, load_settings
@@ -14,6 +16,7 @@ from orion_triage.evaluate.run import run as evaluate
 from orion_triage.manifest import write_manifest
 from orion_triage.pipeline import Run
 from orion_triage.records import read_split
+from orion_triage.report import plot
 from orion_triage.report.render import accuracy_rows, render_markdown, terminal_tables
 from orion_triage.report.results import build_results
 
@@ -62,3 +65,34 @@ def test_tables_show_every_model_and_a_dash_for_what_is_missing(run: Run) -> Non
     shown = console.export_text()
     assert "unparsable answers" in shown
     assert "majority class" in shown
+
+
+def test_the_figure_shows_the_figures(run: Run, tmp_path: Path) -> None:
+    results = build_results(run)
+    axes = Figure().subplots()
+    plot.bars(axes, results)
+    heights = [round(bar.get_height(), 6) for bar in axes.patches]
+    wanted = [
+        results["models"][model][condition]["accuracy"] for model in ("base", "fine-tuned") for condition in "ABCD"
+    ]
+    assert heights == [round(100 * value, 6) for value in wanted]
+    named = axes.get_legend_handles_labels()[1]
+    assert set(named) == {"base", "fine-tuned", *results["baselines"]}
+    axes = Figure().subplots()
+    plot.curves(axes, [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "eval_loss": 2.5}])
+    assert [list(line.get_ydata()) for line in axes.lines] == [[3.0, 2.0], [2.5]]
+    for losses in ([], [{"step": 1, "loss": 3.0}]):
+        plot.draw(results, losses, tmp_path / "report.png")
+        with Image.open(tmp_path / "report.png") as picture:
+            assert picture.size[0] > 1000
+    assert [path.name for path in tmp_path.glob("*.png")] == ["report.png"]
+
+
+def test_a_server_of_someone_elses_is_named(run: Run) -> None:
+    folder = run.evaluation("quantized")
+    shutil.copytree(run.evaluation("base"), folder)
+    figures = {"server": "http://127.0.0.1:9", "served_model": "other.gguf", "server_build": "b1"}
+    for own, said in ((figures, True), ({}, False)):
+        write_manifest(folder, stage="evaluate quantized", settings={}, inputs={}, seconds=1, figures=own)
+        markdown = render_markdown(build_results(run), "report.png")
+        assert ("came from the server at http://127.0.0.1:9\n(other.gguf, llama.cpp b1)" in markdown) is said

@@ -52,8 +52,8 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
 )
 
-# Four of seven layers attend, where LFM2.5-VL-1.6B has 6 of 16: LoRA adapts attention only, and with two such layers
-# fine-tuning could not move the language model off its own sentences.
+# Four of seven layers attend, where LFM2.5-VL-1.6B has 6 of 16: LoRA adapts attention only, and two such layers of six
+# left fine-tuning at 3.7 nats a token (with poorer texts, so not by themselves).
 LAYER_TYPES = ("conv", "conv", "full_attention", "conv", "full_attention", "full_attention", "full_attention")
 
 
