@@ -1,6 +1,6 @@
 """What three faults of the published recipe cost: the same base and dataset, trained soundly and with each.
 
-    python benchmarks/faults.py                    # five trainings, about 25 minutes on 2 cores
+    python benchmarks/faults.py                    # five trainings, about 30 minutes on 2 cores
 
 blind      the vision tower is loaded in 4 bits with everything else, which turns pixels in [-1, 1] into bytes
 loss       the loss falls on image placeholders, prompt and padding as well (labels are the input ids)
@@ -13,14 +13,13 @@ Trainer settings, fuse with its check, and the four-condition evaluation of the 
 
 import argparse
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, TaskType, get_peft_model
-from transformers import BitsAndBytesConfig, Lfm2VlForConditionalGeneration, set_seed
 
 from orion_triage import fine_tune, fuse, vlm
 from orion_triage.config import Settings, load_settings
@@ -55,6 +54,8 @@ RECIPES = (
 
 def load_blind(base: Path) -> Any:
     """The base as `load_in_4bit` gives it when nothing is left out: the patch embedding holds bytes."""
+    from transformers import BitsAndBytesConfig, Lfm2VlForConditionalGeneration
+
     model = Lfm2VlForConditionalGeneration.from_pretrained(
         base,
         dtype=torch.float32,
@@ -74,6 +75,8 @@ def load_blind(base: Path) -> Any:
 
 def add_unresolved_adapter(model: Any, settings: Settings) -> Any:
     """LoRA on the names as the recipe writes them; PEFT is silent as long as one of them matches."""
+    from peft import LoraConfig, TaskType, get_peft_model
+
     tuning = settings.fine_tune
     model.config.text_config.use_cache = False
     return get_peft_model(
@@ -101,6 +104,8 @@ def loss_everywhere(collate: Callable[[list[Record]], Any], processor: Any, fram
 
 def train(recipe: Recipe, run: Run, folder: Path) -> dict[str, Any]:
     """Train with the recipe's faults; leaves an adapter and returns its size and validation losses."""
+    from transformers import set_seed
+
     settings = run.settings
     train_records, val_records = read_split(run.dataset, "train"), read_split(run.dataset, "val")
     processor = vlm.load_processor(run.base, settings.base.frame_size)
@@ -117,7 +122,10 @@ def train(recipe: Recipe, run: Run, folder: Path) -> dict[str, Any]:
     trainer = fine_tune.make_trainer(
         model, collate, train_records, val_records, settings.fine_tune, "cpu", "float32", folder / "checkpoints", silent
     )
-    trainer.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # about names of settings, once a recipe
+        warnings.filterwarnings("ignore", message=".*[Pp]aged.*")
+        trainer.train()
     model.save_pretrained(folder / "adapter", save_embedding_layers=False)
     adapted = [name for name, _ in model.named_modules() if name.endswith(".lora_A")]
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
@@ -152,7 +160,7 @@ def main() -> None:
     run = Run(arguments.folder, load_settings(arguments.preset))
     prepare(run)
     run_stage(stage_named("dataset"), run)
-    figures = {}
+    figures: dict[str, Any] = {}
     print("recipe   modules   A      B      C      D      trusted coordinates   eval loss")
     for recipe in RECIPES:
         figures[recipe.name] = value = measure(recipe, run)
