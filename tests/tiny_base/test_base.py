@@ -122,5 +122,6 @@ def test_zero_shot_answers_parse_and_follow_the_image() -> None:
     answers = vlm.generate(model, processor, frames, [render_prompt(None)] * len(frames), 96)
     parsed = [parse_verdict(answer) for answer in answers]
     assert sum(verdict is not None for verdict in parsed) >= 0.9 * len(frames)
+    assert len({verdict.reason for verdict in parsed if verdict}) > len(frames) / 2
     swapped = answers[1:] + answers[:1]
     assert sum(own != other for own, other in zip(answers, swapped, strict=True)) >= 0.8 * len(frames)
