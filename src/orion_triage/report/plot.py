@@ -1,9 +1,11 @@
 """results.json -> report.png: accuracy with its intervals beside the baselines, and the losses of the fine-tuning."""
 
+import io
 from pathlib import Path
 from typing import Any
 
 from orion_triage.evaluate.conditions import CONDITIONS
+from orion_triage.files import write_bytes
 from orion_triage.report.results import MODELS
 
 COLOURS = ("#9aa5b1", "#1f6feb", "#e07b39")  # base, fine-tuned, quantized
@@ -17,9 +19,9 @@ def draw(results: dict[str, Any], losses: list[dict[str, float]], path: Path) ->
     accuracy, training = figure.subplots(1, 2, width_ratios=(3, 2))
     bars(accuracy, results)
     curves(training, losses)
-    temporary = path.with_suffix(".partial.png")
-    figure.savefig(temporary, dpi=120)
-    temporary.replace(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_bytes(path, picture.getvalue())
 
 
 def bars(axes: Any, results: dict[str, Any]) -> None:
