@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from orion_triage.tiny_base.optimize import load_state, make_optimizers, save_state, set_learning_rates
+from orion_triage.tiny_base.optimize import descend, load_state, make_optimizers, save_state, set_learning_rates
 
 
 class Small(torch.nn.Module):
@@ -23,12 +23,9 @@ class Small(torch.nn.Module):
 
 def train(model: Small, optimizers: list[torch.optim.Optimizer], steps: range) -> None:
     for step in steps:
-        set_learning_rates(optimizers, 1 / (step + 1))
+        set_learning_rates(optimizers, step, 6)
         values = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
-        model.zero_grad()
-        model(values).square().sum().backward()
-        for optimizer in optimizers:
-            optimizer.step()
+        descend(model(values).square().sum(), model, optimizers)
 
 
 def test_matrices_inside_layers_go_to_muon_and_frozen_ones_to_nobody() -> None:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from orion_triage.progress import Progress, silent
-from orion_triage.tiny_base.optimize import load_state, make_optimizers, save_state, set_learning_rates
+from orion_triage.tiny_base.optimize import descend, load_state, make_optimizers, save_state, set_learning_rates
 from orion_triage.tiny_base.texts import description, question
 from orion_triage.tiny_base.tiles import Facts
 from orion_triage.tiny_base.tower import HELD_OUT, vision_inputs
@@ -109,7 +109,6 @@ def train_language(
     progress: Progress = silent,
 ) -> None:
     """Train projector and language model of `model` in place; state is kept every 100 steps."""
-    trained = [p for name, p in model.named_parameters() if "vision_tower" not in name]
     for name, parameter in model.named_parameters():
         parameter.requires_grad = "vision_tower" not in name
     optimizers = make_optimizers(model, weight_decay=0.02)
@@ -118,7 +117,7 @@ def train_language(
     usable = len(facts) - HELD_OUT
     running, running_label, began = 0.0, 0.0, time.monotonic()
     for step in range(start, steps):
-        set_learning_rates(optimizers, min(1.0, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
+        set_learning_rates(optimizers, step, steps)
         source = random.Random(f"{seed}/{step}")
         chosen = [source.randrange(usable) for _ in range(BATCH)]
         turns = source.choice((1, 1, 2, 3))  # the same for a whole batch: less padding
@@ -140,11 +139,7 @@ def train_language(
         losses = torch.nn.functional.cross_entropy(logits.float(), ids[:, 1:][wanted], reduction="none")
         scale = weights[:, 1:][wanted]
         loss = (losses * scale).sum() / scale.sum()
-        model.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
+        descend(loss, model, optimizers)
         answer_loss = float(losses.detach()[scale == 1].mean())
         label_loss = float(losses.detach()[scale == LABEL_WEIGHT].mean())
         running = answer_loss if step == start else 0.97 * running + 0.03 * answer_loss

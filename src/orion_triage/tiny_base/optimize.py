@@ -5,6 +5,7 @@ Jordan et al. 2024 as torch has it. On the tower, the loss that AdamW alone had 
 fewer than 200, at the same time a step.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,21 @@ def make_optimizers(model: torch.nn.Module, weight_decay: float) -> list[torch.o
     ]
 
 
-def set_learning_rates(optimizers: list[torch.optim.Optimizer], share: float) -> None:
-    """Set each optimizer to `share` (0..1) of its own rate."""
+def set_learning_rates(optimizers: list[torch.optim.Optimizer], step: int, steps: int) -> None:
+    """Each optimizer's rate at `step` of `steps`: 100 steps of warm-up to its own, then a cosine down to zero."""
+    share = min(1.0, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = optimizer.defaults["lr"] * share
+
+
+def descend(loss: torch.Tensor, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+    """One step down `loss`, on gradients of norm 1 at most."""
+    model.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
 
 
 def save_state(path: Path, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], step: int) -> None:

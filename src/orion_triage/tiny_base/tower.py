@@ -5,7 +5,6 @@ it gets its own objective: the scene (40 subtypes of 15 morphologies), the groun
 shares of each tile.
 """
 
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from orion_triage.dataset.canvas import BIOMES
 from orion_triage.dataset.synthetic import SUBTYPES
 from orion_triage.progress import Progress, silent
-from orion_triage.tiny_base.optimize import load_state, make_optimizers, save_state, set_learning_rates
+from orion_triage.tiny_base.optimize import descend, load_state, make_optimizers, save_state, set_learning_rates
 from orion_triage.tiny_base.tiles import Facts
 
 BATCH = 24
@@ -104,7 +103,7 @@ def train_tower(
     loss_of = torch.nn.functional.cross_entropy
     running, began = 0.0, time.monotonic()
     for step in range(start, steps):
-        set_learning_rates(optimizers, min(1.0, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
+        set_learning_rates(optimizers, step, steps)
         epoch, position = divmod(step * BATCH, usable)
         order = np.random.default_rng((seed, epoch)).permutation(usable)
         chosen = np.take(order, range(position, position + BATCH), mode="wrap")
@@ -116,11 +115,7 @@ def train_tower(
             + 0.3 * loss_of(biome, labels[1][chosen])
             + 3.0 * torch.nn.functional.mse_loss(shares, labels[2][chosen])
         )
-        model.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
+        descend(loss, model, optimizers)
         running = loss.item() if step == start else 0.97 * running + 0.03 * loss.item()
         if (step + 1) % 200 == 0 or step + 1 == steps:
             save_state(checkpoint, model, optimizers, step + 1)
