@@ -22,7 +22,7 @@ from .conftest import SHARED, structured_picture
 ORION = [sys.executable, "-m", "orion_triage.cli"]
 REAL_FRAMES = SHARED / "frames"
 COMMANDS = (
-    "run", "dataset", "ablation", "fine-tune", "fuse", "quantize", "evaluate", "report", "triage", "toolchain",
+    "run", "dataset", "ablation", "fine-tune", "fuse", "quantize", "evaluate", "report", "push", "triage", "toolchain",
     "build-tiny-base", "settings",
 )  # fmt: skip
 
@@ -78,7 +78,9 @@ def test_mistakes_are_one_line_and_a_fix(tmp_path: Path) -> None:
     assert_refused(orion("run", "--preset", "huge", cwd=tmp_path), "there is no preset 'huge'", "tiny")
     both = orion("run", "--set", "fine_tune.rnak=8", "--set", "fine_tune.epochs=-1", cwd=tmp_path)
     assert_refused(both, "2 mistakes", "fine_tune.rnak: there is no such key", "fine_tune.epochs")
-    assert_refused(orion("run", "--set", "base.model=nowhere", cwd=tmp_path), "'nowhere' is not a folder")
+    assert_refused(
+        orion("run", "--set", "base.model=nowhere", cwd=tmp_path), "'nowhere' is neither a folder nor a Hub id"
+    )
     assert_refused(orion("triage", "x.png", cwd=tmp_path), "no run with a finished quantize stage")
     assert_refused(orion("report", "--run", "gone", cwd=tmp_path), "gone/settings.json does not exist")
     assert_refused(orion("fuse", cwd=tmp_path), "does not exist", "Run the stage that makes it first")

@@ -165,7 +165,7 @@ def test_four_bit_layers_are_the_language_models_own(small_base: Path) -> None:
 
 def test_resolve_base_refusals(small_base: Path, tmp_path: Path) -> None:
     assert vlm.resolve_base(str(small_base)) == small_base
-    with pytest.raises(OrionError, match=r"'LiquidAI/LFM2.5-VL-1.6B' is not a folder.*hf download"):
+    with pytest.raises(OrionError, match=r"'LiquidAI/LFM2.5-VL-1.6B' is not in the cache.*HF_HUB_OFFLINE.*hf download"):
         vlm.resolve_base("LiquidAI/LFM2.5-VL-1.6B")
     with pytest.raises(OrionError, match=r"has no config\.json"):
         vlm.resolve_base(str(tmp_path))

@@ -32,6 +32,10 @@ class SplitName(StrEnum):
 PresetOption = Annotated[str, typer.Option("--preset", help="A shipped preset, or a TOML file.")]
 SetOption = Annotated[list[str], typer.Option("--set", help="Change a setting: stage.key=value. Repeatable.")]
 RunOption = Annotated[Path | None, typer.Option("--run", help="Run folder. Default: runs/PRESET.")]
+DatasetOption = Annotated[
+    str,
+    typer.Option("--dataset", metavar="FOLDER|ID", help="A dataset in the published layout instead of drawn tiles."),
+]
 ForceOption = Annotated[bool, typer.Option("--force", help="Do the stage again even if nothing changed.")]
 FileOption = Annotated[SplitName, typer.Option("--file", help="The split that is evaluated.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
@@ -92,13 +96,16 @@ def _progress() -> Iterator[Progress]:
         yield progress
 
 
-def _run(preset: str, assignments: list[str], folder: Path | None, split: Any = "test") -> Any:
+def _run(
+    preset: str, assignments: list[str], folder: Path | None, split: Any = "test", *, dataset: str = "", **sources: str
+) -> Any:
     """The run that a command works on: its settings come from the preset and are written into its folder."""
     from orion_triage.config import load_settings
     from orion_triage.pipeline import Run, prepare
 
-    settings = load_settings(preset, assignments)
-    run = Run(folder or Path("runs") / settings.preset, settings, split)
+    named = [f"dataset.folder={json.dumps(dataset)}"] if dataset else []
+    settings = load_settings(preset, [*assignments, *named])
+    run = Run(folder or Path("runs") / settings.preset, settings, split, **sources)
     prepare(run)
     return run
 
@@ -138,12 +145,17 @@ def _notes(figures: dict[str, Any]) -> Iterator[str]:
         yield f"warning: {warning}"
 
 
-@app.command(epilog="Example: orion run --set fine_tune.epochs=4")
-def run(preset: PresetOption = "tiny", assignments: SetOption = [], folder: RunOption = None) -> None:  # noqa: B006
+@app.command(epilog="Example: orion run --preset lfm2.5-vl-1.6b --dataset OWNER/NAME")
+def run(
+    preset: PresetOption = "tiny",
+    assignments: SetOption = [],  # noqa: B006
+    folder: RunOption = None,
+    dataset: DatasetOption = "",
+) -> None:
     """Do all stages in order; finished ones are skipped."""
     from orion_triage.pipeline import STAGES, check_inputs
 
-    current = _run(preset, assignments, folder)
+    current = _run(preset, assignments, folder, dataset=dataset)
     check_inputs(current)
     for stage in STAGES:
         _stage(stage.name, current)
@@ -163,10 +175,34 @@ def _single(name: str, command: str, help_text: str) -> None:
         _stage(name, _run(preset, assignments, folder), force)
 
 
-_single("dataset", "dataset", "Draw the frames and write the three splits.")
 _single("fine-tune", "fine-tune", "Train the QLoRA adapter.")
-_single("fuse", "fuse", "Merge the adapter into the 16-bit base.")
 _single("quantize", "quantize", "Convert to GGUF and quantize.")
+
+
+@app.command("dataset", epilog="Example: orion dataset --dataset OWNER/NAME")
+def dataset_command(
+    preset: PresetOption = "tiny",
+    assignments: SetOption = [],  # noqa: B006
+    folder: RunOption = None,
+    dataset: DatasetOption = "",
+    force: ForceOption = False,
+) -> None:
+    """Draw the frames and write the three splits, or check and copy a dataset that exists."""
+    _stage("dataset", _run(preset, assignments, folder, dataset=dataset), force)
+
+
+@app.command(epilog="Example: orion fuse --adapter OWNER/NAME")
+def fuse(
+    preset: PresetOption = "tiny",
+    assignments: SetOption = [],  # noqa: B006
+    folder: RunOption = None,
+    adapter: Annotated[
+        str, typer.Option("--adapter", metavar="FOLDER|ID", help="Another adapter than the run's own.")
+    ] = "",
+    force: ForceOption = False,
+) -> None:
+    """Merge the adapter into the 16-bit base."""
+    _stage("fuse", _run(preset, assignments, folder, adapter_from=adapter), force)
 
 
 @app.command(epilog="Example: orion ablation --file val")
@@ -183,14 +219,17 @@ def ablation(
     _print_rates(current, "evaluate base")
 
 
-@app.command(epilog="Example: orion evaluate --quantized-model http://127.0.0.1:8080")
+@app.command(epilog="Example: orion evaluate --gguf OWNER/NAME")
 def evaluate(
+    pair: Annotated[
+        str, typer.Argument(metavar="[FOLDER|ID]", help="With --gguf: another GGUF pair than the run's own.")
+    ] = "",
     preset: PresetOption = "tiny",
     assignments: SetOption = [],  # noqa: B006
     folder: RunOption = None,
     file: FileOption = SplitName.test,
     quantized: Annotated[
-        bool, typer.Option("--gguf", help="The run's GGUF pair instead: a server is started and stopped here.")
+        bool, typer.Option("--gguf", help="The GGUF pair instead: a server is started and stopped here.")
     ] = False,
     server: Annotated[
         str,
@@ -203,7 +242,9 @@ def evaluate(
     """Evaluate the fine-tuned model, or the quantized one, under the four conditions."""
     from orion_triage.pipeline import evaluate_server
 
-    current = _run(preset, assignments, folder, file.value)
+    if pair and (server or not quantized):
+        raise typer.BadParameter("goes with --gguf", param_hint=f"'{pair}'")
+    current = _run(preset, assignments, folder, file.value, pair_from=pair)
     stage = "evaluate quantized" if quantized or server else "evaluate fine-tuned"
     if server:
         with _progress() as progress:
@@ -259,6 +300,31 @@ def _report(run: Any, *, as_json: bool) -> None:
     for table in terminal_tables(results):
         console.print(table)
     console.print(f"report: {run.folder / f'report{suffix}.md'}", highlight=False, soft_wrap=True)
+
+
+class Product(StrEnum):
+    """What can be published of a run."""
+
+    adapter = "adapter"
+    merged = "merged"
+    gguf = "gguf"
+
+
+@app.command(epilog="Example: orion push OWNER/NAME --product adapter")
+def push(
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The Hub repository; created if need be.")],
+    product: Annotated[Product, typer.Option("--product", help="The flight pair, the adapter or the merged model.")] = (
+        Product.gguf
+    ),
+    folder: Annotated[Path | None, typer.Option("--run", help="Run folder. Default: the newest finished.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="A new repository is private otherwise.")] = False,
+) -> None:
+    """Publish a product of a run on the Hub, with its model card and the base's licence (token: HF_TOKEN)."""
+    from orion_triage import publish
+
+    stage = {"adapter": "fine-tune", "merged": "fuse", "gguf": "quantize"}[product.value]
+    address = publish.push(_finished(folder, stage), product.value, repository, private=not public)
+    _console().print(f"pushed: {address}", highlight=False, soft_wrap=True)
 
 
 @app.command(epilog="Example: orion triage frames/*.png")

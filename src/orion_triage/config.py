@@ -23,13 +23,15 @@ class Section(BaseModel):
 class BaseSettings(Section):
     """The base model that is fine-tuned."""
 
-    model: str = "LiquidAI/LFM2.5-VL-1.6B"  # "orion-tiny", or a local folder in the Hub's layout
+    # A Hub id (owner/name@revision), a local folder in the Hub's layout, or "orion-tiny".
+    model: str = "LiquidAI/LFM2.5-VL-1.6B@919fde3d022e3f90a4716006f993938ee8c2eb97"
     frame_size: Literal[256, 384, 512] = 512  # pixels; decoding, training, evaluation and flight share it
 
 
 class DatasetSettings(Section):
     """The places, their split and the imagery."""
 
+    folder: str = ""  # a dataset in the published layout: a folder or a Hub id; empty: made from the catalogue
     source: Literal["synthetic"] = "synthetic"
     catalogue: str = ""  # a CSV file; empty: the shipped one
     metres_per_pixel: PositiveFloat = 10.0  # ground sample distance of a 512x512 frame (Sentinel-2: 10)

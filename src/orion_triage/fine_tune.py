@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from orion_triage import vlm
 from orion_triage.adapter import Census, resolve_targets, tower_of
+from orion_triage.card import write_card
 from orion_triage.config import FineTuneSettings
 from orion_triage.errors import OrionError
 from orion_triage.files import replaced_folder, require_free_space, sha256_of_text, write_text
@@ -97,7 +98,7 @@ def run(
     model.peft_config["default"].base_model_name_or_path = vlm.base_name(base)
     with replaced_folder(out_folder) as folder:
         model.save_pretrained(folder, save_embedding_layers=False)
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT's unfilled form
+        write_card("adapter", base, vlm.base_name(base), folder)  # in place of PEFT's unfilled form
         processor.save_pretrained(folder)
         for name, value in (
             (CENSUS_FILE, census),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from orion_triage import vlm
 from orion_triage.adapter import attach_adapter, read_adapter
+from orion_triage.card import write_card
 from orion_triage.config import FuseSettings
 from orion_triage.errors import OrionError
 from orion_triage.files import replaced_folder, require_free_space
@@ -77,6 +78,7 @@ def run(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     with replaced_folder(out_folder) as folder:
         _save(model, processor, base, folder)
+        write_card("merged", base, vlm.base_name(base), folder)
         del model
         progress("merging", 2, 2)
         merged = samples.score(vlm.load_model(folder, dtype="float32", device=device), "scoring the merged model")

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from orion_triage import manifest
+from orion_triage import hub, manifest
 from orion_triage.config import Settings
 from orion_triage.errors import OrionError
 from orion_triage.files import write_text
@@ -22,11 +22,16 @@ SETTINGS_FILE = "settings.json"
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder, its settings, the split that is evaluated, and where each stage's product lies."""
+    """A run folder, its settings, the split that is evaluated, and where each stage's product lies.
+
+    `adapter_from` and `pair_from` stand in for the run's own adapter or GGUF pair: a folder or a Hub id.
+    """
 
     folder: Path
     settings: Settings
     split: Split = "test"
+    adapter_from: str = ""
+    pair_from: str = ""
 
     @property
     def base(self) -> Path:
@@ -43,12 +48,20 @@ class Run:
         return self.folder / "orion_lora_weights"
 
     @property
+    def adapter_to_fuse(self) -> Path:
+        return hub.locate(self.adapter_from, "adapter") if self.adapter_from else self.adapter
+
+    @property
     def merged(self) -> Path:
         return self.folder / "orion_merged"
 
     @property
     def gguf(self) -> Path:
         return self.folder / "gguf"
+
+    @property
+    def pair(self) -> Path:
+        return hub.locate(self.pair_from, "GGUF pair") if self.pair_from else self.gguf
 
     def evaluation(self, model: str) -> Path:
         return self.folder / "evaluation" / self.split / model
@@ -84,8 +97,8 @@ def _fine_tune(run: Run, progress: Progress) -> Figures:
 def _fuse(run: Run, progress: Progress) -> Figures:
     from orion_triage import fuse
 
-    settings = run.settings
-    return fuse.run(run.base, run.adapter, run.dataset, run.merged, settings.fuse, settings.base.frame_size, progress)
+    settings, adapter = run.settings, run.adapter_to_fuse
+    return fuse.run(run.base, adapter, run.dataset, run.merged, settings.fuse, settings.base.frame_size, progress)
 
 
 def _quantize(run: Run, progress: Progress) -> Figures:
@@ -111,21 +124,22 @@ def _evaluate_quantized(run: Run, progress: Progress) -> Figures:
     from orion_triage import llama_cpp, quantize
     from orion_triage.evaluate.backends import LlamaCppBackend
 
-    quantize.check_pair(run.gguf)
+    model, mmproj = quantize.find_pair(run.pair)
     toolchain = llama_cpp.find_toolchain(progress)
     log = run.folder / "logs" / "evaluate-server.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     settings = run.settings.evaluate
     with llama_cpp.Server(
         toolchain,
-        run.gguf / quantize.QUANTIZED,
-        run.gguf / quantize.MMPROJ,
+        model,
+        mmproj,
         log=log,
         threads=settings.threads,
     ) as server:
         backend = LlamaCppBackend(server.client, max_new_tokens=settings.max_new_tokens)
-        inputs = manifest.hash_inputs({"model": run.gguf, "dataset": run.dataset})
-        return _ask(run, "quantized", backend, inputs, progress)
+        inputs = manifest.hash_inputs({"model": run.pair, "dataset": run.dataset})
+        figures = _ask(run, "quantized", backend, inputs, progress)
+        return figures | {"pair": run.pair_from} if run.pair_from else figures
 
 
 def evaluate_server(run: Run, url: str, progress: Progress = silent) -> manifest.Manifest:
@@ -182,7 +196,7 @@ def _sections(*names: str) -> Callable[[Settings], Figures]:
 
 
 STAGES: tuple[Stage, ...] = (
-    Stage("dataset", lambda run: run.dataset, _sections("dataset"), lambda run: _catalogue(run), _dataset),
+    Stage("dataset", lambda run: run.dataset, _sections("dataset"), lambda run: _dataset_inputs(run), _dataset),
     Stage(
         "evaluate base",
         lambda run: run.evaluation("base"),
@@ -201,7 +215,7 @@ STAGES: tuple[Stage, ...] = (
         "fuse",
         lambda run: run.merged,
         _sections("base", "fuse"),
-        lambda run: {"base": run.base, "adapter": run.adapter, "dataset": run.dataset},
+        lambda run: {"base": run.base, "adapter": run.adapter_to_fuse, "dataset": run.dataset},
         _fuse,
     ),
     Stage(
@@ -222,15 +236,17 @@ STAGES: tuple[Stage, ...] = (
         "evaluate quantized",
         lambda run: run.evaluation("quantized"),
         _sections("base", "evaluate"),
-        lambda run: {"gguf": run.gguf, "dataset": run.dataset},
+        lambda run: {"gguf": run.pair, "dataset": run.dataset},
         _evaluate_quantized,
     ),
 )
 
 
-def _catalogue(run: Run) -> dict[str, Path]:
+def _dataset_inputs(run: Run) -> dict[str, Path]:
     from importlib import resources
 
+    if folder := run.settings.dataset.folder:
+        return {"dataset": hub.locate(folder, "dataset")}
     own = run.settings.dataset.catalogue
     shipped = Path(str(resources.files("orion_triage.dataset") / "catalogue.csv"))
     return {"catalogue": Path(own) if own else shipped}
@@ -276,6 +292,9 @@ def check_inputs(run: Run) -> None:
 
     settings = run.settings.dataset
     _ = run.base
+    if settings.folder:
+        hub.locate(settings.folder, "dataset")
+        return
     targets = load_catalogue(Path(settings.catalogue) if settings.catalogue else None)
     split_targets(targets, seed=settings.split_seed, distance_km=settings.split_distance_km)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from orion_triage import llama_cpp
+from orion_triage.card import base_of, write_card
 from orion_triage.config import QuantizeSettings
 from orion_triage.errors import OrionError
 from orion_triage.files import replaced_folder, require_free_space, sha256_of_file, write_text
@@ -54,6 +55,7 @@ def run(
             "llama_cpp_build": toolchain.build,
             "files": {name: sha256_of_file(folder / name) for name in (F16, MMPROJ, QUANTIZED)},
         }
+        write_card("gguf", merged, base_of(merged) or merged.name, folder)
         write_text(folder / PAIR, json.dumps(pair, indent=2) + "\n")
         sizes = {name: (folder / name).stat().st_size for name in (F16, MMPROJ, QUANTIZED)}
         progress("checking", _STEPS, _STEPS)
@@ -109,6 +111,49 @@ def check_tokenization(client: llama_cpp.Client, merged: Path, prompts: Sequence
                 "The tokenizer is not LFM2's; this pair must not fly.",
             )
     return len(prompts)
+
+
+def find_pair(folder: Path) -> tuple[Path, Path]:
+    """(backbone, mmproj) of a folder: ours, proven by pair.json, or the two GGUF files that somebody published.
+
+    Without pair.json only the sizes can be compared: the projector's output must be as wide as the backbone's input.
+    Raises OrionError when it is not a pair.
+    """
+    if (folder / PAIR).exists():
+        check_pair(folder)
+        return folder / QUANTIZED, folder / MMPROJ
+    files = sorted(folder.glob("*.gguf"))
+    projectors = [path for path in files if "mmproj" in path.name.lower()]
+    backbones = [path for path in files if path not in projectors]
+    if len(backbones) > 1:
+        backbones = [path for path in backbones if "q4_k_m" in path.name.lower()]
+    if len(projectors) != 1 or len(backbones) != 1:
+        found = ", ".join(path.name for path in files) or "no *.gguf"
+        raise OrionError(
+            f"{folder} has {found}, not one Q4_K_M backbone and one mmproj.",
+            "Run 'orion quantize' first, or pass a folder or a Hub id with the two files.",
+        )
+    width, projected = (
+        _number(backbones[0], "lfm2.embedding_length"),
+        _number(projectors[0], "clip.vision.projection_dim"),
+    )
+    if width != projected:
+        raise OrionError(
+            f"{projectors[0].name} projects to {projected} values and {backbones[0].name} takes {width}.",
+            "Backbone and mmproj must come from the same model.",
+        )
+    return backbones[0], projectors[0]
+
+
+def _number(path: Path, key: str) -> int | None:
+    """A number of a GGUF file's header; None when it has none of that name."""
+    from gguf import GGUFReader
+
+    try:
+        field = GGUFReader(path).get_field(key)
+    except (ValueError, OSError, IndexError) as error:
+        raise OrionError(f"{path} is no GGUF file: {error}.", "Fetch it again.") from None
+    return int(field.contents()) if field else None
 
 
 def check_pair(folder: Path) -> None:

@@ -163,9 +163,9 @@ def write_split(dataset: Path, split: Split, records: Iterable[Record]) -> None:
     write_text(split_path(dataset, split), "".join(record.to_line() + "\n" for record in records))
 
 
-def image_path(dataset: Path, record: Record) -> Path:
-    """The record's file; raises RecordError when a link leads out of the dataset folder."""
+def image_path(dataset: Path, record: Record, root: Path | None = None) -> Path:
+    """The record's file; raises RecordError when a link leads out of `root` (the dataset folder)."""
     path = dataset / record.image
-    if not path.resolve().is_relative_to(dataset.resolve()):
+    if not path.resolve().is_relative_to((root or dataset).resolve()):
         raise RecordError(f"{path} leads out of {dataset}.", "Copy the image into the dataset folder.")
     return path

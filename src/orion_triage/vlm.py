@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orion_triage import hub
 from orion_triage.errors import OrionError
 from orion_triage.files import sha256_of_file
 from orion_triage.manifest import sha256_of_listing
@@ -36,18 +37,14 @@ KEPT_IN_16_BIT = ["lm_head", "model.vision_tower", "model.multi_modal_projector"
 
 
 def resolve_base(model: str) -> Path:
-    """The folder of a base model in the Hub's layout: the shipped one for "orion-tiny", or a local folder.
+    """The folder of a base model in the Hub's layout: the shipped one for "orion-tiny", a local one, or a Hub id's.
 
     Raises OrionError unless it is an LFM2-VL checkpoint with SafeTensors weights.
     """
-    folder = TINY_BASE_FOLDER if model == TINY_BASE else Path(model).expanduser()
-    if not folder.is_dir():
-        if model == TINY_BASE:
-            raise OrionError(f"the shipped base is missing from {folder}.", "Install the package again.")
-        raise OrionError(
-            f"base.model {model!r} is not a folder.",
-            f"Download the model (hf download {model} --local-dir FOLDER) and set base.model to FOLDER.",
-        )
+    if model != TINY_BASE:
+        folder = hub.locate(model, "model")
+    elif not (folder := TINY_BASE_FOLDER).is_dir():
+        raise OrionError(f"the shipped base is missing from {folder}.", "Install the package again.")
     config_path = folder / "config.json"
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
@@ -72,7 +69,9 @@ def resolve_base(model: str) -> Path:
 
 def base_name(folder: Path) -> str:
     """A name that means something on another machine, for adapter_config.json and the report."""
-    return TINY_BASE if folder.resolve() == TINY_BASE_FOLDER.resolve() else folder.resolve().name
+    if folder.resolve() == TINY_BASE_FOLDER.resolve():
+        return TINY_BASE
+    return hub.id_of(folder) or folder.resolve().name
 
 
 def fingerprint(folder: Path) -> str:

@@ -13,18 +13,26 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from orion_triage import hub
 from orion_triage.config import DatasetSettings
 from orion_triage.dataset.catalogue import Target, load_catalogue, split_targets
+from orion_triage.errors import OrionError
 from orion_triage.files import replaced_folder, require_free_space, write_bytes, write_text
+from orion_triage.frames import CAMERA_SIZE, read_frame
 from orion_triage.progress import Progress, silent
-from orion_triage.records import IMAGES_FOLDER, SPLITS, Record, Split, write_split
+from orion_triage.records import IMAGES_FOLDER, SPLITS, Record, Split, image_path, read_split, write_split
 from orion_triage.triage import Coordinates, Verdict
 
 _BYTES_PER_FRAME = 700_000  # a noisy 512x512 PNG
 
 
 def run(out_folder: Path, settings: DatasetSettings, *, progress: Progress = silent) -> dict[str, Any]:
-    """Build the dataset folder: three JSONL splits, the frames, and `targets.csv`. Returns counts."""
+    """Build the dataset folder: three JSONL splits, the frames, and `targets.csv`. Returns counts.
+
+    With `settings.folder`, a dataset in the published layout is checked and copied instead.
+    """
+    if settings.folder:
+        return _copy(hub.locate(settings.folder, "dataset"), out_folder, progress)
     targets = load_catalogue(Path(settings.catalogue) if settings.catalogue else None)
     splits = split_targets(targets, seed=settings.split_seed, distance_km=settings.split_distance_km)
     require_free_space(out_folder, _BYTES_PER_FRAME * len(targets), "the dataset")
@@ -38,6 +46,40 @@ def run(out_folder: Path, settings: DatasetSettings, *, progress: Progress = sil
         "records": {split: len(list(records_of(splits[split], split))) for split in SPLITS},
         "source": settings.source,
         "metres_per_pixel": settings.metres_per_pixel,
+    }
+
+
+def _copy(source: Path, out_folder: Path, progress: Progress) -> dict[str, Any]:
+    """Copy a finished dataset after decoding every one of its frames; the first bad line or frame stops it.
+
+    A picture of another size than 512x512 (the published generator saved 2560x2560) is cut and scaled as in flight.
+    """
+    records = {split: read_split(source, split) for split in SPLITS}
+    root = hub.root_of(source)
+    paths = {record.image: image_path(source, record, root) for split in SPLITS for record in records[split]}
+    if missing := [image for image, path in paths.items() if not path.is_file()]:
+        raise OrionError(
+            f"{source} lacks {len(missing)} of the {len(paths)} pictures that its records name, {missing[0]} first.",
+            f"Put them at these paths, relative to {source}.",
+        )
+    require_free_space(out_folder, sum(path.stat().st_size for path in paths.values()), "the dataset")
+    resized = 0
+    with replaced_folder(out_folder) as folder:
+        for done, (image, path) in enumerate(sorted(paths.items()), start=1):
+            frame = read_frame(path, CAMERA_SIZE, resize=True)
+            if frame.native_size == (CAMERA_SIZE, CAMERA_SIZE):
+                write_bytes(folder / image, path.read_bytes())
+            else:
+                write_bytes(folder / image, frame.png())
+                resized += 1
+            progress("checking and copying frames", done, len(paths))
+        for split in SPLITS:
+            write_split(folder, split, records[split])
+    return {
+        "targets": {split: len({record.image for record in records[split]}) for split in SPLITS},
+        "records": {split: len(records[split]) for split in SPLITS},
+        "source": hub.id_of(source) or str(source),
+        "warnings": [f"{resized} of {len(paths)} pictures were not 512x512: cut and scaled"] if resized else [],
     }
 
 

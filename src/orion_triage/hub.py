@@ -1,0 +1,137 @@
+"""Hub ids: models, adapters, GGUF pairs and datasets, fetched into the user's own Hugging Face cache, and pushed.
+
+Everything goes through huggingface_hub, so HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE mean what they mean
+everywhere. Only data is fetched: SafeTensors, GGUF, JSON, text and pictures, never pickles or code.
+"""
+
+import functools
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from orion_triage.errors import OrionError
+
+Kind = Literal["model", "adapter", "GGUF pair", "dataset"]
+
+_TEXTS = ["*.json", "*.jinja", "*.txt", "*.md", "LICENSE*"]
+_FILES: dict[Kind, list[str]] = {
+    "model": ["*.safetensors", *_TEXTS],
+    "adapter": ["adapter_model.safetensors", *_TEXTS],
+    "GGUF pair": ["*.gguf", *_TEXTS],
+    "dataset": ["*.jsonl", "*.png", "*.jpg", "*.jpeg", *_TEXTS],
+}
+_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+
+
+def locate(name: str, kind: Kind) -> Path:
+    """The folder that `name` means: a local folder, or the cached snapshot of "owner/name" or "owner/name@revision".
+
+    The revision is a branch, a tag or a commit; without one it is the newest state of `main`, looked up once a process.
+    Raises OrionError when it is neither, cannot be reached, is gated, or has no such revision.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    match = _ID.fullmatch(name)
+    if match is None or name.startswith((".", "/", "~")):
+        raise OrionError(
+            f"{kind} {name!r} is neither a folder nor a Hub id.", "Pass a folder, or owner/name or owner/name@revision."
+        )
+    return _snapshot(match[1], match[2] or "main", kind)
+
+
+def id_of(folder: Path) -> str | None:
+    """The Hub id of a snapshot folder in the cache (models--owner--name/snapshots/commit); None for other folders."""
+    repository = folder.parent.parent.name
+    if folder.parent.name != "snapshots" or "--" not in repository:
+        return None
+    return repository.split("--", 1)[1].replace("--", "/")
+
+
+def root_of(folder: Path) -> Path:
+    """The folder that links in `folder` may point into: a snapshot's files are links to its repository's blobs."""
+    return folder.parent.parent if id_of(folder) else folder
+
+
+@functools.cache
+def _snapshot(repository: str, revision: str, kind: Kind) -> Path:
+    from huggingface_hub import snapshot_download
+
+    with _explained(repository, revision, kind):
+        folder = snapshot_download(
+            repository,
+            revision=revision,
+            repo_type="dataset" if kind == "dataset" else "model",
+            allow_patterns=_FILES[kind],
+        )
+    return Path(folder)
+
+
+def push(files: dict[str, Path | bytes], repository: str, *, message: str, private: bool = True) -> str:
+    """Upload {name in the repository: a file, or its bytes} as one commit; returns the commit's address.
+
+    The repository is created, private unless told otherwise, if need be.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+    api = HfApi()
+    with _explained(repository, "main", "model"):
+        api.create_repo(repository, private=private, exist_ok=True)
+        return str(api.create_commit(repository, operations, commit_message=message).commit_url)
+
+
+@contextmanager
+def _explained(repository: str, revision: str, kind: Kind) -> Iterator[None]:
+    """Turn huggingface_hub's errors into one line that says what to do."""
+    from huggingface_hub import constants, errors
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    endpoint = constants.ENDPOINT
+    what = f"{kind} {repository!r}"
+    elsewhere = f"Where there is a network: 'hf download {repository} --local-dir FOLDER'; then pass FOLDER."
+    unreachable = OrionError(
+        f"{what}: {endpoint} cannot be reached.", f"Check the network and HF_ENDPOINT. {elsewhere}"
+    )
+    try:
+        yield
+    except errors.HFValidationError:
+        raise OrionError(f"{what} is not a valid Hub id.", "Pass owner/name, or a folder.") from None
+    except errors.GatedRepoError:
+        raise OrionError(
+            f"{what} is gated, and this account has no access to it.",
+            f"Accept its terms at {endpoint}/{repository}, then 'hf auth login' or set HF_TOKEN.",
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise OrionError(
+            f"{what} has no revision {revision!r}.", f"See {endpoint}/{repository}/commits/main."
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise OrionError(
+            f"{what} is neither a folder here nor a repository that {endpoint} shows to this account.",
+            "Check the spelling; for a private one, 'hf auth login' or set HF_TOKEN.",
+        ) from None
+    except errors.LocalEntryNotFoundError:
+        if constants.HF_HUB_OFFLINE:
+            raise OrionError(
+                f"{what} is not in the cache ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE is set.",
+                f"Unset HF_HUB_OFFLINE. {elsewhere}",
+            ) from None
+        raise unreachable from None
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        fix = {
+            401: "The token is not valid: 'hf auth login', or set HF_TOKEN.",
+            403: "The token may not do this: use one with write access to that account.",
+        }.get(status, "Try again later.")
+        reason = (error.server_message or "no reason given").splitlines()[0]
+        raise OrionError(f"{what}: {endpoint} answered {status} ({reason}).", fix) from None
+    except errors.OfflineModeIsEnabled:
+        raise OrionError(f"{what}: HF_HUB_OFFLINE is set.", "Unset HF_HUB_OFFLINE.") from None
+    except errors.HfHubHTTPError.__bases__[0]:  # the HTTP library's own error: which library depends on the version
+        raise unreachable from None

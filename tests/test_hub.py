@@ -1,0 +1,244 @@
+"""hub.py, card.py and publish.py: huggingface_hub itself against a Hub of the tests' own, over HTTP."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from orion_triage import card, quantize
+from orion_triage.config import load_settings, overrides
+from orion_triage.errors import OrionError
+from orion_triage.manifest import read_manifest
+from orion_triage.records import SPLITS, image_path, read_split, split_path
+
+from .conftest import structured_picture
+from .hub_server import TOKEN, Hub, serve
+
+LOCATE = """
+import sys
+from orion_triage import hub
+from orion_triage.errors import OrionError
+try:
+    folder = hub.locate(sys.argv[1], sys.argv[2])
+    print(hub.id_of(folder), *sorted(path.name for path in folder.iterdir()))
+except OrionError as error:
+    sys.exit(f"{error.message} FIX {error.fix}")
+"""
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with serve() as server:
+        yield server
+
+
+def environment(hub: Hub, home: Path, **changes: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    return {
+        **kept,
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "COLUMNS": "200",
+        **changes,
+    }
+
+
+def locate(hub: Hub, home: Path, name: str, kind: str = "model", **changes: str) -> str:
+    """What a process of its own prints, or its error."""
+    command = [sys.executable, "-c", LOCATE, name, kind]
+    result = subprocess.run(command, env=environment(hub, home, **changes), capture_output=True, text=True, check=False)
+    assert "Traceback" not in result.stderr, result.stderr
+    return (result.stdout + result.stderr).strip()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A repository's content: data, and a pickle and code that nobody may fetch."""
+    path = tmp_path / "content"
+    path.mkdir()
+    for name in ("config.json", "LICENSE", "pytorch_model.bin", "modeling.py"):
+        (path / name).write_text(name)
+    (path / "model.safetensors").write_bytes(bytes(range(256)) * 400)
+    return path
+
+
+def test_only_data_is_fetched_and_a_pinned_commit_needs_the_network_once(
+    hub: Hub, folder: Path, tmp_path: Path
+) -> None:
+    first = hub.add("team/base", folder)
+    (folder / "config.json").write_text("changed")
+    hub.add("team/base", folder)
+    pinned = f"team/base@{first}"
+    assert locate(hub, tmp_path / "hf", pinned) == "team/base LICENSE config.json model.safetensors"
+    snapshot = tmp_path / "hf/hub/models--team--base/snapshots" / first
+    assert (snapshot / "config.json").read_text() == "config.json"
+    assert (snapshot / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    asked = len([request for request in hub.requests if "team/base" in request])
+    assert locate(hub, tmp_path / "hf", pinned).startswith("team/base")
+    assert len([request for request in hub.requests if "team/base" in request]) == asked
+    assert locate(hub, tmp_path / "hf", pinned, HF_HUB_OFFLINE="1").startswith("team/base")
+    assert locate(hub, tmp_path / "hf", pinned, HF_ENDPOINT="http://127.0.0.1:9").startswith("team/base")
+
+
+def test_a_download_that_was_cut_goes_on(hub: Hub, folder: Path, tmp_path: Path) -> None:
+    (folder / "model.safetensors").write_bytes(os.urandom(12_000_000))
+    commit = hub.add("team/base", folder)
+    hub.cut_after = 11_000_000  # huggingface_hub keeps whole chunks of 10 MiB
+    assert locate(hub, tmp_path / "hf", f"team/base@{commit}").startswith("team/base")
+    snapshot = tmp_path / "hf/hub/models--team--base/snapshots" / commit
+    assert (snapshot / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert any(asked.startswith("bytes=10485760-") for asked in hub.ranges)
+
+
+def test_every_refusal_says_what_to_do(hub: Hub, folder: Path, tmp_path: Path) -> None:
+    hub.add("team/base", folder)
+    hub.add("team/gated", folder, gated=True)
+    hub.add("team/private", folder, private=True)
+    home = tmp_path / "hf"
+    assert "is gated" in (answer := locate(hub, home, "team/gated", HF_TOKEN=TOKEN))
+    assert f"Accept its terms at {hub.url}/team/gated" in answer
+    assert "neither a folder here nor a repository" in (answer := locate(hub, home, "team/private"))
+    assert "set HF_TOKEN" in answer
+    assert locate(hub, home, "team/private", HF_TOKEN=TOKEN).startswith("team/private")
+    assert "no revision 'v9'" in locate(hub, home, "team/base@v9")
+    assert "neither a folder here nor a repository" in locate(hub, home, "team/nothing", HF_TOKEN=TOKEN)
+    wrong = locate(hub, home, "team/base", HF_TOKEN="hf_wrong")
+    assert "answered 401" in wrong
+    assert "hf_wrong" not in wrong
+    assert "HF_HUB_OFFLINE is set" in locate(hub, home, "team/base", HF_HUB_OFFLINE="1")
+    assert "cannot be reached" in (answer := locate(hub, home, "team/base", HF_ENDPOINT="http://127.0.0.1:9"))
+    assert "hf download team/base --local-dir FOLDER" in answer
+    for name in ("nowhere", "./gone", "/gone/too", "a/b/c", "team/base@"):
+        assert "neither a folder nor a Hub id" in locate(hub, home, name)
+
+
+def orion(hub: Hub, cwd: Path, *arguments: object, **changes: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "orion_triage.cli", *map(str, arguments)],
+        env=environment(hub, cwd / "hf", HF_TOKEN=TOKEN, **changes),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def licensed(base: Path, folder: Path) -> Path:
+    shutil.copytree(base, folder)
+    (folder / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: lfm1.0\nlicense_link: LICENSE\n---\n# A base\n"
+    )
+    (folder / "LICENSE").write_text("The text of the licence.\n")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.llama_cpp
+def test_a_whole_run_by_hub_ids(hub: Hub, small_base: Path, small_dataset: Path, tmp_path: Path) -> None:
+    """Base and dataset come from the Hub; adapter, merged model and pair go there, and come back by id."""
+    commit = hub.add("team/base", licensed(small_base, tmp_path / "base"))
+    hub.add("team/data", small_dataset, kind="datasets")
+    settings = tmp_path / "small.toml"
+    settings.write_text(
+        f"""
+        [base]
+        model = "team/base@{commit}"
+        frame_size = 256
+        [fine_tune]
+        learning_rate = 1e-2
+        epochs = 2
+        micro_batch_size = 8
+        gradient_accumulation_steps = 1
+        gradient_checkpointing = false
+        """
+    )
+    own = ("--preset", settings)
+    for command in (("dataset", "--dataset", "team/data"), ("fine-tune",), ("fuse",), ("quantize",)):
+        result = orion(hub, tmp_path, *command, *own)
+        assert result.returncode == 0, result.stderr
+    run = tmp_path / "runs" / "small"
+    for split in SPLITS:
+        assert split_path(run / "dataset", split).read_bytes() == split_path(small_dataset, split).read_bytes()
+    assert json.loads((run / "orion_lora_weights/base.json").read_text())["name"] == "team/base"
+
+    for product in ("adapter", "merged", "gguf"):
+        result = orion(hub, tmp_path, "push", f"me/{product}", "--product", product)
+        assert result.returncode == 0, result.stderr
+        assert TOKEN not in result.stderr + result.stdout
+        files = hub.repositories[f"me/{product}"].commits[hub.repositories[f"me/{product}"].resolve("main") or ""]
+        assert hub.repositories[f"me/{product}"].private
+        assert files["LICENSE"] == b"The text of the licence.\n"
+        assert b"license_name: lfm1.0" in files["README.md"]
+        assert b"base_model: team/base" in files["README.md"]
+        assert not {"manifest.json", quantize.F16} & set(files)
+        assert str(tmp_path).encode() not in b"".join(files.values())
+    assert {quantize.QUANTIZED, quantize.MMPROJ, quantize.PAIR, "LICENSE", "README.md"} == set(files)
+
+    other = ("--run", "runs/other", *own)
+    assert orion(hub, tmp_path, "dataset", "--dataset", "team/data", *other).returncode == 0
+    result = orion(hub, tmp_path, "fuse", "--adapter", "me/adapter", *other)
+    assert result.returncode == 0, result.stderr
+    merged = [folder / "orion_merged" / "model.safetensors" for folder in (run, tmp_path / "runs/other")]
+    assert merged[0].read_bytes() == merged[1].read_bytes()
+    result = orion(hub, tmp_path, "evaluate", "--gguf", "me/gguf", *other)
+    assert result.returncode == 0, result.stderr
+    receipt = read_manifest(tmp_path / "runs/other/evaluation/test/quantized")
+    assert receipt is not None
+    assert receipt.figures["pair"] == "me/gguf"
+    assert receipt.figures["A"]["count"] == 6
+
+    refused = orion(hub, tmp_path, "push", "someone-else/x", "--product", "adapter")
+    assert refused.returncode == 1
+    assert "answered 403" in refused.stderr
+    assert orion(hub, tmp_path, "evaluate", "me/gguf", *other).returncode == 2
+
+
+def test_a_base_without_a_licence_gives_nothing_to_publish(small_adapter: Path, tmp_path: Path) -> None:
+    assert card.licence_of(small_adapter) is None
+    assert "Not known" in (small_adapter / card.README).read_text()
+    (tmp_path / "README.md").write_text("---\n: [\n---\n")
+    with pytest.raises(OrionError, match="its header is not YAML"):
+        card.licence_of(tmp_path)
+
+
+def test_a_dataset_is_checked_before_it_is_taken(small_dataset: Path, tmp_path: Path) -> None:
+    from orion_triage.config import DatasetSettings
+    from orion_triage.dataset import build
+
+    source = tmp_path / "source"
+    shutil.copytree(small_dataset, source)
+    first = image_path(source, read_split(source, "train")[0])
+    structured_picture(5).resize((640, 512)).save(first)
+    figures = build.run(tmp_path / "out", DatasetSettings(folder=str(source)))
+    assert figures["warnings"] == ["1 of 24 pictures were not 512x512: cut and scaled"]
+    first.unlink()
+    with pytest.raises(OrionError, match="lacks 1 of the 24 pictures"):
+        build.run(tmp_path / "out", DatasetSettings(folder=str(source)))
+    outside = tmp_path / "outside.png"
+    structured_picture(5).save(outside)
+    first.symlink_to(outside)
+    with pytest.raises(OrionError, match="leads out of"):
+        build.run(tmp_path / "out", DatasetSettings(folder=str(source)))
+
+
+def test_two_files_that_are_no_pair_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(OrionError, match=r"has no \*\.gguf, not one Q4_K_M backbone and one mmproj"):
+        quantize.find_pair(tmp_path)
+    for name in ("mmproj-x.gguf", "model-Q4_K_M.gguf"):
+        (tmp_path / name).write_bytes(b"GGUX" + bytes(64))
+    with pytest.raises(OrionError, match="is no GGUF file"):
+        quantize.find_pair(tmp_path)
+
+
+def test_the_full_size_presets_are_the_missions_tables_with_pinned_weights() -> None:
+    full, small = load_settings("lfm2.5-vl-1.6b"), load_settings("lfm2.5-vl-450m")
+    assert overrides(full) == {}
+    assert set(overrides(small)) == {"base.model"}
+    for settings in (full, small):
+        assert len(settings.base.model.partition("@")[2]) == 40
