@@ -44,6 +44,18 @@ def test_the_full_size_shapes_have_six_and_twenty_seven_of_each(small_base: Path
     assert census == {name: {"text": 6, "vision": 27, "projector": 0} for name in RECIPE}
     assert len(names) == 4 * 33
 
+    names, census = resolve_targets(large, RECIPE, "language-attention")
+    assert census == {name: {"text": 6, "vision": 0, "projector": 0} for name in RECIPE}
+    assert len(names) == 4 * 6
+    names, census = resolve_targets(large, RECIPE, "language-all")
+    assert {name: towers["text"] for name, towers in census.items()} == {
+        **dict.fromkeys(RECIPE, 6),
+        **dict.fromkeys(("conv.in_proj", "conv.out_proj"), 10),
+        **dict.fromkeys(("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"), 16),
+    }
+    assert len(names) == 4 * 6 + 2 * 10 + 3 * 16
+    assert all(name.startswith("model.language_model.") for name in names)
+
 
 def test_dotted_and_bare_names(model: Any) -> None:
     assert resolve_targets(model, ["conv.in_proj"])[0] == ["model.language_model.layers.0.conv.in_proj"]

@@ -68,7 +68,7 @@ def test_a_run_leaves_an_adapter_with_its_papers(
     names = {path.name for path in folder.iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "processor_config.json", "tokenizer.json",
             "chat_template.jinja", "census.json", "base.json", "loss_log.json"} <= names  # fmt: skip
-    assert "README.md" not in names
+    assert "base_model: small-base" in (folder / "README.md").read_text()  # ours, not PEFT's unfilled form
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "small-base"
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (16, 32, 0.05)
@@ -97,8 +97,18 @@ def make_adapted(base: Path, settings: FineTuneSettings) -> Any:
     return fine_tune.add_adapter(model, settings)[0]
 
 
-def test_only_adapter_weights_move_and_all_of_them(small_base: Path, small_dataset: Path, tmp_path: Path) -> None:
-    model = make_adapted(small_base, QUICK)
+@pytest.mark.parametrize(
+    ("scope", "modules", "tower"),
+    [
+        ("attention", 4 * (1 + 3), ""),
+        ("language-attention", 4, "language_model"),
+        ("language-all", 12, "language_model"),
+    ],
+)
+def test_only_adapter_weights_move_and_all_of_them(
+    small_base: Path, small_dataset: Path, tmp_path: Path, scope: str, modules: int, tower: str
+) -> None:
+    model = make_adapted(small_base, QUICK.model_copy(update={"scope": scope}))
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     records = read_split(small_dataset, "train")[:16]
     frames = fine_tune.decode_frames(small_dataset, records, 256, silent)
@@ -109,7 +119,8 @@ def test_only_adapter_weights_move_and_all_of_them(small_base: Path, small_datas
     assert trainer.state.global_step == 2
     moved = {name for name, value in model.named_parameters() if not value.equal(before[name])}
     assert moved == {name for name in before if ".lora_" in name}
-    assert len(moved) == 2 * 16
+    assert len(moved) == 2 * modules
+    assert all(tower in name for name in moved)
 
 
 def test_gradients_cross_the_four_bit_layers_even_after_an_evaluation(small_base: Path, small_dataset: Path) -> None:

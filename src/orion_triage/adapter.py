@@ -15,6 +15,9 @@ _TOWERS = {"language_model": "text", "vision_tower": "vision", "multi_modal_proj
 # `o_proj` means the first two only.
 _MEANING = {"o_proj": "self_attn.out_proj"}
 
+# What the scope "language-all" adds to the attention's names.
+_LANGUAGE_LAYERS = ("conv.in_proj", "conv.out_proj", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+
 Census = dict[str, dict[str, int]]
 
 
@@ -36,15 +39,20 @@ def _count(names: Sequence[str], modules: Sequence[str]) -> tuple[dict[str, str]
     return matched, census
 
 
-def resolve_targets(model: Any, names: Sequence[str]) -> tuple[list[str], Census]:
-    """The full names of the linear modules that `names` mean, and {name: {tower: count}}.
+def resolve_targets(model: Any, names: Sequence[str], scope: str = "attention") -> tuple[list[str], Census]:
+    """The full names of the linear modules that `names` mean within `scope`, and {name: {tower: count}}.
 
-    A name is a module's last component or a dotted end ("conv.in_proj"); `o_proj` is the attention's output.
+    A name is a module's last component or a dotted end ("conv.in_proj"); `o_proj` is the attention's output. The
+    scopes that start with "language" leave vision tower and projector alone; see FineTuneSettings.
     Raises OrionError when any name matches nothing: an adapter would silently leave it out.
     """
     from torch import nn
 
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if scope.startswith("language"):
+        linear = [name for name in linear if tower_of(name) == "text"]
+    if scope == "language-all":
+        names = [*names, *_LANGUAGE_LAYERS]
     matched, census = _count(names, linear)
     idle = [name for name, towers in census.items() if not any(towers.values())]
     if idle or not names:

@@ -47,6 +47,9 @@ class FineTuneSettings(Section):
     alpha: PositiveInt = 32
     dropout: float = Field(default=0.05, ge=0, lt=1)
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    # Where: "attention" is target_modules in language model and vision tower; "language-attention" leaves the tower
+    # alone; "language-all" adds the language model's short-conv and feed-forward layers (four times the parameters).
+    scope: Literal["attention", "language-attention", "language-all"] = "attention"
     micro_batch_size: PositiveInt = 1
     gradient_accumulation_steps: PositiveInt = 16
     learning_rate: PositiveFloat = 2e-4

@@ -204,7 +204,7 @@ def add_adapter(model: Any, settings: FineTuneSettings) -> tuple[Any, Census]:
     """The model with fresh LoRA matrices on exactly the modules that the names mean; all else is frozen."""
     from peft import LoraConfig, TaskType, get_peft_model
 
-    names, census = resolve_targets(model, settings.target_modules)
+    names, census = resolve_targets(model, settings.target_modules, settings.scope)
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,

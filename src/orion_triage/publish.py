@@ -30,7 +30,8 @@ def push(run: Run, product: card.Product, repository: str, *, private: bool = Tr
         )
     base = card.base_of(folder) or "its base"
     results = build_results(run)
-    complete = all(model in results["models"] for model in MODELS)
+    own = not results["foreign_server"] and not results["foreign_pair"]
+    complete = own and all(model in results["models"] for model in MODELS)
     text = card.render_card(product, base, licence, results if complete else None)
     files: dict[str, Path | bytes] = {
         name: path for name, path in _files(folder) if product != "gguf" or name in _PAIR or name.startswith("LICENSE")

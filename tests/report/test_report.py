@@ -88,6 +88,15 @@ def test_the_figure_shows_the_figures(run: Run, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.glob("*.png")] == ["report.png"]
 
 
+def test_a_pair_of_someone_elses_is_named(run: Run) -> None:
+    folder = run.evaluation("quantized")
+    shutil.copytree(run.evaluation("base"), folder)
+    for own, said in (({"pair": "team/pair"}, True), ({}, False)):
+        write_manifest(folder, stage="evaluate quantized", settings={}, inputs={}, seconds=1, figures=own)
+        markdown = render_markdown(build_results(run), "report.png")
+        assert ("came from the pair team/pair, not from this run's" in markdown) is said
+
+
 def test_a_server_of_someone_elses_is_named(run: Run) -> None:
     folder = run.evaluation("quantized")
     shutil.copytree(run.evaluation("base"), folder)

@@ -39,6 +39,11 @@ def test_the_record_belongs_to_the_weights_and_the_checkpoint_is_small(record: d
     assert not [path.name for path in TINY_BASE_FOLDER.iterdir() if path.suffix in {".bin", ".pt", ".pkl", ".py"}]
 
 
+def test_it_carries_the_projects_licence() -> None:
+    assert licence_of(TINY_BASE_FOLDER) == Licence("apache-2.0")
+    assert (TINY_BASE_FOLDER / "LICENSE").read_bytes() == (Path(__file__).parents[2] / "LICENSE").read_bytes()
+
+
 def test_its_tiles_are_none_of_the_datasets(record: dict[str, Any]) -> None:
     tiles = record["tiles"]
     seen = {seed_of(index) for index in range(tiles["count"])}

@@ -49,6 +49,7 @@ def build_results(run: Run) -> dict[str, Any]:
         },
         "baselines": baselines(run.dataset, run.split) if "dataset" in finished else {},
         "foreign_server": server,
+        "foreign_pair": quantized.figures.get("pair", "") if quantized else "",
         "bytes": {name: (run.folder / name).stat().st_size for name in ARTIFACTS if (run.folder / name).exists()},
         "seconds": {name: receipt.seconds for name, receipt in finished.items()},
         "figures": {name: receipt.figures for name, receipt in finished.items() if "evaluate" not in name},

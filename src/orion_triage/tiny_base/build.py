@@ -5,6 +5,7 @@ tiles have seeds of their own (`tiles`), and its random coordinates stay 2 degre
 `record.json` beside the weights says what went in.
 """
 
+import importlib.metadata
 import json
 import os
 from pathlib import Path
@@ -17,6 +18,17 @@ TILES = 9_600
 TOWER_EPOCHS = 7.0
 LANGUAGE_STEPS = 1300
 SEED = 0
+CARD = """---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: image-text-to-text
+---
+
+# orion-tiny
+
+An LFM2-VL of 7.3 M parameters that describes drawn satellite tiles, for trying ORION triage without a GPU or a download.
+How it was made and what it cannot do: docs/tiny-base.md of the project; `record.json` has its seeds, places and texts.
+"""
 
 
 def build(
@@ -38,6 +50,8 @@ def build(
     from orion_triage.tiny_base.tiles import FRAME_SIZE, NAMESPACE, draw_tiles, load_tiles, seed_of
     from orion_triage.tiny_base.tower import HELD_OUT, train_tower
 
+    licence = importlib.metadata.distribution("orion-triage").read_text("licenses/LICENSE")
+    assert licence, "the package was installed without its licence"
     work.mkdir(parents=True, exist_ok=True)
     draw_tiles(work / "tiles", tiles, len(os.sched_getaffinity(0)), progress)
     pixels, facts = load_tiles(work / "tiles", tiles)
@@ -82,6 +96,8 @@ def build(
             "seed": SEED,
             "weights_sha256": sha256_of_file(folder / "model.safetensors"),
         }
+        write_text(folder / "README.md", CARD)
+        write_text(folder / "LICENSE", licence)
         write_text(folder / "record.json", json.dumps(record, indent=2) + "\n")
     return record
 
