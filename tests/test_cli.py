@@ -22,8 +22,8 @@ from .conftest import SHARED, structured_picture
 ORION = [sys.executable, "-m", "orion_triage.cli"]
 REAL_FRAMES = SHARED / "frames"
 COMMANDS = (
-    "run", "dataset", "ablation", "fine-tune", "fuse", "quantize", "evaluate", "report", "push", "triage", "toolchain",
-    "build-tiny-base", "settings",
+    "run", "dataset", "ablation", "fine-tune", "fuse", "quantize", "evaluate", "report", "push", "clean", "triage",
+    "toolchain", "build-tiny-base", "settings",
 )  # fmt: skip
 
 
@@ -176,6 +176,33 @@ def test_a_second_run_skips_and_a_changed_setting_redoes_what_follows(finished: 
     skipped = [name for name, outcome in state.items() if outcome != "done"]
     assert skipped == ["dataset", "evaluate base"]
     assert len(state) == len(STAGES)
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.slow
+def test_a_cleaned_run_flies_and_skips_and_says_what_it_lacks(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    run = folder / "runs" / "small"
+    before = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
+    for _ in range(2):
+        result = orion("clean", "runs/small", cwd=folder)
+        assert result.returncode == 0, result.stderr
+    left = {path.name for path in run.rglob("*") if path.is_file() and path.stat().st_size > 1_000_000}
+    assert left == {"orion-q4_k_m.gguf", "orion-mmproj-f16.gguf", "adapter_model.safetensors"}
+    assert sum(path.stat().st_size for path in run.rglob("*") if path.is_file()) < before / 2
+    again = orion(*_run_command(), cwd=folder)
+    assert again.returncode == 0, again.stderr
+    assert re.findall(r"^(.+): unchanged, skipped", again.stderr, re.MULTILINE) == [stage.name for stage in STAGES]
+    structured_picture(1).save(folder / "good.png")
+    assert orion("triage", "good.png", cwd=folder).returncode == 0
+    command = ("fuse", *_run_command()[1:], "--force")
+    assert_refused(orion(*command, cwd=folder), "fuse needs runs/small/dataset", "'orion dataset --force'")
+    assert orion("dataset", *_run_command()[1:], "--force", cwd=folder).returncode == 0
+    assert orion(*command, cwd=folder).returncode == 0
+    (run / "orion_merged" / "config.json").write_text("{}")
+    changed = orion(*_run_command(), cwd=folder)
+    assert re.search(r"^fuse: done", changed.stderr, re.MULTILINE), changed.stderr
 
 
 @pytest.mark.llama_cpp

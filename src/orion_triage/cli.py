@@ -302,6 +302,15 @@ def _report(run: Any, *, as_json: bool) -> None:
     console.print(f"report: {run.folder / f'report{suffix}.md'}", highlight=False, soft_wrap=True)
 
 
+@app.command(epilog="Example: orion clean runs/tiny")
+def clean(folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]) -> None:
+    """Keep of a finished run the flight pair, the adapter, receipts and reports; delete the rest."""
+    from orion_triage.pipeline import clean, open_run
+
+    freed = clean(open_run(folder))
+    _console().print(f"freed {freed / 1e6:,.1f} MB in {folder}", highlight=False, soft_wrap=True)
+
+
 class Product(StrEnum):
     """What can be published of a run."""
 

@@ -7,7 +7,8 @@ run compares settings and hashes with it and skips the stage, or does it again w
 import importlib.metadata
 import json
 import platform
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,10 @@ _LIBRARIES = (
 
 @dataclass(frozen=True)
 class Manifest:
-    """`inputs` and `outputs` map a name or relative path to a sha256; `figures` are what the stage measured."""
+    """`inputs` and `outputs` map a name or relative path to a sha256; `figures` are what the stage measured.
+
+    `removed` are outputs that `orion clean` deleted: they count as unchanged, since only their hashes are needed.
+    """
 
     stage: str
     settings: dict[str, Any]
@@ -38,6 +42,7 @@ class Manifest:
     versions: dict[str, str]
     seconds: float
     figures: dict[str, Any] = field(default_factory=dict)
+    removed: list[str] = field(default_factory=list)
 
 
 def hash_inputs(inputs: dict[str, Path]) -> dict[str, str]:
@@ -50,7 +55,13 @@ def _hash_path(path: Path) -> str:
         return sha256_of_file(path)
     if not path.is_dir():
         raise OrionError(f"{path} does not exist.", "Run the stage that makes it first.")
-    return sha256_of_listing(hash_outputs(path))
+    return sha256_of_listing(_outputs_of(path, read_manifest(path)))
+
+
+def _outputs_of(folder: Path, manifest: Manifest | None) -> dict[str, str]:
+    """What is in the folder, and what its receipt says of files that were removed on purpose."""
+    removed = {name: manifest.outputs[name] for name in manifest.removed} if manifest else {}
+    return removed | hash_outputs(folder)
 
 
 def sha256_of_listing(hashes: dict[str, str]) -> str:
@@ -118,5 +129,24 @@ def is_current(folder: Path, *, settings: dict[str, Any], inputs: dict[str, str]
         manifest is not None
         and manifest.settings == json.loads(json.dumps(settings))
         and manifest.inputs == inputs
-        and manifest.outputs == hash_outputs(folder)
+        and manifest.outputs == _outputs_of(folder, manifest)
     )
+
+
+def remove_outputs(folder: Path, unwanted: Callable[[str], bool]) -> int:
+    """Delete the outputs whose relative path is `unwanted` and note them in the receipt; returns the bytes freed.
+
+    The note is written first: what is deleted after it is never missed, and an interrupted removal can be repeated.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return 0
+    names = sorted({*manifest.removed, *filter(unwanted, manifest.outputs)})
+    write_text(folder / FILE_NAME, json.dumps(asdict(replace(manifest, removed=names)), indent=2) + "\n")
+    freed = 0
+    for name in names:
+        path = folder / name
+        if path.is_file():
+            freed += path.stat().st_size
+            path.unlink()
+    return freed

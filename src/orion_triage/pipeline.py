@@ -1,6 +1,7 @@
 """The stages in order; a stage whose receipt still matches its settings and inputs is skipped."""
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from orion_triage.records import Split
 
 Figures = dict[str, Any]
 SETTINGS_FILE = "settings.json"
+WORK_FOLDER = "fine_tune_work"
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def _dataset(run: Run, progress: Progress) -> Figures:
 def _fine_tune(run: Run, progress: Progress) -> Figures:
     from orion_triage import fine_tune
 
-    work = run.folder / "fine_tune_work"
+    work = run.folder / WORK_FOLDER
     settings = run.settings
     return fine_tune.run(
         run.base, run.dataset, run.adapter, work, settings.fine_tune, settings.base.frame_size, progress
@@ -267,6 +269,14 @@ def run_stage(
         current = manifest.read_manifest(folder)
         assert current is not None
         return current, True
+    for name, path in stage.inputs(run).items():
+        # Nothing reads the F16 backbone after the quantization, so a pair without it is whole.
+        receipt = manifest.read_manifest(path) if name != "gguf" and path.is_dir() else None
+        if receipt and receipt.removed and not all((path / file).is_file() for file in receipt.removed):
+            raise OrionError(
+                f"{stage.name} needs {path}, of which 'orion clean' removed {len(receipt.removed)} files.",
+                f"Make it again first: 'orion {receipt.stage} --force'.",
+            )
     return _do(stage, run, inputs, progress), False
 
 
@@ -297,6 +307,27 @@ def check_inputs(run: Run) -> None:
         return
     targets = load_catalogue(Path(settings.catalogue) if settings.catalogue else None)
     split_targets(targets, seed=settings.split_seed, distance_km=settings.split_distance_km)
+
+
+def clean(run: Run) -> int:
+    """Delete what a flight does not need and the stages can make again; returns the bytes freed.
+
+    Gone: the frames, the merged weights, the F16 backbone, the training's checkpoints. The flight pair, the adapter,
+    every receipt, split, answer and report stay. A later run skips what is finished.
+    """
+    from orion_triage import quantize
+    from orion_triage.records import IMAGES_FOLDER
+
+    if manifest.read_manifest(run.gguf) is None:
+        raise OrionError(f"{run.folder} has no finished flight pair.", "Run 'orion run' to its end before cleaning up.")
+    quantize.check_pair(run.gguf)
+    freed = manifest.remove_outputs(run.dataset, lambda name: name.startswith(IMAGES_FOLDER))
+    freed += manifest.remove_outputs(run.merged, lambda name: name.endswith(".safetensors"))
+    freed += manifest.remove_outputs(run.gguf, lambda name: name == quantize.F16)
+    work = run.folder / WORK_FOLDER / "checkpoints"
+    freed += sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
+    shutil.rmtree(work, ignore_errors=True)
+    return freed
 
 
 def prepare(run: Run) -> None:

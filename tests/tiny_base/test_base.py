@@ -4,10 +4,12 @@ import json
 import random
 import re
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from orion_triage.card import Licence, licence_of
 from orion_triage.config import DatasetSettings
 from orion_triage.dataset.catalogue import MORPHOLOGIES, load_catalogue, split_targets
 from orion_triage.dataset.synthetic import SUBTYPES, draw_tile, tile_seed

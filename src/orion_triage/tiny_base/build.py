@@ -26,7 +26,7 @@ pipeline_tag: image-text-to-text
 
 # orion-tiny
 
-An LFM2-VL of 7.3 M parameters that describes drawn satellite tiles, for trying ORION triage without a GPU or a download.
+An LFM2-VL of 7.3 M parameters that describes drawn satellite tiles, for trying ORION triage without a GPU.
 How it was made and what it cannot do: docs/tiny-base.md of the project; `record.json` has its seeds, places and texts.
 """
 
