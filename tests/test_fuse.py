@@ -95,6 +95,33 @@ def test_the_merged_folder_has_the_hub_layout(
     vlm.resolve_base(str(out))
 
 
+def test_a_large_model_is_written_and_read_in_parts(
+    small_base: Path, small_adapter: Path, small_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import load_file
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    fused(small_base, small_adapter, small_dataset, whole)
+    monkeypatch.setattr(fuse, "SHARD_BYTES", 400_000)
+    fused(small_base, small_adapter, small_dataset, parts)
+    files = sorted(parts.glob("*.safetensors"))
+    assert len(files) > 2
+    together = {key: value for file in files for key, value in load_file(file).items()}
+    expected = load_file(whole / "model.safetensors")
+    assert together.keys() == expected.keys()
+    assert all(together[key].equal(expected[key]) for key in expected)
+    assert vlm.fingerprint(parts) != vlm.fingerprint(whole)
+    fused(parts, changed_base(small_adapter, tmp_path / "adapter", parts), small_dataset, tmp_path / "again")
+
+
+def changed_base(adapter: Path, folder: Path, base: Path) -> Path:
+    """A copy of the adapter that says it was trained on `base`."""
+    shutil.copytree(adapter, folder)
+    value = {"name": base.name, "sha256": vlm.fingerprint(base), "frame_size": 256}
+    (folder / "base.json").write_text(json.dumps(value))
+    return folder
+
+
 def test_bfloat16_output(small_base: Path, small_adapter: Path, small_dataset: Path, tmp_path: Path) -> None:
     figures = fused(small_base, small_adapter, small_dataset, tmp_path / "merged", dtype="bfloat16")
     assert figures["dtype"] == "bfloat16"
@@ -170,13 +197,8 @@ def test_a_merge_that_answers_otherwise_leaves_nothing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    saved = fuse._save
-
-    def save_the_base_instead(model: Any, processor: Any, base: Path, folder: Path) -> None:
-        saved(model, processor, base, folder)
-        shutil.copy(base / "model.safetensors", folder / "model.safetensors")
-
-    monkeypatch.setattr(fuse, "_save", save_the_base_instead)
+    write = fuse._write_weights
+    monkeypatch.setattr(fuse, "_write_weights", lambda base, changes, *rest: write(base, {}, *rest))
     with pytest.raises(OrionError, match=r"differ from base \+ adapter by up to \d"):
         fused(small_base, small_adapter, small_dataset, tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []

@@ -155,6 +155,21 @@ def test_template_check(processor: Any) -> None:
         processor.chat_template = kept
 
 
+def test_sixteen_bit_weights_compute_as_if_they_were_wider(small_base: Path, small_frames: list[Any]) -> None:
+    """To the bit, with an adapter or without, and the weights are 16-bit again afterwards."""
+    import torch
+
+    processor = vlm.load_processor(small_base, 256)
+    arguments = (processor, small_frames[:3], PROMPTS[:1] * 3, VERDICTS[:1] * 3)
+    stored, wide = vlm.load_model(small_base, dtype="auto"), vlm.load_model(small_base, dtype="float32")
+    expected = torch.cat(vlm.answer_log_probabilities(wide, *arguments))
+    with vlm.float32_compute(stored):
+        found = torch.cat(vlm.answer_log_probabilities(stored, *arguments))
+    assert {parameter.dtype for parameter in stored.parameters()} == {torch.float16}
+    assert found.equal(expected)
+    assert not torch.cat(vlm.answer_log_probabilities(stored, *arguments)).equal(expected)
+
+
 def test_four_bit_layers_are_the_language_models_own(small_base: Path) -> None:
     model = vlm.load_model(small_base, dtype="float32", four_bit=True)
     quantized = {name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}

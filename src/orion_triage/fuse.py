@@ -1,12 +1,14 @@
 """STAGE: adapter + base -> a 16-bit Hugging Face folder, proven to answer like the adapter.
 
-The adapter is merged in float32 into the base's 16-bit weights and rounded once, to the output's type. The
-written folder is then read back and its verdict log-probabilities are compared with those of base + adapter.
+The base's files are read tensor by tensor: what the adapter changes is added in float32 and rounded once, to the
+output's type, and the rest is only cast. So the whole model is never in memory twice, and names and layout stay the
+Hub's. The written folder is then read back and its verdict log-probabilities are compared with base + adapter.
 """
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,7 @@ from orion_triage.adapter import attach_adapter, read_adapter
 from orion_triage.card import write_card
 from orion_triage.config import FuseSettings
 from orion_triage.errors import OrionError
-from orion_triage.files import replaced_folder, require_free_space
+from orion_triage.files import replaced_folder, require_free_space, write_text
 from orion_triage.fine_tune import BASE_FILE
 from orion_triage.frames import read_frame
 from orion_triage.progress import Progress, silent
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 # share of what the adapter itself moves on average, whichever is more. Measured at 1.6B: 0.0025 in float16.
 LARGEST_DIFFERENCE = 0.005
 LARGEST_SHARE = 0.05
+SHARD_BYTES = 1_000_000_000  # of the merged weights' files: one is in memory while it is written
 
 
 def run(
@@ -44,8 +47,8 @@ def run(
     """Write the merged model, processor and chat template into `out_folder`; returns the check's figures.
 
     Raises OrionError for an adapter of another base, values that are not finite, an adapter without effect,
-    or a merge that does not answer like base + adapter; `out_folder` is untouched then. Computes in float32:
-    4 bytes of memory a parameter, 6.4 GB for the 1.6B.
+    or a merge that does not answer like base + adapter; `out_folder` is untouched then. Computes in float32 on
+    weights that stay in 16 bits.
     """
     import torch
 
@@ -58,30 +61,27 @@ def run(
     processor = vlm.load_processor(base, frame_size)
     samples = _Samples(processor, dataset, records, frame_size, progress)
 
-    model = vlm.load_model(base, dtype="float32", device=device)
-    plain = samples.score(model, "scoring the base")
-    model, census, idle = attach_adapter(model, adapter, tensors)
-    adapted = samples.score(model, "scoring base and adapter")
+    model = vlm.load_model(base, dtype="auto", device=device)
+    with vlm.float32_compute(model):
+        plain = samples.score(model, "scoring the base")
+        model, census, idle = attach_adapter(model, adapter, tensors)
+        adapted = samples.score(model, "scoring base and adapter")
     effect = (adapted - plain).abs()
     if not float(effect.max()) > 0:
         raise OrionError(
             f"the adapter {adapter} changes no log-probability of {len(records)} verdicts.",
             "It was not trained, or on other modules: fine-tune again.",
         )
-    progress("merging", 0, 2)
-    try:
-        model = model.merge_and_unload(safe_merge=True)
-    except ValueError as error:
-        raise OrionError(f"merging {adapter} gives values that are not finite: {error}.", "Fine-tune again.") from None
-    _round(model, settings.dtype)
-    progress("merging", 1, 2)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    changes = _changes(model)
+    del model
     with replaced_folder(out_folder) as folder:
-        _save(model, processor, base, folder)
+        parameters = _write_weights(base, changes, settings.dtype, folder, progress)
+        _write_config(base, settings.dtype, folder)
+        processor.save_pretrained(folder)
         write_card("merged", base, vlm.base_name(base), folder)
-        del model
-        progress("merging", 2, 2)
-        merged = samples.score(vlm.load_model(folder, dtype="float32", device=device), "scoring the merged model")
+        result = vlm.load_model(folder, dtype="auto", device=device)
+        with vlm.float32_compute(result):
+            merged = samples.score(result, "scoring the merged model")
         difference = float((merged - adapted).abs().max())
         limit = max(LARGEST_DIFFERENCE, LARGEST_SHARE * float(effect.mean()))
         if not difference <= limit:
@@ -170,39 +170,86 @@ def _check_base(base: Path, adapter: Path, frame_size: int) -> list[str]:
     return []
 
 
-def _round(model: Any, dtype: str) -> None:
-    """Round every parameter to the output's type, in place; raises OrionError when one does not fit it."""
+def _changes(model: Any) -> "dict[str, Callable[[], torch.Tensor]]":
+    """Module name -> what PEFT adds to its weight, computed in float32 when it is asked for; the base is let go."""
     import torch
+    from peft.tuners.lora import Linear
 
-    torch_dtype = getattr(torch, dtype)
-    for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(torch_dtype)
-        if not bool(torch.isfinite(parameter.data).all()):
-            raise OrionError(f"merged {name} has values beyond {dtype}'s range.", "Use fuse.dtype=bfloat16.")
-    for config in (model.config, model.config.text_config, model.config.vision_config):
-        config.dtype = torch_dtype
+    changes: dict[str, Callable[[], torch.Tensor]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Linear):
+            changes[name.removeprefix("base_model.model.")] = partial(module.get_delta_weight, "default")
+            module.base_layer.weight = None
+    return changes
 
 
-def _save(model: Any, processor: "Lfm2VlProcessor", base: Path, folder: Path) -> None:
-    """The Hub's layout, which llama.cpp's converter reads: see the checks at the end."""
+def _write_weights(
+    base: Path, changes: "dict[str, Callable[[], torch.Tensor]]", dtype: str, folder: Path, progress: Progress
+) -> int:
+    """Write the merged tensors in files of at most a gigabyte; returns the number of parameters.
+
+    Raises OrionError when a value is not finite or does not fit `dtype`, or when a change finds no tensor.
+    """
+    import torch
+    from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors import safe_open
+    from safetensors.torch import save_file
 
-    if not getattr(model.config.text_config, "architectures", None):
-        model.config.text_config.architectures = ["Lfm2ForCausalLM"]
-    model.config.text_config.use_cache = True
-    with vlm.no_progress_bars():
-        model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    generation = base / "generation_config.json"  # loading left only the token ids of it
+    torch_dtype: torch.dtype = getattr(torch, dtype)
+    files: dict[str, Path] = {}
+    shapes: dict[str, torch.Tensor] = {}
+    for path in sorted(base.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - it is no dictionary
+                files[name] = path
+                shapes[name] = torch.empty(file.get_slice(name).get_shape(), dtype=torch_dtype, device="meta")
+    shapes.pop("lm_head.weight", None)  # tied to the token embedding; llama.cpp's converter does not read it
+    plan = split_torch_state_dict_into_shards(shapes, max_shard_size=SHARD_BYTES)
+    left = dict(changes)
+    done = 0
+    for file_name, names in plan.filename_to_tensors.items():
+        shard = {}
+        for name in names:
+            progress("merging", done, len(shapes))
+            with safe_open(files[name], "pt") as file:
+                tensor = file.get_tensor(name)
+            change = left.pop(_module_of(name), None) if name.endswith(".weight") else None
+            if change is not None:
+                with torch.inference_mode():
+                    tensor = tensor.float() + change().to("cpu")
+                if not bool(torch.isfinite(tensor).all()):
+                    raise OrionError(f"merged {name} has values that are not finite.", "Fine-tune again.")
+            rounded = tensor.to(torch_dtype)
+            if not bool(torch.isfinite(rounded).all()):
+                raise OrionError(f"merged {name} has values beyond {dtype}'s range.", "Use fuse.dtype=bfloat16.")
+            shard[name] = rounded.contiguous()
+            done += 1
+        save_file(shard, folder / file_name, metadata={"format": "pt"})
+    if left:
+        raise OrionError(
+            f"the adapter changes {next(iter(left))}, which {base} has no weight for.",
+            "Use the base it was trained on.",
+        )
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+    progress("merging", done, len(shapes))
+    return sum(shape.numel() for shape in shapes.values())
+
+
+def _module_of(name: str) -> str:
+    """The module that a tensor of the Hub's layout belongs to: transformers 5 leaves out `vision_model.`."""
+    return name.removesuffix(".weight").replace("vision_tower.vision_model.", "vision_tower.")
+
+
+def _write_config(base: Path, dtype: str, folder: Path) -> None:
+    """The base's configuration with the merged weights' type; llama.cpp's converter asks for the architecture."""
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    for section in (config, config["text_config"], config["vision_config"]):
+        section.pop("torch_dtype", None)
+        section["dtype"] = dtype
+    config["text_config"].setdefault("architectures", ["Lfm2ForCausalLM"])
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    generation = base / "generation_config.json"
     if generation.is_file():
         shutil.copyfile(generation, folder / generation.name)
-    names: list[str] = []
-    for shard in folder.glob("*.safetensors"):
-        with safe_open(shard, "pt") as file:
-            names += file.keys()
-    bare = [name for name in names if "vision_tower." in name and "vision_tower.vision_model." not in name]
-    if bare or "lm_head.weight" in names:
-        raise OrionError(
-            f"the saved model has {[*bare, 'lm_head.weight'][0]}; llama.cpp's converter does not read it.",
-            "Fetch the base again in the Hub's layout, or install a tested version of transformers.",
-        )

@@ -12,6 +12,7 @@ from orion_triage.config import QuantizeSettings
 from orion_triage.errors import OrionError
 from orion_triage.files import replaced_folder, require_free_space, sha256_of_file, write_text
 from orion_triage.progress import Progress, silent
+from orion_triage.vlm import fingerprint
 
 F16, MMPROJ, QUANTIZED = "orion-f16.gguf", "orion-mmproj-f16.gguf", "orion-q4_k_m.gguf"
 PAIR = "pair.json"
@@ -33,10 +34,10 @@ def run(
     Raises OrionError when a tool fails, when a file is not what it should be, or when llama.cpp splits any of
     `prompts` into other tokens than the model's own tokenizer.
     """
-    weights = merged / "model.safetensors"
-    if not weights.exists():
-        raise OrionError(f"{weights} does not exist.", "Run 'orion fuse' first.")
-    require_free_space(out_folder, int(1.5 * weights.stat().st_size) + 50_000_000, "quantizing")
+    weights = sum(path.stat().st_size for path in merged.glob("*.safetensors"))
+    if not weights:
+        raise OrionError(f"{merged} has no *.safetensors.", "Run 'orion fuse' first.")
+    require_free_space(out_folder, int(1.5 * weights) + 50_000_000, "quantizing")
     toolchain = llama_cpp.find_toolchain(progress)
     with replaced_folder(out_folder) as folder:
         progress("converting the language model", 0, _STEPS)
@@ -51,7 +52,7 @@ def run(
         with llama_cpp.Server(toolchain, folder / QUANTIZED, None, log=log) as server:
             compared = check_tokenization(server.client, merged, prompts)
         pair = {
-            "merged_sha256": sha256_of_file(weights),
+            "merged_sha256": fingerprint(merged),
             "llama_cpp_build": toolchain.build,
             "files": {name: sha256_of_file(folder / name) for name in (F16, MMPROJ, QUANTIZED)},
         }

@@ -1,5 +1,6 @@
 """results.json: everything a run measured, collected from its stages' receipts and predictions."""
 
+from pathlib import Path
 from typing import Any
 
 from orion_triage.config import overrides
@@ -15,7 +16,7 @@ DELTAS = {"fine-tuning": ("base", "fine-tuned"), "quantization": ("fine-tuned", 
 SERVER = ("server", "served_model", "server_build")  # in the receipt when someone else's server answered
 ARTIFACTS = (
     "orion_lora_weights/adapter_model.safetensors",
-    "orion_merged/model.safetensors",
+    "orion_merged/*.safetensors",
     "gguf/orion-f16.gguf",
     "gguf/orion-mmproj-f16.gguf",
     "gguf/orion-q4_k_m.gguf",
@@ -50,11 +51,15 @@ def build_results(run: Run) -> dict[str, Any]:
         "baselines": baselines(run.dataset, run.split) if "dataset" in finished else {},
         "foreign_server": server,
         "foreign_pair": quantized.figures.get("pair", "") if quantized else "",
-        "bytes": {name: (run.folder / name).stat().st_size for name in ARTIFACTS if (run.folder / name).exists()},
+        "bytes": {name: size for name in ARTIFACTS if (size := _size(run.folder, name))},
         "seconds": {name: receipt.seconds for name, receipt in finished.items()},
         "figures": {name: receipt.figures for name, receipt in finished.items() if "evaluate" not in name},
         "versions": next((receipt.versions for receipt in finished.values()), {}),
     }
+
+
+def _size(folder: Path, pattern: str) -> int:
+    return sum(path.stat().st_size for path in folder.glob(pattern))
 
 
 def _delta(first: list[Prediction], second: list[Prediction]) -> dict[str, dict[str, float]]:
