@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from orion_triage import fuse, vlm
+from orion_triage import checkpoint, fuse, vlm
 from orion_triage.adapter import attach_adapter, read_adapter
 from orion_triage.config import FuseSettings
 from orion_triage.errors import OrionError
@@ -102,7 +102,7 @@ def test_a_large_model_is_written_and_read_in_parts(
 
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     fused(small_base, small_adapter, small_dataset, whole)
-    monkeypatch.setattr(fuse, "SHARD_BYTES", 400_000)
+    monkeypatch.setattr(checkpoint, "FILE_BYTES", 400_000)
     fused(small_base, small_adapter, small_dataset, parts)
     files = sorted(parts.glob("*.safetensors"))
     assert len(files) > 2

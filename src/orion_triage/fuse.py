@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from orion_triage import vlm
 from orion_triage.adapter import attach_adapter, read_adapter
 from orion_triage.card import write_card
+from orion_triage.checkpoint import module_of, write_tensors
 from orion_triage.config import FuseSettings
 from orion_triage.errors import OrionError
 from orion_triage.files import replaced_folder, require_free_space, write_text
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 # share of what the adapter itself moves on average, whichever is more. Measured at 1.6B: 0.0025 in float16.
 LARGEST_DIFFERENCE = 0.005
 LARGEST_SHARE = 0.05
-SHARD_BYTES = 1_000_000_000  # of the merged weights' files: one is in memory while it is written
 
 
 def run(
@@ -186,60 +186,44 @@ def _changes(model: Any) -> "dict[str, Callable[[], torch.Tensor]]":
 def _write_weights(
     base: Path, changes: "dict[str, Callable[[], torch.Tensor]]", dtype: str, folder: Path, progress: Progress
 ) -> int:
-    """Write the merged tensors in files of at most a gigabyte; returns the number of parameters.
+    """Write the merged tensors; returns the number of parameters.
 
     Raises OrionError when a value is not finite or does not fit `dtype`, or when a change finds no tensor.
     """
     import torch
-    from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors import safe_open
-    from safetensors.torch import save_file
 
-    torch_dtype: torch.dtype = getattr(torch, dtype)
     files: dict[str, Path] = {}
-    shapes: dict[str, torch.Tensor] = {}
+    shapes: dict[str, list[int]] = {}
     for path in sorted(base.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - it is no dictionary
-                files[name] = path
-                shapes[name] = torch.empty(file.get_slice(name).get_shape(), dtype=torch_dtype, device="meta")
-    shapes.pop("lm_head.weight", None)  # tied to the token embedding; llama.cpp's converter does not read it
-    plan = split_torch_state_dict_into_shards(shapes, max_shard_size=SHARD_BYTES)
+                if name != "lm_head.weight":  # tied to the token embedding; llama.cpp's converter does not read it
+                    files[name] = path
+                    shapes[name] = file.get_slice(name).get_shape()
     left = dict(changes)
-    done = 0
-    for file_name, names in plan.filename_to_tensors.items():
-        shard = {}
-        for name in names:
-            progress("merging", done, len(shapes))
-            with safe_open(files[name], "pt") as file:
-                tensor = file.get_tensor(name)
-            change = left.pop(_module_of(name), None) if name.endswith(".weight") else None
-            if change is not None:
-                with torch.inference_mode():
-                    tensor = tensor.float() + change().to("cpu")
-                if not bool(torch.isfinite(tensor).all()):
-                    raise OrionError(f"merged {name} has values that are not finite.", "Fine-tune again.")
-            rounded = tensor.to(torch_dtype)
-            if not bool(torch.isfinite(rounded).all()):
-                raise OrionError(f"merged {name} has values beyond {dtype}'s range.", "Use fuse.dtype=bfloat16.")
-            shard[name] = rounded.contiguous()
-            done += 1
-        save_file(shard, folder / file_name, metadata={"format": "pt"})
+
+    def merged(name: str) -> torch.Tensor:
+        with safe_open(files[name], "pt") as file:
+            tensor = file.get_tensor(name)
+        change = left.pop(module_of(name), None) if name.endswith(".weight") else None
+        if change is not None:
+            with torch.inference_mode():
+                tensor = tensor.float() + change().to("cpu")
+            if not bool(torch.isfinite(tensor).all()):
+                raise OrionError(f"merged {name} has values that are not finite.", "Fine-tune again.")
+        rounded: torch.Tensor = tensor.to(getattr(torch, dtype))
+        if not bool(torch.isfinite(rounded).all()):
+            raise OrionError(f"merged {name} has values beyond {dtype}'s range.", "Use fuse.dtype=bfloat16.")
+        return rounded
+
+    parameters = write_tensors(folder, shapes, dtype, merged, description="merging", progress=progress)
     if left:
         raise OrionError(
             f"the adapter changes {next(iter(left))}, which {base} has no weight for.",
             "Use the base it was trained on.",
         )
-    if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
-    progress("merging", done, len(shapes))
-    return sum(shape.numel() for shape in shapes.values())
-
-
-def _module_of(name: str) -> str:
-    """The module that a tensor of the Hub's layout belongs to: transformers 5 leaves out `vision_model.`."""
-    return name.removesuffix(".weight").replace("vision_tower.vision_model.", "vision_tower.")
+    return parameters
 
 
 def _write_config(base: Path, dtype: str, folder: Path) -> None:

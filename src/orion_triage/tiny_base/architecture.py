@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orion_triage.checkpoint import hub_name, write_tensors
+
 if TYPE_CHECKING:
     from transformers import Lfm2VlConfig, PreTrainedTokenizerFast
     from transformers.models.lfm2_vl import Lfm2VlProcessor
@@ -120,9 +122,12 @@ def make_processor(tokenizer: "PreTrainedTokenizerFast", frame_size: int) -> "Lf
 def make_config(
     tokenizer: "PreTrainedTokenizerFast",
     *,
+    vocabulary: int | None = None,
+    positions: int = 4096,
     text_width: int = 256,
     layer_types: tuple[str, ...] = LAYER_TYPES,
     text_feed_forward: int = 512,
+    two_thirds_of_feed_forward: bool = False,
     attention_heads: int = 8,
     key_value_heads: int = 4,
     vision_width: int = 192,
@@ -131,21 +136,25 @@ def make_config(
     vision_feed_forward: int = 512,
     projector_width: int = 256,
 ) -> "Lfm2VlConfig":
-    """LFM2-VL's configuration; K-quants need text widths that are multiples of 256."""
+    """LFM2-VL's configuration; K-quants need text widths that are multiples of 256.
+
+    The published configurations give a feed-forward width of which two thirds are used, and a vocabulary that may be
+    larger than the tokenizer's.
+    """
     from transformers import Lfm2VlConfig
 
     text: dict[str, Any] = {
         "model_type": "lfm2",
         "architectures": ["Lfm2ForCausalLM"],  # llama.cpp's converter asks for it
-        "vocab_size": len(tokenizer),
+        "vocab_size": vocabulary or len(tokenizer),
         "hidden_size": text_width,
         "intermediate_size": text_feed_forward,
-        "block_auto_adjust_ff_dim": False,
+        "block_auto_adjust_ff_dim": two_thirds_of_feed_forward,
         "num_hidden_layers": len(layer_types),
         "layer_types": list(layer_types),
         "num_attention_heads": attention_heads,
         "num_key_value_heads": key_value_heads,
-        "max_position_embeddings": 4096,
+        "max_position_embeddings": positions,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
         "conv_L_cache": 3,
         "pad_token_id": tokenizer.pad_token_id,
@@ -175,25 +184,19 @@ def make_config(
 
 
 def save_base(model: Any, processor: "Lfm2VlProcessor", folder: Path) -> None:
-    """Write the checkpoint in the Hub's layout, 16-bit, in one SafeTensors file.
-
-    Hub checkpoints name the tower `model.vision_tower.vision_model.*`; llama.cpp's converter expects that,
-    and transformers reads both, so the names are put into the Hub's form.
-    """
+    """Write the checkpoint in the Hub's layout, 16-bit."""
     import torch
-    from safetensors.torch import save_file
     from transformers import GenerationConfig
 
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight":
-            continue  # tied to the token embedding
-        prefix = "model.vision_tower."
-        if name.startswith(prefix) and not name.startswith(prefix + "vision_model."):
-            name = prefix + "vision_model." + name.removeprefix(prefix)
-        tensors[name] = tensor.detach().to("cpu", torch.float16).contiguous()
+    tensors = {hub_name(name): tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(
+        folder,
+        {name: tensor.shape for name, tensor in tensors.items()},  # without the head, tied to the token embedding
+        "float16",
+        lambda name: tensors[name].detach().to("cpu", torch.float16),
+        description="saving",
+    )
     model.config.architectures = ["Lfm2VlForConditionalGeneration"]
     model.config.dtype = "float16"
     model.config.save_pretrained(folder)
