@@ -23,7 +23,7 @@ ORION = [sys.executable, "-m", "orion_triage.cli"]
 REAL_FRAMES = SHARED / "frames"
 COMMANDS = (
     "run", "dataset", "ablation", "fine-tune", "fuse", "quantize", "evaluate", "report", "push", "clean", "triage",
-    "toolchain", "build-tiny-base", "settings",
+    "toolchain", "rehearse", "budgets", "doctor", "build-tiny-base", "settings",
 )  # fmt: skip
 
 

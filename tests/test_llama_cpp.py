@@ -15,7 +15,7 @@ from orion_triage.config import QuantizeSettings
 from orion_triage.errors import OrionError, ServerError
 from orion_triage.files import sha256_of_file
 from orion_triage.flight import GRAMMAR
-from orion_triage.frames import Frame, read_frame
+from orion_triage.frames import Frame, decode_frame, read_frame
 from orion_triage.records import image_path, read_split
 from orion_triage.triage import Coordinates, parse_verdict, render_prompt
 
@@ -155,9 +155,7 @@ def test_loading_is_waited_for_and_nobody_there_is_said(server: ThreadingHTTPSer
 def test_f16_gives_the_probabilities_of_transformers(
     toolchain: llama_cpp.Toolchain, small_base: Path, small_dataset: Path, pair: Path, tmp_path: Path
 ) -> None:
-    import torch
-
-    from orion_triage import vlm
+    from orion_triage import parity, vlm
 
     processor, model = vlm.load_processor(small_base, 256), vlm.load_model(small_base, dtype="float32")
     records = read_split(small_dataset, "test")[:2]
@@ -165,16 +163,24 @@ def test_f16_gives_the_probabilities_of_transformers(
     with llama_cpp.Server(toolchain, pair / quantize.F16, pair / quantize.MMPROJ, log=log) as running:
         for record in records:
             frame = read_frame(image_path(small_dataset, record), 256)
-            # The grammar keeps a random model's answer printable (anything else is a 500); probabilities are before it.
-            reply = running.client.completion(record.prompt, frame.png(), 1, n_probs=5, grammar="root ::= [a-z]+")
-            batch = vlm.encode(processor, [frame.image], [record.prompt])
-            with torch.inference_mode():
-                expected = model(**batch).logits[0, -1].log_softmax(-1)
-            assert reply["tokens_evaluated"] == batch["input_ids"].shape[1]
-            for candidate in reply["completion_probabilities"][0]["top_logprobs"]:
-                assert candidate["logprob"] == pytest.approx(
-                    expected[candidate["id"]].item(), abs=0.01
-                )  # 0.0002 on trained weights
+            difference = parity.largest_difference(model, processor, running.client, frame, record.prompt)
+            assert difference <= parity.LARGEST_DIFFERENCE
+        with pytest.raises(OrionError, match="llama.cpp reads"):
+            large = read_frame(image_path(small_dataset, records[0]), 512)
+            parity.largest_difference(
+                model, vlm.load_processor(small_base, 512), _Shrinking(running.client), large, "x"
+            )
+
+
+class _Shrinking:
+    """A client that sends another size than it was given, as a wrong preset would."""
+
+    def __init__(self, client: llama_cpp.Client) -> None:
+        self.client = client
+
+    def completion(self, prompt: str, image_png: bytes, max_tokens: int, **options: object) -> object:
+        frame = decode_frame(image_png, "frame.png", 256)
+        return self.client.completion(prompt, frame.png(), max_tokens, **options)
 
 
 @pytest.mark.llama_cpp

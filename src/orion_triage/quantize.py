@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,11 @@ def run(
     toolchain = llama_cpp.find_toolchain(progress)
     with replaced_folder(out_folder) as folder:
         progress("converting the language model", 0, _STEPS)
-        llama_cpp.convert(toolchain, merged, folder / F16, mmproj=False)
+        uses = {"convert": llama_cpp.convert(toolchain, merged, folder / F16, mmproj=False)}
         progress("converting the vision tower", 1, _STEPS)
-        llama_cpp.convert(toolchain, merged, folder / MMPROJ, mmproj=True)
+        uses["convert mmproj"] = llama_cpp.convert(toolchain, merged, folder / MMPROJ, mmproj=True)
         progress("quantizing", 2, _STEPS)
-        llama_cpp.quantize(toolchain, folder / F16, folder / QUANTIZED, settings.type)
+        uses["quantize"] = llama_cpp.quantize(toolchain, folder / F16, folder / QUANTIZED, settings.type)
         progress("checking", 3, _STEPS)
         types = {name: check_file(folder / name, merged) for name in (F16, MMPROJ, QUANTIZED)}
         log = out_folder.parent / "logs" / "quantize-server.log"
@@ -62,6 +63,7 @@ def run(
         progress("checking", _STEPS, _STEPS)
     return {
         "bytes": sizes,
+        "tools": {name: asdict(use) for name, use in uses.items()},
         "tensor_types": types,
         "prompts_tokenized_alike": compared,
         "llama_cpp_build": toolchain.build,

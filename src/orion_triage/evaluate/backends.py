@@ -41,11 +41,14 @@ class TransformersBackend:
 
     @classmethod
     def load(cls, folder: "Path", settings: "EvaluateSettings", frame_size: int) -> "TransformersBackend":
-        """The checkpoint in `folder`, computing in float32."""
+        """The checkpoint in `folder`: in float16 on a GPU, in float32 on a CPU, which is no faster in 16 bits."""
+        import torch
+
         from orion_triage import vlm
 
+        device, dtype = ("cuda", "float16") if torch.cuda.is_available() else ("cpu", "float32")
         return cls(
-            vlm.load_model(folder, dtype="float32"),
+            vlm.load_model(folder, dtype=dtype, device=device),
             vlm.load_processor(folder, frame_size),
             max_new_tokens=settings.max_new_tokens,
             batch_size=settings.batch_size,

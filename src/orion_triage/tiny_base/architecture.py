@@ -186,7 +186,6 @@ def make_config(
 def save_base(model: Any, processor: "Lfm2VlProcessor", folder: Path) -> None:
     """Write the checkpoint in the Hub's layout, 16-bit."""
     import torch
-    from transformers import GenerationConfig
 
     tensors = {hub_name(name): tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     folder.mkdir(parents=True, exist_ok=True)
@@ -197,8 +196,15 @@ def save_base(model: Any, processor: "Lfm2VlProcessor", folder: Path) -> None:
         lambda name: tensors[name].detach().to("cpu", torch.float16),
         description="saving",
     )
+    save_settings(model, processor, "float16", folder)
+
+
+def save_settings(model: Any, processor: "Lfm2VlProcessor", dtype: str, folder: Path) -> None:
+    """Write everything of a checkpoint but its tensors."""
+    from transformers import GenerationConfig
+
     model.config.architectures = ["Lfm2VlForConditionalGeneration"]
-    model.config.dtype = "float16"
+    model.config.dtype = dtype
     model.config.save_pretrained(folder)
     tokenizer = processor.tokenizer
     GenerationConfig(

@@ -1,0 +1,101 @@
+"""rehearse.py, budgets.py and doctor.py: the real commands on a small shape, and the published shapes' counts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orion_triage import budgets, doctor, rehearse
+from orion_triage.config import load_settings
+from orion_triage.errors import OrionError
+
+PUBLISHED = {"lfm2.5-vl-1.6b": 1_596_625_904, "lfm2.5-vl-450m": 450_816_512}
+SMALL: dict[str, Any] = {
+    "layer_types": ("conv", "full_attention"),
+    "vocabulary": 4096,
+    "text_width": 256,
+    "text_feed_forward": 768,
+    "two_thirds_of_feed_forward": True,
+    "attention_heads": 4,
+    "key_value_heads": 2,
+    "vision_width": 64,
+    "vision_layers": 3,
+    "vision_heads": 2,
+    "vision_feed_forward": 128,
+    "projector_width": 128,
+}
+
+
+@pytest.mark.parametrize("preset", sorted(PUBLISHED))
+def test_the_shapes_have_the_published_number_of_parameters(preset: str) -> None:
+    assert rehearse._parameters(preset) == PUBLISHED[preset]
+
+
+@pytest.mark.slow
+@pytest.mark.llama_cpp
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_rehearsal_measures_every_stage(
+    steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_of_its_own: Path
+) -> None:
+    preset = "lfm2.5-vl-450m"
+    monkeypatch.setitem(rehearse.SHAPES, preset, SMALL)
+    figures = rehearse.run(preset, tmp_path / "rehearsal", steps=steps)
+    stages = {stage["stage"]: stage for stage in figures["stages"]}
+    expected = ["fuse", "convert", "convert mmproj", "quantize", "quantize, all", "answer"]
+    assert list(stages) == ["fine-tune"] * steps + expected
+    for stage in stages.values():
+        assert stage["seconds"] > 0
+        assert stage["peak_memory_bytes"] > 10_000_000
+        assert stage["peak_disk_bytes"] > figures["bytes"]["adapter"]
+    assert stages["quantize, all"]["peak_memory_bytes"] >= stages["convert"]["peak_memory_bytes"]
+    assert all(size > 0 for size in figures["bytes"].values())
+    assert 0 <= figures["parity"] <= 0.01
+    assert budgets.last_rehearsal(preset) == figures
+    assert json.loads(rehearse.figures_path(preset).read_text()) == figures
+    rehearse.remove(tmp_path / "rehearsal")
+    assert list((tmp_path / "rehearsal").iterdir()) == []
+
+
+@pytest.fixture
+def cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Figures go here; the tools stay where they are."""
+    monkeypatch.setattr(rehearse, "figures_path", lambda preset: tmp_path / f"{preset}.json")
+    monkeypatch.setattr(budgets, "figures_path", lambda preset: tmp_path / f"{preset}.json")
+    return tmp_path
+
+
+def test_only_published_shapes_are_rehearsed(tmp_path: Path) -> None:
+    with pytest.raises(OrionError, match="'tiny' has no published shapes"):
+        rehearse.run("tiny", tmp_path)
+
+
+def test_a_budget_is_kept_or_exceeded() -> None:
+    stage = {"stage": "fuse", "seconds": 1.0, "peak_memory_bytes": 7 * 10**9, "peak_disk_bytes": 10**9}
+    figures = {
+        "bytes": {"Q4_K_M": 735_000_000, "mmproj": 900_000_000},
+        "stages": [{**stage, "peak_vram_bytes": None}],
+    }
+    kept = {row.what: row.kept for row in budgets.budgets(figures)}
+    assert kept["fuse, memory"] is False
+    assert kept["Q4_K_M, file"] is True
+    assert kept["mmproj, file"] is False
+    assert kept["disk beside the base"] is True
+    assert kept["convert, memory"] is None
+    assert {row.kept for row in budgets.budgets(None)} == {None}
+
+
+def test_the_doctor_names_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ORION_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = {finding.what: finding for finding in doctor.examine(load_settings("tiny"), tmp_path)}
+    assert found["bitsandbytes"].state == "ok"
+    assert found["base"].state == "ok"
+    assert found["llama.cpp"].state == "missing"
+    assert "apt install g++" in found["llama.cpp"].fix
+    too_much = doctor.Needs(10**18, 10**18, None)
+    assert doctor._memory(too_much).state == "missing"
+    assert doctor._disk(too_much, tmp_path / "not" / "yet").state == "missing"
+    full = {finding.what: finding for finding in doctor.examine(load_settings("lfm2.5-vl-1.6b"), tmp_path)}
+    assert full["base"].state == "note"
+    assert "LiquidAI/LFM2.5-VL-1.6B" in full["base"].found
