@@ -165,7 +165,7 @@ def test_f16_gives_the_probabilities_of_transformers(
             frame = read_frame(image_path(small_dataset, record), 256)
             difference = parity.largest_difference(model, processor, running.client, frame, record.prompt)
             assert difference <= parity.LARGEST_DIFFERENCE
-        with pytest.raises(OrionError, match="llama.cpp reads"):
+        with pytest.raises(OrionError, match=r"llama\.cpp reads"):
             large = read_frame(image_path(small_dataset, records[0]), 512)
             parity.largest_difference(
                 model, vlm.load_processor(small_base, 512), _Shrinking(running.client), large, "x"

@@ -74,6 +74,9 @@ def _bitsandbytes() -> Finding:
     """4-bit and back, on the device that would train."""
     import torch
 
+    from orion_triage.vlm import hush_kernel_advice
+
+    hush_kernel_advice()
     version = importlib.metadata.version("bitsandbytes")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
