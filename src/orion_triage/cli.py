@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from orion_triage import processes
 from orion_triage.errors import OrionError
 from orion_triage.progress import Progress
 
@@ -56,9 +57,10 @@ def main() -> None:
 
 
 def _console() -> Any:
+    """Standard error; of several launched processes, only the first one speaks."""
     from rich.console import Console
 
-    return Console(stderr=True)
+    return Console(stderr=True, quiet=not processes.is_main())
 
 
 def _escape(text: str) -> str:
@@ -261,6 +263,8 @@ def _print_rates(run: Any, stage: str) -> None:
     from orion_triage.manifest import read_manifest
     from orion_triage.pipeline import stage_named
 
+    if not processes.is_main():
+        return
     receipt = read_manifest(stage_named(stage).folder(run))
     assert receipt is not None
     for condition in CONDITIONS:

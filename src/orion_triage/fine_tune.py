@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orion_triage import vlm
+from orion_triage import processes, vlm
 from orion_triage.adapter import Census, resolve_targets, tower_of
 from orion_triage.card import write_card
 from orion_triage.config import FineTuneSettings
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 CENSUS_FILE = "census.json"
 BASE_FILE = "base.json"
 LOSS_FILE = "loss_log.json"
+CHECKPOINTS = "checkpoints"
 PREFLIGHT_FRAMES = 8
 # An adapter of rank 16 is about 1 % of the model; a checkpoint adds two optimizer states and three are kept.
 _CHECKPOINT_SHARE = 0.15
@@ -63,7 +64,10 @@ def run(
     weights = sum(path.stat().st_size for path in base.glob("*.safetensors"))
     require_free_space(work_folder, int(weights * _CHECKPOINT_SHARE) + 50_000_000, "fine-tuning")
     base_sha256 = vlm.fingerprint(base)
-    checkpoints = _prepare_work_folder(work_folder, settings, frame_size, base_sha256, dataset, precision)
+    if processes.is_main():
+        _prepare_work_folder(work_folder, settings, frame_size, base_sha256, dataset, precision)
+    processes.wait()
+    checkpoints = work_folder / CHECKPOINTS
 
     processor = vlm.load_processor(base, frame_size)
     first = train_records[0]
@@ -96,16 +100,17 @@ def run(
 
     # A name that means something elsewhere; PEFT puts in this machine's path.
     model.peft_config["default"].base_model_name_or_path = vlm.base_name(base)
-    with replaced_folder(out_folder) as folder:
-        model.save_pretrained(folder, save_embedding_layers=False)
-        write_card("adapter", base, vlm.base_name(base), folder)  # in place of PEFT's unfilled form
-        processor.save_pretrained(folder)
-        for name, value in (
-            (CENSUS_FILE, census),
-            (BASE_FILE, {"name": vlm.base_name(base), "sha256": base_sha256, "frame_size": frame_size}),
-            (LOSS_FILE, log),
-        ):
-            write_text(folder / name, json.dumps(value, indent=2) + "\n")
+    if processes.is_main():
+        with replaced_folder(out_folder) as folder:
+            model.save_pretrained(folder, save_embedding_layers=False)
+            write_card("adapter", base, vlm.base_name(base), folder)  # in place of PEFT's unfilled form
+            processor.save_pretrained(folder)
+            for name, value in (
+                (CENSUS_FILE, census),
+                (BASE_FILE, {"name": vlm.base_name(base), "sha256": base_sha256, "frame_size": frame_size}),
+                (LOSS_FILE, log),
+            ):
+                write_text(folder / name, json.dumps(value, indent=2) + "\n")
     state = trainer.state
     evaluations = [entry for entry in log if "eval_loss" in entry]
     return {
@@ -124,7 +129,9 @@ def run(
         "preflight": sees,
         "precision_used": precision,
         "precision_note": note,
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "device": "cpu" if device == "cpu" else torch.cuda.get_device_name(device),
+        "peak_vram_bytes": None if device == "cpu" else torch.cuda.max_memory_allocated(device),
+        "processes": processes.count(),
     }
 
 
@@ -133,7 +140,7 @@ def _device_and_precision(settings: FineTuneSettings) -> tuple[str, str, str]:
     import torch
 
     if torch.cuda.is_available():
-        return "cuda", settings.precision, ""
+        return processes.local_device(), settings.precision, ""
     if settings.precision == "float32":
         return "cpu", "float32", ""
     return "cpu", "float32", f"no GPU: trained in float32 instead of {settings.precision}"
@@ -146,22 +153,22 @@ def _prepare_work_folder(
     base_sha256: str,
     dataset: Path,
     precision: str,
-) -> Path:
-    """The folder of the checkpoints, emptied unless they come from the same settings and inputs."""
+) -> None:
+    """Empty the folder of the checkpoints unless they come from the same settings and inputs."""
     inputs = {
         "settings": settings.model_dump(mode="json"),
         "frame_size": frame_size,
         "base": base_sha256,
         "dataset": hash_inputs({"dataset": dataset})["dataset"],
         "precision": precision,
+        "processes": processes.count(),
     }
     fingerprint = sha256_of_text(json.dumps(inputs, sort_keys=True))
-    receipt, checkpoints = work_folder / "fingerprint.txt", work_folder / "checkpoints"
+    receipt, checkpoints = work_folder / "fingerprint.txt", work_folder / CHECKPOINTS
     if not receipt.is_file() or receipt.read_text(encoding="utf-8") != fingerprint:
         shutil.rmtree(checkpoints, ignore_errors=True)
         shutil.rmtree(work_folder / "tensorboard", ignore_errors=True)
         write_text(receipt, fingerprint)
-    return checkpoints
 
 
 def _last_checkpoint(checkpoints: Path) -> Path | None:
@@ -290,8 +297,8 @@ def make_trainer(
         optim=settings.optimizer,
         lr_scheduler_type=settings.learning_rate_schedule,
         warmup_steps=math.ceil(settings.warmup_fraction * steps_an_epoch * settings.epochs),
-        fp16=device == "cuda" and precision == "float16",
-        bf16=device == "cuda" and precision == "bfloat16",
+        fp16=device != "cpu" and precision == "float16",
+        bf16=device != "cpu" and precision == "bfloat16",
         gradient_checkpointing=settings.gradient_checkpointing,
         # The reentrant kind needs inputs that require gradients, which a frozen base does not have.
         gradient_checkpointing_kwargs={"use_reentrant": False},
@@ -311,7 +318,8 @@ def make_trainer(
         remove_unused_columns=False,
         label_names=["labels"],
         dataloader_num_workers=0,
-        dataloader_pin_memory=device == "cuda",
+        dataloader_pin_memory=device != "cpu",
+        ddp_find_unused_parameters=False,
         disable_tqdm=True,
         report_to="none",
     )

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from orion_triage import processes
 from orion_triage.errors import OrionError
 from orion_triage.files import sha256_of_file, write_text
 
@@ -107,6 +108,8 @@ def write_manifest(
         seconds=round(seconds, 3),
         figures=figures or {},
     )
+    if not processes.is_main():
+        return manifest
     write_text(folder / FILE_NAME, json.dumps(asdict(manifest), indent=2) + "\n")
     return manifest
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from orion_triage import hub, manifest
+from orion_triage import hub, manifest, processes
 from orion_triage.config import Settings
 from orion_triage.errors import OrionError
 from orion_triage.files import write_text
@@ -78,6 +78,7 @@ class Stage:
     settings: Callable[[Settings], Figures]
     inputs: Callable[[Run], dict[str, Path]]
     run: Callable[[Run, Progress], Figures]
+    in_parallel: bool = False  # whether several launched processes can share the work
 
 
 def _dataset(run: Run, progress: Progress) -> Figures:
@@ -205,6 +206,7 @@ STAGES: tuple[Stage, ...] = (
         _sections("base", "evaluate"),
         lambda run: {"base": run.base, "dataset": run.dataset},
         _evaluate_transformers("base"),
+        in_parallel=True,
     ),
     Stage(
         "fine-tune",
@@ -212,6 +214,7 @@ STAGES: tuple[Stage, ...] = (
         _sections("base", "fine_tune"),
         lambda run: {"base": run.base, "dataset": run.dataset},
         _fine_tune,
+        in_parallel=True,
     ),
     Stage(
         "fuse",
@@ -233,6 +236,7 @@ STAGES: tuple[Stage, ...] = (
         _sections("base", "evaluate"),
         lambda run: {"merged": run.merged, "dataset": run.dataset},
         _evaluate_transformers("fine-tuned"),
+        in_parallel=True,
     ),
     Stage(
         "evaluate quantized",
@@ -265,10 +269,17 @@ def run_stage(
     folder = stage.folder(run)
     settings = stage.settings(run.settings)
     inputs = manifest.hash_inputs(stage.inputs(run))
-    if not force and manifest.is_current(folder, settings=settings, inputs=inputs):
-        current = manifest.read_manifest(folder)
-        assert current is not None
-        return current, True
+    current = not force and manifest.is_current(folder, settings=settings, inputs=inputs)
+    processes.wait()  # all have looked before the first one writes
+    if current:
+        receipt = manifest.read_manifest(folder)
+        assert receipt is not None
+        return receipt, True
+    if processes.count() > 1 and not stage.in_parallel:
+        raise OrionError(
+            f"{stage.name} is for one process, and {processes.count()} were launched.",
+            "Launch only 'orion fine-tune', 'orion ablation' and 'orion evaluate' with several.",
+        )
     for name, path in stage.inputs(run).items():
         # Nothing reads the F16 backbone after the quantization, so a pair without it is whole.
         receipt = manifest.read_manifest(path) if name != "gguf" and path.is_dir() else None
@@ -283,9 +294,11 @@ def run_stage(
 def _do(stage: Stage, run: Run, inputs: dict[str, str], progress: Progress) -> manifest.Manifest:
     """Run a stage and write its receipt; the old receipt goes first, so that an interruption leaves none."""
     folder = stage.folder(run)
-    (folder / manifest.FILE_NAME).unlink(missing_ok=True)
+    if processes.is_main():
+        (folder / manifest.FILE_NAME).unlink(missing_ok=True)
     began = time.monotonic()
     figures = stage.run(run, progress)
+    processes.wait()
     return manifest.write_manifest(
         folder,
         stage=stage.name,

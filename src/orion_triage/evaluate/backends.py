@@ -42,11 +42,10 @@ class TransformersBackend:
     @classmethod
     def load(cls, folder: "Path", settings: "EvaluateSettings", frame_size: int) -> "TransformersBackend":
         """The checkpoint in `folder`: in float16 on a GPU, in float32 on a CPU, which is no faster in 16 bits."""
-        import torch
+        from orion_triage import processes, vlm
 
-        from orion_triage import vlm
-
-        device, dtype = ("cuda", "float16") if torch.cuda.is_available() else ("cpu", "float32")
+        device = processes.local_device()
+        dtype = "float32" if device == "cpu" else "float16"
         return cls(
             vlm.load_model(folder, dtype=dtype, device=device),
             vlm.load_processor(folder, frame_size),

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orion_triage import processes
 from orion_triage.config import EvaluateSettings
 from orion_triage.errors import OrionError
 from orion_triage.evaluate.backends import Backend
@@ -49,7 +50,9 @@ def run(
     pairs = conflict_pairs(records)
     asked = questions(records, pairs)
     key = _key(fingerprint, asked, settings, frame_size)
-    work = out_folder.with_name(f".{out_folder.name}.work.jsonl")
+    # With several processes, each has a work file and every so-manieth batch; the first puts them together.
+    works = [out_folder.with_name(f".{out_folder.name}.work-{number}.jsonl") for number in range(processes.count())]
+    work = works[processes.rank()]
     rows = _kept(work, key)
     images = _Images(dataset, frame_size, settings.noise)
     progress("asking", len(rows), len(asked))
@@ -59,9 +62,9 @@ def run(
             file.write(json.dumps({"key": key}) + "\n")
         # Batches are cut from all questions, not from those left: a resumed run asks in the same company, so it
         # adds up the same numbers in the same order.
-        for start in range(0, len(asked), backend.batch_size):
+        for number, start in enumerate(range(0, len(asked), backend.batch_size)):
             batch = asked[start : start + backend.batch_size]
-            if all(question.id in rows for question in batch):
+            if number % processes.count() != processes.rank() or all(question.id in rows for question in batch):
                 continue
             pictures = [images.of(question) for question in batch]
             began = time.monotonic()
@@ -73,13 +76,18 @@ def run(
                 file.write(json.dumps(row) + "\n")
             file.flush()
             progress("asking", len(rows), len(asked))
+    processes.wait()
+    rows = {name: row for own in works for name, row in _kept(own, key).items()}
     ordered = [rows[question.id] for question in asked]
     metrics = summarize([prediction_of(row) for row in ordered])
+    if not processes.is_main():
+        return metrics
     with replaced_folder(out_folder) as folder:
         write_text(folder / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in ordered))
         write_text(folder / "conflict_pairs.json", json.dumps(_pairs_json(pairs), indent=1) + "\n")
         write_text(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
-    work.unlink()
+    for work in works:
+        work.unlink()
     return metrics
 
 

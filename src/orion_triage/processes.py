@@ -1,0 +1,32 @@
+"""Several processes of one command (accelerate launch, torchrun): who writes, and waiting for each other."""
+
+import os
+
+
+def count() -> int:
+    """How many processes work on this command together; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes and speaks."""
+    return rank() == 0
+
+
+def local_device() -> str:
+    """This process's GPU, or the CPU."""
+    import torch
+
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
+def wait() -> None:
+    """Return when every process is here."""
+    if count() > 1:
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()
