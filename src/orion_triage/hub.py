@@ -88,10 +88,12 @@ def push(files: dict[str, Path | bytes], repository: str, *, message: str, priva
 def _explained(repository: str, revision: str, kind: Kind) -> Iterator[None]:
     """Turn huggingface_hub's errors into one line that says what to do."""
     from huggingface_hub import constants, errors
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
     if not sys.stderr.isatty():
         disable_progress_bars()
+    # The HTTP library's own error; which library it is depends on huggingface_hub's version.
+    http_error: type[BaseException] = errors.HfHubHTTPError.__bases__[0]
     endpoint = constants.ENDPOINT
     what = f"{kind} {repository!r}"
     elsewhere = f"Where there is a network: 'hf download {repository} --local-dir FOLDER'; then pass FOLDER."
@@ -133,5 +135,5 @@ def _explained(repository: str, revision: str, kind: Kind) -> Iterator[None]:
         raise OrionError(f"{what}: {endpoint} answered {status} ({reason}).", fix) from None
     except errors.OfflineModeIsEnabled:
         raise OrionError(f"{what}: HF_HUB_OFFLINE is set.", "Unset HF_HUB_OFFLINE.") from None
-    except errors.HfHubHTTPError.__bases__[0]:  # the HTTP library's own error: which library depends on the version
+    except http_error:
         raise unreachable from None

@@ -95,7 +95,7 @@ def run(preset: str, folder: Path, *, steps: int = 0, progress: Progress = silen
     }
     if not steps:
         del stages["fine-tune"]
-    uses = []
+    uses: list[StageUse] = []
     for number, (stage, words) in enumerate(stages.items()):
         progress(f"rehearsing: {stage}", number, len(stages) + 1)
         uses += _measure(stage, words, rehearsal)
