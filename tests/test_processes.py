@@ -1,4 +1,8 @@
-"""Several processes: the same training and the same answers as one, through accelerate's launcher."""
+"""Several processes: the same training and the same answers as one, over gloo.
+
+accelerate's own launcher starts several CPU processes through MPI only, so torch's launcher stands in for it; both
+set the same environment variables.
+"""
 
 import json
 import os
@@ -8,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-CONFIG = ROOT / "docs" / "accelerate" / "cpu.yaml"
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIG), "--main_process_port", "0"]
+ALONE = [sys.executable, "-m", "orion_triage.cli"]
+# Without the dashes it takes our --run for an abbreviation of its own --run-path.
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--", ALONE[-1]]
 
 
-def orion(cwd: Path, *words: object, launcher: list[str] | None = None) -> subprocess.CompletedProcess[str]:
-    command = [*(launcher or [sys.executable]), "-m", "orion_triage.cli", *map(str, words)]
+def orion(cwd: Path, *words: object, launcher: list[str] = ALONE) -> subprocess.CompletedProcess[str]:
+    command = [*launcher, *map(str, words)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
@@ -36,23 +40,26 @@ def words(base: Path, dataset: Path, name: str, accumulation: int) -> list[objec
 def test_two_processes_train_and_answer_as_one_does(small_base: Path, small_dataset: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    for name, accumulation, launcher in (("one", 2, None), ("two", 1, LAUNCH)):
+    for name, accumulation, launcher in (("one", 2, ALONE), ("two", 1, TWO)):
         options = words(small_base, small_dataset, name, accumulation)
         assert orion(tmp_path, "dataset", *options).returncode == 0
         result = orion(tmp_path, "fine-tune", *options, launcher=launcher)
         assert result.returncode == 0, result.stderr
         assert result.stderr.count("fine-tune: done") == 1
     logs = [json.loads((tmp_path / name / "orion_lora_weights/loss_log.json").read_text()) for name in ("one", "two")]
-    for kind in ("loss", "eval_loss"):
+    # The validation loss is an average of batches, and six records are cut into other batches by two processes.
+    for kind, count, tolerance in (("loss", 6, 1e-3), ("eval_loss", 2, 2e-2)):
         one, two = ([entry[kind] for entry in log if kind in entry] for log in logs)
-        assert len(one) == {"loss": 6, "eval_loss": 2}[kind]
-        assert two == pytest.approx(one, rel=1e-3)
+        assert len(one) == count
+        assert two == pytest.approx(one, rel=tolerance)
     adapters = [load_file(tmp_path / name / "orion_lora_weights/adapter_model.safetensors") for name in ("one", "two")]
     assert adapters[0].keys() == adapters[1].keys()
+    for key, tensor in adapters[0].items():
+        assert float((tensor - adapters[1][key]).abs().max()) < 5e-3, key  # a step moves a value by 1e-3
     receipt = json.loads((tmp_path / "two/orion_lora_weights/manifest.json").read_text())
     assert receipt["figures"]["processes"] == 2
 
-    for name, launcher in (("one", None), ("two", LAUNCH)):
+    for name, launcher in (("one", ALONE), ("two", TWO)):
         options = words(small_base, small_dataset, name, 2 if name == "one" else 1)
         result = orion(tmp_path, "ablation", *options, launcher=launcher)
         assert result.returncode == 0, result.stderr
@@ -68,6 +75,6 @@ def test_two_processes_train_and_answer_as_one_does(small_base: Path, small_data
     assert [row["answer"] for row in rows[0]] == [row["answer"] for row in rows[1]]
     assert not list((tmp_path / "two" / "evaluation").rglob("*.work-*"))
 
-    refused = orion(tmp_path, "fuse", *options, launcher=LAUNCH)
+    refused = orion(tmp_path, "fuse", *options, launcher=TWO)
     assert refused.returncode != 0
     assert "fuse is for one process, and 2 were launched" in refused.stderr

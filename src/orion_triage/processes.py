@@ -27,6 +27,7 @@ def local_device() -> str:
 def wait() -> None:
     """Return when every process is here."""
     if count() > 1:
+        import torch
         from accelerate import PartialState
 
-        PartialState().wait_for_everyone()
+        PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()

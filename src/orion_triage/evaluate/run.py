@@ -78,6 +78,7 @@ def run(
             progress("asking", len(rows), len(asked))
     processes.wait()
     rows = {name: row for own in works for name, row in _kept(own, key).items()}
+    processes.wait()  # all have read before the first one deletes
     ordered = [rows[question.id] for question in asked]
     metrics = summarize([prediction_of(row) for row in ordered])
     if not processes.is_main():
