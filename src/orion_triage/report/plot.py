@@ -42,7 +42,7 @@ def bars(axes: Any, results: dict[str, Any]) -> None:
     axes.set_ylim(0, 100)
     axes.set_ylabel("accuracy, %, with 95 % interval")
     axes.set_title(f"{results['split']} split, {results['preset']} preset", loc="left", fontsize=10)
-    axes.legend(fontsize=8, ncols=2, frameon=False, loc="upper right", bbox_to_anchor=(1, 1.16))
+    axes.legend(fontsize=8, ncols=2, frameon=False, loc="upper right", bbox_to_anchor=(1, 1.2))
     axes.spines[["top", "right"]].set_visible(False)
 
 
