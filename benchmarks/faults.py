@@ -1,6 +1,7 @@
 """What three faults of the published recipe cost: the same base and dataset, trained soundly and with each.
 
     python benchmarks/faults.py                    # five trainings, about 30 minutes on 2 cores
+    python benchmarks/faults.py blind o_proj       # only these
 
 blind      the vision tower is loaded in 4 bits with everything else, which turns pixels in [-1, 1] into bytes
 loss       the loss falls on image placeholders, prompt and padding as well (labels are the input ids)
@@ -123,8 +124,7 @@ def train(recipe: Recipe, run: Run, folder: Path) -> dict[str, Any]:
         model, collate, train_records, val_records, settings.fine_tune, "cpu", "float32", folder / "checkpoints", silent
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # about names of settings, once a recipe
-        warnings.filterwarnings("ignore", message=".*[Pp]aged.*")
+        fine_tune._filter_warnings("cpu")
         trainer.train()
     model.save_pretrained(folder / "adapter", save_embedding_layers=False)
     adapted = [name for name, _ in model.named_modules() if name.endswith(".lora_A")]
@@ -153,9 +153,13 @@ def measure(recipe: Recipe, run: Run) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipes", nargs="*", metavar="RECIPE", help="Default: all.")
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--folder", type=Path, default=Path("runs/faults"))
     arguments = parser.parse_args()
+    known = [recipe.name for recipe in RECIPES]
+    if unknown := set(arguments.recipes) - set(known):
+        parser.error(f"no such recipe: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     vlm.hush_kernel_advice()
     run = Run(arguments.folder, load_settings(arguments.preset))
     prepare(run)
@@ -163,6 +167,8 @@ def main() -> None:
     figures: dict[str, Any] = {}
     print("recipe   modules   A      B      C      D      trusted coordinates   eval loss")
     for recipe in RECIPES:
+        if arguments.recipes and recipe.name not in arguments.recipes:
+            continue
         figures[recipe.name] = value = measure(recipe, run)
         rates = "  ".join(f"{100 * value['metrics'][c]['accuracy']:4.1f}%" for c in "ABCD")
         trusted = value["metrics"]["D"]["trusted_coordinates"]

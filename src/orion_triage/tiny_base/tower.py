@@ -12,16 +12,25 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torchvision.transforms import v2
 
 from orion_triage.dataset.canvas import BIOMES
 from orion_triage.dataset.synthetic import SUBTYPES
 from orion_triage.progress import Progress, silent
 from orion_triage.tiny_base.optimize import descend, load_state, make_optimizers, save_state, set_learning_rates
-from orion_triage.tiny_base.tiles import Facts
+from orion_triage.tiny_base.tiles import FRAME_SIZE, Facts
 
 BATCH = 24
 HELD_OUT = 480  # the last tiles, on which both stages are measured
 _BIOMES = tuple(BIOMES)
+_ANOTHER_LOOK = v2.Compose(
+    [
+        v2.RandomHorizontalFlip(),
+        v2.RandomResizedCrop(FRAME_SIZE, scale=(0.64, 1.0), ratio=(0.9, 1.1)),
+        v2.RandomApply([v2.GaussianBlur(5, (0.3, 1.6))], p=0.4),
+        v2.ColorJitter(brightness=0.3, contrast=0.5, saturation=0.7, hue=0.04),
+    ]
+)
 _SCENES = [(morphology, subtype) for morphology, subtypes in SUBTYPES.items() for subtype in subtypes]
 
 
@@ -42,14 +51,14 @@ def vision_inputs(pixels: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
-def augment(pixels: NDArray[np.uint8], random: np.random.Generator) -> NDArray[np.uint8]:
-    """One of the square's eight symmetries, a change of brightness, contrast and colour cast."""
-    turned = np.rot90(pixels, int(random.integers(4)))
-    if random.random() < 0.5:
-        turned = turned[:, ::-1]
-    gain = random.uniform(0.75, 1.3) * random.uniform(0.9, 1.1, 3)
-    lift = random.uniform(-15, 15)
-    return np.clip(turned * gain + lift, 0, 255).astype(np.uint8)
+def augment(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(256, 256, 3) bytes -> the same ground by another camera, season or height; random by torch's generator.
+
+    One of the square's eight symmetries, a zoom of up to 1.25, blur, and wide changes of brightness, contrast and
+    colour: drawn tiles have one renderer's look, and what the tower may lean on must outlast a change of it.
+    """
+    turned = torch.rot90(torch.from_numpy(pixels).permute(2, 0, 1), int(torch.randint(4, ())), (1, 2))
+    return np.asarray(_ANOTHER_LOOK(turned).permute(1, 2, 0))
 
 
 def targets_of(facts: list[Facts]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -107,8 +116,9 @@ def train_tower(
         epoch, position = divmod(step * BATCH, usable)
         order = np.random.default_rng((seed, epoch)).permutation(usable)
         chosen = np.take(order, range(position, position + BATCH), mode="wrap")
-        random = np.random.default_rng((seed, 1, step))
-        batch = torch.from_numpy(np.stack([augment(pixels[index], random) for index in chosen]))
+        with torch.random.fork_rng():
+            torch.manual_seed((seed << 32) + step)  # a resumed run draws what an uninterrupted one would
+            batch = torch.from_numpy(np.stack([augment(pixels[index]) for index in chosen]))
         scene, biome, shares = model(batch)
         loss = (
             loss_of(scene, labels[0][chosen], label_smoothing=0.05)
