@@ -57,17 +57,18 @@ def load_blind(base: Path) -> Any:
     """The base as `load_in_4bit` gives it when nothing is left out: the patch embedding holds bytes."""
     from transformers import BitsAndBytesConfig, Lfm2VlForConditionalGeneration
 
-    model = Lfm2VlForConditionalGeneration.from_pretrained(
-        base,
-        dtype=torch.float32,
-        device_map={"": "cpu"},
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32,
-        ),
-    )
+    with vlm.no_progress_bars():
+        model = Lfm2VlForConditionalGeneration.from_pretrained(
+            base,
+            dtype=torch.float32,
+            device_map={"": "cpu"},
+            quantization_config=BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=torch.float32,
+            ),
+        )
     weight = model.model.vision_tower.embeddings.patch_embedding.weight
     assert weight.dtype == torch.uint8, "the fault is not there any more"
     vlm._keep_gradients_on_cpu(model)  # a trap of its own, and not one of those measured here
@@ -120,11 +121,19 @@ def train(recipe: Recipe, run: Run, folder: Path) -> dict[str, Any]:
     collate = fine_tune.collator(processor, frames)
     if recipe.loss_everywhere:
         collate = loss_everywhere(collate, processor, frames)
-    trainer = fine_tune.make_trainer(
-        model, collate, train_records, val_records, settings.fine_tune, "cpu", "float32", folder / "checkpoints", silent
-    )
     with warnings.catch_warnings():
         fine_tune._filter_warnings("cpu")
+        trainer = fine_tune.make_trainer(
+            model,
+            collate,
+            train_records,
+            val_records,
+            settings.fine_tune,
+            "cpu",
+            "float32",
+            folder / "checkpoints",
+            silent,
+        )
         trainer.train()
     model.save_pretrained(folder / "adapter", save_embedding_layers=False)
     adapted = [name for name, _ in model.named_modules() if name.endswith(".lora_A")]
