@@ -330,7 +330,7 @@ def build_tiny_base(
     ),
     out: Annotated[Path, typer.Option(help="Where the checkpoint goes.")] = Path("src/orion_triage/tiny_base/weights"),
 ) -> None:
-    """Rebuild the shipped base model from nothing (about 80 minutes on 2 cores)."""
+    """Rebuild the shipped base model from nothing (about 90 minutes on 2 cores)."""
     from orion_triage.tiny_base.build import build
 
     with _progress() as progress:
