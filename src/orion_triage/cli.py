@@ -289,12 +289,12 @@ def _report(run: Any, *, as_json: bool) -> None:
     from orion_triage.fine_tune import read_losses
     from orion_triage.report import plot
     from orion_triage.report.render import render_markdown, terminal_tables
-    from orion_triage.report.results import build_results
+    from orion_triage.report.results import build_results, results_path
 
     results = build_results(run)
     text = json.dumps(results, indent=2)
     suffix = "" if run.split == "test" else f"-{run.split}"
-    write_text(run.folder / f"results{suffix}.json", text + "\n")
+    write_text(results_path(run), text + "\n")
     plot.draw(results, read_losses(run.adapter), run.folder / f"report{suffix}.png")
     write_text(run.folder / f"report{suffix}.md", render_markdown(results, f"report{suffix}.png"))
     if as_json:

@@ -1,13 +1,15 @@
 """results.json: everything a run measured, collected from its stages' receipts and predictions."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 from orion_triage.config import overrides
+from orion_triage.errors import OrionError
 from orion_triage.evaluate.baselines import baselines
 from orion_triage.evaluate.metrics import Prediction, compare, summarize
 from orion_triage.evaluate.run import prediction_of, read_predictions
-from orion_triage.manifest import read_manifest
+from orion_triage.manifest import Manifest, read_manifest
 from orion_triage.pipeline import STAGES, Run
 
 SCHEMA_VERSION = 1
@@ -48,7 +50,7 @@ def build_results(run: Run) -> dict[str, Any]:
             for name, (first, second) in DELTAS.items()
             if first in predictions and second in predictions
         },
-        "baselines": baselines(run.dataset, run.split) if "dataset" in finished else {},
+        "baselines": _baselines(run, finished.get("dataset")),
         "foreign_server": server,
         "foreign_pair": quantized.figures.get("pair", "") if quantized else "",
         "bytes": {name: size for name in ARTIFACTS if (size := _size(run.folder, name))},
@@ -56,6 +58,31 @@ def build_results(run: Run) -> dict[str, Any]:
         "figures": {name: receipt.figures for name, receipt in finished.items() if "evaluate" not in name},
         "versions": next((receipt.versions for receipt in finished.values()), {}),
     }
+
+
+def results_path(run: Run) -> Path:
+    """results.json, or results-val.json: one file a split."""
+    return run.folder / f"results{'' if run.split == 'test' else f'-{run.split}'}.json"
+
+
+def _baselines(run: Run, dataset: Manifest | None) -> dict[str, Any]:
+    """Counted from the frames; where 'orion clean' has removed them, as the last report counted them."""
+    if dataset is None:
+        return {}
+    if not dataset.removed:
+        return baselines(run.dataset, run.split)
+    try:
+        value: dict[str, Any] = json.loads(results_path(run).read_text(encoding="utf-8"))["baselines"]
+    except FileNotFoundError:
+        raise OrionError(
+            f"the baselines need the frames of {run.dataset}, which 'orion clean' removed before a report was made.",
+            "Make them again first: 'orion dataset --force'.",
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        raise OrionError(
+            f"{results_path(run)} is damaged.", "Make the frames again: 'orion dataset --force'."
+        ) from None
+    return value
 
 
 def _size(folder: Path, pattern: str) -> int:
