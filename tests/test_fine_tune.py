@@ -208,6 +208,26 @@ def test_gradient_checkpointing_changes_no_result(small_base: Path, small_datase
     assert largest_difference(*results) < 1e-4
 
 
+def test_a_base_in_sixteen_bits_trains_too(small_base: Path, small_dataset: Path, tmp_path: Path) -> None:
+    settings = QUICK.model_copy(update={"base_weights": "16-bit", "epochs": 1})
+    figures = fine_tune.run(small_base, small_dataset, tmp_path / "adapter", tmp_path / "work", settings, 256)
+    assert figures["preflight"]["smallest_vision_cosine"] == pytest.approx(1)
+    assert figures["last_loss"] < figures["first_loss"]
+    assert figures["trained_parameters"] == {"text": 28672, "vision": 24576}
+    four_bit = fine_tune.run(
+        small_base, small_dataset, tmp_path / "b", tmp_path / "work-b", QUICK.model_copy(update={"epochs": 1}), 256
+    )
+    assert four_bit["first_loss"] != figures["first_loss"]
+
+
+def test_shared_out_weights_need_an_optimizer_that_can_be(
+    small_base: Path, small_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(OrionError, match="optimizer=paged_adamw_8bit cannot be shared out by FSDP"):
+        fine_tune.run(small_base, small_dataset, tmp_path / "adapter", tmp_path / "work", QUICK, 256)
+
+
 class InterruptionError(Exception):
     """An interruption, as far as a run is concerned."""
 

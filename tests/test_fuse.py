@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from orion_triage import checkpoint, fuse, vlm
+from orion_triage import checkpoint, fine_tune, fuse, vlm
 from orion_triage.adapter import attach_adapter, read_adapter
-from orion_triage.config import FuseSettings
+from orion_triage.config import FineTuneSettings, FuseSettings
 from orion_triage.errors import OrionError
 from orion_triage.frames import read_frame
 from orion_triage.records import image_path, read_split
@@ -148,6 +148,45 @@ def test_an_adapter_without_its_base_file_is_taken_with_a_warning(
     figures = fused(small_base, adapter, small_dataset, tmp_path / "merged")
     assert [text for text in figures["warnings"] if "no base.json" in text]
     assert [text for text in figures["warnings"] if "'o_proj_' changed no module" in text]
+
+
+def test_an_adapter_that_asked_for_o_proj_as_published_loads_and_fuses(
+    small_base: Path, small_dataset: Path, tmp_path: Path
+) -> None:
+    """As PEFT itself makes it from the published recipe: `o_proj` is in the configuration and in no tensor."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    adapter = tmp_path / "adapter"
+    torch.manual_seed(3)
+    asked = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    config = LoraConfig(r=16, lora_alpha=32, target_modules=asked, task_type="CAUSAL_LM", init_lora_weights=False)
+    model = get_peft_model(vlm.load_model(small_base, dtype="float16"), config)
+    model.save_pretrained(adapter)
+    expected = log_probabilities(model.eval().float(), small_base, small_dataset)
+    assert set(json.loads((adapter / "adapter_config.json").read_text())["target_modules"]) == set(asked)
+
+    figures = fused(small_base, adapter, small_dataset, tmp_path / "merged")
+    assert figures["census"]["q_proj"] == {"text": 1, "vision": 3, "projector": 0}
+    assert figures["census"]["o_proj"] == {"text": 0, "vision": 0, "projector": 0}
+    assert [text for text in figures["warnings"] if "'o_proj' changed no module" in text]
+    merged = log_probabilities(vlm.load_model(tmp_path / "merged", dtype="float32"), small_base, small_dataset)
+    assert float((merged - expected).abs().max()) < 0.02  # of a random adapter that moves them by several
+
+
+@pytest.mark.parametrize("scope", ["language-attention", "language-all"])
+def test_every_scope_fuses(small_base: Path, small_dataset: Path, tmp_path: Path, scope: str) -> None:
+    """What the adapter changed is what the merge changed, and a tower that was left alone stays to the byte."""
+    from safetensors.torch import load_file
+
+    settings = FineTuneSettings(scope=scope, micro_batch_size=8, gradient_accumulation_steps=1, epochs=1, learning_rate=1e-2)
+    fine_tune.run(small_base, small_dataset, tmp_path / "adapter", tmp_path / "work", settings, 256)
+    figures = fused(small_base, tmp_path / "adapter", small_dataset, tmp_path / "merged", dtype="float16")
+    assert figures["largest_difference"] <= figures["allowed_difference"]
+    before, after = (load_file(folder / "model.safetensors") for folder in (small_base, tmp_path / "merged"))
+    changed = {key for key in after if not after[key].equal(before[key].half())}
+    assert len(changed) == (4 if scope == "language-attention" else 12)
+    assert all("language_model" in key for key in changed)
 
 
 def test_older_names_of_the_tower_give_the_same_model(

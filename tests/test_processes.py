@@ -78,3 +78,34 @@ def test_two_processes_train_and_answer_as_one_does(small_base: Path, small_data
     refused = orion(tmp_path, "fuse", *options, launcher=TWO)
     assert refused.returncode != 0
     assert "fuse is for one process, and 2 were launched" in refused.stderr
+
+
+CONFIGURATIONS = sorted((Path(__file__).parents[1] / "docs" / "accelerate").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.stem)
+def test_accelerate_reads_each_configuration_as_it_is_meant(path: Path) -> None:
+    """Through the launcher's own parser, up to the environment that it would give its processes."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    line = ["--config_file", str(path), "--main_process_port", "0", "-m", "orion_triage.cli", "fine-tune"]
+    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(line))
+    environment = prepare_multi_gpu_env(arguments)
+    assert arguments.num_processes == (4 if path.stem == "nodes" else 2)
+    assert arguments.num_machines == (2 if path.stem == "nodes" else 1)
+    assert (environment.get("ACCELERATE_USE_FSDP") == "true") is (path.stem == "fsdp")
+    if path.stem == "fsdp":
+        assert environment["FSDP_VERSION"] == "2"
+        assert environment["FSDP_STATE_DICT_TYPE"] == "FULL_STATE_DICT"
+        named = environment["FSDP_TRANSFORMER_CLS_TO_WRAP"].split(",")
+        assert set(named) == _layer_classes()
+
+
+def _layer_classes() -> set[str]:
+    """The layers of both towers, as transformers calls them."""
+    from orion_triage.vlm import TINY_BASE_FOLDER, load_model
+
+    model = load_model(TINY_BASE_FOLDER, dtype="auto")
+    towers = (model.model.language_model.layers, model.model.vision_tower.encoder.layers)
+    return {type(layer).__name__ for layers in towers for layer in layers}

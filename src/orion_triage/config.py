@@ -50,6 +50,9 @@ class FineTuneSettings(Section):
     # Where: "attention" is target_modules in language model and vision tower; "language-attention" leaves the tower
     # alone; "language-all" adds the language model's short-conv and feed-forward layers (four times the parameters).
     scope: Literal["attention", "language-attention", "language-all"] = "attention"
+    # How the base is held: "nf4" in 4 bits (QLoRA); "16-bit" as it is (LoRA), which takes three times the language
+    # model's memory, loses nothing to rounding, and is what several GPUs can share out among them (FSDP).
+    base_weights: Literal["nf4", "16-bit"] = "nf4"
     micro_batch_size: PositiveInt = 1
     gradient_accumulation_steps: PositiveInt = 16
     learning_rate: PositiveFloat = 2e-4

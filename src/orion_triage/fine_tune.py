@@ -4,6 +4,7 @@ The base is loaded in NF4, LoRA matrices go beside the attention projections, an
 verdict's tokens only. The records are trained on as they stand in the file, with and without coordinates.
 """
 
+import importlib.util
 import json
 import math
 import shutil
@@ -60,6 +61,8 @@ def run(
     from transformers import set_seed
 
     train_records, val_records = read_split(dataset, "train"), read_split(dataset, "val")
+    if processes.are_sharded():
+        _check_sharding(settings)
     device, precision, note = _device_and_precision(settings)
     weights = sum(path.stat().st_size for path in base.glob("*.safetensors"))
     require_free_space(work_folder, int(weights * _CHECKPOINT_SHARE) + 50_000_000, "fine-tuning")
@@ -80,7 +83,10 @@ def run(
     reference = vlm.vision_features(reference_model, processor, looked_at)
     del reference_model
     progress("loading the base", 1, 2)
-    model = vlm.load_model(base, dtype=precision, four_bit=True, device=device)
+    four_bit = settings.base_weights == "nf4"
+    model = vlm.load_model(
+        base, dtype=precision, four_bit=four_bit, device=device, float_storage=processes.are_sharded()
+    )
     sees = preflight(model, reference, processor, looked_at, render_prompt(None))
     progress("loading the base", 2, 2)
 
@@ -95,14 +101,15 @@ def run(
             model, collator(processor, frames), train_records, val_records, settings, device, precision,
             checkpoints, progress,
         )  # fmt: skip
-        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        trained = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        weights_of_all = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # with FSDP, all put theirs together
     log = _losses(trainer)
 
     # A name that means something elsewhere; PEFT puts in this machine's path.
     model.peft_config["default"].base_model_name_or_path = vlm.base_name(base)
     if processes.is_main():
         with replaced_folder(out_folder) as folder:
-            model.save_pretrained(folder, save_embedding_layers=False)
+            model.save_pretrained(folder, state_dict=weights_of_all, save_embedding_layers=False)
             write_card("adapter", base, vlm.base_name(base), folder)  # in place of PEFT's unfilled form
             processor.save_pretrained(folder)
             for name, value in (
@@ -132,7 +139,31 @@ def run(
         "device": "cpu" if device == "cpu" else torch.cuda.get_device_name(device),
         "peak_vram_bytes": None if device == "cpu" else torch.cuda.max_memory_allocated(device),
         "processes": processes.count(),
+        "seconds_per_sample": _seconds_per_sample(trained.metrics["train_runtime"], state, resumed_step, settings),
+        "attention": model.config.text_config._attn_implementation,
+        "short_convolution": "causal-conv1d" if device != "cpu" and has_fast_convolution() else "PyTorch",
     }
+
+
+def has_fast_convolution() -> bool:
+    """Whether the package is there whose GPU kernel transformers takes for LFM2's short convolutions."""
+    return importlib.util.find_spec("causal_conv1d") is not None
+
+
+def _seconds_per_sample(seconds: float, state: Any, resumed_step: int, settings: FineTuneSettings) -> float | None:
+    """Training with its validations, by record trained on; None when nothing was left to train."""
+    steps = state.global_step - resumed_step
+    records = steps * settings.micro_batch_size * settings.gradient_accumulation_steps * processes.count()
+    return round(seconds / records, 4) if records else None
+
+
+def _check_sharding(settings: FineTuneSettings) -> None:
+    """What FSDP cannot cut up is refused before a model is loaded."""
+    if "8bit" in settings.optimizer or "paged" in settings.optimizer:
+        raise OrionError(
+            f"fine_tune.optimizer={settings.optimizer} cannot be shared out by FSDP (bitsandbytes' state).",
+            "Set fine_tune.optimizer=adamw_torch_fused; see docs/accelerate/fsdp.yaml.",
+        )
 
 
 def _device_and_precision(settings: FineTuneSettings) -> tuple[str, str, str]:

@@ -24,6 +24,11 @@ def local_device() -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
+def are_sharded() -> bool:
+    """Whether the launcher asked for FSDP: every process then holds a part of each weight."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
 def wait() -> None:
     """Return when every process is here."""
     if count() > 1:

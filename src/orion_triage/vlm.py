@@ -110,14 +110,16 @@ def load_processor(folder: Path, frame_size: int) -> "Lfm2VlProcessor":
     return processor
 
 
-def load_model(folder: Path, *, dtype: str, four_bit: bool = False, device: str = "cpu") -> Any:
+def load_model(
+    folder: Path, *, dtype: str, four_bit: bool = False, device: str = "cpu", float_storage: bool = False
+) -> Any:
     """The model in evaluation mode on `device`; `dtype` is "float16", "bfloat16", "float32", or "auto": as stored.
 
     As stored, a CPU maps the file into memory instead of copying it.
 
     With `four_bit`, the language model's linear layers are NF4 with double quantization and compute in
-    `dtype`; tower, projector and head stay in `dtype`. Raises OrionError when weights are missing or left
-    over.
+    `dtype`; tower, projector and head stay in `dtype`. `float_storage` keeps the packed values in tensors of `dtype`,
+    which FSDP can cut up as it cannot cut up bytes. Raises OrionError when weights are missing or left over.
     """
     hush_kernel_advice()
     import torch
@@ -131,6 +133,7 @@ def load_model(folder: Path, *, dtype: str, four_bit: bool = False, device: str 
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch_dtype,
+            bnb_4bit_quant_storage=torch_dtype if float_storage else torch.uint8,
             llm_int8_skip_modules=KEPT_IN_16_BIT,
         )
     with no_progress_bars():
