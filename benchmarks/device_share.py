@@ -22,8 +22,8 @@ from orion_triage.config import load_settings
 from orion_triage.dataset.catalogue import load_catalogue
 from orion_triage.dataset.synthetic import draw_tile, tile_seed
 from orion_triage.frames import shrink
-from orion_triage.rehearse import machine
 from orion_triage.records import Record
+from orion_triage.rehearse import machine
 from orion_triage.triage import Coordinates, Verdict
 
 
@@ -32,7 +32,7 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def median_seconds(work, repeats: int) -> float:  # noqa: ANN001
+def median_seconds(work, repeats: int) -> float:
     seconds = []
     for _ in range(repeats):
         synchronize()

@@ -179,7 +179,9 @@ def test_every_scope_fuses(small_base: Path, small_dataset: Path, tmp_path: Path
     """What the adapter changed is what the merge changed, and a tower that was left alone stays to the byte."""
     from safetensors.torch import load_file
 
-    settings = FineTuneSettings(scope=scope, micro_batch_size=8, gradient_accumulation_steps=1, epochs=1, learning_rate=1e-2)
+    settings = FineTuneSettings(
+        scope=scope, micro_batch_size=8, gradient_accumulation_steps=1, epochs=1, learning_rate=1e-2
+    )
     fine_tune.run(small_base, small_dataset, tmp_path / "adapter", tmp_path / "work", settings, 256)
     figures = fused(small_base, tmp_path / "adapter", small_dataset, tmp_path / "merged", dtype="float16")
     assert figures["largest_difference"] <= figures["allowed_difference"]

@@ -107,12 +107,9 @@ def test_evaluation_answers_like_the_cpu(small_base: Path, small_frames: list[An
     assert backend._model.device.type == "cuda"
     processor = vlm.load_processor(small_base, 256)
     cpu = vlm.load_model(small_base, dtype="float32")
-    expected = [
-        score[0] for score in vlm.answer_log_probabilities(cpu, processor, small_frames, prompts, ["{"] * 8)
-    ]
+    expected = [score[0] for score in vlm.answer_log_probabilities(cpu, processor, small_frames, prompts, ["{"] * 8)]
     found = [
-        score[0]
-        for score in vlm.answer_log_probabilities(backend._model, processor, small_frames, prompts, ["{"] * 8)
+        score[0] for score in vlm.answer_log_probabilities(backend._model, processor, small_frames, prompts, ["{"] * 8)
     ]
     assert [float(value) for value in found] == pytest.approx([float(value) for value in expected], abs=0.02)
     assert backend.answer(small_frames, prompts) == backend.answer(small_frames, prompts)

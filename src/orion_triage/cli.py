@@ -466,7 +466,10 @@ def _print_rehearsal(figures: dict[str, Any]) -> None:
         table.add_row(stage["stage"], f"{stage['seconds']:.1f}", *shown)
     console = Console()
     console.print(table)
+    if figures["training_seconds_per_sample"] is not None:
+        console.print(f"training, with its validation: {figures['training_seconds_per_sample']:.2f} s per sample")
     console.print(f"llama.cpp F16 against transformers, next-token log-probabilities: {figures['parity']:.4f}")
+    console.print(f"all of it, random weights and parity included: {figures['seconds']:.0f} s", highlight=False)
     if figures["preset"] == budgets.FULL_SIZE:
         _print_budgets(budgets.budgets(figures))
     else:

@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -65,6 +66,7 @@ def run(preset: str, folder: Path, *, steps: int = 0, progress: Progress = silen
     """
     if preset not in SHAPES:
         raise OrionError(f"{preset!r} has no published shapes.", f"Rehearse one of {', '.join(SHAPES)}.")
+    began = time.monotonic()
     settings = load_settings(preset)
     require_free_space(folder, 5 * _parameters(preset) * 2, "a rehearsal")
     base, rehearsal = folder / "base", Run(folder / "run", settings)
@@ -100,14 +102,18 @@ def run(preset: str, folder: Path, *, steps: int = 0, progress: Progress = silen
         progress(f"rehearsing: {stage}", number, len(stages) + 1)
         uses += _measure(stage, words, rehearsal)
     progress("rehearsing: parity", len(stages), len(stages) + 1)
+    parity = _parity(rehearsal, frame)
+    tuned = read_manifest(rehearsal.adapter)
     value = {
         "preset": preset,
         "parameters": parameters,
         "steps": steps,
+        "seconds": round(time.monotonic() - began, 1),
+        "training_seconds_per_sample": tuned.figures["seconds_per_sample"] if tuned else None,
         "machine": machine(),
         "stages": [asdict(use) for use in uses],
         "bytes": sizes(rehearsal, base),
-        "parity": _parity(rehearsal, frame),
+        "parity": parity,
         "fuse_check_records": CHECK_RECORDS,
     }
     write_text(figures_path(preset), json.dumps(value, indent=2) + "\n")
@@ -259,7 +265,7 @@ def _measure(stage: str, words: list[str], run: Run) -> Iterator[StageUse]:
     figures = receipt.figures if receipt else {}
     for name, tool in figures.get("tools", {}).items():
         yield StageUse(name, tool["seconds"], tool["peak_memory_bytes"], most[0])
-    name = f"{stage}, all" if figures.get("tools") else stage
+    name = f"{stage}, whole stage" if figures.get("tools") else stage
     yield StageUse(name, use.seconds, use.peak_memory_bytes, most[0], figures.get("peak_vram_bytes"))
 
 
