@@ -102,10 +102,26 @@ def test_accelerate_reads_each_configuration_as_it_is_meant(path: Path) -> None:
         assert set(named) == _layer_classes()
 
 
+@pytest.mark.slow
+def test_a_base_that_is_shared_out_gives_the_same_loss_and_gradients(small_base: Path, small_dataset: Path) -> None:
+    worker = Path(__file__).with_name("fsdp_worker.py")
+    command = [*TWO[:6], str(worker), str(small_base), str(small_dataset), ",".join(_layer_classes())]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(result.stdout)
+    assert figures["layers"] == 2 + 3
+    assert figures["share"] == pytest.approx(0.5, abs=0.02)
+    assert figures["same_names"]
+    assert figures["gradients"] == 2 * 4 * (1 + 3)
+    assert figures["smallest_gradient"] > 1e-4
+    assert figures["loss_difference"] < 1e-3
+    assert figures["gradient_difference"] < 1e-6
+
+
 def _layer_classes() -> set[str]:
     """The layers of both towers, as transformers calls them."""
     from orion_triage.vlm import TINY_BASE_FOLDER, load_model
 
     model = load_model(TINY_BASE_FOLDER, dtype="auto")
-    towers = (model.model.language_model.layers, model.model.vision_tower.encoder.layers)
-    return {type(layer).__name__ for layers in towers for layer in layers}
+    return {type(model.get_submodule(name)).__name__ for name, _ in model.named_modules() if name.endswith("layers.0")}

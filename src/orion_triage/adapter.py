@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from warnings import catch_warnings, filterwarnings
 
+from orion_triage.checkpoint import plain_name
 from orion_triage.errors import OrionError
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def attach_adapter(model: Any, adapter: Path, tensors: "dict[str, torch.Tensor]"
     """The model with the adapter on, its census, and a warning per requested name that changed nothing.
 
     Modules are taken from the tensors' keys, not from name patterns, so that every tensor lands somewhere.
-    transformers 5 dropped `vision_model.` from the tower's module names: both forms are understood.
+    transformers dropped `vision_model.` from the tower's module names: both forms are understood.
     """
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
@@ -122,13 +123,13 @@ def attach_adapter(model: Any, adapter: Path, tensors: "dict[str, torch.Tensor]"
         raise OrionError(f"{adapter / 'adapter_config.json'} cannot be read: {error}.", "Fetch it again.") from None
     asked = [config.target_modules] if isinstance(config.target_modules, str) else sorted(config.target_modules or ())
     linear = {name: module for name, module in model.named_modules() if hasattr(module, "in_features")}
+    called = {plain_name(name): name for name in linear}
     state = {}
     targets = set()
     for key, tensor in tensors.items():
-        module, matrix, _ = key.removeprefix("base_model.model.").rsplit(".", 2)
-        if module not in linear:
-            module = module.replace("vision_tower.vision_model.", "vision_tower.")
-        if module not in linear:
+        asked_module, matrix, _ = key.removeprefix("base_model.model.").rsplit(".", 2)
+        module = called.get(plain_name(asked_module))
+        if module is None:
             raise OrionError(f"the adapter's {key} matches no module of the base.", "Use the base it was trained on.")
         is_a = matrix == "lora_A"
         rank = tensor.shape[0 if is_a else -1] if config.rank_pattern else config.r

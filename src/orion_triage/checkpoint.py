@@ -50,9 +50,9 @@ def write_tensors(
     return sum(tensor.numel() for tensor in empty.values())
 
 
-def module_of(tensor: str) -> str:
-    """The module that a tensor of the Hub's layout belongs to: transformers 5 leaves out `vision_model.`."""
-    return tensor.rsplit(".", 1)[0].replace("vision_tower.vision_model.", "vision_tower.")
+def plain_name(name: str) -> str:
+    """One name for a module or tensor that the Hub, older adapters and transformers 5.1 call by a longer one."""
+    return name.replace("vision_tower.vision_model.", "vision_tower.")
 
 
 def hub_name(name: str) -> str:

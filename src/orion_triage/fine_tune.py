@@ -409,8 +409,9 @@ def read_losses(adapter: Path) -> list[dict[str, float]]:
 
 
 def _filter_warnings(device: str) -> None:
-    """Hide two notes that change nothing for a user; make one that voids the training an error."""
+    """Hide notes that change nothing for a user; make one that voids the training an error."""
     warnings.filterwarnings("ignore", message=".*checkpointing.* is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="mtime may not be reliable")  # checkpoints are told apart by number
     if device == "cpu":  # there, the paged optimizer is not paged
         warnings.filterwarnings("ignore", message=".*[Pp]aged.*")
     warnings.filterwarnings("error", message=".*autograd kernel was not registered.*")

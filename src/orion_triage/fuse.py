@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from orion_triage import vlm
 from orion_triage.adapter import attach_adapter, read_adapter
 from orion_triage.card import write_card
-from orion_triage.checkpoint import module_of, write_tensors
+from orion_triage.checkpoint import plain_name, write_tensors
 from orion_triage.config import FuseSettings
 from orion_triage.errors import OrionError
 from orion_triage.files import replaced_folder, require_free_space, write_text
@@ -182,7 +182,7 @@ def _changes(model: Any) -> "dict[str, Callable[[], torch.Tensor]]":
     changes: dict[str, Callable[[], torch.Tensor]] = {}
     for name, module in model.named_modules():
         if isinstance(module, Linear):
-            changes[name.removeprefix("base_model.model.")] = partial(module.get_delta_weight, "default")
+            changes[plain_name(name.removeprefix("base_model.model."))] = partial(module.get_delta_weight, "default")
             module.base_layer = None  # one bias alone keeps the whole file of the base mapped
     return changes
 
@@ -210,7 +210,7 @@ def _write_weights(
     def merged(name: str) -> torch.Tensor:
         with safe_open(files[name], "pt") as file:
             tensor = file.get_tensor(name)
-        change = left.pop(module_of(name), None) if name.endswith(".weight") else None
+        change = left.pop(plain_name(name).removesuffix(".weight"), None)
         if change is not None:
             with torch.inference_mode():
                 tensor = tensor.float() + change().to("cpu")

@@ -106,17 +106,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
 
 def make_processor(tokenizer: "PreTrainedTokenizerFast", frame_size: int) -> "Lfm2VlProcessor":
     """The image processor for square frames of exactly `frame_size` pixels: no resize, no tiles, no padding."""
-    from transformers.models.lfm2_vl import Lfm2VlImageProcessor, Lfm2VlProcessor
+    from transformers.models import lfm2_vl
 
     image_tokens = (frame_size // 32) ** 2
-    image_processor = Lfm2VlImageProcessor(
+    # In older transformers 5 the same class has the longer name.
+    kind = getattr(lfm2_vl, "Lfm2VlImageProcessor", None) or lfm2_vl.Lfm2VlImageProcessorFast
+    image_processor = kind(
         do_image_splitting=False,
         min_image_tokens=min(64, image_tokens),
         max_image_tokens=image_tokens,
         tile_size=frame_size,
         size={"height": frame_size, "width": frame_size},
     )
-    return Lfm2VlProcessor(image_processor, tokenizer, chat_template=CHAT_TEMPLATE)
+    return lfm2_vl.Lfm2VlProcessor(image_processor, tokenizer, chat_template=CHAT_TEMPLATE)
 
 
 def make_config(

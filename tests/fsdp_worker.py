@@ -1,0 +1,73 @@
+"""One of several processes that share out a 16-bit base's weights; the first one prints what differs.
+
+    python -m torch.distributed.run --standalone --nproc-per-node 2 tests/fsdp_worker.py BASE DATASET LAYER_CLASSES
+
+accelerate starts FSDP on GPUs only, so this calls what it would call: torch's `fully_shard`, on the classes that
+docs/accelerate/fsdp.yaml names.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from torch.distributed.fsdp import fully_shard
+
+from orion_triage import fine_tune, vlm
+from orion_triage.config import FineTuneSettings
+from orion_triage.progress import silent
+from orion_triage.records import read_split
+
+
+def adapted(base: Path) -> Any:
+    """LoRA in float32 on a base in bfloat16, moved off its start so that every matrix has a gradient."""
+    settings = FineTuneSettings(base_weights="16-bit", dropout=0.0)
+    torch.manual_seed(settings.seed)
+    model, _ = fine_tune.add_adapter(vlm.load_model(base, dtype="bfloat16"), settings)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model.train()
+
+
+def main() -> None:
+    base, dataset, classes = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3].split(",")
+    torch.distributed.init_process_group("gloo")
+    rank, count = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    records = read_split(dataset, "train")[: 2 * count]
+    frames = fine_tune.decode_frames(dataset, records, 256, silent)
+    collate = fine_tune.collator(vlm.load_processor(base, 256), frames)
+    batches = [collate(records[2 * number : 2 * number + 2]) for number in range(count)]
+
+    whole = adapted(base)
+    losses = [whole(**batch).loss for batch in batches]
+    torch.stack(losses).mean().backward()
+    expected = {name: value.grad for name, value in whole.named_parameters() if value.grad is not None}
+
+    shared = adapted(base)
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (count,))
+    layers = [module for module in shared.modules() if type(module).__name__ in classes]
+    for part in (*layers, shared):
+        fully_shard(part, mesh=mesh)
+    own = sum(value.to_local().numel() for value in shared.parameters())
+    loss = shared(**batches[rank]).loss
+    loss.backward()
+    found = {name: value.grad.full_tensor() for name, value in shared.named_parameters() if value.grad is not None}
+    if rank == 0:
+        figures = {
+            "layers": len(layers),
+            "share": own / sum(value.numel() for value in whole.parameters()),
+            "loss_difference": abs(float(loss) - float(losses[0])),
+            "same_names": found.keys() == expected.keys(),
+            "gradients": len(found),
+            "gradient_difference": max(float((found[name] - expected[name]).abs().max()) for name in expected),
+            "smallest_gradient": min(float(value.abs().max()) for value in expected.values()),
+        }
+        sys.stdout.write(json.dumps(figures) + "\n")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
