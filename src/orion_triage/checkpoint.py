@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from orion_triage.errors import OrionError
 from orion_triage.files import write_text
 from orion_triage.progress import Progress, silent
 
@@ -12,6 +13,12 @@ if TYPE_CHECKING:
     import torch
 
 FILE_BYTES = 1_000_000_000  # of one file: it is in memory while it is written
+# One tensor of each part, as the published checkpoints name it and llama.cpp's converter expects it.
+_LANDMARKS = (
+    "model.language_model.embed_tokens.weight",
+    "model.vision_tower.vision_model.embeddings.patch_embedding.weight",
+    "model.multi_modal_projector.linear_1.weight",
+)
 
 
 def write_tensors(
@@ -48,6 +55,28 @@ def write_tensors(
         write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
     progress(description, done, len(empty))
     return sum(tensor.numel() for tensor in empty.values())
+
+
+def check_names(folder: Path) -> None:
+    """Raise OrionError unless the tensors of `folder` are named as in the published checkpoints."""
+    from safetensors import SafetensorError, safe_open
+
+    names: set[str] = set()
+    for path in folder.glob("*.safetensors"):
+        try:
+            with safe_open(path, "pt") as file:
+                names.update(file.keys())
+        except (SafetensorError, OSError) as error:
+            raise OrionError(f"{path} is damaged: {error}.", "Fetch it again.") from None
+    for landmark in _LANDMARKS:
+        if landmark not in names:
+            end = ".".join(landmark.split(".")[-2:])
+            instead = next((f"{name!r} in its place" for name in sorted(names) if name.endswith(end)), "nothing like it")
+            raise OrionError(
+                f"{folder} has no tensor {landmark!r}; there is {instead}.",
+                "Use the published checkpoint: llama.cpp's converter knows no other names. One that transformers saved "
+                "itself may have been renamed by its version; the tested ones are in constraints.txt.",
+            )
 
 
 def plain_name(name: str) -> str:

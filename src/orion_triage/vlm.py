@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orion_triage import hub
+from orion_triage.checkpoint import check_names
 from orion_triage.errors import OrionError
 from orion_triage.files import sha256_of_file
 from orion_triage.manifest import sha256_of_listing
@@ -39,7 +40,7 @@ KEPT_IN_16_BIT = ["lm_head", "model.vision_tower", "model.multi_modal_projector"
 def resolve_base(model: str) -> Path:
     """The folder of a base model in the Hub's layout: the shipped one for "orion-tiny", a local one, or a Hub id's.
 
-    Raises OrionError unless it is an LFM2-VL checkpoint with SafeTensors weights.
+    Raises OrionError unless it is an LFM2-VL checkpoint with SafeTensors weights under their published names.
     """
     if model != TINY_BASE:
         folder = hub.locate(model, "model")
@@ -64,6 +65,7 @@ def resolve_base(model: str) -> Path:
         pickles = [path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pt"))]
         found = f"only {', '.join(pickles)}, which can run code when opened" if pickles else "none"
         raise OrionError(f"{folder} needs weights as *.safetensors; found {found}.", "Fetch the SafeTensors file.")
+    check_names(folder)
     return folder
 
 

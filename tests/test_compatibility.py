@@ -1,0 +1,73 @@
+"""What an upstream release could change without a word: the names and the layout between transformers and llama.cpp."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orion_triage import llama_cpp, vlm
+from orion_triage.errors import OrionError
+
+
+def tensors_of(folder: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """The shipped base, loaded and saved by transformers itself."""
+    folder = tmp_path / "saved"
+    vlm.load_model(vlm.TINY_BASE_FOLDER, dtype="auto").save_pretrained(folder)
+    vlm.load_processor(vlm.TINY_BASE_FOLDER, 256).save_pretrained(folder)
+    return folder
+
+
+def test_transformers_keeps_the_published_names(saved: Path) -> None:
+    before, after = tensors_of(vlm.TINY_BASE_FOLDER), tensors_of(saved)
+    assert after.keys() == before.keys()
+    assert all(after[name].dtype == before[name].dtype and after[name].equal(before[name]) for name in before)
+    config = json.loads((saved / "config.json").read_text())
+    assert config["model_type"] == "lfm2_vl"
+    assert config["text_config"]["architectures"] == ["Lfm2ForCausalLM"]
+    assert vlm.resolve_base(str(saved)) == saved
+
+
+@pytest.mark.llama_cpp
+def test_the_converter_reads_what_transformers_saved(saved: Path, tmp_path: Path) -> None:
+    from gguf import GGUFReader
+
+    tools = llama_cpp.find_toolchain()
+    for mmproj in (False, True):
+        contents = []
+        for number, folder in enumerate((vlm.TINY_BASE_FOLDER, saved)):
+            target = tmp_path / f"{number}-{mmproj}.gguf"
+            llama_cpp.convert(tools, folder, target, mmproj=mmproj)
+            contents.append({tensor.name: tensor.data.tobytes() for tensor in GGUFReader(target).tensors})
+        assert contents[0] == contents[1]
+        names = [name for name in tensors_of(saved) if name.startswith("model.language_model.") is not mmproj]
+        assert len(contents[0]) == len(names)  # none was passed over
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "place"),
+    [
+        ("vision_tower.vision_model.", "vision_tower.", "'model.vision_tower.embeddings.patch_embedding.weight'"),
+        ("model.language_model.", "language_model.model.", "'language_model.model.embed_tokens.weight'"),
+        ("multi_modal_projector.linear_1", "projector.first", "nothing like it"),
+    ],
+)
+def test_renamed_tensors_are_refused_before_anything_is_trained(
+    small_base: Path, tmp_path: Path, old: str, new: str, place: str
+) -> None:
+    from safetensors.torch import save_file
+
+    folder = tmp_path / "base"
+    shutil.copytree(small_base, folder)
+    renamed = {name.replace(old, new): tensor for name, tensor in tensors_of(small_base).items()}
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(OrionError, match=f"there is {place}.*published checkpoint"):
+        vlm.resolve_base(str(folder))
