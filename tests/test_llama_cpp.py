@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from orion_triage import llama_cpp, quantize
-from orion_triage.config import QuantizeSettings
+from orion_triage import fuse, llama_cpp, quantize
+from orion_triage.config import FuseSettings, QuantizeSettings
 from orion_triage.errors import OrionError, ServerError
 from orion_triage.files import sha256_of_file
 from orion_triage.flight import GRAMMAR
@@ -234,6 +234,29 @@ def test_files_of_two_conversions_are_not_a_pair(pair: Path, tmp_path: Path) -> 
     (mixed / quantize.PAIR).unlink()
     with pytest.raises(OrionError, match="does not exist"):
         quantize.check_pair(mixed)
+
+
+@pytest.mark.llama_cpp
+def test_an_adapted_tower_has_an_mmproj_of_its_own_and_refuses_the_bases(
+    toolchain: llama_cpp.Toolchain, small_base: Path, small_adapter: Path, small_dataset: Path, tmp_path: Path
+) -> None:
+    from gguf import GGUFReader
+
+    merged, folder, of_base = tmp_path / "merged", tmp_path / "gguf", tmp_path / "base.gguf"
+    fuse.run(small_base, small_adapter, small_dataset, merged, FuseSettings(check_records=20), 256)
+    quantize.run(merged, folder, QuantizeSettings(), prompts=["one"])
+    llama_cpp.convert(toolchain, small_base, of_base, mmproj=True)
+    own, theirs = (
+        {tensor.name: tensor.data.tobytes() for tensor in GGUFReader(path).tensors}
+        for path in (folder / quantize.MMPROJ, of_base)
+    )
+    changed = {name for name in own if own[name] != theirs[name]}
+    assert own.keys() == theirs.keys()
+    assert changed == {f"v.blk.{layer}.attn_{part}.weight" for layer in range(3) for part in ("q", "k", "v", "out")}
+    quantize.check_pair(folder)
+    shutil.copyfile(of_base, folder / quantize.MMPROJ)
+    with pytest.raises(OrionError, match=r"orion-mmproj-f16\.gguf is not the file of this conversion"):
+        quantize.check_pair(folder)
 
 
 @pytest.mark.llama_cpp

@@ -71,7 +71,9 @@ def check_names(folder: Path) -> None:
     for landmark in _LANDMARKS:
         if landmark not in names:
             end = ".".join(landmark.split(".")[-2:])
-            instead = next((f"{name!r} in its place" for name in sorted(names) if name.endswith(end)), "nothing like it")
+            instead = next(
+                (f"{name!r} in its place" for name in sorted(names) if name.endswith(end)), "nothing like it"
+            )
             raise OrionError(
                 f"{folder} has no tensor {landmark!r}; there is {instead}.",
                 "Use the published checkpoint: llama.cpp's converter knows no other names. One that transformers saved "
