@@ -71,9 +71,8 @@ def write_card(product: Product, source: Path, base: str, folder: Path) -> None:
 def render_card(product: Product, base: str, licence: Licence | None, results: dict[str, Any] | None = None) -> str:
     """The card's text: YAML header and Markdown; with `results`, the four-condition table."""
     from huggingface_hub import ModelCardData
-    from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    from orion_triage.report.render import accuracy_rows, percent
+    from orion_triage.report.render import accuracy_rows, from_template
 
     header = ModelCardData(
         base_model=base,
@@ -85,16 +84,8 @@ def render_card(product: Product, base: str, licence: Licence | None, results: d
         pipeline_tag="image-text-to-text",
         tags=["earth-observation", "satellite", "triage", "lfm2-vl"],
     )
-    environment = Environment(
-        loader=PackageLoader("orion_triage", "."),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,  # Markdown, and every value comes from the run itself
-    )
-    environment.filters["percent"] = percent
-    return environment.get_template("card.md.j2").render(
+    return from_template(
+        "card.md.j2",
         header=header.to_yaml(),
         product=product,
         base=base,

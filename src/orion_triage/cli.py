@@ -455,10 +455,11 @@ def _print_rehearsal(figures: dict[str, Any]) -> None:
     machine = figures["machine"]
     table = Table(
         title=f"{figures['preset']}, {figures['parameters']:,} parameters, on {machine['cores']} cores, "
-        f"{machine['memory_bytes'] / 1e9:.0f} GB, {machine['gpu'] or 'no GPU'}"
+        f"{machine['memory_bytes'] / 1e9:.0f} GB, {machine['gpu'] or 'no GPU'}",
+        caption="Peaks: of a process and its children, mapped files included; of the run folder, base not counted.",
     )
     table.add_column("stage")
-    for name in ("seconds", "peak memory GB", "peak disk GB", "peak GPU memory GB"):
+    for name in ("seconds", "memory GB", "disk GB", "GPU GB"):
         table.add_column(name, justify="right")
     for stage in figures["stages"]:
         cells = [stage["peak_memory_bytes"], stage["peak_disk_bytes"], stage["peak_vram_bytes"]]

@@ -67,7 +67,18 @@ def _gpu(needs: Needs) -> list[Finding]:
                 "Stop other programs on it, or set fine_tune.scope=language-attention.",
             )
         ]  # fmt: skip
-    return [Finding("GPU", "ok", name)]
+    return [Finding("GPU", "ok", name), _short_convolution()]
+
+
+def _short_convolution() -> Finding:
+    from orion_triage.fine_tune import has_fast_convolution
+
+    if has_fast_convolution():
+        return Finding("causal-conv1d", "ok", "installed: the language model's short convolutions use it")
+    return Finding(
+        "causal-conv1d", "note", "not installed: short convolutions run in PyTorch, with the same results",
+        "For speed: pip install --no-build-isolation causal-conv1d (it compiles, and needs nvcc).",
+    )  # fmt: skip
 
 
 def _bitsandbytes() -> Finding:

@@ -265,7 +265,7 @@ def _measure(stage: str, words: list[str], run: Run) -> Iterator[StageUse]:
     figures = receipt.figures if receipt else {}
     for name, tool in figures.get("tools", {}).items():
         yield StageUse(name, tool["seconds"], tool["peak_memory_bytes"], most[0])
-    name = f"{stage}, whole stage" if figures.get("tools") else stage
+    name = f"all of {stage}" if figures.get("tools") else stage
     yield StageUse(name, use.seconds, use.peak_memory_bytes, most[0], figures.get("peak_vram_bytes"))
 
 

@@ -10,7 +10,12 @@ if TYPE_CHECKING:
 
 
 def render_markdown(results: dict[str, Any], figure: str) -> str:
-    """The report, from the template beside this module; `figure` is the name of the picture beside it."""
+    """The report; `figure` is the name of the picture beside it."""
+    return from_template("report.md.j2", results=results, rows=accuracy_rows(results), figure=figure)
+
+
+def from_template(name: str, **values: Any) -> str:
+    """A template beside this module, filled in; a value that it misses is an error."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -23,8 +28,7 @@ def render_markdown(results: dict[str, Any], figure: str) -> str:
     )
     environment.filters["percent"] = percent
     environment.filters["megabytes"] = lambda size: f"{size / 1e6:,.1f} MB"
-    template = environment.get_template("report.md.j2")
-    return template.render(results=results, rows=accuracy_rows(results), figure=figure)
+    return environment.get_template(name).render(values)
 
 
 def percent(value: float | None) -> str:
