@@ -9,6 +9,7 @@ import pytest
 from orion_triage import budgets, doctor, rehearse
 from orion_triage.config import load_settings
 from orion_triage.errors import OrionError
+from orion_triage.triage import CATEGORIES
 
 PUBLISHED = {"lfm2.5-vl-1.6b": 1_596_625_904, "lfm2.5-vl-450m": 450_816_512}
 SMALL: dict[str, Any] = {
@@ -51,6 +52,8 @@ def test_a_rehearsal_measures_every_stage(
     assert stages["all of quantize"]["peak_memory_bytes"] >= stages["convert"]["peak_memory_bytes"]
     assert all(size > 0 for size in figures["bytes"].values())
     assert 0 <= figures["parity"] <= 0.01
+    assert figures["answer"]["category"] in CATEGORIES
+    assert figures["answer"]["reason"]
     assert figures["seconds"] > sum(stages[name]["seconds"] for name in ("fuse", "all of quantize", "answer"))
     assert (figures["training_seconds_per_sample"] is None) is (steps == 0)
     assert budgets.last_rehearsal(preset) == figures

@@ -100,7 +100,8 @@ def run(preset: str, folder: Path, *, steps: int = 0, progress: Progress = silen
     uses: list[StageUse] = []
     for number, (stage, words) in enumerate(stages.items()):
         progress(f"rehearsing: {stage}", number, len(stages) + 1)
-        uses += _measure(stage, words, rehearsal)
+        stage_uses, said = _measure(stage, words, rehearsal)
+        uses += stage_uses
     progress("rehearsing: parity", len(stages), len(stages) + 1)
     parity = _parity(rehearsal, frame)
     tuned = read_manifest(rehearsal.adapter)
@@ -114,6 +115,7 @@ def run(preset: str, folder: Path, *, steps: int = 0, progress: Progress = silen
         "stages": [asdict(use) for use in uses],
         "bytes": sizes(rehearsal, base),
         "parity": parity,
+        "answer": json.loads(said[said.index("[\n") :])[0],  # of random weights, under the flight grammar
         "fuse_check_records": CHECK_RECORDS,
     }
     write_text(figures_path(preset), json.dumps(value, indent=2) + "\n")
@@ -252,21 +254,23 @@ def make_adapter(base: Path, folder: Path, settings: Any) -> None:
 # --- measuring ------------------------------------------------------------------------------------------------------
 
 
-def _measure(stage: str, words: list[str], run: Run) -> Iterator[StageUse]:
-    """Run one command; yields what it took, and what each of llama.cpp's tools in it took."""
+def _measure(stage: str, words: list[str], run: Run) -> tuple[list[StageUse], str]:
+    """Run one command; returns what each of llama.cpp's tools in it and all of it took, and what it printed."""
     command = [sys.executable, "-m", "orion_triage.cli", *words]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output, _disk(run.folder) as most:
         status, use = llama_cpp.run_measured(command, dict(os.environ), output)
+        output.seek(0)
+        said = output.read()
         if status:
-            output.seek(0)
-            last = " | ".join(output.read().strip().splitlines()[-4:])
+            last = " | ".join(said.strip().splitlines()[-4:])
             raise OrionError(f"the rehearsal's {stage} failed: {last}.", "Mend that, then rehearse again.")
     receipt = read_manifest({"fine-tune": run.adapter, "quantize": run.gguf}.get(stage, run.folder))
     figures = receipt.figures if receipt else {}
-    for name, tool in figures.get("tools", {}).items():
-        yield StageUse(name, tool["seconds"], tool["peak_memory_bytes"], most[0])
-    name = f"all of {stage}" if figures.get("tools") else stage
-    yield StageUse(name, use.seconds, use.peak_memory_bytes, most[0], figures.get("peak_vram_bytes"))
+    tools = figures.get("tools", {})
+    uses = [StageUse(name, tool["seconds"], tool["peak_memory_bytes"], most[0]) for name, tool in tools.items()]
+    name = f"all of {stage}" if tools else stage
+    uses.append(StageUse(name, use.seconds, use.peak_memory_bytes, most[0], figures.get("peak_vram_bytes")))
+    return uses, said
 
 
 @contextmanager
