@@ -14,10 +14,9 @@ from orion_triage import fuse, llama_cpp, quantize
 from orion_triage.config import FuseSettings, QuantizeSettings
 from orion_triage.errors import OrionError, ServerError
 from orion_triage.files import sha256_of_file
-from orion_triage.flight import GRAMMAR
 from orion_triage.frames import Frame, decode_frame, read_frame
 from orion_triage.records import image_path, read_split
-from orion_triage.triage import Coordinates, parse_verdict, render_prompt
+from orion_triage.triage import GRAMMAR, Coordinates, parse_verdict, render_prompt
 
 PROMPTS = [render_prompt(None), render_prompt(Coordinates(-120.62, 34.0))]
 

@@ -9,21 +9,9 @@ from orion_triage import llama_cpp, quantize
 from orion_triage.errors import FrameError
 from orion_triage.frames import CAMERA_SIZE, Frame, is_blank, read_frame, shrink
 from orion_triage.progress import Progress, silent
-from orion_triage.triage import CATEGORIES, Category, Verdict, parse_verdict, render_prompt
+from orion_triage.triage import ANSWER_TOKENS, GRAMMAR, Category, Verdict, parse_verdict, render_prompt
 
 BLANK_REASON = "Blank frame: no image content to judge."
-
-LONGEST_REASON = 160  # characters; the catalogue's longest has 88
-# No token is shorter than a character, and the rest of a verdict has 36: an answer under the grammar is never cut.
-ANSWER_TOKENS = LONGEST_REASON + 40
-
-# Exactly the bytes of a verdict: printable ASCII without quote and backslash.
-# The evaluation goes without it, so that unparsable answers are counted instead of prevented.
-GRAMMAR = (
-    'root ::= "{\\"reason\\": \\"" reason "\\", \\"category\\": \\"" category "\\"}"\n'
-    f"reason ::= [ !#-\\[\\]-~]{{1,{LONGEST_REASON}}}\n"
-    "category ::= " + " | ".join(f'"{category}"' for category in CATEGORIES) + "\n"
-)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 CONTEXT_TOKENS = 2048  # a frame takes under 600; the model's own 128,000 would cost 1.5 GB
 IMAGE_CACHE_MIB = 256  # the default of 8 GiB grows with every image
 START_SECONDS = 300
+CANDIDATES = 500  # next tokens whose probabilities are asked for: 0.05 MB of reply a token
 
 
 class Client:
@@ -82,15 +84,51 @@ class Client:
         answer: str = self.completion(prompt, image_png, max_tokens, grammar=grammar)["content"]
         return answer
 
-    def completion(self, prompt: str, image_png: bytes, max_tokens: int, **options: Any) -> dict[str, Any]:
-        """The server's whole reply to one frame and prompt.
+    def complete_and_score(
+        self,
+        prompt: str,
+        image_png: bytes,
+        max_tokens: int,
+        *,
+        cue: str,
+        tokens: Sequence[int],
+        grammars: tuple[str, str] = ("", ""),
+        options: Mapping[str, float] | None = None,
+    ) -> tuple[str, list[float] | None]:
+        """The answer, and the log-probabilities of `tokens` right after its first `cue`; None without the cue.
+
+        The answer is asked for in two parts, up to the cue and from it on, each under its own of `grammars`; the
+        server keeps what it has read, so the second part costs no more than its tokens. Probabilities are the
+        model's own, from before grammar and sampling.
+        """
+        sampling: dict[str, Any] = dict(options or {})
+        first = self.completion(prompt, image_png, max_tokens, stop=[cue], grammar=grammars[0], **sampling)
+        text: str = first["content"]
+        left = max_tokens - int(first["tokens_predicted"])
+        if first.get("stopping_word") != cue or left < 1:
+            return text, None
+        text += cue
+        rest = self.completion(
+            prompt, image_png, left, start=text, cache_prompt=True, n_probs=CANDIDATES, grammar=grammars[1], **sampling
+        )
+        steps = rest.get("completion_probabilities")
+        if not steps:
+            return text + rest["content"], None
+        listed = {candidate["id"]: candidate["logprob"] for candidate in steps[0]["top_logprobs"]}
+        least = min(listed.values())  # a label beyond the list is no likelier than its last
+        return text + rest["content"], [listed.get(token, least) for token in tokens]
+
+    def completion(
+        self, prompt: str, image_png: bytes, max_tokens: int, *, start: str = "", **options: Any
+    ) -> dict[str, Any]:
+        """The server's whole reply to one frame and prompt, from `start` of the answer on.
 
         The chat string is written out, because the chat endpoint would add a thinking block; the server puts the
         start token in front, and image start and end around the marker.
         """
         if not self._marker:
             self._marker = self.props().get("media_marker") or "<__media__>"
-        chat = f"<|im_start|>user\n{self._marker}\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+        chat = f"<|im_start|>user\n{self._marker}\n{prompt}<|im_end|>\n<|im_start|>assistant\n{start}"
         body = {
             "prompt": {"prompt_string": chat, "multimodal_data": [base64.b64encode(image_png).decode()]},
             "n_predict": max_tokens,

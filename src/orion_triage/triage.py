@@ -7,6 +7,7 @@ owner. Prompts are rendered from fields; nothing in the project edits a finished
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -101,6 +102,40 @@ class Verdict:
     def to_json(self) -> str:
         """The answer's bytes: `reason` first, one space after each colon and comma."""
         return json.dumps({"reason": self.reason, "category": self.category.value})
+
+
+CATEGORY_CUE = '"category": "'  # after it, an answer's next letter decides
+
+
+def category_tokens(tokenize: Callable[[str], list[int]]) -> list[int]:
+    """The token that each of CATEGORIES begins with after the cue, in their order.
+
+    `tokenize` adds no special tokens. Raises OrionError when a label's first token runs into the cue, or two labels
+    begin alike: then one token cannot say which of them an answer means.
+    """
+    head = Verdict("x", Category.HIGH).to_json().partition(CATEGORY_CUE)[0] + CATEGORY_CUE
+    start, tokens = tokenize(head), [tokenize(head + category) for category in CATEGORIES]
+    if any(ids[: len(start)] != start for ids in tokens) or len({ids[len(start)] for ids in tokens}) < len(CATEGORIES):
+        raise OrionError(
+            "the model's tokenizer does not tell the three labels apart by their first token.",
+            "Class scores need an LFM2 tokenizer; use a base of the LFM2-VL family.",
+        )
+    return [ids[len(start)] for ids in tokens]
+
+
+LONGEST_REASON = 160  # characters; the catalogue's longest has 88
+# No token is shorter than a character, and the rest of a verdict has 36: an answer under the grammar is never cut.
+ANSWER_TOKENS = LONGEST_REASON + 40
+
+# llama.cpp's form. Exactly the bytes of a verdict, so the answer stays on the tokens of training: one space after
+# colon and comma, printable ASCII without quote and backslash.
+_LABELS = " | ".join(f'"{category}"' for category in CATEGORIES)
+GRAMMAR = (
+    f'root ::= "{{\\"reason\\": \\"" reason "\\", \\"category\\": \\"" category "\\"}}"\n'
+    f"reason ::= [ !#-\\[\\]-~]{{1,{LONGEST_REASON}}}\n"
+    f"category ::= {_LABELS}\n"
+)
+CATEGORY_GRAMMAR = f'root ::= category "\\"}}"\ncategory ::= {_LABELS}\n'  # of what comes after the cue
 
 
 _FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)

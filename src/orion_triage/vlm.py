@@ -372,6 +372,23 @@ def generate(
     An image object that appears several times is encoded once. Rows are independent of the batch they are in,
     up to rounding: padding on the left is masked in attention and short-conv layers alike.
     """
+    return [text for text, _ in generate_and_score(model, processor, images, prompts, max_new_tokens)]
+
+
+def generate_and_score(
+    model: Any,
+    processor: "Lfm2VlProcessor",
+    images: "Sequence[Image.Image]",
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    *,
+    cue: str = "",
+    tokens: Sequence[int] = (),
+) -> "list[tuple[str, list[float] | None]]":
+    """`generate`'s answers, each with the log-probabilities of `tokens` right after its first `cue`.
+
+    None in their place where the answer never says the cue, or ends with it.
+    """
     import torch
 
     batch = encode(processor, images, prompts).to(model.device)
@@ -379,21 +396,40 @@ def generate(
     rows = sorted(set(first_row.values()))
     end = processor.tokenizer.convert_tokens_to_ids(END_OF_TURN)
     with torch.inference_mode():
-        output = model.get_image_features(**{key: batch[key][rows] for key in _VISION_KEYS})
-        features = dict(zip(rows, output.pooler_output, strict=True))
+        seen_once = model.get_image_features(**{key: batch[key][rows] for key in _VISION_KEYS})
+        features = dict(zip(rows, seen_once.pooler_output, strict=True))
         embeddings = model.get_input_embeddings()(batch["input_ids"])
         seen = torch.cat([features[first_row[id(image)]] for image in images]).to(embeddings.dtype)
         is_image = (batch["input_ids"] == processor.image_token_id).unsqueeze(-1)
-        answers = model.generate(
+        output = model.generate(
             inputs_embeds=embeddings.masked_scatter(is_image, seen),
             attention_mask=batch["attention_mask"],
             max_new_tokens=max_new_tokens,
             do_sample=False,
             eos_token_id=end,
             pad_token_id=processor.tokenizer.pad_token_id,
+            return_dict_in_generate=True,
+            output_logits=bool(cue),
         )
-    decoded: list[str] = processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
-    return decoded
+    decoded: list[str] = processor.tokenizer.batch_decode(output.sequences, skip_special_tokens=True)
+    scores: list[list[float] | None] = [None] * len(decoded)
+    for row, ids in enumerate(output.sequences.tolist() if cue else []):
+        place = _tokens_up_to(processor.tokenizer, ids, cue)
+        if place is not None and place < len(output.logits) and ids[place] != end:
+            log_probabilities = output.logits[place][row].float().log_softmax(-1)
+            scores[row] = log_probabilities[list(tokens)].tolist()
+    return list(zip(decoded, scores, strict=True))
+
+
+def _tokens_up_to(tokenizer: Any, ids: list[int], cue: str) -> int | None:
+    """How many tokens it takes until the text ends with the first `cue`; None when no token ends there."""
+    if cue not in tokenizer.decode(ids):
+        return None
+    for count in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:count])
+        if cue in text:
+            return count if text.endswith(cue) else None
+    return None
 
 
 def answer_log_probabilities(

@@ -1,7 +1,11 @@
 """Who answers: a transformers model in this process, or a llama.cpp server."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
+
+from orion_triage.triage import ANSWER_TOKENS, CATEGORY_CUE, CATEGORY_GRAMMAR, GRAMMAR, category_tokens
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -12,12 +16,34 @@ if TYPE_CHECKING:
     from orion_triage.llama_cpp import Client
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What was said, and how likely each category was where the category begins.
+
+    The reason is generated first; then the three labels are scored by the token that each begins with. `scores` are
+    the three probabilities in the order of CATEGORIES, with a sum of 1; `label_mass` is what they had together before
+    that. None where the answer never comes to its category, or the one who answers gives no probabilities.
+    """
+
+    text: str
+    scores: tuple[float, ...] | None = None
+    label_mass: float | None = None
+
+    @classmethod
+    def scored(cls, text: str, log_probabilities: Sequence[float] | None) -> "Answer":
+        if log_probabilities is None:
+            return cls(text)
+        weights = [math.exp(value) for value in log_probabilities]
+        mass = sum(weights)
+        return cls(text, tuple(weight / mass for weight in weights), mass)
+
+
 class Backend(Protocol):
-    """Answers a batch of (image, prompt) pairs, greedily; answers do not depend on the batch."""
+    """Answers a batch of (image, prompt) pairs; answers do not depend on the batch."""
 
     batch_size: int
 
-    def answer(self, images: "Sequence[Image.Image]", prompts: Sequence[str]) -> list[str]: ...
+    def answer(self, images: "Sequence[Image.Image]", prompts: Sequence[str]) -> list[Answer]: ...
 
 
 class ConstantBackend:
@@ -28,16 +54,18 @@ class ConstantBackend:
     def __init__(self, answer: str) -> None:
         self._answer = answer
 
-    def answer(self, images: "Sequence[Image.Image]", prompts: Sequence[str]) -> list[str]:
-        return [self._answer] * len(prompts)
+    def answer(self, images: "Sequence[Image.Image]", prompts: Sequence[str]) -> list[Answer]:
+        return [Answer(self._answer)] * len(prompts)
 
 
 class TransformersBackend:
-    """The base or the fused model through transformers."""
+    """The base, an adapted or the fused model through transformers, greedily."""
 
     def __init__(self, model: Any, processor: Any, *, max_new_tokens: int, batch_size: int) -> None:
         self.batch_size = batch_size
         self._model, self._processor, self._max_new_tokens = model, processor, max_new_tokens
+        tokenizer = processor.tokenizer
+        self._labels = category_tokens(lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
 
     @classmethod
     def load(cls, folder: "Path", settings: "EvaluateSettings", frame_size: int) -> "TransformersBackend":
@@ -53,24 +81,54 @@ class TransformersBackend:
             batch_size=settings.batch_size,
         )
 
-    def answer(self, images: "Sequence[Image.Image]", prompts: Sequence[str]) -> list[str]:
+    def answer(self, images: "Sequence[Image.Image]", prompts: Sequence[str]) -> list[Answer]:
         from orion_triage import vlm
 
-        return vlm.generate(self._model, self._processor, images, prompts, self._max_new_tokens)
+        rows = vlm.generate_and_score(
+            self._model,
+            self._processor,
+            images,
+            prompts,
+            self._max_new_tokens,
+            cue=CATEGORY_CUE,
+            tokens=self._labels,
+        )
+        return [Answer.scored(text, log_probabilities) for text, log_probabilities in rows]
 
 
 class LlamaCppBackend:
-    """A GGUF pair behind llama.cpp's HTTP server, one request at a time."""
+    """A GGUF pair behind llama.cpp's HTTP server, one request at a time.
+
+    `constrained` answers are under the flight's grammar; `options` are llama.cpp's sampling settings, greedy without.
+    """
 
     batch_size = 1
 
-    def __init__(self, client: "Client", *, max_new_tokens: int) -> None:
-        self._client, self._max_new_tokens = client, max_new_tokens
+    def __init__(
+        self,
+        client: "Client",
+        *,
+        max_new_tokens: int,
+        constrained: bool = False,
+        options: Mapping[str, float] | None = None,
+    ) -> None:
+        self._client, self._constrained, self._options = client, constrained, dict(options or {})
+        self._max_new_tokens = ANSWER_TOKENS if constrained else max_new_tokens
+        self._labels = category_tokens(client.tokenize)
 
-    def answer(self, images: "Sequence[Image.Image]", prompts: Sequence[str]) -> list[str]:
+    def answer(self, images: "Sequence[Image.Image]", prompts: Sequence[str]) -> list[Answer]:
+        return [self._answer(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+
+    def _answer(self, image: "Image.Image", prompt: str) -> Answer:
         from orion_triage.frames import Frame
 
-        return [
-            self._client.complete(prompt, Frame(image, image.size).png(), self._max_new_tokens)
-            for image, prompt in zip(images, prompts, strict=True)
-        ]
+        text, log_probabilities = self._client.complete_and_score(
+            prompt,
+            Frame(image, image.size).png(),
+            self._max_new_tokens,
+            cue=CATEGORY_CUE,
+            tokens=self._labels,
+            grammars=(GRAMMAR, CATEGORY_GRAMMAR) if self._constrained else ("", ""),
+            options=self._options,
+        )
+        return Answer.scored(text, log_probabilities)

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 from orion_triage import processes
 from orion_triage.config import EvaluateSettings
 from orion_triage.errors import OrionError
-from orion_triage.evaluate.backends import Backend
+from orion_triage.evaluate.backends import Answer, Backend
 from orion_triage.evaluate.conditions import NOISE, Donor, Question, conflict_pairs, questions
 from orion_triage.evaluate.metrics import Prediction, summarize
 from orion_triage.files import replaced_folder, sha256_of_text, write_text
 from orion_triage.frames import noise_frame, read_frame
 from orion_triage.progress import Progress, silent
 from orion_triage.records import Record, image_path
-from orion_triage.triage import Category, parse_verdict
+from orion_triage.triage import CATEGORIES, Category, parse_verdict
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -136,8 +136,8 @@ def _key(fingerprint: str, asked: Sequence[Question], settings: EvaluateSettings
     return sha256_of_text(json.dumps(parts))
 
 
-def _row(question: Question, picture: "Image.Image", answer: str, seconds: float) -> Row:
-    verdict = parse_verdict(answer)
+def _row(question: Question, picture: "Image.Image", answer: Answer, seconds: float) -> Row:
+    verdict = parse_verdict(answer.text)
     donor = question.donor
     return {
         "id": question.id,
@@ -148,9 +148,11 @@ def _row(question: Question, picture: "Image.Image", answer: str, seconds: float
         "coordinates": asdict(question.coordinates) if question.coordinates else None,
         "donor": {"name": donor.name, "category": donor.category} if donor else None,
         "prompt_sha256": sha256_of_text(question.prompt),
-        "answer": answer,
+        "answer": answer.text,
         "category": verdict.category if verdict else None,
         "reason": verdict.reason if verdict else None,
+        "scores": dict(zip(CATEGORIES, answer.scores, strict=True)) if answer.scores else None,
+        "label_mass": answer.label_mass,
         "truth": question.record.verdict.category,
         "seconds": round(seconds, 4),
     }

@@ -1,0 +1,121 @@
+"""Class scores: the same definition in transformers and llama.cpp, on the shipped base, which speaks in verdicts."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from orion_triage import llama_cpp, quantize, vlm
+from orion_triage.config import EvaluateSettings, QuantizeSettings
+from orion_triage.dataset.catalogue import load_catalogue
+from orion_triage.dataset.synthetic import draw_tile, tile_seed
+from orion_triage.errors import OrionError
+from orion_triage.evaluate.backends import Answer, LlamaCppBackend, TransformersBackend
+from orion_triage.frames import Frame, shrink
+from orion_triage.triage import CATEGORIES, Coordinates, category_tokens, parse_verdict, render_prompt
+
+SETTINGS = EvaluateSettings()
+
+
+def test_scores_are_shares_of_what_the_labels_have_together() -> None:
+    answer = Answer.scored("x", [-1.0, -2.0, -3.0])
+    assert answer.scores == pytest.approx((0.66524, 0.24473, 0.09003), abs=1e-5)
+    assert answer.label_mass == pytest.approx(0.55300, abs=1e-5)
+    assert Answer.scored("x", None) == Answer("x", None, None)
+
+
+def test_labels_are_told_apart_by_their_first_token() -> None:
+    assert category_tokens(lambda text: list(text.encode())) == [ord("H"), ord("M"), ord("L")]
+    with pytest.raises(OrionError, match="does not tell the three labels apart"):
+        category_tokens(lambda text: list(text.encode())[::3])  # tokens across the label's beginning
+    with pytest.raises(OrionError, match="does not tell the three labels apart"):
+        category_tokens(lambda text: [0 if chr(byte) in "HML" else byte for byte in text.encode()])
+
+
+@pytest.fixture(scope="module")
+def questions() -> tuple[list[Image.Image], list[str]]:
+    """Six frames, with and without coordinates."""
+    images, prompts = [], []
+    for target in load_catalogue()[::60]:
+        images.append(shrink(draw_tile(target.morphology, tile_seed(1, target.name)).image, 256))
+        prompts.append(render_prompt(Coordinates(target.lon, target.lat) if len(images) % 2 else None))
+    return images, prompts
+
+
+@pytest.fixture(scope="module")
+def of_transformers(questions: Any) -> list[Answer]:
+    backend = TransformersBackend.load(vlm.TINY_BASE_FOLDER, SETTINGS, 256)
+    return backend.answer(*questions)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The shipped base's F16 pair behind a server."""
+    folder = tmp_path_factory.mktemp("served") / "gguf"
+    quantize.run(vlm.TINY_BASE_FOLDER, folder, QuantizeSettings(), prompts=["x"])
+    tools = llama_cpp.find_toolchain()
+    log = folder.parent / "server.log"
+    with llama_cpp.Server(tools, folder / quantize.F16, folder / quantize.MMPROJ, log=log) as server:
+        yield server.client
+
+
+def test_scores_are_the_probabilities_of_the_whole_answer_so_far(of_transformers: Any, questions: Any) -> None:
+    """Against a plain forward pass over the prompt and the answer with each label in turn."""
+    import torch
+
+    processor = vlm.load_processor(vlm.TINY_BASE_FOLDER, 256)
+    model = vlm.load_model(vlm.TINY_BASE_FOLDER, dtype="float32")
+    for answer, image, prompt in list(zip(of_transformers, *questions, strict=True))[:2]:
+        verdict = parse_verdict(answer.text)
+        assert verdict is not None
+        expected = []
+        for category in CATEGORIES:
+            text = answer.text.replace(f'"category": "{verdict.category}', f'"category": "{category}')
+            tokens = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+            pieces = [processor.tokenizer.decode(token) for token in tokens]
+            place = len(pieces) - 1 - pieces[::-1].index(category[0])
+            scores = vlm.answer_log_probabilities(model, processor, [image], [prompt], [text])[0]
+            expected.append(scores[place])
+        assert answer.scores == pytest.approx(torch.stack(expected).softmax(0).tolist(), abs=1e-4)
+        assert answer.label_mass == pytest.approx(float(torch.stack(expected).exp().sum()), abs=1e-4)
+
+
+@pytest.mark.llama_cpp
+def test_llama_cpp_gives_the_same_answers_and_scores(of_transformers: Any, questions: Any, served: Any) -> None:
+    found = LlamaCppBackend(served, max_new_tokens=SETTINGS.max_new_tokens).answer(*questions)
+    assert [answer.text for answer in found] == [answer.text for answer in of_transformers]
+    for ours, theirs in zip(found, of_transformers, strict=True):
+        assert ours.scores is not None
+        assert ours.scores == pytest.approx(theirs.scores, abs=0.01)
+        assert ours.label_mass == pytest.approx(theirs.label_mass, abs=0.01)
+
+
+@pytest.mark.llama_cpp
+def test_asking_in_two_parts_changes_no_answer(questions: Any, served: Any) -> None:
+    image, prompt = questions[0][0], questions[1][0]
+    whole = served.complete(prompt, Frame(image, image.size).png(), SETTINGS.max_new_tokens)
+    assert LlamaCppBackend(served, max_new_tokens=SETTINGS.max_new_tokens).answer([image], [prompt])[0].text == whole
+
+
+@pytest.mark.llama_cpp
+def test_an_answer_that_never_comes_to_its_category_has_no_scores(questions: Any, served: Any) -> None:
+    short = LlamaCppBackend(served, max_new_tokens=5).answer([questions[0][0]], [questions[1][0]])[0]
+    assert short.text.startswith('{"reason"')
+    assert short.scores is None
+    processor = vlm.load_processor(vlm.TINY_BASE_FOLDER, 256)
+    model = vlm.load_model(vlm.TINY_BASE_FOLDER, dtype="float32")
+    backend = TransformersBackend(model, processor, max_new_tokens=5, batch_size=1)
+    assert backend.answer([questions[0][0]], [questions[1][0]])[0] == Answer(short.text)
+
+
+@pytest.mark.llama_cpp
+def test_the_grammar_holds_against_sampling_at_temperature_two(questions: Any, served: Any) -> None:
+    for seed in range(40):
+        options = {"temperature": 2.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": seed}
+        backend = LlamaCppBackend(served, max_new_tokens=96, constrained=True, options=options)
+        answer = backend.answer([questions[0][0]], [questions[1][0]])[0]
+        verdict = parse_verdict(answer.text)
+        assert verdict is not None, answer.text
+        assert verdict.to_json() == answer.text  # exactly the bytes of training
+        assert answer.scores is not None
