@@ -1,6 +1,5 @@
 """Class scores: the same definition in transformers and llama.cpp, on the shipped base, which speaks in verdicts."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +12,15 @@ from orion_triage.dataset.synthetic import draw_tile, tile_seed
 from orion_triage.errors import OrionError
 from orion_triage.evaluate.backends import Answer, LlamaCppBackend, TransformersBackend
 from orion_triage.frames import Frame, shrink
-from orion_triage.triage import CATEGORIES, Coordinates, category_tokens, parse_verdict, render_prompt
+from orion_triage.triage import (
+    CATEGORIES,
+    CATEGORY_CUE,
+    Coordinates,
+    Verdict,
+    category_tokens,
+    parse_verdict,
+    render_prompt,
+)
 
 SETTINGS = EvaluateSettings()
 
@@ -28,7 +35,7 @@ def test_scores_are_shares_of_what_the_labels_have_together() -> None:
 def test_labels_are_told_apart_by_their_first_token() -> None:
     assert category_tokens(lambda text: list(text.encode())) == [ord("H"), ord("M"), ord("L")]
     with pytest.raises(OrionError, match="does not tell the three labels apart"):
-        category_tokens(lambda text: list(text.encode())[::3])  # tokens across the label's beginning
+        category_tokens(lambda text: [sum(word.encode()) for word in text.split(" ")])  # one token for '"HIGH'
     with pytest.raises(OrionError, match="does not tell the three labels apart"):
         category_tokens(lambda text: [0 if chr(byte) in "HML" else byte for byte in text.encode()])
 
@@ -70,11 +77,10 @@ def test_scores_are_the_probabilities_of_the_whole_answer_so_far(of_transformers
         verdict = parse_verdict(answer.text)
         assert verdict is not None
         expected = []
+        head = answer.text.partition(CATEGORY_CUE)[0] + CATEGORY_CUE
+        place = len(processor.tokenizer(head, add_special_tokens=False)["input_ids"])
         for category in CATEGORIES:
-            text = answer.text.replace(f'"category": "{verdict.category}', f'"category": "{category}')
-            tokens = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-            pieces = [processor.tokenizer.decode(token) for token in tokens]
-            place = len(pieces) - 1 - pieces[::-1].index(category[0])
+            text = Verdict(verdict.reason, category).to_json()
             scores = vlm.answer_log_probabilities(model, processor, [image], [prompt], [text])[0]
             expected.append(scores[place])
         assert answer.scores == pytest.approx(torch.stack(expected).softmax(0).tolist(), abs=1e-4)
