@@ -12,17 +12,19 @@ from pathlib import Path
 import pytest
 
 from orion_triage import llama_cpp, quantize
+from orion_triage.config import Settings
 from orion_triage.dataset.catalogue import load_catalogue
 from orion_triage.manifest import read_manifest
-from orion_triage.pipeline import STAGES
+from orion_triage.pipeline import stages
 from orion_triage.vlm import TINY_BASE_FOLDER
 
 from .conftest import SHARED, structured_picture
 
+STAGES = stages(Settings())
 ORION = [sys.executable, "-m", "orion_triage.cli"]
 REAL_FRAMES = SHARED / "frames"
 COMMANDS = (
-    "run", "dataset", "ablation", "fine-tune", "fuse", "quantize", "evaluate", "report", "push", "clean", "triage",
+    "run", "dataset", "ablation", "fine-tune", "fuse", "quantize", "evaluate", "ladder", "report", "push", "clean", "triage",
     "toolchain", "rehearse", "budgets", "doctor", "build-tiny-base", "settings",
 )  # fmt: skip
 

@@ -119,16 +119,17 @@ def _finished(folder: Path | None, stage: str, split: Any = "test") -> Any:
     return open_run(folder or newest_run(Path("runs"), stage), split)
 
 
-def _stage(name: str, run: Any, force: bool = False) -> None:
+def _stage(stage: Any, run: Any, force: bool = False) -> None:
+    """Run one stage, given itself or by its name, and say what came of it."""
     from orion_triage.pipeline import run_stage, stage_named
 
-    stage = stage_named(name)
+    stage = stage_named(stage) if isinstance(stage, str) else stage
     console = _console()
     with _progress() as progress:
         receipt, skipped = run_stage(stage, run, progress=progress, force=force)
     where = stage.folder(run)
     state = "unchanged, skipped" if skipped else f"done in {receipt.seconds:,.1f} s"
-    console.print(f"{name}: {state}  ->  {where}", highlight=False, soft_wrap=True)
+    console.print(f"{stage.name}: {state}  ->  {where}", highlight=False, soft_wrap=True)
     if not skipped:
         for line in _notes(receipt.figures):
             console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
@@ -155,12 +156,12 @@ def run(
     dataset: DatasetOption = "",
 ) -> None:
     """Do all stages in order; finished ones are skipped."""
-    from orion_triage.pipeline import STAGES, check_inputs
+    from orion_triage.pipeline import check_inputs, stages
 
     current = _run(preset, assignments, folder, dataset=dataset)
     check_inputs(current)
-    for stage in STAGES:
-        _stage(stage.name, current)
+    for stage in stages(current.settings):
+        _stage(stage, current)
     _report(current, as_json=False)
 
 
@@ -255,6 +256,28 @@ def evaluate(
     else:
         _stage(stage, current, force)
     _print_rates(current, stage)
+
+
+@app.command(epilog="Example: orion ladder --quants Q8_0,Q5_K_M")
+def ladder(
+    preset: PresetOption = "tiny",
+    assignments: SetOption = [],  # noqa: B006
+    folder: RunOption = None,
+    file: FileOption = SplitName.test,
+    quantizations: Annotated[
+        str, typer.Option("--quants", metavar="TYPE,TYPE", help="Quantizations between F16 and the flight's.")
+    ] = "",
+    force: ForceOption = False,
+) -> None:
+    """Evaluate every step between base and flight, so that a loss has an address; finished ones are skipped."""
+    from orion_triage.pipeline import stages
+
+    asked = [f"ladder.quantizations={quantizations}"] if quantizations else []
+    current = _run(preset, [*assignments, "ladder.enabled=true", *asked], folder, file.value)
+    for stage in stages(current.settings):
+        if stage.name.startswith("evaluate "):
+            _stage(stage, current, force)
+    _report(current, as_json=False)
 
 
 def _print_rates(run: Any, stage: str) -> None:

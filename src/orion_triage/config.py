@@ -7,7 +7,7 @@ gives the reason beside the value, and `overrides` lists the departures for the 
 import tomllib
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
@@ -89,6 +89,15 @@ class EvaluateSettings(Section):
     threads: PositiveInt | None = None  # llama.cpp's; empty: its own choice
 
 
+class LadderSettings(Section):
+    """The models between the base and what flies, each evaluated too, so that a loss has an address."""
+
+    enabled: bool = True  # five more evaluations; the report names what each step costs
+    # Between F16 and the flight's: any that llama-quantize knows.
+    quantizations: tuple[Annotated[str, Field(pattern=r"^(I|T)?Q[0-9][A-Z0-9_]*$")], ...] = ("Q8_0",)
+    parity_records: PositiveInt = 4  # on which llama.cpp's F16 must give transformers' probabilities
+
+
 class Settings(Section):
     """Everything a run depends on."""
 
@@ -99,6 +108,7 @@ class Settings(Section):
     fuse: FuseSettings = FuseSettings()
     quantize: QuantizeSettings = QuantizeSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    ladder: LadderSettings = LadderSettings()
 
 
 def preset_names() -> list[str]:
@@ -165,7 +175,7 @@ def _assign(values: dict[str, Any], assignment: str) -> None:
     if not isinstance(section, dict):
         raise OrionError(f"--set {assignment!r}: {parts[0]} is not a stage.", "See 'orion settings'.")
     text = text.strip()
-    if parts[1] == "target_modules":
+    if parts[1] in ("target_modules", "quantizations"):
         section[parts[1]] = [name.strip() for name in text.split(",") if name.strip()]
         return
     try:

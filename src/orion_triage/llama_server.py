@@ -118,6 +118,18 @@ class Client:
         least = min(listed.values())  # a label beyond the list is no likelier than its last
         return text + rest["content"], [listed.get(token, least) for token in tokens]
 
+    @property
+    def marker(self) -> str:
+        """What stands for the image in a prompt of this server's."""
+        if not self._marker:
+            self._marker = self.props().get("media_marker") or "<__media__>"
+        return self._marker
+
+    @staticmethod
+    def chat(prompt: str, image: str) -> str:
+        """One user's turn up to where the answer begins, with `image` where the image is."""
+        return f"<|im_start|>user\n{image}\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+
     def completion(
         self, prompt: str, image_png: bytes, max_tokens: int, *, start: str = "", **options: Any
     ) -> dict[str, Any]:
@@ -126,11 +138,9 @@ class Client:
         The chat string is written out, because the chat endpoint would add a thinking block; the server puts the
         start token in front, and image start and end around the marker.
         """
-        if not self._marker:
-            self._marker = self.props().get("media_marker") or "<__media__>"
-        chat = f"<|im_start|>user\n{self._marker}\n{prompt}<|im_end|>\n<|im_start|>assistant\n{start}"
+        chat = self.chat(prompt, self.marker)
         body = {
-            "prompt": {"prompt_string": chat, "multimodal_data": [base64.b64encode(image_png).decode()]},
+            "prompt": {"prompt_string": chat + start, "multimodal_data": [base64.b64encode(image_png).decode()]},
             "n_predict": max_tokens,
             "temperature": 0,
             "top_k": 1,

@@ -16,10 +16,17 @@ CANDIDATES = 5
 def largest_difference(model: Any, processor: Any, client: "Client", frame: Frame, prompt: str) -> float:
     """The largest difference of the server's five likeliest next tokens from the model's own figures.
 
-    Raises OrionError when the two read a different number of tokens: then they do not see the same prompt or image.
+    Raises OrionError when the two render the prompt differently or read a different number of tokens: then they do not
+    see the same prompt or image.
     """
     import torch
 
+    rendered = vlm.render_turn(processor, prompt).removeprefix(processor.tokenizer.bos_token or "")
+    if rendered != (sent := client.chat(prompt, processor.image_token)):
+        raise OrionError(
+            f"the chat template renders {rendered[:60]!r}..., and llama.cpp is sent {sent[:60]!r}....",
+            "Use a base model with the LFM2 chat template.",
+        )
     # The grammar keeps a random model's answer printable (anything else is a 500); probabilities are from before it.
     reply = client.completion(prompt, frame.png(), 1, n_probs=CANDIDATES, grammar="root ::= [a-z]+")
     batch = vlm.encode(processor, [frame.image], [prompt]).to(model.device)

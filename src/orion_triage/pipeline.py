@@ -1,6 +1,5 @@
 """The stages in order; a stage whose receipt still matches its settings and inputs is skipped."""
 
-import json
 import shutil
 import time
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from pydantic import ValidationError
 from orion_triage import hub, manifest, processes
 from orion_triage.config import Settings
 from orion_triage.errors import OrionError
+from orion_triage.evaluate import models
 from orion_triage.files import write_text
 from orion_triage.progress import Progress, silent
 from orion_triage.records import Split
@@ -112,100 +112,52 @@ def _quantize(run: Run, progress: Progress) -> Figures:
     return quantize.run(run.merged, run.gguf, run.settings.quantize, prompts=prompts, progress=progress)
 
 
-def _evaluate_transformers(model: str) -> Callable[[Run, Progress], Figures]:
-    def evaluate(run: Run, progress: Progress) -> Figures:
-        from orion_triage.evaluate.backends import TransformersBackend
-
-        folder = run.base if model == "base" else run.merged
-        backend = TransformersBackend.load(folder, run.settings.evaluate, run.settings.base.frame_size)
-        return _ask(run, model, backend, manifest.hash_inputs({"model": folder, "dataset": run.dataset}), progress)
-
-    return evaluate
-
-
-def _evaluate_quantized(run: Run, progress: Progress) -> Figures:
-    from orion_triage import llama_cpp, quantize
-    from orion_triage.evaluate.backends import LlamaCppBackend
-
-    model, mmproj = quantize.find_pair(run.pair)
-    toolchain = llama_cpp.find_toolchain(progress)
-    log = run.folder / "logs" / "evaluate-server.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    settings = run.settings.evaluate
-    with llama_cpp.Server(
-        toolchain,
-        model,
-        mmproj,
-        log=log,
-        threads=settings.threads,
-    ) as server:
-        backend = LlamaCppBackend(server.client, max_new_tokens=settings.max_new_tokens)
-        inputs = manifest.hash_inputs({"model": run.pair, "dataset": run.dataset})
-        figures = _ask(run, "quantized", backend, inputs, progress)
-        return figures | {"pair": run.pair_from} if run.pair_from else figures
-
-
 def evaluate_server(run: Run, url: str, progress: Progress = silent) -> manifest.Manifest:
     """The quantized model's evaluation by a llama.cpp server that someone else started; its key is LLAMA_API_KEY.
 
     Its receipt names the server instead of the run's GGUF pair, so `orion run` would evaluate the pair itself again.
     """
-    import os
-
-    from orion_triage.evaluate.backends import LlamaCppBackend
-    from orion_triage.llama_cpp import Client
-
-    client = Client(url, os.environ.get("LLAMA_API_KEY", ""))
-    client.ready(60)
-    props = client.props()
-    served = {key: props.get(key) for key in ("model_path", "build_info", "chat_template")}
-    model = manifest.sha256_of_listing({key: str(value) for key, value in served.items()})
-    dataset = manifest.hash_inputs({"dataset": run.dataset})["dataset"]
-    backend = LlamaCppBackend(client, max_new_tokens=run.settings.evaluate.max_new_tokens)
-    stage = stage_named("evaluate quantized")
-
-    def ask(run: Run, progress: Progress) -> Figures:
-        figures = _ask(run, "quantized", backend, {"model": model, "dataset": dataset}, progress)
-        return figures | {"server": url, "served_model": served["model_path"], "server_build": served["build_info"]}
-
-    return _do(replace(stage, run=ask), run, {"server": model, "dataset": dataset}, progress)
-
-
-def _ask(run: Run, model: str, backend: Any, inputs: dict[str, str], progress: Progress) -> Figures:
-    from orion_triage.evaluate.run import run as evaluate
-    from orion_triage.records import read_split
-
-    settings = run.settings
-    records = read_split(run.dataset, run.split)
-    fingerprint = manifest.sha256_of_listing(inputs | {"settings": json.dumps(settings.evaluate.model_dump())})
-
-    def named(description: str, done: int, total: int) -> None:
-        progress(f"{description} the {model} model", done, total)
-
-    return evaluate(
-        records,
-        run.dataset,
-        backend,
-        run.evaluation(model),
-        settings.evaluate,
-        settings.base.frame_size,
-        fingerprint=fingerprint,
-        progress=named,
-    )
+    evaluate, identity = models.through_server("quantized", url)
+    inputs = {"server": identity, **manifest.hash_inputs({"dataset": run.dataset})}
+    return _do(replace(stage_named("evaluate quantized"), run=evaluate), run, inputs, progress)
 
 
 def _sections(*names: str) -> Callable[[Settings], Figures]:
     return lambda settings: {name: settings.model_dump(mode="json")[name] for name in names}
 
 
+def _evaluation(
+    model: str,
+    evaluate: Callable[[Run, Progress], Figures],
+    inputs: Callable[[Run], dict[str, Path]],
+    *,
+    in_parallel: bool = False,
+) -> Stage:
+    return Stage(
+        f"evaluate {model}",
+        lambda run: run.evaluation(model),
+        _sections("base", "evaluate"),
+        lambda run: inputs(run) | {"dataset": run.dataset},
+        evaluate,
+        in_parallel,
+    )
+
+
+def _rung(kind: str) -> Stage:
+    """A quantization of the ladder, made from the F16 file."""
+    return _evaluation(kind, models.through_llama_cpp(kind, kind), lambda run: {"gguf": run.gguf})
+
+
+def _base_and_adapter(run: Run) -> dict[str, Path]:
+    return {"base": run.base, "adapter": run.adapter_to_fuse}
+
+
 STAGES: tuple[Stage, ...] = (
     Stage("dataset", lambda run: run.dataset, _sections("dataset"), lambda run: _dataset_inputs(run), _dataset),
-    Stage(
-        "evaluate base",
-        lambda run: run.evaluation("base"),
-        _sections("base", "evaluate"),
-        lambda run: {"base": run.base, "dataset": run.dataset},
-        _evaluate_transformers("base"),
+    _evaluation(
+        "base",
+        models.through_transformers("base", lambda run: run.base),
+        lambda run: {"base": run.base},
         in_parallel=True,
     ),
     Stage(
@@ -220,7 +172,7 @@ STAGES: tuple[Stage, ...] = (
         "fuse",
         lambda run: run.merged,
         _sections("base", "fuse"),
-        lambda run: {"base": run.base, "adapter": run.adapter_to_fuse, "dataset": run.dataset},
+        lambda run: _base_and_adapter(run) | {"dataset": run.dataset},
         _fuse,
     ),
     Stage(
@@ -230,22 +182,41 @@ STAGES: tuple[Stage, ...] = (
         lambda run: {"merged": run.merged, "dataset": run.dataset},
         _quantize,
     ),
-    Stage(
-        "evaluate fine-tuned",
-        lambda run: run.evaluation("fine-tuned"),
-        _sections("base", "evaluate"),
-        lambda run: {"merged": run.merged, "dataset": run.dataset},
-        _evaluate_transformers("fine-tuned"),
+    _evaluation(
+        "fine-tuned",
+        models.through_transformers("fine-tuned", lambda run: run.merged),
+        lambda run: {"merged": run.merged},
         in_parallel=True,
     ),
-    Stage(
-        "evaluate quantized",
-        lambda run: run.evaluation("quantized"),
-        _sections("base", "evaluate"),
-        lambda run: {"gguf": run.pair, "dataset": run.dataset},
-        _evaluate_quantized,
+    _evaluation("quantized", models.through_llama_cpp("quantized", "pair"), lambda run: {"gguf": run.pair}),
+)
+
+# The rungs between those three models, from the base up to what flies.
+LADDER_BEFORE: tuple[Stage, ...] = (
+    _evaluation(
+        "adapter-4bit", models.through_adapter("adapter-4bit", four_bit=True), _base_and_adapter, in_parallel=True
+    ),
+    _evaluation(
+        "adapter-16bit", models.through_adapter("adapter-16bit", four_bit=False), _base_and_adapter, in_parallel=True
+    ),
+    _evaluation(
+        "F16",
+        models.through_llama_cpp("F16", "F16"),
+        lambda run: {"gguf": run.gguf, "merged": run.merged, "fine-tuned": run.evaluation("fine-tuned")},
     ),
 )
+CONSTRAINED = _evaluation(
+    "constrained", models.through_llama_cpp("constrained", "pair", constrained=True), lambda run: {"gguf": run.pair}
+)
+
+
+def stages(settings: Settings) -> tuple[Stage, ...]:
+    """All stages of a run in order. The ladder's come before the quantized evaluation: its F16 is the gate to that."""
+    if not settings.ladder.enabled:
+        return STAGES
+    *before, quantized = STAGES
+    rungs = [_rung(kind) for kind in settings.ladder.quantizations]
+    return (*before, *LADDER_BEFORE, *rungs, quantized, CONSTRAINED)
 
 
 def _dataset_inputs(run: Run) -> dict[str, Path]:
@@ -259,7 +230,7 @@ def _dataset_inputs(run: Run) -> dict[str, Path]:
 
 
 def stage_named(name: str) -> Stage:
-    return next(stage for stage in STAGES if stage.name == name)
+    return next(stage for stage in (*STAGES, *LADDER_BEFORE, CONSTRAINED) if stage.name == name)
 
 
 def run_stage(

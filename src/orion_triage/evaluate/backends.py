@@ -1,7 +1,7 @@
 """Who answers: a transformers model in this process, or a llama.cpp server."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -68,14 +68,26 @@ class TransformersBackend:
         self._labels = category_tokens(lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
 
     @classmethod
-    def load(cls, folder: "Path", settings: "EvaluateSettings", frame_size: int) -> "TransformersBackend":
-        """The checkpoint in `folder`: in float16 on a GPU, in float32 on a CPU, which is no faster in 16 bits."""
+    def load(
+        cls,
+        folder: "Path",
+        settings: "EvaluateSettings",
+        frame_size: int,
+        *,
+        four_bit: bool = False,
+        change: "Callable[[Any], Any] | None" = None,
+    ) -> "TransformersBackend":
+        """The checkpoint in `folder`: in float16 on a GPU, in float32 on a CPU, which is no faster in 16 bits.
+
+        With `four_bit` on NF4 weights, as in training; `change` is done to the model before it is asked.
+        """
         from orion_triage import processes, vlm
 
         device = processes.local_device()
         dtype = "float32" if device == "cpu" else "float16"
+        model = vlm.load_model(folder, dtype=dtype, device=device, four_bit=four_bit)
         return cls(
-            vlm.load_model(folder, dtype=dtype, device=device),
+            change(model) if change else model,
             vlm.load_processor(folder, frame_size),
             max_new_tokens=settings.max_new_tokens,
             batch_size=settings.batch_size,

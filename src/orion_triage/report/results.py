@@ -10,7 +10,7 @@ from orion_triage.evaluate.baselines import baselines
 from orion_triage.evaluate.metrics import Prediction, compare, summarize
 from orion_triage.evaluate.run import prediction_of, read_predictions
 from orion_triage.manifest import Manifest, read_manifest
-from orion_triage.pipeline import STAGES, Run
+from orion_triage.pipeline import Run, stages
 
 SCHEMA_VERSION = 1
 MODELS = ("base", "fine-tuned", "quantized")
@@ -27,7 +27,7 @@ ARTIFACTS = (
 
 def build_results(run: Run) -> dict[str, Any]:
     """The run's results on its split; stages that have not finished are named in `missing`."""
-    receipts = {stage.name: read_manifest(stage.folder(run)) for stage in STAGES}
+    receipts = {stage.name: read_manifest(stage.folder(run)) for stage in stages(run.settings)}
     finished = {name: receipt for name, receipt in receipts.items() if receipt}
     settings = run.settings
     predictions = {

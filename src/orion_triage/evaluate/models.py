@@ -1,0 +1,195 @@
+"""The models that a run is evaluated with: each is loaded, asked all questions of the split, and let go.
+
+From the base to what flies they make a ladder with one change a step, all decoding alike (free, greedy, without the
+rule for blank frames), so that a loss has an address: training, 4-bit training, fusing, the runtime, quantization.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orion_triage import manifest
+from orion_triage.errors import OrionError
+from orion_triage.progress import Progress
+
+if TYPE_CHECKING:
+    from orion_triage.evaluate.backends import Backend
+    from orion_triage.llama_cpp import Client
+    from orion_triage.pipeline import Run
+
+Figures = dict[str, Any]
+Evaluation = Callable[["Run", Progress], Figures]
+
+SMALLEST_AGREEMENT = 0.95  # of verdicts between transformers and llama.cpp on the same 16-bit weights
+
+
+def through_transformers(model: str, folder: "Callable[[Run], Path]") -> Evaluation:
+    """A checkpoint as it lies in `folder`: the base, or the merged model."""
+
+    def evaluate(run: "Run", progress: Progress) -> Figures:
+        from orion_triage.evaluate.backends import TransformersBackend
+
+        backend = TransformersBackend.load(folder(run), run.settings.evaluate, run.settings.base.frame_size)
+        return ask(run, model, backend, {"model": folder(run)}, progress)
+
+    return evaluate
+
+
+def through_adapter(model: str, *, four_bit: bool) -> Evaluation:
+    """The adapter on its base, before any merge: on 4-bit weights as it was trained, or on the base's own 16 bits."""
+
+    def evaluate(run: "Run", progress: Progress) -> Figures:
+        from orion_triage.adapter import attach_adapter, read_adapter
+        from orion_triage.evaluate.backends import TransformersBackend
+
+        def attach(base: Any) -> Any:
+            return attach_adapter(base, run.adapter_to_fuse, read_adapter(run.adapter_to_fuse))[0]
+
+        settings = run.settings
+        backend = TransformersBackend.load(
+            run.base, settings.evaluate, settings.base.frame_size, four_bit=four_bit, change=attach
+        )
+        return ask(run, model, backend, {"base": run.base, "adapter": run.adapter_to_fuse}, progress)
+
+    return evaluate
+
+
+def through_llama_cpp(model: str, kind: str, *, constrained: bool = False) -> Evaluation:
+    """The GGUF pair behind a server of our own: `kind` is "pair" for what flies, or a quantization of the F16 file."""
+
+    def evaluate(run: "Run", progress: Progress) -> Figures:
+        from orion_triage.evaluate.backends import LlamaCppBackend
+
+        with _served(run, kind, progress) as client:
+            gate = check_parity(run, client) if kind == "F16" else {}
+            backend = LlamaCppBackend(
+                client, max_new_tokens=run.settings.evaluate.max_new_tokens, constrained=constrained
+            )
+            figures = ask(run, model, backend, {"model": run.pair}, progress, kind)
+        if kind == "F16":
+            gate["agreement"] = check_agreement(run, model)
+            figures |= {"parity": gate}
+        return figures | {"pair": run.pair_from} if run.pair_from else figures
+
+    return evaluate
+
+
+@contextmanager
+def _served(run: "Run", kind: str, progress: Progress) -> "Iterator[Client]":
+    """A server with the pair, or with a quantization that is made for the occasion and deleted after it."""
+    import tempfile
+
+    from orion_triage import llama_cpp, quantize
+
+    toolchain = llama_cpp.find_toolchain(progress)
+    log = run.folder / "logs" / "evaluate-server.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=run.folder, prefix=".ladder-") as temporary:
+        if kind == "pair":
+            backbone, mmproj = quantize.find_pair(run.pair)
+        else:
+            quantize.check_pair(run.gguf)
+            backbone, mmproj = run.gguf / quantize.F16, run.gguf / quantize.MMPROJ
+            if kind != "F16":
+                target = Path(temporary) / f"{kind}.gguf"
+                progress(f"quantizing to {kind}", 0, 1)
+                llama_cpp.quantize(toolchain, backbone, target, kind)
+                backbone = target
+        threads = run.settings.evaluate.threads
+        with llama_cpp.Server(toolchain, backbone, mmproj, log=log, threads=threads) as server:
+            yield server.client
+
+
+def through_server(model: str, url: str) -> tuple[Evaluation, str]:
+    """Somebody else's llama.cpp server (its key: LLAMA_API_KEY), and a hash of what it says it serves."""
+    from orion_triage.evaluate.backends import LlamaCppBackend
+    from orion_triage.llama_cpp import Client
+
+    client = Client(url, os.environ.get("LLAMA_API_KEY", ""))
+    client.ready(60)
+    props = client.props()
+    served = {key: props.get(key) for key in ("model_path", "build_info", "chat_template")}
+    identity = manifest.sha256_of_listing({key: str(value) for key, value in served.items()})
+
+    def evaluate(run: "Run", progress: Progress) -> Figures:
+        backend = LlamaCppBackend(client, max_new_tokens=run.settings.evaluate.max_new_tokens)
+        figures = ask(run, model, backend, {}, progress, identity)
+        return figures | {"server": url, "served_model": served["model_path"], "server_build": served["build_info"]}
+
+    return evaluate, identity
+
+
+def check_parity(run: "Run", client: "Client") -> Figures:
+    """llama.cpp on the F16 pair against transformers on the merged weights: prompt, tokens, log-probabilities.
+
+    Raises OrionError naming what differs: then no quantized result of this run means what it says.
+    """
+    from orion_triage import parity, vlm
+    from orion_triage.frames import read_frame
+    from orion_triage.records import image_path, read_split
+
+    size, count = run.settings.base.frame_size, run.settings.ladder.parity_records
+    records = read_split(run.dataset, run.split)
+    spread = [records[index * len(records) // count] for index in range(min(count, len(records)))]
+    processor, model = vlm.load_processor(run.merged, size), vlm.load_model(run.merged, dtype="auto")
+    differences: dict[str, float] = {}
+    with vlm.float32_compute(model):
+        for record in spread:
+            frame = read_frame(image_path(run.dataset, record), size)
+            for prompt in (record.prompt, record.without_coordinates().prompt):
+                difference = parity.largest_difference(model, processor, client, frame, prompt)
+                differences[record.name] = max(difference, differences.get(record.name, 0.0))
+    worst = max(differences, key=lambda name: differences[name])
+    if differences[worst] > parity.LARGEST_DIFFERENCE:
+        raise OrionError(
+            f"llama.cpp's next-token log-probabilities differ from transformers' by {differences[worst]:.4f} on "
+            f"{worst}; {parity.LARGEST_DIFFERENCE} is allowed.",
+            "The runtime does not compute this model: try another build (ORION_LLAMA_CPP), and see docs/llama-cpp.md.",
+        )
+    return {"frames": len(differences), "largest_difference": round(differences[worst], 6)}
+
+
+def check_agreement(run: "Run", model: str) -> float:
+    """The share of questions with the same category from `model` as from the merged model; raises below 95 %."""
+    from orion_triage.evaluate.run import read_predictions
+
+    ours = {row["id"]: row["category"] for row in read_predictions(run.evaluation("fine-tuned"))}
+    theirs = {row["id"]: row["category"] for row in read_predictions(run.evaluation(model))}
+    other = [name for name in ours if ours[name] != theirs[name]]
+    share = 1 - len(other) / len(ours)
+    if share < SMALLEST_AGREEMENT:
+        raise OrionError(
+            f"llama.cpp's F16 answers {len(other)} of {len(ours)} questions otherwise than transformers, {other[0]} "
+            f"first ({theirs[other[0]]} instead of {ours[other[0]]}); {SMALLEST_AGREEMENT:.0%} must agree.",
+            "Compare the two predictions.jsonl; see docs/llama-cpp.md.",
+        )
+    return round(share, 6)
+
+
+def ask(
+    run: "Run", model: str, backend: "Backend", inputs: dict[str, Path], progress: Progress, variant: str = ""
+) -> Figures:
+    """All questions of the run's split to one model; `inputs` and `variant` say which bytes answer."""
+    from orion_triage.evaluate.run import run as evaluate
+    from orion_triage.records import read_split
+
+    settings = run.settings
+    hashes = manifest.hash_inputs(inputs | {"dataset": run.dataset})
+    more = {"settings": json.dumps(settings.evaluate.model_dump()), "variant": variant}
+
+    def named(description: str, done: int, total: int) -> None:
+        progress(f"{description} the {model} model", done, total)
+
+    return evaluate(
+        read_split(run.dataset, run.split),
+        run.dataset,
+        backend,
+        run.evaluation(model),
+        settings.evaluate,
+        settings.base.frame_size,
+        fingerprint=manifest.sha256_of_listing(hashes | more),
+        progress=named,
+    )
