@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from orion_triage.errors import OrionError
+from orion_triage.evaluate.statistics import mcnemar, wilson
 from orion_triage.triage import CATEGORIES, Category
 
 UNPARSABLE = "unparsable"
-_FEWEST_FRAMES = 6  # 2 * 0.5**6 = 0.03 < 0.05 < 2 * 0.5**5
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,6 @@ class Prediction:
     truth: Category
     predicted: Category | None
     donor_category: Category | None = None
-
-
-def wilson(successes: int, total: int) -> tuple[float, float]:
-    """The 95 % Wilson interval of a rate."""
-    from scipy.stats import binomtest
-
-    interval = binomtest(successes, total).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
 
 
 @dataclass(frozen=True)
@@ -46,8 +38,6 @@ def compare(first: Sequence[Prediction], second: Sequence[Prediction], condition
     The p-value (two-sided, exact) answers: had neither model the edge, how often would the frames on which
     they differ split at least this unevenly? Raises OrionError unless both saw the same frames.
     """
-    from scipy.stats import binomtest
-
     before, after = (
         {p.name: p.predicted == p.truth for p in predictions if p.condition == condition}
         for predictions in (first, second)
@@ -59,17 +49,7 @@ def compare(first: Sequence[Prediction], second: Sequence[Prediction], condition
         )
     gained = sum(after[name] and not before[name] for name in before)
     lost = sum(before[name] and not after[name] for name in before)
-    p_value = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
-    return Change(gained, lost, 100 * (gained - lost) / len(before), p_value)
-
-
-def smallest_detectable_points(count: int) -> float | None:
-    """The least difference of accuracy on `count` frames that McNemar's test can tell from chance.
-
-    In percentage points at p < 0.05, in the best case that every frame with another answer changed the same
-    way: six frames. Two models that also differ the other way need more. None when `count` is under six.
-    """
-    return 100 * _FEWEST_FRAMES / count if count >= _FEWEST_FRAMES else None
+    return Change(gained, lost, 100 * (gained - lost) / len(before), mcnemar(gained, lost).exact_p)
 
 
 def summarize(predictions: Sequence[Prediction]) -> dict[str, Any]:

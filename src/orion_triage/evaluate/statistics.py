@@ -1,0 +1,153 @@
+"""What a split of this size can tell apart: intervals, tests of paired answers, rates over three classes; pure.
+
+Answers are integer arrays [frames]: the index into CATEGORIES, or NO_VERDICT.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orion_triage.triage import CATEGORIES
+
+Integers = NDArray[np.int64]
+
+NO_VERDICT = -1  # as an index it is the confusion's last column
+_FEWEST_FRAMES = 6  # 2 * 0.5**6 = 0.03 < 0.05 < 2 * 0.5**5
+
+
+def wilson(successes: int, total: int) -> tuple[float, float]:
+    """The 95 % Wilson interval of a rate; `total` is at least 1."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(successes, total).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """Two-sided p-values of a paired comparison."""
+
+    exact_p: float
+    mid_p: float
+
+
+def mcnemar(gained: int, lost: int) -> McNemar:
+    """Had neither model the edge, how often would the frames on which they differ split at least this unevenly?
+
+    The exact test never errs more often than it says, and on few frames far less often. Mid-p counts the splits as
+    uneven as the one seen by half, which keeps closer to 5 % (Fagerland, Lydersen and Laake 2013). Both are 1
+    when no frame differs.
+    """
+    from scipy.stats import binom, binomtest
+
+    differing = gained + lost
+    if not differing:
+        return McNemar(1.0, 1.0)
+    exact = float(binomtest(gained, differing).pvalue)
+    seen = float(binom.pmf(gained, differing, 0.5))
+    # The mirrored split is as likely and as uneven, so half of both is one; an even split is its own mirror.
+    return McNemar(exact, exact - (seen / 2 if gained == lost else seen))
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Name -> p-value adjusted for the number of tests (Holm 1979), in the order given.
+
+    Calling those under 0.05 findings errs in at most one family of tests in twenty, however many tests it has.
+    """
+    adjusted: dict[str, float] = {}
+    largest = 0.0
+    for rank, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[name]))
+        adjusted[name] = largest
+    return {name: adjusted[name] for name in p_values}
+
+
+def frames_to_resolve(gained: int, lost: int, total: int, power: float = 0.8) -> int | None:
+    """How many frames McNemar's test needs to find a difference of the size seen on `total`, at p < 0.05, two-sided.
+
+    `power` is the share of such splits on which it would. The shares seen are taken for the true ones (Connor
+    1987), and they are as uncertain as the difference itself: an order of magnitude. None when gained == lost.
+    """
+    from scipy.stats import norm
+
+    if gained == lost:
+        return None
+    differing, difference = (gained + lost) / total, (gained - lost) / total
+    by_chance = norm.ppf(0.975) * math.sqrt(differing)
+    by_size = norm.ppf(power) * math.sqrt(differing - difference**2)
+    return math.ceil(((by_chance + by_size) / difference) ** 2)
+
+
+def smallest_detectable_points(count: int) -> float | None:
+    """The least difference of accuracy on `count` frames that McNemar's test can tell from chance.
+
+    In percentage points at p < 0.05, in the best case that every frame with another answer changed the same
+    way: six frames. Two models that also differ the other way need more. None when `count` is under six.
+    """
+    return 100 * _FEWEST_FRAMES / count if count >= _FEWEST_FRAMES else None
+
+
+def geographic_block(lon: float, lat: float, degrees: float = 10.0) -> str:
+    """The name of the place's cell: its south-west corner, cells of `degrees` in both directions from 180 W, 90 S.
+
+    180 E is 180 W, and the north pole is in the northernmost cells.
+    """
+    west = (lon + 180) % 360 // degrees * degrees - 180
+    south = min((lat + 90) // degrees, math.ceil(180 / degrees) - 1) * degrees - 90
+    return f"lon {west:g}, lat {south:g}"
+
+
+def cluster_bootstrap(
+    statistic: Callable[[Integers], float], clusters: Sequence[str], *, seed: int, resamples: int = 2000
+) -> tuple[float, float]:
+    """The 95 % percentile interval of a statistic whose rows are alike within a cluster.
+
+    `clusters` has a label a row, such as geographic_block. Whole clusters are drawn with replacement, as many as
+    there are, and `statistic` gets the drawn rows' indices. Resamples on which it is NaN are left out; the
+    interval is (NaN, NaN) when none remains. A handful of clusters gives an interval that is too narrow, and one
+    cluster gives none at all: both its ends are the estimate. Depends on the seed and on which rows are together,
+    not on the order of the rows.
+    """
+    members: dict[str, list[int]] = {}
+    for row, label in enumerate(clusters):
+        members.setdefault(label, []).append(row)
+    groups = [np.array(members[label], dtype=np.int64) for label in sorted(members)]
+    if not groups:
+        return math.nan, math.nan
+    generator = np.random.default_rng(seed)
+    draws = (generator.integers(len(groups), size=len(groups)) for _ in range(resamples))
+    found = [statistic(np.concatenate([groups[index] for index in draw])) for draw in draws]
+    kept = [value for value in found if not math.isnan(value)]
+    if not kept:
+        return math.nan, math.nan
+    low, high = np.percentile(kept, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def confusion(truth: Integers, guess: Integers) -> Integers:
+    """Counts [3, 4] of frames: a row a truth, a column an answer, in the order of CATEGORIES; last, no verdict."""
+    counts = np.zeros((len(CATEGORIES), len(CATEGORIES) + 1), dtype=np.int64)
+    np.add.at(counts, (truth, guess), 1)
+    return counts
+
+
+def macro_f1(truth: Integers, guess: Integers) -> float:
+    """The mean F1 of the classes that are there as truth or answer; NaN without frames.
+
+    An answer without a verdict is a miss of its frame's class and no class of its own.
+    """
+    counts = confusion(truth, guess)
+    both = counts.sum(axis=1) + counts.sum(axis=0)[:-1]
+    there = both > 0
+    return float(np.mean(2 * counts.diagonal()[there] / both[there])) if there.any() else math.nan
+
+
+def balanced_accuracy(truth: Integers, guess: Integers) -> float:
+    """The mean recall of the classes that are there as truth; NaN without frames. No verdict is a miss."""
+    counts = confusion(truth, guess)
+    frames = counts.sum(axis=1)
+    there = frames > 0
+    return float(np.mean(counts.diagonal()[there] / frames[there])) if there.any() else math.nan

@@ -1,0 +1,307 @@
+"""What a model's answers mean for the downlink, beyond how many are right; pure.
+
+Arrays share one order of frames, at least one: `truth` int [frames] is the index into CATEGORIES, `guess` int
+[frames] likewise or NO_VERDICT, `scores` float [frames, 3] the probability of each category, rows summing to 1.
+`values` are what a HIGH, a MEDIUM and a LOW frame are worth on the ground, none negative.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orion_triage.errors import OrionError
+from orion_triage.evaluate.statistics import NO_VERDICT, Integers, confusion, wilson
+from orion_triage.triage import CATEGORIES, Category
+
+Floats = NDArray[np.float64]
+
+HIGH, MEDIUM, LOW = range(len(CATEGORIES))
+# The same probabilities can differ in the last bits from row to row of a matrix product, which would untie them.
+_DECIMALS_OF_A_RANK = 12
+_SMALLEST_PROBABILITY = 1e-12  # one frame costs at most 27.6 nats
+# Ten bins show a perfectly calibrated model an error of 0.05 on 300 frames, and of 0.11 on 60 (simulated).
+_FEWEST_FRAMES_FOR_CALIBRATION = 300
+_NEVER_LOW = 2.0  # above 1 by more than rounding
+
+
+def headline(truth: Integers, guess: Integers) -> dict[str, Any]:
+    """The two rates that a mission asks for first, each {count, total, rate, low, high} with its Wilson interval.
+
+    `high_recall`: frames called HIGH among the HIGH ones. `irrecoverable_loss`: frames called LOW, so deleted on
+    board, among the valuable ones (HIGH or MEDIUM). Valuable frames without a verdict are not lost; `no_verdict`
+    counts them. Rates are None where there is nothing to count.
+    """
+    valuable = truth != LOW
+    return {
+        "high_recall": _rate(guess[truth == HIGH] == HIGH),
+        "irrecoverable_loss": _rate(guess[valuable] == LOW),
+        "no_verdict": int(np.sum(guess[valuable] == NO_VERDICT)),
+    }
+
+
+def _rate(hits: NDArray[np.bool_]) -> dict[str, Any]:
+    count, total = int(hits.sum()), len(hits)
+    low, high = wilson(count, total) if total else (None, None)
+    return {"count": count, "total": total, "rate": count / total if total else None, "low": low, "high": high}
+
+
+def downlink(truth: Integers, guess: Integers, values: Sequence[float]) -> dict[str, float | None]:
+    """Shares of the frames sent, stored, dropped, and none of these for want of a verdict; they sum to 1.
+
+    `value_density` is the mean value of a sent frame in mean values of any frame: 1 is what sending at random
+    gives. None when nothing is sent, or no frame has a value.
+    """
+    worth = np.asarray(values, dtype=np.float64)[truth]
+    sent = guess == HIGH
+    defined = sent.any() and worth.any()
+    return {
+        "sent": float(np.mean(sent)),
+        "stored": float(np.mean(guess == MEDIUM)),
+        "dropped": float(np.mean(guess == LOW)),
+        "no_verdict": float(np.mean(guess == NO_VERDICT)),
+        "value_density": float(worth[sent].mean() / worth.mean()) if defined else None,
+    }
+
+
+@dataclass(frozen=True)
+class ValueCurve:
+    """Share of all value on the ground against share of frames sent; both float [points], from 0 to 1."""
+
+    budget: Floats
+    value: Floats
+
+
+def value_curve(truth: Integers, ranking: Floats, values: Sequence[float]) -> ValueCurve:
+    """Frames are sent in falling order of `ranking` [frames]; a model's is its expected value, scores @ values.
+
+    Equal ranks (to 12 decimals) are sent in random order, so within them the expected value is a straight line.
+    Raises OrionError when no frame has a value.
+    """
+    worth = np.asarray(values, dtype=np.float64)[truth]
+    if not worth.any():
+        raise OrionError(
+            "no frame of the split has a value, so there is nothing to send first.",
+            "Give the split's categories a value above 0.",
+        )
+    frames, gained = _cumulated(ranking, worth)
+    return ValueCurve(np.append(0.0, frames / frames[-1]), np.append(0.0, gained / gained[-1]))
+
+
+def value_at(curve: ValueCurve, budget: float) -> float:
+    """The share of all value that sending the first `budget` (0 to 1) of the frames brings: V(5 %) is 0.05."""
+    return float(np.interp(budget, curve.budget, curve.value))
+
+
+def normalized_area(curve: ValueCurve, truth: Integers, values: Sequence[float]) -> float | None:
+    """1 for frames sent in order of their true value, 0 for a random order, below 0 for worse.
+
+    None when all frames are worth the same: then every order is as good.
+    """
+    worth = np.asarray(values, dtype=np.float64)[truth]
+    ideal = _area(value_curve(truth, worth, values))
+    return (_area(curve) - 0.5) / (ideal - 0.5) if np.ptp(worth) else None
+
+
+def _area(curve: ValueCurve) -> float:
+    return float(np.trapezoid(curve.value, curve.budget))
+
+
+def _cumulated(ranking: Floats, amounts: Floats) -> tuple[Integers, Floats]:
+    """Frames, and their summed amounts, down to each distinct rank from the highest on."""
+    _, tie = np.unique(-np.round(ranking, _DECIMALS_OF_A_RANK), return_inverse=True)
+    return np.cumsum(np.bincount(tie)), np.cumsum(np.bincount(tie, weights=amounts))
+
+
+def expected_cost(truth: Integers, guess: Integers, costs: Floats) -> float:
+    """Mean cost of a frame. `costs` [3, 3]: a row a truth, a column a decision; no verdict costs its row's most."""
+    priced = np.column_stack([costs, np.max(costs, axis=1)])
+    return float(priced[truth, guess].mean())
+
+
+def best_constant(truth: Integers, costs: Floats) -> tuple[int, float]:
+    """The category, as an index, that costs least when every frame gets it, and that cost per frame.
+
+    Of equals the one that comes first in CATEGORIES.
+    """
+    per_category = np.asarray(costs, dtype=np.float64)[truth].mean(axis=0)
+    best = int(per_category.argmin())
+    return best, float(per_category[best])
+
+
+def quadratic_kappa(truth: Integers, guess: Integers) -> tuple[float | None, int]:
+    """Cohen's kappa over LOW < MEDIUM < HIGH, a disagreement weighted by its squared distance; and answers left out.
+
+    Left out are those without a verdict. Kappa is None where chance would agree wholly: with one category only.
+    """
+    counts = confusion(truth, guess)
+    answered, left_out = counts[:, :-1], int(counts[:, -1].sum())
+    place = np.arange(len(CATEGORIES))
+    weight = (place[:, None] - place) ** 2
+    by_chance = np.sum(weight * np.outer(answered.sum(axis=1), answered.sum(axis=0)))
+    if not by_chance:
+        return None, left_out
+    return float(1 - np.sum(weight * answered) * answered.sum() / by_chance), left_out
+
+
+def at_prior(truth: Integers, guess: Integers, prior: Mapping[Category, float]) -> dict[str, Any]:
+    """Shares sent, stored, dropped and without a verdict, and `precision` per category, where truths come as `prior`.
+
+    A split holds more HIGH frames than an orbit meets; how a category's frames are answered is taken from the
+    split, how common they are from `prior`. A category left out of `prior` never comes. All are None when the split
+    has no frame of a category that comes, a precision also when its category is never answered. Raises OrionError
+    unless the probabilities sum to 1.
+    """
+    shares = np.array([prior.get(category, 0.0) for category in CATEGORIES])
+    if not (shares >= 0).all() or not math.isclose(shares.sum(), 1, abs_tol=1e-6):
+        raise OrionError(
+            f"the prior {', '.join(f'{c} {p:g}' for c, p in prior.items())} does not sum to 1.",
+            "Give each category its share of the frames that the camera takes.",
+        )
+    counts = confusion(truth, guess)
+    frames = counts.sum(axis=1)
+    known = not (shares[frames == 0] > 0).any()
+    joint = shares[:, None] * counts / np.maximum(frames, 1)[:, None]
+    answers = joint.sum(axis=0)
+    names = ("sent", "stored", "dropped", "no_verdict")
+    return {
+        **{name: float(share) if known else None for name, share in zip(names, answers, strict=True)},
+        "precision": {
+            category.value: float(joint[index, index] / answers[index]) if known and answers[index] else None
+            for index, category in enumerate(CATEGORIES)
+        },
+    }
+
+
+def brier(truth: Integers, scores: Floats) -> float:
+    """Mean over frames of the squared differences summed over the categories: 0 is best, 2 worst (Brier 1950)."""
+    return float(np.mean(np.sum((scores - np.eye(len(CATEGORIES))[truth]) ** 2, axis=1)))
+
+
+def negative_log_likelihood(truth: Integers, scores: Floats) -> float:
+    """Mean over frames of -ln of the true category's probability, taken as at least 1e-12; in nats."""
+    return float(-np.mean(_logarithms(scores[np.arange(len(truth)), truth])))
+
+
+def reliability(truth: Integers, scores: Floats, bins: int = 10) -> list[dict[str, Any]]:
+    """How often the likeliest category is the true one, by its probability: {low, high, count, confidence, accuracy}.
+
+    Bins are equally wide from 0 to 1, each with its lower edge and the last with both. `confidence` is the mean
+    probability; it and `accuracy` are None in an empty bin. Of equally likely categories the first counts.
+    """
+    confidence, right = scores.max(axis=1), scores.argmax(axis=1) == truth
+    place = np.minimum((confidence * bins).astype(np.int64), bins - 1)
+    rows = []
+    for index in range(bins):
+        inside = place == index
+        rows.append(
+            {
+                "low": index / bins,
+                "high": (index + 1) / bins,
+                "count": int(inside.sum()),
+                "confidence": float(confidence[inside].mean()) if inside.any() else None,
+                "accuracy": float(right[inside].mean()) if inside.any() else None,
+            }
+        )
+    return rows
+
+
+def expected_calibration_error(truth: Integers, scores: Floats, bins: int = 10) -> float | None:
+    """Mean over frames of |confidence - accuracy| of their bin (Guo et al. 2017); None on fewer than 300 frames.
+
+    On few frames most of it is the bins' chance.
+    """
+    if len(truth) < _FEWEST_FRAMES_FOR_CALIBRATION:
+        return None
+    rows = [row for row in reliability(truth, scores, bins) if row["count"]]
+    return sum(row["count"] * abs(row["confidence"] - row["accuracy"]) for row in rows) / len(truth)
+
+
+def temper(scores: Floats, temperature: float) -> Floats:
+    """softmax(ln(scores) / temperature): above 1 less sure, below 1 surer, at 1 as they are; the order stays.
+
+    Scores are taken as at least 1e-12, for nothing could soften a 0.
+    """
+    from scipy.special import softmax
+
+    return softmax(_logarithms(scores) / temperature, axis=1)
+
+
+def fit_temperature(truth: Integers, scores: Floats) -> float:
+    """The temperature with the least negative log-likelihood, between e^-3 = 0.05 and e^3 = 20; fit it on val.
+
+    It goes towards 0.05 when every answer is right, and towards 20 when they are no better than chance.
+    """
+    from scipy.optimize import minimize_scalar
+    from scipy.special import log_softmax
+
+    logarithms, frames = _logarithms(scores), np.arange(len(truth))
+
+    # Not negative_log_likelihood: a few sure mistakes at its bound cost no more at 0.05, where all else looks better.
+    def loss(log_temperature: float) -> float:
+        return float(-np.mean(log_softmax(logarithms / math.exp(log_temperature), axis=1)[frames, truth]))
+
+    return math.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x)
+
+
+def _logarithms(scores: Floats) -> Floats:
+    return np.log(np.maximum(scores, _SMALLEST_PROBABILITY))
+
+
+@dataclass(frozen=True)
+class RiskCoverage:
+    """Error rate of the answers kept against the share kept, float [distinct confidences]; `area` under it."""
+
+    coverage: Floats
+    error_rate: Floats
+    area: float
+
+
+def risk_coverage(truth: Integers, guess: Integers, confidence: Floats) -> RiskCoverage:
+    """Answers are kept in falling order of `confidence` [frames], equal ones (to 12 decimals) together.
+
+    An answer without a verdict is an error. `area` is the mean over frames of the error rate at the coverage that
+    just keeps the frame (Geifman and El-Yaniv 2017): the overall error rate when confidence says nothing.
+    """
+    kept, errors = _cumulated(confidence, (guess != truth).astype(np.float64))
+    error_rate = errors / kept
+    area = np.sum(np.diff(kept, prepend=0) * error_rate) / len(truth)
+    return RiskCoverage(kept / len(truth), error_rate, float(area))
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """A frame is dropped when its P(LOW) is at least `low_threshold`; above 1 none is."""
+
+    low_threshold: float
+
+
+def decide(scores: Floats, point: OperatingPoint) -> Integers:
+    """LOW where the operating point says so, else HIGH or MEDIUM, whichever is likelier (HIGH of equals): [frames]."""
+    kept = np.where(scores[:, HIGH] >= scores[:, MEDIUM], HIGH, MEDIUM)
+    return np.where(scores[:, LOW] >= point.low_threshold, LOW, kept).astype(np.int64)
+
+
+def choose_operating_point(truth: Integers, scores: Floats, max_irrecoverable_loss: float) -> OperatingPoint:
+    """The point that drops most frames with at most this irrecoverable loss (a share, see headline) on these frames.
+
+    Choose it on val: on the frames it was chosen on the loss looks smaller than it is. Raises OrionError for a
+    limit outside 0..1, or when no frame is valuable, so that nothing could be lost.
+    """
+    if not 0 <= max_irrecoverable_loss <= 1:
+        raise OrionError(
+            f"the largest irrecoverable loss {max_irrecoverable_loss} is not within 0..1.",
+            "Give it as a share: 0.02 lets two of a hundred valuable frames be dropped.",
+        )
+    valuable = np.sort(scores[truth != LOW, LOW])
+    if not len(valuable):
+        raise OrionError(
+            "no frame is HIGH or MEDIUM, so the loss of an operating point cannot be measured.",
+            "Choose the point on a split with all three categories.",
+        )
+    thresholds = np.append(np.unique(scores[:, LOW]), _NEVER_LOW)
+    loss = (len(valuable) - np.searchsorted(valuable, thresholds)) / len(valuable)
+    return OperatingPoint(float(thresholds[loss <= max_irrecoverable_loss][0]))
