@@ -5,8 +5,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -24,8 +26,8 @@ STAGES = stages(Settings())
 ORION = [sys.executable, "-m", "orion_triage.cli"]
 REAL_FRAMES = SHARED / "frames"
 COMMANDS = (
-    "run", "dataset", "ablation", "fine-tune", "fuse", "quantize", "evaluate", "ladder", "report", "push", "clean", "triage",
-    "toolchain", "rehearse", "budgets", "doctor", "build-tiny-base", "settings",
+    "run", "dataset", "ablation", "fine-tune", "fuse", "quantize", "evaluate", "ladder", "report", "push", "clean",
+    "triage", "toolchain", "rehearse", "budgets", "doctor", "build-tiny-base", "settings",
 )  # fmt: skip
 
 
@@ -129,6 +131,28 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _run_command() -> list[str]:
     sets = ["dataset.catalogue=places.csv", "dataset.split_distance_km=20", "fine_tune.epochs=2"]
     return ["run", "--run", "runs/small", *(word for value in sets for word in ("--set", value))]
+
+
+def test_an_interrupted_command_says_so_and_leaves_nothing_half_done(tmp_path: Path) -> None:
+    command = [*ORION, "dataset", "--run", "run"]
+    # As from a terminal: the signal goes to the workers too, and is not ignored, as a shell's background job would.
+    running = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("run/*/orion_dataset/images/*.png")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(running.pid, signal.SIGINT)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert "interrupted: the same command goes on from here" in said
+    assert "Traceback" not in said
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["settings.json"]
 
 
 @pytest.mark.llama_cpp

@@ -42,6 +42,9 @@ FileOption = Annotated[SplitName, typer.Option("--file", help="The split that is
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
 
 
+_INTERRUPTED = 130  # typer's own exit status for Ctrl-C, which it does not speak of
+
+
 def main() -> None:
     """Entry point: a user's mistake is one clear line and exit status 1, never a traceback."""
     try:
@@ -51,9 +54,10 @@ def main() -> None:
         if error.fix:
             _console().print(f"  [bold]fix:[/] {_escape(error.fix)}", highlight=False, soft_wrap=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        _console().print("interrupted: the same command goes on from here", highlight=False)
-        sys.exit(130)
+    except SystemExit as exit_:
+        if exit_.code == _INTERRUPTED:
+            _console().print("interrupted: the same command goes on from here", highlight=False)
+        raise
 
 
 def _console() -> Any:

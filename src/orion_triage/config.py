@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
 
 from orion_triage.errors import OrionError
 
@@ -98,6 +98,20 @@ class LadderSettings(Section):
     parity_records: PositiveInt = 4  # on which llama.cpp's F16 must give transformers' probabilities
 
 
+class MissionSettings(Section):
+    """What frames are worth and mistakes cost, for judging answers; nothing is trained or asked differently."""
+
+    # What a HIGH, a MEDIUM and a LOW frame are worth on the ground.
+    values: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = (10.0, 1.0, 0.0)
+    # A row a truth (HIGH, MEDIUM, LOW), a column what was done (sent, stored, dropped). A dropped HIGH frame is gone.
+    costs: tuple[tuple[float, float, float], tuple[float, float, float], tuple[float, float, float]] = (
+        (0.0, 2.0, 10.0),
+        (1.0, 0.0, 3.0),
+        (1.0, 0.2, 0.0),
+    )
+    prior: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = (0.005, 0.095, 0.90)  # in orbit, same order
+
+
 class Settings(Section):
     """Everything a run depends on."""
 
@@ -109,6 +123,7 @@ class Settings(Section):
     quantize: QuantizeSettings = QuantizeSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     ladder: LadderSettings = LadderSettings()
+    mission: MissionSettings = MissionSettings()
 
 
 def preset_names() -> list[str]:

@@ -145,7 +145,7 @@ def _evaluation(
 
 def _rung(kind: str) -> Stage:
     """A quantization of the ladder, made from the F16 file."""
-    return _evaluation(kind, models.through_llama_cpp(kind, kind), lambda run: {"gguf": run.gguf})
+    return _evaluation(kind, models.through_llama_cpp(kind, kind), lambda run: {"F16": run.gguf})
 
 
 def _base_and_adapter(run: Run) -> dict[str, Path]:
@@ -202,7 +202,7 @@ LADDER_BEFORE: tuple[Stage, ...] = (
     _evaluation(
         "F16",
         models.through_llama_cpp("F16", "F16"),
-        lambda run: {"gguf": run.gguf, "merged": run.merged, "fine-tuned": run.evaluation("fine-tuned")},
+        lambda run: {"F16": run.gguf, "merged": run.merged, "fine-tuned": run.evaluation("fine-tuned")},
     ),
 )
 CONSTRAINED = _evaluation(

@@ -88,11 +88,13 @@ def test_conflict_counts_whom_the_model_trusted() -> None:
 def test_published_statistics_are_reproduced() -> None:
     assert wilson(35, 60) == pytest.approx((0.457, 0.699), abs=5e-4)
     wrong_then_right = [[Prediction("A", str(n), H, guess) for n in range(3)] for guess in (L, H)]
-    change = compare(*wrong_then_right, "A")
-    assert (change.gained, change.lost, change.points, change.p_value) == (3, 0, 100, pytest.approx(0.25))
-    assert compare(wrong_then_right[0], wrong_then_right[0], "A").p_value == 1.0
+    change = compare(*wrong_then_right)
+    assert (change.gained, change.lost, change.points, change.exact_p) == (3, 0, 100, pytest.approx(0.25))
+    assert change.mid_p == pytest.approx(0.125)
+    same = compare(wrong_then_right[0], wrong_then_right[0])
+    assert (same.exact_p, same.frames_to_resolve) == (1.0, None)
     with pytest.raises(OrionError, match="not of the same frames"):
-        compare(wrong_then_right[0], wrong_then_right[1][:2], "A")
+        compare(wrong_then_right[0], wrong_then_right[1][:2])
 
 
 class Interrupted(ConstantBackend):

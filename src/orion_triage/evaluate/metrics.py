@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orion_triage.errors import OrionError
-from orion_triage.evaluate.statistics import mcnemar, wilson
+from orion_triage.evaluate.statistics import frames_to_resolve, mcnemar, wilson
 from orion_triage.triage import CATEGORIES, Category
 
 UNPARSABLE = "unparsable"
@@ -20,36 +20,47 @@ class Prediction:
     truth: Category
     predicted: Category | None
     donor_category: Category | None = None
+    scores: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Change:
-    """Two models on the same frames: frames gained and lost, percentage points, exact McNemar p-value."""
+    """Two sets of answers to the same frames: frames gained and lost, percentage points, McNemar's p-values.
+
+    A p-value (two-sided) answers: had neither the edge, how often would the frames on which they differ split at least
+    this unevenly? The exact one is cautious on few frames, mid-p less so. `frames_to_resolve` is how many frames a
+    difference of this size would need; None where there is none.
+    """
 
     gained: int
     lost: int
     points: float
-    p_value: float
+    exact_p: float
+    mid_p: float
+    frames_to_resolve: int | None
 
 
-def compare(first: Sequence[Prediction], second: Sequence[Prediction], condition: str) -> Change:
-    """How often `second` is right where `first` is not, and the reverse, under one condition.
+def compare(first: Sequence[Prediction], second: Sequence[Prediction]) -> Change:
+    """How often `second` is right where `first` is not, and the reverse; each is of one model and condition.
 
-    The p-value (two-sided, exact) answers: had neither model the edge, how often would the frames on which
-    they differ split at least this unevenly? Raises OrionError unless both saw the same frames.
+    Raises OrionError unless both saw the same frames.
     """
-    before, after = (
-        {p.name: p.predicted == p.truth for p in predictions if p.condition == condition}
-        for predictions in (first, second)
-    )
+    before, after = ({p.name: p.predicted == p.truth for p in predictions} for predictions in (first, second))
     if set(before) != set(after) or not before:
         raise OrionError(
-            f"the two models' predictions under condition {condition} are not of the same frames.",
+            "the two models' predictions under one condition are not of the same frames.",
             "Evaluate both again on one split.",
         )
     gained = sum(after[name] and not before[name] for name in before)
     lost = sum(before[name] and not after[name] for name in before)
-    return Change(gained, lost, 100 * (gained - lost) / len(before), mcnemar(gained, lost).exact_p)
+    test = mcnemar(gained, lost)
+    needed = frames_to_resolve(gained, lost, len(before))
+    return Change(gained, lost, 100 * (gained - lost) / len(before), test.exact_p, test.mid_p, needed)
+
+
+def under(predictions: Sequence[Prediction], condition: str) -> list[Prediction]:
+    """Those under one condition, by the frame's name."""
+    return sorted((p for p in predictions if p.condition == condition), key=lambda p: p.name)
 
 
 def summarize(predictions: Sequence[Prediction]) -> dict[str, Any]:

@@ -111,6 +111,7 @@ def prediction_of(row: Row) -> Prediction:
         truth=Category(row["truth"]),
         predicted=Category(row["category"]) if row["category"] else None,
         donor_category=Category(donor["category"]) if donor else None,
+        scores=tuple(row["scores"][category] for category in CATEGORIES) if row["scores"] else None,
     )
 
 

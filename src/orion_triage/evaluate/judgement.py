@@ -1,0 +1,104 @@
+"""One model under one condition, judged as a mission would: what is sent, what is lost, how sure it was; pure."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from orion_triage.config import MissionSettings
+from orion_triage.evaluate import value
+from orion_triage.evaluate.metrics import Prediction
+from orion_triage.evaluate.statistics import (
+    NO_VERDICT,
+    Integers,
+    balanced_accuracy,
+    cluster_bootstrap,
+    geographic_block,
+    macro_f1,
+)
+from orion_triage.triage import CATEGORIES, Coordinates
+
+BUDGETS = (0.05, 0.10, 0.25)  # shares of the frames that are sent
+_SEED = 42
+
+
+def judge(
+    predictions: Sequence[Prediction], places: Mapping[str, Coordinates], mission: MissionSettings
+) -> dict[str, Any]:
+    """The figures of one model under one condition; `places` has each frame's own coordinates, by name.
+
+    Intervals of macro-F1 and balanced accuracy are bootstrapped over blocks of 10 degrees, since frames of one region
+    are not independent. An answer without scores counts as one third each.
+    """
+    truth = np.array([CATEGORIES.index(p.truth) for p in predictions], dtype=np.int64)
+    guess = np.array(
+        [CATEGORIES.index(p.predicted) if p.predicted is not None else NO_VERDICT for p in predictions], dtype=np.int64
+    )
+    where = [places[p.name] for p in predictions]
+    blocks = [geographic_block(place.lon, place.lat) for place in where]
+    costs = np.array(mission.costs)
+    constant, constant_cost = value.best_constant(truth, costs)
+    kappa, left_out = value.quadratic_kappa(truth, guess)
+
+    def bootstrapped(statistic: Any) -> dict[str, float | None]:
+        low, high = cluster_bootstrap(lambda rows: statistic(truth[rows], guess[rows]), blocks, seed=_SEED)
+        return {name: _number(x) for name, x in (("value", statistic(truth, guess)), ("low", low), ("high", high))}
+
+    return {
+        "blocks": len(set(blocks)),
+        "macro_f1": bootstrapped(macro_f1),
+        "balanced_accuracy_interval": bootstrapped(balanced_accuracy),
+        **value.headline(truth, guess),
+        "downlink": value.downlink(truth, guess, mission.values),
+        "cost": {
+            "expected": value.expected_cost(truth, guess, costs),
+            "best_constant": CATEGORIES[constant].value,
+            "best_constant_cost": constant_cost,
+        },
+        "quadratic_kappa": kappa,
+        "quadratic_kappa_left_out": left_out,
+        "at_prior": value.at_prior(truth, guess, dict(zip(CATEGORIES, mission.prior, strict=True))),
+        "scored": sum(p.scores is not None for p in predictions),
+        **(_of_scores(predictions, truth, guess, mission) if any(p.scores for p in predictions) else {}),
+    }
+
+
+def scores_of(predictions: Sequence[Prediction]) -> value.Floats:
+    """[frames, 3]; one third each where an answer has none."""
+    even = (1 / len(CATEGORIES),) * len(CATEGORIES)
+    return np.array([p.scores or even for p in predictions], dtype=np.float64)
+
+
+def _of_scores(
+    predictions: Sequence[Prediction], truth: Integers, guess: Integers, mission: MissionSettings
+) -> dict[str, Any]:
+    scores = scores_of(predictions)
+    kept = value.risk_coverage(truth, guess, scores.max(axis=1))
+    return {
+        "brier": value.brier(truth, scores),
+        "negative_log_likelihood": value.negative_log_likelihood(truth, scores),
+        "reliability": value.reliability(truth, scores),
+        "expected_calibration_error": value.expected_calibration_error(truth, scores),
+        "value_curve": value_figures(truth, scores @ np.array(mission.values), mission),
+        "risk_coverage": {
+            "coverage": kept.coverage.tolist(),
+            "error_rate": kept.error_rate.tolist(),
+            "area": kept.area,
+        },
+    }
+
+
+def value_figures(truth: Integers, ranking: value.Floats, mission: MissionSettings) -> dict[str, Any]:
+    """The curve of value against budget, its normalized area, and the value at each of BUDGETS."""
+    curve = value.value_curve(truth, ranking, mission.values)
+    return {
+        "budget": curve.budget.tolist(),
+        "value": curve.value.tolist(),
+        "normalized_area": value.normalized_area(curve, truth, mission.values),
+        "at": {f"{budget:.0%}": value.value_at(curve, budget) for budget in BUDGETS},
+    }
+
+
+def _number(x: float) -> float | None:
+    return None if math.isnan(x) else x
