@@ -12,13 +12,65 @@ from rich.console import Console
 
 from orion_triage.config import Settings, load_settings
 from orion_triage.evaluate.backends import ConstantBackend
+from orion_triage.evaluate.metrics import Prediction
 from orion_triage.evaluate.run import run as evaluate
 from orion_triage.manifest import write_manifest
 from orion_triage.pipeline import Run
 from orion_triage.records import read_split
 from orion_triage.report import plot
-from orion_triage.report.render import accuracy_rows, render_markdown, terminal_tables
-from orion_triage.report.results import build_results
+from orion_triage.report.render import accuracy_rows, render_markdown, resolved, sentences, terminal_tables
+from orion_triage.report.results import blank_ruled, build_results, differences, ladder
+from orion_triage.triage import Category
+
+H, M, L = Category.HIGH, Category.MEDIUM, Category.LOW
+
+
+def answers(guesses: str, *, scores: bool = False) -> list[Prediction]:
+    """Ten HIGH frames, the same guesses under every condition: a letter a frame."""
+    said = {"H": (H, (0.8, 0.1, 0.1)), "M": (M, (0.1, 0.8, 0.1)), "L": (L, (0.1, 0.1, 0.8))}
+    return [
+        Prediction(c, f"f{n}", H, said[letter][0], L, said[letter][1] if scores else None)
+        for c in "ABCD"
+        for n, letter in enumerate(guesses)
+    ]
+
+
+def test_a_ladder_says_which_step_gained_and_lost() -> None:
+    predictions = {
+        "base": answers("LLLLLLLLLL"),
+        "adapter-4bit": answers("HHHHHHHHHL"),
+        "fine-tuned": answers("HHHHHHHHHH"),
+        "Q8_0": answers("HHHHHHHHHH"),
+        "quantized": answers("HHHHHHHHLL"),
+        "flight": answers("HHHHHHHHLL"),
+    }
+    rungs = ladder(predictions, ["Q8_0", "Q6_K"], "Q4_K_M")
+    assert [rung["step"] for rung in rungs] == [
+        "the base", "training, on 4-bit weights", "fusing", "quantization to Q8_0", "quantization to Q4_K_M",
+        "the rule for blank frames",
+    ]  # fmt: skip
+    assert rungs[0]["change"] is None
+    changes = [(rung["change"]["B"]["gained"], rung["change"]["B"]["lost"]) for rung in rungs[1:]]
+    assert changes == [(9, 0), (1, 0), (0, 0), (0, 2), (0, 0)]
+    assert resolved(rungs[1]["change"]) == "A, B, C, D"  # nine of nine: p = 0.004, 0.016 corrected for four
+    assert resolved(rungs[4]["change"]) == "no"
+
+
+def test_a_blank_frame_is_low_by_rule_and_noise_is_none() -> None:
+    ruled = blank_ruled(answers("HHHHHHHHHH", scores=True), ["f3"])
+    changed = [(p.condition, p.predicted, p.scores) for p in ruled if p.predicted != H]
+    assert changed == [(condition, L, (0.0, 0.0, 1.0)) for condition in "ABD"]
+
+
+def test_words_say_resolved_or_how_many_frames_it_would_take() -> None:
+    results = {
+        "deltas": {"quantization": differences(answers("HHHHHHHHHH"), answers("HHHHHHHHLL"))},
+        "within": {"quantized": differences(answers("LLLLLLLLLL"), answers("HHHHHHHHHH"))},
+    }
+    said = sentences(results)
+    assert said[0].startswith("quantization A: -20.0 points (0 gained, 2 lost), not to be told from chance (p = 1")
+    assert "about 38 frames would resolve" in said[0]
+    assert said[4] == "quantized, from A: +100.0 points (10 gained, 0 lost), resolved (p = 0.0078)."
 
 
 @pytest.fixture
@@ -38,10 +90,24 @@ def run(small_dataset: Path, tmp_path: Path) -> Run:
 def test_results_are_counted_from_predictions_and_name_what_is_missing(run: Run) -> None:
     results = build_results(run)
     assert json.loads(json.dumps(results)) == results
-    assert results["missing"] == ["fine-tune", "fuse", "quantize", "evaluate quantized"]
+    rungs = ["evaluate adapter-4bit", "evaluate adapter-16bit", "evaluate F16", "evaluate Q8_0"]
+    missing = ["fine-tune", "fuse", "quantize", *rungs, "evaluate quantized", "evaluate constrained"]
+    assert results["missing"] == missing
     assert results["models"]["base"]["A"]["unparsable"] == 6
     assert results["models"]["fine-tuned"]["B"]["right"] == 2
-    assert results["deltas"]["fine-tuning"]["A"] == {"points": pytest.approx(100 / 3), "mcnemar_p": 0.5}
+    change = results["deltas"]["fine-tuning"]["A"]
+    assert (change["points"], change["gained"], change["lost"]) == (pytest.approx(100 / 3), 2, 0)
+    assert (change["exact_p"], change["mid_p"], change["holm_p"]) == (0.5, 0.25, 1.0)
+    always_high = results["models"]["fine-tuned"]["B"]
+    assert always_high["high_recall"]["rate"] == 1
+    assert always_high["irrecoverable_loss"] | {"high": 0.49} == {
+        "count": 0, "total": 4, "rate": 0.0, "low": pytest.approx(0, abs=1e-9), "high": 0.49,
+    }  # fmt: skip
+    assert always_high["downlink"]["sent"] == 1
+    assert always_high["cost"]["expected"] == pytest.approx((0 + 1 + 1) / 3)
+    assert always_high["at_prior"]["precision"]["HIGH"] == pytest.approx(0.005)
+    assert always_high["scored"] == 0
+    assert "brier" not in always_high
     assert "quantization" not in results["deltas"]
     # HIGH frames are right; LOW and MEDIUM frames get HIGH coordinates and HIGH as the answer, with and without.
     conflict = results["models"]["fine-tuned"]["D"]
@@ -54,9 +120,13 @@ def test_tables_show_every_model_and_a_dash_for_what_is_missing(run: Run) -> Non
     results = build_results(run)
     assert accuracy_rows(results)[0] == ["A full system", "0.0 %", "33.3 %", "-", "+33.3", "-"]
     markdown = render_markdown(results, "report.png")
-    assert "Not finished: fine-tune, fuse, quantize, evaluate quantized" in markdown
+    assert "Not finished: fine-tune, fuse, quantize, evaluate adapter-4bit" in markdown
     assert "| A full system | 0.0 % | 33.3 % | - | +33.3 | - |" in markdown
-    assert "cannot be told from chance" in markdown
+    assert (
+        "- fine-tuning A: +33.3 points (2 gained, 0 lost), not to be told from chance (p = 1, mid-p 0.25)" in markdown
+    )
+    assert "6 frames at 6 places." in markdown
+    assert "| fine-tuned | B | 2/2 = 100.0 % (34-100) | 0/4 = 0.0 % (0-49) |" in markdown
     assert "| fine_tune.learning_rate | 0.0002 | 0.004 |" in markdown
     assert "| colour k-NN (k = " in markdown
     console = Console(width=120, record=True, file=io.StringIO())

@@ -3,10 +3,12 @@
 from typing import TYPE_CHECKING, Any
 
 from orion_triage.evaluate.conditions import CONDITIONS
-from orion_triage.report.results import DELTAS, MODELS
+from orion_triage.report.results import DELTAS, FLIGHT, MODELS
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+SIGNIFICANT = 0.05
 
 
 def render_markdown(results: dict[str, Any], figure: str) -> str:
@@ -26,13 +28,88 @@ def from_template(name: str, **values: Any) -> str:
         keep_trailing_newline=True,
         autoescape=False,  # Markdown, and every value comes from the run itself
     )
-    environment.filters["percent"] = percent
+    environment.filters |= {
+        "percent": percent,
+        "number": number,
+        "rate": rate,
+        "interval": interval,
+        "shown": shown,
+        "sentences": sentences,
+        "resolved": resolved,
+        "surest_half": surest_half,
+    }
     environment.filters["megabytes"] = lambda size: f"{size / 1e6:,.1f} MB"
     return environment.get_template(name).render(values)
 
 
 def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def rate(value: dict[str, Any]) -> str:
+    """A rate with its count and interval."""
+    if value["rate"] is None:
+        return "-"
+    bounds = f"{100 * value['low']:.0f}-{100 * value['high']:.0f}"
+    return f"{value['count']}/{value['total']} = {percent(value['rate'])} ({bounds})"
+
+
+def interval(value: dict[str, float | None]) -> str:
+    if value["low"] is None or value["high"] is None:
+        return percent(value["value"])
+    return f"{percent(value['value'])} ({100 * value['low']:.0f}-{100 * value['high']:.0f})"
+
+
+def surest_half(rates: dict[str, Any]) -> float:
+    """The error rate at the smallest coverage of at least a half."""
+    curve = rates["risk_coverage"]
+    return next(
+        error for coverage, error in zip(curve["coverage"], curve["error_rate"], strict=True) if coverage >= 0.5
+    )
+
+
+def shown(results: dict[str, Any], conditions: str = "AB") -> list[tuple[str, str, dict[str, Any]]]:
+    """(model, condition, rates) of the models that a mission chooses between: the three, and what flies."""
+    models = results["models"]
+    return [
+        (model, condition, models[model][condition])
+        for model in (*MODELS, FLIGHT)
+        if model in models
+        for condition in conditions
+    ]
+
+
+def resolved(change: dict[str, dict[str, Any]]) -> str:
+    """The conditions under which a step changed more than chance would."""
+    found = [condition for condition, difference in change.items() if difference["holm_p"] < SIGNIFICANT]
+    return ", ".join(found) if found else "no"
+
+
+def sentences(results: dict[str, Any]) -> list[str]:
+    """Each difference in words: resolved or not, and how many frames would resolve one of its size."""
+    said = []
+    named = {**results["deltas"]}
+    for model in (*MODELS, FLIGHT):
+        if model in results["within"]:
+            named[f"{model}, from"] = results["within"][model]
+    for name, by_condition in named.items():
+        for condition, change in by_condition.items():
+            said.append(f"{name} {condition}: {_in_words(change)}")
+    return said
+
+
+def _in_words(change: dict[str, Any]) -> str:
+    counts = f"{change['points']:+.1f} points ({change['gained']} gained, {change['lost']} lost)"
+    if change["holm_p"] < SIGNIFICANT:
+        return f"{counts}, resolved (p = {change['holm_p']:.2g})."
+    if change["frames_to_resolve"] is None:
+        return f"{counts}, no difference."
+    needed = f"about {change['frames_to_resolve']:,} frames would resolve a difference of this size"
+    return f"{counts}, not to be told from chance (p = {change['holm_p']:.2g}, mid-p {change['mid_p']:.2g}); {needed}."
 
 
 def accuracy_rows(results: dict[str, Any]) -> list[list[str]]:
