@@ -26,8 +26,8 @@ STAGES = stages(Settings())
 ORION = [sys.executable, "-m", "orion_triage.cli"]
 REAL_FRAMES = SHARED / "frames"
 COMMANDS = (
-    "run", "dataset", "ablation", "fine-tune", "fuse", "quantize", "evaluate", "ladder", "report", "push", "clean",
-    "triage", "toolchain", "rehearse", "budgets", "doctor", "build-tiny-base", "settings",
+    "run", "dataset", "ablation", "fine-tune", "fuse", "quantize", "evaluate", "ladder", "operating-point", "report",
+    "push", "clean", "triage", "toolchain", "rehearse", "budgets", "doctor", "build-tiny-base", "settings",
 )  # fmt: skip
 
 
@@ -174,7 +174,14 @@ def test_a_run_leaves_every_product_and_its_receipts(finished: Path) -> None:
         assert (run / name).stat().st_size > 0
     results = json.loads((run / "results.json").read_text())
     assert results["missing"] == []
-    assert set(results["models"]) == {"base", "fine-tuned", "quantized"}
+    rungs = ["adapter-4bit", "adapter-16bit", "fine-tuned", "F16", "Q8_0", "quantized", "constrained", "flight"]
+    assert [rung["model"] for rung in results["ladder"]] == ["base", *rungs]
+    assert set(results["models"]) == {"base", *rungs}
+    assert results["parity"]["largest_difference"] <= 0.01
+    assert results["parity"]["agreement"] >= 0.95
+    assert all(rates["unparsable"] == 0 for rates in results["models"]["constrained"].values())
+    for rung in ("base", "fine-tuned", "quantized", "constrained"):
+        assert results["models"][rung]["A"]["scored"] == 6
     assert set(results["seconds"]) == {stage.name for stage in STAGES}
     for rates in results["models"].values():
         assert {condition: figures["count"] for condition, figures in rates.items()} == dict.fromkeys("ABCD", 6)
@@ -229,6 +236,34 @@ def test_a_cleaned_run_flies_and_skips_and_says_what_it_lacks(finished: Path, tm
     (run / "orion_merged" / "config.json").write_text("{}")
     changed = orion(*_run_command(), cwd=folder)
     assert re.search(r"^fuse: done", changed.stderr, re.MULTILINE), changed.stderr
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.slow
+def test_an_operating_point_is_chosen_on_val_kept_and_flown(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    run = folder / "runs" / "small"
+    structured_picture(1).save(folder / "good.png")
+    plain = json.loads(orion("triage", "good.png", "--json", cwd=folder).stdout)[0]
+    assert sum(plain["scores"].values()) == pytest.approx(1)
+    assert plain["category"] == max(plain["scores"], key=plain["scores"].get)
+    assert_refused(orion("operating-point", "--max-irrecoverable-loss", "140%", cwd=folder), "'140%' is no share")
+    for limit, dropped in (("100%", 1.0), ("0", None)):
+        result = orion("operating-point", "--max-irrecoverable-loss", limit, "--json", cwd=folder)
+        assert result.returncode == 0, result.stderr
+        record = json.loads(result.stdout)
+        assert record == json.loads((run / "operating_point.json").read_text())
+        assert record["chosen_on"] == {"split": "val", "condition": "B", "frames": 6}
+        assert record["there"]["irrecoverable_loss"]["rate"] <= float(limit.rstrip("%"))
+        if dropped:
+            assert record["there"]["downlink"]["dropped"] == dropped
+            flown = json.loads(orion("triage", "good.png", "--json", cwd=folder).stdout)[0]
+            below = flown["scores"]["LOW"] < record["low_threshold"]
+            assert (flown["category"] == "LOW") is not below
+    assert json.loads(orion("report", "--json", cwd=folder).stdout)["operating_point"]["A"]["downlink"]
+    (run / "operating_point.json").write_text(json.dumps(record | {"pair_sha256": "0"}))
+    assert_refused(orion("triage", "good.png", cwd=folder), "was chosen for another GGUF pair", "operating-point")
 
 
 @pytest.mark.llama_cpp

@@ -1,9 +1,12 @@
 """flight.py: what happens to each file of a triage, whoever answers."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
 
+from orion_triage.evaluate.backends import Answer
+from orion_triage.evaluate.value import OperatingPoint
 from orion_triage.flight import BLANK_REASON, triage_files
 from orion_triage.triage import Category, Verdict, render_prompt
 
@@ -12,30 +15,51 @@ from .conftest import structured_picture
 HIGH = Verdict("Long quays.", Category.HIGH)
 
 
+class Saying:
+    """A backend that gives one answer after the other."""
+
+    batch_size = 1
+
+    def __init__(self, *texts: str, scores: tuple[float, ...] | None = None) -> None:
+        self.answers = [Answer(text, scores) for text in texts]
+        self.asked: list[tuple[tuple[int, int], str]] = []
+
+    def answer(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[Answer]:
+        self.asked += [(image.size, prompt) for image, prompt in zip(images, prompts, strict=True)]
+        return [self.answers.pop(0) for _ in images]
+
+
+def test_an_operating_point_decides_by_the_scores_and_keeps_the_reason(tmp_path: Path) -> None:
+    structured_picture(1).save(tmp_path / "a.png")
+    low = Verdict("Long quays.", Category.LOW).to_json()
+    for threshold, category in ((0.5, Category.LOW), (0.7, Category.MEDIUM), (2.0, Category.MEDIUM)):
+        backend = Saying(low, scores=(0.1, 0.3, 0.6))
+        (outcome,) = triage_files([tmp_path / "a.png"], backend, 256, point=OperatingPoint(threshold))
+        assert outcome.verdict == Verdict("Long quays.", category)
+        assert outcome.scores == (0.1, 0.3, 0.6)
+    (plain,) = triage_files([tmp_path / "a.png"], Saying(low, scores=(0.1, 0.3, 0.6)), 256)
+    assert plain.verdict == Verdict("Long quays.", Category.LOW)
+
+
 def test_each_file_has_an_outcome_and_only_pictures_are_asked_about(tmp_path: Path) -> None:
     structured_picture(1).save(tmp_path / "a.png")
     (tmp_path / "b.raw").write_bytes(b"short")
     Image.new("RGB", (512, 512), (250, 250, 250)).save(tmp_path / "c.png")
     structured_picture(2).save(tmp_path / "d.png")
-    asked = []
-
-    def ask(prompt: str, png: bytes) -> str:
-        asked.append((prompt, png[:4]))
-        return HIGH.to_json() if len(asked) == 1 else "I think it is HIGH"
-
-    a, b, c, d = triage_files([tmp_path / f"{name}" for name in ("a.png", "b.raw", "c.png", "d.png")], ask, 256)
+    backend = Saying(HIGH.to_json(), "I think it is HIGH")
+    a, b, c, d = triage_files([tmp_path / f"{name}" for name in ("a.png", "b.raw", "c.png", "d.png")], backend, 256)
     assert a.verdict == HIGH
     assert (b.verdict, "b.raw has 5 bytes" in b.error) == (None, True)
     assert c.verdict == Verdict(BLANK_REASON, Category.LOW)
     assert c.blank
     assert d.verdict is None
     assert "d.png: the model gave no verdict" in d.error
-    assert asked == [(render_prompt(None), b"\x89PNG")] * 2
+    assert backend.asked == [((256, 256), render_prompt(None))] * 2
 
 
 def test_the_native_size_of_a_resized_frame_is_kept(tmp_path: Path) -> None:
     structured_picture(1).resize((700, 600)).save(tmp_path / "a.png")
-    (refused,) = triage_files([tmp_path / "a.png"], lambda prompt, png: HIGH.to_json(), 256)
+    (refused,) = triage_files([tmp_path / "a.png"], Saying(HIGH.to_json()), 256)
     assert "--resize" in refused.error
-    (outcome,) = triage_files([tmp_path / "a.png"], lambda prompt, png: HIGH.to_json(), 256, resize=True)
+    (outcome,) = triage_files([tmp_path / "a.png"], Saying(HIGH.to_json()), 256, resize=True)
     assert (outcome.verdict, outcome.native_size) == (HIGH, (700, 600))

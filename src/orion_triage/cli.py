@@ -367,6 +367,35 @@ def push(
     _console().print(f"pushed: {address}", highlight=False, soft_wrap=True)
 
 
+@app.command("operating-point", epilog="Example: orion operating-point --max-irrecoverable-loss 2%")
+def operating_point_command(
+    limit: Annotated[
+        str, typer.Option("--max-irrecoverable-loss", metavar="SHARE", help="Of the valuable frames, dropped as LOW.")
+    ] = "5%",
+    folder: Annotated[Path | None, typer.Option("--run", help="Run folder. Default: the newest finished.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Choose on val how sure of LOW the model must be before a frame is dropped; 'orion triage' then keeps to it."""
+    from orion_triage import operating_point
+
+    share = operating_point.parse_share(limit)
+    run = _finished(folder, "quantize", "val")
+    _stage("evaluate constrained", run)
+    record = operating_point.choose(run, share)
+    if as_json:
+        typer.echo(json.dumps(record, indent=2))
+        return
+    there, threshold = record["there"], record["low_threshold"]
+    dropped = f"P(LOW) of at least {threshold:.3f}" if threshold <= 1 else "no P(LOW): nothing is dropped"
+    typer.echo(f"a frame is dropped at {dropped}")
+    loss, recall, count = there["irrecoverable_loss"], there["high_recall"], record["chosen_on"]["frames"]
+    typer.echo(
+        f"on the {count} val frames it was chosen on: {loss['count']} of {loss['total']} valuable frames lost, "
+        f"{recall['count']} of {recall['total']} HIGH found, {there['downlink']['dropped']:.0%} dropped"
+    )
+    typer.echo("its loss on other frames is larger than on these: 'orion report' gives it on test")
+
+
 @app.command(epilog="Example: orion triage frames/*.png")
 def triage(
     files: Annotated[list[Path], typer.Argument(help="Frames: PNG, JPEG or raw 512x512x3 RGB (.raw).")],
@@ -378,7 +407,8 @@ def triage(
     from rich.console import Console
     from rich.table import Table
 
-    from orion_triage import flight
+    from orion_triage import flight, operating_point
+    from orion_triage.triage import CATEGORIES
 
     run = _finished(folder, "quantize")
     outcomes = []
@@ -388,6 +418,7 @@ def triage(
             run.gguf,
             run.settings.base.frame_size,
             log=run.folder / "logs" / "triage-server.log",
+            point=operating_point.read(run.folder, run.gguf),
             resize=resize,
             progress=progress,
         ):
@@ -398,7 +429,16 @@ def triage(
             _console().print(f"[bold red]refused:[/] {_escape(outcome.error)}", highlight=False, soft_wrap=True)
     good = [outcome for outcome in outcomes if outcome.verdict]
     if as_json:
-        rows = [{"file": o.file, "category": o.verdict.category, "reason": o.verdict.reason} for o in good if o.verdict]
+        rows = [
+            {
+                "file": o.file,
+                "category": o.verdict.category,
+                "reason": o.verdict.reason,
+                "scores": dict(zip(CATEGORIES, o.scores, strict=True)) if o.scores else None,
+            }
+            for o in good
+            if o.verdict
+        ]
         typer.echo(json.dumps(rows, indent=2))
     else:
         table = Table("file", "category", "reason", "seconds")

@@ -1,15 +1,20 @@
 """Classifying real frames with the quantized pair of a run, as on board: no coordinates, one frame at a time."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from orion_triage import llama_cpp, quantize
 from orion_triage.errors import FrameError
-from orion_triage.frames import CAMERA_SIZE, Frame, is_blank, read_frame, shrink
+from orion_triage.evaluate.backends import Backend, LlamaCppBackend
+from orion_triage.frames import CAMERA_SIZE, is_blank, read_frame, shrink
 from orion_triage.progress import Progress, silent
-from orion_triage.triage import ANSWER_TOKENS, GRAMMAR, Category, Verdict, parse_verdict, render_prompt
+from orion_triage.triage import ANSWER_TOKENS, CATEGORIES, Category, Verdict, parse_verdict, render_prompt
+
+if TYPE_CHECKING:
+    from orion_triage.evaluate.value import OperatingPoint
 
 BLANK_REASON = "Blank frame: no image content to judge."
 
@@ -24,19 +29,21 @@ class FrameVerdict:
     native_size: tuple[int, int] | None = None
     blank: bool = False
     error: str = ""
+    scores: tuple[float, ...] | None = None  # of HIGH, MEDIUM and LOW
 
 
 def triage_files(
     paths: Iterable[Path],
-    ask: Callable[[str, bytes], str],
+    backend: Backend,
     frame_size: int,
     *,
+    point: "OperatingPoint | None" = None,
     resize: bool = False,
 ) -> Iterator[FrameVerdict]:
     """Verdicts in the order of `paths`; a refused file becomes an outcome with `error`, and work goes on.
 
-    `ask(prompt, png)` returns the model's answer. A blank frame is LOW by rule and is not asked about: it would
-    cost downlink and shows nothing, whatever a model makes of it.
+    With an operating point, the scores decide the category, and the reason stays the model's. A blank frame is LOW by
+    rule and is not asked about: it would cost downlink and shows nothing, whatever a model makes of it.
     """
     prompt = render_prompt(None)
     for path in paths:
@@ -50,10 +57,21 @@ def triage_files(
             verdict = Verdict(BLANK_REASON, Category.LOW)
             yield FrameVerdict(str(path), verdict, time.monotonic() - began, frame.native_size, blank=True)
             continue
-        png = Frame(shrink(frame.image, frame_size), frame.native_size).png()
-        answer = parse_verdict(ask(prompt, png))
-        error_text = "" if answer else f"{path}: the model gave no verdict. Evaluate the run: its answers should parse."
-        yield FrameVerdict(str(path), answer, time.monotonic() - began, frame.native_size, error=error_text)
+        (answer,) = backend.answer([shrink(frame.image, frame_size)], [prompt])
+        said = parse_verdict(answer.text)
+        if said and point and answer.scores:
+            said = Verdict(said.reason, _decide(answer.scores, point))
+        error_text = "" if said else f"{path}: the model gave no verdict. Evaluate the run: its answers should parse."
+        seconds = time.monotonic() - began
+        yield FrameVerdict(str(path), said, seconds, frame.native_size, error=error_text, scores=answer.scores)
+
+
+def _decide(scores: Sequence[float], point: "OperatingPoint") -> Category:
+    import numpy as np
+
+    from orion_triage.evaluate.value import decide
+
+    return CATEGORIES[int(decide(np.array([scores]), point)[0])]
 
 
 def triage_with_pair(
@@ -62,6 +80,7 @@ def triage_with_pair(
     frame_size: int,
     *,
     log: Path,
+    point: "OperatingPoint | None" = None,
     resize: bool = False,
     progress: Progress = silent,
 ) -> Iterator[FrameVerdict]:
@@ -69,8 +88,5 @@ def triage_with_pair(
     quantize.check_pair(gguf)
     toolchain = llama_cpp.find_toolchain(progress)
     with llama_cpp.Server(toolchain, gguf / quantize.QUANTIZED, gguf / quantize.MMPROJ, log=log) as server:
-
-        def ask(prompt: str, png: bytes) -> str:
-            return server.client.complete(prompt, png, ANSWER_TOKENS, GRAMMAR)
-
-        yield from triage_files(paths, ask, frame_size, resize=resize)
+        backend = LlamaCppBackend(server.client, max_new_tokens=ANSWER_TOKENS, constrained=True)
+        yield from triage_files(paths, backend, frame_size, point=point, resize=resize)

@@ -69,7 +69,7 @@ def test_words_say_resolved_or_how_many_frames_it_would_take() -> None:
     }
     said = sentences(results)
     assert said[0].startswith("quantization A: -20.0 points (0 gained, 2 lost), not to be told from chance (p = 1")
-    assert "about 38 frames would resolve" in said[0]
+    assert "about 37 frames would resolve" in said[0]
     assert said[4] == "quantized, from A: +100.0 points (10 gained, 0 lost), resolved (p = 0.0078)."
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from orion_triage import operating_point
 from orion_triage.config import overrides
 from orion_triage.errors import OrionError
 from orion_triage.evaluate.baselines import baselines
@@ -77,6 +78,7 @@ def build_results(run: Run) -> dict[str, Any]:
         "within": {model: between_conditions(rows) for model, rows in predictions.items()},
         "ladder": ladder(predictions, settings.ladder.quantizations, settings.quantize.type),
         "parity": f16.figures["parity"] if f16 else None,
+        "operating_point": _at_operating_point(run, predictions.get(FLIGHT)),
         **of_frames,
         "foreign_server": server,
         "foreign_pair": quantized.figures.get("pair", "") if quantized else "",
@@ -84,6 +86,18 @@ def build_results(run: Run) -> dict[str, Any]:
         "seconds": {name: receipt.seconds for name, receipt in finished.items()},
         "figures": {name: receipt.figures for name, receipt in finished.items() if "evaluate" not in name},
         "versions": next((receipt.versions for receipt in finished.values()), {}),
+    }
+
+
+def _at_operating_point(run: Run, predictions: list[Prediction] | None) -> dict[str, Any] | None:
+    """What the run's operating point does to this split's frames, by condition; None where none was chosen."""
+    point = operating_point.read(run.folder, run.gguf) if predictions else None
+    if point is None or predictions is None:
+        return None
+    mission = run.settings.mission
+    return {
+        "low_threshold": point.low_threshold,
+        **{c: operating_point.figures(under(predictions, c), point, mission) for c in CONDITIONS},
     }
 
 
