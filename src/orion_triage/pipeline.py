@@ -65,6 +65,10 @@ class Run:
     def pair(self) -> Path:
         return hub.locate(self.pair_from, "GGUF pair") if self.pair_from else self.gguf
 
+    @property
+    def vision_features(self) -> Path:
+        return self.folder / "vision_features"
+
     def evaluation(self, model: str) -> Path:
         return self.folder / "evaluation" / self.split / model
 
@@ -102,6 +106,12 @@ def _fuse(run: Run, progress: Progress) -> Figures:
 
     settings, adapter = run.settings, run.adapter_to_fuse
     return fuse.run(run.base, adapter, run.dataset, run.merged, settings.fuse, settings.base.frame_size, progress)
+
+
+def _vision_features(run: Run, progress: Progress) -> Figures:
+    from orion_triage.evaluate import features
+
+    return features.run(run.base, run.dataset, run.vision_features, run.settings.base.frame_size, progress)
 
 
 def _quantize(run: Run, progress: Progress) -> Figures:
@@ -191,6 +201,13 @@ STAGES: tuple[Stage, ...] = (
     _evaluation("quantized", models.through_llama_cpp("quantized", "pair"), lambda run: {"gguf": run.pair}),
 )
 
+VISION_FEATURES = Stage(
+    "vision features",
+    lambda run: run.vision_features,
+    _sections("base"),
+    lambda run: {"base": run.base, "dataset": run.dataset},
+    _vision_features,
+)
 # The rungs between those three models, from the base up to what flies.
 LADDER_BEFORE: tuple[Stage, ...] = (
     _evaluation(
@@ -216,7 +233,7 @@ def stages(settings: Settings) -> tuple[Stage, ...]:
         return STAGES
     *before, quantized = STAGES
     rungs = [_rung(kind) for kind in settings.ladder.quantizations]
-    return (*before, *LADDER_BEFORE, *rungs, quantized, CONSTRAINED)
+    return (*before, VISION_FEATURES, *LADDER_BEFORE, *rungs, quantized, CONSTRAINED)
 
 
 def _dataset_inputs(run: Run) -> dict[str, Path]:
@@ -230,7 +247,7 @@ def _dataset_inputs(run: Run) -> dict[str, Path]:
 
 
 def stage_named(name: str) -> Stage:
-    return next(stage for stage in (*STAGES, *LADDER_BEFORE, CONSTRAINED) if stage.name == name)
+    return next(stage for stage in (*STAGES, VISION_FEATURES, *LADDER_BEFORE, CONSTRAINED) if stage.name == name)
 
 
 def run_stage(

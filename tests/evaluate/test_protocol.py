@@ -4,12 +4,14 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from orion_triage.config import EvaluateSettings
 from orion_triage.errors import OrionError
+from orion_triage.evaluate import features
 from orion_triage.evaluate.backends import ConstantBackend
-from orion_triage.evaluate.baselines import baselines
+from orion_triage.evaluate.baselines import LOGISTIC_REGRESSION, LogisticRegression, baselines
 from orion_triage.evaluate.conditions import NOISE, OPPOSITE, conflict_pairs, questions
 from orion_triage.evaluate.metrics import Prediction, compare, summarize, wilson
 from orion_triage.evaluate.run import read_predictions, run
@@ -154,5 +156,39 @@ def test_unparsable_answers_are_kept_and_counted(small_dataset: Path, tmp_path: 
 
 def test_baselines_of_a_small_dataset(small_dataset: Path) -> None:
     result = baselines(small_dataset, "test")
-    assert set(result) == {"majority class", "colour k-NN", "coordinates k-NN"}
+    always = {f"always {category}" for category in "HIGH MEDIUM LOW".split()}
+    assert set(result) == {"majority class", "colour k-NN", "coordinates k-NN", *always}
+    assert all(result[name]["right"] == 2 for name in always)
     assert all(0 <= figures["accuracy"] <= 1 for figures in result.values())
+
+
+def test_logistic_regression_is_scikit_learns() -> None:
+    from sklearn.linear_model import LogisticRegression as Reference
+
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 3, 90)
+    vectors = random.normal(0, 1, (90, 7)) * 5 + labels[:, None] + 3
+    unseen = random.normal(0, 1, (40, 7)) * 5 + 4
+    for penalty in (0.01, 1.0):
+        ours = LogisticRegression.fit(vectors, labels, penalty)
+        scaled = (vectors - vectors.mean(0)) / vectors.std(0)
+        reference = Reference(C=1 / (penalty * len(vectors)), tol=1e-8, max_iter=5000).fit(scaled, labels)
+        # Only differences between classes are determined, by the intercepts at least.
+        assert ours.weights[:-1] == pytest.approx(reference.coef_.T, abs=1e-3)
+        assert ours.classes(unseen) == reference.predict((unseen - vectors.mean(0)) / vectors.std(0)).tolist()
+
+
+def test_the_bases_own_eyes_are_a_baseline(small_dataset: Path, small_base: Path, tmp_path: Path) -> None:
+    figures = features.run(small_base, small_dataset, tmp_path / "features", 256)
+    assert figures == {"frames": 24, "width": 256}
+    vision = features.read(tmp_path / "features")
+    result = baselines(small_dataset, "test", vision)[LOGISTIC_REGRESSION]
+    assert result["count"] == 6
+    assert result["penalty"] in (0.001, 0.01, 0.1, 1.0)
+    test = {record.image: record.verdict.category for record in read_split(small_dataset, "test")}
+    known = {image: vector + 100 * (test[image] == H) if image in test else vector for image, vector in vision.items()}
+    cheated = baselines(small_dataset, "test", known)[LOGISTIC_REGRESSION]
+    assert cheated["predictions"] != result["predictions"]  # it looks at the vectors it is given
+    (tmp_path / "features" / "features.npz").write_bytes(b"")
+    with pytest.raises(OrionError, match="is damaged"):
+        features.read(tmp_path / "features")

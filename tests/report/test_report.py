@@ -12,6 +12,7 @@ from rich.console import Console
 
 from orion_triage.config import Settings, load_settings
 from orion_triage.evaluate.backends import ConstantBackend
+from orion_triage.evaluate.baselines import LOGISTIC_REGRESSION
 from orion_triage.evaluate.metrics import Prediction
 from orion_triage.evaluate.run import run as evaluate
 from orion_triage.manifest import write_manifest
@@ -64,6 +65,8 @@ def test_a_blank_frame_is_low_by_rule_and_noise_is_none() -> None:
 
 def test_words_say_resolved_or_how_many_frames_it_would_take() -> None:
     results = {
+        "baselines": {},
+        "models": {},
         "deltas": {"quantization": differences(answers("HHHHHHHHHH"), answers("HHHHHHHHLL"))},
         "within": {"quantized": differences(answers("LLLLLLLLLL"), answers("HHHHHHHHHH"))},
     }
@@ -91,7 +94,7 @@ def test_results_are_counted_from_predictions_and_name_what_is_missing(run: Run)
     results = build_results(run)
     assert json.loads(json.dumps(results)) == results
     rungs = ["evaluate adapter-4bit", "evaluate adapter-16bit", "evaluate F16", "evaluate Q8_0"]
-    missing = ["fine-tune", "fuse", "quantize", *rungs, "evaluate quantized", "evaluate constrained"]
+    missing = ["fine-tune", "fuse", "quantize", "vision features", *rungs, "evaluate quantized", "evaluate constrained"]
     assert results["missing"] == missing
     assert results["models"]["base"]["A"]["unparsable"] == 6
     assert results["models"]["fine-tuned"]["B"]["right"] == 2
@@ -120,7 +123,7 @@ def test_tables_show_every_model_and_a_dash_for_what_is_missing(run: Run) -> Non
     results = build_results(run)
     assert accuracy_rows(results)[0] == ["A full system", "0.0 %", "33.3 %", "-", "+33.3", "-"]
     markdown = render_markdown(results, "report.png")
-    assert "Not finished: fine-tune, fuse, quantize, evaluate adapter-4bit" in markdown
+    assert "Not finished: fine-tune, fuse, quantize, vision features, evaluate adapter-4bit" in markdown
     assert "| A full system | 0.0 % | 33.3 % | - | +33.3 | - |" in markdown
     assert (
         "- fine-tuning A: +33.3 points (2 gained, 0 lost), not to be told from chance (p = 1, mid-p 0.25)" in markdown
@@ -147,7 +150,7 @@ def test_the_figure_shows_the_figures(run: Run, tmp_path: Path) -> None:
     ]
     assert heights == [round(100 * value, 6) for value in wanted]
     named = axes.get_legend_handles_labels()[1]
-    assert set(named) == {"base", "fine-tuned", *results["baselines"]}
+    assert set(named) == {"base", "fine-tuned", "majority class", "colour k-NN", "coordinates k-NN"}
     axes = Figure().subplots()
     plot.curves(axes, [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "eval_loss": 2.5}])
     assert [list(line.get_ydata()) for line in axes.lines] == [[3.0, 2.0], [2.5]]
@@ -175,3 +178,16 @@ def test_a_server_of_someone_elses_is_named(run: Run) -> None:
         write_manifest(folder, stage="evaluate quantized", settings={}, inputs={}, seconds=1, figures=own)
         markdown = render_markdown(build_results(run), "report.png")
         assert ("came from the server at http://127.0.0.1:9\n(other.gguf, llama.cpp b1)" in markdown) is said
+
+
+def test_the_report_says_when_the_bases_own_eyes_are_as_good() -> None:
+    for right, verb in ((7, "is below"), (8, "equals"), (9, "beats")):
+        results = {
+            "baselines": {LOGISTIC_REGRESSION: {"right": right}},
+            "models": {"fine-tuned": {"B": {"right": 8}}},
+            "deltas": {},
+            "within": {},
+        }
+        (said,) = sentences(results)
+        assert f"vision features {verb} the fine-tuned model" in said
+        assert said.endswith(f"{right} against 8 right.")

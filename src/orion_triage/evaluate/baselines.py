@@ -1,7 +1,8 @@
 """What can be had without a language model: the majority class, colour alone, coordinates alone."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,25 @@ from orion_triage.records import Record, Split, image_path, read_split
 from orion_triage.triage import CATEGORIES
 
 NEIGHBOURS = (1, 3, 5, 9, 25)
+PENALTIES = (0.001, 0.01, 0.1, 1.0)
+LOGISTIC_REGRESSION = "logistic regression on the base's vision features"
 
 Vectors = NDArray[np.float64]  # one row a record, each of unit length
 
 
-def baselines(dataset: Path, split: Split) -> dict[str, dict[str, Any]]:
-    """Name -> accuracy, right, count, predictions (record name -> category), and k with its accuracy on val.
+def baselines(dataset: Path, split: Split, vision: Mapping[str, Vectors] | None = None) -> dict[str, dict[str, Any]]:
+    """Name -> accuracy, right, count, predictions (record name -> category), and what was chosen on val.
 
-    "majority class" of the training targets, "colour k-NN" and "coordinates k-NN" on them. k is chosen on val,
-    the smallest among equals, so on val itself the last two are optimistic. Every target counts once, and only
-    records with coordinates take part in the last.
+    "always HIGH" and so on, "majority class" of the training targets, "colour k-NN" and "coordinates k-NN" on them,
+    and with `vision` (image path -> vector) LOGISTIC_REGRESSION. k and the penalty are chosen on val, the smallest
+    among equals, so on val itself these are optimistic. Every target counts once, and only records with coordinates
+    take part in the coordinates k-NN.
     """
     train, val, asked = (_distinct(read_split(dataset, name)) for name in ("train", "val", split))
     counts = Counter(record.verdict.category for record in train)
     majority = max(CATEGORIES, key=lambda category: counts[category])
     result = {"majority class": _score(asked, [majority] * len(asked))}
+    result |= {f"always {category}": _score(asked, [category] * len(asked)) for category in CATEGORIES}
     for name, features in (("colour k-NN", _colours), ("coordinates k-NN", _places)):
         known, tried, scored = features(dataset, train), features(dataset, val), features(dataset, asked)
         if not known.vectors.size or not tried.vectors.size or not scored.vectors.size:
@@ -39,7 +44,54 @@ def baselines(dataset: Path, split: Split) -> dict[str, dict[str, Any]]:
             "k": best,
             "val_accuracy": on_val[best],
         }
+    if vision is not None:
+        known, tried, scored = (_Features(r, [vision[record.image] for record in r]) for r in (train, val, asked))
+        fits = {penalty: LogisticRegression.fit(known.vectors, known.labels, penalty) for penalty in PENALTIES}
+        right_on_val = {penalty: _right(tried, fit.classes(tried.vectors)) for penalty, fit in fits.items()}
+        best_penalty = max(PENALTIES, key=lambda penalty: (right_on_val[penalty], penalty))
+        votes = fits[best_penalty].classes(scored.vectors)
+        result[LOGISTIC_REGRESSION] = _score(asked, [CATEGORIES[vote] for vote in votes]) | {
+            "penalty": best_penalty,
+            "val_accuracy": right_on_val[best_penalty],
+        }
     return result
+
+
+@dataclass(frozen=True)
+class LogisticRegression:
+    """Multinomial logistic regression on standardized vectors."""
+
+    mean: Vectors
+    spread: Vectors
+    weights: Vectors  # [width + 1, classes]; the last row is the intercept
+
+    @classmethod
+    def fit(cls, vectors: Vectors, labels: NDArray[np.int64], penalty: float) -> "LogisticRegression":
+        """Least mean negative log-likelihood plus penalty / 2 of the squared weights, the intercept's left out."""
+        from scipy.optimize import minimize
+        from scipy.special import log_softmax
+
+        mean, spread = vectors.mean(axis=0), np.maximum(vectors.std(axis=0), 1e-9)
+        inputs = np.column_stack([(vectors - mean) / spread, np.ones(len(vectors))])
+        truth = np.eye(len(CATEGORIES))[labels]
+
+        def loss(flat: Vectors) -> tuple[float, Vectors]:
+            weights = flat.reshape(inputs.shape[1], -1)
+            logarithms = log_softmax(inputs @ weights, axis=1)
+            shrunk = weights.copy()
+            shrunk[-1] = 0
+            value = -np.sum(truth * logarithms) / len(inputs) + penalty / 2 * np.sum(shrunk**2)
+            gradient = inputs.T @ (np.exp(logarithms) - truth) / len(inputs) + penalty * shrunk
+            return float(value), gradient.ravel()
+
+        start = np.zeros(inputs.shape[1] * len(CATEGORIES))
+        found = minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 1000})
+        return cls(mean, spread, found.x.reshape(inputs.shape[1], -1))
+
+    def classes(self, vectors: Vectors) -> list[int]:
+        """The likeliest class of each row."""
+        inputs = np.column_stack([(vectors - self.mean) / self.spread, np.ones(len(vectors))])
+        return [int(label) for label in (inputs @ self.weights).argmax(axis=1)]
 
 
 def colour_histogram(pixels: NDArray[np.uint8]) -> Vectors:
@@ -95,7 +147,7 @@ def _distinct(records: Sequence[Record]) -> list[Record]:
     return list(first.values())
 
 
-def _right(features: _Features, votes: Sequence[int]) -> float:
+def _right(features: "_Features", votes: Sequence[int]) -> float:
     return float(np.mean(np.array(votes) == features.labels))
 
 

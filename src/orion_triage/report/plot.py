@@ -35,7 +35,8 @@ def bars(axes: Any, results: dict[str, Any]) -> None:
         above = [100 * (rate["accuracy_high"] - rate["accuracy"]) for rate in rates]
         axes.bar(places, heights, width * 0.92, color=COLOURS[MODELS.index(model)], label=model)
         axes.errorbar(places, heights, (below, above), fmt="none", ecolor="#333333", elinewidth=1, capsize=2)
-    for name, style in zip(results["baselines"], ("-", "--", ":"), strict=False):
+    named = [name for name in results["baselines"] if not name.startswith("always ")]
+    for name, style in zip(named, ("-", "--", ":", "-."), strict=False):
         value = 100 * results["baselines"][name]["accuracy"]
         axes.axhline(value, color="#555555", linewidth=1, linestyle=style, label=name.replace("_", " "))
     axes.set_xticks(range(len(CONDITIONS)), [f"{key} {meaning}" for key, meaning in CONDITIONS.items()])

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from orion_triage.evaluate.baselines import LOGISTIC_REGRESSION
 from orion_triage.evaluate.conditions import CONDITIONS
 from orion_triage.report.results import DELTAS, FLIGHT, MODELS
 
@@ -91,7 +92,7 @@ def resolved(change: dict[str, dict[str, Any]]) -> str:
 
 def sentences(results: dict[str, Any]) -> list[str]:
     """Each difference in words: resolved or not, and how many frames would resolve one of its size."""
-    said = []
+    said = _against_baseline(results)
     named = {**results["deltas"]}
     for model in (*MODELS, FLIGHT):
         if model in results["within"]:
@@ -100,6 +101,18 @@ def sentences(results: dict[str, Any]) -> list[str]:
         for condition, change in by_condition.items():
             said.append(f"{name} {condition}: {_in_words(change)}")
     return said
+
+
+def _against_baseline(results: dict[str, Any]) -> list[str]:
+    """Whether the language model earns its place beside its own eyes."""
+    baseline, model = results["baselines"].get(LOGISTIC_REGRESSION), results["models"].get("fine-tuned")
+    if baseline is None or model is None:
+        return []
+    ours, theirs = model["B"]["right"], baseline["right"]
+    verb = "beats" if theirs > ours else "equals" if theirs == ours else "is below"
+    return [
+        f"{LOGISTIC_REGRESSION} {verb} the fine-tuned model without coordinates (B): {theirs} against {ours} right."
+    ]
 
 
 def _in_words(change: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from orion_triage import operating_point
 from orion_triage.config import overrides
 from orion_triage.errors import OrionError
+from orion_triage.evaluate import features
 from orion_triage.evaluate.baselines import baselines
 from orion_triage.evaluate.conditions import CONDITIONS
 from orion_triage.evaluate.judgement import judge, value_figures
@@ -44,7 +45,8 @@ def build_results(run: Run) -> dict[str, Any]:
     receipts = {stage.name: read_manifest(stage.folder(run)) for stage in stages(run.settings)}
     finished = {name: receipt for name, receipt in receipts.items() if receipt}
     settings = run.settings
-    of_frames = _of_frames(run, finished.get("dataset"))
+    vision = features.read(run.vision_features) if "vision features" in finished else None
+    of_frames = _of_frames(run, finished.get("dataset"), vision)
     predictions = {
         name.removeprefix("evaluate "): [prediction_of(row) for row in read_predictions(stage.folder(run))]
         for stage in stages(settings)
@@ -154,7 +156,7 @@ def results_path(run: Run) -> Path:
     return run.folder / f"results{'' if run.split == 'test' else f'-{run.split}'}.json"
 
 
-def _of_frames(run: Run, dataset: Manifest | None) -> dict[str, Any]:
+def _of_frames(run: Run, dataset: Manifest | None, vision: Mapping[str, Any] | None) -> dict[str, Any]:
     """What is counted from the frames themselves; where 'orion clean' has removed them, as the last report did."""
     if dataset is None:
         return {"baselines": {}, "blank_frames": [], "size_ranking": None}
@@ -165,7 +167,7 @@ def _of_frames(run: Run, dataset: Manifest | None) -> dict[str, Any]:
     truth = np.array([CATEGORIES.index(record.verdict.category) for record in records], dtype=np.int64)
     ranking = np.array([path.stat().st_size for path in paths], dtype=np.float64)
     return {
-        "baselines": baselines(run.dataset, run.split),
+        "baselines": baselines(run.dataset, run.split, vision),
         "blank_frames": [
             record.name
             for record, path in zip(records, paths, strict=True)

@@ -1,0 +1,46 @@
+"""STAGE vision features: what the base's frozen tower says of every frame, for a baseline without a language model."""
+
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+
+from orion_triage.errors import OrionError
+from orion_triage.files import replaced_folder
+from orion_triage.frames import read_frame
+from orion_triage.progress import Progress, silent
+from orion_triage.records import SPLITS, image_path, read_split
+
+FILE_NAME = "features.npz"
+
+
+def run(base: Path, dataset: Path, out_folder: Path, frame_size: int, progress: Progress = silent) -> dict[str, Any]:
+    """Write features.npz: `images` [frames] paths, `vectors` [frames, text width] float32. Returns their number.
+
+    A vector is the mean over the image tokens of what the projector hands to the language model.
+    """
+    from orion_triage import processes, vlm
+
+    device = processes.local_device()
+    model = vlm.load_model(base, dtype="float32" if device == "cpu" else "float16", device=device)
+    processor = vlm.load_processor(base, frame_size)
+    records = {record.image: record for split in SPLITS for record in read_split(dataset, split)}
+    vectors = []
+    for done, record in enumerate(records.values(), start=1):
+        image = read_frame(image_path(dataset, record), frame_size).image
+        vectors.append(vlm.vision_features(model, processor, [image])[0].mean(dim=0).numpy())
+        progress("looking at frames", done, len(records))
+    with replaced_folder(out_folder) as folder:
+        np.savez(folder / FILE_NAME, images=np.array(list(records)), vectors=np.stack(vectors).astype(np.float32))
+    return {"frames": len(records), "width": len(vectors[0])}
+
+
+def read(folder: Path) -> dict[str, np.ndarray]:
+    """Image path -> vector; raises OrionError when the file is damaged."""
+    path = folder / FILE_NAME
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(zip(file["images"].tolist(), file["vectors"].astype(np.float64), strict=True))
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise OrionError(f"{path} is damaged: {error}.", "Delete its folder; the next run makes it again.") from None
