@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
@@ -21,7 +22,7 @@ from orion_triage.records import read_split
 from orion_triage.report import plot
 from orion_triage.report.render import accuracy_rows, render_markdown, resolved, sentences, terminal_tables
 from orion_triage.report.results import blank_ruled, build_results, differences, ladder
-from orion_triage.triage import Category
+from orion_triage.triage import CATEGORIES, Category
 
 H, M, L = Category.HIGH, Category.MEDIUM, Category.LOW
 
@@ -65,15 +66,16 @@ def test_a_blank_frame_is_low_by_rule_and_noise_is_none() -> None:
 
 def test_words_say_resolved_or_how_many_frames_it_would_take() -> None:
     results = {
-        "baselines": {},
-        "models": {},
+        "own_eyes": None,
         "deltas": {"quantization": differences(answers("HHHHHHHHHH"), answers("HHHHHHHHLL"))},
         "within": {"quantized": differences(answers("LLLLLLLLLL"), answers("HHHHHHHHHH"))},
     }
     said = sentences(results)
     assert said[0].startswith("quantization A: -20.0 points (0 gained, 2 lost), not to be told from chance (p = 1")
     assert "about 37 frames would resolve" in said[0]
-    assert said[4] == "quantized, from A: +100.0 points (10 gained, 0 lost), resolved (p = 0.0078)."
+    assert said[4] == "quantized, A: +100.0 points (10 gained, 0 lost), resolved (p = 0.0078)."
+    results["deltas"]["quantization"] = differences(answers("HHHHH"), answers("HHHHH"))
+    assert sentences(results)[0] == "quantization A; B; C; D: the same frames are right."
 
 
 @pytest.fixture
@@ -180,14 +182,17 @@ def test_a_server_of_someone_elses_is_named(run: Run) -> None:
         assert ("came from the server at http://127.0.0.1:9\n(other.gguf, llama.cpp b1)" in markdown) is said
 
 
-def test_the_report_says_when_the_bases_own_eyes_are_as_good() -> None:
-    for right, verb in ((7, "is below"), (8, "equals"), (9, "beats")):
-        results = {
-            "baselines": {LOGISTIC_REGRESSION: {"right": right}},
-            "models": {"fine-tuned": {"B": {"right": 8}}},
-            "deltas": {},
-            "within": {},
-        }
-        (said,) = sentences(results)
-        assert f"vision features {verb} the fine-tuned model" in said
-        assert said.endswith(f"{right} against 8 right.")
+def test_the_report_says_when_the_bases_own_eyes_are_better(run: Run) -> None:
+    assert build_results(run)["own_eyes"] is None
+    folder = run.vision_features
+    records = [record for split in ("train", "val", "test") for record in read_split(run.dataset, split)]
+    seen = {record.image: np.eye(3)[CATEGORIES.index(record.verdict.category)] for record in records}
+    folder.mkdir()
+    np.savez(folder / "features.npz", images=np.array(list(seen)), vectors=np.array(list(seen.values())))
+    write_manifest(folder, stage="vision features", settings={}, inputs={}, seconds=1)
+    results = build_results(run)
+    assert results["baselines"][LOGISTIC_REGRESSION]["right"] == 6  # the vectors say it
+    assert (results["own_eyes"]["gained"], results["own_eyes"]["lost"]) == (0, 4)  # the model always says HIGH
+    assert "vision features is better than the fine-tuned model without coordinates" in sentences(results)[0]
+    results["own_eyes"] |= {"gained": 4, "lost": 0}
+    assert "does not beat the fine-tuned model" in sentences(results)[0]

@@ -92,27 +92,27 @@ def resolved(change: dict[str, dict[str, Any]]) -> str:
 
 def sentences(results: dict[str, Any]) -> list[str]:
     """Each difference in words: resolved or not, and how many frames would resolve one of its size."""
-    said = _against_baseline(results)
-    named = {**results["deltas"]}
+    named = dict(results["deltas"])
     for model in (*MODELS, FLIGHT):
         if model in results["within"]:
-            named[f"{model}, from"] = results["within"][model]
+            named[f"{model},"] = results["within"][model]
+    said = _against_own_eyes(results["own_eyes"])
     for name, by_condition in named.items():
-        for condition, change in by_condition.items():
-            said.append(f"{name} {condition}: {_in_words(change)}")
+        same = [condition for condition, change in by_condition.items() if not change["gained"] + change["lost"]]
+        if same:
+            said.append(f"{name} {'; '.join(same)}: the same frames are right.")
+        said += [f"{name} {c}: {_in_words(change)}" for c, change in by_condition.items() if c not in same]
     return said
 
 
-def _against_baseline(results: dict[str, Any]) -> list[str]:
-    """Whether the language model earns its place beside its own eyes."""
-    baseline, model = results["baselines"].get(LOGISTIC_REGRESSION), results["models"].get("fine-tuned")
-    if baseline is None or model is None:
+def _against_own_eyes(change: dict[str, Any] | None) -> list[str]:
+    """Whether the language model earns its place beside a regression on what its own tower sees."""
+    if change is None:
         return []
-    ours, theirs = model["B"]["right"], baseline["right"]
-    verb = "beats" if theirs > ours else "equals" if theirs == ours else "is below"
-    return [
-        f"{LOGISTIC_REGRESSION} {verb} the fine-tuned model without coordinates (B): {theirs} against {ours} right."
-    ]
+    beaten = change["lost"] > change["gained"]
+    words = _in_words(change | {"holm_p": change["exact_p"]})
+    verdict = "is better than the fine-tuned model" if beaten else "does not beat the fine-tuned model"
+    return [f"{LOGISTIC_REGRESSION} {verdict} without coordinates; the model against it: {words}"]
 
 
 def _in_words(change: dict[str, Any]) -> str:
@@ -120,7 +120,7 @@ def _in_words(change: dict[str, Any]) -> str:
     if change["holm_p"] < SIGNIFICANT:
         return f"{counts}, resolved (p = {change['holm_p']:.2g})."
     if change["frames_to_resolve"] is None:
-        return f"{counts}, no difference."
+        return f"{counts}: as many gained as lost."
     needed = f"about {change['frames_to_resolve']:,} frames would resolve a difference of this size"
     return f"{counts}, not to be told from chance (p = {change['holm_p']:.2g}, mid-p {change['mid_p']:.2g}); {needed}."
 

@@ -12,7 +12,7 @@ from orion_triage import operating_point
 from orion_triage.config import overrides
 from orion_triage.errors import OrionError
 from orion_triage.evaluate import features
-from orion_triage.evaluate.baselines import baselines
+from orion_triage.evaluate.baselines import LOGISTIC_REGRESSION, baselines
 from orion_triage.evaluate.conditions import CONDITIONS
 from orion_triage.evaluate.judgement import judge, value_figures
 from orion_triage.evaluate.metrics import Change, Prediction, compare, summarize, under
@@ -77,6 +77,7 @@ def build_results(run: Run) -> dict[str, Any]:
             for name, (first, second) in DELTAS.items()
             if first in predictions and second in predictions
         },
+        "own_eyes": _against_own_eyes(of_frames["baselines"], predictions.get("fine-tuned")),
         "within": {model: between_conditions(rows) for model, rows in predictions.items()},
         "ladder": ladder(predictions, settings.ladder.quantizations, settings.quantize.type),
         "parity": f16.figures["parity"] if f16 else None,
@@ -89,6 +90,15 @@ def build_results(run: Run) -> dict[str, Any]:
         "figures": {name: receipt.figures for name, receipt in finished.items() if "evaluate" not in name},
         "versions": next((receipt.versions for receipt in finished.values()), {}),
     }
+
+
+def _against_own_eyes(baselines: dict[str, Any], predictions: list[Prediction] | None) -> dict[str, Any] | None:
+    """The fine-tuned model without coordinates (B) against the baseline on the base's frozen vision features."""
+    if LOGISTIC_REGRESSION not in baselines or not predictions:
+        return None
+    said = baselines[LOGISTIC_REGRESSION]["predictions"]
+    model = under(predictions, "B")
+    return asdict(compare([replace(p, predicted=Category(said[p.name])) for p in model], model))
 
 
 def _at_operating_point(run: Run, predictions: list[Prediction] | None) -> dict[str, Any] | None:
