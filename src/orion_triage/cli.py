@@ -333,6 +333,40 @@ def _report(run: Any, *, as_json: bool) -> None:
     console.print(f"report: {run.folder / f'report{suffix}.md'}", highlight=False, soft_wrap=True)
 
 
+@app.command(epilog="Example: orion compare runs/tiny runs/other")
+def compare(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders; the first is the measure.")],
+    file: FileOption = SplitName.test,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare runs on the same frames: what each gained and lost against the first, and what chance would."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from orion_triage.pipeline import open_run
+    from orion_triage.report.compare import compare_runs
+    from orion_triage.report.render import change_in_words, percent
+
+    if len(folders) < 2:
+        raise typer.BadParameter("give two runs or more", param_hint="'RUN RUN...'")
+    first, *others = [open_run(folder, file.value) for folder in folders]
+    compared = {str(other.folder): compare_runs(first, other) for other in others}
+    if as_json:
+        typer.echo(json.dumps({"first": str(first.folder), "split": file.value, "against": compared}, indent=2))
+        return
+    for name, models in compared.items():
+        table = Table("model", "", title=_escape(f"{first.folder} against {name}, {file.value} split"))
+        for heading in ("first", "second"):
+            table.add_column(heading, justify="right")
+        table.add_column("difference")
+        for model, by_condition in models.items():
+            for condition, change in by_condition.items():
+                rates = [percent(right / change["count"]) for right in change["right"]]
+                table.add_row(model, condition, *rates, change_in_words(change))
+            table.add_section()
+        Console().print(table)
+
+
 @app.command(epilog="Example: orion clean runs/tiny")
 def clean(folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]) -> None:
     """Keep of a finished run the flight pair, the adapter, receipts and reports; delete the rest."""

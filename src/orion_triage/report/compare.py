@@ -1,0 +1,59 @@
+"""Two runs on the same frames and prompts: what one gained and lost against the other, model by model."""
+
+from typing import Any
+
+from orion_triage.errors import OrionError
+from orion_triage.evaluate.metrics import under
+from orion_triage.evaluate.run import Row, prediction_of, read_predictions
+from orion_triage.manifest import read_manifest
+from orion_triage.pipeline import Run, stages
+from orion_triage.report.results import differences
+
+_ASKED = ("pixels_sha256", "prompt_sha256", "truth")  # what must be the same for an answer to be compared
+
+
+def compare_runs(first: Run, second: Run) -> dict[str, dict[str, dict[str, Any]]]:
+    """Model -> condition -> right answers of each, frames, and the paired tests; of models evaluated in both.
+
+    Raises OrionError when no model was, or when the two were not asked the same.
+    """
+    both = [name for name in _evaluated(first) if name in _evaluated(second)]
+    if not both:
+        raise OrionError(
+            f"{first.folder} and {second.folder} have no model evaluated in both on {first.split}.",
+            "Evaluate both first: 'orion run', 'orion evaluate' or 'orion ablation'.",
+        )
+    compared = {}
+    for model in both:
+        before, after = (read_predictions(run.evaluation(model)) for run in (first, second))
+        _check_asked_alike(first, second, before, after)
+        rows = [[prediction_of(row) for row in rows] for rows in (before, after)]
+        changes = differences(*rows)
+        compared[model] = {
+            condition: {
+                "right": [sum(p.predicted == p.truth for p in under(side, condition)) for side in rows],
+                "count": len(under(rows[0], condition)),
+                **change,
+            }
+            for condition, change in changes.items()
+        }
+    return compared
+
+
+def _evaluated(run: Run) -> list[str]:
+    return [
+        stage.name.removeprefix("evaluate ")
+        for stage in stages(run.settings)
+        if stage.name.startswith("evaluate ") and read_manifest(stage.folder(run)) is not None
+    ]
+
+
+def _check_asked_alike(first: Run, second: Run, before: list[Row], after: list[Row]) -> None:
+    asked = [{row["id"]: tuple(row[key] for key in _ASKED) for row in rows} for rows in (before, after)]
+    other = sorted(set(asked[0]) ^ set(asked[1])) or [name for name in asked[0] if asked[0][name] != asked[1][name]]
+    if other:
+        raise OrionError(
+            f"{first.folder} and {second.folder} were not asked the same: {len(other)} of "
+            f"{max(map(len, asked))} questions differ in frame, prompt or truth, {other[0]} first.",
+            "Only runs on the same dataset, split and frame size can be paired.",
+        )
