@@ -26,8 +26,9 @@ STAGES = stages(Settings())
 ORION = [sys.executable, "-m", "orion_triage.cli"]
 REAL_FRAMES = SHARED / "frames"
 COMMANDS = (
-    "run", "dataset", "ablation", "fine-tune", "fuse", "quantize", "evaluate", "ladder", "operating-point", "report",
-    "compare", "push", "clean", "triage", "toolchain", "rehearse", "budgets", "doctor", "build-tiny-base", "settings",
+    "run", "dataset", "ablation", "fine-tune", "fuse", "quantize", "evaluate", "ladder", "decoding", "operating-point",
+    "report", "compare", "push", "clean", "triage", "toolchain", "rehearse", "budgets", "doctor", "build-tiny-base",
+    "settings",
 )  # fmt: skip
 
 
@@ -264,6 +265,26 @@ def test_an_operating_point_is_chosen_on_val_kept_and_flown(finished: Path, tmp_
     assert json.loads(orion("report", "--json", cwd=folder).stdout)["operating_point"]["A"]["downlink"]
     (run / "operating_point.json").write_text(json.dumps(record | {"pair_sha256": "0"}))
     assert_refused(orion("triage", "good.png", cwd=folder), "was chosen for another GGUF pair", "operating-point")
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.slow
+def test_decodings_are_compared_and_the_grammar_always_parses(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    command = ["decoding", *_run_command()[1:], "--json"]
+    result = orion(*command, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    compared = json.loads(result.stdout)
+    assert list(compared) == ["greedy", "greedy, grammar", "sampled", "sampled, grammar"]
+    assert all(row["count"] == 6 for rows in compared.values() for row in rows.values())
+    assert all(row["parsed"] == 6 for name in compared if "grammar" in name for row in compared[name].values())
+    assert compared["greedy"]["A"]["change"] is None
+    assert compared["sampled"]["A"]["change"]["holm_p"] <= 1
+    again = orion(*command, "--set", "evaluate.threads=2", cwd=folder)
+    assert "evaluate sampled: done" in again.stderr  # another setting, other answers perhaps
+    repeated = orion(*command, "--force", cwd=folder)
+    assert json.loads(repeated.stdout) == compared  # a fixed seed
 
 
 @pytest.mark.llama_cpp

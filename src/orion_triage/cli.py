@@ -284,6 +284,43 @@ def ladder(
     _report(current, as_json=False)
 
 
+@app.command(epilog="Example: orion decoding --file val")
+def decoding(
+    preset: PresetOption = "tiny",
+    assignments: SetOption = [],  # noqa: B006
+    folder: RunOption = None,
+    file: FileOption = SplitName.test,
+    as_json: JsonOption = False,
+    force: ForceOption = False,
+) -> None:
+    """Greedy against nearly greedy decoding, free and under the grammar: what parses, and what is right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from orion_triage.pipeline import DECODINGS
+    from orion_triage.report.compare import compare_decodings
+    from orion_triage.report.render import change_in_words, percent
+
+    current = _run(preset, assignments, folder, file.value)
+    for stage in DECODINGS:
+        _stage(stage, current, force)
+    compared = compare_decodings(current)
+    if as_json:
+        typer.echo(json.dumps(compared, indent=2))
+        return
+    table = Table("decoding", "", title=_escape(f"{current.folder}, {file.value} split"))
+    for heading in ("parse", "right"):
+        table.add_column(heading, justify="right")
+    table.add_column("against greedy and free")
+    for name, by_condition in compared.items():
+        for condition, row in by_condition.items():
+            parsed = percent(row["parsed"] / row["count"])
+            against = change_in_words(row["change"]) if row["change"] else ""
+            table.add_row(name, condition, parsed, percent(row["right"] / row["count"]), against)
+        table.add_section()
+    Console().print(table)
+
+
 def _print_rates(run: Any, stage: str) -> None:
     """Accuracy by condition of one evaluation."""
     from orion_triage.evaluate.conditions import CONDITIONS

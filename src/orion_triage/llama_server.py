@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from orion_triage.errors import ServerError
+from orion_triage.errors import AnswerError, ServerError
 
 if TYPE_CHECKING:
     from orion_triage.llama_cpp import Toolchain
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 CONTEXT_TOKENS = 2048  # a frame takes under 600; the model's own 128,000 would cost 1.5 GB
 IMAGE_CACHE_MIB = 256  # the default of 8 GiB grows with every image
 START_SECONDS = 300
+_NOT_UTF8 = "does not match the expected Content-only format"  # llama.cpp's word for an answer of broken bytes
 CANDIDATES = 500  # next tokens whose probabilities are asked for: 0.05 MB of reply a token
 
 
@@ -173,6 +174,8 @@ class Client:
             time.sleep(0.2)  # still loading its model
         if reply.status_code == 401:
             raise ServerError("the server refuses the key (401).", "Set LLAMA_API_KEY to the server's --api-key.")
+        if reply.status_code == 500 and _NOT_UTF8 in reply.text:
+            raise AnswerError("the answer is not UTF-8.", "Decode greedily, or under the grammar.")
         if reply.status_code != 200:
             raise ServerError(f"{path} answered {reply.status_code}: {reply.text[:200]!r}.", "See the server's log.")
         try:

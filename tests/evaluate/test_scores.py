@@ -125,3 +125,17 @@ def test_the_grammar_holds_against_sampling_at_temperature_two(questions: Any, s
         assert verdict is not None, answer.text
         assert verdict.to_json() == answer.text  # exactly the bytes of training
         assert answer.scores is not None
+
+
+@pytest.mark.llama_cpp
+def test_broken_bytes_are_an_unparsable_answer_and_the_server_goes_on(questions: Any, served: Any) -> None:
+    image, prompt = questions[0][0], questions[1][0]
+    wild = {"temperature": 2.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    said = [
+        LlamaCppBackend(served, max_new_tokens=96, options=wild | {"seed": seed}).answer([image], [prompt])[0]
+        for seed in range(12)
+    ]
+    broken = [answer for answer in said if answer.text == "[the answer is not UTF-8.]"]
+    assert broken  # most of them: 96 tokens at random from a byte-level vocabulary
+    assert all(parse_verdict(answer.text) is None and answer.scores is None for answer in broken)
+    assert parse_verdict(LlamaCppBackend(served, max_new_tokens=96).answer([image], [prompt])[0].text)

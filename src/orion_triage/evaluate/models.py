@@ -6,7 +6,7 @@ rule for blank frames), so that a loss has an address: training, 4-bit training,
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,8 +57,13 @@ def through_adapter(model: str, *, four_bit: bool) -> Evaluation:
     return evaluate
 
 
-def through_llama_cpp(model: str, kind: str, *, constrained: bool = False) -> Evaluation:
-    """The GGUF pair behind a server of our own: `kind` is "pair" for what flies, or a quantization of the F16 file."""
+def through_llama_cpp(
+    model: str, kind: str, *, constrained: bool = False, options: Mapping[str, float] | None = None
+) -> Evaluation:
+    """The GGUF pair behind a server of our own: `kind` is "pair" for what flies, or a quantization of the F16 file.
+
+    `constrained` answers are under the flight's grammar; `options` are llama.cpp's sampling settings, greedy without.
+    """
 
     def evaluate(run: "Run", progress: Progress) -> Figures:
         from orion_triage.evaluate.backends import LlamaCppBackend
@@ -66,9 +71,13 @@ def through_llama_cpp(model: str, kind: str, *, constrained: bool = False) -> Ev
         with _served(run, kind, progress) as client:
             gate = check_parity(run, client) if kind == "F16" else {}
             backend = LlamaCppBackend(
-                client, max_new_tokens=run.settings.evaluate.max_new_tokens, constrained=constrained
+                client,
+                max_new_tokens=run.settings.evaluate.max_new_tokens,
+                constrained=constrained,
+                options=options,
             )
-            figures = ask(run, model, backend, {"model": run.pair}, progress, kind)
+            variant = json.dumps([kind, constrained, dict(options or {})])
+            figures = ask(run, model, backend, {"model": run.pair}, progress, variant)
         if kind == "F16":
             gate["agreement"] = check_agreement(run, model)
             figures |= {"parity": gate}

@@ -1,12 +1,13 @@
-"""Two runs on the same frames and prompts: what one gained and lost against the other, model by model."""
+"""Answers to the same frames and prompts: two runs, model by model, or one model decoded in several ways."""
 
 from typing import Any
 
 from orion_triage.errors import OrionError
+from orion_triage.evaluate.conditions import CONDITIONS
 from orion_triage.evaluate.metrics import under
 from orion_triage.evaluate.run import Row, prediction_of, read_predictions
 from orion_triage.manifest import read_manifest
-from orion_triage.pipeline import Run, stages
+from orion_triage.pipeline import DECODINGS, Run, stages
 from orion_triage.report.results import differences
 
 _ASKED = ("pixels_sha256", "prompt_sha256", "truth")  # what must be the same for an answer to be compared
@@ -36,6 +37,29 @@ def compare_runs(first: Run, second: Run) -> dict[str, dict[str, dict[str, Any]]
                 **change,
             }
             for condition, change in changes.items()
+        }
+    return compared
+
+
+def compare_decodings(run: Run) -> dict[str, dict[str, dict[str, Any]]]:
+    """Decoding -> condition -> frames, answers that parse, right ones, and the paired difference from the first."""
+    rows = {
+        stage.name.removeprefix("evaluate "): [prediction_of(row) for row in read_predictions(stage.folder(run))]
+        for stage in DECODINGS
+    }
+    names = {"quantized": "greedy", "constrained": "greedy, grammar"}
+    names |= {"sampled": "sampled", "sampled-constrained": "sampled, grammar"}
+    compared: dict[str, dict[str, dict[str, Any]]] = {}
+    for model, name in names.items():
+        changes = differences(rows["quantized"], rows[model]) if model != "quantized" else {}
+        compared[name] = {
+            condition: {
+                "count": len(asked := under(rows[model], condition)),
+                "parsed": sum(p.predicted is not None for p in asked),
+                "right": sum(p.predicted == p.truth for p in asked),
+                "change": changes.get(condition),
+            }
+            for condition in CONDITIONS
         }
     return compared
 
