@@ -128,15 +128,18 @@ def _stage(stage: Any, run: Any, force: bool = False) -> None:
     from orion_triage.pipeline import run_stage, stage_named
 
     stage = stage_named(stage) if isinstance(stage, str) else stage
-    console = _console()
     with _progress() as progress:
         receipt, skipped = run_stage(stage, run, progress=progress, force=force)
-    where = stage.folder(run)
+    _say(receipt, stage.folder(run), skipped=skipped)
+
+
+def _say(receipt: Any, folder: Path, *, skipped: bool = False) -> None:
+    """One line on a finished stage, and what its user should see."""
+    console = _console()
     state = "unchanged, skipped" if skipped else f"done in {receipt.seconds:,.1f} s"
-    console.print(f"{stage.name}: {state}  ->  {where}", highlight=False, soft_wrap=True)
-    if not skipped:
-        for line in _notes(receipt.figures):
-            console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{receipt.stage}: {state}  ->  {folder}", highlight=False, soft_wrap=True)
+    for line in () if skipped else _notes(receipt.figures):
+        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _notes(figures: dict[str, Any]) -> Iterator[str]:
@@ -238,25 +241,27 @@ def evaluate(
     quantized: Annotated[
         bool, typer.Option("--gguf", help="The GGUF pair instead: a server is started and stopped here.")
     ] = False,
-    server: Annotated[
-        str,
+    servers: Annotated[
+        list[str],
         typer.Option(
-            "--quantized-model", metavar="URL", help="A running llama.cpp server instead (key: LLAMA_API_KEY)."
+            "--quantized-model",
+            metavar="URL",
+            help="A running server instead, llama.cpp's or OpenAI-compatible (key: LLAMA_API_KEY). Repeatable.",
         ),
-    ] = "",
+    ] = [],  # noqa: B006
     force: ForceOption = False,
 ) -> None:
     """Evaluate the fine-tuned model, or the quantized one, under the four conditions."""
-    from orion_triage.pipeline import evaluate_server
+    from orion_triage.pipeline import evaluate_servers
 
-    if pair and (server or not quantized):
+    if pair and (servers or not quantized):
         raise typer.BadParameter("goes with --gguf", param_hint=f"'{pair}'")
     current = _run(preset, assignments, folder, file.value, pair_from=pair)
-    stage = "evaluate quantized" if quantized or server else "evaluate fine-tuned"
-    if server:
+    stage = "evaluate quantized" if quantized or servers else "evaluate fine-tuned"
+    if servers:
         with _progress() as progress:
-            receipt = evaluate_server(current, server, progress)
-        _console().print(f"{stage}: done in {receipt.seconds:,.1f} s", highlight=False)
+            receipt = evaluate_servers(current, servers, progress)
+        _say(receipt, current.evaluation("quantized"))
     else:
         _stage(stage, current, force)
     _print_rates(current, stage)

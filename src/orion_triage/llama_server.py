@@ -74,6 +74,39 @@ class Client:
         """What the server says of itself: media marker, chat template, build."""
         return self._request("GET", "/props", None)
 
+    def props_or_none(self) -> dict[str, Any] | None:
+        """`props`, or None from a server that has no such page and so is not llama.cpp's."""
+        import httpx
+
+        try:
+            status = self._http.get("/props", timeout=30).status_code
+        except httpx.HTTPError as error:
+            raise ServerError(
+                f"no server answers at {self.base_url} ({type(error).__name__}).",
+                "Start llama-server, or check the address.",
+            ) from None
+        return None if status in (404, 405) else self.props()
+
+    def served_model(self) -> str:
+        """The first model that an OpenAI-compatible server lists."""
+        listed = self._request("GET", "/v1/models", None).get("data")
+        if not isinstance(listed, list) or not listed or not isinstance(listed[0].get("id"), str):
+            raise ServerError(f"{self.base_url}/v1/models lists no model.", "Load a model that takes images first.")
+        name: str = listed[0]["id"]
+        return name
+
+    def chat_completion(self, model: str, messages: list[dict[str, Any]], max_tokens: int) -> str:
+        """The greedy answer through OpenAI's interface."""
+        body = {"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": 0, "seed": 0}
+        reply = self._request("POST", "/v1/chat/completions", body)
+        try:
+            content = reply["choices"][0]["message"]["content"]
+        except (KeyError, IndexError, TypeError):
+            content = None
+        if not isinstance(content, str):
+            raise ServerError("the server's reply has no message.", "Does its model take images?")
+        return content
+
     def tokenize(self, text: str) -> list[int]:
         """The model's token ids of `text`, special tokens recognized, none added."""
         body = {"content": text, "add_special": False, "parse_special": True}

@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -122,12 +122,12 @@ def _quantize(run: Run, progress: Progress) -> Figures:
     return quantize.run(run.merged, run.gguf, run.settings.quantize, prompts=prompts, progress=progress)
 
 
-def evaluate_server(run: Run, url: str, progress: Progress = silent) -> manifest.Manifest:
-    """The quantized model's evaluation by a llama.cpp server that someone else started; its key is LLAMA_API_KEY.
+def evaluate_servers(run: Run, urls: Sequence[str], progress: Progress = silent) -> manifest.Manifest:
+    """The quantized model's evaluation by servers that someone else started; their key is LLAMA_API_KEY.
 
-    Its receipt names the server instead of the run's GGUF pair, so `orion run` would evaluate the pair itself again.
+    Its receipt names the servers instead of the run's GGUF pair, so `orion run` would evaluate the pair itself again.
     """
-    evaluate, identity = models.through_server("quantized", url)
+    evaluate, identity = models.through_servers("quantized", urls, run.settings.evaluate)
     inputs = {"server": identity, **manifest.hash_inputs({"dataset": run.dataset})}
     return _do(replace(stage_named("evaluate quantized"), run=evaluate), run, inputs, progress)
 

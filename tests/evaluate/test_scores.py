@@ -7,19 +7,15 @@ from PIL import Image
 
 from orion_triage import llama_cpp, quantize, vlm
 from orion_triage.config import EvaluateSettings, QuantizeSettings
-from orion_triage.dataset.catalogue import load_catalogue
-from orion_triage.dataset.synthetic import draw_tile, tile_seed
 from orion_triage.errors import OrionError
 from orion_triage.evaluate.backends import Answer, LlamaCppBackend, TransformersBackend
-from orion_triage.frames import Frame, shrink
+from orion_triage.frames import Frame
 from orion_triage.triage import (
     CATEGORIES,
     CATEGORY_CUE,
-    Coordinates,
     Verdict,
     category_tokens,
     parse_verdict,
-    render_prompt,
 )
 
 SETTINGS = EvaluateSettings()
@@ -41,13 +37,9 @@ def test_labels_are_told_apart_by_their_first_token() -> None:
 
 
 @pytest.fixture(scope="module")
-def questions() -> tuple[list[Image.Image], list[str]]:
+def questions(drawn_questions: Any) -> tuple[list[Image.Image], list[str]]:
     """Six frames, with and without coordinates."""
-    images, prompts = [], []
-    for target in load_catalogue()[::60]:
-        images.append(shrink(draw_tile(target.morphology, tile_seed(1, target.name)).image, 256))
-        prompts.append(render_prompt(Coordinates(target.lon, target.lat) if len(images) % 2 else None))
-    return images, prompts
+    return drawn_questions(6)
 
 
 @pytest.fixture(scope="module")

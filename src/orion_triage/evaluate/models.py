@@ -6,7 +6,7 @@ rule for blank frames), so that a loss has an address: training, 4-bit training,
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from orion_triage.errors import OrionError
 from orion_triage.progress import Progress
 
 if TYPE_CHECKING:
+    from orion_triage.config import EvaluateSettings
     from orion_triage.evaluate.backends import Backend
     from orion_triage.llama_cpp import Client
     from orion_triage.pipeline import Run
@@ -112,23 +113,19 @@ def _served(run: "Run", kind: str, progress: Progress) -> "Iterator[Client]":
             yield server.client
 
 
-def through_server(model: str, url: str) -> tuple[Evaluation, str]:
-    """Somebody else's llama.cpp server (its key: LLAMA_API_KEY), and a hash of what it says it serves."""
-    from orion_triage.evaluate.backends import LlamaCppBackend
-    from orion_triage.llama_cpp import Client
+def through_servers(model: str, urls: Sequence[str], settings: "EvaluateSettings") -> tuple[Evaluation, str]:
+    """Servers that somebody else started (key: LLAMA_API_KEY), and a hash of what they say they serve."""
+    from orion_triage.evaluate import servers
 
-    client = Client(url, os.environ.get("LLAMA_API_KEY", ""))
-    client.ready(60)
-    props = client.props()
-    served = {key: props.get(key) for key in ("model_path", "build_info", "chat_template")}
-    identity = manifest.sha256_of_listing({key: str(value) for key, value in served.items()})
+    backend, first = servers.share(urls, os.environ.get("LLAMA_API_KEY", ""), settings.max_new_tokens)
 
     def evaluate(run: "Run", progress: Progress) -> Figures:
-        backend = LlamaCppBackend(client, max_new_tokens=run.settings.evaluate.max_new_tokens)
-        figures = ask(run, model, backend, {}, progress, identity)
-        return figures | {"server": url, "served_model": served["model_path"], "server_build": served["build_info"]}
+        figures = ask(run, model, backend, {}, progress, first.identity)
+        lost = [f"left out: {why}" for why in getattr(backend, "lost", [])]
+        served = {"server": ", ".join(urls), "served_model": first.model, "server_build": first.build}
+        return figures | served | ({"warnings": lost} if lost else {})
 
-    return evaluate, identity
+    return evaluate, first.identity
 
 
 def check_parity(run: "Run", client: "Client") -> Figures:
