@@ -37,6 +37,9 @@ DatasetOption = Annotated[
     str,
     typer.Option("--dataset", metavar="FOLDER|ID", help="A dataset in the published layout instead of drawn tiles."),
 ]
+TestSizeOption = Annotated[
+    int, typer.Option("--test-size", min=0, help="Test frames; several tiles a place. Default: one a place.")
+]
 ForceOption = Annotated[bool, typer.Option("--force", help="Do the stage again even if nothing changed.")]
 FileOption = Annotated[SplitName, typer.Option("--file", help="The split that is evaluated.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
@@ -103,13 +106,21 @@ def _progress() -> Iterator[Progress]:
 
 
 def _run(
-    preset: str, assignments: list[str], folder: Path | None, split: Any = "test", *, dataset: str = "", **sources: str
+    preset: str,
+    assignments: list[str],
+    folder: Path | None,
+    split: Any = "test",
+    *,
+    dataset: str = "",
+    test_size: int = 0,
+    **sources: str,
 ) -> Any:
     """The run that a command works on: its settings come from the preset and are written into its folder."""
     from orion_triage.config import load_settings
     from orion_triage.pipeline import Run, prepare
 
     named = [f"dataset.folder={json.dumps(dataset)}"] if dataset else []
+    named += [f"dataset.test_size={test_size}"] if test_size else []
     settings = load_settings(preset, [*assignments, *named])
     run = Run(folder or Path("runs") / settings.preset, settings, split, **sources)
     prepare(run)
@@ -161,11 +172,12 @@ def run(
     assignments: SetOption = [],  # noqa: B006
     folder: RunOption = None,
     dataset: DatasetOption = "",
+    test_size: TestSizeOption = 0,
 ) -> None:
     """Do all stages in order; finished ones are skipped."""
     from orion_triage.pipeline import check_inputs, stages
 
-    current = _run(preset, assignments, folder, dataset=dataset)
+    current = _run(preset, assignments, folder, dataset=dataset, test_size=test_size)
     check_inputs(current)
     for stage in stages(current.settings):
         _stage(stage, current)
@@ -195,10 +207,11 @@ def dataset_command(
     assignments: SetOption = [],  # noqa: B006
     folder: RunOption = None,
     dataset: DatasetOption = "",
+    test_size: TestSizeOption = 0,
     force: ForceOption = False,
 ) -> None:
     """Draw the frames and write the three splits, or check and copy a dataset that exists."""
-    _stage("dataset", _run(preset, assignments, folder, dataset=dataset), force)
+    _stage("dataset", _run(preset, assignments, folder, dataset=dataset, test_size=test_size), force)
 
 
 @app.command(epilog="Example: orion fuse --adapter OWNER/NAME")
