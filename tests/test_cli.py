@@ -256,6 +256,7 @@ def test_an_operating_point_is_chosen_on_val_kept_and_flown(finished: Path, tmp_
         record = json.loads(result.stdout)
         assert record == json.loads((run / "operating_point.json").read_text())
         assert record["chosen_on"] == {"split": "val", "condition": "B", "frames": 6}
+        assert 0.04 < record["temperature"] < 21
         assert record["there"]["irrecoverable_loss"]["rate"] <= float(limit.rstrip("%"))
         if dropped:
             assert record["there"]["downlink"]["dropped"] == dropped
@@ -313,8 +314,11 @@ def test_runs_are_compared_frame_by_frame(finished: Path, tmp_path: Path) -> Non
         "quantized",
         "constrained",
     ]
+    assert json.loads(result.stdout)["accuracies"]["base"]["B"] == [before / 6, 1.0]
     shown = orion("compare", "runs/small", other, cwd=finished)
     assert "the same frames are right" in shown.stdout
+    assert "over 3 runs" not in shown.stdout
+    assert "Accuracy over 3 runs" in orion("compare", "runs/small", other, other, cwd=finished).stdout
     assert_refused(orion("compare", "runs/small", other, "--file", "val", cwd=finished), "no model evaluated in both")
     assert_refused(orion("compare", "runs/small", cwd=finished), "two runs or more", status=2)
     path.write_text("".join(json.dumps(row | {"prompt_sha256": "0"}) + "\n" for row in rows))

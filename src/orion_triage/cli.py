@@ -1,6 +1,7 @@
 """The command line: parse, load settings, call one function, print. The only module that prints or exits."""
 
 import json
+import statistics
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -399,15 +400,17 @@ def compare(
     from rich.table import Table
 
     from orion_triage.pipeline import open_run
-    from orion_triage.report.compare import compare_runs
+    from orion_triage.report.compare import compare_runs, spread
     from orion_triage.report.render import change_in_words, percent
 
     if len(folders) < 2:
         raise typer.BadParameter("give two runs or more", param_hint="'RUN RUN...'")
-    first, *others = [open_run(folder, file.value) for folder in folders]
+    first, *others = runs = [open_run(folder, file.value) for folder in folders]
     compared = {str(other.folder): compare_runs(first, other) for other in others}
+    accuracies = spread(runs)
     if as_json:
-        typer.echo(json.dumps({"first": str(first.folder), "split": file.value, "against": compared}, indent=2))
+        value = {"first": str(first.folder), "split": file.value, "against": compared, "accuracies": accuracies}
+        typer.echo(json.dumps(value, indent=2))
         return
     for name, models in compared.items():
         table = Table("model", "", title=_escape(f"{first.folder} against {name}, {file.value} split"))
@@ -418,6 +421,14 @@ def compare(
             for condition, change in by_condition.items():
                 rates = [percent(right / change["count"]) for right in change["right"]]
                 table.add_row(model, condition, *rates, change_in_words(change))
+            table.add_section()
+        Console().print(table)
+    if len(runs) > 2:
+        table = Table("model", "", "lowest", "median", "highest", title=f"Accuracy over {len(runs)} runs")
+        for model, rows in accuracies.items():
+            for condition, rates_of_runs in rows.items():
+                figures = (min(rates_of_runs), statistics.median(rates_of_runs), max(rates_of_runs))
+                table.add_row(model, condition, *(percent(figure) for figure in figures))
             table.add_section()
         Console().print(table)
 
@@ -500,6 +511,7 @@ def triage(
     from orion_triage.triage import CATEGORIES
 
     run = _finished(folder, "quantize")
+    chosen = operating_point.read(run.folder, run.gguf)
     outcomes = []
     with _progress() as progress:
         for outcome in flight.triage_with_pair(
@@ -507,7 +519,7 @@ def triage(
             run.gguf,
             run.settings.base.frame_size,
             log=run.folder / "logs" / "triage-server.log",
-            point=operating_point.read(run.folder, run.gguf),
+            point=chosen[0] if chosen else None,
             resize=resize,
             progress=progress,
         ):

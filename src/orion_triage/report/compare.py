@@ -1,5 +1,6 @@
 """Answers to the same frames and prompts: two runs, model by model, or one model decoded in several ways."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from orion_triage.errors import OrionError
@@ -39,6 +40,19 @@ def compare_runs(first: Run, second: Run) -> dict[str, dict[str, dict[str, Any]]
             for condition, change in changes.items()
         }
     return compared
+
+
+def spread(runs: Sequence[Run]) -> dict[str, dict[str, list[float]]]:
+    """Model -> condition -> accuracy of every run, in their order: of models that all of them evaluated."""
+    common = [name for name in _evaluated(runs[0]) if all(name in _evaluated(run) for run in runs[1:])]
+    found: dict[str, dict[str, list[float]]] = {}
+    for model in common:
+        rows = [[prediction_of(row) for row in read_predictions(run.evaluation(model))] for run in runs]
+        found[model] = {
+            c: [sum(p.predicted == p.truth for p in asked) / len(asked) for side in rows if (asked := under(side, c))]
+            for c in CONDITIONS
+        }
+    return found
 
 
 def compare_decodings(run: Run) -> dict[str, dict[str, dict[str, Any]]]:
