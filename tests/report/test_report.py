@@ -179,7 +179,7 @@ def test_a_server_of_someone_elses_is_named(run: Run) -> None:
     for own, said in ((figures, True), ({}, False)):
         write_manifest(folder, stage="evaluate quantized", settings={}, inputs={}, seconds=1, figures=own)
         markdown = render_markdown(build_results(run), "report.png")
-        assert ("came from the server at http://127.0.0.1:9\n(other.gguf, llama.cpp b1)" in markdown) is said
+        assert ("came from the server at http://127.0.0.1:9 (other.gguf, llama.cpp b1)" in markdown) is said
 
 
 def test_the_report_says_when_the_bases_own_eyes_are_better(run: Run) -> None:
