@@ -78,7 +78,7 @@ def notes(results: dict[str, Any]) -> list[str]:
     """What a reader must know before any figure: stages not finished, and answers that are not of this run's pair."""
     said = []
     if results["missing"]:
-        said.append(f'Not finished: {", ".join(results["missing"])}. Their figures are shown as "-".')
+        said.append(f'Not finished: {", ".join(results["missing"])}. Their figures are left out or "-".')
     if server := results["foreign_server"]:
         said.append(
             f"The quantized answers came from the server at {server['server']} ({server['served_model']}, "
