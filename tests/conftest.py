@@ -1,6 +1,7 @@
 """Small real things for the tests: a random LFM2-VL base, frames, and a dataset in the published layout."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -130,3 +131,19 @@ def small_adapter(tmp_path_factory: pytest.TempPathFactory, small_base: Path, sm
     )
     fine_tune.run(small_base, small_dataset, work / "adapter", work / "work", settings, 256)
     return work / "adapter"
+
+
+@pytest.fixture(scope="session")
+def drawn_questions() -> Callable[[int], tuple[list[Image.Image], list[str]]]:
+    """So many drawn frames of 256x256, every other one with its coordinates, and their prompts."""
+    from orion_triage.dataset.catalogue import load_catalogue
+    from orion_triage.dataset.synthetic import draw_tile, tile_seed
+
+    def draw(count: int) -> tuple[list[Image.Image], list[str]]:
+        images, prompts = [], []
+        for target in load_catalogue()[:: 360 // count][:count]:
+            images.append(shrink(draw_tile(target.morphology, tile_seed(1, target.name)).image, 256))
+            prompts.append(render_prompt(Coordinates(target.lon, target.lat) if len(images) % 2 else None))
+        return images, prompts
+
+    return draw

@@ -26,8 +26,9 @@ STAGES = stages(Settings())
 ORION = [sys.executable, "-m", "orion_triage.cli"]
 REAL_FRAMES = SHARED / "frames"
 COMMANDS = (
-    "run", "dataset", "ablation", "fine-tune", "fuse", "quantize", "evaluate", "ladder", "operating-point", "report",
-    "push", "clean", "triage", "toolchain", "rehearse", "budgets", "doctor", "build-tiny-base", "settings",
+    "run", "dataset", "ablation", "fine-tune", "fuse", "quantize", "evaluate", "ladder", "decoding", "operating-point",
+    "report", "compare", "push", "clean", "triage", "toolchain", "rehearse", "budgets", "doctor", "build-tiny-base",
+    "settings",
 )  # fmt: skip
 
 
@@ -207,7 +208,7 @@ def test_a_second_run_skips_and_a_changed_setting_redoes_what_follows(finished: 
     assert changed.returncode == 0, changed.stderr
     state = dict(re.findall(r"^(.+): (unchanged, skipped|done)", changed.stderr, re.MULTILINE))
     skipped = [name for name, outcome in state.items() if outcome != "done"]
-    assert skipped == ["dataset", "evaluate base"]
+    assert skipped == ["dataset", "evaluate base", "vision features"]
     assert len(state) == len(STAGES)
 
 
@@ -255,6 +256,7 @@ def test_an_operating_point_is_chosen_on_val_kept_and_flown(finished: Path, tmp_
         record = json.loads(result.stdout)
         assert record == json.loads((run / "operating_point.json").read_text())
         assert record["chosen_on"] == {"split": "val", "condition": "B", "frames": 6}
+        assert 0.04 < record["temperature"] < 21
         assert record["there"]["irrecoverable_loss"]["rate"] <= float(limit.rstrip("%"))
         if dropped:
             assert record["there"]["downlink"]["dropped"] == dropped
@@ -264,6 +266,63 @@ def test_an_operating_point_is_chosen_on_val_kept_and_flown(finished: Path, tmp_
     assert json.loads(orion("report", "--json", cwd=folder).stdout)["operating_point"]["A"]["downlink"]
     (run / "operating_point.json").write_text(json.dumps(record | {"pair_sha256": "0"}))
     assert_refused(orion("triage", "good.png", cwd=folder), "was chosen for another GGUF pair", "operating-point")
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.slow
+def test_decodings_are_compared_and_the_grammar_always_parses(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    command = ["decoding", *_run_command()[1:], "--json"]
+    result = orion(*command, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    compared = json.loads(result.stdout)
+    assert list(compared) == ["greedy", "greedy, grammar", "sampled", "sampled, grammar"]
+    assert all(row["count"] == 6 for rows in compared.values() for row in rows.values())
+    assert all(row["parsed"] == 6 for name in compared if "grammar" in name for row in compared[name].values())
+    assert compared["greedy"]["A"]["change"] is None
+    assert compared["sampled"]["A"]["change"]["holm_p"] <= 1
+    again = orion(*command, "--set", "evaluate.threads=2", cwd=folder)
+    assert "evaluate sampled: done" in again.stderr  # another setting, other answers perhaps
+    repeated = orion(*command, "--force", cwd=folder)
+    assert json.loads(repeated.stdout) == compared  # a fixed seed
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.slow
+def test_runs_are_compared_frame_by_frame(finished: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(finished / "runs" / "small", other)
+    path = other / "evaluation" / "test" / "base" / "predictions.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    before = sum(row["category"] == row["truth"] for row in rows if row["condition"] == "B")
+    for row in rows:
+        row["category"] = row["truth"] if row["condition"] == "B" else row["category"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = orion("compare", "runs/small", other, "--json", cwd=finished)
+    assert result.returncode == 0, result.stderr
+    models = json.loads(result.stdout)["against"][str(other)]
+    assert models["base"]["B"]["right"] == [before, 6]
+    assert (models["base"]["B"]["gained"], models["base"]["A"]["gained"]) == (6 - before, 0)
+    assert list(models) == [
+        "base",
+        "fine-tuned",
+        "adapter-4bit",
+        "adapter-16bit",
+        "F16",
+        "Q8_0",
+        "quantized",
+        "constrained",
+    ]
+    assert json.loads(result.stdout)["accuracies"]["base"]["B"] == [before / 6, 1.0]
+    shown = orion("compare", "runs/small", other, cwd=finished)
+    assert "the same frames are right" in shown.stdout
+    assert "over 3 runs" not in shown.stdout
+    assert "Accuracy over 3 runs" in orion("compare", "runs/small", other, other, cwd=finished).stdout
+    assert_refused(orion("compare", "runs/small", other, "--file", "val", cwd=finished), "no model evaluated in both")
+    assert_refused(orion("compare", "runs/small", cwd=finished), "two runs or more", status=2)
+    path.write_text("".join(json.dumps(row | {"prompt_sha256": "0"}) + "\n" for row in rows))
+    assert_refused(orion("compare", "runs/small", other, cwd=finished), "24 of 24 questions differ", "A/")
 
 
 @pytest.mark.llama_cpp
@@ -288,7 +347,7 @@ def test_triage_answers_good_frames_and_refuses_bad_ones_by_name(finished: Path,
     assert result.returncode == 1
     answers = json.loads(result.stdout)
     assert [Path(answer["file"]).name for answer in answers] == ["good.png", "good.jpg", "good.raw"]
-    assert {key for answer in answers for key in answer} == {"file", "category", "reason"}
+    assert {key for answer in answers for key in answer} == {"file", "category", "reason", "scores"}
     refused = re.findall(r"refused: \S*/(\S+) ", result.stderr)
     assert refused == ["cut.raw", "page.png", "large.png", "missing.png"]
     assert "785,951 bytes, not the 786,432" in result.stderr

@@ -1,5 +1,6 @@
 """hub.py, card.py and publish.py: huggingface_hub itself against a Hub of the tests' own, over HTTP."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 
 from orion_triage import card, quantize
 from orion_triage.config import load_settings, overrides
@@ -168,6 +170,9 @@ def test_a_whole_run_by_hub_ids(hub: Hub, small_base: Path, small_dataset: Path,
     assert json.loads((run / "orion_lora_weights/base.json").read_text())["name"] == "team/base"
 
     for product in ("adapter", "merged", "gguf"):
+        if product == "gguf":  # a card with figures, from here on
+            for command in (("ablation",), ("evaluate",), ("evaluate", "--gguf")):
+                assert orion(hub, tmp_path, *command, *own).returncode == 0
         result = orion(hub, tmp_path, "push", f"me/{product}", "--product", product)
         assert result.returncode == 0, result.stderr
         assert TOKEN not in result.stderr + result.stdout
@@ -178,7 +183,18 @@ def test_a_whole_run_by_hub_ids(hub: Hub, small_base: Path, small_dataset: Path,
         assert b"base_model: team/base" in files["README.md"]
         assert not {"manifest.json", quantize.F16} & set(files)
         assert str(tmp_path).encode() not in b"".join(files.values())
-    assert {quantize.QUANTIZED, quantize.MMPROJ, quantize.PAIR, "LICENSE", "README.md"} == set(files)
+    models = ("base", "fine-tuned", "quantized")
+    evaluation = {f"evaluation/{name}" for name in ("results.json", "report.png", *(f"{m}.jsonl" for m in models))}
+    assert {quantize.QUANTIZED, quantize.MMPROJ, quantize.PAIR, "LICENSE", "README.md"} | evaluation == set(files)
+    assert len(files["evaluation/quantized.jsonl"].splitlines()) == 4 * 6
+    header = ModelCard(files["README.md"].decode()).data
+    assert header.eval_results is not None
+    measured = {(result.dataset_config, result.metric_type): result.metric_value for result in header.eval_results}
+    figures = json.loads(files["evaluation/results.json"])["models"]["quantized"]
+    assert measured["A", "accuracy"] == round(figures["A"]["accuracy"], 4)
+    assert measured["B", "irrecoverable_loss"] == round(figures["B"]["irrecoverable_loss"]["rate"], 4)
+    assert hashlib.sha256(files[quantize.MMPROJ]).hexdigest() in files["README.md"].decode()
+    assert "6 frames at 6 places" in files["README.md"].decode()
 
     other = ("--run", "runs/other", *own)
     assert orion(hub, tmp_path, "dataset", "--dataset", "team/data", *other).returncode == 0

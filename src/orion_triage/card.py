@@ -5,6 +5,7 @@ adapter, the merged model and the GGUF pair, since they are derivatives of the b
 """
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -68,8 +69,14 @@ def write_card(product: Product, source: Path, base: str, folder: Path) -> None:
     write_text(folder / README, render_card(product, base, licence_of(source)))
 
 
-def render_card(product: Product, base: str, licence: Licence | None, results: dict[str, Any] | None = None) -> str:
-    """The card's text: YAML header and Markdown; with `results`, the four-condition table."""
+def render_card(
+    product: Product,
+    base: str,
+    licence: Licence | None,
+    results: dict[str, Any] | None = None,
+    hashes: Mapping[str, str] | None = None,
+) -> str:
+    """The card's text: YAML header and Markdown; with `results`, what was measured, and `hashes` of the files."""
     from huggingface_hub import ModelCardData
 
     from orion_triage.report.render import accuracy_rows, from_template
@@ -83,6 +90,7 @@ def render_card(product: Product, base: str, licence: Licence | None, results: d
         license_link=licence.link if licence else None,
         pipeline_tag="image-text-to-text",
         tags=["earth-observation", "satellite", "triage", "lfm2-vl"],
+        **(_model_index(product, results) if results else {}),
     )
     return from_template(
         "card.md.j2",
@@ -91,5 +99,35 @@ def render_card(product: Product, base: str, licence: Licence | None, results: d
         base=base,
         licence=licence,
         results=results,
+        hashes=hashes,
         rows=accuracy_rows(results) if results else [],
     )
+
+
+def _model_index(product: Product, results: dict[str, Any]) -> dict[str, Any]:
+    """The Hub's form of the product's own figures: accuracy, HIGH recall and irrecoverable loss by condition."""
+    from huggingface_hub import EvalResult
+
+    from orion_triage.evaluate.conditions import CONDITIONS
+
+    model = "quantized" if product == "gguf" else "fine-tuned"
+    found, frames = [], results["frames"]["count"]
+    for condition, meaning in CONDITIONS.items():
+        rates = results["models"][model][condition]
+        values = {"accuracy": rates["accuracy"]}
+        if condition != "C":
+            values |= {name: rates[name]["rate"] for name in ("high_recall", "irrecoverable_loss")}
+        found += [
+            EvalResult(
+                task_type="image-classification",
+                dataset_type=f"orion-triage-{results['figures']['dataset']['source']}",
+                dataset_name=f"{results['split']} split, {frames} frames, condition {condition}: {meaning}",
+                dataset_split=results["split"],
+                dataset_config=condition,
+                metric_type=name,
+                metric_value=round(value, 4),
+            )
+            for name, value in values.items()
+            if value is not None
+        ]
+    return {"model_name": "ORION triage", "eval_results": found}

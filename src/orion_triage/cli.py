@@ -1,6 +1,7 @@
 """The command line: parse, load settings, call one function, print. The only module that prints or exits."""
 
 import json
+import statistics
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +37,9 @@ RunOption = Annotated[Path | None, typer.Option("--run", help="Run folder. Defau
 DatasetOption = Annotated[
     str,
     typer.Option("--dataset", metavar="FOLDER|ID", help="A dataset in the published layout instead of drawn tiles."),
+]
+TestSizeOption = Annotated[
+    int, typer.Option("--test-size", min=0, help="Test frames; several tiles a place. Default: one a place.")
 ]
 ForceOption = Annotated[bool, typer.Option("--force", help="Do the stage again even if nothing changed.")]
 FileOption = Annotated[SplitName, typer.Option("--file", help="The split that is evaluated.")]
@@ -103,13 +107,21 @@ def _progress() -> Iterator[Progress]:
 
 
 def _run(
-    preset: str, assignments: list[str], folder: Path | None, split: Any = "test", *, dataset: str = "", **sources: str
+    preset: str,
+    assignments: list[str],
+    folder: Path | None,
+    split: Any = "test",
+    *,
+    dataset: str = "",
+    test_size: int = 0,
+    **sources: str,
 ) -> Any:
     """The run that a command works on: its settings come from the preset and are written into its folder."""
     from orion_triage.config import load_settings
     from orion_triage.pipeline import Run, prepare
 
     named = [f"dataset.folder={json.dumps(dataset)}"] if dataset else []
+    named += [f"dataset.test_size={test_size}"] if test_size else []
     settings = load_settings(preset, [*assignments, *named])
     run = Run(folder or Path("runs") / settings.preset, settings, split, **sources)
     prepare(run)
@@ -128,15 +140,18 @@ def _stage(stage: Any, run: Any, force: bool = False) -> None:
     from orion_triage.pipeline import run_stage, stage_named
 
     stage = stage_named(stage) if isinstance(stage, str) else stage
-    console = _console()
     with _progress() as progress:
         receipt, skipped = run_stage(stage, run, progress=progress, force=force)
-    where = stage.folder(run)
+    _say(receipt, stage.folder(run), skipped=skipped)
+
+
+def _say(receipt: Any, folder: Path, *, skipped: bool = False) -> None:
+    """One line on a finished stage, and what its user should see."""
+    console = _console()
     state = "unchanged, skipped" if skipped else f"done in {receipt.seconds:,.1f} s"
-    console.print(f"{stage.name}: {state}  ->  {where}", highlight=False, soft_wrap=True)
-    if not skipped:
-        for line in _notes(receipt.figures):
-            console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{receipt.stage}: {state}  ->  {folder}", highlight=False, soft_wrap=True)
+    for line in () if skipped else _notes(receipt.figures):
+        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _notes(figures: dict[str, Any]) -> Iterator[str]:
@@ -158,11 +173,12 @@ def run(
     assignments: SetOption = [],  # noqa: B006
     folder: RunOption = None,
     dataset: DatasetOption = "",
+    test_size: TestSizeOption = 0,
 ) -> None:
     """Do all stages in order; finished ones are skipped."""
     from orion_triage.pipeline import check_inputs, stages
 
-    current = _run(preset, assignments, folder, dataset=dataset)
+    current = _run(preset, assignments, folder, dataset=dataset, test_size=test_size)
     check_inputs(current)
     for stage in stages(current.settings):
         _stage(stage, current)
@@ -192,10 +208,11 @@ def dataset_command(
     assignments: SetOption = [],  # noqa: B006
     folder: RunOption = None,
     dataset: DatasetOption = "",
+    test_size: TestSizeOption = 0,
     force: ForceOption = False,
 ) -> None:
     """Draw the frames and write the three splits, or check and copy a dataset that exists."""
-    _stage("dataset", _run(preset, assignments, folder, dataset=dataset), force)
+    _stage("dataset", _run(preset, assignments, folder, dataset=dataset, test_size=test_size), force)
 
 
 @app.command(epilog="Example: orion fuse --adapter OWNER/NAME")
@@ -238,25 +255,27 @@ def evaluate(
     quantized: Annotated[
         bool, typer.Option("--gguf", help="The GGUF pair instead: a server is started and stopped here.")
     ] = False,
-    server: Annotated[
-        str,
+    servers: Annotated[
+        list[str],
         typer.Option(
-            "--quantized-model", metavar="URL", help="A running llama.cpp server instead (key: LLAMA_API_KEY)."
+            "--quantized-model",
+            metavar="URL",
+            help="A running server instead, llama.cpp's or OpenAI-compatible (key: LLAMA_API_KEY). Repeatable.",
         ),
-    ] = "",
+    ] = [],  # noqa: B006
     force: ForceOption = False,
 ) -> None:
     """Evaluate the fine-tuned model, or the quantized one, under the four conditions."""
-    from orion_triage.pipeline import evaluate_server
+    from orion_triage.pipeline import evaluate_servers
 
-    if pair and (server or not quantized):
+    if pair and (servers or not quantized):
         raise typer.BadParameter("goes with --gguf", param_hint=f"'{pair}'")
     current = _run(preset, assignments, folder, file.value, pair_from=pair)
-    stage = "evaluate quantized" if quantized or server else "evaluate fine-tuned"
-    if server:
+    stage = "evaluate quantized" if quantized or servers else "evaluate fine-tuned"
+    if servers:
         with _progress() as progress:
-            receipt = evaluate_server(current, server, progress)
-        _console().print(f"{stage}: done in {receipt.seconds:,.1f} s", highlight=False)
+            receipt = evaluate_servers(current, servers, progress)
+        _say(receipt, current.evaluation("quantized"))
     else:
         _stage(stage, current, force)
     _print_rates(current, stage)
@@ -282,6 +301,43 @@ def ladder(
         if stage.name.startswith("evaluate "):
             _stage(stage, current, force)
     _report(current, as_json=False)
+
+
+@app.command(epilog="Example: orion decoding --file val")
+def decoding(
+    preset: PresetOption = "tiny",
+    assignments: SetOption = [],  # noqa: B006
+    folder: RunOption = None,
+    file: FileOption = SplitName.test,
+    as_json: JsonOption = False,
+    force: ForceOption = False,
+) -> None:
+    """Greedy against nearly greedy decoding, free and under the grammar: what parses, and what is right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from orion_triage.pipeline import DECODINGS
+    from orion_triage.report.compare import compare_decodings
+    from orion_triage.report.render import change_in_words, percent
+
+    current = _run(preset, assignments, folder, file.value)
+    for stage in DECODINGS:
+        _stage(stage, current, force)
+    compared = compare_decodings(current)
+    if as_json:
+        typer.echo(json.dumps(compared, indent=2))
+        return
+    table = Table("decoding", "", title=_escape(f"{current.folder}, {file.value} split"))
+    for heading in ("parse", "right"):
+        table.add_column(heading, justify="right")
+    table.add_column("against greedy and free")
+    for name, by_condition in compared.items():
+        for condition, row in by_condition.items():
+            parsed = percent(row["parsed"] / row["count"])
+            against = change_in_words(row["change"]) if row["change"] else ""
+            table.add_row(name, condition, parsed, percent(row["right"] / row["count"]), against)
+        table.add_section()
+    Console().print(table)
 
 
 def _print_rates(run: Any, stage: str) -> None:
@@ -333,6 +389,50 @@ def _report(run: Any, *, as_json: bool) -> None:
         console.print(table)
     names = f"{run.folder / f'report{suffix}.md'} and {run.folder / f'report{suffix}.html'}"
     console.print(f"report: {names}", highlight=False, soft_wrap=True)
+
+
+@app.command(epilog="Example: orion compare runs/tiny runs/other")
+def compare(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders; the first is the measure.")],
+    file: FileOption = SplitName.test,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare runs on the same frames: what each gained and lost against the first, and what chance would."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from orion_triage.pipeline import open_run
+    from orion_triage.report.compare import compare_runs, spread
+    from orion_triage.report.render import change_in_words, percent
+
+    if len(folders) < 2:
+        raise typer.BadParameter("give two runs or more", param_hint="'RUN RUN...'")
+    first, *others = runs = [open_run(folder, file.value) for folder in folders]
+    compared = {str(other.folder): compare_runs(first, other) for other in others}
+    accuracies = spread(runs)
+    if as_json:
+        value = {"first": str(first.folder), "split": file.value, "against": compared, "accuracies": accuracies}
+        typer.echo(json.dumps(value, indent=2))
+        return
+    for name, models in compared.items():
+        table = Table("model", "", title=_escape(f"{first.folder} against {name}, {file.value} split"))
+        for heading in ("first", "second"):
+            table.add_column(heading, justify="right")
+        table.add_column("difference")
+        for model, by_condition in models.items():
+            for condition, change in by_condition.items():
+                rates = [percent(right / change["count"]) for right in change["right"]]
+                table.add_row(model, condition, *rates, change_in_words(change))
+            table.add_section()
+        Console().print(table)
+    if len(runs) > 2:
+        table = Table("model", "", "lowest", "median", "highest", title=f"Accuracy over {len(runs)} runs")
+        for model, rows in accuracies.items():
+            for condition, rates_of_runs in rows.items():
+                figures = (min(rates_of_runs), statistics.median(rates_of_runs), max(rates_of_runs))
+                table.add_row(model, condition, *(percent(figure) for figure in figures))
+            table.add_section()
+        Console().print(table)
 
 
 @app.command(epilog="Example: orion clean runs/tiny")
@@ -413,6 +513,7 @@ def triage(
     from orion_triage.triage import CATEGORIES
 
     run = _finished(folder, "quantize")
+    chosen = operating_point.read(run.folder, run.gguf)
     outcomes = []
     with _progress() as progress:
         for outcome in flight.triage_with_pair(
@@ -420,7 +521,7 @@ def triage(
             run.gguf,
             run.settings.base.frame_size,
             log=run.folder / "logs" / "triage-server.log",
-            point=operating_point.read(run.folder, run.gguf),
+            point=chosen[0] if chosen else None,
             resize=resize,
             progress=progress,
         ):

@@ -9,7 +9,16 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
 
 from orion_triage.errors import OrionError
 
@@ -38,6 +47,8 @@ class DatasetSettings(Section):
     split_seed: int = 42
     imagery_seed: int = 7
     split_distance_km: PositiveFloat = 100.0  # no two splits have places closer than this
+    # Test frames; 0: one a place. More draws several tiles a place, which says less than as many other places would.
+    test_size: NonNegativeInt = 0
 
 
 class FineTuneSettings(Section):

@@ -22,5 +22,9 @@ class RecordError(OrionError):
     """A dataset line that breaks the record format."""
 
 
+class AnswerError(OrionError):
+    """The server has an answer that it cannot hand over: its bytes are no UTF-8. The next question may go well."""
+
+
 class ServerError(OrionError):
     """The llama.cpp server did not answer as it must."""

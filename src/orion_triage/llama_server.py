@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from orion_triage.errors import ServerError
+from orion_triage.errors import AnswerError, ServerError
 
 if TYPE_CHECKING:
     from orion_triage.llama_cpp import Toolchain
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 CONTEXT_TOKENS = 2048  # a frame takes under 600; the model's own 128,000 would cost 1.5 GB
 IMAGE_CACHE_MIB = 256  # the default of 8 GiB grows with every image
 START_SECONDS = 300
+_NOT_UTF8 = "does not match the expected Content-only format"  # llama.cpp's word for an answer of broken bytes
 CANDIDATES = 500  # next tokens whose probabilities are asked for: 0.05 MB of reply a token
 
 
@@ -72,6 +73,39 @@ class Client:
     def props(self) -> dict[str, Any]:
         """What the server says of itself: media marker, chat template, build."""
         return self._request("GET", "/props", None)
+
+    def props_or_none(self) -> dict[str, Any] | None:
+        """`props`, or None from a server that has no such page and so is not llama.cpp's."""
+        import httpx
+
+        try:
+            status = self._http.get("/props", timeout=30).status_code
+        except httpx.HTTPError as error:
+            raise ServerError(
+                f"no server answers at {self.base_url} ({type(error).__name__}).",
+                "Start llama-server, or check the address.",
+            ) from None
+        return None if status in (404, 405) else self.props()
+
+    def served_model(self) -> str:
+        """The first model that an OpenAI-compatible server lists."""
+        listed = self._request("GET", "/v1/models", None).get("data")
+        if not isinstance(listed, list) or not listed or not isinstance(listed[0].get("id"), str):
+            raise ServerError(f"{self.base_url}/v1/models lists no model.", "Load a model that takes images first.")
+        name: str = listed[0]["id"]
+        return name
+
+    def chat_completion(self, model: str, messages: list[dict[str, Any]], max_tokens: int) -> str:
+        """The greedy answer through OpenAI's interface."""
+        body = {"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": 0, "seed": 0}
+        reply = self._request("POST", "/v1/chat/completions", body)
+        try:
+            content = reply["choices"][0]["message"]["content"]
+        except (KeyError, IndexError, TypeError):
+            content = None
+        if not isinstance(content, str):
+            raise ServerError("the server's reply has no message.", "Does its model take images?")
+        return content
 
     def tokenize(self, text: str) -> list[int]:
         """The model's token ids of `text`, special tokens recognized, none added."""
@@ -173,6 +207,8 @@ class Client:
             time.sleep(0.2)  # still loading its model
         if reply.status_code == 401:
             raise ServerError("the server refuses the key (401).", "Set LLAMA_API_KEY to the server's --api-key.")
+        if reply.status_code == 500 and _NOT_UTF8 in reply.text:
+            raise AnswerError("the answer is not UTF-8.", "Decode greedily, or under the grammar.")
         if reply.status_code != 200:
             raise ServerError(f"{path} answered {reply.status_code}: {reply.text[:200]!r}.", "See the server's log.")
         try:

@@ -35,7 +35,8 @@ def parse_share(text: str) -> float:
 def choose(run: "Run", max_irrecoverable_loss: float) -> dict[str, Any]:
     """Choose the point on the val evaluation of `run` (a Run of that split) and write it into the run's folder.
 
-    Returns what was written: the threshold, and what it does to the frames it was chosen on.
+    Returns what was written: the threshold, what it does to the frames it was chosen on, and the temperature that fits
+    the scores there best (it changes no order, so no decision).
     """
     from orion_triage.evaluate import value
     from orion_triage.evaluate.judgement import scores_of
@@ -48,6 +49,7 @@ def choose(run: "Run", max_irrecoverable_loss: float) -> dict[str, Any]:
     record = {
         "max_irrecoverable_loss": max_irrecoverable_loss,
         "low_threshold": point.low_threshold,
+        "temperature": value.fit_temperature(truth, scores_of(rows)),  # that would make the scores honest
         "chosen_on": {"split": run.split, "condition": CONDITION, "frames": len(rows)},
         "pair_sha256": _pair(run.gguf),
         "there": figures(rows, point, run.settings.mission),
@@ -79,14 +81,27 @@ def truth_of(rows: "Sequence[Prediction]") -> "Integers":
     return np.array([CATEGORIES.index(row.truth) for row in rows], dtype=np.int64)
 
 
-def read(folder: "Path", gguf: "Path") -> "OperatingPoint | None":
-    """The run's point, None if none was chosen; raises OrionError for one of another pair."""
+def tempered(rows: "Sequence[Prediction]", temperature: float) -> dict[str, float]:
+    """Negative log-likelihood and Brier score of one condition's scores, softened by the temperature of val."""
+    from orion_triage.evaluate import value
+    from orion_triage.evaluate.judgement import scores_of
+
+    truth, scores = truth_of(rows), value.temper(scores_of(rows), temperature)
+    return {
+        "negative_log_likelihood": value.negative_log_likelihood(truth, scores),
+        "brier": value.brier(truth, scores),
+    }
+
+
+def read(folder: "Path", gguf: "Path") -> "tuple[OperatingPoint, float] | None":
+    """The run's point and temperature, None if none was chosen; raises OrionError for one of another pair."""
     from orion_triage.evaluate.value import OperatingPoint
 
     path = folder / FILE_NAME
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         point, pair = OperatingPoint(float(record["low_threshold"])), record["pair_sha256"]
+        temperature = float(record["temperature"])
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
@@ -95,7 +110,7 @@ def read(folder: "Path", gguf: "Path") -> "OperatingPoint | None":
         raise OrionError(
             f"{path} was chosen for another GGUF pair.", "Choose it again ('orion operating-point'), or delete it."
         )
-    return point
+    return point, temperature
 
 
 def _pair(gguf: "Path") -> str:

@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -122,12 +122,12 @@ def _quantize(run: Run, progress: Progress) -> Figures:
     return quantize.run(run.merged, run.gguf, run.settings.quantize, prompts=prompts, progress=progress)
 
 
-def evaluate_server(run: Run, url: str, progress: Progress = silent) -> manifest.Manifest:
-    """The quantized model's evaluation by a llama.cpp server that someone else started; its key is LLAMA_API_KEY.
+def evaluate_servers(run: Run, urls: Sequence[str], progress: Progress = silent) -> manifest.Manifest:
+    """The quantized model's evaluation by servers that someone else started; their key is LLAMA_API_KEY.
 
-    Its receipt names the server instead of the run's GGUF pair, so `orion run` would evaluate the pair itself again.
+    Its receipt names the servers instead of the run's GGUF pair, so `orion run` would evaluate the pair itself again.
     """
-    evaluate, identity = models.through_server("quantized", url)
+    evaluate, identity = models.through_servers("quantized", urls, run.settings.evaluate)
     inputs = {"server": identity, **manifest.hash_inputs({"dataset": run.dataset})}
     return _do(replace(stage_named("evaluate quantized"), run=evaluate), run, inputs, progress)
 
@@ -227,6 +227,27 @@ CONSTRAINED = _evaluation(
 )
 
 
+def stage_named(name: str) -> Stage:
+    return next(stage for stage in (*STAGES, VISION_FEATURES, *LADDER_BEFORE, CONSTRAINED) if stage.name == name)
+
+
+# Another way of decoding that has been said to matter for this family: nearly greedy, without the unlikely, and without
+# repetition. Its own study: 'orion decoding'.
+SAMPLING = {"temperature": 0.1, "min_p": 0.15, "repeat_penalty": 1.05, "top_k": 0, "top_p": 1.0}
+DECODINGS: tuple[Stage, ...] = (
+    stage_named("evaluate quantized"),
+    CONSTRAINED,
+    *(
+        _evaluation(
+            name,
+            models.through_llama_cpp(name, "pair", constrained=constrained, options=SAMPLING),
+            lambda run: {"gguf": run.pair},
+        )
+        for name, constrained in (("sampled", False), ("sampled-constrained", True))
+    ),
+)
+
+
 def stages(settings: Settings) -> tuple[Stage, ...]:
     """All stages of a run in order. The ladder's come before the quantized evaluation: its F16 is the gate to that."""
     if not settings.ladder.enabled:
@@ -244,10 +265,6 @@ def _dataset_inputs(run: Run) -> dict[str, Path]:
     own = run.settings.dataset.catalogue
     shipped = Path(str(resources.files("orion_triage.dataset") / "catalogue.csv"))
     return {"catalogue": Path(own) if own else shipped}
-
-
-def stage_named(name: str) -> Stage:
-    return next(stage for stage in (*STAGES, VISION_FEATURES, *LADDER_BEFORE, CONSTRAINED) if stage.name == name)
 
 
 def run_stage(

@@ -7,19 +7,15 @@ from PIL import Image
 
 from orion_triage import llama_cpp, quantize, vlm
 from orion_triage.config import EvaluateSettings, QuantizeSettings
-from orion_triage.dataset.catalogue import load_catalogue
-from orion_triage.dataset.synthetic import draw_tile, tile_seed
 from orion_triage.errors import OrionError
 from orion_triage.evaluate.backends import Answer, LlamaCppBackend, TransformersBackend
-from orion_triage.frames import Frame, shrink
+from orion_triage.frames import Frame
 from orion_triage.triage import (
     CATEGORIES,
     CATEGORY_CUE,
-    Coordinates,
     Verdict,
     category_tokens,
     parse_verdict,
-    render_prompt,
 )
 
 SETTINGS = EvaluateSettings()
@@ -41,13 +37,9 @@ def test_labels_are_told_apart_by_their_first_token() -> None:
 
 
 @pytest.fixture(scope="module")
-def questions() -> tuple[list[Image.Image], list[str]]:
+def questions(drawn_questions: Any) -> tuple[list[Image.Image], list[str]]:
     """Six frames, with and without coordinates."""
-    images, prompts = [], []
-    for target in load_catalogue()[::60]:
-        images.append(shrink(draw_tile(target.morphology, tile_seed(1, target.name)).image, 256))
-        prompts.append(render_prompt(Coordinates(target.lon, target.lat) if len(images) % 2 else None))
-    return images, prompts
+    return drawn_questions(6)
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +117,17 @@ def test_the_grammar_holds_against_sampling_at_temperature_two(questions: Any, s
         assert verdict is not None, answer.text
         assert verdict.to_json() == answer.text  # exactly the bytes of training
         assert answer.scores is not None
+
+
+@pytest.mark.llama_cpp
+def test_broken_bytes_are_an_unparsable_answer_and_the_server_goes_on(questions: Any, served: Any) -> None:
+    image, prompt = questions[0][0], questions[1][0]
+    wild = {"temperature": 2.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    said = [
+        LlamaCppBackend(served, max_new_tokens=96, options=wild | {"seed": seed}).answer([image], [prompt])[0]
+        for seed in range(12)
+    ]
+    broken = [answer for answer in said if answer.text == "[the answer is not UTF-8.]"]
+    assert broken  # most of them: 96 tokens at random from a byte-level vocabulary
+    assert all(parse_verdict(answer.text) is None and answer.scores is None for answer in broken)
+    assert parse_verdict(LlamaCppBackend(served, max_new_tokens=96).answer([image], [prompt])[0].text)

@@ -32,29 +32,49 @@ def run(out_folder: Path, settings: DatasetSettings, *, progress: Progress = sil
     With `settings.folder`, a dataset in the published layout is checked and copied instead.
     """
     if settings.folder:
-        return _copy(hub.locate(settings.folder, "dataset"), out_folder, progress)
+        return _copy(hub.locate(settings.folder, "dataset"), out_folder, settings.test_size, progress)
     targets = load_catalogue(Path(settings.catalogue) if settings.catalogue else None)
     splits = split_targets(targets, seed=settings.split_seed, distance_km=settings.split_distance_km)
-    require_free_space(out_folder, _BYTES_PER_FRAME * len(targets), "the dataset")
+    more = _repeated(splits["test"], settings.test_size)
+    require_free_space(out_folder, _BYTES_PER_FRAME * (len(targets) + len(more)), "the dataset")
     with replaced_folder(out_folder) as folder:
-        _draw_all(folder, targets, settings, progress)
+        _draw_all(folder, [*((target, 1) for target in targets), *more], settings, progress)
         for split in SPLITS:
-            write_split(folder, split, records_of(splits[split], split))
+            repeated = (record_of(target, number) for target, number in more if split == "test")
+            records = [*records_of(splits[split], split), *repeated]
+            write_split(folder, split, records)
         write_text(folder / "targets.csv", _table(splits))
     return {
         "targets": {split: len(splits[split]) for split in SPLITS},
-        "records": {split: len(list(records_of(splits[split], split))) for split in SPLITS},
+        "records": {
+            split: len(list(records_of(splits[split], split))) + len(more) * (split == "test") for split in SPLITS
+        },
         "source": settings.source,
         "metres_per_pixel": settings.metres_per_pixel,
     }
 
 
-def _copy(source: Path, out_folder: Path, progress: Progress) -> dict[str, Any]:
+def _repeated(targets: list[Target], test_size: int) -> list[tuple[Target, int]]:
+    """(place, number of its tile from 2 on) of the test frames beyond one a place: as evenly as they go."""
+    if test_size and test_size < len(targets):
+        raise OrionError(
+            f"dataset.test_size={test_size} is less than the {len(targets)} test places.",
+            "Give more, or 0 for one frame a place.",
+        )
+    return [(targets[n % len(targets)], n // len(targets) + 1) for n in range(len(targets), test_size)]
+
+
+def _copy(source: Path, out_folder: Path, test_size: int, progress: Progress) -> dict[str, Any]:
     """Copy a finished dataset after decoding every one of its frames; the first bad line or frame stops it.
 
     A picture of another size than 512x512 (the published generator saved 2560x2560) is cut and scaled as in flight.
     """
     records = {split: read_split(source, split) for split in SPLITS}
+    if test_size > len(records["test"]):
+        raise OrionError(
+            f"dataset.test_size={test_size}: {source} has {len(records['test'])} test records.",
+            "Only drawn tiles can be made at will: use a dataset with as many test frames.",
+        )
     root = hub.root_of(source)
     paths = {record.image: image_path(source, record, root) for split in SPLITS for record in records[split]}
     if missing := [image for image, path in paths.items() if not path.is_file()]:
@@ -83,32 +103,39 @@ def _copy(source: Path, out_folder: Path, progress: Progress) -> dict[str, Any]:
     }
 
 
-def image_name(target: Target) -> str:
-    """The record's image path; the category's prefix keeps files of one class together, as published."""
-    return f"{IMAGES_FOLDER}/{target.category.lower()}_{target.name}.png"
+def image_name(target: Target, number: int = 1) -> str:
+    """The record's image path; the category's prefix keeps files of one class together, as published.
+
+    `number` tells several tiles of one place apart.
+    """
+    return f"{IMAGES_FOLDER}/{target.category.lower()}_{target.name}{f'~{number}' if number > 1 else ''}.png"
+
+
+def record_of(target: Target, number: int = 1) -> Record:
+    """The line of a place's tile, with its coordinates."""
+    where, verdict = Coordinates(target.lon, target.lat), Verdict(target.reason, target.category)
+    return Record(image_name(target, number), where, verdict)
 
 
 def records_of(targets: list[Target], split: Split) -> Iterator[Record]:
     """One record a target with coordinates; in training a second one without."""
     for target in targets:
-        record = Record(
-            image_name(target), Coordinates(target.lon, target.lat), Verdict(target.reason, target.category)
-        )
+        record = record_of(target)
         yield record
         if split == "train":
             yield record.without_coordinates()
 
 
-def _draw_all(folder: Path, targets: list[Target], settings: DatasetSettings, progress: Progress) -> None:
+def _draw_all(folder: Path, tiles: list[tuple[Target, int]], settings: DatasetSettings, progress: Progress) -> None:
     jobs = [
         (
             target.morphology,
-            target.name,
+            target.name if number == 1 else f"{target.name}~{number}",
             settings.imagery_seed,
             settings.metres_per_pixel,
-            str(folder / image_name(target)),
+            str(folder / image_name(target, number)),
         )
-        for target in targets
+        for target, number in tiles
     ]
     workers = min(len(os.sched_getaffinity(0)), 8)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from orion_triage.errors import AnswerError
 from orion_triage.triage import ANSWER_TOKENS, CATEGORY_CUE, CATEGORY_GRAMMAR, GRAMMAR, category_tokens
 
 if TYPE_CHECKING:
@@ -134,13 +135,16 @@ class LlamaCppBackend:
     def _answer(self, image: "Image.Image", prompt: str) -> Answer:
         from orion_triage.frames import Frame
 
-        text, log_probabilities = self._client.complete_and_score(
-            prompt,
-            Frame(image, image.size).png(),
-            self._max_new_tokens,
-            cue=CATEGORY_CUE,
-            tokens=self._labels,
-            grammars=(GRAMMAR, CATEGORY_GRAMMAR) if self._constrained else ("", ""),
-            options=self._options,
-        )
+        try:
+            text, log_probabilities = self._client.complete_and_score(
+                prompt,
+                Frame(image, image.size).png(),
+                self._max_new_tokens,
+                cue=CATEGORY_CUE,
+                tokens=self._labels,
+                grammars=(GRAMMAR, CATEGORY_GRAMMAR) if self._constrained else ("", ""),
+                options=self._options,
+            )
+        except AnswerError as error:  # an outcome of the model's, counted as unparsable
+            return Answer(f"[{error.message}]")
         return Answer.scored(text, log_probabilities)

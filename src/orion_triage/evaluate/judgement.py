@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from orion_triage.config import MissionSettings
 from orion_triage.evaluate import value
@@ -29,7 +30,8 @@ def judge(
     """The figures of one model under one condition; `places` has each frame's own coordinates, by name.
 
     Intervals of macro-F1 and balanced accuracy are bootstrapped over blocks of 10 degrees, since frames of one region
-    are not independent. An answer without scores counts as one third each.
+    are not independent. Where places have several frames, so are those of the rates, over places: Wilson's would take
+    every frame for a place of its own. An answer without scores counts as one third each.
     """
     truth = np.array([CATEGORIES.index(p.truth) for p in predictions], dtype=np.int64)
     guess = np.array(
@@ -45,11 +47,25 @@ def judge(
         low, high = cluster_bootstrap(lambda rows: statistic(truth[rows], guess[rows]), blocks, seed=_SEED)
         return {name: _number(x) for name, x in (("value", statistic(truth, guess)), ("low", low), ("high", high))}
 
+    headline = value.headline(truth, guess)
+    several: dict[str, Any] = {}
+    if len(set(where)) < len(where):
+        names = [f"{place.lon} {place.lat}" for place in where]
+        several["accuracy_low"], several["accuracy_high"] = _by_place(guess == truth, names)
+        valuable = truth != value.LOW
+        for key, rows, hits in (
+            ("high_recall", truth == value.HIGH, guess == value.HIGH),
+            ("irrecoverable_loss", valuable, guess == value.LOW),
+        ):
+            low, high = _by_place(hits[rows], [name for name, row in zip(names, rows, strict=True) if row])
+            headline[key] |= {"low": low, "high": high}
     return {
+        **several,
+        "places": len(set(where)),
         "blocks": len(set(blocks)),
         "macro_f1": bootstrapped(macro_f1),
         "balanced_accuracy_interval": bootstrapped(balanced_accuracy),
-        **value.headline(truth, guess),
+        **headline,
         "downlink": value.downlink(truth, guess, mission.values),
         "cost": {
             "expected": value.expected_cost(truth, guess, costs),
@@ -62,6 +78,12 @@ def judge(
         "scored": sum(p.scores is not None for p in predictions),
         **(_of_scores(predictions, truth, guess, mission) if any(p.scores for p in predictions) else {}),
     }
+
+
+def _by_place(hits: NDArray[np.bool_], places: Sequence[str]) -> tuple[float | None, float | None]:
+    """The bootstrap interval of a rate over whole places."""
+    low, high = cluster_bootstrap(lambda rows: float(hits[rows].mean()), places, seed=_SEED)
+    return _number(low), _number(high)
 
 
 def scores_of(predictions: Sequence[Prediction]) -> value.Floats:

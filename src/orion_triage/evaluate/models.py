@@ -6,7 +6,7 @@ rule for blank frames), so that a loss has an address: training, 4-bit training,
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from orion_triage.errors import OrionError
 from orion_triage.progress import Progress
 
 if TYPE_CHECKING:
+    from orion_triage.config import EvaluateSettings
     from orion_triage.evaluate.backends import Backend
     from orion_triage.llama_cpp import Client
     from orion_triage.pipeline import Run
@@ -57,8 +58,13 @@ def through_adapter(model: str, *, four_bit: bool) -> Evaluation:
     return evaluate
 
 
-def through_llama_cpp(model: str, kind: str, *, constrained: bool = False) -> Evaluation:
-    """The GGUF pair behind a server of our own: `kind` is "pair" for what flies, or a quantization of the F16 file."""
+def through_llama_cpp(
+    model: str, kind: str, *, constrained: bool = False, options: Mapping[str, float] | None = None
+) -> Evaluation:
+    """The GGUF pair behind a server of our own: `kind` is "pair" for what flies, or a quantization of the F16 file.
+
+    `constrained` answers are under the flight's grammar; `options` are llama.cpp's sampling settings, greedy without.
+    """
 
     def evaluate(run: "Run", progress: Progress) -> Figures:
         from orion_triage.evaluate.backends import LlamaCppBackend
@@ -66,9 +72,13 @@ def through_llama_cpp(model: str, kind: str, *, constrained: bool = False) -> Ev
         with _served(run, kind, progress) as client:
             gate = check_parity(run, client) if kind == "F16" else {}
             backend = LlamaCppBackend(
-                client, max_new_tokens=run.settings.evaluate.max_new_tokens, constrained=constrained
+                client,
+                max_new_tokens=run.settings.evaluate.max_new_tokens,
+                constrained=constrained,
+                options=options,
             )
-            figures = ask(run, model, backend, {"model": run.pair}, progress, kind)
+            variant = json.dumps([kind, constrained, dict(options or {})])
+            figures = ask(run, model, backend, {"model": run.pair}, progress, variant)
         if kind == "F16":
             gate["agreement"] = check_agreement(run, model)
             figures |= {"parity": gate}
@@ -103,23 +113,19 @@ def _served(run: "Run", kind: str, progress: Progress) -> "Iterator[Client]":
             yield server.client
 
 
-def through_server(model: str, url: str) -> tuple[Evaluation, str]:
-    """Somebody else's llama.cpp server (its key: LLAMA_API_KEY), and a hash of what it says it serves."""
-    from orion_triage.evaluate.backends import LlamaCppBackend
-    from orion_triage.llama_cpp import Client
+def through_servers(model: str, urls: Sequence[str], settings: "EvaluateSettings") -> tuple[Evaluation, str]:
+    """Servers that somebody else started (key: LLAMA_API_KEY), and a hash of what they say they serve."""
+    from orion_triage.evaluate import servers
 
-    client = Client(url, os.environ.get("LLAMA_API_KEY", ""))
-    client.ready(60)
-    props = client.props()
-    served = {key: props.get(key) for key in ("model_path", "build_info", "chat_template")}
-    identity = manifest.sha256_of_listing({key: str(value) for key, value in served.items()})
+    backend, first = servers.share(urls, os.environ.get("LLAMA_API_KEY", ""), settings.max_new_tokens)
 
     def evaluate(run: "Run", progress: Progress) -> Figures:
-        backend = LlamaCppBackend(client, max_new_tokens=run.settings.evaluate.max_new_tokens)
-        figures = ask(run, model, backend, {}, progress, identity)
-        return figures | {"server": url, "served_model": served["model_path"], "server_build": served["build_info"]}
+        figures = ask(run, model, backend, {}, progress, first.identity)
+        lost = [f"left out: {why}" for why in getattr(backend, "lost", [])]
+        served = {"server": ", ".join(urls), "served_model": first.model, "server_build": first.build}
+        return figures | served | ({"warnings": lost} if lost else {})
 
-    return evaluate, identity
+    return evaluate, first.identity
 
 
 def check_parity(run: "Run", client: "Client") -> Figures:

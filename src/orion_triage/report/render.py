@@ -116,8 +116,8 @@ def sentences(results: dict[str, Any]) -> list[str]:
     for name, by_condition in named.items():
         same = [condition for condition, change in by_condition.items() if not change["gained"] + change["lost"]]
         if same:
-            said.append(f"{name} {'; '.join(same)}: the same frames are right.")
-        said += [f"{name} {c}: {_in_words(change)}" for c, change in by_condition.items() if c not in same]
+            said.append(f"{name} {'; '.join(same)}: {change_in_words(by_condition[same[0]])}.")
+        said += [f"{name} {c}: {change_in_words(change)}." for c, change in by_condition.items() if c not in same]
     return said
 
 
@@ -126,19 +126,22 @@ def against_own_eyes(change: dict[str, Any] | None) -> list[str]:
     if change is None:
         return []
     beaten = change["lost"] > change["gained"]
-    words = _in_words(change | {"holm_p": change["exact_p"]})
+    words = change_in_words(change | {"holm_p": change["exact_p"]})
     verdict = "is better than the fine-tuned model" if beaten else "does not beat the fine-tuned model"
-    return [f"{LOGISTIC_REGRESSION} {verdict} without coordinates; the model against it: {words}"]
+    return [f"{LOGISTIC_REGRESSION} {verdict} without coordinates; the model against it: {words}."]
 
 
-def _in_words(change: dict[str, Any]) -> str:
+def change_in_words(change: dict[str, Any]) -> str:
+    """What was gained and lost, and whether that is resolved."""
+    if not change["gained"] + change["lost"]:
+        return "the same frames are right"
     counts = f"{change['points']:+.1f} points ({change['gained']} gained, {change['lost']} lost)"
     if change["holm_p"] < SIGNIFICANT:
-        return f"{counts}, resolved (p = {change['holm_p']:.2g})."
+        return f"{counts}, resolved (p = {change['holm_p']:.2g})"
     if change["frames_to_resolve"] is None:
-        return f"{counts}: as many gained as lost."
+        return f"{counts}: as many gained as lost"
     needed = f"about {change['frames_to_resolve']:,} frames would resolve a difference of this size"
-    return f"{counts}, not to be told from chance (p = {change['holm_p']:.2g}, mid-p {change['mid_p']:.2g}); {needed}."
+    return f"{counts}, not to be told from chance (p = {change['holm_p']:.2g}, mid-p {change['mid_p']:.2g}); {needed}"
 
 
 def accuracy_rows(results: dict[str, Any]) -> list[list[str]]:

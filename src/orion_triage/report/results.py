@@ -103,14 +103,16 @@ def _against_own_eyes(baselines: dict[str, Any], predictions: list[Prediction] |
 
 def _at_operating_point(run: Run, predictions: list[Prediction] | None) -> dict[str, Any] | None:
     """What the run's operating point does to this split's frames, by condition; None where none was chosen."""
-    point = operating_point.read(run.folder, run.gguf) if predictions else None
-    if point is None or predictions is None:
+    chosen = operating_point.read(run.folder, run.gguf) if predictions else None
+    if chosen is None or predictions is None:
         return None
-    mission = run.settings.mission
-    return {
-        "low_threshold": point.low_threshold,
-        **{c: operating_point.figures(under(predictions, c), point, mission) for c in CONDITIONS},
+    point, temperature = chosen
+    by_condition: dict[str, Any] = {
+        c: operating_point.figures(rows, point, run.settings.mission) | operating_point.tempered(rows, temperature)
+        for c in CONDITIONS
+        if (rows := under(predictions, c))
     }
+    return {"low_threshold": point.low_threshold, "temperature": temperature, **by_condition}
 
 
 def blank_ruled(predictions: list[Prediction], blank_frames: list[str]) -> list[Prediction]:

@@ -1,0 +1,97 @@
+"""Answers to the same frames and prompts: two runs, model by model, or one model decoded in several ways."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from orion_triage.errors import OrionError
+from orion_triage.evaluate.conditions import CONDITIONS
+from orion_triage.evaluate.metrics import under
+from orion_triage.evaluate.run import Row, prediction_of, read_predictions
+from orion_triage.manifest import read_manifest
+from orion_triage.pipeline import DECODINGS, Run, stages
+from orion_triage.report.results import differences
+
+_ASKED = ("pixels_sha256", "prompt_sha256", "truth")  # what must be the same for an answer to be compared
+
+
+def compare_runs(first: Run, second: Run) -> dict[str, dict[str, dict[str, Any]]]:
+    """Model -> condition -> right answers of each, frames, and the paired tests; of models evaluated in both.
+
+    Raises OrionError when no model was, or when the two were not asked the same.
+    """
+    both = [name for name in _evaluated(first) if name in _evaluated(second)]
+    if not both:
+        raise OrionError(
+            f"{first.folder} and {second.folder} have no model evaluated in both on {first.split}.",
+            "Evaluate both first: 'orion run', 'orion evaluate' or 'orion ablation'.",
+        )
+    compared = {}
+    for model in both:
+        before, after = (read_predictions(run.evaluation(model)) for run in (first, second))
+        _check_asked_alike(first, second, before, after)
+        rows = [[prediction_of(row) for row in rows] for rows in (before, after)]
+        changes = differences(*rows)
+        compared[model] = {
+            condition: {
+                "right": [sum(p.predicted == p.truth for p in under(side, condition)) for side in rows],
+                "count": len(under(rows[0], condition)),
+                **change,
+            }
+            for condition, change in changes.items()
+        }
+    return compared
+
+
+def spread(runs: Sequence[Run]) -> dict[str, dict[str, list[float]]]:
+    """Model -> condition -> accuracy of every run, in their order: of models that all of them evaluated."""
+    common = [name for name in _evaluated(runs[0]) if all(name in _evaluated(run) for run in runs[1:])]
+    found: dict[str, dict[str, list[float]]] = {}
+    for model in common:
+        rows = [[prediction_of(row) for row in read_predictions(run.evaluation(model))] for run in runs]
+        found[model] = {
+            c: [sum(p.predicted == p.truth for p in asked) / len(asked) for side in rows if (asked := under(side, c))]
+            for c in CONDITIONS
+        }
+    return found
+
+
+def compare_decodings(run: Run) -> dict[str, dict[str, dict[str, Any]]]:
+    """Decoding -> condition -> frames, answers that parse, right ones, and the paired difference from the first."""
+    rows = {
+        stage.name.removeprefix("evaluate "): [prediction_of(row) for row in read_predictions(stage.folder(run))]
+        for stage in DECODINGS
+    }
+    names = {"quantized": "greedy", "constrained": "greedy, grammar"}
+    names |= {"sampled": "sampled", "sampled-constrained": "sampled, grammar"}
+    compared: dict[str, dict[str, dict[str, Any]]] = {}
+    for model, name in names.items():
+        changes = differences(rows["quantized"], rows[model]) if model != "quantized" else {}
+        compared[name] = {
+            condition: {
+                "count": len(asked := under(rows[model], condition)),
+                "parsed": sum(p.predicted is not None for p in asked),
+                "right": sum(p.predicted == p.truth for p in asked),
+                "change": changes.get(condition),
+            }
+            for condition in CONDITIONS
+        }
+    return compared
+
+
+def _evaluated(run: Run) -> list[str]:
+    return [
+        stage.name.removeprefix("evaluate ")
+        for stage in stages(run.settings)
+        if stage.name.startswith("evaluate ") and read_manifest(stage.folder(run)) is not None
+    ]
+
+
+def _check_asked_alike(first: Run, second: Run, before: list[Row], after: list[Row]) -> None:
+    asked = [{row["id"]: tuple(row[key] for key in _ASKED) for row in rows} for rows in (before, after)]
+    other = sorted(set(asked[0]) ^ set(asked[1])) or [name for name in asked[0] if asked[0][name] != asked[1][name]]
+    if other:
+        raise OrionError(
+            f"{first.folder} and {second.folder} were not asked the same: {len(other)} of "
+            f"{max(map(len, asked))} questions differ in frame, prompt or truth, {other[0]} first.",
+            "Only runs on the same dataset, split and frame size can be paired.",
+        )

@@ -1,0 +1,155 @@
+"""servers.py: real llama.cpp servers that share the work, and OpenAI's interface."""
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orion_triage import llama_cpp, quantize, vlm
+from orion_triage.config import QuantizeSettings
+from orion_triage.errors import OrionError, ServerError
+from orion_triage.evaluate.backends import Answer, LlamaCppBackend
+from orion_triage.evaluate.servers import Connected, OpenAIBackend, SharedBackend, connect, share
+from orion_triage.triage import parse_verdict
+
+TOKENS = 96
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("servers") / "gguf"
+    quantize.run(vlm.TINY_BASE_FOLDER, folder, QuantizeSettings(), prompts=["x"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def servers(pair: Path) -> Iterator[list[llama_cpp.Server]]:
+    """Two with the Q4_K_M pair, one with the F16."""
+    tools, backbones = llama_cpp.find_toolchain(), (quantize.QUANTIZED, quantize.QUANTIZED, quantize.F16)
+    with ExitStack() as stack:
+        yield [
+            stack.enter_context(
+                llama_cpp.Server(tools, pair / backbone, pair / quantize.MMPROJ, log=pair.parent / f"{number}.log")
+            )
+            for number, backbone in enumerate(backbones)
+        ]
+
+
+def address(server: llama_cpp.Server) -> tuple[str, str]:
+    client = server.client
+    return client.base_url, client._http.headers["Authorization"].removeprefix("Bearer ")
+
+
+def connected(server: llama_cpp.Server) -> Connected:
+    return connect(*address(server), TOKENS)
+
+
+@pytest.mark.llama_cpp
+def test_servers_share_the_work_and_one_that_dies_loses_nothing(
+    servers: list[llama_cpp.Server], drawn_questions: Any
+) -> None:
+    images, prompts = drawn_questions(8)
+    expected = LlamaCppBackend(servers[0].client, max_new_tokens=TOKENS).answer(images, prompts)
+    first, second = connected(servers[0]), connected(servers[1])
+    assert first.identity == second.identity
+    shared = SharedBackend([first, second], pause_seconds=0.01)
+    assert shared.batch_size == 8
+    assert [a.text for a in shared.answer(images, prompts)] == [a.text for a in expected]
+    assert shared.lost == []
+
+    process = servers[1]._process
+    assert process is not None
+    process.kill()
+    process.wait()
+    answers = shared.answer(images, prompts)
+    assert [a.text for a in answers] == [a.text for a in expected]
+    assert all(a.scores is not None for a in answers)
+    assert len(shared.lost) == 1
+    assert second.url in shared.lost[0]
+    assert [a.text for a in shared.answer(images[:2], prompts[:2])] == [a.text for a in expected[:2]]
+
+
+@pytest.mark.llama_cpp
+def test_servers_of_different_models_do_not_share(servers: list[llama_cpp.Server], monkeypatch: Any) -> None:
+    urls, keys = zip(*(address(server) for server in (servers[0], servers[2])), strict=True)
+    by_url = dict(zip(urls, keys, strict=True))
+    from orion_triage.evaluate import servers as module
+
+    monkeypatch.setattr(module, "connect", lambda url, key, tokens: connect(url, by_url[url], tokens))
+    with pytest.raises(OrionError, match=r"orion-f16\.gguf.*must serve the same model"):
+        share(urls, "", TOKENS)
+    backend, first = share(urls[:1], "", TOKENS)
+    assert isinstance(backend, LlamaCppBackend)
+    assert first.model.endswith(quantize.QUANTIZED)
+
+
+def test_without_any_server_left_the_error_names_them_all(drawn_questions: Any) -> None:
+    class Dead:
+        batch_size = 1
+
+        def answer(self, images: Any, prompts: Any) -> list[Answer]:
+            raise ServerError("broke off.")
+
+    shared = SharedBackend([Connected(f"http://{n}", Dead(), "", "", "") for n in range(2)], pause_seconds=0)
+    images, prompts = drawn_questions(3)
+    with pytest.raises(ServerError, match=r"no server is left: http://\d: broke off\.; http://\d: broke off\."):
+        shared.answer(images, prompts)
+
+
+@pytest.mark.llama_cpp
+def test_the_chat_interface_gives_the_same_answers(servers: list[llama_cpp.Server], drawn_questions: Any) -> None:
+    images, prompts = drawn_questions(4)
+    client = servers[2].client
+    expected = [answer.text for answer in LlamaCppBackend(client, max_new_tokens=TOKENS).answer(images, prompts)]
+    chat = OpenAIBackend(client, client.served_model(), max_new_tokens=TOKENS).answer(images, prompts)
+    assert [answer.text for answer in chat] == expected
+    assert all(parse_verdict(answer.text) and answer.scores is None for answer in chat)
+
+
+class _OpenAI(BaseHTTPRequestHandler):
+    """The two pages of OpenAI's interface, and none of llama.cpp's."""
+
+    asked: list[dict[str, Any]]
+
+    def do_GET(self) -> None:
+        self._reply({"data": [{"id": "a-model"}]} if self.path == "/v1/models" else None)
+
+    def do_POST(self) -> None:
+        self.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self._reply({"choices": [{"message": {"content": "said"}}]})
+
+    def _reply(self, value: Any) -> None:
+        body = json.dumps(value or {}).encode()
+        self.send_response(200 if value else 404)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_a_server_without_llama_cpps_pages_is_asked_as_openais(drawn_questions: Any) -> None:
+    _OpenAI.asked = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _OpenAI)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        found = connect(f"http://127.0.0.1:{server.server_port}", "", TOKENS)
+        assert (found.model, found.build) == ("a-model", "OpenAI API")
+        images, prompts = drawn_questions(1)
+        assert found.backend.answer(images, prompts) == [Answer("said")]
+    finally:
+        server.shutdown()
+        server.server_close()
+    (asked,) = _OpenAI.asked
+    assert (asked["model"], asked["temperature"], asked["max_tokens"]) == ("a-model", 0, TOKENS)
+    picture, text = asked["messages"][0]["content"]
+    assert picture["image_url"]["url"].startswith("data:image/png;base64,iVBOR")
+    assert text == {"type": "text", "text": f"\n{prompts[0]}"}
+    with pytest.raises(ServerError, match="no server answers"):
+        connect(f"http://127.0.0.1:{server.server_port}", "", TOKENS)
