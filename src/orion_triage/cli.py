@@ -361,7 +361,7 @@ def report(
     file: FileOption = SplitName.test,
     as_json: JsonOption = False,
 ) -> None:
-    """Collect results.json, report.md and report.png from what has finished, and print the table."""
+    """Collect results.json, report.html, report.md and report.png from what has finished, and print the table."""
     _report(_finished(folder, "dataset", file.value), as_json=as_json)
 
 
@@ -370,7 +370,7 @@ def _report(run: Any, *, as_json: bool) -> None:
 
     from orion_triage.files import write_text
     from orion_triage.fine_tune import read_losses
-    from orion_triage.report import plot
+    from orion_triage.report import html, plot
     from orion_triage.report.render import render_markdown, terminal_tables
     from orion_triage.report.results import build_results, results_path
 
@@ -380,13 +380,15 @@ def _report(run: Any, *, as_json: bool) -> None:
     write_text(results_path(run), text + "\n")
     plot.draw(results, read_losses(run.adapter), run.folder / f"report{suffix}.png")
     write_text(run.folder / f"report{suffix}.md", render_markdown(results, f"report{suffix}.png"))
+    write_text(run.folder / f"report{suffix}.html", html.of_run(run, results))
     if as_json:
         typer.echo(text)
         return
     console = Console()
     for table in terminal_tables(results):
         console.print(table)
-    console.print(f"report: {run.folder / f'report{suffix}.md'}", highlight=False, soft_wrap=True)
+    names = f"{run.folder / f'report{suffix}.md'} and {run.folder / f'report{suffix}.html'}"
+    console.print(f"report: {names}", highlight=False, soft_wrap=True)
 
 
 @app.command(epilog="Example: orion compare runs/tiny runs/other")

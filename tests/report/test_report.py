@@ -11,11 +11,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
-from orion_triage.config import Settings, load_settings
-from orion_triage.evaluate.backends import ConstantBackend
 from orion_triage.evaluate.baselines import LOGISTIC_REGRESSION
 from orion_triage.evaluate.metrics import Prediction
-from orion_triage.evaluate.run import run as evaluate
 from orion_triage.manifest import write_manifest
 from orion_triage.pipeline import Run
 from orion_triage.records import read_split
@@ -76,20 +73,6 @@ def test_words_say_resolved_or_how_many_frames_it_would_take() -> None:
     assert said[4] == "quantized, A: +100.0 points (10 gained, 0 lost), resolved (p = 0.0078)."
     results["deltas"]["quantization"] = differences(answers("HHHHH"), answers("HHHHH"))
     assert sentences(results)[0] == "quantization A; B; C; D: the same frames are right."
-
-
-@pytest.fixture
-def run(small_dataset: Path, tmp_path: Path) -> Run:
-    """A run of which the dataset, the base's and the fine-tuned model's evaluation are finished."""
-    run = Run(tmp_path / "run", load_settings("tiny"))
-    shutil.copytree(small_dataset, run.dataset)
-    write_manifest(run.dataset, stage="dataset", settings={}, inputs={}, seconds=3)
-    records = read_split(run.dataset, "test")
-    for model, answer in (("base", "no"), ("fine-tuned", '{"reason": "r", "category": "HIGH"}')):
-        folder = run.evaluation(model)
-        evaluate(records, run.dataset, ConstantBackend(answer), folder, Settings().evaluate, 256, fingerprint=model)
-        write_manifest(folder, stage=f"evaluate {model}", settings={}, inputs={}, seconds=1)
-    return run
 
 
 def test_results_are_counted_from_predictions_and_name_what_is_missing(run: Run) -> None:
@@ -179,7 +162,7 @@ def test_a_server_of_someone_elses_is_named(run: Run) -> None:
     for own, said in ((figures, True), ({}, False)):
         write_manifest(folder, stage="evaluate quantized", settings={}, inputs={}, seconds=1, figures=own)
         markdown = render_markdown(build_results(run), "report.png")
-        assert ("came from the server at http://127.0.0.1:9\n(other.gguf, llama.cpp b1)" in markdown) is said
+        assert ("came from the server at http://127.0.0.1:9 (other.gguf, llama.cpp b1)" in markdown) is said
 
 
 def test_the_report_says_when_the_bases_own_eyes_are_better(run: Run) -> None:

@@ -18,7 +18,7 @@ def render_markdown(results: dict[str, Any], figure: str) -> str:
 
 
 def from_template(name: str, **values: Any) -> str:
-    """A template beside this module, filled in; a value that it misses is an error."""
+    """A template beside this module, filled in; a value that it misses is an error. Only HTML is escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -27,7 +27,7 @@ def from_template(name: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,  # Markdown, and every value comes from the run itself
+        autoescape=name.endswith(".html.j2"),
     )
     environment.filters |= {
         "percent": percent,
@@ -35,9 +35,10 @@ def from_template(name: str, **values: Any) -> str:
         "rate": rate,
         "interval": interval,
         "shown": shown,
+        "notes": notes,
         "sentences": sentences,
         "resolved": resolved,
-        "surest_half": surest_half,
+        "error_rate_at": error_rate_at,
     }
     environment.filters["megabytes"] = lambda size: f"{size / 1e6:,.1f} MB"
     return environment.get_template(name).render(values)
@@ -65,12 +66,27 @@ def interval(value: dict[str, float | None]) -> str:
     return f"{percent(value['value'])} ({100 * value['low']:.0f}-{100 * value['high']:.0f})"
 
 
-def surest_half(rates: dict[str, Any]) -> float:
-    """The error rate at the smallest coverage of at least a half."""
+def error_rate_at(rates: dict[str, Any], kept: float) -> float:
+    """The error rate of the surest answers, at the smallest coverage of at least `kept` (0 to 1)."""
     curve = rates["risk_coverage"]
     return next(
-        error for coverage, error in zip(curve["coverage"], curve["error_rate"], strict=True) if coverage >= 0.5
+        error for coverage, error in zip(curve["coverage"], curve["error_rate"], strict=True) if coverage >= kept
     )
+
+
+def notes(results: dict[str, Any]) -> list[str]:
+    """What a reader must know before any figure: stages not finished, and answers that are not of this run's pair."""
+    said = []
+    if results["missing"]:
+        said.append(f'Not finished: {", ".join(results["missing"])}. Their figures are left out or "-".')
+    if server := results["foreign_server"]:
+        said.append(
+            f"The quantized answers came from the server at {server['server']} ({server['served_model']}, "
+            f"llama.cpp {server['server_build']}), not from this run's GGUF pair."
+        )
+    if results["foreign_pair"]:
+        said.append(f"The quantized answers came from the pair {results['foreign_pair']}, not from this run's.")
+    return said
 
 
 def shown(results: dict[str, Any], conditions: str = "AB") -> list[tuple[str, str, dict[str, Any]]]:
@@ -96,7 +112,7 @@ def sentences(results: dict[str, Any]) -> list[str]:
     for model in (*MODELS, FLIGHT):
         if model in results["within"]:
             named[f"{model},"] = results["within"][model]
-    said = _against_own_eyes(results["own_eyes"])
+    said = against_own_eyes(results["own_eyes"])
     for name, by_condition in named.items():
         same = [condition for condition, change in by_condition.items() if not change["gained"] + change["lost"]]
         if same:
@@ -105,7 +121,7 @@ def sentences(results: dict[str, Any]) -> list[str]:
     return said
 
 
-def _against_own_eyes(change: dict[str, Any] | None) -> list[str]:
+def against_own_eyes(change: dict[str, Any] | None) -> list[str]:
     """Whether the language model earns its place beside a regression on what its own tower sees."""
     if change is None:
         return []

@@ -1,0 +1,204 @@
+"""results.json and the answers of what flies -> report.html, one file that needs nothing else; pure but for `of_run`.
+
+Answers are a model's output and names come from a dataset: the template escapes every value.
+"""
+
+import base64
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from orion_triage.evaluate.conditions import CONDITIONS
+from orion_triage.evaluate.run import Row, prediction_of, read_predictions
+from orion_triage.frames import CAMERA_SIZE, read_frame, shrink
+from orion_triage.records import image_path, read_split
+from orion_triage.report import charts
+from orion_triage.report.render import against_own_eyes, from_template
+from orion_triage.report.results import FLIGHT, MODELS, blank_ruled
+from orion_triage.triage import CATEGORIES, Category, Coordinates, format_degrees, render_prompt
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from orion_triage.pipeline import Run
+
+THUMBNAIL_SIZE = 160  # pixels
+GALLERY = 12  # answers
+Thumbnail = Callable[[str], bytes | None]  # a row's `image` -> JPEG, None where the frame is gone
+
+
+@dataclass(frozen=True)
+class WrongAnswer:
+    """A card of the gallery. `predicted` is None for an answer without a verdict; `by_rule`: LOW because blank."""
+
+    condition: str
+    name: str
+    image: str
+    place: str
+    truth: Category
+    predicted: Category | None
+    by_rule: bool
+    cost: float
+    confidence: float
+    scores: dict[str, float]
+    answer: str
+    prompt: str
+
+
+def of_run(run: "Run", results: dict[str, Any]) -> str:
+    """The report of a run with its frames, as far as they are still there."""
+    model = flown(results)
+    if model is None:
+        return render_html(results, [], lambda image: None)
+    rows = read_predictions(run.evaluation("constrained" if model == FLIGHT else model))
+    paths = {record.image: image_path(run.dataset, record) for record in read_split(run.dataset, run.split)}
+    return render_html(results, rows, lambda image: thumbnail(paths[image]))
+
+
+def thumbnail(path: "Path") -> bytes | None:
+    """The frame as a JPEG of 160x160; None where 'orion clean' has removed it."""
+    if not path.is_file():
+        return None
+    picture = io.BytesIO()
+    shrink(read_frame(path, CAMERA_SIZE).image, THUMBNAIL_SIZE).save(picture, "JPEG", quality=80)
+    return picture.getvalue()
+
+
+def render_html(results: dict[str, Any], rows: Sequence[Row], thumbnail: Thumbnail) -> str:
+    """The document; `rows` are the lines of predictions.jsonl from which the answers of `flown` derive."""
+    model = flown(results)
+    models = [name for name in (*MODELS, FLIGHT) if name in results["models"]]
+    scored = [name for name in models if "brier" in results["models"][name]["B"]]
+    surest = [name for name in ("quantized", FLIGHT) if name in scored] or scored[-1:]
+    wrong = wrong_answers(results, rows)
+    return from_template(
+        "report.html.j2",
+        results=results,
+        conditions=CONDITIONS,
+        categories=[category.value for category in CATEGORIES],
+        flown=model,
+        models=models,
+        scored=scored,
+        headline=[(condition, headline(results["models"][model][condition])) for condition in "BA"] if model else [],
+        own_eyes=against_own_eyes(results["own_eyes"]),
+        accuracy_chart=charts.accuracies(results, models) if models else None,
+        budget_chart=charts.value_against_budget(results, scored) if scored else None,
+        sureness_charts=[charts.reliability(results, name) for name in surest]
+        + ([charts.risk_coverage(results, surest)] if surest else []),
+        matrices=[
+            (name, condition, matrix(results["models"][name][condition]["confusion"]))
+            for name in models
+            for condition in "BA"
+        ],
+        shape_of=charts.shape_of,
+        parts=lambda name: re.split(r"(?<=[/_])|(?<=\.)(?=.*_)", name),  # where a long name may be broken
+        wrong_count=len(wrong),
+        asked_count=sum(row["condition"] in "AB" for row in rows),
+        gallery=[(answer, _data_address(thumbnail(answer.image))) for answer in wrong[:GALLERY]],
+        figures=flat(results["figures"]),
+    )
+
+
+def flown(results: dict[str, Any]) -> str | None:
+    """The model that is nearest to what flies: the flight's, else the last of the ladder; None before any."""
+    return results["ladder"][-1]["model"] if results["ladder"] else None
+
+
+def headline(rates: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The three rates of a mission, each {count, total, rate, low, high}."""
+    accuracy = {"count": rates["right"], "total": rates["count"], "rate": rates["accuracy"]}
+    accuracy |= {"low": rates["accuracy_low"], "high": rates["accuracy_high"]}
+    return [
+        ("HIGH recall", rates["high_recall"]),
+        ("Irrecoverable loss", rates["irrecoverable_loss"]),
+        ("Accuracy", accuracy),
+    ]
+
+
+def matrix(confusion: dict[str, dict[str, int]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Truth -> cells {answer, count, share of the row, lost}; an answer's column stays out if it is unknown and never.
+
+    Lost is what nothing brings back: a HIGH or MEDIUM frame called LOW.
+    """
+    unparsable = any(row["unparsable"] for row in confusion.values())
+    return [
+        (
+            truth,
+            [
+                {
+                    "answer": answer,
+                    "count": count,
+                    "share": count / max(1, sum(row.values())),
+                    "lost": answer == Category.LOW and truth != Category.LOW,
+                }
+                for answer, count in row.items()
+                if answer in CATEGORIES or unparsable
+            ],
+        )
+        for truth, row in confusion.items()
+    ]
+
+
+def wrong_answers(results: dict[str, Any], rows: Sequence[Row]) -> list[WrongAnswer]:
+    """Wrong answers under A and B, the costliest first, then the surest; no verdict costs its truth's most.
+
+    A blank frame's answer is LOW by rule where the flight's rule is part of the model.
+    """
+    places = {row["name"]: row["coordinates"] for row in rows if row["condition"] == "A"}
+    costs = dict(zip(CATEGORIES, results["settings"]["mission"]["costs"], strict=True))
+    blank = results["blank_frames"] if flown(results) == FLIGHT else []
+    ruled = blank_ruled([prediction_of(row) for row in rows], blank)
+    wrong = []
+    for row, prediction in zip(rows, ruled, strict=True):
+        predicted = prediction.predicted
+        if prediction.condition not in "AB" or predicted == prediction.truth:
+            continue
+        priced = costs[prediction.truth]
+        scores = dict(zip(CATEGORIES, prediction.scores or (), strict=False))
+        asked = Coordinates(**row["coordinates"]) if row["coordinates"] else None
+        wrong.append(
+            WrongAnswer(
+                condition=prediction.condition,
+                name=prediction.name,
+                image=row["image"],
+                place=_in_words(places.get(prediction.name)),
+                truth=prediction.truth,
+                predicted=predicted,
+                by_rule=prediction.name in blank,
+                cost=priced[CATEGORIES.index(predicted)] if predicted else max(priced),
+                confidence=scores.get(predicted, 0.0) if predicted else 0.0,
+                scores={category.value: score for category, score in scores.items()},
+                answer=visible(row["answer"]),
+                prompt=render_prompt(asked),
+            )
+        )
+    return sorted(wrong, key=lambda answer: (-answer.cost, -answer.confidence, answer.name, answer.condition))
+
+
+def visible(text: str) -> str:
+    """Characters that a page would swallow, or that would turn its direction, as Python's escapes."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def flat(figures: dict[str, Any], above: str = "") -> list[tuple[str, str]]:
+    """Nested figures as (dotted name, value), lists in one line."""
+    rows = []
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            rows += flat(value, f"{above}{name}.")
+        else:
+            shown = ", ".join(str(part) for part in value) if isinstance(value, list) else str(value)
+            rows.append((f"{above}{name}", shown))
+    return rows
+
+
+def _in_words(place: dict[str, float] | None) -> str:
+    if place is None:
+        return "no coordinates"
+    return f"longitude {format_degrees(place['lon'])}, latitude {format_degrees(place['lat'])}"
+
+
+def _data_address(picture: bytes | None) -> str:
+    return "data:image/jpeg;base64," + base64.b64encode(picture).decode() if picture else ""

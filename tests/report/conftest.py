@@ -1,0 +1,27 @@
+"""A small finished run for the reports."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from orion_triage.config import Settings, load_settings
+from orion_triage.evaluate.backends import ConstantBackend
+from orion_triage.evaluate.run import run as evaluate
+from orion_triage.manifest import write_manifest
+from orion_triage.pipeline import Run
+from orion_triage.records import read_split
+
+
+@pytest.fixture
+def run(small_dataset: Path, tmp_path: Path) -> Run:
+    """A run of which the dataset, the base's and the fine-tuned model's evaluation are finished."""
+    run = Run(tmp_path / "run", load_settings("tiny"))
+    shutil.copytree(small_dataset, run.dataset)
+    write_manifest(run.dataset, stage="dataset", settings={}, inputs={}, seconds=3)
+    records = read_split(run.dataset, "test")
+    for model, answer in (("base", "no"), ("fine-tuned", '{"reason": "r", "category": "HIGH"}')):
+        folder = run.evaluation(model)
+        evaluate(records, run.dataset, ConstantBackend(answer), folder, Settings().evaluate, 256, fingerprint=model)
+        write_manifest(folder, stage=f"evaluate {model}", settings={}, inputs={}, seconds=1)
+    return run

@@ -1,0 +1,415 @@
+"""report.html: one file that needs nothing else, says what results.json says, and lets no answer become markup."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from tests.chromium import Chromium
+
+from orion_triage.manifest import write_manifest
+from orion_triage.pipeline import Run, prepare
+from orion_triage.report import charts, html
+from orion_triage.report.results import build_results
+from orion_triage.triage import CATEGORIES
+
+HOSTILE = ("<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "' onload='alert(1)", "{{ 7 * 7 }}")
+BLOCKS = {"td", "th", "tr", "br", "div", "small", "p", "li", "dt", "dd", "caption"}  # apart from the text before them
+VOID = {"meta", "br", "img", "wbr", "path", "rect", "circle", "polyline"}
+ADDRESSES = {"src", "href", "xlink:href", "srcset", "poster", "action", "formaction", "data", "background"}
+
+
+class Document(HTMLParser):
+    """What a browser would find: balanced elements, their attributes, and the text of each."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.texts: list[tuple[str, str]] = []  # (element, its whole text), in order of its end
+        self._open: list[tuple[str, list[str]]] = []
+        self.feed(text)
+        self.close()
+        assert not self._open, f"not closed: {self._open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert len({name for name, _ in attrs}) == len(attrs), f"an attribute twice in {tag}"
+        self.elements.append((tag, {name: value or "" for name, value in attrs}))
+        if tag in BLOCKS:
+            self.handle_data(" ")
+        if tag not in VOID:
+            self._open.append((tag, []))
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        assert tag in VOID
+
+    def handle_endtag(self, tag: str) -> None:
+        name, parts = self._open.pop()
+        assert name == tag, f"</{tag}> ends <{name}>"
+        self.texts.append((tag, " ".join("".join(parts).split())))
+
+    def handle_data(self, data: str) -> None:
+        for _, parts in self._open:
+            parts.append(data)
+
+    def all(self, tag: str) -> list[str]:
+        return [text for name, text in self.texts if name == tag]
+
+    def attributes(self, name: str) -> list[str]:
+        return [attributes[name] for _, attributes in self.elements if name in attributes]
+
+    def section(self, start: str) -> str:
+        return next(text for text in self.all("section") if text.startswith(start))
+
+
+def check(text: str) -> Document:
+    """The document, well-formed, accessible as far as a parser sees it, and without anything from outside."""
+    document = Document(text)
+    names = {tag for tag, _ in document.elements}
+    assert not names & {"script", "link", "iframe", "object", "embed", "form", "base", "audio", "video"}
+    for tag, attributes in document.elements:
+        assert not [name for name in attributes if name.startswith("on")], (tag, attributes)
+        for name in ADDRESSES & set(attributes):
+            assert attributes[name].startswith(("#", "data:image/jpeg;base64,")), (tag, name, attributes[name])
+    styles = " ".join(document.all("style") + document.attributes("style"))
+    assert "url(" not in styles
+    assert "@import" not in styles
+    levels = [int(tag[1]) for tag, _ in document.elements if re.fullmatch("h[1-6]", tag)]
+    assert levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in zip([0, *levels], levels, strict=False))
+    assert all(attributes.get("scope") in ("row", "col") for tag, attributes in document.elements if tag == "th")
+    assert len(document.all("table")) == len(document.all("caption"))
+    assert all(attributes.get("alt") for tag, attributes in document.elements if tag == "img")
+    assert [attributes["lang"] for tag, attributes in document.elements if tag == "html"] == ["en"]
+    ids = document.attributes("id")
+    assert len(set(ids)) == len(ids)
+    named = [name for value in document.attributes("aria-labelledby") for name in value.split()]
+    assert set(named) | {href[1:] for href in document.attributes("href")} <= set(ids)
+    return document
+
+
+@pytest.fixture
+def flown(run: Run) -> Run:
+    """The small run with its constrained answers, all right and 0.9 sure."""
+    folder = run.evaluation("constrained")
+    shutil.copytree(run.evaluation("fine-tuned"), folder)
+    for row in _rows(folder):
+        _say(run, row["condition"], row["name"], row["truth"], 0.9)
+    return run
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+def _say(run: Run, condition: str, name: str, category: str | None, sure: float = 0.0, answer: str = "said") -> None:
+    """Let one answer of the constrained evaluation be `category` with probability `sure`; None is no verdict."""
+    folder, rows = run.evaluation("constrained"), _rows(run.evaluation("constrained"))
+    for row in rows:
+        if (row["condition"], row["name"]) == (condition, name):
+            rest = {other.value: (1 - sure) / 2 for other in CATEGORIES}
+            row["category"], row["scores"] = category, rest | {category: sure} if category else None
+            row["answer"] = answer
+    (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_manifest(folder, stage="evaluate constrained", settings={}, inputs={}, seconds=1)
+
+
+def _document(run: Run) -> Document:
+    return check(html.of_run(run, build_results(run)))
+
+
+def test_the_headline_is_what_flies_without_coordinates_and_with_them(flown: Run) -> None:
+    _say(flown, "B", "high_place_18", "LOW", 0.8)
+    document = _document(flown)
+    headline = document.section("Headline")
+    assert "Not finished: fine-tune, fuse, quantize" in headline
+    assert 'blank frames ("flight")' in headline
+    assert "B vision only A full system HIGH recall 50.0 % 1 of 2 9 to 91 % 100.0 % 2 of 2 34 to 100 %" in headline
+    assert "Irrecoverable loss 25.0 % 1 of 4 5 to 70 % 0.0 % 0 of 4 0 to 49 %" in headline
+    assert "Accuracy 83.3 % 5 of 6 44 to 97 % 100.0 % 6 of 6 61 to 100 %" in headline
+    titles = document.all("h2")
+    assert titles == [
+        "Headline", "The four conditions", "What is called what", "Where it is gained and lost",
+        "Value against budget", "How sure, and rightly so", "In orbit", "Worst errors",
+        "What these figures can show", "Provenance",
+    ]  # fmt: skip
+    assert "the grammar resolved: no 100.0 % +4 \N{MINUS SIGN}0 83.3 % +4 \N{MINUS SIGN}1" in document.section(
+        "Where it is gained"
+    )
+    assert "flight 9.1 %" not in document.section("Value against budget")
+    assert "Under 300 frames a calibration error would be mostly" in document.section("How sure")
+    assert "fine_tune.learning_rate 0.0002 0.004" in document.section("Provenance")
+
+
+def test_the_worst_errors_come_first(flown: Run) -> None:
+    _say(flown, "A", "low_place_20", "HIGH", 0.99)  # costs 1
+    _say(flown, "B", "medium_place_19", "LOW", 0.7)  # 3
+    _say(flown, "A", "medium_place_19", "LOW", 0.8)  # 3, surer
+    _say(flown, "A", "high_place_18", None)  # 10, the row's most, and not sure of anything
+    _say(flown, "B", "high_place_18", "LOW", 0.6)  # 10
+    _say(flown, "D", "high_place_21", "LOW", 0.9)  # not asked here
+    document = _document(flown)
+    cards = [title for title in document.all("h3") if "_place_" in title]
+    assert cards == [
+        "high_place_18, B vision only", "high_place_18, A full system", "medium_place_19, A full system",
+        "medium_place_19, B vision only", "low_place_20, A full system",
+    ]  # fmt: skip
+    gallery = document.section("Worst errors")
+    assert "5 of the 12 answers of flight under A and B are wrong. The costliest" in gallery
+    assert "HIGH called LOW (lost) HIGH 0.20, MEDIUM 0.20, LOW 0.60; cost 10" in gallery
+    assert "HIGH called nothing: no verdict no scores; cost 10" in gallery
+    assert "orion_dataset/images/high_place_18.png longitude 85.06, latitude 26.0" in gallery
+    assert gallery.count("captured at Longitude: 85.06, Latitude: 26.0.") == 1  # under A, and not under B
+    pictures = [attributes for tag, attributes in document.elements if tag == "img"]
+    assert len(pictures) == 5
+    assert pictures[0]["alt"] == "The frame high_place_18, whose true category is HIGH"
+    results = build_results(flown)
+    results["settings"]["mission"]["costs"][2][0] = 11  # a mission that minds nothing more than needless sending
+    assert html.wrong_answers(results, _rows(flown.evaluation("constrained")))[0].name == "low_place_20"
+
+
+def test_the_gallery_shows_at_most_twelve(flown: Run) -> None:
+    for row in _rows(flown.evaluation("constrained")):
+        if row["condition"] in "AB":
+            _say(flown, row["condition"], row["name"], "LOW" if row["truth"] != "LOW" else "HIGH", 0.5)
+    results = build_results(flown)
+    rows = [row | {"name": f"{row['name']}{copy}"} for copy in "ab" for row in _rows(flown.evaluation("constrained"))]
+    document = check(html.render_html(results, rows, lambda image: None))
+    assert "24 of the 24 answers of flight under A and B are wrong; here are the worst 12." in document.section("Worst")
+    assert len([title for title in document.all("h3") if "_place_" in title]) == 12
+
+
+def test_no_errors_are_said(flown: Run) -> None:
+    gallery = _document(flown).section("Worst errors")
+    assert gallery == "Worst errors No errors: all 12 answers of flight under A and B are right."
+
+
+def test_frames_that_are_gone_are_said(flown: Run) -> None:
+    _say(flown, "B", "high_place_18", "LOW", 0.8)
+    results = build_results(flown)
+    shutil.rmtree(flown.dataset / "orion_dataset")
+    document = check(html.of_run(flown, results))
+    assert "img" not in {tag for tag, _ in document.elements}
+    assert "The frame was removed by 'orion clean'." in document.section("Worst errors")
+
+
+def test_a_blank_frame_is_low_by_rule_in_the_gallery_too(flown: Run) -> None:
+    Image.new("RGB", (512, 512), (9, 9, 30)).save(flown.dataset / "orion_dataset/images/high_place_18.png")
+    document = _document(flown)
+    gallery = document.section("Worst errors")
+    assert gallery.count("HIGH called LOW (lost) HIGH 0.00, MEDIUM 0.00, LOW 1.00; cost 10") == 2
+    assert gallery.count("LOW by rule, whatever the model answers") == 2
+    shutil.rmtree(flown.evaluation("constrained"))
+    assert "LOW by rule" not in _document(flown).section("Worst errors")
+
+
+def test_a_run_says_what_it_has_not_evaluated(run: Run) -> None:
+    document = _document(run)
+    assert "What is nearest to flying in this run: fine-tuned." in document.section("Headline")
+    assert "always HIGH 2/6 33.3 %" in document.section("The four conditions")
+    assert "No model's answers have scores" in document.section("Value against budget")
+    assert "8 of the 12 answers of fine-tuned under A and B are wrong" in document.section("Worst errors")
+    shutil.rmtree(run.folder / "evaluation")
+    document = _document(run)
+    assert "evaluate base" in document.section("Headline")
+    for section in ("Headline", "The four conditions", "What is called what", "In orbit", "Worst errors"):
+        assert "No model has been evaluated on this split yet." in document.section(section)
+    shutil.rmtree(run.dataset)
+    assert "Not finished: dataset" in _document(run).section("Headline")
+
+
+def test_hostile_text_is_text(flown: Run) -> None:
+    for hostile in HOSTILE:
+        _say(flown, "B", "high_place_18", "LOW", 0.8, answer=hostile + "\u202e\x00\ud800")
+        results = build_results(flown)
+        results |= {"preset": hostile, "split": hostile, "missing": [hostile], "foreign_pair": hostile}
+        results["foreign_server"] = {"server": hostile, "served_model": hostile, "server_build": hostile}
+        results["overrides"] = results["figures"] = {hostile: [hostile, hostile]}
+        results["versions"], results["seconds"], results["bytes"] = {hostile: hostile}, {hostile: 1.0}, {hostile: 1}
+        results["baselines"][hostile] = results["baselines"].pop("colour k-NN")
+        rows = [
+            row | {"name": row["name"] + hostile, "image": hostile} for row in _rows(flown.evaluation("constrained"))
+        ]
+        text = html.render_html(results, rows, lambda image: b"jpeg")
+        document = check(text)
+        assert document.all("title")[0] == f"Triage evaluation: {hostile}, {hostile} split"
+        (card,) = [answer for answer in document.all("code") if answer.startswith(hostile)]
+        assert card == hostile + "\\u202e\\x00\\ud800"
+        assert "49" not in card
+        assert document.section("Worst errors").count(hostile) == 3
+        text.encode()
+
+
+def test_someone_elses_server_is_named(flown: Run) -> None:
+    results = build_results(flown)
+    results["foreign_server"] = {"server": "http://127.0.0.1:9", "served_model": "other.gguf", "server_build": "b1"}
+    document = check(html.render_html(results, [], lambda image: None))
+    assert "came from the server at http://127.0.0.1:9 (other.gguf, llama.cpp b1)" in document.section("Headline")
+
+
+def test_the_operating_point_has_its_section(flown: Run) -> None:
+    results = build_results(flown)
+    rates = {"count": 1, "total": 2, "rate": 0.5, "low": 0.09, "high": 0.91}
+    point = {
+        "high_recall": rates,
+        "irrecoverable_loss": rates,
+        "downlink": {"sent": 0.25, "dropped": 0.125},
+        "cost": 0.5,
+    }
+    for threshold, said in ((0.42, "drops a frame at P(LOW) of at least 0.42"), (2.0, "drops no frame")):
+        results["operating_point"] = {"low_threshold": threshold, "A": point, "B": point}
+        document = check(html.render_html(results, [], lambda image: None))
+        assert said in document.section("Operating point")
+        assert "dropped 12.5 % 12.5 % cost a frame 0.50 0.50" in document.section("Operating point")
+
+
+def test_confusions_show_what_is_lost_and_what_is_unparsable() -> None:
+    confusion = {
+        "HIGH": {"HIGH": 3, "MEDIUM": 0, "LOW": 1, "unparsable": 0},
+        "MEDIUM": {"HIGH": 0, "MEDIUM": 4, "LOW": 0, "unparsable": 0},
+        "LOW": {"HIGH": 0, "MEDIUM": 0, "LOW": 0, "unparsable": 0},
+    }
+    rows = html.matrix(confusion)
+    assert [cell["answer"] for cell in rows[0][1]] == ["HIGH", "MEDIUM", "LOW"]
+    assert [cell["share"] for cell in rows[0][1]] == [0.75, 0, 0.25]
+    assert [[cell["lost"] for cell in cells] for _, cells in rows] == [[False, False, True]] * 2 + [[False] * 3]
+    confusion["LOW"]["unparsable"] = 1
+    assert [cell["answer"] for cell in html.matrix(confusion)[0][1]] == ["HIGH", "MEDIUM", "LOW", "unparsable"]
+
+
+def test_charts_stand_where_their_figures_are(flown: Run) -> None:
+    _say(flown, "B", "high_place_18", "LOW", 0.8)
+    results = build_results(flown)
+    bottom, height = charts.HEIGHT - charts.BOTTOM, charts.HEIGHT - charts.TOP - charts.BOTTOM
+    chart = charts.accuracies(results, ["base", "flight"])
+    assert [dot.y for dot in chart.dots] == [
+        round(bottom - height * results["models"][model][condition]["accuracy"], 1)
+        for condition in "ABCD"
+        for model in ("base", "flight")
+    ]
+    assert all(dot.high <= dot.y <= dot.low for dot in chart.dots)
+    assert {key.text for key in chart.keys} == {"base", "flight", "majority class", "colour k-NN", "coordinates k-NN"}
+    value = charts.value_against_budget(results, ["flight"]).lines[-1].points.split()
+    ends = [tuple(float(part) for part in point.split(",")) for point in (value[0], value[-1])]
+    assert ends == [(charts.LEFT, bottom), (charts.WIDTH - charts.RIGHT, charts.TOP)]
+    surer, less = charts.reliability(results, "flight").dots[::-1]
+    assert (surer.label, surer.y, less.label, less.y) == ("5", charts.TOP, "1", bottom)
+    assert surer.x > less.x
+    assert surer.radius > less.radius
+    kept = charts.risk_coverage(results, ["flight"])
+    assert [tick.lines[0] for tick in kept.up_ticks][-1] == "20"  # one of six wrong
+    assert [float(part) for part in kept.lines[0].points.split()[0].split(",")] == [charts.LEFT, bottom]
+
+
+def test_the_command_writes_it_for_each_split_and_names_it(flown: Run) -> None:
+    prepare(flown)
+    for split, name in (("test", "report.html"), ("val", "report-val.html")):
+        command = [sys.executable, "-m", "orion_triage.cli", "report", "--run", str(flown.folder), "--file", split]
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "120"}, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.rstrip().splitlines()[-1].endswith(f" and {flown.folder / name}")
+        assert f"{split} split" in check((flown.folder / name).read_text()).all("title")[0]
+
+
+def test_colours_keep_their_contrast() -> None:
+    """WCAG 2.2: 4.5 for text, 3 for what is drawn, in both modes."""
+    style = (resources.files("orion_triage.report") / "report.html.j2").read_text()
+    light, dark = (dict(re.findall(r"--(\w+): (#\w{6})", block)) for block in re.findall(r":root \{\n([^}]+)\}", style))
+    assert set(light) == set(dark)
+    for colours in (light, dark):
+        for text in ("ink", "quiet", "link"):
+            for ground in ("paper", "panel"):
+                assert contrast(colours[text], colours[ground]) >= 4.5, (text, ground)
+        assert contrast(colours["ink"], colours["shade"]) >= 4.5
+        for drawn in ("base", "tuned", "quantized", "flight", "other", "plain", "lost"):
+            assert contrast(colours[drawn], colours["panel"]) >= 3, drawn
+        assert contrast(colours["lost"], colours["shade"]) >= 3
+
+
+def contrast(first: str, second: str) -> float:
+    def luminance(colour: str) -> float:
+        parts = [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)]
+        red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    dark, light = sorted((luminance(first), luminance(second)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
+    browser = Chromium(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+CLIPPED = """[...document.querySelectorAll("svg text")].filter(text => {
+    const inside = text.getBoundingClientRect(), box = text.closest("svg").getBoundingClientRect();
+    return inside.left < box.left - 1 || inside.right > box.right + 1
+        || inside.top < box.top - 1 || inside.bottom > box.bottom + 1;
+}).map(text => text.textContent)"""
+
+
+def faults(chromium: Chromium, path: Path, width: int, *, dark: bool) -> list[str]:
+    """What is wrong with a page at this width: what it asked for, what it complained of, what sticks out."""
+    chromium.open(path, width=width, height=844, dark=dark)
+    own = path.resolve().as_uri()
+    found = [f"asked for {address[:60]}" for address in chromium.requests if address.split("#")[0] != own]
+    found = [fault for fault in found if not fault.startswith("asked for data:")]
+    found += [f"said {complaint}" for complaint in chromium.complaints]
+    full, shown = chromium.evaluate("(e => [e.scrollWidth, e.clientWidth])(document.documentElement)")
+    found += [f"{full} wide instead of {shown}"] if full > shown else []
+    return found + [f"clipped: {text}" for text in chromium.evaluate(CLIPPED)]
+
+
+@pytest.mark.browser
+def test_a_browser_shows_it_on_a_phone_and_a_desktop_light_and_dark(
+    flown: Run, chromium: Chromium, tmp_path: Path
+) -> None:
+    """Through the DevTools protocol over a pipe (tests/chromium.py): no package is needed for it."""
+    _say(flown, "B", "high_place_18", "LOW", 0.8, answer="".join(HOSTILE) + "a" * 300)
+    _say(flown, "A", "high_place_18", None, answer="?")
+    path = tmp_path / "report.html"
+    path.write_text(html.of_run(flown, build_results(flown)))
+    grounds = {}
+    for width in (360, 390, 1280):
+        for dark in (False, True):
+            assert faults(chromium, path, width, dark=dark) == []
+            picture = tmp_path / f"report-{width}-{'dark' if dark else 'light'}.png"
+            chromium.picture(picture)
+            with Image.open(picture) as shown:
+                assert shown.width == width
+                grounds[width, dark] = sum(shown.convert("RGB").getpixel((2, 2)))
+    assert all((ground < 100) is dark and (ground > 600) is not dark for (_, dark), ground in grounds.items())
+    assert chromium.evaluate("document.images.length") == 2
+    assert chromium.evaluate("[...document.images].every(image => image.naturalWidth === 160)")
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ('<img src="http://127.0.0.1:9/frame.png" alt="">', "asked for http://127.0.0.1:9/frame.png"),
+        ("<script>console.error('broken')</script>", "said broken"),
+        ("<script>undefined.call()</script>", "said Uncaught"),
+        ('<p style="width: 1500px">wide</p>', "1508 wide instead of"),
+        ('<svg width="50" height="50"><text x="40" y="20">long text</text></svg>', "clipped: long text"),
+    ],
+)
+def test_the_browser_test_sees_a_fault(chromium: Chromium, tmp_path: Path, body: str, said: str) -> None:
+    path = tmp_path / "bad.html"
+    meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    path.write_text(f"<!DOCTYPE html><html><head>{meta}<title>bad</title></head><body>{body}</body></html>")
+    for width in (390, 1280):
+        assert [fault for fault in faults(chromium, path, width, dark=False) if fault.startswith(said)]
