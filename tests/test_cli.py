@@ -186,6 +186,8 @@ def test_a_run_leaves_every_product_and_its_receipts(finished: Path) -> None:
     assert set(results["seconds"]) == {stage.name for stage in STAGES}
     for rates in results["models"].values():
         assert {condition: figures["count"] for condition, figures in rates.items()} == dict.fromkeys("ABCD", 6)
+    documented = (Path(__file__).parents[1] / "docs" / "results.md").read_text()
+    assert [key for key in (*results, *results["models"]["flight"]["D"]) if f"`{key}`" not in documented] == []
     types = read_manifest(run / "gguf").figures["tensor_types"]["orion-q4_k_m.gguf"]  # type: ignore[union-attr]
     assert "Q4_K" in types
     report = (run / "report.md").read_text()
