@@ -150,6 +150,7 @@ def test_an_adapter_without_its_base_file_is_taken_with_a_warning(
     assert [text for text in figures["warnings"] if "'o_proj_' changed no module" in text]
 
 
+@pytest.mark.filterwarnings("ignore:.*checkpointing.* is deprecated:FutureWarning")
 def test_an_adapter_that_asked_for_o_proj_as_published_loads_and_fuses(
     small_base: Path, small_dataset: Path, tmp_path: Path
 ) -> None:

@@ -176,6 +176,7 @@ class _Shrinking:
 
     def __init__(self, client: llama_cpp.Client) -> None:
         self.client = client
+        self.chat = client.chat
 
     def completion(self, prompt: str, image_png: bytes, max_tokens: int, **options: object) -> object:
         frame = decode_frame(image_png, "frame.png", 256)
