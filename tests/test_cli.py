@@ -169,6 +169,7 @@ def test_a_run_leaves_every_product_and_its_receipts(finished: Path) -> None:
         "evaluation/test/base/predictions.jsonl",
         "evaluation/test/fine-tuned/predictions.jsonl",
         "evaluation/test/quantized/predictions.jsonl",
+        "report.html",
         "report.md",
         "report.png",
     ):
