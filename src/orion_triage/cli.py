@@ -293,13 +293,12 @@ def ladder(
     force: ForceOption = False,
 ) -> None:
     """Evaluate every step between base and flight, so that a loss has an address; finished ones are skipped."""
-    from orion_triage.pipeline import stages
+    from orion_triage.pipeline import evaluations
 
     asked = [f"ladder.quantizations={quantizations}"] if quantizations else []
     current = _run(preset, [*assignments, "ladder.enabled=true", *asked], folder, file.value)
-    for stage in stages(current.settings):
-        if stage.name.startswith("evaluate "):
-            _stage(stage, current, force)
+    for stage in evaluations(current.settings).values():
+        _stage(stage, current, force)
     _report(current, as_json=False)
 
 

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
     from orion_triage.config import MissionSettings
     from orion_triage.evaluate.metrics import Prediction
-    from orion_triage.evaluate.statistics import Integers
     from orion_triage.evaluate.value import OperatingPoint
     from orion_triage.pipeline import Run
 
@@ -39,7 +38,7 @@ def choose(run: "Run", max_irrecoverable_loss: float) -> dict[str, Any]:
     the scores there best (it changes no order, so no decision).
     """
     from orion_triage.evaluate import value
-    from orion_triage.evaluate.judgement import scores_of
+    from orion_triage.evaluate.judgement import scores_of, truth_of
     from orion_triage.evaluate.metrics import under
     from orion_triage.evaluate.run import prediction_of, read_predictions
 
@@ -63,7 +62,7 @@ def figures(rows: "Sequence[Prediction]", point: "OperatingPoint", mission: "Mis
     import numpy as np
 
     from orion_triage.evaluate import value
-    from orion_triage.evaluate.judgement import scores_of
+    from orion_triage.evaluate.judgement import scores_of, truth_of
 
     truth, guess = truth_of(rows), value.decide(scores_of(rows), point)
     return {
@@ -73,18 +72,10 @@ def figures(rows: "Sequence[Prediction]", point: "OperatingPoint", mission: "Mis
     }
 
 
-def truth_of(rows: "Sequence[Prediction]") -> "Integers":
-    import numpy as np
-
-    from orion_triage.triage import CATEGORIES
-
-    return np.array([CATEGORIES.index(row.truth) for row in rows], dtype=np.int64)
-
-
 def tempered(rows: "Sequence[Prediction]", temperature: float) -> dict[str, float]:
     """Negative log-likelihood and Brier score of one condition's scores, softened by the temperature of val."""
     from orion_triage.evaluate import value
-    from orion_triage.evaluate.judgement import scores_of
+    from orion_triage.evaluate.judgement import scores_of, truth_of
 
     truth, scores = truth_of(rows), value.temper(scores_of(rows), temperature)
     return {

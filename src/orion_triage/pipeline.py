@@ -257,6 +257,12 @@ def stages(settings: Settings) -> tuple[Stage, ...]:
     return (*before, VISION_FEATURES, *LADDER_BEFORE, *rungs, quantized, CONSTRAINED)
 
 
+def evaluations(settings: Settings) -> dict[str, Stage]:
+    """Model -> the stage that evaluates it, in order."""
+    word = "evaluate "
+    return {stage.name.removeprefix(word): stage for stage in stages(settings) if stage.name.startswith(word)}
+
+
 def _dataset_inputs(run: Run) -> dict[str, Path]:
     from importlib import resources
 

@@ -251,7 +251,11 @@ def test_hostile_text_is_text(flown: Run) -> None:
 
 def test_someone_elses_server_is_named(flown: Run) -> None:
     results = build_results(flown)
-    results["foreign_server"] = {"server": "http://127.0.0.1:9", "served_model": "other.gguf", "server_build": "b1"}
+    results["foreign_server"] = {
+        "server": "http://127.0.0.1:9",
+        "served_model": "other.gguf",
+        "server_build": "llama.cpp b1",
+    }
     document = check(html.render_html(results, [], lambda image: None))
     assert "came from the server at http://127.0.0.1:9 (other.gguf, llama.cpp b1)" in document.section("Headline")
 

@@ -158,7 +158,7 @@ def test_a_pair_of_someone_elses_is_named(run: Run) -> None:
 def test_a_server_of_someone_elses_is_named(run: Run) -> None:
     folder = run.evaluation("quantized")
     shutil.copytree(run.evaluation("base"), folder)
-    figures = {"server": "http://127.0.0.1:9", "served_model": "other.gguf", "server_build": "b1"}
+    figures = {"server": "http://127.0.0.1:9", "served_model": "other.gguf", "server_build": "llama.cpp b1"}
     for own, said in ((figures, True), ({}, False)):
         write_manifest(folder, stage="evaluate quantized", settings={}, inputs={}, seconds=1, figures=own)
         markdown = render_markdown(build_results(run), "report.png")

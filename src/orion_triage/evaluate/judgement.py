@@ -33,7 +33,7 @@ def judge(
     are not independent. Where places have several frames, so are those of the rates, over places: Wilson's would take
     every frame for a place of its own. An answer without scores counts as one third each.
     """
-    truth = np.array([CATEGORIES.index(p.truth) for p in predictions], dtype=np.int64)
+    truth = truth_of(predictions)
     guess = np.array(
         [CATEGORIES.index(p.predicted) if p.predicted is not None else NO_VERDICT for p in predictions], dtype=np.int64
     )
@@ -84,6 +84,11 @@ def _by_place(hits: NDArray[np.bool_], places: Sequence[str]) -> tuple[float | N
     """The bootstrap interval of a rate over whole places."""
     low, high = cluster_bootstrap(lambda rows: float(hits[rows].mean()), places, seed=_SEED)
     return _number(low), _number(high)
+
+
+def truth_of(predictions: Sequence[Prediction]) -> Integers:
+    """[frames], as indices into CATEGORIES."""
+    return np.array([CATEGORIES.index(p.truth) for p in predictions], dtype=np.int64)
 
 
 def scores_of(predictions: Sequence[Prediction]) -> value.Floats:

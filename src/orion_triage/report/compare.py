@@ -8,7 +8,7 @@ from orion_triage.evaluate.conditions import CONDITIONS
 from orion_triage.evaluate.metrics import under
 from orion_triage.evaluate.run import Row, prediction_of, read_predictions
 from orion_triage.manifest import read_manifest
-from orion_triage.pipeline import DECODINGS, Run, stages
+from orion_triage.pipeline import DECODINGS, Run, evaluations
 from orion_triage.report.results import differences
 
 _ASKED = ("pixels_sha256", "prompt_sha256", "truth")  # what must be the same for an answer to be compared
@@ -79,11 +79,8 @@ def compare_decodings(run: Run) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def _evaluated(run: Run) -> list[str]:
-    return [
-        stage.name.removeprefix("evaluate ")
-        for stage in stages(run.settings)
-        if stage.name.startswith("evaluate ") and read_manifest(stage.folder(run)) is not None
-    ]
+    found = evaluations(run.settings).items()
+    return [model for model, stage in found if read_manifest(stage.folder(run)) is not None]
 
 
 def _check_asked_alike(first: Run, second: Run, before: list[Row], after: list[Row]) -> None:

@@ -82,7 +82,7 @@ def notes(results: dict[str, Any]) -> list[str]:
     if server := results["foreign_server"]:
         said.append(
             f"The quantized answers came from the server at {server['server']} ({server['served_model']}, "
-            f"llama.cpp {server['server_build']}), not from this run's GGUF pair."
+            f"{server['server_build']}), not from this run's GGUF pair."
         )
     if results["foreign_pair"]:
         said.append(f"The quantized answers came from the pair {results['foreign_pair']}, not from this run's.")

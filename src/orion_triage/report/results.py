@@ -20,7 +20,7 @@ from orion_triage.evaluate.run import prediction_of, read_predictions
 from orion_triage.evaluate.statistics import holm
 from orion_triage.frames import CAMERA_SIZE, is_blank, read_frame
 from orion_triage.manifest import Manifest, read_manifest
-from orion_triage.pipeline import Run, stages
+from orion_triage.pipeline import Run, evaluations, stages
 from orion_triage.records import image_path, read_split
 from orion_triage.triage import CATEGORIES, Category
 
@@ -48,9 +48,9 @@ def build_results(run: Run) -> dict[str, Any]:
     vision = features.read(run.vision_features) if "vision features" in finished else None
     of_frames = _of_frames(run, finished.get("dataset"), vision)
     predictions = {
-        name.removeprefix("evaluate "): [prediction_of(row) for row in read_predictions(stage.folder(run))]
-        for stage in stages(settings)
-        if (name := stage.name).startswith("evaluate ") and name in finished
+        model: [prediction_of(row) for row in read_predictions(stage.folder(run))]
+        for model, stage in evaluations(settings).items()
+        if stage.name in finished
     }
     if "constrained" in predictions:
         predictions[FLIGHT] = blank_ruled(predictions["constrained"], of_frames["blank_frames"])
