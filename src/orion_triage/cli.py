@@ -401,8 +401,9 @@ def compare(
     from rich.table import Table
 
     from orion_triage.pipeline import open_run
-    from orion_triage.report.compare import compare_runs, spread
+    from orion_triage.report.compare import compare_runs
     from orion_triage.report.render import change_in_words, percent
+    from orion_triage.report.seeds import spread
 
     if len(folders) < 2:
         raise typer.BadParameter("give two runs or more", param_hint="'RUN RUN...'")

@@ -20,7 +20,7 @@ _PAIR = (quantize.QUANTIZED, quantize.MMPROJ, quantize.PAIR)
 # Of the results: what was measured. Settings and receipts hold paths of this machine.
 _PUBLISHED = (
     "schema_version", "preset", "split", "frames", "models", "deltas", "within", "own_eyes", "ladder", "parity",
-    "baselines", "size_ranking", "operating_point", "seconds", "versions",
+    "training_seeds", "baselines", "size_ranking", "operating_point", "seconds", "versions",
 )  # fmt: skip
 
 

@@ -268,12 +268,14 @@ def test_the_operating_point_has_its_section(flown: Run) -> None:
         "irrecoverable_loss": rates,
         "downlink": {"sent": 0.25, "dropped": 0.125},
         "cost": 0.5,
+        "negative_log_likelihood": 0.33,
     }
     for threshold, said in ((0.42, "drops a frame at P(LOW) of at least 0.42"), (2.0, "drops no frame")):
-        results["operating_point"] = {"low_threshold": threshold, "A": point, "B": point}
+        results["operating_point"] = {"low_threshold": threshold, "temperature": 1.75, "A": point, "B": point}
         document = check(html.render_html(results, [], lambda image: None))
         assert said in document.section("Operating point")
         assert "dropped 12.5 % 12.5 % cost a frame 0.50 0.50" in document.section("Operating point")
+        assert "fits val best (1.75), the scores here have an NLL of 0.33 in B" in document.section("Operating point")
 
 
 def test_confusions_show_what_is_lost_and_what_is_unparsable() -> None:

@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +12,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
+from orion_triage.config import load_settings
+from orion_triage.errors import OrionError
 from orion_triage.evaluate.baselines import LOGISTIC_REGRESSION
 from orion_triage.evaluate.metrics import Prediction
-from orion_triage.manifest import write_manifest
-from orion_triage.pipeline import Run
+from orion_triage.manifest import remove_outputs, write_manifest
+from orion_triage.pipeline import Run, open_run, prepare
 from orion_triage.records import read_split
 from orion_triage.report import plot
 from orion_triage.report.render import accuracy_rows, render_markdown, resolved, sentences, terminal_tables
@@ -179,3 +182,46 @@ def test_the_report_says_when_the_bases_own_eyes_are_better(run: Run) -> None:
     assert "vision features is better than the fine-tuned model without coordinates" in sentences(results)[0]
     results["own_eyes"] |= {"gained": 4, "lost": 0}
     assert "does not beat the fine-tuned model" in sentences(results)[0]
+
+
+def test_runs_that_differ_in_the_training_seed_only_are_reported_together(run: Run, tmp_path: Path) -> None:
+    def beside(name: str, **assignments: Any) -> Path:
+        settings = load_settings("tiny", [f"fine_tune.{key}={value}" for key, value in assignments.items()])
+        other = Run(tmp_path / name, settings)
+        shutil.copytree(run.folder, other.folder)
+        prepare(other)
+        for receipt in other.folder.rglob("evaluation/*/*/manifest.json"):
+            receipt.write_text(json.dumps(json.loads(receipt.read_text()) | {"inputs": {"dataset": "the same"}}))
+        return other.folder
+
+    beside("longer", seed=45, epochs=9)
+    first, second = beside("first"), beside("second", seed=44)
+    assert build_results(open_run(first))["training_seeds"]["seeds"] == [42, 44]
+    predictions = second / "evaluation/test/fine-tuned/predictions.jsonl"
+    rows = [json.loads(line) for line in predictions.read_text().splitlines()]
+    predictions.write_text(
+        "".join(
+            json.dumps(row | ({"category": row["truth"]} if row["condition"] == "A" else {})) + "\n" for row in rows
+        )
+    )
+    results = build_results(open_run(first))
+    alone = results["models"]["fine-tuned"]["A"]["accuracy"]
+    assert alone < 1
+    assert results["training_seeds"]["accuracies"]["fine-tuned"]["A"] == [alone, 1.0]
+    assert "base" not in results["training_seeds"]["accuracies"]
+    text = render_markdown(results, "report.png")
+    assert f"| fine-tuned | A | {100 * alone:.1f} % | {50 * (1 + alone):.1f} % | 100.0 % |" in text
+    receipt = second / "evaluation/test/fine-tuned/manifest.json"
+    receipt.write_text(json.dumps(json.loads(receipt.read_text()) | {"inputs": {"dataset": "another"}}))
+    assert build_results(open_run(first))["training_seeds"] is None
+
+
+def test_figures_of_another_version_are_not_taken_over(run: Run) -> None:
+    results = build_results(run)
+    remove_outputs(run.dataset, lambda name: name.endswith(".png"))
+    path = run.folder / "results.json"
+    path.write_text(json.dumps(results))
+    assert build_results(run)["baselines"] == results["baselines"]
+    path.write_text(json.dumps(results | {"schema_version": 2}))
+    with pytest.raises(OrionError, match="schema version 2, not 3"):
+        build_results(run)

@@ -1,15 +1,14 @@
 """Answers to the same frames and prompts: two runs, model by model, or one model decoded in several ways."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from orion_triage.errors import OrionError
 from orion_triage.evaluate.conditions import CONDITIONS
 from orion_triage.evaluate.metrics import under
 from orion_triage.evaluate.run import Row, prediction_of, read_predictions
-from orion_triage.manifest import read_manifest
-from orion_triage.pipeline import DECODINGS, Run, evaluations
+from orion_triage.pipeline import DECODINGS, Run
 from orion_triage.report.results import differences
+from orion_triage.report.seeds import evaluated
 
 _ASKED = ("pixels_sha256", "prompt_sha256", "truth")  # what must be the same for an answer to be compared
 
@@ -19,7 +18,7 @@ def compare_runs(first: Run, second: Run) -> dict[str, dict[str, dict[str, Any]]
 
     Raises OrionError when no model was, or when the two were not asked the same.
     """
-    both = [name for name in _evaluated(first) if name in _evaluated(second)]
+    both = [name for name in evaluated(first) if name in evaluated(second)]
     if not both:
         raise OrionError(
             f"{first.folder} and {second.folder} have no model evaluated in both on {first.split}.",
@@ -40,19 +39,6 @@ def compare_runs(first: Run, second: Run) -> dict[str, dict[str, dict[str, Any]]
             for condition, change in changes.items()
         }
     return compared
-
-
-def spread(runs: Sequence[Run]) -> dict[str, dict[str, list[float]]]:
-    """Model -> condition -> accuracy of every run, in their order: of models that all of them evaluated."""
-    common = [name for name in _evaluated(runs[0]) if all(name in _evaluated(run) for run in runs[1:])]
-    found: dict[str, dict[str, list[float]]] = {}
-    for model in common:
-        rows = [[prediction_of(row) for row in read_predictions(run.evaluation(model))] for run in runs]
-        found[model] = {
-            c: [sum(p.predicted == p.truth for p in asked) / len(asked) for side in rows if (asked := under(side, c))]
-            for c in CONDITIONS
-        }
-    return found
 
 
 def compare_decodings(run: Run) -> dict[str, dict[str, dict[str, Any]]]:
@@ -76,11 +62,6 @@ def compare_decodings(run: Run) -> dict[str, dict[str, dict[str, Any]]]:
             for condition in CONDITIONS
         }
     return compared
-
-
-def _evaluated(run: Run) -> list[str]:
-    found = evaluations(run.settings).items()
-    return [model for model, stage in found if read_manifest(stage.folder(run)) is not None]
 
 
 def _check_asked_alike(first: Run, second: Run, before: list[Row], after: list[Row]) -> None:

@@ -1,5 +1,6 @@
 """results.json -> report.md and the terminal's tables; pure."""
 
+import statistics
 from typing import TYPE_CHECKING, Any
 
 from orion_triage.evaluate.baselines import LOGISTIC_REGRESSION
@@ -40,6 +41,7 @@ def from_template(name: str, **values: Any) -> str:
         "resolved": resolved,
         "error_rate_at": error_rate_at,
     }
+    environment.filters["median"] = statistics.median
     environment.filters["megabytes"] = lambda size: f"{size / 1e6:,.1f} MB"
     return environment.get_template(name).render(values)
 

@@ -22,9 +22,10 @@ from orion_triage.frames import CAMERA_SIZE, is_blank, read_frame
 from orion_triage.manifest import Manifest, read_manifest
 from orion_triage.pipeline import Run, evaluations, stages
 from orion_triage.records import image_path, read_split
+from orion_triage.report.seeds import over_training_seeds
 from orion_triage.triage import CATEGORIES, Category
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MODELS = ("base", "fine-tuned", "quantized")
 DELTAS = {"fine-tuning": ("base", "fine-tuned"), "quantization": ("fine-tuned", "quantized")}
 FLIGHT = "flight"  # the constrained answers with the rule for blank frames: what `orion triage` does
@@ -78,6 +79,7 @@ def build_results(run: Run) -> dict[str, Any]:
             if first in predictions and second in predictions
         },
         "own_eyes": _against_own_eyes(of_frames["baselines"], predictions.get("fine-tuned")),
+        "training_seeds": over_training_seeds(run),
         "within": {model: between_conditions(rows) for model, rows in predictions.items()},
         "ladder": ladder(predictions, settings.ladder.quantizations, settings.quantize.type),
         "parity": f16.figures["parity"] if f16 else None,
@@ -192,6 +194,12 @@ def _of_frames(run: Run, dataset: Manifest | None, vision: Mapping[str, Any] | N
 def _of_last_report(run: Run) -> dict[str, Any]:
     try:
         value = json.loads(results_path(run).read_text(encoding="utf-8"))
+        version = value["schema_version"]
+        if version != SCHEMA_VERSION:
+            raise OrionError(
+                f"{results_path(run)} has schema version {version}, not {SCHEMA_VERSION}: its figures are not read.",
+                "Make the frames again: 'orion dataset --force'.",
+            )
         return {name: value[name] for name in ("baselines", "blank_frames", "size_ranking")}
     except FileNotFoundError:
         raise OrionError(
