@@ -24,7 +24,7 @@ from orion_triage.dataset.synthetic import draw_tile, tile_seed
 from orion_triage.frames import shrink
 from orion_triage.records import Record
 from orion_triage.rehearse import machine
-from orion_triage.triage import Coordinates, Verdict
+from orion_triage.triage import Verdict
 
 
 def synchronize() -> None:
@@ -72,8 +72,7 @@ def main() -> None:
 
     records, frames = [], {}
     for target in load_catalogue()[: settings.fine_tune.micro_batch_size]:
-        where = Coordinates(target.lon, target.lat)
-        records.append(Record(target.name, where, Verdict(target.reason, target.category)))
+        records.append(Record(target.name, target.coordinates, Verdict(target.reason, target.category)))
         frames[target.name] = shrink(draw_tile(target.morphology, tile_seed(0, target.name)).image, size)
     batch = fine_tune.collator(processor, frames)(records).to(device)
 

@@ -1,13 +1,16 @@
 """Small real things for the tests: a random LFM2-VL base, frames, and a dataset in the published layout."""
 
+import csv
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from orion_triage.dataset.catalogue import COLUMNS, Target, load_catalogue
 from orion_triage.frames import shrink
 from orion_triage.records import IMAGES_FOLDER, Record, write_split
 from orion_triage.triage import CATEGORIES, Category, Coordinates, Verdict, render_prompt
@@ -32,6 +35,28 @@ REASONS = {
     Category.MEDIUM: "Ordinary street grid beside checkerboard fields.",
     Category.LOW: "Unbroken dunes without any human infrastructure.",
 }
+
+
+def places_of(*morphologies: str, count: int) -> list[Target]:
+    """The first `count` places of each of these morphologies (of all, if none is named) in the shipped catalogue."""
+    seen: Counter[str] = Counter()
+    targets = []
+    for target in load_catalogue():
+        seen[target.morphology] += 1
+        if seen[target.morphology] <= count and target.morphology in (morphologies or seen):
+            targets.append(target)
+    return targets
+
+
+def write_catalogue(path: Path, targets: Iterable[Target]) -> Path:
+    """A catalogue file with these places."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        for t in targets:
+            assert t.coordinates is not None
+            writer.writerow([t.name, t.category, t.morphology, t.coordinates.lon, t.coordinates.lat, t.reason])
+    return path
 
 
 @pytest.fixture(scope="session")
@@ -143,7 +168,7 @@ def drawn_questions() -> Callable[[int], tuple[list[Image.Image], list[str]]]:
         images, prompts = [], []
         for target in load_catalogue()[:: 360 // count][:count]:
             images.append(shrink(draw_tile(target.morphology, tile_seed(1, target.name)).image, 256))
-            prompts.append(render_prompt(Coordinates(target.lon, target.lat) if len(images) % 2 else None))
+            prompts.append(render_prompt(target.coordinates if len(images) % 2 else None))
         return images, prompts
 
     return draw

@@ -190,9 +190,11 @@ class _Handler(BaseHTTPRequestHandler):
             elif name in self.hub.repositories:
                 self._reply(409, {"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"})
             else:
-                self.hub.repositories[name] = Repository(private=asked.get("visibility") == "private")
+                kind = "datasets" if asked.get("type") == "dataset" else "models"
+                self.hub.repositories[name] = Repository(kind, private=asked.get("visibility") == "private")
                 self.hub.repositories[name].commit({})
-                self._reply(200, {"url": f"{self.hub.url}/{name}", "id": name})
+                address = f"{self.hub.url}/{'datasets/' if kind == 'datasets' else ''}{name}"
+                self._reply(200, {"url": address, "id": name})
         elif path.endswith(".git/info/lfs/objects/batch"):
             objects = [
                 {**wanted, "actions": {"upload": {"href": f"{self.hub.url}/lfs/{wanted['oid']}"}}}

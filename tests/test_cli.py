@@ -1,6 +1,5 @@
 """The command line as a user meets it: real processes, exit status, both output streams."""
 
-import csv
 import json
 import os
 import re
@@ -15,12 +14,11 @@ import pytest
 
 from orion_triage import llama_cpp, quantize
 from orion_triage.config import Settings
-from orion_triage.dataset.catalogue import load_catalogue
 from orion_triage.manifest import read_manifest
 from orion_triage.pipeline import stages
 from orion_triage.vlm import TINY_BASE_FOLDER
 
-from .conftest import SHARED, structured_picture
+from .conftest import SHARED, places_of, structured_picture, write_catalogue
 
 STAGES = stages(Settings())
 ORION = [sys.executable, "-m", "orion_triage.cli"]
@@ -60,9 +58,9 @@ def test_starting_up_loads_no_heavy_library() -> None:
     assert result.stdout.strip() == "set()"
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, "dataset check", "dataset view", "dataset push"])
 def test_every_command_explains_itself_with_an_example(command: str) -> None:
-    result = orion(command, "--help")
+    result = orion(*command.split(), "--help")
     assert result.returncode == 0
     assert f"Example: orion {command}" in result.stdout
 
@@ -110,16 +108,7 @@ def test_a_bad_dataset_line_is_named_before_training(tmp_path: Path, small_datas
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with runs/small: the shipped base, 36 places, two epochs; every stage through the command line."""
     folder = tmp_path_factory.mktemp("cli")
-    wanted = {"ocean_water": 12, "urban_grid": 12, "mega_airport": 12}
-    with (folder / "places.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["name", "category", "morphology", "lon", "lat", "reason"])
-        for target in load_catalogue():
-            if wanted.get(target.morphology, 0):
-                wanted[target.morphology] -= 1
-                writer.writerow(
-                    [target.name, target.category, target.morphology, target.lon, target.lat, target.reason]
-                )
+    write_catalogue(folder / "places.csv", places_of("ocean_water", "urban_grid", "mega_airport", count=12))
     result = orion(*_run_command(), cwd=folder)
     assert result.returncode == 0, result.stderr
     layers = json.loads((TINY_BASE_FOLDER / "config.json").read_text())["text_config"]["layer_types"]

@@ -55,6 +55,9 @@ def test_each_file_has_an_outcome_and_only_pictures_are_asked_about(tmp_path: Pa
     assert d.verdict is None
     assert "d.png: the model gave no verdict" in d.error
     assert backend.asked == [((256, 256), render_prompt(None))] * 2
+    asked = Saying(HIGH.to_json())
+    (without,) = triage_files([tmp_path / "c.png"], asked, 256, blank_rule=False)
+    assert (without.verdict, without.blank, len(asked.asked)) == (HIGH, False, 1)
 
 
 def test_the_native_size_of_a_resized_frame_is_kept(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ from PIL import Image
 from orion_triage.errors import FrameError
 from orion_triage.frames import RAW_BYTES, decode_frame, is_blank, noise_frame, read_frame, shrink
 
+from .conftest import SHARED
+
 
 def picture(width: int = 512, height: int = 512, mode: str = "RGB") -> Image.Image:
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -84,3 +86,29 @@ def test_noise_is_the_one_of_the_protocol() -> None:
     uniform = np.random.randint(0, 256, (512, 512, 3)).astype(np.uint8)
     assert np.array_equal(np.asarray(noise_frame("uniform", 512)), uniform)
     assert noise_frame("uniform", 256).tobytes() == shrink(Image.fromarray(uniform), 256).tobytes()
+
+
+@pytest.mark.parametrize("logo", [False, True])
+@pytest.mark.parametrize("form", ["plain", "jpeg", "dithered"])
+@pytest.mark.parametrize(
+    "colour", [(0, 0, 0), (6, 6, 8), (255, 255, 255), (249, 251, 250), (170, 211, 223), (12, 60, 20)]
+)
+def test_every_frame_of_one_colour_is_blank(colour: tuple[int, int, int], form: str, logo: bool) -> None:
+    """As tile servers send it: as it is, through JPEG, or a grey level up here and there; with their logo or not."""
+    pixels = np.full((512, 512, 3), colour, dtype=np.uint8)
+    if form == "dithered":
+        up = np.random.default_rng(1).random((512, 512)) < 0.2
+        pixels[up] = np.minimum(pixels[up].astype(int) + 1, 255)
+    if logo:
+        pixels[494:508, 8:120] = np.random.default_rng(2).integers(0, 256, (14, 112, 1))
+    image = Image.fromarray(pixels, "RGB")
+    if form == "jpeg":
+        image = Image.open(io.BytesIO(encoded(image, "JPEG"))).convert("RGB")
+    assert is_blank(image)
+
+
+@pytest.mark.shared
+def test_of_the_real_frames_only_open_water_is_blank() -> None:
+    frames = sorted((SHARED / "frames").glob("*.png"))
+    assert len(frames) == 25
+    assert [path.name for path in frames if is_blank(read_frame(path, 512).image)] == ["XBand_r1_orion_frame_0001.png"]

@@ -5,9 +5,10 @@ gives the reason beside the value, and `overrides` lists the departures for the 
 """
 
 import tomllib
+from datetime import date
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -18,6 +19,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    model_validator,
 )
 
 from orion_triage.errors import OrionError
@@ -40,15 +42,38 @@ class BaseSettings(Section):
 class DatasetSettings(Section):
     """The places, their split and the imagery."""
 
-    folder: str = ""  # a dataset in the published layout: a folder or a Hub id; empty: made from the catalogue
-    source: Literal["synthetic"] = "synthetic"
-    catalogue: str = ""  # a CSV file; empty: the shipped one
-    metres_per_pixel: PositiveFloat = 10.0  # ground sample distance of a 512x512 frame (Sentinel-2: 10)
+    # Where the frames come from: drawn tiles, a SimSat server, a STAC catalogue of Sentinel-2, or `folder`.
+    source: Literal["synthetic", "simsat", "sentinel2", "directory"] = "synthetic"
+    folder: str = ""  # of pictures with a table, or a dataset in the published layout: a folder or a Hub id
+    catalogue: str = ""  # CSV, JSONL or GeoJSON of places; empty: the shipped one
+    url: str = ""  # of the SimSat or STAC server; empty: the source's own default
+    metres_per_pixel: PositiveFloat = 10.0  # ground sample distance of a drawn frame (Sentinel-2: 10)
+    altitude_km: PositiveFloat = 500.0  # of SimSat's satellite: higher sees more, coarser
+    # Sentinel-2 scenes between these days: a fixed period gives the same scenes again.
+    captured_from: date = date(2023, 1, 1)
+    captured_to: date = date(2024, 12, 31)
+    largest_cloud_share: float = Field(default=0.1, ge=0, le=1)  # of a Sentinel-2 frame; less drops more places
+    largest_missing_share: float = Field(default=0.05, ge=0, le=1)  # of places without a picture; more stops the build
     split_seed: int = 42
     imagery_seed: int = 7
     split_distance_km: PositiveFloat = 100.0  # no two splits have places closer than this
-    # Test frames; 0: one a place. More draws several tiles a place, which says less than as many other places would.
+    # Test frames; 0: one a place. With synthetic imagery more draws several tiles a place, which says less than as many
+    # other places would.
     test_size: NonNegativeInt = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _folder_is_a_directory_source(cls, values: Any) -> Any:
+        """A folder says by itself where the frames come from."""
+        if isinstance(values, dict) and values.get("folder") and "source" not in values:
+            return values | {"source": "directory"}
+        return values
+
+    @model_validator(mode="after")
+    def _source_and_folder_agree(self) -> Self:
+        if (self.source == "directory") != bool(self.folder):
+            raise ValueError("source is directory exactly when a folder is given (--dataset FOLDER)")
+        return self
 
 
 class FineTuneSettings(Section):
@@ -170,6 +195,8 @@ def load_settings(preset: str = "tiny", assignments: tuple[str, ...] | list[str]
 def _describe(problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         return "there is no such key"
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
     return f"{problem['msg'].lower()} (got {problem['input']!r})"
 
 

@@ -11,6 +11,13 @@ from pathlib import Path
 from orion_triage.errors import OrionError
 
 
+def cache_folder() -> Path:
+    """ORION_CACHE, or the user's cache folder: what can be fetched or built again."""
+    if chosen := os.environ.get("ORION_CACHE"):
+        return Path(chosen).resolve()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "orion-triage"
+
+
 def sha256_of_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

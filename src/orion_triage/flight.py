@@ -39,11 +39,13 @@ def triage_files(
     *,
     point: "OperatingPoint | None" = None,
     resize: bool = False,
+    blank_rule: bool = True,
 ) -> Iterator[FrameVerdict]:
     """Verdicts in the order of `paths`; a refused file becomes an outcome with `error`, and work goes on.
 
     With an operating point, the scores decide the category, and the reason stays the model's. A blank frame is LOW by
-    rule and is not asked about: it would cost downlink and shows nothing, whatever a model makes of it.
+    rule and is not asked about: it would cost downlink and shows nothing, whatever a model makes of it. Without
+    `blank_rule` the model is asked about it as about any other.
     """
     prompt = render_prompt(None)
     for path in paths:
@@ -53,7 +55,7 @@ def triage_files(
         except FrameError as error:
             yield FrameVerdict(str(path), None, time.monotonic() - began, error=str(error))
             continue
-        if is_blank(frame.image):
+        if blank_rule and is_blank(frame.image):
             verdict = Verdict(BLANK_REASON, Category.LOW)
             yield FrameVerdict(str(path), verdict, time.monotonic() - began, frame.native_size, blank=True)
             continue
@@ -82,6 +84,7 @@ def triage_with_pair(
     log: Path,
     point: "OperatingPoint | None" = None,
     resize: bool = False,
+    blank_rule: bool = True,
     progress: Progress = silent,
 ) -> Iterator[FrameVerdict]:
     """`triage_files` with the GGUF pair in the folder `gguf`, behind a server that lives as long as the iteration."""
@@ -89,4 +92,4 @@ def triage_with_pair(
     toolchain = llama_cpp.find_toolchain(progress)
     with llama_cpp.Server(toolchain, gguf / quantize.QUANTIZED, gguf / quantize.MMPROJ, log=log) as server:
         backend = LlamaCppBackend(server.client, max_new_tokens=ANSWER_TOKENS, constrained=True)
-        yield from triage_files(paths, backend, frame_size, point=point, resize=resize)
+        yield from triage_files(paths, backend, frame_size, point=point, resize=resize, blank_rule=blank_rule)

@@ -21,7 +21,7 @@ _FILES: dict[Kind, list[str]] = {
     "model": ["*.safetensors", *_TEXTS],
     "adapter": ["adapter_model.safetensors", *_TEXTS],
     "GGUF pair": ["*.gguf", *_TEXTS],
-    "dataset": ["*.jsonl", "*.png", "*.jpg", "*.jpeg", *_TEXTS],
+    "dataset": ["*.jsonl", "*.csv", "*.geojson", "*.png", "*.jpg", "*.jpeg", *_TEXTS],
 }
 _ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
@@ -70,7 +70,9 @@ def _snapshot(repository: str, revision: str, kind: Kind) -> Path:
     return Path(folder)
 
 
-def push(files: dict[str, Path | bytes], repository: str, *, message: str, private: bool = True) -> str:
+def push(
+    files: dict[str, Path | bytes], repository: str, *, message: str, private: bool = True, kind: Kind = "model"
+) -> str:
     """Upload {name in the repository: a file, or its bytes} as one commit; returns the commit's address.
 
     The repository is created, private unless told otherwise, if need be.
@@ -79,9 +81,10 @@ def push(files: dict[str, Path | bytes], repository: str, *, message: str, priva
 
     operations = [CommitOperationAdd(name, content) for name, content in files.items()]
     api = HfApi()
-    with _explained(repository, "main", "model"):
-        api.create_repo(repository, private=private, exist_ok=True)
-        return str(api.create_commit(repository, operations, commit_message=message).commit_url)
+    repo_type = "dataset" if kind == "dataset" else "model"
+    with _explained(repository, "main", kind):
+        api.create_repo(repository, private=private, exist_ok=True, repo_type=repo_type)
+        return str(api.create_commit(repository, operations, commit_message=message, repo_type=repo_type).commit_url)
 
 
 @contextmanager
@@ -135,5 +138,5 @@ def _explained(repository: str, revision: str, kind: Kind) -> Iterator[None]:
         raise OrionError(f"{what}: {endpoint} answered {status} ({reason}).", fix) from None
     except errors.OfflineModeIsEnabled:
         raise OrionError(f"{what}: HF_HUB_OFFLINE is set.", "Unset HF_HUB_OFFLINE.") from None
-    except http_error:
+    except (http_error, ConnectionError):  # the second is the upload library's
         raise unreachable from None

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO
 
 from orion_triage.errors import OrionError
-from orion_triage.files import replaced_folder, require_free_space, sha256_of_file, write_text
+from orion_triage.files import cache_folder, replaced_folder, require_free_space, sha256_of_file, write_text
 from orion_triage.llama_server import Client, Server
 from orion_triage.progress import Progress, silent
 
@@ -65,13 +65,6 @@ class Toolchain:
     llama_server: Path
     build: int
     origin: str
-
-
-def cache_folder() -> Path:
-    """ORION_CACHE, or the user's cache folder."""
-    if own := os.environ.get("ORION_CACHE"):
-        return Path(own).resolve()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "orion-triage"
 
 
 def find_toolchain(progress: Progress = silent) -> Toolchain:

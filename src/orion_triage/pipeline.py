@@ -321,16 +321,12 @@ def _do(stage: Stage, run: Run, inputs: dict[str, str], progress: Progress) -> m
 
 
 def check_inputs(run: Run) -> None:
-    """What a run needs from outside, looked at before the first stage spends minutes: the base and the catalogue."""
-    from orion_triage.dataset.catalogue import load_catalogue, split_targets
+    """What a run needs from outside, looked at before the first stage spends minutes: the base and the places."""
+    from orion_triage.dataset import build
 
-    settings = run.settings.dataset
     _ = run.base
-    if settings.folder:
-        hub.locate(settings.folder, "dataset")
-        return
-    targets = load_catalogue(Path(settings.catalogue) if settings.catalogue else None)
-    split_targets(targets, seed=settings.split_seed, distance_km=settings.split_distance_km)
+    if build.published_folder(run.settings.dataset) is None:
+        build.plan(run.settings.dataset)
 
 
 def clean(run: Run) -> int:

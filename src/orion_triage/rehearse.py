@@ -20,7 +20,7 @@ from typing import Any
 from orion_triage import llama_cpp, quantize
 from orion_triage.config import load_settings
 from orion_triage.errors import OrionError
-from orion_triage.files import replaced_folder, require_free_space, write_text
+from orion_triage.files import cache_folder, replaced_folder, require_free_space, write_text
 from orion_triage.manifest import read_manifest
 from orion_triage.pipeline import Run
 from orion_triage.progress import Progress, silent
@@ -124,7 +124,7 @@ def run(preset: str, folder: Path, *, steps: int = 0, progress: Progress = silen
 
 def figures_path(preset: str) -> Path:
     """Where the last rehearsal's figures lie: the user's cache, since they belong to the machine."""
-    return llama_cpp.cache_folder() / "rehearsals" / f"{preset}.json"
+    return cache_folder() / "rehearsals" / f"{preset}.json"
 
 
 def machine() -> dict[str, Any]:
@@ -170,9 +170,9 @@ def _config(preset: str) -> tuple[Any, Any]:
     """(tokenizer, configuration): a tokenizer of our own, in the published vocabulary's place."""
     from orion_triage.dataset.catalogue import load_catalogue
     from orion_triage.tiny_base.architecture import make_config, train_tokenizer
-    from orion_triage.triage import Coordinates, render_prompt
+    from orion_triage.triage import render_prompt
 
-    texts = [render_prompt(Coordinates(target.lon, target.lat)) for target in load_catalogue()]
+    texts = [render_prompt(target.coordinates) for target in load_catalogue()]
     texts += [target.reason for target in load_catalogue()]
     tokenizer = train_tokenizer(texts, 2048)
     return tokenizer, make_config(tokenizer, **SHAPES[preset])
@@ -208,20 +208,19 @@ def make_base(preset: str, folder: Path, progress: Progress = silent) -> None:
 
 def make_dataset(folder: Path, train_records: int) -> None:
     """Drawn tiles under the catalogue's prompts and reasons: enough records for a rehearsal."""
-    from orion_triage.dataset.build import image_name
+    from orion_triage.dataset.build import image_name, records_of
     from orion_triage.dataset.catalogue import load_catalogue
+    from orion_triage.dataset.sources import Shot
     from orion_triage.dataset.synthetic import draw_tile, tile_seed
     from orion_triage.records import IMAGES_FOLDER, Record, Split, write_split
-    from orion_triage.triage import Coordinates, Verdict
 
     targets = load_catalogue()[:_FRAMES]
     with replaced_folder(folder) as new:
         (new / IMAGES_FOLDER).mkdir(parents=True)
-        records = []
-        for target in targets:
-            draw_tile(target.morphology, tile_seed(0, target.name)).image.save(new / image_name(target))
-            where = Coordinates(target.lon, target.lat)
-            records.append(Record(image_name(target), where, Verdict(target.reason, target.category)))
+        records: list[Record] = []
+        for shot in map(Shot, targets):
+            draw_tile(shot.target.morphology, tile_seed(0, shot.name)).image.save(new / image_name(shot))
+            records += records_of(shot, "test")
         counts: dict[Split, int] = {"train": train_records, "val": 1, "test": 1}
         for split, count in counts.items():
             write_split(new, split, [records[index % len(records)] for index in range(count)])

@@ -5,10 +5,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from tests.conftest import places_of, write_catalogue
 
 from orion_triage.config import DatasetSettings, MissionSettings
 from orion_triage.dataset import build
-from orion_triage.dataset.catalogue import load_catalogue
 from orion_triage.errors import OrionError
 from orion_triage.evaluate.judgement import judge
 from orion_triage.evaluate.metrics import Prediction
@@ -18,23 +18,13 @@ from orion_triage.triage import Category, Coordinates
 
 @pytest.fixture
 def places(tmp_path: Path) -> Path:
-    """A catalogue of six places of every morphology."""
-    import csv
-
-    counts: Counter[str] = Counter()
-    path = tmp_path / "places.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["name", "category", "morphology", "lon", "lat", "reason"])
-        for t in load_catalogue():
-            counts[t.morphology] += 1
-            if counts[t.morphology] <= 6 and t.morphology in ("ocean_water", "urban_grid", "mega_port"):
-                writer.writerow([t.name, t.category, t.morphology, t.lon, t.lat, t.reason])
-    return path
+    """A catalogue of six places of each of three morphologies."""
+    targets = places_of("ocean_water", "urban_grid", "mega_port", count=6)
+    return write_catalogue(tmp_path / "places.csv", targets)
 
 
 def test_several_tiles_a_place_are_all_different_and_only_in_test(places: Path, tmp_path: Path) -> None:
-    settings = DatasetSettings(catalogue=str(places), split_distance_km=1.0, test_size=8)
+    settings = DatasetSettings(catalogue=str(places), split_distance_km=8.0, test_size=8)
     plain = build.run(tmp_path / "plain", settings.model_copy(update={"test_size": 0}))
     figures = build.run(tmp_path / "more", settings)
     assert (plain["records"]["test"], figures["records"]["test"]) == (3, 8)

@@ -9,11 +9,11 @@ import pytest
 from orion_triage.dataset.catalogue import (
     COLUMNS,
     MORPHOLOGIES,
-    great_circle_km,
     load_catalogue,
-    split_targets,
 )
+from orion_triage.dataset.split import great_circle_km, split_targets
 from orion_triage.errors import OrionError
+from orion_triage.triage import Coordinates
 
 SIZES = {"train": 240, "val": 60, "test": 60}
 
@@ -29,7 +29,7 @@ def test_the_catalogue_has_24_places_of_every_morphology() -> None:
 
 def test_no_two_places_share_a_tile() -> None:
     for a, b in itertools.combinations(load_catalogue(), 2):
-        assert great_circle_km(a.lon, a.lat, b.lon, b.lat) > 8.2, (a.name, b.name)
+        assert great_circle_km(a.coordinates, b.coordinates) > 8.2, (a.name, b.name)
 
 
 def test_the_split_is_stratified_distant_and_independent_of_order() -> None:
@@ -43,7 +43,7 @@ def test_the_split_is_stratified_distant_and_independent_of_order() -> None:
     for name, members in splits.items():
         assert set(Counter(t.morphology for t in members).values()) == {SIZES[name] // 15}
     for first, second in itertools.combinations(splits.values(), 2):
-        assert min(great_circle_km(a.lon, a.lat, b.lon, b.lat) for a in first for b in second) >= 100
+        assert min(great_circle_km(a.coordinates, b.coordinates) for a in first for b in second) >= 100
 
 
 def test_an_impossible_distance_is_refused() -> None:
@@ -78,4 +78,5 @@ def test_all_mistakes_are_named_with_their_lines(tmp_path: Path) -> None:
     [((0, 0, 0, 1), 111.19), ((179.9, 0, -179.9, 0), 22.24), ((2.35, 48.86, -0.13, 51.51), 343)],
 )
 def test_great_circle(place: tuple[float, float, float, float], km: float) -> None:
-    assert great_circle_km(*place) == pytest.approx(km, rel=0.01)
+    a, b = Coordinates(*place[:2]), Coordinates(*place[2:])
+    assert great_circle_km(a, b) == pytest.approx(km, rel=0.01)

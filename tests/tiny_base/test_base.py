@@ -11,7 +11,8 @@ import pytest
 
 from orion_triage.card import Licence, licence_of
 from orion_triage.config import DatasetSettings
-from orion_triage.dataset.catalogue import MORPHOLOGIES, load_catalogue, split_targets
+from orion_triage.dataset.catalogue import MORPHOLOGIES, load_catalogue
+from orion_triage.dataset.split import split_targets
 from orion_triage.dataset.synthetic import SUBTYPES, draw_tile, tile_seed
 from orion_triage.files import sha256_of_file
 from orion_triage.frames import shrink
@@ -58,7 +59,7 @@ def test_its_tiles_are_none_of_the_datasets(record: dict[str, Any]) -> None:
 
 def test_its_places_keep_away_from_val_and_test(record: dict[str, Any]) -> None:
     splits = split_targets(load_catalogue())
-    held_out = {(target.lon, target.lat) for name in ("val", "test") for target in splits[name]}  # type: ignore[index]
+    held_out = {(target.coordinates.lon, target.coordinates.lat) for name in ("val", "test") for target in splits[name]}  # type: ignore[index]
     assert {tuple(place) for place in record["places"]["kept_away_from_lon_lat"]} == held_out
     assert set(held_out_places()) == held_out
     source = random.Random(1)

@@ -1,67 +1,254 @@
-"""STAGE dataset: catalogue -> split -> frames and records.
+"""STAGE dataset: places -> split -> pictures from a source -> frames and records.
 
-Every target gets one 512x512 PNG. Training targets appear twice, with and without coordinates (coordinate
-dropout), so that neither prompt is new to the model in flight; val and test always carry coordinates.
+Every place gets one 512x512 PNG. Training places appear twice, with and without coordinates (coordinate dropout), so
+that neither prompt is new to the model in flight; val and test always carry coordinates. A place without a picture is
+left out by name, and too many of them stop the build.
 """
 
 import csv
+import hashlib
 import io
-import os
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from orion_triage import hub
 from orion_triage.config import DatasetSettings
-from orion_triage.dataset.catalogue import Target, load_catalogue, split_targets
-from orion_triage.errors import OrionError
-from orion_triage.files import replaced_folder, require_free_space, write_bytes, write_text
-from orion_triage.frames import CAMERA_SIZE, read_frame
+from orion_triage.dataset.catalogue import Target, load_catalogue
+from orion_triage.dataset.directory import Directory
+from orion_triage.dataset.simsat import METRES_PER_PIXEL_AT_500_KM, SIMSAT_URL, SimSat
+from orion_triage.dataset.sources import Absent, ImagerySource, Picture, Shot
+from orion_triage.dataset.split import given_splits, pairs_within, split_targets
+from orion_triage.errors import FrameError, OrionError
+from orion_triage.files import cache_folder, replaced_folder, require_free_space, write_bytes, write_text
+from orion_triage.frames import CAMERA_SIZE, Frame, decode_frame, is_blank, read_frame
 from orion_triage.progress import Progress, silent
-from orion_triage.records import IMAGES_FOLDER, SPLITS, Record, Split, image_path, read_split, write_split
-from orion_triage.triage import Coordinates, Verdict
+from orion_triage.records import (
+    IMAGES_FOLDER,
+    SPLITS,
+    Record,
+    Split,
+    image_path,
+    read_split,
+    split_path,
+    write_split,
+)
+from orion_triage.triage import Category, Verdict
 
+FRAMES_TABLE = "frames.csv"
+ABSENT_TABLE = "absent.csv"
+FRAME_COLUMNS = (
+    "image", "name", "split", "category", "morphology", "lon", "lat", "source", "native_width", "native_height",
+    "metres_per_pixel", "captured_at", "licence", "attribution", "redistributable", "sha256",
+)  # fmt: skip
 _BYTES_PER_FRAME = 700_000  # a noisy 512x512 PNG
+_FEWEST_MISSING = 3  # fewer never stop a build: of 20 places one is already 5 %
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+Splits = dict[Split, list[Target]]
+Row = dict[str, Any]
 
 
 def run(out_folder: Path, settings: DatasetSettings, *, progress: Progress = silent) -> dict[str, Any]:
-    """Build the dataset folder: three JSONL splits, the frames, and `targets.csv`. Returns counts.
+    """Build the dataset folder: three JSONL splits, the frames, `frames.csv` and, if need be, `absent.csv`.
 
-    With `settings.folder`, a dataset in the published layout is checked and copied instead.
+    A folder in the published layout is checked and copied instead. Returns counts, the account of all places, and
+    what is wrong with the catalogue or missing.
     """
-    if settings.folder:
-        return _copy(hub.locate(settings.folder, "dataset"), out_folder, settings.test_size, progress)
-    targets = load_catalogue(Path(settings.catalogue) if settings.catalogue else None)
-    splits = split_targets(targets, seed=settings.split_seed, distance_km=settings.split_distance_km)
-    more = _repeated(splits["test"], settings.test_size)
-    require_free_space(out_folder, _BYTES_PER_FRAME * (len(targets) + len(more)), "the dataset")
+    if published := published_folder(settings):
+        return _copy(published, out_folder, settings.test_size, progress)
+    source, splits = plan(settings)
+    more = _repeated(splits["test"], settings)
+    asked: list[tuple[Split, Shot]] = [(split, Shot(target)) for split in SPLITS for target in splits[split]]
+    asked += [("test", shot) for shot in more]
+    require_free_space(out_folder, _BYTES_PER_FRAME * len(asked), "the dataset")
     with replaced_folder(out_folder) as folder:
-        _draw_all(folder, [*((target, 1) for target in targets), *more], settings, progress)
+        taken, rows, account, absent = _take(folder, source, asked, settings, progress)
+        counts = {}
         for split in SPLITS:
-            repeated = (record_of(target, number) for target, number in more if split == "test")
-            records = [*records_of(splits[split], split), *repeated]
+            records = [record for shot in taken[split] for record in records_of(shot, split)]
+            if not records:
+                raise OrionError(f"no place of the {split} split has a picture.", "Give the catalogue more places.")
             write_split(folder, split, records)
-        write_text(folder / "targets.csv", _table(splits))
+            counts[split] = len(records)
+        write_text(folder / FRAMES_TABLE, _table(FRAME_COLUMNS, rows))
+        if absent:
+            write_text(folder / ABSENT_TABLE, _table(("name", "split", "category", "outcome", "why"), absent))
+    named = any(target.split for members in splits.values() for target in members)
     return {
-        "targets": {split: len(splits[split]) for split in SPLITS},
-        "records": {
-            split: len(list(records_of(splits[split], split))) + len(more) * (split == "test") for split in SPLITS
-        },
-        "source": settings.source,
-        "metres_per_pixel": settings.metres_per_pixel,
+        "targets": {split: len({shot.target.name for shot in taken[split]}) for split in SPLITS},
+        "records": counts,
+        "source": source.name,
+        "metres_per_pixel": settings.metres_per_pixel if source.name == "synthetic" else None,
+        "split_distance_km": None if named else settings.split_distance_km,
+        "account": account,
+        "warnings": [*_close_places(splits, _footprint_km(settings)), *getattr(source, "warnings", []), *_told(absent)],
     }
 
 
-def _repeated(targets: list[Target], test_size: int) -> list[tuple[Target, int]]:
-    """(place, number of its tile from 2 on) of the test frames beyond one a place: as evenly as they go."""
-    if test_size and test_size < len(targets):
+def published_folder(settings: DatasetSettings) -> Path | None:
+    """The folder of a dataset that is already in the published layout, or None."""
+    if settings.source != "directory":
+        return None
+    folder = hub.locate(settings.folder, "dataset")
+    return folder if split_path(folder, "train").exists() else None
+
+
+def plan(settings: DatasetSettings) -> tuple[ImagerySource, Splits]:
+    """The source that the settings ask for, and the places by split; nothing is fetched yet.
+
+    Raises OrionError for every mistake that can be seen before: in the catalogue, in the split, in the options.
+    """
+    source: ImagerySource
+    if settings.source == "directory":
+        folder = Directory(hub.locate(settings.folder, "dataset"))
+        source, targets = folder, folder.targets
+    else:
+        own = Path(settings.catalogue) if settings.catalogue else None
+        targets = load_catalogue(own, drawable=settings.source == "synthetic")
+        source = _source(settings)
+    if given := given_splits(targets):
+        return source, given
+    footprint = _footprint_km(settings)
+    if settings.split_distance_km < footprint:
         raise OrionError(
-            f"dataset.test_size={test_size} is less than the {len(targets)} test places.",
+            f"dataset.split_distance_km={settings.split_distance_km:g} is less than a frame's diagonal of "
+            f"{footprint:.1f} km: two splits could show the same ground.",
+            f"Give at least {math.ceil(footprint)}.",
+        )
+    return source, split_targets(targets, seed=settings.split_seed, distance_km=settings.split_distance_km)
+
+
+def _source(settings: DatasetSettings) -> ImagerySource:
+    cache = cache_folder() / "imagery" / settings.source
+    if settings.source == "simsat":
+        return SimSat(cache=cache, altitude_km=settings.altitude_km, url=settings.url or SIMSAT_URL)
+    if settings.source == "sentinel2":
+        from orion_triage.dataset.sentinel2 import STAC_URL, Sentinel2
+
+        return Sentinel2(
+            cache=cache,
+            url=settings.url or STAC_URL,
+            start=settings.captured_from.isoformat(),
+            end=settings.captured_to.isoformat(),
+            max_cloud_share=settings.largest_cloud_share,
+        )
+    from orion_triage.dataset.synthetic import Synthetic
+
+    return Synthetic(settings.imagery_seed, settings.metres_per_pixel)
+
+
+def _footprint_km(settings: DatasetSettings) -> float:
+    """The diagonal of a frame on the ground: two places closer than that can show the same."""
+    metres = settings.metres_per_pixel
+    if settings.source == "simsat":
+        metres = METRES_PER_PIXEL_AT_500_KM * settings.altitude_km / 500
+    if settings.source == "sentinel2":
+        metres = 10.0
+    return CAMERA_SIZE * math.sqrt(2) * metres / 1000
+
+
+def _close_places(splits: Splits, footprint_km: float) -> list[str]:
+    """Pairs of places that share ground, in words."""
+    placed = [target for split in SPLITS for target in splits[split] if target.coordinates]
+    pairs = pairs_within([target.coordinates for target in placed if target.coordinates], footprint_km)
+    if not len(pairs):
+        return []
+    first, second = (placed[index] for index in pairs[0])
+    return [
+        f"{len(pairs)} pairs of places are closer than a frame's diagonal ({footprint_km:.1f} km) and show the same "
+        f"ground: {first.name} ({first.origin}) and {second.name} ({second.origin}) first"
+    ]
+
+
+def _repeated(targets: list[Target], settings: DatasetSettings) -> list[Shot]:
+    """The test frames beyond one a place, as evenly as they go."""
+    size = settings.test_size
+    if size and size < len(targets):
+        raise OrionError(
+            f"dataset.test_size={size} is less than the {len(targets)} test places.",
             "Give more, or 0 for one frame a place.",
         )
-    return [(targets[n % len(targets)], n // len(targets) + 1) for n in range(len(targets), test_size)]
+    if size > len(targets) and settings.source != "synthetic":
+        raise OrionError(
+            f"dataset.test_size={size}: the catalogue gives {len(targets)} test places.",
+            f"Only drawn tiles can be made at will: give a catalogue of about {6 * size} places.",
+        )
+    return [Shot(targets[n % len(targets)], n // len(targets) + 1) for n in range(len(targets), size)]
+
+
+def _take(
+    folder: Path,
+    source: ImagerySource,
+    asked: Sequence[tuple[Split, Shot]],
+    settings: DatasetSettings,
+    progress: Progress,
+) -> tuple[dict[Split, list[Shot]], list[Row], dict[str, int], list[Row]]:
+    """Write the frames; returns the shots that have one by split, their rows, the account, and the rows of the others.
+
+    Raises OrionError when more than `largest_missing_share` of the places have no picture.
+    """
+    taken: dict[Split, list[Shot]] = {split: [] for split in SPLITS}
+    rows: list[Row] = []
+    absent: list[Row] = []
+    account: Counter[str] = Counter()
+    blank_pixels: set[str] = set()
+    most = max(_FEWEST_MISSING, int(settings.largest_missing_share * len(asked)))
+    answers = source.pictures([shot for _, shot in asked])
+    for done, ((split, shot), answer) in enumerate(zip(asked, answers, strict=True), start=1):
+        frame = _decoded(answer, shot)
+        why = frame if isinstance(frame, Absent) else None
+        outcome: str = why.outcome if why else ""
+        if isinstance(frame, Frame) and isinstance(answer, Picture):
+            if is_blank(frame.image):
+                pixels = hashlib.sha256(frame.image.tobytes()).hexdigest()
+                worthless = shot.target.category != Category.LOW or pixels in blank_pixels
+                blank_pixels.add(pixels)
+                why = Absent("failed", f"{shot.name} is blank.") if worthless else None
+                outcome = "blank" if worthless else ""
+            if why is None:
+                data = answer.data if answer.data.startswith(_PNG) and _is_camera(frame) else frame.png()
+                write_bytes(folder / image_name(shot), data)
+                rows.append(_row(image_name(shot), split, shot.target, source, frame, answer, data))
+                taken[split].append(shot)
+                outcome = "cached" if answer.cached else "fetched"
+        account[outcome] += 1
+        if why:
+            target = shot.target
+            absent.append(
+                {"name": shot.name, "split": split, "category": target.category, "outcome": outcome, "why": why.why}
+            )
+            if len(absent) > most:
+                told = ", ".join(f"{count} {name}" for name, count in account.items())
+                raise OrionError(
+                    f"{len(absent)} of {len(asked)} places have no picture, more than dataset.largest_missing_share="
+                    f"{settings.largest_missing_share:g} allows, after {done}: {told}. The last: {why.why}",
+                    "See to the source and run it again: what was fetched is kept. Or allow a larger share.",
+                )
+        progress("drawing frames" if source.name == "synthetic" else "fetching frames", done, len(asked))
+    return taken, rows, dict(account), absent
+
+
+def _decoded(answer: Picture | Absent, shot: Shot) -> Frame | Absent:
+    if isinstance(answer, Absent):
+        return answer
+    try:
+        return decode_frame(answer.data, shot.name, CAMERA_SIZE, resize=True)
+    except FrameError as error:
+        return Absent("failed", error.message)
+
+
+def _is_camera(frame: Frame) -> bool:
+    return frame.native_size == (CAMERA_SIZE, CAMERA_SIZE)
+
+
+def _told(absent: list[Row]) -> list[str]:
+    if not absent:
+        return []
+    named = "; ".join(row["why"] for row in absent[:3])
+    return [f"{len(absent)} places have no picture and are left out ({ABSENT_TABLE} has them all): {named}"]
 
 
 def _copy(source: Path, out_folder: Path, test_size: int, progress: Progress) -> dict[str, Any]:
@@ -87,7 +274,7 @@ def _copy(source: Path, out_folder: Path, test_size: int, progress: Progress) ->
     with replaced_folder(out_folder) as folder:
         for done, (image, path) in enumerate(sorted(paths.items()), start=1):
             frame = read_frame(path, CAMERA_SIZE, resize=True)
-            if frame.native_size == (CAMERA_SIZE, CAMERA_SIZE):
+            if _is_camera(frame):
                 write_bytes(folder / image, path.read_bytes())
             else:
                 write_bytes(folder / image, frame.png())
@@ -95,6 +282,9 @@ def _copy(source: Path, out_folder: Path, test_size: int, progress: Progress) ->
             progress("checking and copying frames", done, len(paths))
         for split in SPLITS:
             write_split(folder, split, records[split])
+        for table in (FRAMES_TABLE, ABSENT_TABLE):
+            if (source / table).is_file():
+                write_bytes(folder / table, (source / table).read_bytes())
     return {
         "targets": {split: len({record.image for record in records[split]}) for split in SPLITS},
         "records": {split: len(records[split]) for split in SPLITS},
@@ -103,61 +293,47 @@ def _copy(source: Path, out_folder: Path, test_size: int, progress: Progress) ->
     }
 
 
-def image_name(target: Target, number: int = 1) -> str:
-    """The record's image path; the category's prefix keeps files of one class together, as published.
-
-    `number` tells several tiles of one place apart.
-    """
-    return f"{IMAGES_FOLDER}/{target.category.lower()}_{target.name}{f'~{number}' if number > 1 else ''}.png"
+def image_name(shot: Shot) -> str:
+    """The record's image path; the category's prefix keeps files of one class together, as published."""
+    return f"{IMAGES_FOLDER}/{shot.target.category.lower()}_{shot.name}.png"
 
 
-def record_of(target: Target, number: int = 1) -> Record:
-    """The line of a place's tile, with its coordinates."""
-    where, verdict = Coordinates(target.lon, target.lat), Verdict(target.reason, target.category)
-    return Record(image_name(target, number), where, verdict)
+def records_of(shot: Shot, split: Split) -> Iterator[Record]:
+    """The place's line with its coordinates, and in training a second one without."""
+    target = shot.target
+    record = Record(image_name(shot), target.coordinates, Verdict(target.reason, target.category))
+    yield record
+    if split == "train" and target.coordinates:
+        yield record.without_coordinates()
 
 
-def records_of(targets: list[Target], split: Split) -> Iterator[Record]:
-    """One record a target with coordinates; in training a second one without."""
-    for target in targets:
-        record = record_of(target)
-        yield record
-        if split == "train":
-            yield record.without_coordinates()
+def _row(
+    image: str, split: Split, target: Target, source: ImagerySource, frame: Frame, picture: Picture, data: bytes
+) -> Row:
+    place = target.coordinates
+    return {
+        "image": image,
+        "name": target.name,
+        "split": split,
+        "category": target.category,
+        "morphology": target.morphology,
+        "lon": place.lon if place else "",
+        "lat": place.lat if place else "",
+        "source": source.name,
+        "native_width": frame.native_size[0],
+        "native_height": frame.native_size[1],
+        "metres_per_pixel": "" if picture.metres_per_pixel is None else round(picture.metres_per_pixel, 3),
+        "captured_at": picture.captured_at,
+        "licence": source.licence,
+        "attribution": source.attribution,
+        "redistributable": {True: "yes", False: "no", None: "unknown"}[source.redistributable],
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
 
 
-def _draw_all(folder: Path, tiles: list[tuple[Target, int]], settings: DatasetSettings, progress: Progress) -> None:
-    jobs = [
-        (
-            target.morphology,
-            target.name if number == 1 else f"{target.name}~{number}",
-            settings.imagery_seed,
-            settings.metres_per_pixel,
-            str(folder / image_name(target, number)),
-        )
-        for target, number in tiles
-    ]
-    workers = min(len(os.sched_getaffinity(0)), 8)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for done, _ in enumerate(pool.map(_draw_one, jobs, chunksize=4), start=1):
-            progress("drawing frames", done, len(jobs))
-
-
-def _draw_one(job: tuple[str, str, int, float, str]) -> None:
-    from orion_triage.dataset.synthetic import draw_tile, tile_seed
-
-    morphology, name, seed, metres_per_pixel, path = job
-    tile = draw_tile(morphology, tile_seed(seed, name), metres_per_pixel)
-    buffer = io.BytesIO()
-    tile.image.save(buffer, "PNG")
-    write_bytes(Path(path), buffer.getvalue())
-
-
-def _table(splits: dict[Any, list[Target]]) -> str:
+def _table(columns: Sequence[str], rows: Iterable[Row]) -> str:
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["name", "split", "category", "morphology", "lon", "lat"])
-    for split in SPLITS:
-        for target in splits[split]:
-            writer.writerow([target.name, split, target.category, target.morphology, target.lon, target.lat])
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return text.getvalue()

@@ -1,24 +1,27 @@
 """The places: name, category, morphology, position, and the reason that a good verdict would give.
 
-The split is geographic: places closer than `distance_km` stay together, so that no two splits show the
-same ground, and every morphology is divided in the same proportions.
+A catalogue is the user's to write: CSV with a header, JSON lines, or GeoJSON with a point a place. Every mistake of a
+file is told at once, each with its line (GeoJSON: its feature) and value. A column
+`split` (train, val, test) is optional.
 """
 
 import csv
+import json
 import math
-import random
 import re
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
+from typing import Any
 
 from orion_triage.errors import OrionError
-from orion_triage.records import SPLITS, Split
-from orion_triage.triage import CATEGORIES, Category
+from orion_triage.records import Split
+from orion_triage.triage import CATEGORIES, LONGEST_REASON, Category, Coordinates
 
 COLUMNS = ("name", "category", "morphology", "lon", "lat", "reason")
+# The morphologies that can be drawn. Real imagery may have any others.
 MORPHOLOGIES: dict[Category, tuple[str, ...]] = {
     Category.LOW: ("ocean_water", "desert_ice_canopy", "coastline", "geological", "fractal_texture"),
     Category.MEDIUM: ("urban_grid", "suburb", "agriculture", "ordinary_infrastructure", "town"),
@@ -30,147 +33,169 @@ MORPHOLOGIES: dict[Category, tuple[str, ...]] = {
         "space_military_chokepoint",
     ),
 }
-SHARES: dict[Split, int] = {"train": 4, "val": 1, "test": 1}  # sixths of every morphology
-EARTH_RADIUS_KM = 6371.0
-_ATTEMPTS = 2000
+
+SPLIT_NAMES: dict[str, Split] = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}
+
+Row = tuple[str, dict[str, str]]  # where it stands ("line 3"), and its cells, empty where there is none
 
 
 @dataclass(frozen=True)
 class Target:
-    """One place; degrees, east and north positive."""
+    """One place; `coordinates` are None for a frame that nobody knows the position of.
+
+    `split` is what the catalogue says, if it says anything; `origin` is the place's line there.
+    """
 
     name: str
     category: Category
     morphology: str
-    lon: float
-    lat: float
+    coordinates: Coordinates | None
     reason: str
+    split: Split | None = None
+    origin: str = field(default="", compare=False)
 
 
-def load_catalogue(path: Path | None = None) -> list[Target]:
-    """The places of a CSV file (the shipped one by default), in the file's order.
+def load_catalogue(path: Path | None = None, *, drawable: bool = True) -> list[Target]:
+    """The places of a catalogue (the shipped one by default), in the file's order.
 
-    Raises OrionError with every mistake of the file at once, each with its line and value.
+    With `drawable`, the morphologies must be those that synthetic tiles can show. Raises OrionError with every mistake
+    of the file at once.
     """
     source = path or resources.files("orion_triage.dataset") / "catalogue.csv"
-    try:
-        text = source.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise OrionError(f"{path} does not exist.", "Give the path of a catalogue CSV.") from None
-    except UnicodeDecodeError as error:
-        raise OrionError(f"{path} is not UTF-8 (byte {error.start}).", "Save it as UTF-8.") from None
-    reader = csv.DictReader(text.splitlines())
-    missing = [column for column in COLUMNS if column not in (reader.fieldnames or [])]
-    if missing:
+    rows = list(read_rows(source))
+    if missing := [column for column in COLUMNS if rows and column not in rows[0][1]]:
         raise OrionError(f"{source} has no column {', '.join(missing)}.", f"The columns are {', '.join(COLUMNS)}.")
+    return targets_of(rows, str(source), drawable=drawable)
+
+
+def read_rows(source: Path | Traversable) -> Iterator[Row]:
+    """The rows of a CSV, JSONL or GeoJSON file, all values as text; raises OrionError where it is none of these."""
+    name = str(source)
+    try:
+        text = source.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise OrionError(f"{name} does not exist.", "Give the path of a catalogue: CSV, JSONL or GeoJSON.") from None
+    except UnicodeDecodeError as error:
+        raise OrionError(f"{name} is not UTF-8 (byte {error.start}).", "Save it as UTF-8.") from None
+    except OSError as error:
+        raise OrionError(f"{name} cannot be read: {error.strerror}.", "Check the path.") from None
+    suffix = Path(name).suffix.lower()
+    if suffix in (".geojson", ".json"):
+        yield from _geojson_rows(text, name)
+    elif suffix == ".jsonl":
+        yield from _jsonl_rows(text, name)
+    else:
+        reader = csv.DictReader(text.splitlines())
+        for row in reader:
+            if None in row:
+                raise OrionError(f"{name}: line {reader.line_num} has more cells than the header.", "Quote commas.")
+            yield f"line {reader.line_num}", {key: (value or "").strip() for key, value in row.items()}
+
+
+def _jsonl_rows(text: str, name: str) -> Iterator[Row]:
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            value = _json(line, f"{name}: line {number}")
+            if not isinstance(value, dict):
+                raise OrionError(f"{name}: line {number} is no JSON object.", "One object a line.")
+            yield f"line {number}", _texts(value)
+
+
+def _geojson_rows(text: str, name: str) -> Iterator[Row]:
+    value = _json(text, name)
+    features = value.get("features") if isinstance(value, dict) else None
+    if not isinstance(features, list):
+        raise OrionError(f"{name} is no GeoJSON FeatureCollection.", "Give points as features, or use CSV.")
+    for number, feature in enumerate(features, start=1):
+        geometry = feature.get("geometry") if isinstance(feature, dict) else None
+        position = geometry.get("coordinates") if isinstance(geometry, dict) else None
+        if not isinstance(geometry, dict) or not isinstance(position, list) or geometry.get("type") != "Point":
+            raise OrionError(f"{name}: feature {number} is no point.", "Give [longitude, latitude].")
+        if len(position) < 2:
+            raise OrionError(f"{name}: feature {number} has too few coordinates.", "Give [longitude, latitude].")
+        properties = feature.get("properties")
+        cells = properties if isinstance(properties, dict) else {}
+        yield f"feature {number}", _texts(cells | {"lon": position[0], "lat": position[1]})
+
+
+def _json(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise OrionError(f"{place}: not JSON: {error}.", "Correct it.") from None
+
+
+def _texts(values: Mapping[str, Any]) -> dict[str, str]:
+    return {key: "" if value is None else str(value).strip() for key, value in values.items()}
+
+
+def targets_of(rows: Iterable[Row], source: str, *, drawable: bool = True, with_positions: bool = True) -> list[Target]:
+    """The targets that rows mean; raises OrionError with every mistake at once.
+
+    Without `with_positions`, a row whose lon and lat are both empty is a target without coordinates.
+    """
     targets: list[Target] = []
     mistakes: list[str] = []
-    seen: dict[str, int] = {}
-    for row in reader:
-        line = reader.line_num
-        problems = _problems(row, seen)
-        mistakes += [f"line {line}: {problem}" for problem in problems]
-        seen.setdefault(row["name"] or "", line)
+    seen: dict[str, str] = {}
+    for where, row in rows:
+        problems = _problems(row, seen, drawable)
+        unplaced = not with_positions and not row.get("lon") and not row.get("lat")
+        problems += [] if unplaced else _position_problems(row)
+        mistakes += [f"{where}: {problem}" for problem in problems]
+        seen.setdefault(row.get("name", ""), where)
         if not problems:
-            category = Category(row["category"])
-            lon, lat = float(row["lon"]), float(row["lat"])
-            targets.append(Target(row["name"], category, row["morphology"], lon, lat, row["reason"].strip()))
+            place = None if unplaced else Coordinates(float(row["lon"]), float(row["lat"]))
+            split = SPLIT_NAMES[row["split"].lower()] if row.get("split") else None
+            targets.append(
+                Target(row["name"], Category(row["category"]), row["morphology"], place, row["reason"], split, where)
+            )
     if mistakes:
-        raise OrionError(f"{source}: {'; '.join(mistakes)}.", "Correct these lines.")
+        more = f"; and {len(mistakes) - 20} more" if len(mistakes) > 20 else ""
+        raise OrionError(f"{source}: {'; '.join(mistakes[:20])}{more}.", "Correct these lines.")
     if not targets:
         raise OrionError(f"{source} has no places.", "Add one line a place.")
     return targets
 
 
-def _problems(row: Mapping[str, str | None], seen: Mapping[str, int]) -> list[str]:
+def _problems(row: Mapping[str, str], seen: Mapping[str, str], drawable: bool) -> list[str]:
     problems = []
-    name, category, morphology = row["name"] or "", row["category"] or "", row["morphology"] or ""
+    name, category, morphology = (row.get(column, "") for column in ("name", "category", "morphology"))
     if not re.fullmatch(r"[a-z0-9_]+", name):
         problems.append(f"name {name!r} has characters other than a-z, 0-9 and _")
     if name in seen:
-        problems.append(f"name {name!r} is already on line {seen[name]}")
+        problems.append(f"name {name!r} is already on {seen[name]}")
     if category not in CATEGORIES:
         problems.append(f"category {category!r} is not one of {', '.join(CATEGORIES)}")
-    elif morphology not in MORPHOLOGIES[Category(category)]:
-        problems.append(
-            f"morphology {morphology!r} is not one of {category}'s: {', '.join(MORPHOLOGIES[Category(category)])}"
-        )
-    for column, limit in (("lon", 180.0), ("lat", 90.0)):
-        try:
-            value = float(row[column] or "")
-        except ValueError:
-            value = math.nan
-        if not abs(value) <= limit:
-            problems.append(f"{column} {row[column]!r} is not a number within -{limit:.0f}..{limit:.0f}")
-    if not (row["reason"] or "").strip():
+    elif drawable and morphology not in MORPHOLOGIES[Category(category)]:
+        drawn = ", ".join(MORPHOLOGIES[Category(category)])
+        problems.append(f"morphology {morphology!r} is not one of those drawn for {category}: {drawn}")
+    elif not re.fullmatch(r"[a-z0-9_]+", morphology):
+        problems.append(f"morphology {morphology!r} has characters other than a-z, 0-9 and _")
+    if (split := row.get("split", "")) and split.lower() not in SPLIT_NAMES:
+        problems.append(f"split {split!r} is not one of {', '.join(SPLIT_NAMES)}")
+    reason = row.get("reason", "")
+    if not reason:
         problems.append("the reason is empty")
+    if len(reason) > LONGEST_REASON:
+        problems.append(f"the reason has {len(reason)} characters; an answer has room for {LONGEST_REASON}")
     return problems
 
 
-def great_circle_km(lon1: float, lat1: float, lon2: float, lat2: float) -> float:
-    """Distance on a sphere (haversine), within 0.6 % of the ellipsoid."""
-    a, b = math.radians(lat1), math.radians(lat2)
-    half = math.sin((b - a) / 2) ** 2 + math.cos(a) * math.cos(b) * math.sin(math.radians(lon2 - lon1) / 2) ** 2
-    return 2 * EARTH_RADIUS_KM * math.asin(min(1.0, math.sqrt(half)))
-
-
-def clusters(targets: list[Target], distance_km: float) -> list[list[Target]]:
-    """Groups of places connected by steps shorter than `distance_km`, in order of their first name."""
-    ordered = sorted(targets, key=lambda target: target.name)
-    group = list(range(len(ordered)))
-
-    def root(index: int) -> int:
-        while group[index] != index:
-            group[index] = group[group[index]]
-            index = group[index]
-        return index
-
-    for i, first in enumerate(ordered):
-        for j in range(i):
-            second = ordered[j]
-            if abs(first.lat - second.lat) * 111.2 < distance_km and (
-                great_circle_km(first.lon, first.lat, second.lon, second.lat) < distance_km
-            ):
-                group[root(i)] = root(j)
-    members: dict[int, list[Target]] = {}
-    for index, target in enumerate(ordered):
-        members.setdefault(root(index), []).append(target)
-    return list(members.values())
-
-
-def split_targets(targets: list[Target], *, seed: int = 42, distance_km: float = 100.0) -> dict[Split, list[Target]]:
-    """Train, val and test in the proportion 4:1:1 within every morphology, sorted by name.
-
-    Deterministic for `seed` and independent of the order of `targets`. Raises OrionError when the distance
-    leaves no exact division.
-    """
-    groups = clusters(targets, distance_km)
-    totals = Counter(target.morphology for target in targets)
-    goal = {split: {name: count * SHARES[split] // 6 for name, count in totals.items()} for split in SPLITS}
-    for name, count in totals.items():
-        goal["train"][name] = count - goal["val"][name] - goal["test"][name]
-    for attempt in range(_ATTEMPTS):
-        source = random.Random(f"{seed}/{attempt}")
-        shuffled = groups[:]
-        source.shuffle(shuffled)
-        shuffled.sort(key=len, reverse=True)  # the ones that are hard to place go first
-        room = {split: dict(goal[split]) for split in SPLITS}
-        result: dict[Split, list[Target]] = {split: [] for split in SPLITS}
-        for members in shuffled:
-            need = Counter(member.morphology for member in members)
-            fits = [s for s in SPLITS if all(room[s][name] >= count for name, count in need.items())]
-            if not fits:
-                break
-            weights = [sum(room[s][name] for name in need) for s in fits]
-            chosen = source.choices(fits, weights)[0]
-            for name, count in need.items():
-                room[chosen][name] -= count
-            result[chosen] += members
-        else:
-            return {split: sorted(result[split], key=lambda target: target.name) for split in SPLITS}
-    largest = max(groups, key=len)
-    raise OrionError(
-        f"no split keeps places {distance_km:g} km apart; the largest cluster has {len(largest)} "
-        f"({', '.join(target.name for target in largest[:4])}...).",
-        "Lower dataset.split_distance_km, or spread the places.",
-    )
+def _position_problems(row: Mapping[str, str]) -> list[str]:
+    values = {}
+    for column in ("lon", "lat"):
+        try:
+            values[column] = float(row.get(column, ""))
+        except ValueError:
+            values[column] = math.nan
+    lon, lat = values["lon"], values["lat"]
+    problems = [
+        f"{column} {row.get(column, '')!r} is not a number within -{limit}..{limit}"
+        for column, limit in (("lon", 180), ("lat", 90))
+        if not abs(values[column]) <= limit
+    ]
+    if abs(lon) <= 90 < abs(lat) <= 180:
+        problems[-1] += " (lon and lat may be swapped)"
+    if 180 < lon <= 360:
+        problems[0] += f" (write {lon - 360:g} for {lon:g} degrees east)"
+    return problems

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from orion_triage.dataset.catalogue import Target
+from orion_triage.triage import Coordinates
 
 # "not visible" is for good (the place lies beyond the horizon); "failed" may go better another day.
 Outcome = Literal["not visible", "failed"]
@@ -24,6 +25,12 @@ class Shot:
     @property
     def name(self) -> str:
         return self.target.name if self.number == 1 else f"{self.target.name}~{self.number}"
+
+    @property
+    def place(self) -> Coordinates:
+        """Where to look; sources that fetch by position are only asked for targets that have one."""
+        assert self.target.coordinates is not None
+        return self.target.coordinates
 
 
 @dataclass(frozen=True)
@@ -48,13 +55,17 @@ class ImagerySource(Protocol):
     """`synthetic`, `simsat`, `sentinel2` or `directory`.
 
     `licence` is what the dataset card says of the pixels (an SPDX identifier or a short name), `attribution` the line
-    that must go with them, `redistributable` whether their terms allow handing them on at all.
+    that must go with them, `redistributable` whether their terms allow handing them on at all (None: not known).
     """
 
-    name: str
-    licence: str
-    attribution: str
-    redistributable: bool
+    @property
+    def name(self) -> str: ...
+    @property
+    def licence(self) -> str: ...
+    @property
+    def attribution(self) -> str: ...
+    @property
+    def redistributable(self) -> bool | None: ...
 
     def pictures(self, shots: Sequence[Shot]) -> Iterator[Picture | Absent]:
         """One answer a shot, in the order of `shots`, lazily.

@@ -7,14 +7,19 @@ saturation about 0.33, mean RGB near (93, 96, 75), grey deviation 11..69.
 """
 
 import hashlib
-from collections.abc import Callable
+import io
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 
 import numpy as np
 from PIL import Image
 
 from orion_triage.dataset import landscapes, megastructures, settlements
 from orion_triage.dataset.canvas import Canvas, as_array
+from orion_triage.dataset.sources import Picture, Shot
 from orion_triage.errors import OrionError
 from orion_triage.frames import CAMERA_SIZE
 
@@ -65,6 +70,32 @@ class Tile:
     built_share: float
     cloud_share: float
     road_density: float
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """Drawn tiles as an `ImagerySource`; several processes draw, as many as there are cores and at most eight."""
+
+    seed: int
+    metres_per_pixel: float
+
+    name = "synthetic"
+    licence = "Apache-2.0"
+    attribution = "Drawn by ORION triage: no satellite has seen this."
+    redistributable = True
+
+    def pictures(self, shots: Sequence[Shot]) -> Iterator[Picture]:
+        jobs = [(shot.target.morphology, tile_seed(self.seed, shot.name), self.metres_per_pixel) for shot in shots]
+        workers = min(len(os.sched_getaffinity(0)), 8)
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            for data in pool.map(_draw_png, jobs, chunksize=4):
+                yield Picture(data, self.metres_per_pixel)
+
+
+def _draw_png(job: tuple[str, int, float]) -> bytes:
+    buffer = io.BytesIO()
+    draw_tile(*job).image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def tile_seed(seed: int, name: str) -> int:

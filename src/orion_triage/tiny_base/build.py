@@ -104,7 +104,8 @@ def build(
 
 def held_out_places() -> list[tuple[float, float]]:
     """(lon, lat) of the shipped catalogue's val and test places."""
-    from orion_triage.dataset.catalogue import load_catalogue, split_targets
+    from orion_triage.dataset.catalogue import load_catalogue
+    from orion_triage.dataset.split import split_targets
 
     splits = split_targets(load_catalogue())
-    return [(target.lon, target.lat) for name in ("val", "test") for target in splits[name]]
+    return [(place.lon, place.lat) for name in ("val", "test") for t in splits[name] if (place := t.coordinates)]

@@ -1,0 +1,3 @@
+from orion_triage.cli import main
+
+main()

@@ -1,0 +1,154 @@
+"""The dataset: build it, check it, look at it, share it."""
+
+from itertools import groupby
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from orion_triage.cli.app import app
+from orion_triage.cli.terminal import (
+    DatasetOption,
+    ForceOption,
+    JsonOption,
+    PresetOption,
+    RunOption,
+    SetOption,
+    SourceOption,
+    TestSizeOption,
+    do_stage,
+    escape,
+    finished_run,
+    messages,
+    progress_bar,
+    run_of,
+)
+
+dataset_app = typer.Typer(add_completion=False)
+app.add_typer(dataset_app, name="dataset", rich_help_panel="A run", epilog="Example: orion dataset --source sentinel2")
+
+FolderArgument = Annotated[
+    str, typer.Argument(metavar="[FOLDER|ID]", help="A dataset in the published layout. Default: the newest run's.")
+]
+_PLACES_SHOWN = 5  # of one kind of finding; --json has them all
+
+
+@dataset_app.callback(invoke_without_command=True)
+def dataset(
+    context: typer.Context,
+    preset: PresetOption = "tiny",
+    assignments: SetOption = [],  # noqa: B006
+    folder: RunOption = None,
+    source: SourceOption = None,
+    dataset: DatasetOption = "",
+    test_size: TestSizeOption = 0,
+    force: ForceOption = False,
+) -> None:
+    """Make the frames and the three splits from a source, or check and copy a dataset that exists."""
+    if context.invoked_subcommand is None:
+        do_stage(
+            "dataset", run_of(preset, assignments, folder, source=source, dataset=dataset, test_size=test_size), force
+        )
+
+
+def _located(name: str) -> tuple[Path, Path]:
+    """The dataset's folder, and the one that links in it may point into."""
+    from orion_triage import hub
+
+    folder = hub.locate(name, "dataset") if name else finished_run(None, "dataset").dataset
+    return folder, hub.root_of(folder)
+
+
+def _checked(folder: Path, root: Path) -> Any:
+    from orion_triage.dataset.check import check_dataset
+
+    with progress_bar() as progress:
+        return check_dataset(folder, root=root, progress=progress)
+
+
+@dataset_app.command(epilog="Example: orion dataset check runs/tiny/dataset --json")
+def check(name: FolderArgument = "", as_json: JsonOption = False) -> None:
+    """Look for faults in a dataset before a GPU is rented: exit status 1 if there are errors."""
+    report = _checked(*_located(name))
+    if as_json:
+        typer.echo(report.to_json())
+    else:
+        _print_findings(report)
+    if report.errors:
+        raise typer.Exit(1)
+
+
+def _print_findings(report: Any) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)
+    ordered = sorted(report.findings, key=lambda finding: (finding.severity, finding.check))
+    for (severity, kind), group in groupby(ordered, key=lambda finding: (finding.severity, finding.check)):
+        found = list(group)
+        colour = {"error": "bold red", "warning": "yellow"}[severity]
+        console.print(f"[{colour}]{severity}[/] {kind}: {len(found)}")
+        for finding in found[:_PLACES_SHOWN]:
+            console.print(f"  {escape(finding.place)}: {escape(finding.message)}")
+        if len(found) > _PLACES_SHOWN:
+            console.print(f"  and {len(found) - _PLACES_SHOWN} more")
+        console.print(f"  [bold]fix:[/] {escape(found[0].fix)}")
+    lines = ", ".join(f"{count} {split}" for split, count in report.lines.items())
+    console.print(
+        f"{report.folder}: {len(report.errors)} errors, {len(report.warnings)} warnings in {report.frames} frames "
+        f"and {lines} records"
+    )
+
+
+@dataset_app.command(epilog="Example: orion dataset view runs/tiny/dataset --out sheet.html")
+def view(
+    name: FolderArgument = "",
+    out: Annotated[Path, typer.Option("--out", help="The page; it needs no other file.")] = Path("dataset.html"),
+) -> None:
+    """Write a contact sheet: all frames, a map of their places, and what the check found, in one HTML file."""
+    from orion_triage.dataset.view import render_view
+    from orion_triage.files import write_text
+
+    folder, root = _located(name)
+    report = _checked(folder, root)
+    with progress_bar() as progress:
+        page = render_view(folder, report.findings, root=root, progress=progress)
+    write_text(out, page)
+    messages().print(f"dataset view: {out} ({len(page) / 1e6:.1f} MB)", highlight=False, soft_wrap=True)
+
+
+@dataset_app.command(epilog="Example: orion dataset push OWNER/NAME --licence cc-by-4.0")
+def push(
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The Hub repository; created if need be.")],
+    folder: RunOption = None,
+    licence: Annotated[str, typer.Option("--licence", help="Of pixels whose origin the dataset does not know.")] = "",
+    catalogue_only: Annotated[
+        bool, typer.Option("--catalogue-only", help="Places, labels and splits without the pixels.")
+    ] = False,
+    public: Annotated[bool, typer.Option("--public", help="A new repository is private otherwise.")] = False,
+) -> None:
+    """Publish a run's dataset on the Hub, with card and Croissant metadata (token: HF_TOKEN)."""
+    from orion_triage.dataset import share
+    from orion_triage.errors import OrionError
+    from orion_triage.manifest import read_manifest
+
+    run = finished_run(folder, "dataset")
+    receipt = read_manifest(run.dataset)
+    if receipt is None or receipt.removed:
+        raise OrionError(f"{run.dataset} is not there, or without its frames.", "Make it: 'orion dataset --force'.")
+    report = _checked(run.dataset, run.dataset)
+    if report.errors:
+        raise OrionError(
+            f"{run.dataset} has {len(report.errors)} errors and is not published; {report.errors[0].place}: "
+            f"{report.errors[0].message}",
+            f"'orion dataset check {run.dataset}' lists them, each with its fix.",
+        )
+    address = share.push(
+        run.dataset,
+        repository,
+        receipt.figures,
+        report.findings,
+        licence=licence,
+        catalogue_only=catalogue_only,
+        private=not public,
+    )
+    messages().print(f"pushed: {address}", highlight=False, soft_wrap=True)

@@ -1,0 +1,264 @@
+"""Asking models and judging answers."""
+
+import json
+import statistics
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from orion_triage import processes
+from orion_triage.cli.app import app
+from orion_triage.cli.terminal import (
+    FileOption,
+    ForceOption,
+    JsonOption,
+    PresetOption,
+    RunOption,
+    SetOption,
+    SplitName,
+    do_stage,
+    escape,
+    finished_run,
+    progress_bar,
+    run_of,
+    say,
+)
+
+command = partial(app.command, rich_help_panel="Judging models")
+
+
+@command(epilog="Example: orion ablation --file val")
+def ablation(
+    preset: PresetOption = "tiny",
+    assignments: SetOption = [],  # noqa: B006
+    folder: RunOption = None,
+    file: FileOption = SplitName.test,
+    force: ForceOption = False,
+) -> None:
+    """Evaluate the base model under the four conditions."""
+    current = run_of(preset, assignments, folder, file.value)
+    do_stage("evaluate base", current, force)
+    _print_rates(current, "evaluate base")
+
+
+@command(epilog="Example: orion evaluate --gguf OWNER/NAME")
+def evaluate(
+    pair: Annotated[
+        str, typer.Argument(metavar="[FOLDER|ID]", help="With --gguf: another GGUF pair than the run's own.")
+    ] = "",
+    preset: PresetOption = "tiny",
+    assignments: SetOption = [],  # noqa: B006
+    folder: RunOption = None,
+    file: FileOption = SplitName.test,
+    quantized: Annotated[
+        bool, typer.Option("--gguf", help="The GGUF pair instead: a server is started and stopped here.")
+    ] = False,
+    servers: Annotated[
+        list[str],
+        typer.Option(
+            "--quantized-model",
+            metavar="URL",
+            help="A running server instead, llama.cpp's or OpenAI-compatible (key: LLAMA_API_KEY). Repeatable.",
+        ),
+    ] = [],  # noqa: B006
+    force: ForceOption = False,
+) -> None:
+    """Evaluate the fine-tuned model, or the quantized one, under the four conditions."""
+    from orion_triage.pipeline import evaluate_servers
+
+    if pair and (servers or not quantized):
+        raise typer.BadParameter("goes with --gguf", param_hint=f"'{pair}'")
+    current = run_of(preset, assignments, folder, file.value, pair_from=pair)
+    stage = "evaluate quantized" if quantized or servers else "evaluate fine-tuned"
+    if servers:
+        with progress_bar() as progress:
+            receipt = evaluate_servers(current, servers, progress)
+        say(receipt, current.evaluation("quantized"))
+    else:
+        do_stage(stage, current, force)
+    _print_rates(current, stage)
+
+
+@command(epilog="Example: orion ladder --quants Q8_0,Q5_K_M")
+def ladder(
+    preset: PresetOption = "tiny",
+    assignments: SetOption = [],  # noqa: B006
+    folder: RunOption = None,
+    file: FileOption = SplitName.test,
+    quantizations: Annotated[
+        str, typer.Option("--quants", metavar="TYPE,TYPE", help="Quantizations between F16 and the flight's.")
+    ] = "",
+    force: ForceOption = False,
+) -> None:
+    """Evaluate every step between base and flight, so that a loss has an address; finished ones are skipped."""
+    from orion_triage.pipeline import evaluations
+
+    asked = [f"ladder.quantizations={quantizations}"] if quantizations else []
+    current = run_of(preset, [*assignments, "ladder.enabled=true", *asked], folder, file.value)
+    for stage in evaluations(current.settings).values():
+        do_stage(stage, current, force)
+    write_report(current, as_json=False)
+
+
+@command(epilog="Example: orion decoding --file val")
+def decoding(
+    preset: PresetOption = "tiny",
+    assignments: SetOption = [],  # noqa: B006
+    folder: RunOption = None,
+    file: FileOption = SplitName.test,
+    as_json: JsonOption = False,
+    force: ForceOption = False,
+) -> None:
+    """Greedy against nearly greedy decoding, free and under the grammar: what parses, and what is right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from orion_triage.pipeline import DECODINGS
+    from orion_triage.report.compare import compare_decodings
+    from orion_triage.report.render import change_in_words, percent
+
+    current = run_of(preset, assignments, folder, file.value)
+    for stage in DECODINGS:
+        do_stage(stage, current, force)
+    compared = compare_decodings(current)
+    if as_json:
+        typer.echo(json.dumps(compared, indent=2))
+        return
+    table = Table("decoding", "", title=escape(f"{current.folder}, {file.value} split"))
+    for heading in ("parse", "right"):
+        table.add_column(heading, justify="right")
+    table.add_column("against greedy and free")
+    for name, by_condition in compared.items():
+        for condition, row in by_condition.items():
+            parsed = percent(row["parsed"] / row["count"])
+            against = change_in_words(row["change"]) if row["change"] else ""
+            table.add_row(name, condition, parsed, percent(row["right"] / row["count"]), against)
+        table.add_section()
+    Console().print(table)
+
+
+def _print_rates(run: Any, stage: str) -> None:
+    """Accuracy by condition of one evaluation."""
+    from orion_triage.evaluate.conditions import CONDITIONS
+    from orion_triage.manifest import read_manifest
+    from orion_triage.pipeline import stage_named
+
+    if not processes.is_main():
+        return
+    receipt = read_manifest(stage_named(stage).folder(run))
+    assert receipt is not None
+    for condition in CONDITIONS:
+        rates = receipt.figures[condition]
+        typer.echo(f"{condition}: {rates['right']}/{rates['count']} right, {rates['unparsable']} unparsable")
+
+
+@command(epilog="Example: orion report --json")
+def report(
+    folder: Annotated[Path | None, typer.Option("--run", help="Run folder. Default: the newest.")] = None,
+    file: FileOption = SplitName.test,
+    as_json: JsonOption = False,
+) -> None:
+    """Collect results.json, report.html, report.md and report.png from what has finished, and print the table."""
+    write_report(finished_run(folder, "dataset", file.value), as_json=as_json)
+
+
+def write_report(run: Any, *, as_json: bool) -> None:
+    from rich.console import Console
+
+    from orion_triage.files import write_text
+    from orion_triage.fine_tune import read_losses
+    from orion_triage.report import html, plot
+    from orion_triage.report.render import render_markdown, terminal_tables
+    from orion_triage.report.results import build_results, results_path
+
+    results = build_results(run)
+    text = json.dumps(results, indent=2)
+    suffix = "" if run.split == "test" else f"-{run.split}"
+    write_text(results_path(run), text + "\n")
+    plot.draw(results, read_losses(run.adapter), run.folder / f"report{suffix}.png")
+    write_text(run.folder / f"report{suffix}.md", render_markdown(results, f"report{suffix}.png"))
+    write_text(run.folder / f"report{suffix}.html", html.of_run(run, results))
+    if as_json:
+        typer.echo(text)
+        return
+    console = Console()
+    for table in terminal_tables(results):
+        console.print(table)
+    names = f"{run.folder / f'report{suffix}.md'} and {run.folder / f'report{suffix}.html'}"
+    console.print(f"report: {names}", highlight=False, soft_wrap=True)
+
+
+@command(epilog="Example: orion compare runs/tiny runs/other")
+def compare(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders; the first is the measure.")],
+    file: FileOption = SplitName.test,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare runs on the same frames: what each gained and lost against the first, and what chance would."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from orion_triage.pipeline import open_run
+    from orion_triage.report.compare import compare_runs
+    from orion_triage.report.render import change_in_words, percent
+    from orion_triage.report.seeds import spread
+
+    if len(folders) < 2:
+        raise typer.BadParameter("give two runs or more", param_hint="'RUN RUN...'")
+    first, *others = runs = [open_run(folder, file.value) for folder in folders]
+    compared = {str(other.folder): compare_runs(first, other) for other in others}
+    accuracies = spread(runs)
+    if as_json:
+        value = {"first": str(first.folder), "split": file.value, "against": compared, "accuracies": accuracies}
+        typer.echo(json.dumps(value, indent=2))
+        return
+    for name, models in compared.items():
+        table = Table("model", "", title=escape(f"{first.folder} against {name}, {file.value} split"))
+        for heading in ("first", "second"):
+            table.add_column(heading, justify="right")
+        table.add_column("difference")
+        for model, by_condition in models.items():
+            for condition, change in by_condition.items():
+                rates = [percent(right / change["count"]) for right in change["right"]]
+                table.add_row(model, condition, *rates, change_in_words(change))
+            table.add_section()
+        Console().print(table)
+    if len(runs) > 2:
+        table = Table("model", "", "lowest", "median", "highest", title=f"Accuracy over {len(runs)} runs")
+        for model, rows in accuracies.items():
+            for condition, rates_of_runs in rows.items():
+                figures = (min(rates_of_runs), statistics.median(rates_of_runs), max(rates_of_runs))
+                table.add_row(model, condition, *(percent(figure) for figure in figures))
+            table.add_section()
+        Console().print(table)
+
+
+@command("operating-point", epilog="Example: orion operating-point --max-irrecoverable-loss 2%")
+def operating_point_command(
+    limit: Annotated[
+        str, typer.Option("--max-irrecoverable-loss", metavar="SHARE", help="Of the valuable frames, dropped as LOW.")
+    ] = "5%",
+    folder: Annotated[Path | None, typer.Option("--run", help="Run folder. Default: the newest finished.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Choose on val how sure of LOW the model must be before a frame is dropped; 'orion triage' then keeps to it."""
+    from orion_triage import operating_point
+
+    share = operating_point.parse_share(limit)
+    run = finished_run(folder, "quantize", "val")
+    do_stage("evaluate constrained", run)
+    record = operating_point.choose(run, share)
+    if as_json:
+        typer.echo(json.dumps(record, indent=2))
+        return
+    there, threshold = record["there"], record["low_threshold"]
+    dropped = f"P(LOW) of at least {threshold:.3f}" if threshold <= 1 else "no P(LOW): nothing is dropped"
+    typer.echo(f"a frame is dropped at {dropped}")
+    loss, recall, count = there["irrecoverable_loss"], there["high_recall"], record["chosen_on"]["frames"]
+    typer.echo(
+        f"on the {count} val frames it was chosen on: {loss['count']} of {loss['total']} valuable frames lost, "
+        f"{recall['count']} of {recall['total']} HIGH found, {there['downlink']['dropped']:.0%} dropped"
+    )
+    typer.echo("its loss on other frames is larger than on these: 'orion report' gives it on test")

@@ -1,0 +1,165 @@
+"""This machine: tools, checks, rehearsals at full size, the shipped base."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from orion_triage.cli.app import app
+from orion_triage.cli.terminal import (
+    JsonOption,
+    PresetOption,
+    SetOption,
+    escape,
+    messages,
+    progress_bar,
+)
+
+command = partial(app.command, rich_help_panel="This machine")
+
+
+@command(epilog="Example: orion toolchain")
+def toolchain() -> None:
+    """Find or build llama.cpp's tools."""
+    from orion_triage import llama_cpp
+
+    with progress_bar() as progress:
+        found = llama_cpp.find_toolchain(progress)
+    messages().print(
+        f"llama.cpp build {found.build} ({found.origin}): {found.llama_server}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@command(epilog="Example: orion rehearse --preset lfm2.5-vl-1.6b --steps 2")
+def rehearse(
+    preset: Annotated[str, typer.Option("--preset", help="lfm2.5-vl-1.6b or lfm2.5-vl-450m.")] = "lfm2.5-vl-1.6b",
+    steps: Annotated[int, typer.Option("--steps", min=0, help="Optimizer steps; 0: a random adapter instead.")] = 0,
+    folder: Annotated[Path | None, typer.Option("--folder", help="Default: runs/rehearsal-PRESET.")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the files; they are deleted otherwise.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run every stage at a preset's full size with random weights, and print what it took."""
+    from orion_triage import rehearse
+
+    where = folder or Path("runs") / f"rehearsal-{preset}"
+    with progress_bar() as progress:
+        figures = rehearse.run(preset, where, steps=steps, progress=progress)
+    if not keep:
+        rehearse.remove(where)
+    if as_json:
+        typer.echo(json.dumps(figures, indent=2))
+    else:
+        _print_rehearsal(figures)
+
+
+@command(epilog="Example: orion budgets --json")
+def budgets(
+    preset: Annotated[str, typer.Option("--preset", help="Whose last rehearsal is shown.")] = "lfm2.5-vl-1.6b",
+    as_json: JsonOption = False,
+) -> None:
+    """Print the mission's budgets beside the last rehearsal's figures."""
+    from dataclasses import asdict
+
+    from orion_triage import budgets
+
+    figures = budgets.last_rehearsal(preset)
+    if as_json:
+        rows = [asdict(row) | {"kept": row.kept} for row in budgets.budgets(figures)]
+        typer.echo(json.dumps({"rehearsal": figures, "budgets": rows}, indent=2))
+        return
+    if figures:
+        _print_rehearsal(figures)
+    else:
+        _print_budgets(budgets.budgets(None))
+        messages().print(f"nothing measured yet: orion rehearse --preset {preset}", highlight=False)
+
+
+def _print_rehearsal(figures: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from orion_triage import budgets
+
+    machine = figures["machine"]
+    table = Table(
+        title=f"{figures['preset']}, {figures['parameters']:,} parameters, on {machine['cores']} cores, "
+        f"{machine['memory_bytes'] / 1e9:.0f} GB, {machine['gpu'] or 'no GPU'}",
+        caption="Peaks: of a process and its children, mapped files included; of the run folder, base not counted.",
+    )
+    table.add_column("stage")
+    for name in ("seconds", "memory GB", "disk GB", "GPU GB"):
+        table.add_column(name, justify="right")
+    for stage in figures["stages"]:
+        cells = [stage["peak_memory_bytes"], stage["peak_disk_bytes"], stage["peak_vram_bytes"]]
+        shown = [f"{value / 1e9:.2f}" if value is not None else "-" for value in cells]
+        table.add_row(stage["stage"], f"{stage['seconds']:.1f}", *shown)
+    console = Console()
+    console.print(table)
+    if figures["training_seconds_per_sample"] is not None:
+        console.print(f"training, with its validation: {figures['training_seconds_per_sample']:.2f} s per sample")
+    console.print(f"llama.cpp F16 against transformers, next-token log-probabilities: {figures['parity']:.4f}")
+    console.print(f"all of it, random weights and parity included: {figures['seconds']:.0f} s", highlight=False)
+    if figures["preset"] == budgets.FULL_SIZE:
+        _print_budgets(budgets.budgets(figures))
+    else:
+        sizes = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in figures["bytes"].items())
+        console.print(f"files: {sizes}")
+
+
+def _print_budgets(rows: list[Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("budget", title="Budgets at 1.6B")
+    for name in ("allowed GB", "measured GB", ""):
+        table.add_column(name, justify="right")
+    for row in rows:
+        measured = "-" if row.measured is None else f"{row.measured / 1e9:.3f}"
+        kept = {None: "", True: "kept", False: "[red]exceeded[/]"}[row.kept]
+        table.add_row(row.what, f"{row.limit / 1e9:.3f}", measured, kept)
+    Console().print(table)
+
+
+@command(epilog="Example: orion doctor --preset lfm2.5-vl-1.6b")
+def doctor(preset: PresetOption = "tiny", assignments: SetOption = [], as_json: JsonOption = False) -> None:  # noqa: B006
+    """Check GPU, memory, disk and tools against what a preset needs."""
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from orion_triage import doctor
+    from orion_triage.config import load_settings
+
+    findings = doctor.examine(load_settings(preset, assignments), Path("runs"))
+    if as_json:
+        typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        table = Table("", "", "found", "what to do")
+        colours = {"ok": "green", "note": "yellow", "missing": "red"}
+        for finding in findings:
+            state = f"[{colours[finding.state]}]{finding.state}[/]"
+            fix = "" if finding.state == "ok" else finding.fix
+            table.add_row(finding.what, state, escape(finding.found), escape(fix))
+        Console().print(table)
+    if any(finding.state == "missing" for finding in findings):
+        raise typer.Exit(1)
+
+
+@command("build-tiny-base", epilog="Example: orion build-tiny-base --work /tmp/tiny")
+def build_tiny_base(
+    work: Annotated[Path, typer.Option(help="Folder for intermediate state (3 GB); a rerun goes on from it.")] = Path(
+        ".cache/tiny-base"
+    ),
+    out: Annotated[Path, typer.Option(help="Where the checkpoint goes.")] = Path("src/orion_triage/tiny_base/weights"),
+) -> None:
+    """Rebuild the shipped base model from nothing (about 90 minutes on 2 cores)."""
+    from orion_triage.tiny_base.build import build
+
+    with progress_bar() as progress:
+        record = build(work, out, progress=progress)
+    typer.echo(json.dumps(record, indent=2))

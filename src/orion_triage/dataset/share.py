@@ -1,0 +1,266 @@
+"""A dataset on the Hub: a folder a split with its pictures and a metadata.jsonl, so that `load_dataset` and the Hub's
+viewer show them; the published splits beside them, so that `orion run --dataset OWNER/NAME` takes it; card, Croissant.
+
+Pixels are handed on only where every frame's terms allow it. Mapbox's do not: then the places can be shared, and
+whoever has access to the imagery makes the dataset from them.
+"""
+
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from orion_triage import hub
+from orion_triage.dataset.build import FRAMES_TABLE
+from orion_triage.dataset.catalogue import COLUMNS
+from orion_triage.errors import OrionError
+from orion_triage.files import sha256_of_file, sha256_of_text
+from orion_triage.records import SPLITS, Record, Split, image_path, read_split, split_path
+from orion_triage.triage import CATEGORIES
+
+_HUB_SPLITS: dict[Split, str] = {"train": "train", "val": "validation", "test": "test"}
+Files = dict[str, Path | bytes]
+Frame = dict[str, Any]
+
+
+def push(
+    folder: Path,
+    repository: str,
+    figures: Mapping[str, Any],
+    findings: Sequence[Any],
+    *,
+    licence: str = "",
+    catalogue_only: bool = False,
+    private: bool = True,
+) -> str:
+    """Push the dataset in `folder`; returns the commit's address. `figures` are its receipt's, `findings` its check's.
+
+    `licence` says under which terms pixels of an unknown origin may be handed on. Raises OrionError when they may not.
+    """
+    frames = read_frames(folder)
+    if not catalogue_only:
+        licence = _licence(frames, licence)
+    files = catalogue_files(frames) if catalogue_only else picture_files(folder, frames)
+    about = {
+        "repository": repository,
+        "figures": figures,
+        "findings": Counter(f"{finding.severity}: {finding.check}" for finding in findings),
+        "licence": licence or "other",
+        "catalogue_only": catalogue_only,
+    }
+    files["README.md"] = _card(frames, about).encode()
+    files["croissant.json"] = (json.dumps(croissant(files, frames, about), indent=2) + "\n").encode()
+    what = "catalogue" if catalogue_only else "dataset"
+    return hub.push(files, repository, message=f"ORION triage {what}", private=private, kind="dataset")
+
+
+def read_frames(folder: Path) -> list[Frame]:
+    """One entry a frame: its record's fields, and what frames.csv knows of it ("" where that is not there)."""
+    table: dict[str, dict[str, str]] = {}
+    if (folder / FRAMES_TABLE).is_file():
+        with (folder / FRAMES_TABLE).open(encoding="utf-8", newline="") as file:
+            table = {row["image"]: row for row in csv.DictReader(file)}
+    frames: dict[str, Frame] = {}
+    for split in SPLITS:
+        for record in read_split(folder, split):
+            known = table.get(record.image, {})
+            frame = frames.setdefault(record.image, {"record": record, "split": split, **_told(known)})
+            if record.coordinates:
+                frame["record"] = record
+    return list(frames.values())
+
+
+def _told(row: Mapping[str, str]) -> Frame:
+    keys = ("name", "morphology", "source", "metres_per_pixel", "captured_at", "licence", "attribution")
+    return {key: row.get(key, "") for key in keys} | {"redistributable": row.get("redistributable", "unknown")}
+
+
+def _licence(frames: Sequence[Frame], given: str) -> str:
+    """The licence of the pixels; raises OrionError when a frame's terms forbid handing it on, or nobody knows them."""
+    forbidden = [frame for frame in frames if frame["redistributable"] == "no"]
+    if forbidden:
+        raise OrionError(
+            f"{len(forbidden)} of {len(frames)} frames come from {forbidden[0]['source']} ({forbidden[0]['licence']}), "
+            "whose terms forbid handing on the pixels.",
+            "Share the places: --catalogue-only.",
+        )
+    unknown = sum(frame["redistributable"] != "yes" for frame in frames)
+    if unknown and not given:
+        raise OrionError(
+            f"nobody knows the terms of {unknown} of {len(frames)} frames.",
+            "If you may hand them on, name their licence: --licence cc-by-4.0; or share the places: --catalogue-only.",
+        )
+    found = sorted({frame["licence"].lower() for frame in frames if frame["redistributable"] == "yes"})
+    return given or (found[0] if len(found) == 1 else "other")
+
+
+def picture_files(folder: Path, frames: Sequence[Frame]) -> Files:
+    """name in the repository -> picture, metadata or split file."""
+    root = hub.root_of(folder)
+    moved = {frame["record"].image: _name(frame) for frame in frames}
+    files: Files = {_name(frame): image_path(folder, frame["record"], root) for frame in frames}
+    for split, hub_split in _HUB_SPLITS.items():
+        rows = [json.dumps(_metadata(frame)) + "\n" for frame in frames if frame["split"] == split]
+        files[f"{hub_split}/metadata.jsonl"] = "".join(rows).encode()
+        records = [replace(record, image=moved[record.image]) for record in read_split(folder, split)]
+        files[split_path(Path(), split).name] = "".join(record.to_line() + "\n" for record in records).encode()
+    if (folder / FRAMES_TABLE).is_file():
+        with (folder / FRAMES_TABLE).open(encoding="utf-8", newline="") as file:
+            table = [row | {"image": moved[row["image"]]} for row in csv.DictReader(file) if row["image"] in moved]
+        files[FRAMES_TABLE] = _csv(list(table[0]), table).encode()
+    return files
+
+
+def catalogue_files(frames: Sequence[Frame]) -> Files:
+    """The places with their labels, and their splits; `orion dataset --set dataset.catalogue=...` takes it."""
+    rows = []
+    for frame in frames:
+        record: Record = frame["record"]
+        if record.coordinates is None:
+            raise OrionError(f"{record.image} has no coordinates.", "Only places can be shared without pixels.")
+        rows.append(
+            {
+                "name": frame["name"] or record.name.lower(),
+                "category": record.verdict.category,
+                "morphology": frame["morphology"] or record.verdict.category.lower(),
+                "lon": record.coordinates.lon,
+                "lat": record.coordinates.lat,
+                "reason": record.verdict.reason,
+                "split": frame["split"],
+            }
+        )
+    once = list({row["name"]: row for row in rows}.values())
+    return {"catalogue.csv": _csv([*COLUMNS, "split"], once).encode()}
+
+
+def _name(frame: Frame) -> str:
+    return f"{_HUB_SPLITS[frame['split']]}/{Path(frame['record'].image).name}"
+
+
+def _metadata(frame: Frame) -> Frame:
+    """A row of metadata.jsonl: Hugging Face's ImageFolder pairs it with the picture by `file_name`."""
+    record: Record = frame["record"]
+    return {
+        "file_name": Path(record.image).name,
+        "category": record.verdict.category,
+        "reason": record.verdict.reason,
+        "lon": record.coordinates.lon if record.coordinates else None,
+        "lat": record.coordinates.lat if record.coordinates else None,
+        "morphology": frame["morphology"],
+        "source": frame["source"],
+        "metres_per_pixel": float(frame["metres_per_pixel"]) if frame["metres_per_pixel"] else None,
+        "captured_at": frame["captured_at"],
+        "licence": frame["licence"],
+    }
+
+
+def _card(frames: Sequence[Frame], about: Mapping[str, Any]) -> str:
+    from huggingface_hub import DatasetCardData
+
+    from orion_triage.report.render import from_template
+
+    configs = [
+        {
+            "config_name": "default",
+            "data_files": [{"split": name, "path": f"{name}/*"} for name in _HUB_SPLITS.values()],
+        }
+    ]
+    if about["catalogue_only"]:
+        configs = [{"config_name": "default", "data_files": "catalogue.csv"}]
+    header = DatasetCardData(
+        license=about["licence"],
+        task_categories=["image-classification", "image-text-to-text"],
+        tags=["earth-observation", "satellite", "triage"],
+        size_categories="n<1K" if len(frames) < 1000 else "1K<n<10K" if len(frames) < 10_000 else "10K<n<100K",
+        configs=configs,
+    )
+    counts = Counter((frame["split"], frame["record"].verdict.category) for frame in frames)
+    return from_template(
+        "dataset_card.md.j2",
+        header=header.to_yaml(),
+        about=about,
+        splits=_HUB_SPLITS,
+        categories=[category.value for category in CATEGORIES],
+        counts={split: [counts[split, category] for category in CATEGORIES] for split in SPLITS},
+        sources=Counter(
+            (frame["source"] or "unknown", frame["licence"] or "unknown", frame["attribution"]) for frame in frames
+        ),
+        metres=sorted({frame["metres_per_pixel"] for frame in frames if frame["metres_per_pixel"]}),
+        captured=sorted(frame["captured_at"] for frame in frames if frame["captured_at"]),
+        count=len(frames),
+    )
+
+
+def croissant(files: Files, frames: Sequence[Frame], about: Mapping[str, Any]) -> dict[str, Any]:
+    """Croissant 1.0 (JSON-LD) of the repository: its tables as files, and one record set a split or of the places."""
+    tables = sorted(name for name in files if name.endswith(("metadata.jsonl", "catalogue.csv")))
+    columns = {"category": "sc:Text", "reason": "sc:Text", "lon": "sc:Float", "lat": "sc:Float"}
+    columns = {"name" if about["catalogue_only"] else "file_name": "sc:Text", **columns}
+    return {
+        "@context": {
+            "@language": "en",
+            "@vocab": "https://schema.org/",
+            "sc": "https://schema.org/",
+            "cr": "http://mlcommons.org/croissant/",
+            "dct": "http://purl.org/dc/terms/",
+            "conformsTo": "dct:conformsTo",
+            "column": "cr:column",
+            "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
+            "extract": "cr:extract",
+            "field": "cr:field",
+            "fileObject": "cr:fileObject",
+            "recordSet": "cr:recordSet",
+            "source": "cr:source",
+        },
+        "@type": "sc:Dataset",
+        "conformsTo": "http://mlcommons.org/croissant/1.0",
+        "name": about["repository"].rpartition("/")[2],
+        "description": f"{len(frames)} satellite frames with a triage category, the reason, and the place.",
+        "license": about["licence"],
+        "url": f"https://huggingface.co/datasets/{about['repository']}",
+        "distribution": [
+            {
+                "@type": "cr:FileObject",
+                "@id": name,
+                "name": name,
+                "contentUrl": name,
+                "encodingFormat": "text/csv" if name.endswith(".csv") else "application/jsonlines",
+                "sha256": _sha256(files[name]),
+            }
+            for name in tables
+        ],
+        "recordSet": [
+            {
+                "@type": "cr:RecordSet",
+                "@id": name.split("/")[0].removesuffix(".csv"),
+                "name": name.split("/")[0].removesuffix(".csv"),
+                "field": [
+                    {
+                        "@type": "cr:Field",
+                        "@id": f"{name.split('/')[0].removesuffix('.csv')}/{column}",
+                        "name": column,
+                        "dataType": kind,
+                        "source": {"fileObject": {"@id": name}, "extract": {"column": column}},
+                    }
+                    for column, kind in columns.items()
+                ],
+            }
+            for name in tables
+        ],
+    }
+
+
+def _sha256(content: Path | bytes) -> str:
+    return sha256_of_file(content) if isinstance(content, Path) else sha256_of_text(content.decode())
+
+
+def _csv(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -1,0 +1,136 @@
+"""dataset/share.py through the command line and a Hub on 127.0.0.1: what is pushed loads with the library datasets."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tests.dataset.test_directory import rows, write
+from tests.hub_server import TOKEN, Hub, serve
+
+from orion_triage.config import DatasetSettings, load_settings
+from orion_triage.dataset import build
+from orion_triage.dataset.catalogue import load_catalogue
+from orion_triage.dataset.split import given_splits
+from orion_triage.manifest import write_manifest
+from orion_triage.pipeline import Run, prepare
+from orion_triage.records import SPLITS, read_split
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with serve() as running:
+        yield running
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """A run with a dataset of 18 frames of the user's own, their terms unknown."""
+    run = Run(tmp_path / "runs" / "own", load_settings("tiny"))
+    prepare(run)
+    settings = DatasetSettings(folder=str(write(tmp_path / "own", rows())))
+    figures = build.run(run.dataset, settings)
+    write_manifest(run.dataset, stage="dataset", settings={}, inputs={}, seconds=1, figures=figures)
+    return run
+
+
+def push(hub: Hub, run: Run, *arguments: str) -> subprocess.CompletedProcess[str]:
+    home = run.folder.parent / "hf"
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": TOKEN, "COLUMNS": "200"}
+    environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, "-m", "orion_triage.cli", "dataset", "push", "me/frames", "--run", str(run.folder)]
+    return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=False)
+
+
+def pushed(hub: Hub, folder: Path) -> Path:
+    """The repository's content, laid out in a folder."""
+    repository = hub.repositories["me/frames"]
+    assert repository.kind == "datasets"
+    for name, data in repository.commits[repository.resolve("main") or ""].items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def test_a_pushed_dataset_loads_with_datasets_and_runs_again(
+    hub: Hub, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    refused = push(hub, run)
+    assert refused.returncode == 1
+    assert "nobody knows the terms of 18 of 18 frames" in refused.stderr
+    assert not hub.repositories
+    result = push(hub, run, "--licence", "cc-by-4.0")
+    assert result.returncode == 0, result.stderr
+    assert "me/frames/commit/" in result.stderr
+    folder = pushed(hub, tmp_path / "pushed")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    loaded = datasets.load_dataset(str(folder), cache_dir=str(tmp_path / "cache"))
+    assert {name: len(part) for name, part in loaded.items()} == {"train": 12, "validation": 3, "test": 3}
+    records = {record.image.rpartition("/")[2]: record for record in read_split(run.dataset, "test")}
+    for row in loaded["test"]:
+        record = next(r for r in records.values() if r.verdict.reason == row["reason"])
+        assert (row["category"], row["lon"], row["lat"]) == (
+            record.verdict.category,
+            record.coordinates.lon,  # type: ignore[union-attr]
+            record.coordinates.lat,  # type: ignore[union-attr]
+        )
+        assert np.array_equal(np.asarray(row["image"]), np.asarray(Image.open(run.dataset / record.image)))
+    again = build.run(tmp_path / "again", DatasetSettings(folder=str(folder)))
+    assert again["records"] == {"train": 24, "val": 3, "test": 3}
+    for split in SPLITS:
+        ours = [(r.coordinates, r.verdict) for r in read_split(run.dataset, split)]
+        assert [(r.coordinates, r.verdict) for r in read_split(tmp_path / "again", split)] == ours
+    assert (tmp_path / "again" / build.FRAMES_TABLE).is_file()
+
+
+def test_card_and_croissant_say_what_is_in_it(hub: Hub, run: Run, tmp_path: Path) -> None:
+    import mlcroissant
+    from huggingface_hub import DatasetCard
+
+    assert push(hub, run, "--licence", "cc-by-4.0").returncode == 0
+    folder = pushed(hub, tmp_path / "pushed")
+    card = DatasetCard.load(folder / "README.md")
+    assert card.data.license == "cc-by-4.0"
+    for part in (
+        "| train | 4 | 4 | 4 |",
+        "| validation | 1 | 1 | 1 |",
+        "| 18 | directory | unknown |",
+        "connected by steps under 100 km stay in one split",
+        "warning: few-test-frames",
+    ):
+        assert part in card.text, part
+    croissant = mlcroissant.Dataset(jsonld=folder / "croissant.json")
+    found = list(croissant.records("test"))
+    assert len(found) == 3
+    value = json.loads((folder / "test" / "metadata.jsonl").read_text().splitlines()[0])
+    assert found[0]["test/reason"].decode() == value["reason"]
+
+
+def test_mapbox_pixels_stay_here_and_their_places_can_go(hub: Hub, run: Run, tmp_path: Path) -> None:
+    table = run.dataset / build.FRAMES_TABLE
+    text = table.read_text().replace(",directory,", ",simsat,").replace(",unknown,,unknown,", ",Mapbox,© Mapbox,no,")
+    table.write_text(text)
+    refused = push(hub, run, "--licence", "cc-by-4.0")
+    assert refused.returncode == 1
+    assert "18 of 18 frames come from simsat (Mapbox), whose terms forbid" in refused.stderr
+    result = push(hub, run, "--catalogue-only")
+    assert result.returncode == 0, result.stderr
+    folder = pushed(hub, tmp_path / "pushed")
+    assert sorted(path.name for path in folder.rglob("*") if path.is_file()) == [
+        "README.md",
+        "catalogue.csv",
+        "croissant.json",
+    ]
+    splits = given_splits(load_catalogue(folder / "catalogue.csv", drawable=False))
+    assert splits is not None
+    with table.open(newline="") as file:
+        expected = {row["name"]: row["split"] for row in csv.DictReader(file)}
+    assert {target.name: split for split in SPLITS for target in splits[split]} == expected

@@ -1,0 +1,192 @@
+"""The dataset stage with SimSat as its source: the account of the whole catalogue, the stop, the kills."""
+
+import csv
+import functools
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from itertools import repeat
+from pathlib import Path
+
+import pytest
+from tests.conftest import places_of, write_catalogue
+from tests.dataset.simsat_server import Place, SimSatServer, serve
+from tests.dataset.test_simsat import ATTEMPTS, READ_SECONDS, jpegs
+
+from orion_triage.config import DatasetSettings
+from orion_triage.dataset import build
+from orion_triage.dataset.catalogue import Target, load_catalogue
+from orion_triage.dataset.simsat import SimSat
+from orion_triage.errors import OrionError
+from orion_triage.records import SPLITS, read_split
+from orion_triage.triage import Category
+
+__all__ = ["jpegs"]
+
+
+@pytest.fixture
+def server(jpegs: list[bytes]) -> Iterator[SimSatServer]:
+    with serve(jpegs) as running:
+        yield running
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the test's own, and a SimSat that is asked without pause."""
+    monkeypatch.setenv("ORION_CACHE", str(tmp_path / "cache"))
+    fast = {"requests_per_second": 1000, "read_seconds": READ_SECONDS, "attempts": ATTEMPTS, "backoff_seconds": 0.01}
+    monkeypatch.setattr(build, "SimSat", functools.partial(SimSat, **fast))
+    return tmp_path / "cache" / "imagery" / "simsat"
+
+
+def settings(server: SimSatServer, **changes: object) -> DatasetSettings:
+    return DatasetSettings.model_validate({"source": "simsat", "url": server.url, **changes})
+
+
+def where(target: Target) -> Place:
+    assert target.coordinates is not None
+    return target.coordinates.lon, target.coordinates.lat
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.slow
+def test_the_whole_catalogue_through_every_fault(server: SimSatServer, cache: Path, tmp_path: Path) -> None:
+    """The account of 360 places, to the last request."""
+    targets = load_catalogue()
+    mix: dict[str, tuple[int, str, int]] = {  # fault: places, outcome, requests of each
+        "empty": (12, "fetched", 2),
+        "500": (12, "fetched", 2),
+        "429 after 0": (8, "fetched", 2),
+        "stall": (3, "fetched", 2),
+        "drip": (2, "fetched", 2),
+        "announces more": (8, "fetched", 2),
+        "announces less": (6, "fetched", 2),
+        "reset": (8, "fetched", 2),
+        "reset midway": (8, "fetched", 2),
+        "truncated": (8, "fetched", 2),
+        "empty, empty": (5, "fetched", 3),
+        "empty forever": (6, "failed", ATTEMPTS),
+        "500 forever": (5, "failed", ATTEMPTS),
+        "truncated forever": (3, "failed", ATTEMPTS),
+        "stall forever": (1, "failed", ATTEMPTS),
+        "reset forever": (3, "failed", ATTEMPTS),
+        "404": (4, "failed", 1),
+        "not visible": (7, "not visible", 1),
+        "white": (3, "blank", 1),
+    }
+    faulty = random.Random(5).sample(
+        [target for target in targets if target.category != Category.LOW], sum(places for places, _, _ in mix.values())
+    )
+    expected = {target.name: ("fetched", 1) for target in targets}
+    for name, (places, outcome, requests) in mix.items():
+        for _ in range(places):
+            target = faulty.pop()
+            kind = name.removesuffix(" forever")
+            server.scripts[where(target)] = repeat(kind) if kind != name else iter(kind.split(", "))
+            expected[target.name] = outcome, requests
+
+    figures = build.run(tmp_path / "out", settings(server, largest_missing_share=0.1))
+    assert figures["account"] == Counter(outcome for outcome, _ in expected.values())
+    assert figures["account"] == {"fetched": 328, "failed": 22, "not visible": 7, "blank": 3}
+    requests = server.counts()
+    assert {target.name: requests[where(target)] for target in targets} == {
+        name: count for name, (_, count) in expected.items()
+    }
+    absent = {row["name"]: row for row in table(tmp_path / "out" / build.ABSENT_TABLE)}
+    assert {name: row["outcome"] for name, row in absent.items()} == {
+        name: outcome for name, (outcome, _) in expected.items() if outcome != "fetched"
+    }
+    assert all(row["why"] for row in absent.values())
+    assert "32 places have no picture and are left out" in figures["warnings"][0]
+    frames = table(tmp_path / "out" / build.FRAMES_TABLE)
+    assert len(frames) == 328
+    named = {record.image for split in SPLITS for record in read_split(tmp_path / "out", split)}
+    assert named == {row["image"] for row in frames}
+    assert named == {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.png")}
+    facts = {(row["native_width"], row["source"], row["redistributable"]) for row in frames}
+    assert facts == {("2560", "simsat", "no")}
+
+    assert not list(cache.glob(".lon*"))
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+    # The same again asks only for what is missing, and a smaller share stops it: what is there stays.
+    asked = len(server.requests)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    with pytest.raises(OrionError, match=r"19 of 360 places have no picture, more than .*largest_missing_share=0.05"):
+        build.run(tmp_path / "out", settings(server))
+    assert not {request.place for request in server.requests[asked:]} & {
+        where(target) for target in targets if expected[target.name][0] == "fetched"
+    }
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+
+
+def test_a_permanent_outage_stops_the_build_and_the_next_goes_on(
+    server: SimSatServer, cache: Path, tmp_path: Path
+) -> None:
+    asked = settings(server, catalogue=str(small_catalogue(tmp_path)), largest_missing_share=0.2)
+    order = [target for members in build.plan(asked)[1].values() for target in members]
+    server.scripts[where(order[20])] = iter(["stop"])
+    with pytest.raises(OrionError, match=r"SimSat at http://127.0.0.1:\d+ does not answer") as caught:
+        build.run(tmp_path / "out", asked)
+    assert "it goes on from" in caught.value.fix
+    assert not (tmp_path / "out").exists()
+    assert len(list(cache.glob("*.jpeg"))) == 20
+    server.start()
+    figures = build.run(tmp_path / "out", asked)
+    assert figures["account"] == {"cached": 20, "fetched": 40}
+
+
+BUILD = """
+import functools, sys
+from pathlib import Path
+from orion_triage.config import DatasetSettings
+from orion_triage.dataset import build
+from orion_triage.dataset.simsat import SimSat
+
+url, places, out = sys.argv[1:]
+build.SimSat = functools.partial(SimSat, requests_per_second=1000, backoff_seconds=0.01)
+build.run(Path(out), DatasetSettings(source="simsat", url=url, catalogue=places))
+"""
+
+
+def small_catalogue(folder: Path) -> Path:
+    """Sixty places: four of every morphology."""
+    return write_catalogue(folder / "places.csv", places_of(count=4))
+
+
+def test_a_build_that_is_killed_ten_times_goes_on_each_time(server: SimSatServer, cache: Path, tmp_path: Path) -> None:
+    places = small_catalogue(tmp_path)
+    out = tmp_path / "work" / "dataset"
+    command = [sys.executable, "-c", BUILD, server.url, str(places), str(out)]
+    moments = random.Random(3)
+    known = 0
+    for _ in range(10):
+        asked = len(server.requests)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        wanted, deadline = asked + moments.randint(1, 5), time.monotonic() + 60
+        while len(server.requests) < wanted and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.2))
+        assert process.poll() is None, process.communicate()
+        process.kill()
+        process.communicate()
+        assert not out.exists()
+        assert len(list(cache.glob("*.jpeg"))) >= known
+        known = len(list(cache.glob("*.jpeg")))
+    assert 10 <= known < 60
+    subprocess.run(command, capture_output=True, check=True)
+    assert len(list(cache.glob("*.jpeg"))) == 60
+    assert len(table(out / build.FRAMES_TABLE)) == 60
+    assert [path.name for path in out.parent.iterdir()] == ["dataset"]
+    assert not list(cache.glob(".lon*"))
+    undisturbed = tmp_path / "undisturbed"
+    build.run(undisturbed, settings(server, catalogue=str(places)))
+    for path in (path for path in undisturbed.rglob("*") if path.is_file()):
+        assert (out / path.relative_to(undisturbed)).read_bytes() == path.read_bytes()
