@@ -93,12 +93,15 @@ def _dataset(run: Run, progress: Progress) -> Figures:
 
 def _fine_tune(run: Run, progress: Progress) -> Figures:
     from orion_triage import fine_tune
+    from orion_triage.dataset.check import require_sound
 
+    found = require_sound(run.dataset, progress=progress) if processes.is_main() else None
     work = run.folder / WORK_FOLDER
     settings = run.settings
-    return fine_tune.run(
+    figures = fine_tune.run(
         run.base, run.dataset, run.adapter, work, settings.fine_tune, settings.base.frame_size, progress
     )
+    return figures | {"warnings": found.summary() if found else []}
 
 
 def _fuse(run: Run, progress: Progress) -> Figures:

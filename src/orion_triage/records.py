@@ -30,6 +30,7 @@ from orion_triage.triage import (
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 IMAGES_FOLDER = "orion_dataset/images"
+FRAMES_TABLE = "frames.csv"  # where every frame comes from; datasets of others may have none
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     | {"projector_width": 2560},
 }
 CHECK_RECORDS = 2  # of the fused model: a real run takes 24, half a minute each on two cores at 1.6B
-_FRAMES = 8
+_TRAINING_FRAMES = 2  # of each category
 
 
 @dataclass(frozen=True)
@@ -209,20 +209,26 @@ def make_base(preset: str, folder: Path, progress: Progress = silent) -> None:
 def make_dataset(folder: Path, train_records: int) -> None:
     """Drawn tiles under the catalogue's prompts and reasons: enough records for a rehearsal."""
     from orion_triage.dataset.build import image_name, records_of
-    from orion_triage.dataset.catalogue import load_catalogue
+    from orion_triage.dataset.catalogue import Target, load_catalogue
     from orion_triage.dataset.sources import Shot
     from orion_triage.dataset.synthetic import draw_tile, tile_seed
     from orion_triage.records import IMAGES_FOLDER, Record, Split, write_split
+    from orion_triage.triage import CATEGORIES
 
-    targets = load_catalogue()[:_FRAMES]
+    of = {category: [target for target in load_catalogue() if target.category == category] for category in CATEGORIES}
+    places: dict[Split, list[Target]] = {
+        "train": [target for category in CATEGORIES for target in of[category][:_TRAINING_FRAMES]],
+        "val": [of[category][-1] for category in CATEGORIES],
+        "test": [of[category][-2] for category in CATEGORIES],
+    }
     with replaced_folder(folder) as new:
         (new / IMAGES_FOLDER).mkdir(parents=True)
-        records: list[Record] = []
-        for shot in map(Shot, targets):
-            draw_tile(shot.target.morphology, tile_seed(0, shot.name)).image.save(new / image_name(shot))
-            records += records_of(shot, "test")
-        counts: dict[Split, int] = {"train": train_records, "val": 1, "test": 1}
-        for split, count in counts.items():
+        for split, targets in places.items():
+            records: list[Record] = []
+            for shot in map(Shot, targets):
+                draw_tile(shot.target.morphology, tile_seed(0, shot.name)).image.save(new / image_name(shot))
+                records += records_of(shot, split)
+            count = max(train_records, len(records)) if split == "train" else len(records)
             write_split(new, split, [records[index % len(records)] for index in range(count)])
 
 

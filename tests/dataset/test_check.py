@@ -507,6 +507,15 @@ def null_island(copy: Copy) -> list[Place]:
 
 
 @fault
+def longitude_and_latitude_exchanged(copy: Copy) -> list[Place]:
+    """A city of Brazil in the South Atlantic. Ice out there is nothing to wonder at."""
+    line = copy.first("val", "MEDIUM")
+    copy.move("val", line, Coordinates(-10.2, -48.3))
+    copy.move("val", copy.first("val", "LOW"), Coordinates(-12.2, -50.3))
+    return [("warning", "perhaps-swapped", f"val_dataset.jsonl:{line}")]
+
+
+@fault
 def white_frame_called_high(copy: Copy) -> list[Place]:
     line = copy.first("train", "HIGH")
     copy.paint("train", line, Image.new("RGB", (512, 512), (250, 250, 252)))

@@ -15,7 +15,7 @@ from orion_triage.config import DatasetSettings
 from orion_triage.dataset import build
 from orion_triage.errors import OrionError
 from orion_triage.frames import read_frame
-from orion_triage.records import SPLITS, read_split
+from orion_triage.records import FRAMES_TABLE, SPLITS, read_split
 from orion_triage.triage import CATEGORIES, Category, Coordinates
 
 Dataset = Callable[[Path], dict]
@@ -73,7 +73,7 @@ def built(folder: Path, out: Path) -> dict:
 
 
 def frames_table(out: Path) -> list[dict[str, str]]:
-    with (out / build.FRAMES_TABLE).open(newline="") as file:
+    with (out / FRAMES_TABLE).open(newline="") as file:
         return list(csv.DictReader(file))
 
 

@@ -20,7 +20,7 @@ from orion_triage.dataset.catalogue import load_catalogue
 from orion_triage.dataset.split import given_splits
 from orion_triage.manifest import write_manifest
 from orion_triage.pipeline import Run, prepare
-from orion_triage.records import SPLITS, read_split
+from orion_triage.records import FRAMES_TABLE, SPLITS, read_split
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_a_pushed_dataset_loads_with_datasets_and_runs_again(
     for split in SPLITS:
         ours = [(r.coordinates, r.verdict) for r in read_split(run.dataset, split)]
         assert [(r.coordinates, r.verdict) for r in read_split(tmp_path / "again", split)] == ours
-    assert (tmp_path / "again" / build.FRAMES_TABLE).is_file()
+    assert (tmp_path / "again" / FRAMES_TABLE).is_file()
 
 
 def test_card_and_croissant_say_what_is_in_it(hub: Hub, run: Run, tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_card_and_croissant_say_what_is_in_it(hub: Hub, run: Run, tmp_path: Path
 
 
 def test_mapbox_pixels_stay_here_and_their_places_can_go(hub: Hub, run: Run, tmp_path: Path) -> None:
-    table = run.dataset / build.FRAMES_TABLE
+    table = run.dataset / FRAMES_TABLE
     text = table.read_text().replace(",directory,", ",simsat,").replace(",unknown,,unknown,", ",Mapbox,© Mapbox,no,")
     table.write_text(text)
     refused = push(hub, run, "--licence", "cc-by-4.0")

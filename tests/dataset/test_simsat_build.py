@@ -21,7 +21,7 @@ from orion_triage.dataset import build
 from orion_triage.dataset.catalogue import Target, load_catalogue
 from orion_triage.dataset.simsat import SimSat
 from orion_triage.errors import OrionError
-from orion_triage.records import SPLITS, read_split
+from orion_triage.records import FRAMES_TABLE, SPLITS, read_split
 from orion_triage.triage import Category
 
 __all__ = ["jpegs"]
@@ -105,7 +105,7 @@ def test_the_whole_catalogue_through_every_fault(server: SimSatServer, cache: Pa
     }
     assert all(row["why"] for row in absent.values())
     assert "32 places have no picture and are left out" in figures["warnings"][0]
-    frames = table(tmp_path / "out" / build.FRAMES_TABLE)
+    frames = table(tmp_path / "out" / FRAMES_TABLE)
     assert len(frames) == 328
     named = {record.image for split in SPLITS for record in read_split(tmp_path / "out", split)}
     assert named == {row["image"] for row in frames}
@@ -183,7 +183,7 @@ def test_a_build_that_is_killed_ten_times_goes_on_each_time(server: SimSatServer
     assert 10 <= known < 60
     subprocess.run(command, capture_output=True, check=True)
     assert len(list(cache.glob("*.jpeg"))) == 60
-    assert len(table(out / build.FRAMES_TABLE)) == 60
+    assert len(table(out / FRAMES_TABLE)) == 60
     assert [path.name for path in out.parent.iterdir()] == ["dataset"]
     assert not list(cache.glob(".lon*"))
     undisturbed = tmp_path / "undisturbed"

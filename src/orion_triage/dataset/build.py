@@ -18,6 +18,7 @@ from orion_triage import hub
 from orion_triage.config import DatasetSettings
 from orion_triage.dataset.catalogue import Target, load_catalogue
 from orion_triage.dataset.directory import Directory
+from orion_triage.dataset.land import perhaps_swapped
 from orion_triage.dataset.simsat import METRES_PER_PIXEL_AT_500_KM, SIMSAT_URL, SimSat
 from orion_triage.dataset.sources import Absent, ImagerySource, Picture, Shot
 from orion_triage.dataset.split import given_splits, pairs_within, split_targets
@@ -26,6 +27,7 @@ from orion_triage.files import cache_folder, replaced_folder, require_free_space
 from orion_triage.frames import CAMERA_SIZE, Frame, decode_frame, is_blank, read_frame
 from orion_triage.progress import Progress, silent
 from orion_triage.records import (
+    FRAMES_TABLE,
     IMAGES_FOLDER,
     SPLITS,
     Record,
@@ -37,7 +39,6 @@ from orion_triage.records import (
 )
 from orion_triage.triage import Category, Verdict
 
-FRAMES_TABLE = "frames.csv"
 ABSENT_TABLE = "absent.csv"
 FRAME_COLUMNS = (
     "image", "name", "split", "category", "morphology", "lon", "lat", "source", "native_width", "native_height",
@@ -84,7 +85,12 @@ def run(out_folder: Path, settings: DatasetSettings, *, progress: Progress = sil
         "metres_per_pixel": settings.metres_per_pixel if source.name == "synthetic" else None,
         "split_distance_km": None if named else settings.split_distance_km,
         "account": account,
-        "warnings": [*_close_places(splits, _footprint_km(settings)), *getattr(source, "warnings", []), *_told(absent)],
+        "warnings": [
+            *_close_places(splits, _footprint_km(settings)),
+            *_far_out(splits),
+            *getattr(source, "warnings", []),
+            *_told(absent),
+        ],
     }
 
 
@@ -160,6 +166,23 @@ def _close_places(splits: Splits, footprint_km: float) -> list[str]:
     return [
         f"{len(pairs)} pairs of places are closer than a frame's diagonal ({footprint_km:.1f} km) and show the same "
         f"ground: {first.name} ({first.origin}) and {second.name} ({second.origin}) first"
+    ]
+
+
+def _far_out(splits: Splits) -> list[str]:
+    """Places of people far out at sea that would lie on land if longitude and latitude changed places, in words."""
+    built = [
+        (target, target.coordinates)
+        for split in SPLITS
+        for target in splits[split]
+        if target.coordinates and target.category != Category.LOW
+    ]
+    found = [built[index][0] for index in perhaps_swapped([place for _, place in built])]
+    if not found:
+        return []
+    return [
+        f"{len(found)} of {len(built)} HIGH and MEDIUM places lie far out at sea, and on land with longitude and "
+        f"latitude exchanged: {found[0].name} ({found[0].origin}) first"
     ]
 
 

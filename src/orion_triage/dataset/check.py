@@ -1,9 +1,10 @@
 """The check of a finished dataset folder: every fault at once, with its file and line and what to do about it.
 
-Errors stop training, warnings do not. Whether a whole dataset has longitude and latitude swapped cannot be told
-without a map; one picture whose records mirror each other can, and so can a latitude beyond 90 degrees.
+Errors stop training, warnings do not.
 """
 
+import contextlib
+import csv
 import json
 import re
 from collections import Counter, defaultdict
@@ -12,16 +13,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from orion_triage.dataset.facts import Entry, Finding, Picture, Severity, read_entries, read_pictures, unused_pictures
+from orion_triage.dataset.land import perhaps_swapped
 from orion_triage.dataset.leakage import leaks
 from orion_triage.dataset.reasons import reason_findings
 from orion_triage.errors import OrionError
+from orion_triage.manifest import read_manifest
 from orion_triage.progress import Progress, silent
-from orion_triage.records import SPLITS, Split, split_path
-from orion_triage.triage import CATEGORIES, Coordinates
+from orion_triage.records import FRAMES_TABLE, SPLITS, Split, split_path
+from orion_triage.triage import CATEGORIES, Category, Coordinates
 
 _FEWEST_TEST_FRAMES = 10  # a class
 _LARGEST_RATIO = 3.0  # of the commonest category to the rarest
 _NAMED_IN_ERROR = 3
+_METRES_PER_PIXEL, _SPLIT_DISTANCE_KM = 10.0, 100.0  # of a dataset that does not say
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,14 @@ class Report:
     def warnings(self) -> list[Finding]:
         return [finding for finding in self.findings if finding.severity == "warning"]
 
+    def summary(self) -> list[str]:
+        """The warnings in a line, if there are any."""
+        if not self.warnings:
+            return []
+        counts = Counter(finding.check for finding in self.warnings)
+        told = ", ".join(f"{count} {check}" for check, count in counts.items())
+        return [f"the dataset check warns: {told} ('orion dataset check {self.folder}')"]
+
     def to_json(self) -> str:
         totals = {"errors": len(self.errors), "warnings": len(self.warnings)}
         return json.dumps({**totals, **asdict(self)}, indent=1)
@@ -54,15 +66,16 @@ class Report:
 def check_dataset(
     folder: Path,
     *,
-    metres_per_pixel: float = 10.0,
-    split_distance_km: float = 100.0,
+    metres_per_pixel: float | None = None,
+    split_distance_km: float | None = None,
     root: Path | None = None,
     resize: bool = True,
     progress: Progress = silent,
 ) -> Report:
     """Check every line and every picture of a dataset in the published layout; each picture is decoded once.
 
-    A frame's footprint is 512 * `metres_per_pixel`. `root` is as in records.image_path. With `resize`, pictures of
+    A frame's footprint is 512 * `metres_per_pixel`. That and the distance between splits are as the dataset's own
+    tables say, 10 m and 100 km where they say nothing. `root` is as in records.image_path. With `resize`, pictures of
     another size than 512x512 are warnings, as the dataset stage scales them; without, they are errors. Raises
     OrionError only when `folder` is no dataset at all: no folder, or none of the three splits in it.
     """
@@ -71,6 +84,7 @@ def check_dataset(
             f"{folder} has no {', '.join(split_path(Path(), split).name for split in SPLITS)}.",
             "Pass a dataset folder, or build one with 'orion dataset'.",
         )
+    known_metres, known_distance = _made_with(folder)
     entries, findings = read_entries(folder)
     # A bad line takes its picture's name with it: what then looks unused or without a twin need not be.
     of_all_lines = [] if findings else [*unused_pictures(folder, entries), *_twins(entries)]
@@ -85,7 +99,12 @@ def check_dataset(
         *_balance(counts),
         *_coordinates(entries),
         *_blanks(entries, pictures),
-        *leaks(entries, pictures, metres_per_pixel=metres_per_pixel, split_distance_km=split_distance_km),
+        *leaks(
+            entries,
+            pictures,
+            metres_per_pixel=metres_per_pixel or known_metres,
+            split_distance_km=split_distance_km or known_distance,
+        ),
     ]
     findings = [replace(f, place=_printable(f.place), message=_printable(f.message)) for f in findings]
     lines = Counter(entry.split for entry in entries)
@@ -97,20 +116,11 @@ def check_dataset(
 def require_sound(
     folder: Path,
     *,
-    metres_per_pixel: float = 10.0,
-    split_distance_km: float = 100.0,
     root: Path | None = None,
     progress: Progress = silent,
 ) -> Report:
     """The report of a dataset that may be trained on; raises OrionError that names its first errors."""
-    report = check_dataset(
-        folder,
-        metres_per_pixel=metres_per_pixel,
-        split_distance_km=split_distance_km,
-        root=root,
-        resize=False,
-        progress=progress,
-    )
+    report = check_dataset(folder, root=root, resize=False, progress=progress)
     if report.errors:
         named = [f"{finding.place}: {finding.message}" for finding in report.errors[:_NAMED_IN_ERROR]]
         if rest := len(report.errors) - len(named):
@@ -120,6 +130,19 @@ def require_sound(
             f"'orion dataset check {folder}' lists them, each with its fix.",
         )
     return report
+
+
+def _made_with(folder: Path) -> tuple[float, float]:
+    """The largest metres a pixel of frames.csv, and the distance between splits that the stage's receipt names."""
+    metres = [0.0]
+    with contextlib.suppress(OSError, ValueError, csv.Error):  # faults of these files are no faults of the data
+        rows = csv.DictReader((folder / FRAMES_TABLE).read_text(encoding="utf-8").splitlines())
+        metres += [float(row["metres_per_pixel"]) for row in rows if row.get("metres_per_pixel")]
+    with contextlib.suppress(OrionError):
+        receipt = read_manifest(folder)
+        if receipt and receipt.figures.get("split_distance_km"):
+            return max(metres) or _METRES_PER_PIXEL, float(receipt.figures["split_distance_km"])
+    return max(metres) or _METRES_PER_PIXEL, _SPLIT_DISTANCE_KM
 
 
 def _order(finding: Finding) -> tuple[bool, int, int, str]:
@@ -243,6 +266,14 @@ def _coordinates(entries: Sequence[Entry]) -> Iterator[Finding]:
     if null := [entry for entry in entries if entry.record.coordinates == Coordinates(0.0, 0.0)]:
         message = f"{len(null)} records lie at (0, 0), {null[0].image} first: often a position never filled in."
         yield null[0].finding("warning", "null-island", message, "Write the true position, or leave it out.")
+    built = [e for e in entries if e.record.coordinates and e.record.verdict.category != Category.LOW]
+    once = list({entry.image: entry for entry in built}.values())
+    for index in perhaps_swapped([entry.record.coordinates for entry in once if entry.record.coordinates]):
+        category = once[index].record.verdict.category
+        message = (
+            f"{once[index].image} is {category} far out at sea, but on land with longitude and latitude exchanged."
+        )
+        yield once[index].finding("warning", "perhaps-swapped", message, "Check the order: longitude comes first.")
 
 
 def _blanks(entries: Sequence[Entry], pictures: Mapping[str, Picture]) -> Iterator[Finding]:

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from orion_triage import hub
-from orion_triage.dataset.build import FRAMES_TABLE
 from orion_triage.dataset.catalogue import COLUMNS
 from orion_triage.errors import OrionError
 from orion_triage.files import sha256_of_file, sha256_of_text
-from orion_triage.records import SPLITS, Record, Split, image_path, read_split, split_path
+from orion_triage.records import FRAMES_TABLE, SPLITS, Record, Split, image_path, read_split, split_path
 from orion_triage.triage import CATEGORIES
 
 _HUB_SPLITS: dict[Split, str] = {"train": "train", "val": "validation", "test": "test"}

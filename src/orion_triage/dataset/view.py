@@ -7,19 +7,18 @@ import base64
 import csv
 import hashlib
 import io
-import json
 import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from importlib import resources
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from orion_triage.dataset.facts import Finding, read_entries
+from orion_triage.dataset.land import outline
 from orion_triage.errors import OrionError, RecordError
 from orion_triage.frames import CAMERA_SIZE, read_frame, shrink
 from orion_triage.progress import Progress, silent
@@ -277,6 +276,5 @@ def world(cards: Sequence[Card]) -> dict[str, Any]:
     points.sort(key=lambda point: (-common[_group(point[2])], _group(point[2])[1] == 0, point[2].number))
     top = -90 if any(y < -80 for _, y, _ in points) else -85
     bottom = 90 if any(y > 57 for _, y, _ in points) else 60
-    rings = json.loads((resources.files("orion_triage.dataset") / "coastline.json").read_text())
-    land = "".join("M" + "L".join(f"{lon:g} {-lat:g}" for lon, lat in ring[:-1]) + "Z" for ring in rings)
+    land = "".join("M" + "L".join(f"{lon:g} {-lat:g}" for lon, lat in ring[:-1]) + "Z" for ring in outline())
     return {"box": (-182, top - 2, 364, bottom - top + 4), "land": land, "points": points}

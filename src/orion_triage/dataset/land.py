@@ -1,0 +1,52 @@
+"""Land and sea, coarsely: enough to notice that longitude and latitude were exchanged.
+
+The outline is Natural Earth's at 1:110 million, rounded to 0.1 degrees; islands under some 20 km are not in it.
+"""
+
+import json
+from collections.abc import Sequence
+from functools import cache
+from importlib import resources
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orion_triage.triage import Coordinates
+
+OUTLINE = "coastline.json"
+_MARGIN_DEGREES = 2.0  # ports, platforms and small islands lie off the outline; 220 km of sea on all sides does not
+
+
+@cache
+def outline() -> list[list[list[float]]]:
+    """Closed rings of [longitude, latitude], cut at the antimeridian."""
+    rings: list[list[list[float]]] = json.loads((resources.files("orion_triage.dataset") / OUTLINE).read_text())
+    return rings
+
+
+def on_land(lon: NDArray[np.float64], lat: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Whether points (arrays of one shape [n], degrees) lie within the outline."""
+    from matplotlib.path import Path
+
+    points = np.stack([lon, lat], axis=1)
+    inside = np.zeros(len(points), dtype=np.bool_)
+    for ring in outline():
+        inside ^= Path(np.array(ring)).contains_points(points)  # a ring within a ring is a sea
+    return inside
+
+
+def perhaps_swapped(places: Sequence[Coordinates]) -> list[int]:
+    """Indices of places that lie far out at sea, and on land if longitude and latitude change places.
+
+    Ask it of places that show something built: of open sea, a third would be on land when swapped.
+    """
+    if not places:
+        return []
+    lon, lat = np.array([(place.lon, place.lat) for place in places]).T
+    steps = (-_MARGIN_DEGREES, 0.0, _MARGIN_DEGREES)
+    near = np.zeros(len(places), dtype=np.bool_)
+    for east in steps:
+        for north in steps:
+            near |= on_land((lon + east + 180) % 360 - 180, np.clip(lat + north, -90, 90))
+    swapped = (np.abs(lon) <= 90) & on_land(lat, np.clip(lon, -90, 90))
+    return [int(index) for index in np.flatnonzero(~near & swapped)]
