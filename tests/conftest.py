@@ -1,7 +1,10 @@
 """Small real things for the tests: a random LFM2-VL base, frames, and a dataset in the published layout."""
 
 import csv
+import json
 import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,6 +17,7 @@ from orion_triage.dataset.catalogue import COLUMNS, Target, load_catalogue
 from orion_triage.frames import shrink
 from orion_triage.records import IMAGES_FOLDER, Record, write_split
 from orion_triage.triage import CATEGORIES, Category, Coordinates, Verdict, render_prompt
+from orion_triage.vlm import TINY_BASE_FOLDER
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the tests may reach a network
 
@@ -30,6 +34,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in left_out]
 
 
+ORION = [sys.executable, "-m", "orion_triage.cli"]
 REASONS = {
     Category.HIGH: "Dense geometric port infrastructure with long quays.",
     Category.MEDIUM: "Ordinary street grid beside checkerboard fields.",
@@ -172,3 +177,36 @@ def drawn_questions() -> Callable[[int], tuple[list[Image.Image], list[str]]]:
         return images, prompts
 
     return draw
+
+
+def orion(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own."""
+    command = [*ORION, *map(str, arguments)]
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "COLUMNS": "120", **environment},
+        check=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with runs/small: the shipped base, 36 places, two epochs; every stage through the command line."""
+    folder = tmp_path_factory.mktemp("cli")
+    write_catalogue(folder / "places.csv", places_of("ocean_water", "urban_grid", "mega_airport", count=12))
+    result = orion(*run_command(), cwd=folder)
+    assert result.returncode == 0, result.stderr
+    layers = json.loads((TINY_BASE_FOLDER / "config.json").read_text())["text_config"]["layer_types"]
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        assert f"  {name}: {layers.count('full_attention')} in text, 6 in vision\n" in result.stderr
+    assert "no GPU: trained in float32 instead of float16" in result.stderr
+    return folder
+
+
+def run_command() -> list[str]:
+    """The arguments that make the run of `finished`."""
+    sets = ["dataset.catalogue=places.csv", "dataset.split_distance_km=20", "fine_tune.epochs=2"]
+    return ["run", "--run", "runs/small", *(word for value in sets for word in ("--set", value))]

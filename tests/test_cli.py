@@ -16,30 +16,16 @@ from orion_triage import llama_cpp, quantize
 from orion_triage.config import Settings
 from orion_triage.manifest import read_manifest
 from orion_triage.pipeline import stages
-from orion_triage.vlm import TINY_BASE_FOLDER
 
-from .conftest import SHARED, places_of, structured_picture, write_catalogue
+from .conftest import ORION, SHARED, orion, run_command, structured_picture
 
 STAGES = stages(Settings())
-ORION = [sys.executable, "-m", "orion_triage.cli"]
 REAL_FRAMES = SHARED / "frames"
 COMMANDS = (
     "run", "dataset", "ablation", "fine-tune", "fuse", "quantize", "evaluate", "ladder", "decoding", "operating-point",
     "report", "compare", "push", "clean", "triage", "toolchain", "rehearse", "budgets", "doctor", "build-tiny-base",
     "settings",
 )  # fmt: skip
-
-
-def orion(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [*ORION, *map(str, arguments)]
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, "COLUMNS": "120", **environment},
-        check=False,
-    )
 
 
 def assert_refused(result: subprocess.CompletedProcess[str], *words: str, status: int = 1) -> None:
@@ -99,28 +85,6 @@ def test_a_bad_dataset_line_is_named_before_training(tmp_path: Path, small_datas
     result = orion("fine-tune", "--set", f"base.model={small_base}", cwd=tmp_path)
     assert_refused(result, "train_dataset.jsonl:", "category 'NONE' is not one of HIGH, MEDIUM, LOW")
     assert not (run / "orion_lora_weights").exists()
-
-
-# --- one small run through every stage ------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with runs/small: the shipped base, 36 places, two epochs; every stage through the command line."""
-    folder = tmp_path_factory.mktemp("cli")
-    write_catalogue(folder / "places.csv", places_of("ocean_water", "urban_grid", "mega_airport", count=12))
-    result = orion(*_run_command(), cwd=folder)
-    assert result.returncode == 0, result.stderr
-    layers = json.loads((TINY_BASE_FOLDER / "config.json").read_text())["text_config"]["layer_types"]
-    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-        assert f"  {name}: {layers.count('full_attention')} in text, 6 in vision\n" in result.stderr
-    assert "no GPU: trained in float32 instead of float16" in result.stderr
-    return folder
-
-
-def _run_command() -> list[str]:
-    sets = ["dataset.catalogue=places.csv", "dataset.split_distance_km=20", "fine_tune.epochs=2"]
-    return ["run", "--run", "runs/small", *(word for value in sets for word in ("--set", value))]
 
 
 def test_an_interrupted_command_says_so_and_leaves_nothing_half_done(tmp_path: Path) -> None:
@@ -188,7 +152,7 @@ def test_a_run_leaves_every_product_and_its_receipts(finished: Path) -> None:
 @pytest.mark.llama_cpp
 @pytest.mark.slow
 def test_a_second_run_skips_and_a_changed_setting_redoes_what_follows(finished: Path) -> None:
-    again = orion(*_run_command(), cwd=finished)
+    again = orion(*run_command(), cwd=finished)
     assert again.returncode == 0, again.stderr
     assert re.findall(r"^(.+): unchanged, skipped", again.stderr, re.MULTILINE) == [stage.name for stage in STAGES]
     assert "fine-tuned" in again.stdout
@@ -196,7 +160,7 @@ def test_a_second_run_skips_and_a_changed_setting_redoes_what_follows(finished: 
     shutil.copytree(finished / "runs" / "small", copy / "runs" / "small")
     shutil.copy(finished / "places.csv", copy)
     (copy / "runs" / "small" / "orion_lora_weights" / "adapter_model.safetensors").unlink()
-    changed = orion(*_run_command(), "--set", "fine_tune.seed=7", cwd=copy)
+    changed = orion(*run_command(), "--set", "fine_tune.seed=7", cwd=copy)
     assert changed.returncode == 0, changed.stderr
     state = dict(re.findall(r"^(.+): (unchanged, skipped|done)", changed.stderr, re.MULTILINE))
     skipped = [name for name, outcome in state.items() if outcome != "done"]
@@ -217,17 +181,17 @@ def test_a_cleaned_run_flies_and_skips_and_says_what_it_lacks(finished: Path, tm
     left = {path.name for path in run.rglob("*") if path.is_file() and path.stat().st_size > 1_000_000}
     assert left == {"orion-q4_k_m.gguf", "orion-mmproj-f16.gguf", "adapter_model.safetensors"}
     assert sum(path.stat().st_size for path in run.rglob("*") if path.is_file()) < before / 2
-    again = orion(*_run_command(), cwd=folder)
+    again = orion(*run_command(), cwd=folder)
     assert again.returncode == 0, again.stderr
     assert re.findall(r"^(.+): unchanged, skipped", again.stderr, re.MULTILINE) == [stage.name for stage in STAGES]
     structured_picture(1).save(folder / "good.png")
     assert orion("triage", "good.png", cwd=folder).returncode == 0
-    command = ("fuse", *_run_command()[1:], "--force")
+    command = ("fuse", *run_command()[1:], "--force")
     assert_refused(orion(*command, cwd=folder), "fuse needs runs/small/dataset", "'orion dataset --force'")
-    assert orion("dataset", *_run_command()[1:], "--force", cwd=folder).returncode == 0
+    assert orion("dataset", *run_command()[1:], "--force", cwd=folder).returncode == 0
     assert orion(*command, cwd=folder).returncode == 0
     (run / "orion_merged" / "config.json").write_text("{}")
-    changed = orion(*_run_command(), cwd=folder)
+    changed = orion(*run_command(), cwd=folder)
     assert re.search(r"^fuse: done", changed.stderr, re.MULTILINE), changed.stderr
 
 
@@ -265,7 +229,7 @@ def test_an_operating_point_is_chosen_on_val_kept_and_flown(finished: Path, tmp_
 def test_decodings_are_compared_and_the_grammar_always_parses(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder)
-    command = ["decoding", *_run_command()[1:], "--json"]
+    command = ["decoding", *run_command()[1:], "--json"]
     result = orion(*command, cwd=folder)
     assert result.returncode == 0, result.stderr
     compared = json.loads(result.stdout)
@@ -384,7 +348,7 @@ def test_someone_elses_server_is_evaluated(finished: Path, tmp_path: Path) -> No
     tools = llama_cpp.find_toolchain()
     own = (folder / "runs" / "small" / "evaluation" / "test" / "quantized" / "predictions.jsonl").read_text()
     with llama_cpp.Server(tools, gguf / quantize.QUANTIZED, gguf / quantize.MMPROJ, log=tmp_path / "log") as server:
-        command = ["evaluate", "--run", "runs/small", *_run_command()[3:], "--quantized-model", server.client.base_url]
+        command = ["evaluate", "--run", "runs/small", *run_command()[3:], "--quantized-model", server.client.base_url]
         wrong_key = orion(*command, cwd=folder, LLAMA_API_KEY="wrong")
         assert_refused(wrong_key, "refuses the key (401)", "LLAMA_API_KEY")
         key = str(server.client._http.headers["Authorization"]).removeprefix("Bearer ")
