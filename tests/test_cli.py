@@ -87,6 +87,28 @@ def test_a_bad_dataset_line_is_named_before_training(tmp_path: Path, small_datas
     assert not (run / "orion_lora_weights").exists()
 
 
+def test_a_dataset_is_checked_and_looked_at(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "runs" / "small" / "dataset", tmp_path / "dataset")
+    sound = orion("dataset", "check", "dataset", cwd=tmp_path)
+    assert sound.returncode == 0, sound.stdout + sound.stderr
+    assert "0 errors, 1 warnings in 36 frames and 48 train, 6 val, 6 test records" in sound.stdout
+    shown = orion("dataset", "view", cwd=finished)
+    assert shown.returncode == 0, shown.stderr
+    assert (finished / "dataset.html").read_text().count("<img") >= 36
+    path = tmp_path / "dataset" / "test_dataset.jsonl"
+    path.write_text(path.read_text().replace('\\"LOW\\"', '\\"HIGH\\"', 1) + "no record\n")
+    faulty = orion("dataset", "check", "dataset", cwd=tmp_path)
+    assert faulty.returncode == 1
+    assert "error schema: 1" in faulty.stdout
+    assert "test_dataset.jsonl:7: not JSON" in faulty.stdout
+    assert "fix: " in faulty.stdout
+    report = json.loads(orion("dataset", "check", "dataset", "--json", cwd=tmp_path).stdout)
+    assert (report["errors"], report["findings"][0]["place"]) == (1, "test_dataset.jsonl:7")
+    assert_refused(orion("dataset", "check", "nothing", cwd=tmp_path), "neither a folder nor a Hub id")
+    refused = orion("dataset", "--source", "simsat", "--dataset", "dataset", cwd=tmp_path)
+    assert_refused(refused, "a folder has its own pictures", status=2)
+
+
 def test_an_interrupted_command_says_so_and_leaves_nothing_half_done(tmp_path: Path) -> None:
     command = [*ORION, "dataset", "--run", "run"]
     # As from a terminal: the signal goes to the workers too, and is not ignored, as a shell's background job would.

@@ -1,5 +1,6 @@
 """Sentinel-2 chips, by pystac-client and GDAL themselves, from a STAC API on 127.0.0.1."""
 
+import csv
 import io
 import itertools
 import os
@@ -18,11 +19,14 @@ from rasterio.shutil import copy
 from rasterio.warp import transform
 from tests.dataset.stac_server import CONFORMANCE, STALL_SECONDS, Stac, position_of, positions, serve, write_cog
 
+from orion_triage.config import DatasetSettings
+from orion_triage.dataset import build
 from orion_triage.dataset.catalogue import Target
 from orion_triage.dataset.sentinel2 import Sentinel2, chip_corner
 from orion_triage.dataset.sources import Absent, ImagerySource, Picture, Shot
 from orion_triage.errors import OrionError
 from orion_triage.frames import decode_frame
+from orion_triage.records import FRAMES_TABLE
 from orion_triage.triage import Category, Coordinates
 
 PRAGUE = (14.42, 50.08)
@@ -431,3 +435,32 @@ def test_what_is_refused_before_any_question(stac: Stac, monkeypatch: pytest.Mon
     with pytest.raises(OrionError, match=r"rasterio, which is not installed. pip install 'orion-triage\[imagery\]'"):
         one(stac)
     assert stac.requests == []
+
+
+def test_the_stage_builds_a_dataset_from_scenes(stac: Stac, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three places of one scene, their splits given; a fourth that no scene shows is in the account."""
+    monkeypatch.setenv("ORION_CACHE", str(tmp_path / "cache"))
+    stac.add("scene", PRAGUE, epsg=UTM33N, side=1400)
+    rows = [
+        ("here", "HIGH", PRAGUE[0], PRAGUE[1], "train"),
+        ("east", "MEDIUM", PRAGUE[0] + 0.03, PRAGUE[1], "val"),
+        ("north", "LOW", PRAGUE[0], PRAGUE[1] + 0.02, "test"),
+        ("nowhere", "LOW", -30.0, 0.0, "train"),
+    ]
+    catalogue = tmp_path / "places.csv"
+    lines = [f"{name},{category},any,{lon},{lat},Some reason.,{split}" for name, category, lon, lat, split in rows]
+    catalogue.write_text("\n".join(["name,category,morphology,lon,lat,reason,split", *lines]))
+    settings = DatasetSettings(source="sentinel2", url=stac.url, catalogue=str(catalogue), captured_from="2020-01-01")
+    figures = build.run(tmp_path / "out", settings)
+    assert figures["account"] == {"fetched": 3, "failed": 1}
+    assert "nowhere: no scene between 2020-01-01 and 2024-12-31" in figures["warnings"][-1]
+    with (tmp_path / "out" / FRAMES_TABLE).open(newline="") as file:
+        found = {row["name"]: row for row in csv.DictReader(file)}
+    assert {row["split"] for row in found.values()} == {"train", "val", "test"}
+    for row in found.values():
+        assert (row["metres_per_pixel"], row["redistributable"]) == ("10.0", "yes")
+        assert row["captured_at"].startswith("20")
+        assert "Copernicus" in row["attribution"]
+        pixels = np.asarray(Image.open(tmp_path / "out" / row["image"]))
+        assert pixels.shape == (512, 512, 3)
+    assert build.run(tmp_path / "again", settings)["account"] == {"cached": 3, "failed": 1}

@@ -149,6 +149,8 @@ def notes(figures: dict[str, Any]) -> Iterator[str]:
     for target, towers in figures.get("census", {}).items():
         counts = ", ".join(f"{count} in {tower}" for tower, count in towers.items() if count)
         yield f"{target}: {counts or 'no module'}"
+    if account := figures.get("account"):
+        yield "places: " + ", ".join(f"{count} {outcome}" for outcome, count in account.items())
     for tower, count in figures.get("trained_parameters", {}).items():
         yield f"trained in {tower}: {count:,} parameters"
     if figures.get("precision_note"):
