@@ -44,6 +44,19 @@ def test_starting_up_loads_no_heavy_library() -> None:
     assert result.stdout.strip() == "set()"
 
 
+def test_a_run_folder_keeps_where_its_dataset_comes_from(tmp_path: Path) -> None:
+    def kept() -> dict[str, object]:
+        return json.loads((tmp_path / "runs" / "tiny" / "settings.json").read_text())["dataset"]
+
+    (tmp_path / "own").mkdir()
+    assert_refused(orion("dataset", "--dataset", "own", cwd=tmp_path), "is no dataset")
+    assert (kept()["source"], kept()["folder"]) == ("directory", "own")
+    assert_refused(orion("fine-tune", "--set", "fine_tune.epochs=1", cwd=tmp_path), "dataset does not exist")
+    assert (kept()["source"], kept()["folder"]) == ("directory", "own")
+    assert_refused(orion("dataset", "--set", "dataset.catalogue=none.csv", cwd=tmp_path), "none.csv does not exist")
+    assert (kept()["source"], kept()["folder"]) == ("synthetic", "")
+
+
 @pytest.mark.parametrize("command", [*COMMANDS, "dataset check", "dataset view", "dataset push"])
 def test_every_command_explains_itself_with_an_example(command: str) -> None:
     result = orion(*command.split(), "--help")

@@ -359,6 +359,20 @@ def prepare(run: Run) -> None:
     write_text(run.folder / SETTINGS_FILE, run.settings.model_dump_json(indent=2) + "\n")
 
 
+def with_its_dataset(run: Run) -> Run:
+    """The run with the dataset settings that its folder was last used with.
+
+    Whoever built a dataset from imagery and goes on without naming it again does not want it drawn over.
+    """
+    try:
+        before = open_run(run.folder)
+    except OrionError:
+        return run
+    if before.settings.preset != run.settings.preset:
+        return run
+    return replace(run, settings=run.settings.model_copy(update={"dataset": before.settings.dataset}))
+
+
 def open_run(folder: Path, split: Split = "test") -> Run:
     """A run that exists, with the settings it was made with."""
     path = folder / SETTINGS_FILE

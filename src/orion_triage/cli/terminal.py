@@ -105,7 +105,7 @@ def run_of(
 ) -> Any:
     """The run that a command works on: its settings come from the preset and are written into its folder."""
     from orion_triage.config import load_settings
-    from orion_triage.pipeline import Run, prepare
+    from orion_triage.pipeline import Run, prepare, with_its_dataset
 
     if source and dataset:
         raise typer.BadParameter("a folder has its own pictures", param_hint="--source with --dataset")
@@ -114,6 +114,8 @@ def run_of(
     named += [f"dataset.test_size={test_size}"] if test_size else []
     settings = load_settings(preset, [*assignments, *named])
     run = Run(folder or Path("runs") / settings.preset, settings, split, **sources)
+    if not named and not any(assignment.startswith("dataset.") for assignment in assignments):
+        run = with_its_dataset(run)
     prepare(run)
     return run
 
