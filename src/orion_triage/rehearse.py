@@ -208,8 +208,9 @@ def make_base(preset: str, folder: Path, progress: Progress = silent) -> None:
 
 def make_dataset(folder: Path, train_records: int) -> None:
     """Drawn tiles under the catalogue's prompts and reasons: enough records for a rehearsal."""
-    from orion_triage.dataset.build import image_name, records_of
+    from orion_triage.dataset.build import records_of
     from orion_triage.dataset.catalogue import Target, load_catalogue
+    from orion_triage.dataset.collect import image_name
     from orion_triage.dataset.sources import Shot
     from orion_triage.dataset.synthetic import draw_tile, tile_seed
     from orion_triage.records import IMAGES_FOLDER, Record, Split, write_split

@@ -13,6 +13,7 @@ from tests.conftest import SHARED
 
 from orion_triage.config import DatasetSettings
 from orion_triage.dataset import build
+from orion_triage.dataset.collect import ABSENT_TABLE
 from orion_triage.errors import OrionError
 from orion_triage.frames import read_frame
 from orion_triage.records import FRAMES_TABLE, SPLITS, read_split
@@ -191,7 +192,7 @@ def test_damaged_and_blank_pictures_are_left_out_by_name_and_too_many_stop_the_b
     Image.new("RGB", (512, 512), (250, 250, 250)).save(folder / "pictures" / "p2.png")  # LOW: the same blank tile
     figures = built(folder, tmp_path / "out")
     assert figures["account"] == {"fetched": 15, "failed": 1, "blank": 2}
-    with (tmp_path / "out" / build.ABSENT_TABLE).open(newline="") as file:
+    with (tmp_path / "out" / ABSENT_TABLE).open(newline="") as file:
         absent = {row["name"]: row["outcome"] for row in csv.DictReader(file)}
     assert absent == {"pictures_p0": "failed", "pictures_p1": "blank", "pictures_p2": "blank"}
     left = {record.image for split in SPLITS for record in read_split(tmp_path / "out", split)}

@@ -19,6 +19,7 @@ from tests.dataset.test_simsat import ATTEMPTS, READ_SECONDS, jpegs
 from orion_triage.config import DatasetSettings
 from orion_triage.dataset import build
 from orion_triage.dataset.catalogue import Target, load_catalogue
+from orion_triage.dataset.collect import ABSENT_TABLE
 from orion_triage.dataset.simsat import SimSat
 from orion_triage.errors import OrionError
 from orion_triage.records import FRAMES_TABLE, SPLITS, read_split
@@ -99,7 +100,7 @@ def test_the_whole_catalogue_through_every_fault(server: SimSatServer, cache: Pa
     assert {target.name: requests[where(target)] for target in targets} == {
         name: count for name, (_, count) in expected.items()
     }
-    absent = {row["name"]: row for row in table(tmp_path / "out" / build.ABSENT_TABLE)}
+    absent = {row["name"]: row for row in table(tmp_path / "out" / ABSENT_TABLE)}
     assert {name: row["outcome"] for name, row in absent.items()} == {
         name: outcome for name, (outcome, _) in expected.items() if outcome != "fetched"
     }
@@ -148,6 +149,7 @@ import functools, sys
 from pathlib import Path
 from orion_triage.config import DatasetSettings
 from orion_triage.dataset import build
+from orion_triage.dataset.collect import ABSENT_TABLE
 from orion_triage.dataset.simsat import SimSat
 
 url, places, out = sys.argv[1:]

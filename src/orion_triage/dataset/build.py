@@ -5,30 +5,26 @@ that neither prompt is new to the model in flight; val and test always carry coo
 left out by name, and too many of them stop the build.
 """
 
-import csv
-import hashlib
-import io
 import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from orion_triage import hub
 from orion_triage.config import DatasetSettings
 from orion_triage.dataset.catalogue import Target, load_catalogue
+from orion_triage.dataset.collect import ABSENT_TABLE, collect, image_name
 from orion_triage.dataset.directory import Directory
 from orion_triage.dataset.land import perhaps_swapped
 from orion_triage.dataset.simsat import METRES_PER_PIXEL_AT_500_KM, SIMSAT_URL, SimSat
-from orion_triage.dataset.sources import Absent, ImagerySource, Picture, Shot
+from orion_triage.dataset.sources import ImagerySource, Shot
 from orion_triage.dataset.split import given_splits, pairs_within, split_targets
-from orion_triage.errors import FrameError, OrionError
-from orion_triage.files import cache_folder, replaced_folder, require_free_space, write_bytes, write_text
-from orion_triage.frames import CAMERA_SIZE, Frame, decode_frame, is_blank, read_frame
+from orion_triage.errors import OrionError
+from orion_triage.files import cache_folder, replaced_folder, require_free_space, write_bytes
+from orion_triage.frames import CAMERA_SIZE, read_frame
 from orion_triage.progress import Progress, silent
 from orion_triage.records import (
     FRAMES_TABLE,
-    IMAGES_FOLDER,
     SPLITS,
     Record,
     Split,
@@ -39,17 +35,9 @@ from orion_triage.records import (
 )
 from orion_triage.triage import Category, Verdict
 
-ABSENT_TABLE = "absent.csv"
-FRAME_COLUMNS = (
-    "image", "name", "split", "category", "morphology", "lon", "lat", "source", "native_width", "native_height",
-    "metres_per_pixel", "captured_at", "licence", "attribution", "redistributable", "sha256",
-)  # fmt: skip
 _BYTES_PER_FRAME = 700_000  # a noisy 512x512 PNG
-_FEWEST_MISSING = 3  # fewer never stop a build: of 20 places one is already 5 %
-_PNG = b"\x89PNG\r\n\x1a\n"
 
 Splits = dict[Split, list[Target]]
-Row = dict[str, Any]
 
 
 def run(out_folder: Path, settings: DatasetSettings, *, progress: Progress = silent) -> dict[str, Any]:
@@ -66,7 +54,8 @@ def run(out_folder: Path, settings: DatasetSettings, *, progress: Progress = sil
     asked += [("test", shot) for shot in more]
     require_free_space(out_folder, _BYTES_PER_FRAME * len(asked), "the dataset")
     with replaced_folder(out_folder) as folder:
-        taken, rows, account, absent = _take(folder, source, asked, settings, progress)
+        collected = collect(folder, source, asked, settings.largest_missing_share, progress)
+        taken = collected.taken
         counts = {}
         for split in SPLITS:
             records = [record for shot in taken[split] for record in records_of(shot, split)]
@@ -74,9 +63,7 @@ def run(out_folder: Path, settings: DatasetSettings, *, progress: Progress = sil
                 raise OrionError(f"no place of the {split} split has a picture.", "Give the catalogue more places.")
             write_split(folder, split, records)
             counts[split] = len(records)
-        write_text(folder / FRAMES_TABLE, _table(FRAME_COLUMNS, rows))
-        if absent:
-            write_text(folder / ABSENT_TABLE, _table(("name", "split", "category", "outcome", "why"), absent))
+        collected.write_tables(folder)
     named = any(target.split for members in splits.values() for target in members)
     return {
         "targets": {split: len({shot.target.name for shot in taken[split]}) for split in SPLITS},
@@ -84,12 +71,12 @@ def run(out_folder: Path, settings: DatasetSettings, *, progress: Progress = sil
         "source": source.name,
         "metres_per_pixel": settings.metres_per_pixel if source.name == "synthetic" else None,
         "split_distance_km": None if named else settings.split_distance_km,
-        "account": account,
+        "account": dict(collected.account),
         "warnings": [
             *_close_places(splits, _footprint_km(settings)),
             *_far_out(splits),
             *getattr(source, "warnings", []),
-            *_told(absent),
+            *_told(collected.absent),
         ],
     }
 
@@ -202,72 +189,7 @@ def _repeated(targets: list[Target], settings: DatasetSettings) -> list[Shot]:
     return [Shot(targets[n % len(targets)], n // len(targets) + 1) for n in range(len(targets), size)]
 
 
-def _take(
-    folder: Path,
-    source: ImagerySource,
-    asked: Sequence[tuple[Split, Shot]],
-    settings: DatasetSettings,
-    progress: Progress,
-) -> tuple[dict[Split, list[Shot]], list[Row], dict[str, int], list[Row]]:
-    """Write the frames; returns the shots that have one by split, their rows, the account, and the rows of the others.
-
-    Raises OrionError when more than `largest_missing_share` of the places have no picture.
-    """
-    taken: dict[Split, list[Shot]] = {split: [] for split in SPLITS}
-    rows: list[Row] = []
-    absent: list[Row] = []
-    account: Counter[str] = Counter()
-    blank_pixels: set[str] = set()
-    most = max(_FEWEST_MISSING, int(settings.largest_missing_share * len(asked)))
-    answers = source.pictures([shot for _, shot in asked])
-    for done, ((split, shot), answer) in enumerate(zip(asked, answers, strict=True), start=1):
-        frame = _decoded(answer, shot)
-        why = frame if isinstance(frame, Absent) else None
-        outcome: str = why.outcome if why else ""
-        if isinstance(frame, Frame) and isinstance(answer, Picture):
-            if is_blank(frame.image):
-                pixels = hashlib.sha256(frame.image.tobytes()).hexdigest()
-                worthless = shot.target.category != Category.LOW or pixels in blank_pixels
-                blank_pixels.add(pixels)
-                why = Absent("failed", f"{shot.name} is blank.") if worthless else None
-                outcome = "blank" if worthless else ""
-            if why is None:
-                data = answer.data if answer.data.startswith(_PNG) and _is_camera(frame) else frame.png()
-                write_bytes(folder / image_name(shot), data)
-                rows.append(_row(image_name(shot), split, shot.target, source, frame, answer, data))
-                taken[split].append(shot)
-                outcome = "cached" if answer.cached else "fetched"
-        account[outcome] += 1
-        if why:
-            target = shot.target
-            absent.append(
-                {"name": shot.name, "split": split, "category": target.category, "outcome": outcome, "why": why.why}
-            )
-            if len(absent) > most:
-                told = ", ".join(f"{count} {name}" for name, count in account.items())
-                raise OrionError(
-                    f"{len(absent)} of {len(asked)} places have no picture, more than dataset.largest_missing_share="
-                    f"{settings.largest_missing_share:g} allows, after {done}: {told}. The last: {why.why}",
-                    "See to the source and run it again: what was fetched is kept. Or allow a larger share.",
-                )
-        progress("drawing frames" if source.name == "synthetic" else "fetching frames", done, len(asked))
-    return taken, rows, dict(account), absent
-
-
-def _decoded(answer: Picture | Absent, shot: Shot) -> Frame | Absent:
-    if isinstance(answer, Absent):
-        return answer
-    try:
-        return decode_frame(answer.data, shot.name, CAMERA_SIZE, resize=True)
-    except FrameError as error:
-        return Absent("failed", error.message)
-
-
-def _is_camera(frame: Frame) -> bool:
-    return frame.native_size == (CAMERA_SIZE, CAMERA_SIZE)
-
-
-def _told(absent: list[Row]) -> list[str]:
+def _told(absent: list[dict[str, Any]]) -> list[str]:
     if not absent:
         return []
     named = "; ".join(row["why"] for row in absent[:3])
@@ -297,7 +219,7 @@ def _copy(source: Path, out_folder: Path, test_size: int, progress: Progress) ->
     with replaced_folder(out_folder) as folder:
         for done, (image, path) in enumerate(sorted(paths.items()), start=1):
             frame = read_frame(path, CAMERA_SIZE, resize=True)
-            if _is_camera(frame):
+            if frame.native_size == (CAMERA_SIZE, CAMERA_SIZE):
                 write_bytes(folder / image, path.read_bytes())
             else:
                 write_bytes(folder / image, frame.png())
@@ -316,11 +238,6 @@ def _copy(source: Path, out_folder: Path, test_size: int, progress: Progress) ->
     }
 
 
-def image_name(shot: Shot) -> str:
-    """The record's image path; the category's prefix keeps files of one class together, as published."""
-    return f"{IMAGES_FOLDER}/{shot.target.category.lower()}_{shot.name}.png"
-
-
 def records_of(shot: Shot, split: Split) -> Iterator[Record]:
     """The place's line with its coordinates, and in training a second one without."""
     target = shot.target
@@ -328,35 +245,3 @@ def records_of(shot: Shot, split: Split) -> Iterator[Record]:
     yield record
     if split == "train" and target.coordinates:
         yield record.without_coordinates()
-
-
-def _row(
-    image: str, split: Split, target: Target, source: ImagerySource, frame: Frame, picture: Picture, data: bytes
-) -> Row:
-    place = target.coordinates
-    return {
-        "image": image,
-        "name": target.name,
-        "split": split,
-        "category": target.category,
-        "morphology": target.morphology,
-        "lon": place.lon if place else "",
-        "lat": place.lat if place else "",
-        "source": source.name,
-        "native_width": frame.native_size[0],
-        "native_height": frame.native_size[1],
-        "metres_per_pixel": "" if picture.metres_per_pixel is None else round(picture.metres_per_pixel, 3),
-        "captured_at": picture.captured_at,
-        "licence": source.licence,
-        "attribution": source.attribution,
-        "redistributable": {True: "yes", False: "no", None: "unknown"}[source.redistributable],
-        "sha256": hashlib.sha256(data).hexdigest(),
-    }
-
-
-def _table(columns: Sequence[str], rows: Iterable[Row]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

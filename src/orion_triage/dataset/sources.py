@@ -11,8 +11,9 @@ from typing import Literal, Protocol
 from orion_triage.dataset.catalogue import Target
 from orion_triage.triage import Coordinates
 
-# "not visible" is for good (the place lies beyond the horizon); "failed" may go better another day.
-Outcome = Literal["not visible", "failed"]
+# "not visible" is for good (the place lies beyond the horizon); "failed" may go better another day; that a picture is
+# "blank" no source says, but whoever decodes it.
+Outcome = Literal["not visible", "failed", "blank"]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,148 @@
+"""Pictures from a source -> frames in a folder, their table, and the account of every place."""
+
+import csv
+import hashlib
+import io
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from orion_triage.dataset.sources import Absent, ImagerySource, Picture, Shot
+from orion_triage.errors import FrameError, OrionError
+from orion_triage.files import write_bytes, write_text
+from orion_triage.frames import CAMERA_SIZE, Frame, decode_frame, is_blank
+from orion_triage.progress import Progress
+from orion_triage.records import FRAMES_TABLE, IMAGES_FOLDER, SPLITS, Split
+from orion_triage.triage import Category
+
+ABSENT_TABLE = "absent.csv"
+FRAME_COLUMNS = (
+    "image", "name", "split", "category", "morphology", "lon", "lat", "source", "native_width", "native_height",
+    "metres_per_pixel", "captured_at", "licence", "attribution", "redistributable", "sha256",
+)  # fmt: skip
+ABSENT_COLUMNS = ("name", "split", "category", "outcome", "why")
+_FEWEST_MISSING = 3  # fewer never stop a build: of 20 places one is already 5 %
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Collected:
+    """`taken` are the shots that have a frame, `rows` say where each frame comes from, `absent` why others have none.
+
+    `account` counts the outcomes: fetched, cached, not visible, blank, failed.
+    """
+
+    taken: dict[Split, list[Shot]] = field(default_factory=lambda: {split: [] for split in SPLITS})
+    rows: list[Row] = field(default_factory=list)
+    absent: list[Row] = field(default_factory=list)
+    account: Counter[str] = field(default_factory=Counter)
+
+    def write_tables(self, folder: Path) -> None:
+        write_text(folder / FRAMES_TABLE, _table(FRAME_COLUMNS, self.rows))
+        if self.absent:
+            write_text(folder / ABSENT_TABLE, _table(ABSENT_COLUMNS, self.absent))
+
+
+def collect(
+    folder: Path,
+    source: ImagerySource,
+    asked: Sequence[tuple[Split, Shot]],
+    largest_missing_share: float,
+    progress: Progress,
+) -> Collected:
+    """Ask the source for every shot and write its frame into `folder`.
+
+    Raises OrionError as soon as more than `largest_missing_share` of the shots have no usable picture.
+    """
+    collected = Collected()
+    blank_pixels: set[str] = set()
+    most = max(_FEWEST_MISSING, int(largest_missing_share * len(asked)))
+    verb = "drawing" if source.name == "synthetic" else "fetching"
+    answers = source.pictures([shot for _, shot in asked])
+    for done, ((split, shot), answer) in enumerate(zip(asked, answers, strict=True), start=1):
+        frame = _usable(answer, shot, blank_pixels)
+        if isinstance(frame, Frame) and isinstance(answer, Picture):
+            data = answer.data if _is_frame_already(answer, frame) else frame.png()
+            write_bytes(folder / image_name(shot), data)
+            collected.rows.append(_row(split, shot, source, frame, answer, data))
+            collected.taken[split].append(shot)
+            collected.account["cached" if answer.cached else "fetched"] += 1
+        elif isinstance(frame, Absent):
+            cells = (shot.name, split, shot.target.category, frame.outcome, frame.why)
+            collected.absent.append(dict(zip(ABSENT_COLUMNS, cells, strict=True)))
+            collected.account[frame.outcome] += 1
+            if len(collected.absent) > most:
+                told = ", ".join(f"{count} {outcome}" for outcome, count in collected.account.items())
+                raise OrionError(
+                    f"{len(collected.absent)} of {len(asked)} places have no picture, more than "
+                    f"dataset.largest_missing_share={largest_missing_share:g} allows, after {done}: {told}. "
+                    f"The last: {frame.why}",
+                    "See to the source and run it again: what was fetched is kept. Or allow a larger share.",
+                )
+        progress(f"{verb} frames", done, len(asked))
+    return collected
+
+
+def _usable(answer: Picture | Absent, shot: Shot, blank_pixels: set[str]) -> Frame | Absent:
+    """The frame of an answer, or why there is none.
+
+    A blank frame teaches nothing under HIGH or MEDIUM. Under LOW it may be open water; the same blank pixels a second
+    time are a server's tile for "no imagery". `blank_pixels` collects the hashes of those that were seen.
+    """
+    if isinstance(answer, Absent):
+        return answer
+    try:
+        frame = decode_frame(answer.data, shot.name, CAMERA_SIZE, resize=True)
+    except FrameError as error:
+        return Absent("failed", error.message)
+    if is_blank(frame.image):
+        pixels = hashlib.sha256(frame.image.tobytes()).hexdigest()
+        seen_before = pixels in blank_pixels
+        blank_pixels.add(pixels)
+        if seen_before or shot.target.category != Category.LOW:
+            return Absent("blank", f"{shot.name} is blank.")
+    return frame
+
+
+def _is_frame_already(picture: Picture, frame: Frame) -> bool:
+    """Whether the picture's bytes can be kept: then synthetic tiles and others' PNGs stay as they were made."""
+    return picture.data.startswith(_PNG) and frame.native_size == (CAMERA_SIZE, CAMERA_SIZE)
+
+
+def image_name(shot: Shot) -> str:
+    """The record's image path; the category's prefix keeps files of one class together, as published."""
+    return f"{IMAGES_FOLDER}/{shot.target.category.lower()}_{shot.name}.png"
+
+
+def _row(split: Split, shot: Shot, source: ImagerySource, frame: Frame, picture: Picture, data: bytes) -> Row:
+    target, place = shot.target, shot.target.coordinates
+    return {
+        "image": image_name(shot),
+        "name": target.name,
+        "split": split,
+        "category": target.category,
+        "morphology": target.morphology,
+        "lon": place.lon if place else "",
+        "lat": place.lat if place else "",
+        "source": source.name,
+        "native_width": frame.native_size[0],
+        "native_height": frame.native_size[1],
+        "metres_per_pixel": "" if picture.metres_per_pixel is None else round(picture.metres_per_pixel, 3),
+        "captured_at": picture.captured_at,
+        "licence": source.licence,
+        "attribution": source.attribution,
+        "redistributable": {True: "yes", False: "no", None: "unknown"}[source.redistributable],
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+
+
+def _table(columns: Sequence[str], rows: Iterable[Row]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
