@@ -1,13 +1,14 @@
 # make run    set up and run the whole pipeline on the shipped base
 # make test   set up and run all tests
 # make check  lint, types and tests
+# make docs   build the pages in build/docs and check their links
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready-$(shell cat constraints.txt pyproject.toml | sha256sum | cut -c1-16)
 
-.PHONY: run test check setup clean
+.PHONY: run test check docs setup clean
 
 run: setup
 	$(BIN)/orion toolchain
@@ -22,6 +23,12 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
+# Warnings are errors: a link to a page, heading or file that is not there is one. The second pass lists other sites.
+docs: setup
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+	$(BIN)/python -m sphinx -b linkcheck docs build/links | sed -n 's/-ignored-/links to/p'
+	@echo "build/docs/index.html"
+
 setup: $(READY)
 
 # pip refuses hashes together with an editable install, hence two steps.
@@ -33,4 +40,4 @@ $(READY): constraints.txt pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache

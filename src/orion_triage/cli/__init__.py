@@ -2,12 +2,12 @@
 
 import sys
 
-from orion_triage.cli import dataset, evaluation, flight, machine, stages
+from orion_triage.cli import dataset, evaluation, flight, machine, remote, stages
 from orion_triage.cli.app import app
 from orion_triage.cli.terminal import escape, messages
 from orion_triage.errors import OrionError
 
-__all__ = ["app", "dataset", "evaluation", "flight", "machine", "main", "stages"]
+__all__ = ["app", "dataset", "evaluation", "flight", "machine", "main", "remote", "stages"]
 
 _INTERRUPTED = 130  # typer's own exit status for Ctrl-C, which it does not speak of
 

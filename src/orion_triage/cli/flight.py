@@ -19,6 +19,26 @@ from orion_triage.cli.terminal import (
 command = partial(app.command, rich_help_panel="In flight")
 
 
+@command(epilog="Example: orion bundle runs/tiny --out bundle")
+def bundle(
+    folder: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="Run folder. Default: the newest.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Default: bundle in the run's folder.")] = None,
+) -> None:
+    """Put together what goes to the satellite: the pair, prompt, server line, golden images, a go/no-go checker."""
+    from orion_triage import bundle
+    from orion_triage.files import sha256_of_file
+
+    run = finished_run(folder, "quantize")
+    where = out or run.folder / "bundle"
+    with progress_bar() as progress:
+        made = bundle.run(run, where, progress)
+    console = messages()
+    console.print(f"bundle: {made['bytes'] / 1e6:,.1f} MB  ->  {where}", highlight=False, soft_wrap=True)
+    for note in made["notes"]:
+        console.print(f"  note: {note}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"  sha256 of bundle.json: {sha256_of_file(where / 'bundle.json')}", highlight=False, soft_wrap=True)
+
+
 @command(epilog="Example: orion triage frames/*.png")
 def triage(
     files: Annotated[list[Path], typer.Argument(help="Frames: PNG, JPEG or raw 512x512x3 RGB (.raw).")],

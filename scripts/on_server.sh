@@ -1,0 +1,365 @@
+#!/bin/sh
+# The server's part of upload_to_server.sh, download_weights.sh and `orion remote train`. They send this whole file and
+# one call of `operate` through `ssh SERVER sh -s`: a transfer that is cut off ends inside a function, and nothing runs.
+#
+# Needs sh, coreutils and flock; git, rsync and tar where they are used. Answers are lines "orion: KEY VALUE" on
+# standard output, whatever else a login prints. Exit status 3: the reason is on standard error already.
+#
+# Beside a folder F lie, while work on it is under way: .F.orion-incoming (what arrives), .F.orion-previous (the old one
+# between the two renames of a swap) and .F.orion-deleting (what a deletion has renamed).
+
+set -eu
+export LC_ALL=C
+
+refuse() { # MESSAGE FIX
+    printf 'error: %s\n  fix: %s\n' "$1" "$2" >&2
+    exit 3
+}
+
+answer() { # KEY VALUE
+    printf 'orion: %s %s\n' "$1" "$2"
+}
+
+beside() { # FOLDER KIND -> $place; newlines at a name's end survive, which they would not in $(...)
+    place="${1%/*}/.${1##*/}.orion-$2"
+}
+
+sha256_of() { # FILE
+    sha256sum <"$1" | cut -d ' ' -f 1
+}
+
+# --- what may be replaced or deleted ---------------------------------------------------------------------------
+
+require_own_place() { # VARIABLE PATH: its parent exists, no link leads there, it is no home and holds none
+    parent=${2%/*}
+    real=$(cd -P "${parent:-/}" 2>/dev/null && pwd -P && printf x) ||
+        refuse "$1=$2 lies in no folder of the server." "Create ${parent:-/} there, or correct $1."
+    real=${real%?x}
+    [ "$real" != / ] || real=
+    [ "$real" = "$parent" ] ||
+        refuse "$1=$2 is reached through a link." "Name its real place: $1=$real/${2##*/}"
+    [ ! -L "$2" ] || refuse "$1=$2 is a link." "Name the folder itself: $1=$(readlink -f "$2")"
+    {
+        printf '%s\n' "${HOME:-}"
+        (cd -P "${HOME:-/}" 2>/dev/null && pwd -P) || :
+        { getent passwd || cat /etc/passwd; } 2>/dev/null | cut -d : -f 6
+    } | while IFS= read -r home; do
+        case "$home/" in
+            "$2"/*) refuse "$1=$2 is a home, or holds the home $home." "Name a folder of its own for it." ;;
+        esac
+    done || exit 3
+}
+
+require_apart() { # VARIABLE PATH VARIABLE PATH
+    case "$4/" in
+        "$2"/*) refuse "$1=$2 holds $3=$4." "Give each a folder of its own, side by side." ;;
+    esac
+}
+
+require_only() { # VARIABLE FOLDER PATTERN...: a folder with anything else in it is more than a dataset
+    variable=$1 folder=$2
+    shift 2
+    for entry in "$folder"/* "$folder"/.[!.]* "$folder"/..?*; do
+        [ -e "$entry" ] || [ -L "$entry" ] || continue
+        known=
+        for pattern; do
+            # shellcheck disable=SC2254 # a pattern, not a word
+            case "${entry##*/}" in $pattern) known=yes ;; esac
+        done
+        [ "$known" ] || refuse "$variable=$folder holds more than a dataset: ${entry##*/}" \
+            "Move it away, or name the dataset's own folder."
+    done
+}
+
+is_dataset() { # FOLDER
+    [ -f "$1/train_dataset.jsonl" ] && [ -f "$1/val_dataset.jsonl" ] && [ -f "$1/test_dataset.jsonl" ] &&
+        [ -d "$1/orion_dataset/images" ] && [ ! -L "$1/orion_dataset" ] && [ ! -L "$1/orion_dataset/images" ]
+}
+
+require_dataset() { # VARIABLE PATH
+    is_dataset "$2" || refuse "$1=$2 is not recognisably an ORION dataset." \
+        "It must hold train_, val_ and test_dataset.jsonl and orion_dataset/images; correct $1, or move that folder away."
+    require_only "$1" "$2" '*_dataset.jsonl' orion_dataset '*.csv' '*.json' '*.geojson' '*.md' 'LICENSE*' \
+        .gitattributes .orion-sha256sums
+    require_only "$1" "$2/orion_dataset" images '*_dataset.jsonl'
+}
+
+require_checkout() { # VARIABLE PATH
+    { [ -d "$2/.git" ] && [ ! -L "$2/.git" ] && [ -f "$2/pyproject.toml" ] &&
+        grep -q -x 'name = "orion-triage"' "$2/pyproject.toml" && git -C "$2" rev-parse --git-dir >/dev/null; } ||
+        refuse "$1=$2 is not recognisably a checkout of ORION." \
+            "It must be a git repository whose pyproject.toml has name = \"orion-triage\"; correct $1."
+}
+
+require_idle() { # VARIABLE PATH: no training that `start` started is at work there
+    [ -e "$2/runs/training-job/lock" ] || return 0
+    flock -n "$2/runs/training-job/lock" true ||
+        refuse "a training is running in $1=$2." "Wait for its end ('orion remote train' follows it)."
+}
+
+require_expendable() { # VARIABLE REPOSITORY WEIGHTS: nothing is in the checkout that exists nowhere else
+    require_idle "$1" "$2"
+    readlink /proc/[0-9]*/cwd 2>/dev/null | while IFS= read -r directory; do
+        case "$directory/" in
+            "$2"/*) refuse "a process works in $directory." "Wait for its end, or leave that folder." ;;
+        esac
+    done || exit 3
+    changed=$(git -C "$2" --no-optional-locks status --porcelain) || refuse "git cannot read $1=$2." "Look at it on the server."
+    [ -z "$changed" ] || refuse "$1=$2 has changes that are committed nowhere: $(printf '%s' "$changed" | head -n 1)" \
+        "Commit and push them, or discard them; or keep everything: --keep-remote."
+    own=$(git -C "$2" rev-list -n 1 HEAD --branches "$(git -C "$2" rev-parse -q --verify refs/stash || echo HEAD)" \
+        --not --remotes) || own=HEAD
+    [ -z "$own" ] || refuse "$1=$2 has commits that are only there: $own" "Push them; or keep everything: --keep-remote."
+    for receipt in "$2"/runs/*/orion_lora_weights/manifest.json; do
+        [ ! -f "$receipt" ] || [ "$receipt" = "$3/manifest.json" ] ||
+            refuse "$1=$2 has other finished weights: ${receipt%/manifest.json}" \
+                "Download them first (ORION_SERVER_WEIGHTS_PATH); or keep everything: --keep-remote."
+    done
+}
+
+remove_folder() { # FOLDER: renamed first, so that a cut leaves nothing that looks whole
+    beside "$1" deleting
+    rm -rf "$place"
+    [ ! -e "$1" ] || mv -T "$1" "$place"
+    rm -rf "$place"
+}
+
+# One operation at a time: after a cut, the server's half may still be at work when the next call comes.
+lock() { # FOLDER
+    exec 9<"$1"
+    flock -w 120 9 || refuse "an earlier call is still at work in $1." "Wait for it, then run the same command again."
+}
+
+# --- upload ----------------------------------------------------------------------------------------------------
+
+prepare() { # DATA REPOSITORY SHA256_OF_LISTING: check both places, finish or forget what was cut off
+    for tool in rsync tar gzip sha256sum git flock; do
+        command -v "$tool" >/dev/null ||
+            refuse "the server has no $tool." "Install it there: apt install rsync tar gzip coreutils git util-linux"
+    done
+    mkdir -p "${1%/*}" "${2%/*}"
+    require_own_place ORION_SERVER_DATA_PATH "$1"
+    require_own_place ORION_REPO_DIR "$2"
+    require_apart ORION_SERVER_DATA_PATH "$1" ORION_REPO_DIR "$2"
+    require_apart ORION_REPO_DIR "$2" ORION_SERVER_DATA_PATH "$1"
+    lock "${1%/*}"
+    beside "$1" previous
+    if [ ! -e "$1" ] && is_dataset "$place"; then
+        mv -T "$place" "$1"
+    fi
+    [ ! -e "$1" ] || require_dataset ORION_SERVER_DATA_PATH "$1"
+    [ ! -e "$2" ] || require_checkout ORION_REPO_DIR "$2"
+    require_idle ORION_REPO_DIR "$2"
+    [ ! -e "$1" ] || rm -rf "$place"
+    beside "$1" incoming
+    # What an earlier call left of the same dataset goes on; anything else is in the way.
+    [ "$(cat "$place/listing" 2>/dev/null)" = "$3" ] || rm -rf "$place"
+    mkdir -p "$place"
+    printf '%s' "$3" >"$place/listing"
+    answer commit "$(git -C "$2" rev-parse -q --verify refs/remotes/orion/uploaded 2>/dev/null || echo none)"
+    if command -v zstd >/dev/null; then answer zstd yes; else answer zstd no; fi
+    if [ -f "$1/.orion-sha256sums" ] && [ "$(sha256_of "$1/.orion-sha256sums")" = "$3" ] &&
+        (cd "$1" && sha256sum --status -c .orion-sha256sums); then
+        answer dataset current
+    else
+        answer dataset wanted
+    fi
+}
+
+unpack() { # DATA ARCHIVE SHA256: check the archive, unpack it beside the old dataset, swap when it is complete
+    lock "${1%/*}"
+    beside "$1" incoming
+    cd "$place"
+    [ -f "$2" ] || refuse "the archive is gone from $place." "Run the same command again: it is sent anew."
+    if [ "$(sha256_of "$2")" != "$3" ]; then
+        rm -f "$2"
+        refuse "the archive arrived damaged: its sha256 is not $3." "Run the same command again: it is sent anew."
+    fi
+    rm -rf unpacked
+    mkdir unpacked
+    case "$2" in *.zst) program=zstd ;; *) program=gzip ;; esac
+    if ! { tar -x -I "$program" --no-same-owner -f "$2" -C unpacked &&
+        (cd unpacked && sha256sum --quiet -c .orion-sha256sums) && is_dataset unpacked; }; then
+        rm -rf unpacked
+        refuse "the dataset could not be unpacked beside $1; what was there is untouched." \
+            "Mend what is said above (a full disk: df -h ${1%/*}), then run the same command again."
+    fi
+    incoming=$place
+    beside "$1" previous
+    if [ -e "$1" ]; then
+        require_own_place ORION_SERVER_DATA_PATH "$1"
+        require_dataset ORION_SERVER_DATA_PATH "$1"
+        rm -rf "$place"
+        mv -T "$1" "$place"
+    fi
+    mv -T "$incoming/unpacked" "$1"
+    rm -rf "$place"
+    rm -f "$incoming/$2"
+}
+
+git_or_refuse() { # FIX ARGUMENT...: git, which leaves the passwords of addresses out of what it says
+    fix=$1
+    shift
+    # No housekeeping in the background: it would hold the lock.
+    complaint=$(git -c gc.auto=0 -c maintenance.auto=false "$@" 2>&1 >/dev/null) || refuse \
+        "git failed: $(printf '%s' "$complaint" | tr '\n' ' ')" "$fix"
+}
+
+checkout() { # DATA REPOSITORY ADDRESS REVISION: clone or pull; no address: from the bundle that was sent, if any
+    export GIT_TERMINAL_PROMPT=0
+    lock "${1%/*}"
+    beside "$1" incoming
+    incoming=$place
+    address=${3:-$incoming/repository.bundle}
+    require_own_place ORION_REPO_DIR "$2"
+    folder=$2
+    beside "$2" incoming
+    if [ ! -e "$2" ]; then
+        folder=$place
+        rm -rf "$folder"
+        git_or_refuse "Look at the server's disk." init -q "$folder"
+    else
+        require_checkout ORION_REPO_DIR "$2"
+        require_idle ORION_REPO_DIR "$2"
+    fi
+    beside "$2" update
+    # An update that was cut off may leave git's lock and half of the new files; the files were clean when it began.
+    if [ -e "$place" ]; then
+        rm -f "$folder/.git/index.lock"
+    elif [ "$folder" = "$2" ]; then
+        changed=$(git -C "$folder" --no-optional-locks status --porcelain --untracked-files=no)
+        [ -z "$changed" ] || refuse "$2 has changes that are not committed: $(printf '%s' "$changed" | head -n 1)" \
+            "Commit or discard them on the server, then run the same command again."
+    fi
+    if [ "$3" ] || [ -f "$address" ]; then
+        git_or_refuse "Correct ORION_REPO_URL or ORION_REPO_REF, or give the server access; then run this command again." \
+            -C "$folder" fetch -q --no-tags -- "$address" "+$4:refs/remotes/orion/fetched"
+    fi
+    if [ "$folder" = "$2" ] && [ ! -e "$place" ]; then
+        own=$(git -C "$folder" rev-list -n 1 HEAD --not --remotes)
+        [ -z "$own" ] || refuse "$2 has commits that are only there: $own" "Push them, then run the same command again."
+    fi
+    : >"$place"
+    git_or_refuse "Look at $2 on the server." -C "$folder" reset -q --hard refs/remotes/orion/fetched
+    git -C "$folder" update-ref refs/remotes/orion/uploaded refs/remotes/orion/fetched
+    require_checkout ORION_REPO_DIR "$folder"
+    [ "$folder" = "$2" ] || mv -T "$folder" "$2"
+    rm -f "$place"
+    rm -rf "$incoming"
+    answer commit "$(git -C "$2" rev-parse HEAD)"
+}
+
+# --- download --------------------------------------------------------------------------------------------------
+
+require_deletable() { # WEIGHTS REPOSITORY DATA: what is there may be deleted; what is gone already may be gone
+    if [ -e "$3" ] || [ -L "$3" ]; then
+        require_own_place ORION_SERVER_DATA_PATH "$3"
+        require_dataset ORION_SERVER_DATA_PATH "$3"
+    fi
+    if [ -e "$2" ] || [ -L "$2" ]; then
+        require_own_place ORION_SERVER_REPO_PATH "$2"
+        require_checkout ORION_SERVER_REPO_PATH "$2"
+    fi
+    # The weights may lie in the repository, and go with it; nothing else may lie in anything else.
+    require_apart ORION_SERVER_REPO_PATH "$2" ORION_SERVER_DATA_PATH "$3"
+    require_apart ORION_SERVER_DATA_PATH "$3" ORION_SERVER_REPO_PATH "$2"
+    require_apart ORION_SERVER_DATA_PATH "$3" ORION_SERVER_WEIGHTS_PATH "$1"
+    require_apart ORION_SERVER_WEIGHTS_PATH "$1" ORION_SERVER_REPO_PATH "$2"
+    require_apart ORION_SERVER_WEIGHTS_PATH "$1" ORION_SERVER_DATA_PATH "$3"
+    [ ! -e "$2" ] || require_expendable ORION_SERVER_REPO_PATH "$2" "$1"
+}
+
+weights() { # WEIGHTS REPOSITORY DATA KEEP: the receipt's sha256, after a look at what will be deleted
+    command -v rsync >/dev/null || refuse "the server has no rsync." "Install it there: apt install rsync"
+    [ "$4" ] || require_deletable "$1" "$2" "$3"
+    if [ -f "$1/manifest.json" ]; then
+        answer receipt "$(sha256_of "$1/manifest.json")"
+    elif [ -e "$1" ]; then
+        refuse "$1 is not finished: it has no manifest.json." "Wait for the end of 'orion fine-tune' on the server."
+    else
+        answer receipt absent
+    fi
+}
+
+scorch() { # WEIGHTS REPOSITORY DATA SHA256_OF_RECEIPT: delete dataset, then repository
+    [ ! -d "${3%/*}" ] || lock "${3%/*}"
+    # The weights may lie in the repository. Gone means that an earlier call came that far: its remains go, and
+    # whatever stands there by now is someone's new work.
+    if [ -e "$1" ]; then
+        [ "$(sha256_of "$1/manifest.json")" = "$4" ] ||
+            refuse "$1 has changed since it was downloaded." "Run the same command again to download what is there now."
+        require_deletable "$1" "$2" "$3"
+        remove_folder "$3"
+        remove_folder "$2"
+    fi
+    for folder in "$3" "$2"; do
+        beside "$folder" ''
+        rm -rf "${place}deleting" "${place}incoming" "${place}previous" "${place}update"
+    done
+}
+
+# --- orion remote train ----------------------------------------------------------------------------------------
+
+job() { # JOB: its state, exit status and command
+    if [ ! -f "$1/command" ]; then
+        answer state none
+        return
+    fi
+    answer command "$(cat "$1/command")"
+    if [ -f "$1/status" ]; then
+        answer state ended
+        answer status "$(cat "$1/status")"
+    elif flock -n "$1/lock" true; then
+        answer state lost
+    else
+        answer state running
+        answer pid "$(cat "$1/pid")"
+    fi
+}
+
+start() { # JOB REPOSITORY SETUP COMMAND PRESET_FILE PRESET_TEXT ARGUMENT...: train in a session of its own
+    job=$1 repository=$2 setup=$3
+    mkdir -p "$job"
+    exec 8>>"$job/lock" # held by the job and all that it starts, and by nobody once they are gone
+    flock -n 8 || refuse "a training is running in $repository." "Run the same command again to follow it."
+    rm -f "$job/status" "$job/pid"
+    [ -z "$5" ] || printf '%s' "$6" >"$5"
+    printf '%s\n' "$4" >"$job/command.partial"
+    mv "$job/command.partial" "$job/command"
+    shift 6
+    cd "$repository"
+    # shellcheck disable=SC2016 # expanded by the job
+    setsid sh -c '
+        job=$1 setup=$2
+        shift 2
+        printf "%s" "$$" >"$job/pid.partial" && mv "$job/pid.partial" "$job/pid"
+        sh -c "$setup" && .venv/bin/orion dataset "$@" && .venv/bin/orion fine-tune "$@"
+        printf "%s" "$?" >"$job/status.partial" && mv "$job/status.partial" "$job/status"
+    ' orion-training "$job" "$setup" "$@" >"$job/log" 2>&1 </dev/null &
+    tries=0
+    until [ -f "$job/pid" ]; do
+        tries=$((tries + 1))
+        [ "$tries" -lt 100 ] || refuse "the training did not start in $repository." "See $job/log and the server's disk."
+        sleep 0.1
+    done
+    answer pid "$(cat "$job/pid")"
+}
+
+follow() { # JOB BYTES: the log after so many bytes, until the job ends; before it stands what a login prints
+    answer log begins
+    if flock -n "$1/lock" true; then
+        tail -c "+$(($2 + 1))" "$1/log"
+    else
+        tail -c "+$(($2 + 1))" -f -s 0.5 --pid "$(cat "$1/pid")" "$1/log"
+    fi
+}
+
+forget() { # JOB: an end that was reported is no longer in the way of the next start
+    rm -f "$1/command"
+}
+
+operate() {
+    operation=$1
+    shift
+    "$operation" "$@"
+}

@@ -1,0 +1,655 @@
+"""bundle.py and check_flight.py: what flies, and whether a machine computes it, with real servers and broken ones."""
+
+import ast
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from orion_triage import bundle, check_flight, llama_cpp, operating_point, quantize
+from orion_triage.config import load_settings
+from orion_triage.errors import OrionError
+from orion_triage.evaluate.backends import Answer
+from orion_triage.files import sha256_of_file
+from orion_triage.llama_server import Client
+from orion_triage.pipeline import Run, prepare, run_stage, stage_named
+from orion_triage.triage import (
+    ANSWER_TOKENS,
+    CATEGORIES,
+    CATEGORY_CUE,
+    CATEGORY_GRAMMAR,
+    GRAMMAR,
+    parse_verdict,
+    render_prompt,
+)
+from orion_triage.vlm import TINY_BASE_FOLDER
+
+Check = Callable[..., subprocess.CompletedProcess[str]]
+LABELS = {"HIGH": 10, "MEDIUM": 11, "LOW": 12}  # of the stub
+
+
+def check(folder: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The bundle's own checker in an isolated interpreter: no site-packages, no environment, another directory."""
+    command = [sys.executable, "-I", "-S", str(folder / "check_flight.py"), *map(str, arguments)]
+    # One thread: llama.cpp's wait for each other actively, which is slow beside other work; the numbers are the same.
+    environment = {"PATH": os.environ["PATH"], "ORION_THREADS": "1", **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", timeout=120, check=False)
+
+
+def assert_no_go(result: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert result.stderr == ""
+    last = result.stdout.rstrip("\n").splitlines()[-1]
+    assert last.startswith("NO-GO: ")
+    for word in words:
+        assert word in last
+
+
+def sign(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change bundle.json as if it had been made so."""
+    path = folder / "bundle.json"
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+    (folder / "bundle.json.sha256").write_text(f"{sha256_of_file(path)}  bundle.json\n")
+
+
+# --- a small run: the shipped base itself, quantized and evaluated on six frames -------------------------------
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory, small_dataset: Path) -> Run:
+    run = Run(tmp_path_factory.mktemp("bundle") / "run", load_settings("tiny", ["evaluate.threads=1"]))
+    prepare(run)
+    shutil.copytree(small_dataset, run.dataset)
+    shutil.copytree(TINY_BASE_FOLDER, run.merged)
+    for stage in ("quantize", "evaluate quantized"):
+        run_stage(stage_named(stage), run)
+    return run
+
+
+@pytest.fixture(scope="session")
+def made(small_run: Run) -> Path:
+    out = small_run.folder.parent / "bundle"
+    bundle.run(small_run, out)
+    return out
+
+
+@pytest.fixture
+def copied(made: Path, tmp_path: Path) -> Path:
+    """A copy of the bundle under a name that a shell could stumble over."""
+    return shutil.copytree(made, tmp_path / "my $bundle")
+
+
+@pytest.fixture(scope="session")
+def toolchain() -> llama_cpp.Toolchain:
+    return llama_cpp.find_toolchain()
+
+
+@pytest.fixture(scope="session")
+def running(toolchain: llama_cpp.Toolchain, made: Path) -> Iterator[Client]:
+    log = made.parent / "server.log"
+    pair = (made / quantize.QUANTIZED, made / quantize.MMPROJ)
+    with llama_cpp.Server(toolchain, *pair, log=log, threads=1) as server:
+        yield server.client
+
+
+def key_of(client: Client) -> str:
+    return str(client._http.headers["Authorization"]).removeprefix("Bearer ")
+
+
+@pytest.mark.llama_cpp
+def test_a_bundle_has_all_that_flies_and_says_what_it_is(made: Path, small_run: Run) -> None:
+    record = json.loads((made / "bundle.json").read_text())
+    files = {path.relative_to(made).as_posix() for path in made.rglob("*") if path.is_file()}
+    golden = [image["image"] for image in record["golden"]]
+    assert files == {
+        quantize.QUANTIZED, quantize.MMPROJ, quantize.PAIR, "LICENSE", "README.txt", "bundle.json",
+        "bundle.json.sha256", "check_flight.py", "serve.sh", "prompt.txt", "grammar.gbnf", "category_grammar.gbnf",
+        *golden,
+    }  # fmt: skip
+    assert record["files"] == {
+        name: sha256_of_file(made / name) for name in sorted(files - {"bundle.json", "bundle.json.sha256"})
+    }
+    assert (made / "prompt.txt").read_text() == render_prompt(None)
+    assert (made / "grammar.gbnf").read_text() == GRAMMAR
+    assert (made / "category_grammar.gbnf").read_text() == CATEGORY_GRAMMAR
+    assert (record["frame_size"], record["preset"], record["llama_cpp_build"]) == (256, "tiny", 10605)
+    assert len(golden) == 5
+    for image in record["golden"]:
+        with Image.open(made / image["image"]) as picture:
+            assert (picture.format, picture.size, picture.mode) == ("PNG", (256, 256), "RGB")
+        verdict = parse_verdict(image["answer"])
+        assert verdict is not None
+        assert verdict.category == image["category"]
+        values = [image["log_probabilities"][category] for category in CATEGORIES]
+        scores = Answer.scored("", values).scores
+        assert scores is not None
+        assert [image["scores"][category] for category in CATEGORIES] == pytest.approx(scores, abs=1e-5)
+    # The shipped base is not fine-tuned: it calls every such frame LOW, of which two of the six are.
+    assert {image["category"] for image in record["golden"]} == {"LOW"}
+    assert [image["truth"] for image in record["golden"][:2]] == ["LOW", "LOW"]
+    assert "No golden image is called HIGH or MEDIUM" in record["notes"][0]
+    assert "The model is wrong about golden/3-low.png, golden/4-low.png, golden/5-low.png" in record["notes"][1]
+    readme = (made / "README.txt").read_text()
+    assert "build 10605" in readme
+    assert llama_cpp.WHEEL_SHA256 in readme
+    assert "No operating point was chosen" in readme
+
+
+@pytest.mark.llama_cpp
+def test_a_run_bundled_twice_gives_the_same_bytes_but_for_times(made: Path, small_run: Run, tmp_path: Path) -> None:
+    again = bundle.run(small_run, tmp_path / "again")
+    one, two = (json.loads((folder / "bundle.json").read_text()) for folder in (made, tmp_path / "again"))
+    assert again["golden"] == two["golden"]
+    assert one.pop("times")["seconds_per_frame"] != two.pop("times")["seconds_per_frame"]
+    assert one == two  # hashes of all other files among it
+
+
+@pytest.mark.llama_cpp
+def test_an_operating_point_goes_along(small_run: Run, tmp_path: Path) -> None:
+    point = {"low_threshold": 0.25, "temperature": 1.5, "pair_sha256": sha256_of_file(small_run.gguf / quantize.PAIR)}
+    path = small_run.folder / operating_point.FILE_NAME
+    path.write_text(json.dumps(point))
+    try:
+        record = bundle.run(small_run, tmp_path / "bundle")
+        assert record["operating_point"] == {"low_threshold": 0.25, "temperature": 1.5}
+        assert "LOW when the score of LOW is at least 0.25" in (tmp_path / "bundle" / "README.txt").read_text()
+        path.write_text(json.dumps({**point, "pair_sha256": "another"}))
+        with pytest.raises(OrionError, match="chosen for another GGUF pair"):
+            bundle.run(small_run, tmp_path / "bundle")
+        assert json.loads((tmp_path / "bundle" / "bundle.json").read_text())["golden"] == record["golden"]
+    finally:
+        path.unlink()
+
+
+@pytest.mark.llama_cpp
+def test_a_half_made_bundle_is_never_left(
+    small_run: Run, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("all of it")
+    with pytest.raises(OrionError, match="exists and is no bundle"):
+        bundle.run(small_run, mine)
+    run = Run(shutil.copytree(small_run.folder, tmp_path / "run"), small_run.settings)
+    data = bytearray((run.gguf / quantize.MMPROJ).read_bytes())
+    data[1000] ^= 1
+    (run.gguf / quantize.MMPROJ).write_bytes(data)
+    with pytest.raises(OrionError, match="is not the file of this conversion"):
+        bundle.run(run, tmp_path / "out")
+    shutil.copyfile(small_run.gguf / quantize.MMPROJ, run.gguf / quantize.MMPROJ)
+    (run.gguf / quantize.PAIR).write_text((run.gguf / quantize.PAIR).read_text() + "\n")
+    with pytest.raises(OrionError, match="evaluation of another pair"):
+        bundle.run(run, tmp_path / "out")
+    shutil.copyfile(small_run.gguf / quantize.PAIR, run.gguf / quantize.PAIR)
+    shutil.rmtree(run.dataset / "orion_dataset")
+    kept = shutil.copytree(made, tmp_path / "kept")
+    with pytest.raises(OrionError, match="does not exist"):
+        bundle.run(run, kept)  # after the server has started
+    assert check_flight.read_bundle(kept)
+    assert {path.name for path in tmp_path.iterdir()} == {"mine", "run", "kept"}
+    assert (mine / "thesis.txt").read_text() == "all of it"
+
+
+def _row(name: str, truth: str, category: str | None, *scores: float) -> dict[str, Any]:
+    named = dict(zip(CATEGORIES, scores, strict=True)) if scores else None
+    return {"name": name, "truth": truth, "category": category, "scores": named}
+
+
+def test_golden_images_take_the_categories_in_turn_clearest_first() -> None:
+    rows = [
+        _row("h1", "HIGH", "HIGH", 0.6, 0.2, 0.2),
+        _row("h2", "HIGH", "HIGH", 0.9, 0.1, 0.0),
+        _row("h3", "HIGH", "HIGH", 0.7, 0.2, 0.1),
+        _row("m1", "MEDIUM", "MEDIUM", 0.3, 0.5, 0.2),
+        _row("wrong", "LOW", "HIGH", 1.0, 0.0, 0.0),
+        _row("l2", "LOW", "LOW", 0.0, 0.0, 1.0),
+        _row("l1", "LOW", "LOW", 0.0, 0.0, 1.0),
+        _row("silent", "LOW", None),
+        _row("unscored", "LOW", "LOW"),
+    ]
+    expected = ["h2", "m1", "l1", "h3", "l2", "h1", "wrong"]
+    assert [row["name"] for row in bundle.clearest_first(rows)] == expected
+    assert [row["name"] for row in bundle.clearest_first(reversed(rows))] == expected
+
+
+# --- go ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_checker_is_python_3_9_and_the_standard_library() -> None:
+    tree = ast.parse(Path(check_flight.__file__).read_text(), feature_version=(3, 9))
+    modules = {
+        name.split(".")[0]
+        for node in ast.walk(tree)
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [str(node.module)]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+    }
+    assert modules <= sys.stdlib_module_names
+
+
+@pytest.mark.llama_cpp
+def test_go_with_a_server_of_its_own(copied: Path, toolchain: llama_cpp.Toolchain) -> None:
+    before = {path.name for path in copied.iterdir()}
+    # A proxy in the environment must not see the frames, nor a key of the user's be used.
+    elsewhere = {"http_proxy": "http://127.0.0.1:1", "LLAMA_API_KEY": "mine"}
+    result = check(copied, "--llama-server", toolchain.llama_server, **elsewhere)
+    assert (result.returncode, result.stderr) == (0, ""), result.stdout
+    lines = result.stdout.splitlines()
+    assert lines[-1] == "GO"
+    assert sha256_of_file(copied / "bundle.json") in lines[0]
+    assert sum(line.startswith("golden/") for line in lines) == 5
+    assert any("peak memory" in line for line in lines)
+    assert {path.name for path in copied.iterdir()} == before
+    told = check(copied, "--llama-server", toolchain.llama_server, "--json")
+    report = json.loads(told.stdout)
+    assert (told.returncode, report["go"], report["why"], report["notes"]) == (0, True, "", [])
+    # The same program on the same machine computes the same.
+    assert max(image["off_category"] for image in report["images"]) < 1e-4
+    assert all(image["same_answer"] and image["seconds"] > 0 for image in report["images"])
+    assert report["peak_bytes"] > 10_000_000
+
+
+@pytest.mark.llama_cpp
+def test_go_with_a_server_that_runs(copied: Path, running: Client, tmp_path: Path) -> None:
+    key = tmp_path / "key.txt"
+    key.write_text(key_of(running) + "\n")
+    result = check(copied, "--url", running.base_url + "/", "--key-file", key)
+    assert (result.returncode, result.stdout.splitlines()[-1]) == (0, "GO"), result.stdout
+    assert check(copied, "--url", running.base_url, LLAMA_API_KEY=key_of(running)).returncode == 0
+    assert_no_go(check(copied, "--url", running.base_url), "refuses the key (401)")
+
+
+@pytest.mark.llama_cpp
+def test_serve_sh_serves_as_the_evaluation_did(copied: Path, toolchain: llama_cpp.Toolchain, tmp_path: Path) -> None:
+    shown = tmp_path / "bin" / "show"
+    shown.parent.mkdir()
+    shown.write_text('#!/bin/sh\nprintf "%s\\n" "$@" "key=$LLAMA_API_KEY"\n')
+    shown.chmod(0o755)
+    (tmp_path / "key").write_text("secret\n")
+    environment = {"PATH": os.environ["PATH"], "LLAMA_SERVER": "bin/show", "ORION_KEY_FILE": str(tmp_path / "key")}
+    command = ["sh", str(copied / "serve.sh")]
+    served = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=True)
+    *flags, key = served.stdout.splitlines()
+    assert key == "key=secret"
+    with llama_cpp.Server(
+        toolchain, copied / quantize.QUANTIZED, copied / quantize.MMPROJ, log=tmp_path / "log", threads=os.cpu_count()
+    ) as server:
+        assert server._process is not None
+        ours = Path(f"/proc/{server._process.pid}/cmdline").read_bytes().decode().split("\0")[1:-1]
+    ours[ours.index("--port") + 1] = "8080"
+    assert _options(flags) == _options([*ours, "--no-slots"])
+    refused = subprocess.run(
+        command, capture_output=True, text=True, env={"PATH": os.environ["PATH"], "LLAMA_SERVER": "true"}, check=False
+    )
+    assert (refused.returncode, "no key" in refused.stderr) == (2, True)
+
+
+def _options(arguments: list[str]) -> set[tuple[str, ...]]:
+    """Options with their values, in no order."""
+    starts = [place for place, word in enumerate(arguments) if word.startswith("--")]
+    return {tuple(arguments[a:b]) for a, b in zip(starts, [*starts[1:], len(arguments)], strict=True)}
+
+
+@pytest.mark.llama_cpp
+def test_other_words_for_the_same_category_are_noted(copied: Path, running: Client) -> None:
+    record = json.loads((copied / "bundle.json").read_text())
+    connection = check_flight.Connection(running.base_url, key_of(running))
+    questions = check_flight.Questions(connection, copied, record, running.marker)
+    image = record["golden"][0]["image"]
+    answer = '{"reason": "Nothing but bare ground and sand.", "category": "LOW"}'
+
+    def other_words(record: dict[str, Any]) -> None:
+        record["golden"][0] |= {"answer": answer, "log_probabilities": questions.score_after(image, answer)}
+
+    sign(copied, other_words)
+    result = check(copied, "--url", running.base_url, LLAMA_API_KEY=key_of(running))
+    assert (result.returncode, result.stdout.splitlines()[-1]) == (0, "GO"), result.stdout
+    assert f"note: {image} has the right category in other words" in result.stdout
+
+
+# --- no-go ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.llama_cpp
+def test_every_changed_byte_and_missing_file_is_named(copied: Path) -> None:
+    draw = random.Random(0)
+    assert check_flight.read_bundle(copied)
+    for path in sorted(path for path in copied.rglob("*") if path.is_file()):
+        name, data = path.relative_to(copied).as_posix(), path.read_bytes()
+        count = 4 if len(data) > 1_000_000 else 25
+        for place in {0, len(data) - 1, *(draw.randrange(len(data)) for _ in range(count))}:
+            path.write_bytes(data[:place] + bytes([data[place] ^ (1 << draw.randrange(8))]) + data[place + 1 :])
+            with pytest.raises(check_flight.NoGoError, match=name.replace(".", r"\.")):
+                check_flight.read_bundle(copied)
+        for changed in (data[:-1], data + b"\n", b""):
+            path.write_bytes(changed)
+            with pytest.raises(check_flight.NoGoError, match=name.replace(".", r"\.")):
+                check_flight.read_bundle(copied)
+        path.unlink()
+        with pytest.raises(check_flight.NoGoError, match=name.replace(".", r"\.")):
+            check_flight.read_bundle(copied)
+        path.write_bytes(data)
+    assert check_flight.read_bundle(copied)
+
+
+@pytest.mark.llama_cpp
+def test_a_changed_bundle_is_not_even_started(copied: Path, tmp_path: Path) -> None:
+    started = tmp_path / "started"
+    program = _program(tmp_path, f"touch {started}")
+    (copied / "golden" / "2-low.png").unlink()
+    assert_no_go(check(copied, "--llama-server", program), "golden/2-low.png is missing")
+    with (copied / "serve.sh").open("a") as file:
+        file.write("# harmless\n")
+    assert_no_go(check(copied, "--llama-server", program), "serve.sh was changed")
+    (copied / "bundle.json").write_text("{")
+    assert_no_go(check(copied, "--llama-server", program), "bundle.json")
+    assert not started.exists()
+    # Right hashes of a list that is none.
+    for text in ("{", "[]", '{"files": 3}', '{"files": {"x": 1}}'):
+        (copied / "bundle.json").write_text(text)
+        (copied / "bundle.json.sha256").write_text(f"{sha256_of_file(copied / 'bundle.json')}  bundle.json\n")
+        assert_no_go(check(copied))
+
+
+@pytest.mark.llama_cpp
+def test_another_model_is_noticed_by_its_file_and_by_its_answers(
+    copied: Path, toolchain: llama_cpp.Toolchain, small_run: Run, tmp_path: Path
+) -> None:
+    """The same shapes and tokenizer with other weights."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    other = Run(tmp_path / "other", small_run.settings)
+    prepare(other)
+    shutil.copytree(small_run.merged, other.merged)
+    weights = load_file(other.merged / "model.safetensors")
+    torch.manual_seed(0)
+    changed = {name: w + 0.5 * w.std() * torch.randn_like(w) if w.ndim == 2 else w for name, w in weights.items()}
+    save_file(changed, other.merged / "model.safetensors", metadata={"format": "pt"})
+    quantize.run(other.merged, other.gguf, other.settings.quantize, prompts=["one"])
+    pair = (other.gguf / quantize.QUANTIZED, other.gguf / quantize.MMPROJ)
+    with llama_cpp.Server(toolchain, *pair, log=tmp_path / "log", threads=1) as server:
+        result = check(copied, "--url", server.client.base_url, LLAMA_API_KEY=key_of(server.client))
+        assert_no_go(result, "has loaded", "which is not the bundle's orion-q4_k_m.gguf")
+    # Behind a name that cannot be seen from here, only the answers tell. The base calls all of these LOW unseen.
+    backbone_alone, mmproj_alone = (pair[0], copied / quantize.MMPROJ), (copied / quantize.QUANTIZED, pair[1])
+    for (model, mmproj), words in ((pair, ""), (backbone_alone, ""), (mmproj_alone, "reasons are in other words")):
+        hidden = tmp_path / "hidden.gguf"
+        shutil.copyfile(model, hidden)
+        with llama_cpp.Server(toolchain, hidden, mmproj, log=tmp_path / "log", threads=1) as server:
+            hidden.unlink()
+            result = check(copied, "--url", server.client.base_url, LLAMA_API_KEY=key_of(server.client))
+            assert "only its answers were checked" in result.stdout
+            assert_no_go(result, words)
+
+
+def _program(folder: Path, line: str) -> Path:
+    path = folder / "llama-server"
+    path.write_text(f"#!/bin/sh\n{line}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.llama_cpp
+def test_a_server_that_dies_or_never_loads_is_stopped_and_said(copied: Path, tmp_path: Path) -> None:
+    dead = _program(tmp_path, "echo out of memory >&2; exit 3")
+    assert_no_go(check(copied, "--llama-server", dead), "llama-server ended (3): out of memory")
+    hanging = _program(tmp_path, f"echo $$ > {tmp_path}/pid; exec sleep 60")
+    began = time.monotonic()
+    result = check(copied, "--llama-server", hanging, "--limit", "2")
+    assert_no_go(result, "waiting for the server took longer than 2 s")
+    assert time.monotonic() - began < 15
+    assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_check_stops_its_server(copied: Path, tmp_path: Path, number: signal.Signals) -> None:
+    pid = tmp_path / "pid"
+    program = _program(tmp_path, f"echo $$ > {pid}; exec sleep 60")
+    command = [sys.executable, "-I", str(copied / "check_flight.py"), "--llama-server", str(program)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (pid.exists() and pid.read_text()):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, err, out.splitlines()[-1]) == (1, "", f"NO-GO: stopped by signal {int(number)}")
+    assert not Path(f"/proc/{pid.read_text().strip()}").exists()
+
+
+@pytest.mark.llama_cpp
+def test_usage_mistakes_have_exit_status_two(copied: Path, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("two\nlines\n")
+    for arguments in (
+        ("--url", "file:///etc/passwd"),
+        ("--llama-server", tmp_path / "gone"),
+        ("--key-file", tmp_path / "gone"),
+        ("--key-file", tmp_path / "key"),
+        ("--limit", "0"),
+        ("--what",),
+    ):
+        result = check(copied, *arguments)
+        assert (result.returncode, "usage:" in result.stderr) == (2, True), arguments
+        assert "Traceback" not in result.stderr
+
+
+# --- a stub server that misbehaves, or records ------------------------------------------------------------------
+
+
+class _Stub(BaseHTTPRequestHandler):
+    """Answers as llama-server would, but at the path `broken` as `how` does."""
+
+    broken, how = "", ""
+    answer = '{"reason": "Sand.", "category": "LOW"}'
+    log_probabilities: object = -1.0
+    seen: list[tuple[str, dict[str, Any]]]
+
+    def do_GET(self) -> None:
+        self._reply({})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        type(self).seen.append((self.path, body))
+        self._reply(body)
+
+    def _reply(self, body: dict[str, Any]) -> None:
+        if self.path == self.broken:
+            self._break()
+            return
+        head, _, tail = self.answer.partition(CATEGORY_CUE)
+        listed = [{"id": token, "logprob": self.log_probabilities} for token in LABELS.values()]
+        value: dict[str, Any] = {
+            "content": head if "stop" in body else tail,
+            "tokens_predicted": 7,
+            "tokens_evaluated": 30,
+            "stopping_word": CATEGORY_CUE,
+            "completion_probabilities": [{"top_logprobs": listed}],
+            "build_info": "b1-stub",
+            "media_marker": "<__media_x__>",
+            "model_path": "stub.gguf",
+        }
+        self._send(200, json.dumps(value).encode())
+
+    def _send(self, status: int, data: bytes, length: int | None = None, **headers: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(length or len(data)))
+        for name, text in headers.items():
+            self.send_header(name, text)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def _break(self) -> None:
+        if self.how == "stalls":
+            time.sleep(20)
+        elif self.how == "drips":
+            self._send(200, b"", 1000)
+            for _ in range(40):
+                self.wfile.write(b" ")
+                time.sleep(0.5)
+        elif self.how == "hangs up":
+            self.connection.shutdown(socket.SHUT_RDWR)
+        elif self.how == "no HTTP":
+            self.wfile.write(b"SSH-2.0-OpenSSH_9.2\r\n")
+        elif self.how == "cut":
+            self._send(200, b'{"content": "{', 5000)
+        elif self.how == "moved":
+            self._send(302, b"", Location="http://127.0.0.1:1/")
+        elif self.how == "html":
+            self._send(200, b"<html><body>log in</body></html>")
+        elif self.how == "half":
+            self._send(200, b'{"content": "{')
+        elif self.how == "nested":
+            self._send(200, b'{"content": ' + b"[" * 100_000)
+        elif self.how == "empty":
+            self._send(200, b"{}")
+        else:
+            self._send(int(self.how), b"no")
+
+    def log_message(self, format: str, *args: object) -> None:
+        return
+
+
+@contextmanager
+def stub(**attributes: object) -> Iterator[str]:
+    handler = type("_Configured", (_Stub,), {**attributes, "seen": attributes.get("seen", [])})
+
+    class Quiet(ThreadingHTTPServer):
+        daemon_threads = True
+
+        def handle_error(self, request: object, client_address: object) -> None:
+            return
+
+    httpd = Quiet(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=httpd.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{httpd.server_port}"
+    finally:
+        httpd.shutdown()
+        httpd.server_close()
+
+
+@pytest.fixture
+def for_stub(copied: Path) -> Path:
+    """The bundle with what the stub answers as its expectation."""
+
+    def expect(record: dict[str, Any]) -> None:
+        record["request"] |= {"label_tokens": LABELS, "prompt_tokens": 30}
+        for image in record["golden"]:
+            image |= {"answer": _Stub.answer, "category": "LOW", "log_probabilities": dict.fromkeys(LABELS, -1.0)}
+
+    sign(copied, expect)
+    return copied
+
+
+@pytest.mark.llama_cpp
+def test_the_stub_itself_is_go_with_a_warning_about_its_build(for_stub: Path) -> None:
+    with stub() as url:
+        result = check(for_stub, "--url", url)
+    assert (result.returncode, result.stdout.splitlines()[-1]) == (0, "GO"), result.stdout
+    assert "warning: llama.cpp build 1, and the bundle was made with 10605" in result.stdout
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("stalls", "took longer than 2 s"),
+        ("drips", "took longer than 2 s"),
+        ("503", "503"),
+        ("500", "500"),
+        ("404", "404"),
+        ("401", "refuses the key"),
+        ("hangs up", "/completion gives no reply"),
+        ("no HTTP", "it broke off (BadStatusLine)"),
+        ("cut", "it broke off, 4986 bytes too early"),
+        ("moved", "answered 302"),
+        ("html", "no JSON object: '<html>"),
+        ("half", "no JSON object"),
+        ("nested", "no JSON object"),
+        ("empty", "never comes to its category"),
+    ],
+)
+def test_a_broken_server_is_no_go_within_the_limit(for_stub: Path, how: str, words: str) -> None:
+    began = time.monotonic()
+    for broken in ("/completion", "/props", "/health"):
+        with stub(broken=broken, how=how) as url:
+            result = check(for_stub, "--url", url, "--limit", "2")
+        if broken == "/completion":
+            assert_no_go(result, words)
+        elif how == "empty" or (how in ("html", "half", "nested") and broken == "/health"):
+            assert result.returncode == 0  # of /health only the status counts, and /props may have none of its fields
+        else:
+            assert_no_go(result)
+    assert time.monotonic() - began < 25
+
+
+@pytest.mark.llama_cpp
+def test_nobody_there_is_no_go(for_stub: Path) -> None:
+    assert_no_go(check(for_stub, "--url", "http://127.0.0.1:1"), "no llama.cpp server at http://127.0.0.1:1")
+    assert_no_go(check(for_stub, "--url", "http://"), "no llama.cpp server at")
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.parametrize(
+    ("says", "words"),
+    [
+        ({"answer": '{"reason": "Sand.", "category": "HIGH"}'}, "golden/1-low.png: HIGH instead of LOW (and 4 more)"),
+        ({"answer": '{"reason": "Sand.", "category": "LOW'}, "golden/1-low.png: the answer is no verdict"),
+        ({"log_probabilities": -1.06}, "log-probability of LOW is -1.0600 instead of -1.0000; 0.05 off is allowed"),
+        ({"log_probabilities": "many"}, "the reply has no log-probabilities"),
+        ({"log_probabilities": float("nan")}, "the reply has no log-probabilities"),
+    ],
+)
+def test_a_wrong_answer_is_no_go(for_stub: Path, says: dict[str, Any], words: str) -> None:
+    with stub(**says) as url:
+        assert_no_go(check(for_stub, "--url", url), words)
+
+
+@pytest.mark.llama_cpp
+def test_other_image_settings_are_noticed_by_the_tokens_read(for_stub: Path) -> None:
+    sign(for_stub, lambda record: record["request"].update(prompt_tokens=31))
+    with stub() as url:
+        assert_no_go(check(for_stub, "--url", url), "reads 30 tokens instead of 31")
+
+
+@pytest.mark.llama_cpp
+def test_the_checker_asks_with_the_bytes_of_the_flight(for_stub: Path) -> None:
+    record = json.loads((for_stub / "bundle.json").read_text())
+    image = record["golden"][0]["image"]
+    seen: list[tuple[str, dict[str, Any]]] = []
+    with stub(seen=seen) as url:
+        client = Client(url)
+        flown = client.complete_and_score(
+            render_prompt(None),
+            (for_stub / image).read_bytes(),
+            ANSWER_TOKENS,
+            cue=CATEGORY_CUE,
+            tokens=list(LABELS.values()),
+            grammars=(GRAMMAR, CATEGORY_GRAMMAR),
+        )
+        asked = check_flight.Questions(check_flight.Connection(url, ""), for_stub, record, "<__media_x__>").ask(image)
+    assert flown == (asked[0], list(asked[1].values()))
+    assert len(seen) == 4
+    assert seen[:2] == seen[2:]
