@@ -298,7 +298,7 @@ def _run(command: list[str], target: Path, name: str) -> ToolUse:
         if status or not target.exists():
             output.seek(0)
             last = " | ".join(output.read().strip().splitlines()[-4:])
-            raise OrionError(f"{name} failed ({status}): {last}.", "See docs/llama-cpp.md.")
+            raise OrionError(f"{name} failed ({status}): {last}.", "See docs/quantization.md.")
     return use
 
 

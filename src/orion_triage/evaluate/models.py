@@ -153,7 +153,7 @@ def check_parity(run: "Run", client: "Client") -> Figures:
         raise OrionError(
             f"llama.cpp's next-token log-probabilities differ from transformers' by {differences[worst]:.4f} on "
             f"{worst}; {parity.LARGEST_DIFFERENCE} is allowed.",
-            "The runtime does not compute this model: try another build (ORION_LLAMA_CPP), and see docs/llama-cpp.md.",
+            "The runtime does not compute this model: try another build (ORION_LLAMA_CPP), and see docs/quantization.md.",
         )
     return {"frames": len(differences), "largest_difference": round(differences[worst], 6)}
 
@@ -170,7 +170,7 @@ def check_agreement(run: "Run", model: str) -> float:
         raise OrionError(
             f"llama.cpp's F16 answers {len(other)} of {len(ours)} questions otherwise than transformers, {other[0]} "
             f"first ({theirs[other[0]]} instead of {ours[other[0]]}); {SMALLEST_AGREEMENT:.0%} must agree.",
-            "Compare the two predictions.jsonl; see docs/llama-cpp.md.",
+            "Compare the two predictions.jsonl; see docs/quantization.md.",
         )
     return round(share, 6)
 
