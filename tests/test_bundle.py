@@ -410,10 +410,31 @@ def _program(folder: Path, line: str) -> Path:
     return path
 
 
+# Answers what is asked before the first image, and dies of that.
+_DIES = """
+import http.server, os, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"{}")
+    def do_POST(self):
+        print("killed by the kernel", flush=True)
+        os._exit(7)
+    def log_message(self, *args):
+        pass
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+"""
+
+
 @pytest.mark.llama_cpp
 def test_a_server_that_dies_or_never_loads_is_stopped_and_said(copied: Path, tmp_path: Path) -> None:
     dead = _program(tmp_path, "echo out of memory >&2; exit 3")
     assert_no_go(check(copied, "--llama-server", dead), "llama-server ended (3): out of memory")
+    script = tmp_path / "dies.py"
+    script.write_text(_DIES)
+    midway = _program(tmp_path, f'exec {sys.executable} {script} "$@"')
+    assert_no_go(check(copied, "--llama-server", midway), "llama-server ended (7): killed by the kernel")
     hanging = _program(tmp_path, f"echo $$ > {tmp_path}/pid; exec sleep 60")
     began = time.monotonic()
     result = check(copied, "--llama-server", hanging, "--limit", "2")
@@ -569,6 +590,18 @@ def test_the_stub_itself_is_go_with_a_warning_about_its_build(for_stub: Path) ->
         result = check(for_stub, "--url", url)
     assert (result.returncode, result.stdout.splitlines()[-1]) == (0, "GO"), result.stdout
     assert "warning: llama.cpp build 1, and the bundle was made with 10605" in result.stdout
+
+
+@pytest.mark.llama_cpp
+def test_other_words_are_scored_after_the_words_of_the_ground(for_stub: Path) -> None:
+    ground = '{"reason": "Dust.", "category": "LOW"}'
+    sign(for_stub, lambda record: record["golden"][0].update(answer=ground))
+    seen: list[tuple[str, dict[str, Any]]] = []
+    with stub(seen=seen) as url:
+        assert check(for_stub, "--url", url).returncode == 0
+    starts = [body["prompt"]["prompt_string"].partition("assistant\n")[2] for _, body in seen]
+    said, of_ground = '{"reason": "Sand.", "category": "', '{"reason": "Dust.", "category": "'
+    assert starts == ["", said, of_ground, *["", said] * 4]
 
 
 @pytest.mark.llama_cpp

@@ -42,11 +42,11 @@ SERVER_ARGUMENTS = (
     "--parallel", "1", "--ctx-size", str(CONTEXT_TOKENS), "--cache-ram", str(IMAGE_CACHE_MIB), "--flash-attn", "off",
     "--no-webui", "--no-slots",
 )  # fmt: skip
-# Measured on the tiny preset's 60 test frames. Rounding: threads change nothing; flash attention, batches and another
-# layout of weights up to 0.008 in the category's log-probability, 0.054 in the two others' and 6 reasons. The golden five on an
-# emulated Cortex-A76 (half-precision sums): 0.001, 0.029, none. What must be noticed, on the golden five: Q8_0 weights
-# 0.003, 0.21; an adapter 5 % weaker 0.005, 0.36. A clear category's own log-probability is near 0 in any model, so the
-# others tell models apart; and the words do, when a model decides without looking.
+# Measured on the tiny preset's test frames. Rounding: threads change nothing; flash attention, batches and the layout
+# of weights up to 0.008 in the category's log-probability, 0.054 in the two others' and 6 of 60 reasons; an emulated
+# Cortex-A76 (half-precision sums) 0.002, 0.045 and 2 of 37. What must be noticed, on the five golden images: Q8_0
+# weights 0.003 and 0.21; an adapter 5 % weaker 0.005 and 0.36. A clear category's own log-probability is near 0 in any
+# model, so the others tell models apart; and the words do, when a model decides without looking.
 TOLERANCES = {"category_nats": 0.05, "other_labels_nats": 0.1, "other_words": GOLDEN_IMAGES // 2}
 
 

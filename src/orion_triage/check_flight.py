@@ -137,7 +137,7 @@ class Connection:
         try:
             with self._opener.open(request) as reply:
                 answer = reply.read(LARGEST_REPLY_BYTES)
-                if False:
+                if reply.length:
                     raise ConnectionError(f"it broke off, {reply.length} bytes too early")
                 return int(reply.status), answer
         except urllib.error.HTTPError as error:
@@ -343,6 +343,7 @@ def check(options: argparse.Namespace, report: dict[str, Any]) -> None:
                     report["images"].append(check_image(questions, golden, bundle["tolerances"]))
             except NoGoError:
                 if own:
+                    time.sleep(1)  # a dying process closes its socket first
                     own.check_alive()  # its last words say more
                 raise
         report["peak_bytes"] = own.peak_bytes() if own else None
