@@ -14,7 +14,7 @@ from orion_triage.errors import OrionError
 from orion_triage.evaluate.backends import Answer
 from orion_triage.files import replaced_folder, require_free_space, sha256_of_file, write_bytes, write_text
 from orion_triage.frames import CAMERA_SIZE, Frame, is_blank, read_frame, shrink
-from orion_triage.llama_server import CANDIDATES, CONTEXT_TOKENS, IMAGE_CACHE_MIB
+from orion_triage.llama_server import CANDIDATES, OPTIONS
 from orion_triage.progress import Progress, silent
 from orion_triage.records import image_path, read_split
 from orion_triage.triage import (
@@ -38,10 +38,6 @@ CHECKER = "check_flight.py"
 GOLDEN_IMAGES = 5
 CONDITION = "B"  # in flight a frame is asked about without coordinates
 # As orion_triage.llama_server starts it, and without the page that shows the requests in work.
-SERVER_ARGUMENTS = (
-    "--parallel", "1", "--ctx-size", str(CONTEXT_TOKENS), "--cache-ram", str(IMAGE_CACHE_MIB), "--flash-attn", "off",
-    "--no-webui", "--no-slots",
-)  # fmt: skip
 # Measured on the tiny preset's test frames. Rounding: threads change nothing; flash attention, batches and the layout
 # of weights up to 0.008 in the category's log-probability, 0.054 in the two others' and 6 of 60 reasons; an emulated
 # Cortex-A76 (half-precision sums) 0.002, 0.045 and 2 of 37. What must be noticed, on the five golden images: Q8_0
@@ -210,7 +206,7 @@ def _write_texts(folder: Path, run: "Run", toolchain: llama_cpp.Toolchain, point
     values = {
         "model": quantize.QUANTIZED,
         "mmproj": quantize.MMPROJ,
-        "arguments": " ".join(SERVER_ARGUMENTS),
+        "arguments": " ".join(OPTIONS),
         "frame_size": run.settings.base.frame_size,
         "build": toolchain.build,
         "pinned": toolchain.build == llama_cpp.PINNED_BUILD,

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 
 CONTEXT_TOKENS = 2048  # a frame takes under 600; the model's own 128,000 would cost 1.5 GB
 IMAGE_CACHE_MIB = 256  # the default of 8 GiB grows with every image
+# Evaluation, triage and flight serve alike. Flash attention off and one slot: faster for the tower's head size, and the
+# numbers do not depend on load. No page and no slots: what was asked is nobody else's business.
+OPTIONS = (
+    "--parallel", "1", "--ctx-size", str(CONTEXT_TOKENS), "--cache-ram", str(IMAGE_CACHE_MIB), "--flash-attn", "off",
+    "--no-webui", "--no-slots",
+)  # fmt: skip
 START_SECONDS = 300
 _NOT_UTF8 = "does not match the expected Content-only format"  # llama.cpp's word for an answer of broken bytes
 CANDIDATES = 500  # next tokens whose probabilities are asked for: 0.05 MB of reply a token
@@ -237,10 +243,7 @@ class Server:
 
     def __enter__(self) -> "Server":
         port, key = _free_port(), secrets.token_urlsafe(24)
-        # Flash attention off and one slot: faster for the tower's head size, and the numbers do not depend on load.
-        command = [*self._command, "--host", "127.0.0.1", "--port", str(port), "--parallel", "1"]
-        command += ["--ctx-size", str(CONTEXT_TOKENS), "--cache-ram", str(IMAGE_CACHE_MIB)]
-        command += ["--flash-attn", "off", "--no-webui"]
+        command = [*self._command, "--host", "127.0.0.1", "--port", str(port), *OPTIONS]
         environment = {**os.environ, "LLAMA_API_KEY": key}  # not on the command line, where others could read it
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("wb") as file:

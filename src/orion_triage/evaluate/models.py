@@ -153,7 +153,7 @@ def check_parity(run: "Run", client: "Client") -> Figures:
         raise OrionError(
             f"llama.cpp's next-token log-probabilities differ from transformers' by {differences[worst]:.4f} on "
             f"{worst}; {parity.LARGEST_DIFFERENCE} is allowed.",
-            "The runtime does not compute this model: try another build (ORION_LLAMA_CPP), and see docs/quantization.md.",
+            "The runtime does not compute this model: try another build (ORION_LLAMA_CPP); see docs/quantization.md.",
         )
     return {"frames": len(differences), "largest_difference": round(differences[worst], 6)}
 
