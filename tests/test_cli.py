@@ -24,7 +24,7 @@ REAL_FRAMES = SHARED / "frames"
 COMMANDS = (
     "run", "dataset", "ablation", "fine-tune", "fuse", "quantize", "evaluate", "ladder", "decoding", "operating-point",
     "report", "compare", "push", "clean", "triage", "toolchain", "rehearse", "budgets", "doctor", "build-tiny-base",
-    "settings",
+    "settings", "bundle", "remote",
 )  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def test_a_run_folder_keeps_where_its_dataset_comes_from(tmp_path: Path) -> None
     assert (kept()["source"], kept()["folder"]) == ("synthetic", "")
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "dataset check", "dataset view", "dataset push"])
+@pytest.mark.parametrize("command", [*COMMANDS, "dataset check", "dataset view", "dataset push", "remote train"])
 def test_every_command_explains_itself_with_an_example(command: str) -> None:
     result = orion(*command.split(), "--help")
     assert result.returncode == 0
