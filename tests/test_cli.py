@@ -338,7 +338,8 @@ def test_triage_answers_good_frames_and_refuses_bad_ones_by_name(finished: Path,
     assert result.returncode == 1
     answers = json.loads(result.stdout)
     assert [Path(answer["file"]).name for answer in answers] == ["good.png", "good.jpg", "good.raw"]
-    assert {key for answer in answers for key in answer} == {"file", "category", "reason", "scores"}
+    assert {key for answer in answers for key in answer} == {"file", "category", "reason", "scores", "blank"}
+    assert not any(answer["blank"] for answer in answers)
     refused = re.findall(r"refused: \S*/(\S+) ", result.stderr)
     assert refused == ["cut.raw", "page.png", "large.png", "missing.png"]
     assert "785,951 bytes, not the 786,432" in result.stderr
