@@ -97,13 +97,23 @@ require_idle() { # VARIABLE PATH: no training that `start` started is at work th
         refuse "a training is running in $1=$2." "Wait for its end ('orion remote train' follows it)."
 }
 
-require_expendable() { # VARIABLE REPOSITORY WEIGHTS: nothing is in the checkout that exists nowhere else
-    require_idle "$1" "$2"
+busy() { # FOLDER: the working directory of a process there, if any
     readlink /proc/[0-9]*/cwd 2>/dev/null | while IFS= read -r directory; do
         case "$directory/" in
-            "$2"/*) refuse "a process works in $directory." "Wait for its end, or leave that folder." ;;
+            "$1"/*) printf '%s\n' "$directory" && break ;;
         esac
-    done || exit 3
+    done
+}
+
+require_expendable() { # VARIABLE REPOSITORY WEIGHTS: nothing is in the checkout that exists nowhere else
+    require_idle "$1" "$2"
+    for _ in 1 2 3 4 5; do # the rsync of a connection that was cut may take a moment to notice
+        [ "$(busy "$2")" ] || break
+        sleep 1
+    done
+    directory=$(busy "$2")
+    [ -z "$directory" ] || refuse "a process works in $directory." \
+        "Wait for its end (an rsync that was cut off ends within two minutes), or leave that folder."
     changed=$(git -C "$2" --no-optional-locks status --porcelain) || refuse "git cannot read $1=$2." "Look at it on the server."
     [ -z "$changed" ] || refuse "$1=$2 has changes that are committed nowhere: $(printf '%s' "$changed" | head -n 1)" \
         "Commit and push them, or discard them; or keep everything: --keep-remote."
@@ -345,13 +355,18 @@ start() { # JOB REPOSITORY SETUP COMMAND PRESET_FILE PRESET_TEXT ARGUMENT...: tr
     answer pid "$(cat "$job/pid")"
 }
 
-follow() { # JOB BYTES: the log after so many bytes, until the job ends; before it stands what a login prints
+follow() { # JOB BYTES: the log after so many bytes. While the job runs, its last ones may be left to the next call.
+    # Before this line stands what a login prints.
     answer log begins
-    if flock -n "$1/lock" true; then
+    if [ -f "$1/status" ] || flock -n "$1/lock" true; then
         tail -c "+$(($2 + 1))" "$1/log"
-    else
-        tail -c "+$(($2 + 1))" -f -s 0.5 --pid "$(cat "$1/pid")" "$1/log"
+        return
     fi
+    tail -c "+$(($2 + 1))" -f -s 0.2 "$1/log" &
+    # The lock says when the job is gone. Its process id would not: in a container whose first process waits for no
+    # orphan it stays.
+    until [ -f "$1/status" ] || flock -n "$1/lock" true; do sleep 0.5; done
+    kill $!
 }
 
 forget() { # JOB: an end that was reported is no longer in the way of the next start

@@ -102,8 +102,8 @@ over_rsync() { # OPTION... SOURCE TARGET
     local status=0 word shell=
     # rsync splits its -e at blanks outside quotes, and takes a doubled quote inside them for one.
     for word in "${SSH[@]}"; do shell+=" '${word//\'/\'\'}'"; done
-    # --protect-args: paths travel by the protocol, untouched by any shell.
-    local command=(rsync --protect-args --partial -e "${shell# }" "$@")
+    # --protect-args: paths travel by the protocol, untouched by any shell. --timeout: the server's half ends, too.
+    local command=(rsync --protect-args --partial --timeout 120 -e "${shell# }" "$@")
     [[ ! -t 2 ]] || command=("${command[0]}" --info=progress2 "${command[@]:1}")
     run "${command[@]}" || status=$?
     ((status == 0)) || fail "rsync failed (exit status $status)." \

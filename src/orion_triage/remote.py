@@ -247,14 +247,13 @@ def follow(server: Server, report: Report, write: Write) -> None:
     """Hand on the log, each byte once, until the training has ended; a lost connection is taken up again."""
     received, failures = 0, 0
     while True:
-        count, held = _follow_once(server, received, write)
-        received += count
-        if count:
-            failures = 0
         try:
-            if job_on(server).state != "running" and held:
+            running = job_on(server).state == "running"
+            count, held = _follow_once(server, received, write)
+            received += count
+            if held and not running:
                 return
-            time.sleep(1 if held else 0)  # what the training started has outlived it, or the connection was cut
+            failures = 0
         except ConnectionLostError:
             if failures == len(_RETRY_SECONDS):
                 raise ConnectionLostError(

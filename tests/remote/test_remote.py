@@ -1,5 +1,6 @@
 """`orion remote train` against a real sshd: it survives its connection, and a real training comes back."""
 
+import ctypes
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,15 @@ from orion_triage.pipeline import open_run, run_stage, stage_named
 ORION = [sys.executable, "-c", "import orion_triage.cli.remote; from orion_triage.cli import main; main()"]
 INSTALLED = Path(sys.executable).with_name("orion")
 _SECONDS = 240
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _orphans_stay() -> Iterator[None]:
+    """As in a container whose first process waits for no orphan: a job that has ended keeps its process id."""
+    libc, subreaper = ctypes.CDLL(None), 36
+    libc.prctl(subreaper, 1, 0, 0, 0)
+    yield
+    libc.prctl(subreaper, 0, 0, 0, 0)
 
 
 def popen(

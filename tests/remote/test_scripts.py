@@ -203,6 +203,23 @@ def test_what_the_server_loses_is_sent_again(place: Place) -> None:
     place.assert_nothing_partial()
 
 
+def test_the_servers_half_of_a_cut_upload_is_waited_for(place: Place) -> None:
+    make_repository(place.source)
+    new = tree(make_dataset(place.local_data, 1))
+    shim = place.server.tools / "tar"
+    shim.write_text(f'#!/bin/sh\ntouch {place.here}/unpacking\nsleep 2\nexec {program("tar")} "$@"\n')
+    shim.chmod(0o755)
+    process = place.popen("upload_to_server.sh")
+    while not (place.here / "unpacking").exists():
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    shim.unlink()
+    assert "there already, and whole" in place.upload()  # the first one's work was done by then
+    assert tree(place.data) == new
+    place.assert_nothing_partial()
+
+
 def test_a_transfer_goes_on_where_it_was_cut(place: Place) -> None:
     make_repository(place.source)
     make_dataset(place.local_data, 1, frame_bytes=500_000)
