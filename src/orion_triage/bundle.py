@@ -37,7 +37,6 @@ LIST, LIST_HASH = "bundle.json", "bundle.json.sha256"
 CHECKER = "check_flight.py"
 GOLDEN_IMAGES = 5
 CONDITION = "B"  # in flight a frame is asked about without coordinates
-# As orion_triage.llama_server starts it, and without the page that shows the requests in work.
 # Measured on the tiny preset's test frames. Rounding: threads change nothing; flash attention, batches and the layout
 # of weights up to 0.008 in the category's log-probability, 0.054 in the two others' and 6 of 60 reasons; an emulated
 # Cortex-A76 (half-precision sums) 0.002, 0.045 and 2 of 37. What must be noticed, on the five golden images: Q8_0

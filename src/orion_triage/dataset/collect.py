@@ -42,9 +42,9 @@ class Collected:
     account: Counter[str] = field(default_factory=Counter)
 
     def write_tables(self, folder: Path) -> None:
-        write_text(folder / FRAMES_TABLE, _table(FRAME_COLUMNS, self.rows))
+        write_text(folder / FRAMES_TABLE, csv_text(FRAME_COLUMNS, self.rows))
         if self.absent:
-            write_text(folder / ABSENT_TABLE, _table(ABSENT_COLUMNS, self.absent))
+            write_text(folder / ABSENT_TABLE, csv_text(ABSENT_COLUMNS, self.absent))
 
 
 def collect(
@@ -140,7 +140,8 @@ def _row(split: Split, shot: Shot, source: ImagerySource, frame: Frame, picture:
     }
 
 
-def _table(columns: Sequence[str], rows: Iterable[Row]) -> str:
+def csv_text(columns: Sequence[str], rows: Iterable[Row]) -> str:
+    """A table with a header, in the columns' order."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()

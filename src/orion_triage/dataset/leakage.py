@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orion_triage.dataset.facts import Entry, Finding, Picture
-from orion_triage.dataset.split import EARTH_RADIUS_KM
+from orion_triage.dataset.split import EARTH_RADIUS_KM, unit_vectors
 from orion_triage.frames import CAMERA_SIZE
 from orion_triage.records import SPLITS, Split
 
@@ -127,7 +127,10 @@ def _same_ground(located: Sequence[Entry], footprint_km: float, split_distance_k
         members[entry.split].setdefault(entry.image, entry)
     entries = {split: list(found.values()) for split, found in members.items() if found}
     # Straight lines through the globe: poles and antimeridian need no case of their own.
-    points = {split: _unit_vectors(found) for split, found in entries.items()}
+    points = {
+        split: unit_vectors([entry.record.coordinates for entry in found if entry.record.coordinates])
+        for split, found in entries.items()
+    }
     for earlier, later in combinations(entries, 2):
         chords, nearest = cKDTree(points[earlier]).query(points[later])
         distances = 2 * EARTH_RADIUS_KM * np.arcsin(np.minimum(chords / 2, 1))
@@ -148,9 +151,3 @@ def _same_ground(located: Sequence[Entry], footprint_km: float, split_distance_k
                 f"({twin.place})."
             )
             yield entry.finding("warning", "close-places", message, "Divide by region: neighbouring places look alike.")
-
-
-def _unit_vectors(entries: Sequence[Entry]) -> NDArray[np.float64]:
-    places = [entry.record.coordinates for entry in entries]
-    lon, lat = np.radians([(place.lon, place.lat) for place in places if place]).T
-    return np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], axis=1)

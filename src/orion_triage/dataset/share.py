@@ -6,7 +6,6 @@ whoever has access to the imagery makes the dataset from them.
 """
 
 import csv
-import io
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 from orion_triage import hub
 from orion_triage.dataset.catalogue import COLUMNS
+from orion_triage.dataset.collect import csv_text
 from orion_triage.errors import OrionError
 from orion_triage.files import sha256_of_file, sha256_of_text
 from orion_triage.records import FRAMES_TABLE, SPLITS, Record, Split, image_path, read_split, split_path
@@ -110,7 +110,7 @@ def picture_files(folder: Path, frames: Sequence[Frame]) -> Files:
     if (folder / FRAMES_TABLE).is_file():
         with (folder / FRAMES_TABLE).open(encoding="utf-8", newline="") as file:
             table = [row | {"image": moved[row["image"]]} for row in csv.DictReader(file) if row["image"] in moved]
-        files[FRAMES_TABLE] = _csv(list(table[0]), table).encode()
+        files[FRAMES_TABLE] = csv_text(list(table[0]), table).encode()
     return files
 
 
@@ -133,7 +133,7 @@ def catalogue_files(frames: Sequence[Frame]) -> Files:
             }
         )
     once = list({row["name"]: row for row in rows}.values())
-    return {"catalogue.csv": _csv([*COLUMNS, "split"], once).encode()}
+    return {"catalogue.csv": csv_text([*COLUMNS, "split"], once).encode()}
 
 
 def _name(frame: Frame) -> str:
@@ -255,11 +255,3 @@ def croissant(files: Files, frames: Sequence[Frame], about: Mapping[str, Any]) -
 
 def _sha256(content: Path | bytes) -> str:
     return sha256_of_file(content) if isinstance(content, Path) else sha256_of_text(content.decode())
-
-
-def _csv(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 # SimSat asks Mapbox for zoom 13.92 + log2(560 / distance in km) and 1280 points of 40,075 km * cos(lat) / 2^(zoom + 9):
 # straight above the equator that is 5.77 km for 500 km, so a linear function of the altitude.
-SIMSAT_URL = "http://localhost:9005"
 METRES_PER_PIXEL_AT_500_KM = 11.27
+SIMSAT_URL = "http://localhost:9005"
 LARGEST_BYTES = 32_000_000  # several times a 2560x2560 JPEG
 _DETAIL_BYTES = 4096  # of an error's text
 _PLACES_WITHOUT_SERVER = 5  # in a row; then it is the server that fails, not the places

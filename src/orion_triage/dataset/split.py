@@ -28,6 +28,12 @@ def great_circle_km(a: Coordinates, b: Coordinates) -> float:
     return 2 * EARTH_RADIUS_KM * math.asin(min(1.0, math.sqrt(half)))
 
 
+def unit_vectors(places: Sequence[Coordinates]) -> NDArray[np.float64]:
+    """Points on a sphere of radius 1, of shape (places, 3): chords know no pole and no antimeridian."""
+    lon, lat = np.radians([(place.lon, place.lat) for place in places]).T
+    return np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], axis=1)
+
+
 def pairs_within(places: Sequence[Coordinates], distance_km: float) -> NDArray[np.int64]:
     """All pairs (i < j) of places closer than `distance_km`, as an array of shape (pairs, 2), sorted.
 
@@ -37,10 +43,8 @@ def pairs_within(places: Sequence[Coordinates], distance_km: float) -> NDArray[n
 
     if not places:
         return np.empty((0, 2), dtype=np.int64)
-    lon, lat = np.radians(np.array([(place.lon, place.lat) for place in places])).T
-    points = np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], axis=1)
     chord = 2 * math.sin(min(math.pi, distance_km / EARTH_RADIUS_KM) / 2)
-    found = KDTree(points).query_pairs(chord, output_type="ndarray").astype(np.int64)
+    found = KDTree(unit_vectors(places)).query_pairs(chord, output_type="ndarray").astype(np.int64)
     found.sort(axis=1)
     return found[np.lexsort((found[:, 1], found[:, 0]))]
 
