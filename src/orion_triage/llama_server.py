@@ -230,20 +230,28 @@ class Server:
     """A llama-server of our own for the length of a `with` block; `client` speaks to it."""
 
     def __init__(
-        self, toolchain: "Toolchain", model: Path, mmproj: Path | None, *, log: Path, threads: int | None = None
+        self,
+        toolchain: "Toolchain",
+        model: Path,
+        mmproj: Path | None,
+        *,
+        log: Path,
+        threads: int | None = None,
+        options: Sequence[str] = OPTIONS,
     ) -> None:
         self._command = [str(toolchain.llama_server), "--model", str(model)]
         if mmproj is not None:
             self._command += ["--mmproj", str(mmproj)]
         if threads:
             self._command += ["--threads", str(threads)]
+        self._command += options
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
         self.client: Client
 
     def __enter__(self) -> "Server":
         port, key = _free_port(), secrets.token_urlsafe(24)
-        command = [*self._command, "--host", "127.0.0.1", "--port", str(port), *OPTIONS]
+        command = [*self._command, "--host", "127.0.0.1", "--port", str(port)]
         environment = {**os.environ, "LLAMA_API_KEY": key}  # not on the command line, where others could read it
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("wb") as file:
