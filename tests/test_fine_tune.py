@@ -178,6 +178,115 @@ def test_loss_of_a_training_batch_is_the_loss_of_the_whole_rows(small_base: Path
     assert second.logits.shape[1] < first.logits.shape[1] / 3
 
 
+def test_gradients_are_those_of_the_plain_recipe(small_base: Path, small_dataset: Path) -> None:
+    """One record at a time through transformers' own model: its own image, a mask, logits and loss of the whole row."""
+    import torch
+    from transformers import Lfm2VlForConditionalGeneration
+
+    processor = vlm.load_processor(small_base, 256)
+    every = read_split(small_dataset, "train")
+    records = [every[place] for place in fine_tune.in_order_of_images(every, 1, 0)[:6]]
+    frames = fine_tune.decode_frames(small_dataset, records, 256, silent)
+    settings = QUICK.model_copy(update={"dropout": 0.0})
+    ours = make_adapted(small_base, settings)
+    plain = Lfm2VlForConditionalGeneration.from_pretrained(small_base, dtype=torch.float32)
+    plain.load_state_dict(vlm.expand_four_bit(vlm.load_model(small_base, dtype="float32", four_bit=True)).state_dict())
+    plain = fine_tune.add_adapter(plain, settings)[0]
+    generator = torch.Generator().manual_seed(3)
+    for (name, value), (_, other) in zip(ours.named_parameters(), plain.named_parameters(), strict=True):
+        if ".lora_" in name:  # B too, which starts at 0 and would leave A without a gradient
+            value.data.normal_(0, 0.02, generator=generator)
+            other.data.copy_(value.data)
+
+    batch = fine_tune.collator(processor, frames)(records)
+    assert len(batch["pixel_values"]) == 3  # of six rows
+    (ours.train()(**batch).loss).backward()
+    tokens = 0
+    for record in records:
+        whole = vlm.encode(processor, [frames[record.image]], [record.prompt], [record.verdict.to_json()])
+        del whole["image_of_row"]
+        count = int((whole["labels"] != vlm.IGNORED).sum())
+        (plain.train()(**whole).loss * count).backward()
+        tokens += count
+    compared = 0
+    for (name, value), (_, other) in zip(ours.named_parameters(), plain.named_parameters(), strict=True):
+        if ".lora_" in name:
+            expected = other.grad / tokens
+            assert float(expected.norm()) > 0
+            assert float((value.grad - expected).norm() / expected.norm()) < 1e-4, name
+            compared += 1
+    assert compared == 2 * 4 * (1 + 3)
+
+
+def test_records_of_one_image_stay_together_in_another_order_each_epoch(small_dataset: Path) -> None:
+    records = read_split(small_dataset, "train")
+    orders = [fine_tune.in_order_of_images(records, 42, epoch) for epoch in range(3)]
+    assert orders[0] == fine_tune.in_order_of_images(records, 42, 0)
+    assert orders[0] != orders[1] != orders[2] != fine_tune.in_order_of_images(records, 43, 2)
+    for order in orders:
+        assert sorted(order) == list(range(len(records)))
+        images = [records[place].image for place in order]
+        assert images[::2] == images[1::2]  # each target has two records
+
+
+def test_a_resumed_epoch_has_the_order_of_an_undisturbed_one(
+    small_dataset: Path, small_base: Path, tmp_path: Path
+) -> None:
+    records = read_split(small_dataset, "train")
+    asked: list[list[str]] = []
+    frames = fine_tune.decode_frames(small_dataset, records, 256, silent)
+    collate = fine_tune.collator(vlm.load_processor(small_base, 256), frames)
+
+    def remember(batch: list[Any]) -> Any:
+        asked.append([record.prompt + record.image for record in batch])
+        return collate(batch)
+
+    def trainer(model: Any) -> Any:
+        return fine_tune.make_trainer(
+            model, remember, records, records[:1], QUICK, "cpu", "float32", tmp_path / "checkpoints", silent
+        )
+
+    trainer(make_adapted(small_base, QUICK)).train()
+    whole = [batch for batch in asked if len(batch) > 1]
+    asked.clear()
+    first = sorted((tmp_path / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))[0]
+    trainer(make_adapted(small_base, QUICK)).train(resume_from_checkpoint=str(first))
+    assert [batch for batch in asked if len(batch) > 1] == whole[len(whole) // 2 :]
+
+
+def test_a_tower_that_is_not_trained_is_asked_once_a_frame(
+    small_base: Path, small_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orion_triage.shared_image import SharedImageModel
+
+    looks: list[int] = []
+    look = SharedImageModel.look
+    monkeypatch.setattr(SharedImageModel, "look", lambda model, **pixels: looks.append(1) or look(model, **pixels))
+    runs = {}
+    for kept in (True, False):
+        settings = QUICK.model_copy(update={"scope": "language-attention"})
+        if not kept:
+            monkeypatch.setattr(FineTuneSettings, "trains_tower", property(lambda self: True))
+        looks.clear()
+        figures = fine_tune.run(
+            small_base, small_dataset, tmp_path / f"{kept}", tmp_path / f"work-{kept}", settings, 256
+        )
+        runs[kept] = (len(looks), figures["eval_losses"])
+    images = {record.image for split in ("train", "val") for record in read_split(small_dataset, split)}
+    preflight = 2 * fine_tune.PREFLIGHT_FRAMES + fine_tune.PREFLIGHT_FRAMES
+    assert runs[True][0] <= len(images) + preflight < runs[False][0] + len(images)
+    assert runs[True][1] == pytest.approx(runs[False][1], abs=1e-5)
+
+
+def test_groupings_keep_the_records_of_a_step() -> None:
+    settings = FineTuneSettings()  # 1 x 16 with checkpointing
+    found = [(g.micro_batch_size, g.gradient_accumulation_steps, g.gradient_checkpointing)
+             for g in fine_tune.groupings(settings)]  # fmt: skip
+    assert found == [(16, 1, False), (8, 2, False), (4, 4, False), (2, 8, False), (1, 16, False),
+                     (16, 1, True), (8, 2, True), (4, 4, True), (2, 8, True), (1, 16, True)]  # fmt: skip
+    assert [g.gradient_checkpointing for g in fine_tune.groupings(QUICK)] == [False]
+
+
 def test_batch_two_by_one_equals_one_by_two(small_base: Path, small_dataset: Path, tmp_path: Path) -> None:
     results = []
     for micro, accumulated in ((2, 1), (1, 2)):
@@ -308,9 +417,11 @@ def test_every_line_of_the_file_is_trained_on(small_dataset: Path, small_base: P
     frames = fine_tune.decode_frames(small_dataset, records, 256, silent)
     batch = fine_tune.collator(vlm.load_processor(small_base, 256), frames)(records)
     tokenizer = vlm.load_processor(small_base, 256).tokenizer
-    for line, ids, mask in zip(lines, batch["input_ids"], batch["attention_mask"], strict=True):
+    for line, ids in zip(lines, batch["input_ids"], strict=True):
         user, assistant = (turn["content"] for turn in json.loads(line)["conversations"])
-        text = tokenizer.decode(ids[mask.bool()]).replace("<|image_start|>" + "<image>" * 64, "<image>")
+        text = tokenizer.decode(ids[ids != tokenizer.pad_token_id]).replace(
+            "<|image_start|>" + "<image>" * 64, "<image>"
+        )
         assert text == (
             "<|startoftext|><|im_start|>user\n"
             + user.replace("<image>", "<image><|image_end|>")

@@ -98,7 +98,14 @@ class FineTuneSettings(Section):
     warmup_fraction: float = Field(default=0.0, ge=0, lt=1)
     precision: Literal["float16", "bfloat16", "float32"] = "float16"  # CPUs train in float32 and say so
     gradient_checkpointing: bool = True
+    # On one GPU: as many records at once as its memory takes, up to the records of a step, and no checkpointing where
+    # that fits too. The sums are the same, grouped otherwise; the two settings above are the floor.
+    fill_gpu: bool = True
     seed: int = 42
+
+    @property
+    def trains_tower(self) -> bool:
+        return not self.scope.startswith("language")
 
 
 class FuseSettings(Section):

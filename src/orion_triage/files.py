@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +19,19 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "orion-triage"
 
 
+_hashes: dict[tuple[int, ...], str] = {}
+_SETTLED_NANOSECONDS = 50_000_000  # file times may stand still for 10 ms: what was just written can change unseen
+
+
 def sha256_of_file(path: Path) -> str:
+    """Read once in a process: a run asks for the same files' hashes many times, and a merged model has 3 GB."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        status = os.fstat(file.fileno())
+        changed = max(status.st_mtime_ns, status.st_ctime_ns)
+        key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        if key not in _hashes or time.time_ns() - changed < _SETTLED_NANOSECONDS:
+            _hashes[key] = hashlib.file_digest(file, "sha256").hexdigest()
+    return _hashes[key]
 
 
 def sha256_of_text(text: str) -> str:

@@ -7,9 +7,11 @@ verdict's tokens only. The records are trained on as they stand in the file, wit
 import importlib.util
 import json
 import math
+import random
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,7 @@ from orion_triage.records import Record, image_path, read_split
 from orion_triage.triage import render_prompt
 
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
     from transformers import BatchFeature, Trainer, TrainerCallback
     from transformers.models.lfm2_vl import Lfm2VlProcessor
@@ -89,6 +92,9 @@ def run(
     )
     sees = preflight(model, reference, processor, looked_at, render_prompt(None))
     progress("loading the base", 2, 2)
+    features = None if settings.trains_tower else _look_once(model, processor, frames, progress)
+    if four_bit and device == "cpu":
+        model = vlm.expand_four_bit(model)
 
     resume_from = _last_checkpoint(checkpoints)
     resumed_step = int(resume_from.name.rsplit("-", 1)[1]) if resume_from else 0
@@ -97,10 +103,13 @@ def run(
         set_seed(settings.seed)
         model, census = add_adapter(model, settings)
         trainable = _trainable_by_tower(model)
+        collate = collator(processor, frames, features)
+        grouping = settings
+        if device != "cpu" and settings.fill_gpu and processes.count() == 1:
+            grouping = fill_gpu(model, collate, train_records, settings, precision)
         trainer = make_trainer(
-            model, collator(processor, frames), train_records, val_records, settings, device, precision,
-            checkpoints, progress,
-        )  # fmt: skip
+            model, collate, train_records, val_records, grouping, device, precision, checkpoints, progress
+        )
         trained = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
         weights_of_all = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # with FSDP, all put theirs together
     log = _losses(trainer)
@@ -126,6 +135,8 @@ def run(
         "steps": state.global_step,
         "resumed_from_step": resumed_step,
         "epochs": settings.epochs,
+        "micro_batch_size": grouping.micro_batch_size,
+        "gradient_checkpointing": grouping.gradient_checkpointing,
         "best_step": state.best_global_step,
         "best_eval_loss": state.best_metric,
         "first_loss": next((entry["loss"] for entry in log if "loss" in entry), None),
@@ -143,6 +154,76 @@ def run(
         "attention": model.config.text_config._attn_implementation,
         "short_convolution": "causal-conv1d" if device != "cpu" and has_fast_convolution() else "PyTorch",
     }
+
+
+def _look_once(
+    model: Any, processor: "Lfm2VlProcessor", frames: "dict[str, Image.Image]", progress: Progress
+) -> "dict[str, torch.Tensor]":
+    """What a tower that is not trained shows of every frame: [image tokens, text width] each, on the CPU."""
+    features = {}
+    for done, (name, frame) in enumerate(frames.items(), start=1):
+        features[name] = vlm.vision_features(model, processor, [frame])[0].to(model.dtype)
+        progress("looking at frames", done, len(frames))
+    return features
+
+
+def groupings(settings: FineTuneSettings) -> list[FineTuneSettings]:
+    """The settings with the same records a step in larger groups, the fastest first, as they are last.
+
+    Recomputing costs a third of the time, and a group of two or more fills a GPU, so all groups without checkpointing
+    come before those with it.
+    """
+    records = settings.micro_batch_size * settings.gradient_accumulation_steps
+    sizes = [size for size in range(records, settings.micro_batch_size - 1, -1) if records % size == 0]
+    kinds = (False, True) if settings.gradient_checkpointing else (False,)
+    return [
+        settings.model_copy(
+            update={
+                "micro_batch_size": size,
+                "gradient_accumulation_steps": records // size,
+                "gradient_checkpointing": checkpointing,
+            }
+        )
+        for checkpointing in kinds
+        for size in sizes
+    ]
+
+
+_LARGEST_GPU_SHARE = 0.85  # of its memory, in the trial; the optimizer's state comes on top, and fragments
+
+
+def fill_gpu(
+    model: Any,
+    collate: "Callable[[list[Record]], BatchFeature]",
+    records: list[Record],
+    settings: FineTuneSettings,
+    precision: str,
+) -> FineTuneSettings:
+    """The first of `groupings` whose forward and backward pass over the longest records fits the GPU, by trying."""
+    import torch
+
+    longest = sorted(records, key=lambda record: -len(record.prompt + record.verdict.to_json()))
+    total = torch.cuda.get_device_properties(model.device).total_memory
+    *larger, as_set = groupings(settings)
+    model.train()
+    for grouping in larger:
+        if grouping.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        torch.cuda.reset_peak_memory_stats(model.device)
+        try:
+            with torch.random.fork_rng([model.device]), torch.autocast("cuda", getattr(torch, precision)):
+                batch = collate(longest[: grouping.micro_batch_size]).to(model.device)
+                model(**batch).loss.backward()
+            fits = torch.cuda.max_memory_allocated(model.device) < _LARGEST_GPU_SHARE * total
+        except torch.cuda.OutOfMemoryError:
+            fits = False
+        finally:
+            model.zero_grad(set_to_none=True)
+            model.gradient_checkpointing_disable()
+            torch.cuda.empty_cache()
+        if fits:
+            return grouping
+    return as_set
 
 
 def has_fast_convolution() -> bool:
@@ -275,28 +356,52 @@ def _trainable_by_tower(model: Any) -> dict[str, int]:
 
 
 def collator(
-    processor: "Lfm2VlProcessor", frames: "dict[str, Image.Image]"
+    processor: "Lfm2VlProcessor",
+    frames: "dict[str, Image.Image]",
+    features: "Mapping[str, torch.Tensor] | None" = None,
 ) -> "Callable[[list[Record]], BatchFeature]":
-    """Records -> one training batch: `vlm.encode`'s, with the head's work cut to the verdicts.
+    """Records -> one training batch: `vlm.pad`'s, without work that moves no gradient.
 
-    Logits are computed from the token before the first verdict on, and `labels` start there too: same loss, a
-    fifth of the logits (float32 logits of a whole row are 120 MB at 1.6B).
+    Each frame and text is encoded once and kept (0.8 MB a frame at 256 px, 3.1 MB at 512). Logits are computed from the
+    token before the first verdict on, and `labels` start there too: same loss, a fifth of the logits (float32 logits of
+    a whole row are 120 MB at 1.6B). No attention mask: the padding is on the right, where causal layers never look.
+    `features` [image tokens, text width] by image take the tower's place where it is not trained.
     """
 
+    @cache
+    def image(name: str) -> vlm.EncodedImage:
+        encoded = vlm.encode_image(processor, frames[name])
+        if features is None:
+            return encoded
+        return vlm.EncodedImage(encoded.tokens, {"image_features": features[name].unsqueeze(0)})
+
+    @cache
+    def row(record: Record) -> vlm.EncodedRow:
+        return vlm.encode_row(processor, image(record.image), record.prompt, record.verdict.to_json())
+
     def collate(records: list[Record]) -> "BatchFeature":
-        batch = vlm.encode(
-            processor,
-            [frames[record.image] for record in records],
-            [record.prompt for record in records],
-            [record.verdict.to_json() for record in records],
-        )
+        batch = vlm.pad(processor, [row(record) for record in records])
         supervised = (batch["labels"] != vlm.IGNORED).any(dim=0)
         first = int(supervised.nonzero()[0, 0]) - 1
         batch["logits_to_keep"] = batch["labels"].shape[1] - first
         batch["labels"] = batch["labels"][:, first:].contiguous()
+        del batch["attention_mask"]
         return batch
 
     return collate
+
+
+def in_order_of_images(records: Sequence[Record], seed: int, epoch: int) -> list[int]:
+    """Places of the records, shuffled by image: those of one image stay together, so that a batch looks at it once.
+
+    Depends on nothing but its arguments, so a resumed epoch has the order of an undisturbed one.
+    """
+    places: dict[str, list[int]] = {}
+    for place, record in enumerate(records):
+        places.setdefault(record.image, []).append(place)
+    images = list(places)
+    random.Random(f"{seed}/{epoch}").shuffle(images)
+    return [place for image in images for place in places[image]]
 
 
 def make_trainer(
@@ -310,10 +415,29 @@ def make_trainer(
     checkpoints: Path,
     progress: Progress,
 ) -> "Trainer":
+    from torch.utils.data import Sampler
     from torch.utils.tensorboard import SummaryWriter
     from transformers import Trainer, TrainingArguments
     from transformers.integrations import TensorBoardCallback
     from transformers.trainer_callback import PrinterCallback
+
+    class ImageSampler(Sampler[int]):
+        """`in_order_of_images`, anew each epoch; accelerate tells which it is."""
+
+        epoch = 0
+
+        def set_epoch(self, epoch: int) -> None:
+            self.epoch = epoch
+
+        def __len__(self) -> int:
+            return len(train_records)
+
+        def __iter__(self) -> Iterator[int]:
+            return iter(in_order_of_images(train_records, settings.seed, self.epoch))
+
+    class ByImage(Trainer):  # type: ignore[misc]
+        def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+            return ImageSampler()
 
     steps_an_epoch = math.ceil(
         math.ceil(len(train_records) / settings.micro_batch_size) / settings.gradient_accumulation_steps
@@ -354,7 +478,7 @@ def make_trainer(
         disable_tqdm=True,
         report_to="none",
     )
-    trainer = Trainer(
+    trainer = ByImage(
         model=model,
         args=arguments,
         data_collator=collate,

@@ -40,6 +40,7 @@ class Client:
         self.base_url = base_url.rstrip("/")
         self._http = httpx.Client(base_url=self.base_url, headers=headers, timeout=timeout_seconds)
         self._marker = ""
+        self._primed = b""
 
     def close(self) -> None:
         self._http.close()
@@ -119,6 +120,20 @@ class Client:
         tokens: list[int] = self._request("POST", "/tokenize", body)["tokens"]
         return tokens
 
+    def prime(self, image_png: bytes) -> None:
+        """Have the server read the image and keep what it saw, for every prompt that asks about it from now on.
+
+        LFM2's short convolutions cannot be rolled back to any token, only to a place that the server kept: the end of
+        this request. Costs nothing when the last image that this client primed was the same.
+        """
+        if image_png == self._primed:
+            return
+        self._primed = b""
+        self._complete(
+            self.chat("", self.marker).partition(self.marker)[0] + self.marker, image_png, 0, cache_prompt=True
+        )
+        self._primed = image_png
+
     def complete(self, prompt: str, image_png: bytes, max_tokens: int, grammar: str = "") -> str:
         """The greedy answer to one frame; the same tokens as transformers' chat template gives."""
         answer: str = self.completion(prompt, image_png, max_tokens, grammar=grammar)["content"]
@@ -134,15 +149,21 @@ class Client:
         tokens: Sequence[int],
         grammars: tuple[str, str] = ("", ""),
         options: Mapping[str, float] | None = None,
+        primed: bool = False,
     ) -> tuple[str, list[float] | None]:
         """The answer, and the log-probabilities of `tokens` right after its first `cue`; None without the cue.
 
         The answer is asked for in two parts, up to the cue and from it on, each under its own of `grammars`; the
         server keeps what it has read, so the second part costs no more than its tokens. Probabilities are the
-        model's own, from before grammar and sampling.
+        model's own, from before grammar and sampling. With `primed`, what the server keeps of the image is used again:
+        see `prime`; without, it looks at the image anew, as in flight.
         """
         sampling: dict[str, Any] = dict(options or {})
-        first = self.completion(prompt, image_png, max_tokens, stop=[cue], grammar=grammars[0], **sampling)
+        if primed:
+            self.prime(image_png)
+        first = self.completion(
+            prompt, image_png, max_tokens, stop=[cue], cache_prompt=primed, grammar=grammars[0], **sampling
+        )
         text: str = first["content"]
         left = max_tokens - int(first["tokens_predicted"])
         if first.get("stopping_word") != cue or left < 1:
@@ -178,9 +199,11 @@ class Client:
         The chat string is written out, because the chat endpoint would add a thinking block; the server puts the
         start token in front, and image start and end around the marker.
         """
-        chat = self.chat(prompt, self.marker)
+        return self._complete(self.chat(prompt, self.marker) + start, image_png, max_tokens, **options)
+
+    def _complete(self, text: str, image_png: bytes, max_tokens: int, **options: Any) -> dict[str, Any]:
         body = {
-            "prompt": {"prompt_string": chat + start, "multimodal_data": [base64.b64encode(image_png).decode()]},
+            "prompt": {"prompt_string": text, "multimodal_data": [base64.b64encode(image_png).decode()]},
             "n_predict": max_tokens,
             "temperature": 0,
             "top_k": 1,

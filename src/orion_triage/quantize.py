@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from orion_triage.vlm import fingerprint
 
 F16, MMPROJ, QUANTIZED = "orion-f16.gguf", "orion-mmproj-f16.gguf", "orion-q4_k_m.gguf"
 PAIR = "pair.json"
-_STEPS = 5
+_STEPS = 3
 # What Q4_K_M may hold: matrices as Q4_K or Q6_K, norms, biases and short-conv kernels in full.
 _MATRIX_TYPES = {"Q4_K", "Q6_K"}
 
@@ -41,13 +42,14 @@ def run(
     require_free_space(out_folder, int(1.5 * weights) + 50_000_000, "quantizing")
     toolchain = llama_cpp.find_toolchain(progress)
     with replaced_folder(out_folder) as folder:
-        progress("converting the language model", 0, _STEPS)
-        uses = {"convert": llama_cpp.convert(toolchain, merged, folder / F16, mmproj=False)}
-        progress("converting the vision tower", 1, _STEPS)
-        uses["convert mmproj"] = llama_cpp.convert(toolchain, merged, folder / MMPROJ, mmproj=True)
-        progress("quantizing", 2, _STEPS)
-        uses["quantize"] = llama_cpp.quantize(toolchain, folder / F16, folder / QUANTIZED, settings.type)
-        progress("checking", 3, _STEPS)
+        with ThreadPoolExecutor(1) as beside:  # each converter is busy on one core, and waits for the disk
+            tower = beside.submit(llama_cpp.convert, toolchain, merged, folder / MMPROJ, mmproj=True)
+            progress("converting", 0, _STEPS)
+            uses = {"convert": llama_cpp.convert(toolchain, merged, folder / F16, mmproj=False)}
+            progress("quantizing", 1, _STEPS)
+            uses["quantize"] = llama_cpp.quantize(toolchain, folder / F16, folder / QUANTIZED, settings.type)
+            uses["convert mmproj"] = tower.result()
+        progress("checking", 2, _STEPS)
         types = {name: check_file(folder / name, merged) for name in (F16, MMPROJ, QUANTIZED)}
         log = out_folder.parent / "logs" / "quantize-server.log"
         with llama_cpp.Server(toolchain, folder / QUANTIZED, None, log=log) as server:

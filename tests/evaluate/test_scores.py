@@ -90,6 +90,45 @@ def test_llama_cpp_gives_the_same_answers_and_scores(of_transformers: Any, quest
 
 
 @pytest.mark.llama_cpp
+def test_a_primed_image_is_read_once_and_answers_like_a_cold_one(questions: Any, served: Any) -> None:
+    images, prompts = [questions[0][0]] * 3 + [questions[0][1]], [*(3 * [questions[1][0]]), questions[1][1]]
+    read: list[int] = []
+    complete = served._complete
+    served._complete = lambda *args, **more: (
+        read.append((reply := complete(*args, **more))["timings"]["prompt_n"]) or reply
+    )
+    try:
+        cold = LlamaCppBackend(served, max_new_tokens=SETTINGS.max_new_tokens).answer(images, prompts)
+        of_cold = read.copy()
+        read.clear()
+        primed = LlamaCppBackend(served, max_new_tokens=SETTINGS.max_new_tokens, primed=True).answer(images, prompts)
+    finally:
+        del served._complete
+    assert len(of_cold) == 8  # two requests a question
+    assert len(read) == 10  # and one an image
+    image_tokens = 64
+    assert all(tokens > image_tokens for tokens in read[::5])
+    assert read[1] < of_cold[0] - image_tokens  # no later question reads the image again
+    assert read[1] == read[3] == read[5]
+    for ours, theirs in zip(primed, cold, strict=True):
+        assert ours.text == theirs.text
+        assert ours.scores == pytest.approx(theirs.scores, abs=0.005)
+    assert primed[0] == primed[1] == primed[2]  # what was asked before leaves no trace
+
+
+def test_an_image_is_looked_at_once_for_all_batches_in_a_row(questions: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+    look = vlm.look
+    monkeypatch.setattr(vlm, "look", lambda model, image: looks.append(1) or look(model, image))
+    model = vlm.load_model(vlm.TINY_BASE_FOLDER, dtype="float32")
+    backend = TransformersBackend(model, vlm.load_processor(vlm.TINY_BASE_FOLDER, 256), max_new_tokens=2, batch_size=2)
+    (first, second), prompts = questions[0][:2], questions[1][:2]
+    for batch in ([first, first], [first, second], [second, second]):
+        backend.answer(batch, prompts)
+    assert len(looks) == 2
+
+
+@pytest.mark.llama_cpp
 def test_asking_in_two_parts_changes_no_answer(questions: Any, served: Any) -> None:
     image, prompt = questions[0][0], questions[1][0]
     whole = served.complete(prompt, Frame(image, image.size).png(), SETTINGS.max_new_tokens)

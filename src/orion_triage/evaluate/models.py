@@ -76,6 +76,7 @@ def through_llama_cpp(
                 max_new_tokens=run.settings.evaluate.max_new_tokens,
                 constrained=constrained,
                 options=options,
+                primed=True,
             )
             variant = json.dumps([kind, constrained, dict(options or {})])
             figures = ask(run, model, backend, {"model": run.pair}, progress, variant)

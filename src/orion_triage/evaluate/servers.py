@@ -42,7 +42,7 @@ def connect(url: str, key: str, max_new_tokens: int) -> Connected:
     if props := client.props_or_none():
         client.ready(60)
         served = {name: str(props.get(name)) for name in ("model_path", "build_info", "chat_template")}
-        backend: Backend = LlamaCppBackend(client, max_new_tokens=max_new_tokens)
+        backend: Backend = LlamaCppBackend(client, max_new_tokens=max_new_tokens, primed=True)
         identity = manifest.sha256_of_listing(served)
         return Connected(url, backend, identity, served["model_path"], f"llama.cpp {served['build_info']}")
     model = client.served_model()
