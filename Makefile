@@ -2,13 +2,14 @@
 # make test   set up and run all tests
 # make check  lint, types and tests
 # make docs   build the pages in build/docs and check their links
+# make bench  set up and compare time and memory with the published recipe (on a machine that does nothing else)
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready-$(shell cat constraints.txt pyproject.toml | sha256sum | cut -c1-16)
 
-.PHONY: run test check docs setup clean
+.PHONY: run test check docs bench setup clean
 
 run: setup
 	$(BIN)/orion toolchain
@@ -28,6 +29,11 @@ docs: setup
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 	$(BIN)/python -m sphinx -b linkcheck docs build/links | sed -n 's/-ignored-/links to/p'
 	@echo "build/docs/index.html"
+
+# ONLY="training frame" does some of them; the rest of the options: benchmarks/speed.py --help
+bench: setup
+	test -n "$(wildcard runs/*/gguf/pair.json)" || $(MAKE) run
+	$(BIN)/python benchmarks/speed.py $(if $(ONLY),--only $(ONLY))
 
 setup: $(READY)
 
