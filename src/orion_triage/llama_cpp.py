@@ -261,11 +261,15 @@ class ToolUse:
     peak_memory_bytes: int
 
 
-def convert(toolchain: Toolchain, model: Path, target: Path, *, mmproj: bool) -> ToolUse:
-    """Write the F16 GGUF of a Hugging Face folder: the language model, or its vision part with `mmproj`."""
+def convert(toolchain: Toolchain, model: Path, target: Path, *, mmproj: bool, outtype: str = "f16") -> ToolUse:
+    """Write the GGUF of a Hugging Face folder: the language model, or its vision part with `mmproj`.
+
+    `outtype` is the converter's: f16, or q8_0 for a vision part of half the size, which llama-quantize refuses to make
+    (the 1.6B tower has 4304 columns, no multiple of its 32).
+    """
     _check_pre_tokenizer(model)
     command = [sys.executable, "-c", _LAUNCHER, str(toolchain.source), str(model)]
-    command += ["--outtype", "f16", "--outfile", str(target), *(["--mmproj"] if mmproj else [])]
+    command += ["--outtype", outtype, "--outfile", str(target), *(["--mmproj"] if mmproj else [])]
     return _run(command, target, "llama.cpp's converter")
 
 

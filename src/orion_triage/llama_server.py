@@ -295,6 +295,13 @@ class Server:
         if died and isinstance(error, ServerError):
             raise ServerError(f"llama-server died: {self._tail()}", f"Its whole log: {self._log}") from None
 
+    def peak_memory_bytes(self) -> int:
+        """The most memory that the server's process has held so far, mapped files included."""
+        assert self._process is not None
+        status = Path(f"/proc/{self._process.pid}/status").read_text(encoding="utf-8")
+        (kilobytes,) = (line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
+        return int(kilobytes) * 1024
+
     def _wait(self) -> None:
         assert self._process is not None
         deadline = time.monotonic() + START_SECONDS

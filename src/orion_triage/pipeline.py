@@ -234,8 +234,9 @@ def stage_named(name: str) -> Stage:
     return next(stage for stage in (*STAGES, VISION_FEATURES, *LADDER_BEFORE, CONSTRAINED) if stage.name == name)
 
 
-# Another way of decoding that has been said to matter for this family: nearly greedy, without the unlikely, and without
-# repetition. Its own study: 'orion decoding'.
+# Other ways of decoding, which 'orion decoding' studies. One has been said to matter for this family: nearly greedy,
+# without the unlikely, and without repetition. The other is what a frame costs least with: no reason at all.
+VERDICT_ONLY = "verdict-only"
 SAMPLING = {"temperature": 0.1, "min_p": 0.15, "repeat_penalty": 1.05, "top_k": 0, "top_p": 1.0}
 DECODINGS: tuple[Stage, ...] = (
     stage_named("evaluate quantized"),
@@ -248,6 +249,7 @@ DECODINGS: tuple[Stage, ...] = (
         )
         for name, constrained in (("sampled", False), ("sampled-constrained", True))
     ),
+    _evaluation(VERDICT_ONLY, models.through_verdict_only(VERDICT_ONLY), lambda run: {"gguf": run.pair}),
 )
 
 

@@ -105,6 +105,8 @@ class Verdict:
 
 
 CATEGORY_CUE = '"category": "'  # after it, an answer's next letter decides
+# What an answer without a reason begins with: the model reads it as its own, and is asked for the category alone.
+VERDICT_START = Verdict("", Category.HIGH).to_json().partition(CATEGORY_CUE)[0] + CATEGORY_CUE
 
 
 def category_tokens(tokenize: Callable[[str], list[int]]) -> list[int]:
@@ -145,8 +147,8 @@ def parse_verdict(answer: str) -> Verdict | None:
     """The verdict in a model's answer, or None when it has none.
 
     Accepted: one JSON object with a string `reason` and a `category` that is exactly one of the three
-    labels, alone or in a Markdown code fence (instruction-tuned bases like to add one). Everything else,
-    a cut-off object included, is unparsable and counted as such by the evaluation.
+    labels, alone or in a Markdown code fence (instruction-tuned bases like to add one). A verdict-only answer has
+    the empty reason. Everything else, a cut-off object included, is unparsable and counted as such by the evaluation.
     """
     text = answer.strip()
     if fence := _FENCE.fullmatch(text):

@@ -8,7 +8,7 @@ from typer.core import TyperGroup
 COMMANDS = (
     "run", "dataset", "fine-tune", "fuse", "quantize", "bundle", "clean", "push", "settings", "remote",
     "ablation", "evaluate", "ladder", "report", "compare", "operating-point", "decoding",
-    "triage",
+    "triage", "bench-frame",
     "doctor", "toolchain", "rehearse", "budgets", "build-tiny-base",
 )  # fmt: skip
 

@@ -111,7 +111,7 @@ def decoding(
     as_json: JsonOption = False,
     force: ForceOption = False,
 ) -> None:
-    """Greedy against nearly greedy decoding, free and under the grammar: what parses, and what is right."""
+    """Greedy, nearly greedy, free, under the grammar, or without a reason: what parses, and what is right."""
     from rich.console import Console
     from rich.table import Table
 

@@ -3,13 +3,15 @@
 import json
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from orion_triage.cli.app import app
 from orion_triage.cli.terminal import (
+    FileOption,
     JsonOption,
+    SplitName,
     escape,
     finished_run,
     messages,
@@ -102,3 +104,108 @@ def triage(
         Console().print(table)
     if len(good) < len(outcomes):
         raise typer.Exit(1)
+
+
+@command("bench-frame", epilog="Example: orion bench-frame runs/tiny --repeats 5")
+def bench_frame_command(
+    folders: Annotated[
+        list[Path] | None, typer.Argument(metavar="[RUN...]", help="Run folders. Default: the newest finished.")
+    ] = None,
+    folder: Annotated[Path | None, typer.Option("--run", help="The same, for one run.")] = None,
+    sizes: Annotated[
+        str,
+        typer.Option(
+            "--sizes",
+            metavar="PX,PX",
+            help="Input sizes beside a run's own. Default: 512,384,256; of several runs: none.",
+        ),
+    ] = "",
+    mmprojs: Annotated[str, typer.Option("--mmproj", metavar="TYPE,TYPE", help="Of the vision tower.")] = "F16,Q8_0",
+    quantizations: Annotated[
+        str,
+        typer.Option("--quants", metavar="TYPE,TYPE", help="Beside what flies. Default: those of the run's ladder."),
+    ] = "",
+    reasons: Annotated[
+        str,
+        typer.Option(
+            "--reasons", metavar="TOKENS,TOKENS", help="Lengths of a reason, beside the model's own and none."
+        ),
+    ] = "20,40",
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Frames of each row; the medians are printed.")] = 3,
+    file: FileOption = SplitName.test,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure what one frame costs on this machine: seconds by part, memory, beside what was evaluated to be right.
+
+    What flies is measured, then one change at a time: input size with either mmproj, quantization, flash attention,
+    length of the reason, no reason at all. Each is served anew; every frame is encoded, and answers are cut to equal
+    lengths. An accuracy stands only where exactly that was evaluated: of a size, name a run that was trained at it; of
+    the verdict alone, run 'orion decoding' first.
+    """
+    from orion_triage import bench_frame
+
+    if folders and folder:
+        raise typer.BadParameter("name the runs one way", param_hint="'--run'")
+    named: list[Path | None] = [folder] if folder else [*(folders or [None])]
+    runs = [finished_run(one, "quantize", file.value) for one in named]
+    with progress_bar() as progress:
+        measured = bench_frame.run(
+            runs,
+            sizes=[int(size) for size in bench_frame.parse_list(sizes, "input size")],
+            mmprojs=bench_frame.parse_list(mmprojs, "mmproj"),
+            quantizations=bench_frame.parse_list(quantizations, "quantization"),
+            reason_tokens=[int(count) for count in bench_frame.parse_list(reasons, "length")],
+            repeats=repeats,
+            progress=progress,
+        )
+    if as_json:
+        typer.echo(json.dumps(measured, indent=2))
+        return
+    _print_frames(measured)
+
+
+def _print_frames(measured: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from orion_triage.bench_frame import BUSY, VERDICT_ONLY
+
+    console, conditions, machine = Console(), measured["conditions"], measured["machine"]
+    everything = measured["rows"]
+    digits = 3 if max(row["seconds_per_frame"] for row in everything) < 10 else 2
+    for name, seconds in measured["in_flight_seconds_per_frame"].items():
+        rows = [row for row in everything if row["run"] == name]
+        flown = rows[0]
+        table = Table(title=escape(f"{name}: {flown['quantization']}, {flown['frame_size']} px, seconds a frame"))
+        table.add_column("asked")
+        for heading in ("encode", "prefill", "decode", "all", "MB"):
+            table.add_column(heading, justify="right")
+        for condition in conditions:
+            table.add_column(f"right {condition}", justify="right")
+        table.add_column("")
+        for row in rows:
+            parts = (row["encode_seconds"], row["prefill_seconds"], row["decode_seconds"], row["seconds_per_frame"])
+            table.add_row(
+                row["change"],
+                *(f"{part:.{digits}f}" for part in parts),
+                f"{row['peak_memory_bytes'] / 1e6:,.0f}",
+                *(f"{row['right'][c]}/{row['count'][c]}" if row["right"] else "" for c in conditions),
+                "*" if row["best"] else "",
+            )
+        console.print(table)
+        console.print(
+            f"answers of {flown['answer_tokens']} tokens (verdict-only: 1); as 'orion triage' asks: {seconds:.{digits}f} s",
+            highlight=False,
+        )
+    console.print(
+        f"medians of {measured['repeats']} frames on {machine['cores']} cores ({machine['processor']})", highlight=False
+    )
+    if any(row["best"] for row in everything):
+        console.print("* no other evaluated row is as fast and as often right without coordinates (B)", highlight=False)
+    notes = [f"left out: {note}" for note in measured["left_out"]]
+    if not all(row["right"] for row in everything if row["change"] == VERDICT_ONLY):
+        notes.append("'orion decoding' evaluates verdict-only.")
+    if machine["busy_cores"] > BUSY:
+        notes.append(f"warning: other programs kept {machine['busy_cores']:g} cores busy: the seconds are too long.")
+    for note in notes:
+        messages().print(note, highlight=False, markup=False, soft_wrap=True)

@@ -6,7 +6,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from orion_triage.errors import AnswerError
-from orion_triage.triage import ANSWER_TOKENS, CATEGORY_CUE, CATEGORY_GRAMMAR, GRAMMAR, category_tokens
+from orion_triage.triage import (
+    ANSWER_TOKENS,
+    CATEGORIES,
+    CATEGORY_CUE,
+    CATEGORY_GRAMMAR,
+    GRAMMAR,
+    VERDICT_START,
+    Verdict,
+    category_tokens,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -160,3 +169,40 @@ class LlamaCppBackend:
         except AnswerError as error:  # an outcome of the model's, counted as unparsable
             return Answer(f"[{error.message}]")
         return Answer.scored(text, log_probabilities)
+
+
+class VerdictOnlyBackend:
+    """The category without a reason, from a GGUF pair behind llama.cpp's HTTP server: one token instead of an answer.
+
+    The answer is begun for the model up to its category, with an empty reason; under the grammar its next letter
+    decides, so one token is all that is asked for.
+    """
+
+    batch_size = 1
+
+    def __init__(self, client: "Client") -> None:
+        self._client = client
+        self._labels = category_tokens(client.tokenize)
+
+    def answer(self, images: "Sequence[Image.Image]", prompts: Sequence[str]) -> list[Answer]:
+        return [self._answer(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+
+    def _answer(self, image: "Image.Image", prompt: str) -> Answer:
+        from orion_triage.frames import Frame
+
+        reply = ask_for_category(self._client, prompt, Frame(image, image.size).png())
+        said = [category for category in CATEGORIES if category.startswith(reply["content"][:1] or "-")]
+        if not said:
+            return Answer(VERDICT_START + reply["content"])
+        # The server lists the model's own probabilities, from before the grammar; beyond the list none is likelier.
+        steps = reply.get("completion_probabilities") or [{"top_logprobs": []}]
+        listed = {candidate["id"]: candidate["logprob"] for candidate in steps[0]["top_logprobs"]}
+        found = [listed.get(token, min(listed.values())) for token in self._labels] if listed else None
+        return Answer.scored(Verdict("", said[0]).to_json(), found)
+
+
+def ask_for_category(client: "Client", prompt: str, image_png: bytes) -> dict[str, Any]:
+    """The server's reply to a frame whose answer is begun up to the category: the token that decides."""
+    from orion_triage.llama_server import CANDIDATES
+
+    return client.completion(prompt, image_png, 1, start=VERDICT_START, n_probs=CANDIDATES, grammar=CATEGORY_GRAMMAR)

@@ -88,6 +88,19 @@ def through_llama_cpp(
     return evaluate
 
 
+def through_verdict_only(model: str) -> Evaluation:
+    """What flies, asked for the category alone: the answer is begun with an empty reason."""
+
+    def evaluate(run: "Run", progress: Progress) -> Figures:
+        from orion_triage.evaluate.backends import VerdictOnlyBackend
+
+        with _served(run, "pair", progress) as client:
+            figures = ask(run, model, VerdictOnlyBackend(client), {"model": run.pair}, progress, model)
+        return figures | {"pair": run.pair_from} if run.pair_from else figures
+
+    return evaluate
+
+
 @contextmanager
 def _served(run: "Run", kind: str, progress: Progress) -> "Iterator[Client]":
     """A server with the pair, or with a quantization that is made for the occasion and deleted after it."""

@@ -6,7 +6,7 @@ from orion_triage.errors import OrionError
 from orion_triage.evaluate.conditions import CONDITIONS
 from orion_triage.evaluate.metrics import under
 from orion_triage.evaluate.run import Row, prediction_of, read_predictions
-from orion_triage.pipeline import DECODINGS, Run
+from orion_triage.pipeline import DECODINGS, VERDICT_ONLY, Run
 from orion_triage.report.results import differences
 from orion_triage.report.seeds import evaluated
 
@@ -48,7 +48,7 @@ def compare_decodings(run: Run) -> dict[str, dict[str, dict[str, Any]]]:
         for stage in DECODINGS
     }
     names = {"quantized": "greedy", "constrained": "greedy, grammar"}
-    names |= {"sampled": "sampled", "sampled-constrained": "sampled, grammar"}
+    names |= {"sampled": "sampled", "sampled-constrained": "sampled, grammar", VERDICT_ONLY: VERDICT_ONLY}
     compared: dict[str, dict[str, dict[str, Any]]] = {}
     for model, name in names.items():
         changes = differences(rows["quantized"], rows[model]) if model != "quantized" else {}
