@@ -109,7 +109,7 @@ def triage(
 @command("bench-frame", epilog="Example: orion bench-frame runs/tiny --repeats 5")
 def bench_frame_command(
     folders: Annotated[
-        list[Path] | None, typer.Argument(metavar="[RUN...]", help="Run folders. Default: the newest finished.")
+        list[Path] | None, typer.Argument(metavar="[RUN]", help="Run folders. Default: the newest finished.")
     ] = None,
     folder: Annotated[Path | None, typer.Option("--run", help="The same, for one run.")] = None,
     sizes: Annotated[
@@ -137,17 +137,20 @@ def bench_frame_command(
 ) -> None:
     """Measure what one frame costs on this machine: seconds by part, memory, beside what was evaluated to be right.
 
-    What flies is measured, then one change at a time: input size with either mmproj, quantization, flash attention,
-    length of the reason, no reason at all. Each is served anew; every frame is encoded, and answers are cut to equal
-    lengths. An accuracy stands only where exactly that was evaluated: of a size, name a run that was trained at it; of
-    the verdict alone, run 'orion decoding' first.
+    What flies is measured, then one change at a time: input size with either
+    mmproj, quantization, flash attention, length of the reason, no reason.
+    Each has a server of its own, every frame is new to it, and answers are
+    cut to equal lengths.
+
+    An accuracy stands only where exactly that was evaluated. For a size, name
+    a run that was trained at it; for no reason, 'orion decoding' comes first.
     """
     from orion_triage import bench_frame
 
     if folders and folder:
         raise typer.BadParameter("name the runs one way", param_hint="'--run'")
-    named: list[Path | None] = [folder] if folder else [*(folders or [None])]
-    runs = [finished_run(one, "quantize", file.value) for one in named]
+    named = [folder] if folder else folders or []
+    runs = [finished_run(one, "quantize", file.value) for one in named] or [finished_run(None, "quantize", file.value)]
     with progress_bar() as progress:
         measured = bench_frame.run(
             runs,
@@ -168,7 +171,8 @@ def _print_frames(measured: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from orion_triage.bench_frame import BUSY, VERDICT_ONLY
+    from orion_triage.bench_frame import BUSY
+    from orion_triage.pipeline import VERDICT_ONLY
 
     console, conditions, machine = Console(), measured["conditions"], measured["machine"]
     everything = measured["rows"]
@@ -176,29 +180,30 @@ def _print_frames(measured: dict[str, Any]) -> None:
     for name, seconds in measured["in_flight_seconds_per_frame"].items():
         rows = [row for row in everything if row["run"] == name]
         flown = rows[0]
-        table = Table(title=escape(f"{name}: {flown['quantization']}, {flown['frame_size']} px, seconds a frame"))
+        table = Table(title=escape(f"{name}, {flown['quantization']} at {flown['frame_size']} px: seconds a frame"))
         table.add_column("asked")
-        for heading in ("encode", "prefill", "decode", "all", "MB"):
+        for heading in ("encode", "prefill", "decode", "all", "MB", *conditions):
             table.add_column(heading, justify="right")
-        for condition in conditions:
-            table.add_column(f"right {condition}", justify="right")
-        table.add_column("")
         for row in rows:
             parts = (row["encode_seconds"], row["prefill_seconds"], row["decode_seconds"], row["seconds_per_frame"])
+            right = [f"{row['right'][c]}/{row['count'][c]}" if row["right"] else "" for c in conditions]
             table.add_row(
                 row["change"],
                 *(f"{part:.{digits}f}" for part in parts),
                 f"{row['peak_memory_bytes'] / 1e6:,.0f}",
-                *(f"{row['right'][c]}/{row['count'][c]}" if row["right"] else "" for c in conditions),
-                "*" if row["best"] else "",
+                *right[:-1],
+                right[-1] + (" *" if row["best"] else ""),
             )
         console.print(table)
         console.print(
-            f"answers of {flown['answer_tokens']} tokens (verdict-only: 1); as 'orion triage' asks: {seconds:.{digits}f} s",
+            f"answers of {flown['answer_tokens']} tokens, verdict-only 1; "
+            f"asked as 'orion triage' asks: {seconds:.{digits}f} s",
             highlight=False,
         )
     console.print(
-        f"medians of {measured['repeats']} frames on {machine['cores']} cores ({machine['processor']})", highlight=False
+        f"medians of {measured['repeats']}, on {machine['cores']} cores ({machine['processor']}); "
+        f"{' and '.join(conditions)}: right, where exactly this was evaluated",
+        highlight=False,
     )
     if any(row["best"] for row in everything):
         console.print("* no other evaluated row is as fast and as often right without coordinates (B)", highlight=False)

@@ -1,0 +1,182 @@
+"""bench_frame.py: what a frame costs, and that an accuracy stands only beside what was evaluated."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from orion_triage import bench_frame, llama_cpp, manifest, pipeline, quantize
+from orion_triage.bench_frame import Row, Setup, changed, encode_seconds, mark_best, parse_list, plan
+from orion_triage.config import load_settings
+from orion_triage.errors import OrionError, ServerError
+from orion_triage.evaluate.run import read_predictions
+from orion_triage.frames import Frame, shrink
+from orion_triage.pipeline import DECODINGS, VERDICT_ONLY, Run
+from orion_triage.triage import render_prompt
+
+from .conftest import orion, structured_picture
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Run:
+    """A copy of the finished run, served by one thread: two wait for each other when the machine is busy."""
+    shutil.copytree(finished / "runs" / "small", tmp_path / "small")
+    settings = json.loads((tmp_path / "small" / "settings.json").read_text())
+    settings["evaluate"]["threads"] = 1
+    (tmp_path / "small" / "settings.json").write_text(json.dumps(settings))
+    return pipeline.open_run(tmp_path / "small")
+
+
+def by_change(measured: dict) -> dict[str, dict]:
+    return {row["change"]: row for row in measured["rows"]}
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.slow
+def test_each_row_is_one_change_and_has_an_accuracy_where_that_was_evaluated(run: Run) -> None:
+    pipeline.run_stage(DECODINGS[-1], run)
+    answers = read_predictions(run.evaluation(VERDICT_ONLY))
+    assert {row["reason"] for row in answers} == {""}
+    assert {row["category"] for row in answers} <= {"HIGH", "MEDIUM", "LOW"}
+    assert all(max(row["scores"], key=row["scores"].get) == row["category"] for row in answers)
+
+    measured = bench_frame.run([run], sizes=[384], reason_tokens=[20], repeats=1)
+    rows = by_change(measured)
+    assert list(rows) == [
+        "as it flies", "verdict-only", "reason of 20 tokens", "mmproj Q8_0", "384 px", "384 px, mmproj Q8_0", "Q8_0",
+        "flash attention",
+    ]  # fmt: skip
+    evaluations = {change: row["evaluation"] for change, row in rows.items() if row["evaluation"]}
+    assert evaluations == {"as it flies": "constrained", "verdict-only": VERDICT_ONLY, "Q8_0": "Q8_0"}
+    for change, model in evaluations.items():
+        metrics = json.loads((run.evaluation(model) / "metrics.json").read_text())
+        assert rows[change]["right"] == {condition: metrics[condition]["right"] for condition in "AB"}
+    assert rows["384 px"]["prompt_tokens"] - rows["as it flies"]["prompt_tokens"] == 12 * 12 - 8 * 8
+    flown, without = rows["as it flies"], rows["verdict-only"]
+    assert (without["answer_tokens"], without["reason_tokens"]) == (1, 0)
+    assert rows["reason of 20 tokens"]["reason_tokens"] == 20
+    assert {rows[change]["answer_tokens"] for change in ("384 px", "Q8_0")} == {flown["answer_tokens"]}
+    assert without["prompt_tokens"] > flown["prompt_tokens"]  # what the answer begins with is read, not written
+    for row in measured["rows"]:
+        parts = [row[f"{part}_seconds"] for part in ("encode", "prefill", "decode")]
+        assert sum(parts) == pytest.approx(row["seconds_per_frame"], abs=0.001)
+        assert min(parts[:2]) > 0.001
+        assert row["peak_memory_bytes"] > 20e6
+    assert measured["left_out"] == []
+    assert measured["in_flight_seconds_per_frame"][str(run.folder)] > 0
+    assert not list(run.folder.glob(".bench-*"))
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.slow
+def test_what_a_cleaned_run_lacks_is_said_and_the_rest_measured(run: Run) -> None:
+    pipeline.clean(run)
+    folder = run.evaluation("constrained")
+    receipt = json.loads((folder / manifest.FILE_NAME).read_text())
+    receipt["inputs"]["gguf"] = "another pair's"
+    (folder / manifest.FILE_NAME).write_text(json.dumps(receipt))
+    measured = bench_frame.run([run], sizes=[256], quantizations=["Q8_0"], reason_tokens=[], repeats=1)
+    rows = by_change(measured)
+    assert list(rows) == ["as it flies", "verdict-only", "flash attention"]
+    assert rows["as it flies"]["evaluation"] == "quantized"  # the other of this pair
+    assert [note.partition(": ")[2] for note in measured["left_out"]] == [
+        "mmproj Q8_0: orion_merged has no weights ('orion clean'?); 'orion fuse --force' makes them again.",
+        "Q8_0: orion-f16.gguf is not there ('orion clean'?); 'orion quantize --force' makes it again.",
+    ]
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.slow
+def test_the_table_fits_a_terminal_and_json_is_alone_on_standard_output(run: Run) -> None:
+    options = ("--run", run.folder, "--sizes", "256", "--mmproj", "F16", "--quants", "Q4_K_M", "--repeats", "1")
+    shown = orion("bench-frame", *options, COLUMNS="80")
+    assert shown.returncode == 0, shown.stderr
+    assert re.search(r"│ as it flies .*│ +\d/6 │ +\d/6 \* │", shown.stdout)
+    assert max(len(line) for line in shown.stdout.splitlines() if line[:1] in "┏│└") <= 80
+    assert "'orion decoding' evaluates verdict-only" in shown.stderr
+    printed = orion("bench-frame", run.folder, *options[2:], "--json")
+    assert printed.returncode == 0, printed.stderr
+    assert len(json.loads(printed.stdout)["rows"]) == 5
+
+
+@pytest.mark.llama_cpp
+def test_an_image_out_of_the_cache_is_not_taken_for_an_encoded_one(finished: Path, tmp_path: Path) -> None:
+    gguf, log = finished / "runs" / "small" / "gguf", tmp_path / "server.log"
+    image = shrink(structured_picture(1), 256)
+    png, prompt = Frame(image, image.size).png(), render_prompt(None)
+    options = [*llama_cpp_options(), *bench_frame._LOGGING]
+    tools = llama_cpp.find_toolchain()
+    with llama_cpp.Server(
+        tools, gguf / quantize.QUANTIZED, gguf / quantize.MMPROJ, log=log, threads=1, options=options
+    ) as server:
+        server.client.completion(prompt, png, 1, cache_prompt=True)
+        assert 0.001 < encode_seconds(log, 0) < 60
+        logged = log.stat().st_size
+        server.client.completion(prompt, png, 1, cache_prompt=True)
+        with pytest.raises(ServerError, match="encoded 0 images where one was sent"):
+            encode_seconds(log, logged)
+        assert server.peak_memory_bytes() > 20e6
+
+
+def llama_cpp_options() -> tuple[str, ...]:
+    from orion_triage.llama_server import OPTIONS
+
+    return OPTIONS
+
+
+def test_the_encoder_is_timed_by_the_stamps_of_one_image(tmp_path: Path) -> None:
+    log = tmp_path / "server.log"
+    began = "0.59.900.000 I slot process_mtmd: id  0 | task 8 | encoding mtmd batch from idx = 7, n_chunks = 1\n"
+    ended = "1.01.150.500 I decoding image batch 1/1, n_tokens_batch = 64\n"
+    log.write_text("older\n" + began + ended)
+    assert encode_seconds(log, 6) == pytest.approx(1.2505)
+    log.write_text(began + ended + began + ended)
+    with pytest.raises(ServerError, match="encoded 2 images"):
+        encode_seconds(log, 0)
+
+
+ROW = Row(
+    run="r", change="x", frame_size=256, quantization="Q4_K_M", mmproj="F16", flash_attention=False, reason_tokens=0,
+    prompt_tokens=1, answer_tokens=1, encode_seconds=0, prefill_seconds=0, decode_seconds=0, seconds_per_frame=1,
+    decode_seconds_per_token=None, peak_memory_bytes=1,
+)  # fmt: skip
+
+
+def test_the_best_are_beaten_by_none_and_what_was_not_evaluated_takes_no_part() -> None:
+    def row(seconds: float, right: int | None) -> Row:
+        counts = {"A": 0, "B": 10}
+        evaluated = {} if right is None else {"right": {"A": 0, "B": right}, "count": counts}
+        return replace(ROW, seconds_per_frame=seconds, **evaluated)
+
+    rows = [row(3, 9), row(2, 8), row(2.5, 8), row(1, 5), row(0.1, None), row(4, 9), row(2, 7)]
+    assert [row.best for row in mark_best(rows)] == [True, True, False, True, False, False, False]
+
+
+def test_what_flies_comes_first_and_each_setup_once() -> None:
+    run = Run(Path("r"), load_settings("tiny"))
+    setups = plan(run, (512, 256), ("F16", "Q8_0"), ("Q8_0", "Q4_K_M"))
+    flown = Setup(256, "Q4_K_M")
+    assert setups[0] == flown
+    assert [changed(flown, setup) for setup in setups] == [
+        "as it flies", "mmproj Q8_0", "512 px", "512 px, mmproj Q8_0", "Q8_0", "flash attention",
+    ]  # fmt: skip
+    assert plan(run, (), (), ()) == [flown, replace(flown, flash_attention=True)]
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "message"),
+    [
+        ("512,300", "input size", "'300' is no input size"),
+        ("Q4_0", "mmproj", "'Q4_0' is no mmproj"),
+        ("q8", "quantization", "'q8' is no quantization"),
+        ("0", "length", "'0' is no length"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(text: str, what: str, message: str) -> None:
+    with pytest.raises(OrionError, match=message):
+        parse_list(text, what)
+    assert parse_list("", what) == []
+    assert parse_list("Q8_0, F16", "mmproj") == ["Q8_0", "F16"]
