@@ -1,5 +1,6 @@
 """bench_frame.py: what a frame costs, and that an accuracy stands only beside what was evaluated."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -7,14 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from orion_triage import bench_frame, llama_cpp, manifest, pipeline, quantize
+from orion_triage import bench_frame, bundle, flight, llama_cpp, manifest, pipeline, quantize
 from orion_triage.bench_frame import Row, Setup, changed, encode_seconds, mark_best, parse_list, plan
 from orion_triage.config import load_settings
 from orion_triage.errors import OrionError, ServerError
 from orion_triage.evaluate.run import read_predictions
-from orion_triage.frames import Frame, shrink
+from orion_triage.frames import Frame, read_frame, shrink
+from orion_triage.llama_server import OPTIONS
 from orion_triage.pipeline import DECODINGS, VERDICT_ONLY, Run
+from orion_triage.records import image_path, read_split
 from orion_triage.triage import render_prompt
 
 from .conftest import orion, structured_picture
@@ -103,11 +107,41 @@ def test_the_table_fits_a_terminal_and_json_is_alone_on_standard_output(run: Run
 
 
 @pytest.mark.llama_cpp
+@pytest.mark.slow
+def test_a_run_trains_and_flies_at_another_size(small_dataset: Path, tmp_path: Path) -> None:
+    sets = ["base.frame_size=384", "fine_tune.epochs=1", "fuse.check_records=20", "evaluate.threads=1"]
+    run = Run(tmp_path / "run", load_settings("tiny", sets))
+    pipeline.prepare(run)
+    shutil.copytree(small_dataset, run.dataset)
+    for stage in ("fine-tune", "fuse", "quantize", "evaluate quantized"):
+        pipeline.run_stage(pipeline.stage_named(stage), run)
+    record = read_split(run.dataset, "test")[0]
+    frame = read_frame(image_path(run.dataset, record), 384)
+    asked = [row for row in read_predictions(run.evaluation("quantized")) if row["name"] == record.name]
+    seen = {row["condition"]: row["pixels_sha256"] for row in asked}
+    assert seen["A"] == seen["B"] == hashlib.sha256(frame.image.tobytes()).hexdigest()
+    with pytest.raises(OrionError, match="was trained on frames of 384 px; base.frame_size is 256"):
+        pipeline.run_stage(pipeline.stage_named("fuse"), replace(run, settings=load_settings("tiny")))
+    made = bundle.run(run, tmp_path / "bundle")
+    assert made["frame_size"] == 384
+    with Image.open(tmp_path / "bundle" / made["golden"][0]["image"]) as golden:
+        assert golden.size == (384, 384)
+    (row, *_) = bench_frame.run([run], quantizations=["Q4_K_M"], mmprojs=["F16"], sizes=[384], repeats=1)["rows"]
+    assert (row["frame_size"], row["prompt_tokens"], row["evaluation"]) == (
+        384,
+        made["request"]["prompt_tokens"],
+        "quantized",
+    )
+    outcomes = list(flight.triage_with_pair([image_path(run.dataset, record)], run.gguf, 384, log=tmp_path / "log"))
+    assert outcomes[0].verdict is not None
+
+
+@pytest.mark.llama_cpp
 def test_an_image_out_of_the_cache_is_not_taken_for_an_encoded_one(finished: Path, tmp_path: Path) -> None:
     gguf, log = finished / "runs" / "small" / "gguf", tmp_path / "server.log"
     image = shrink(structured_picture(1), 256)
     png, prompt = Frame(image, image.size).png(), render_prompt(None)
-    options = [*llama_cpp_options(), *bench_frame._LOGGING]
+    options = [*OPTIONS, *bench_frame._LOGGING]
     tools = llama_cpp.find_toolchain()
     with llama_cpp.Server(
         tools, gguf / quantize.QUANTIZED, gguf / quantize.MMPROJ, log=log, threads=1, options=options
@@ -119,12 +153,6 @@ def test_an_image_out_of_the_cache_is_not_taken_for_an_encoded_one(finished: Pat
         with pytest.raises(ServerError, match="encoded 0 images where one was sent"):
             encode_seconds(log, logged)
         assert server.peak_memory_bytes() > 20e6
-
-
-def llama_cpp_options() -> tuple[str, ...]:
-    from orion_triage.llama_server import OPTIONS
-
-    return OPTIONS
 
 
 def test_the_encoder_is_timed_by_the_stamps_of_one_image(tmp_path: Path) -> None:
