@@ -120,7 +120,7 @@ def test_a_run_trains_and_flies_at_another_size(small_dataset: Path, tmp_path: P
     asked = [row for row in read_predictions(run.evaluation("quantized")) if row["name"] == record.name]
     seen = {row["condition"]: row["pixels_sha256"] for row in asked}
     assert seen["A"] == seen["B"] == hashlib.sha256(frame.image.tobytes()).hexdigest()
-    with pytest.raises(OrionError, match="was trained on frames of 384 px; base.frame_size is 256"):
+    with pytest.raises(OrionError, match=r"was trained on frames of 384 px; base\.frame_size is 256"):
         pipeline.run_stage(pipeline.stage_named("fuse"), replace(run, settings=load_settings("tiny")))
     made = bundle.run(run, tmp_path / "bundle")
     assert made["frame_size"] == 384
