@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from gguf import GGUFReader
 from PIL import Image
 
 from orion_triage import bench_frame, bundle, flight, llama_cpp, manifest, pipeline, quantize
@@ -153,6 +154,16 @@ def test_an_image_out_of_the_cache_is_not_taken_for_an_encoded_one(finished: Pat
         with pytest.raises(ServerError, match="encoded 0 images where one was sent"):
             encode_seconds(log, logged)
         assert server.peak_memory_bytes() > 20e6
+
+
+@pytest.mark.llama_cpp
+def test_a_vision_tower_is_converted_to_eight_bits(small_base: Path, tmp_path: Path) -> None:
+    tools = llama_cpp.find_toolchain()
+    for outtype, expected in (("f16", "F16"), ("q8_0", "Q8_0")):
+        path = tmp_path / f"{outtype}.gguf"
+        llama_cpp.convert(tools, small_base, path, mmproj=True, outtype=outtype)
+        (kind,) = {t.tensor_type.name for t in GGUFReader(path).tensors if "attn_q.weight" in t.name}
+        assert kind == expected
 
 
 def test_the_encoder_is_timed_by_the_stamps_of_one_image(tmp_path: Path) -> None:

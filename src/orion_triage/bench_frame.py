@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 SIZES = (512, 384, 256)
 MMPROJS = ("F16", "Q8_0")
-REASON_TOKENS = (20, 40)  # beside the model's own length; the catalogue's reasons have 10 to 25
+REASON_TOKENS = (20, 40)  # beside the model's own length; the catalogue's reasons have 11 to 21
 REPEATS = 3
 CONDITIONS = ("A", "B")  # with and, as in flight, without coordinates
 _WORDS = {  # what may be asked for, and how it is said
@@ -120,7 +120,9 @@ def run(
     repeats: int = REPEATS,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Measure the runs' pairs; returns `rows` (see Row), what was `left_out` and why, `in_flight` and `machine`.
+    """Measure the runs' pairs; returns `rows` (see Row), what was `left_out` and why, and the `machine`.
+
+    `same_frames` is false when the runs were evaluated on different ones, so that their accuracies do not compare.
 
     What flies of each run is always measured. Without `sizes`, one run is shown all of SIZES and several are shown
     their own; without `quantizations`, those of the run's ladder are made. Raises OrionError for a pair that is
@@ -167,6 +169,7 @@ def run(
         "conditions": list(CONDITIONS),
         "rows": [asdict(row) for row in mark_best(rows)],
         "in_flight_seconds_per_frame": in_flight,
+        "same_frames": len({frames for one in runs if (frames := _evaluated_frames(one))}) < 2,
         "left_out": left_out,
     }
 
@@ -416,6 +419,12 @@ def _beside_accuracy(row: Row, run: "Run", setup: Setup, model: str = "") -> Row
             right, count = ({c: metrics[c][key] for c in CONDITIONS} for key in ("right", "count"))
             return replace(row, evaluation=name, right=right, count=count)
     return row
+
+
+def _evaluated_frames(run: "Run") -> str | None:
+    """The hash of the dataset that the run's flight pair was evaluated on."""
+    receipts = [manifest.read_manifest(run.evaluation(model)) for model in _FLOWN]
+    return next((receipt.inputs["dataset"] for receipt in receipts if receipt), None)
 
 
 def _is_of_this_pair(run: "Run", model: str) -> bool:

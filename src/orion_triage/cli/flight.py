@@ -109,7 +109,7 @@ def triage(
 @command("bench-frame", epilog="Example: orion bench-frame runs/tiny --repeats 5")
 def bench_frame_command(
     folders: Annotated[
-        list[Path] | None, typer.Argument(metavar="[RUN]", help="Run folders. Default: the newest finished.")
+        list[Path] | None, typer.Argument(metavar="RUN", help="Run folders. Default: the newest finished.")
     ] = None,
     folder: Annotated[Path | None, typer.Option("--run", help="The same, for one run.")] = None,
     sizes: Annotated[
@@ -210,6 +210,8 @@ def _print_frames(measured: dict[str, Any]) -> None:
     notes = [f"left out: {note}" for note in measured["left_out"]]
     if not all(row["right"] for row in everything if row["change"] == VERDICT_ONLY):
         notes.append("'orion decoding' evaluates verdict-only.")
+    if not measured["same_frames"]:
+        notes.append("warning: the runs were evaluated on different frames: their accuracies do not compare.")
     if machine["busy_cores"] > BUSY:
         notes.append(f"warning: other programs kept {machine['busy_cores']:g} cores busy: the seconds are too long.")
     for note in notes:
