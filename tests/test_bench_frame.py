@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,6 +74,7 @@ def test_each_row_is_one_change_and_has_an_accuracy_where_that_was_evaluated(run
         assert min(parts[:2]) > 0.001
         assert row["peak_memory_bytes"] > 20e6
     assert measured["left_out"] == []
+    assert measured["same_frames"]
     assert measured["in_flight_seconds_per_frame"][str(run.folder)] > 0
     assert not list(run.folder.glob(".bench-*"))
 
@@ -192,6 +196,19 @@ def test_the_best_are_beaten_by_none_and_what_was_not_evaluated_takes_no_part() 
 
     rows = [row(3, 9), row(2, 8), row(2.5, 8), row(1, 5), row(0.1, None), row(4, 9), row(2, 7)]
     assert [row.best for row in mark_best(rows)] == [True, True, False, True, False, False, False]
+
+
+def test_cores_that_others_keep_busy_are_counted() -> None:
+    idle = bench_frame._busy_cores(0.3)
+    stop = time.monotonic() + 1.5
+    thread = threading.Thread(
+        target=lambda: [hashlib.sha256(bytes(1 << 20)) for _ in iter(lambda: time.monotonic() < stop, False)]
+    )
+    thread.start()
+    busy = bench_frame._busy_cores(1.0)
+    thread.join()
+    assert 0 <= idle <= os.cpu_count()
+    assert 0.4 < busy <= os.cpu_count() + 0.1
 
 
 def test_what_flies_comes_first_and_each_setup_once() -> None:

@@ -211,7 +211,7 @@ def mark_best(rows: Sequence[Row]) -> list[Row]:
 
 
 def machine_of() -> dict[str, Any]:
-    """This machine, and how many cores other programs kept busy in the last minute."""
+    """This machine, and how many of its cores other programs keep busy while nothing is measured."""
     name = platform.processor() or platform.machine()
     with suppress(OSError, StopIteration):  # a Pi has its name in the device tree, a PC its processor's in cpuinfo
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -220,8 +220,22 @@ def machine_of() -> dict[str, Any]:
         "processor": name,
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "busy_cores": round(os.getloadavg()[0], 2),
+        "busy_cores": round(_busy_cores(1.0), 2),
     }
+
+
+def _busy_cores(seconds: float) -> float:
+    """The mean over the next `seconds`; the load average would count what has just ended."""
+
+    def ticks() -> tuple[int, int]:
+        first, *_ = Path("/proc/stat").read_text(encoding="utf-8").splitlines()
+        counts = [int(word) for word in first.split()[1:9]]  # user, nice, system, idle, iowait, irq, softirq, steal
+        return sum(counts) - counts[3] - counts[4], sum(counts)
+
+    busy, whole = ticks()
+    time.sleep(seconds)
+    busy_later, whole_later = ticks()
+    return (os.cpu_count() or 1) * (busy_later - busy) / max(whole_later - whole, 1)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

@@ -191,8 +191,8 @@ class VerdictOnlyBackend:
         from orion_triage.frames import Frame
 
         reply = ask_for_category(self._client, prompt, Frame(image, image.size).png())
-        said = [category for category in CATEGORIES if category.startswith(reply["content"][:1] or "-")]
-        if not said:
+        said = [category for category in CATEGORIES if reply["content"] and category.startswith(reply["content"][0])]
+        if not said:  # a server that ignores the grammar
             return Answer(VERDICT_START + reply["content"])
         # The server lists the model's own probabilities, from before the grammar; beyond the list none is likelier.
         steps = reply.get("completion_probabilities") or [{"top_logprobs": []}]
