@@ -190,7 +190,9 @@ class VerdictOnlyBackend:
     def _answer(self, image: "Image.Image", prompt: str) -> Answer:
         from orion_triage.frames import Frame
 
-        reply = ask_for_category(self._client, prompt, Frame(image, image.size).png())
+        png = Frame(image, image.size).png()
+        self._client.prime(png)
+        reply = ask_for_category(self._client, prompt, png, cache_prompt=True)
         said = [category for category in CATEGORIES if reply["content"] and category.startswith(reply["content"][0])]
         if not said:  # a server that ignores the grammar
             return Answer(VERDICT_START + reply["content"])
@@ -201,8 +203,9 @@ class VerdictOnlyBackend:
         return Answer.scored(Verdict("", said[0]).to_json(), found)
 
 
-def ask_for_category(client: "Client", prompt: str, image_png: bytes) -> dict[str, Any]:
+def ask_for_category(client: "Client", prompt: str, image_png: bytes, *, cache_prompt: bool = False) -> dict[str, Any]:
     """The server's reply to a frame whose answer is begun up to the category: the token that decides."""
     from orion_triage.llama_server import CANDIDATES
 
-    return client.completion(prompt, image_png, 1, start=VERDICT_START, n_probs=CANDIDATES, grammar=CATEGORY_GRAMMAR)
+    more = {"n_probs": CANDIDATES, "grammar": CATEGORY_GRAMMAR, "cache_prompt": cache_prompt}
+    return client.completion(prompt, image_png, 1, start=VERDICT_START, **more)
