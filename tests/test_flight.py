@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
+from orion_triage.errors import OrionError
 from orion_triage.evaluate.backends import Answer
 from orion_triage.evaluate.value import OperatingPoint
-from orion_triage.flight import BLANK_REASON, triage_files
+from orion_triage.flight import BLANK_REASON, finished_before, frames_in, triage_files
 from orion_triage.triage import Category, Verdict, render_prompt
 
 from .conftest import structured_picture
@@ -66,3 +68,29 @@ def test_the_native_size_of_a_resized_frame_is_kept(tmp_path: Path) -> None:
     assert "--resize" in refused.error
     (outcome,) = triage_files([tmp_path / "a.png"], Saying(HIGH.to_json()), 256, resize=True)
     assert (outcome.verdict, outcome.native_size) == (HIGH, (700, 600))
+
+
+def test_a_folder_means_its_pictures_by_name(tmp_path: Path) -> None:
+    for name in ("b.png", "a.JPG", "c.raw", "notes.txt", ".hidden"):
+        (tmp_path / name).touch()
+    (tmp_path / "deeper").mkdir()
+    assert [path.name for path in frames_in([tmp_path, tmp_path / "notes.txt"])] == [
+        "a.JPG", "b.png", "c.raw", "notes.txt",
+    ]  # fmt: skip
+    with pytest.raises(OrionError, match=r"deeper has no picture"):
+        list(frames_in([tmp_path / "deeper"]))
+
+
+def test_what_a_stopped_triage_wrote_is_not_done_again(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    assert finished_before(out, "p") == {}
+    whole = '{"file": "a.png", "pair": "p"}\n{"file": "b.png", "pair": "p"}\n{"file": "a.png", "pair": "p"}\n'
+    out.write_text(whole + '{"file": "c.p')
+    assert finished_before(out, "p") == {"a.png": 2, "b.png": 1}
+    assert out.read_text() == whole
+    with pytest.raises(OrionError, match=r"out\.jsonl:1 was answered by another pair"):
+        finished_before(out, "q")
+    out.write_text(whole + "x\n")
+    with pytest.raises(OrionError, match=r"out\.jsonl:4 is no line of a triage"):
+        finished_before(out, "p")
+    assert out.read_text() == whole + "x\n"

@@ -128,8 +128,11 @@ class EvaluateSettings(Section):
 
     noise: Literal["gaussian", "uniform"] = "gaussian"  # condition C's picture
     max_new_tokens: PositiveInt = 96  # longer than every reason of the catalogue; an answer cut here is unparsable
-    batch_size: PositiveInt = 8  # answers generated at once; more is faster and takes more memory
+    batch_size: PositiveInt = 32  # answers generated at once; more is faster and takes more memory
     threads: PositiveInt | None = None  # llama.cpp's; empty: its own choice
+    # llama.cpp servers of our own that share the questions, a thread each unless `threads` says more. Empty: one a core
+    # for a pair under 0.1 GB, whose threads would wait for each other more than they compute; one otherwise.
+    servers: PositiveInt | None = None
 
 
 class LadderSettings(Section):

@@ -1,5 +1,6 @@
 """Writing without half-written results: temporary file, flush, rename."""
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -61,8 +62,11 @@ def write_text(path: Path, text: str) -> None:
 @contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its place when the block ends without an error."""
-    temporary = folder.with_name(f".{folder.name}.partial")
+    temporary, old = (folder.with_name(f".{folder.name}.{word}") for word in ("partial", "old"))
     shutil.rmtree(temporary, ignore_errors=True)
+    if old.exists() and not folder.exists():  # killed between the two renames below
+        os.replace(old, folder)
+    shutil.rmtree(old, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -70,13 +74,44 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     if folder.exists():
-        old = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
         os.replace(folder, old)
         os.replace(temporary, folder)
         shutil.rmtree(old)
     else:
         os.replace(temporary, folder)
+
+
+_held: set[Path] = set()
+
+
+@contextmanager
+def locked(folder: Path, purpose: str) -> Iterator[None]:
+    """Have the folder to ourselves for the length of the block; the lock goes with its process, however that ends.
+
+    Blocks of one process may stand inside each other. Raises OrionError when another process has the folder.
+    """
+    path = folder.resolve() / ".lock"
+    if path in _held:
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            raise OrionError(
+                f"{folder} is in use by {owner}.", "Wait for it, stop it, or take another folder with --run."
+            ) from None
+        file.truncate(0)
+        file.write(f"{purpose} (process {os.getpid()})\n")
+        file.flush()
+        _held.add(path)
+        try:
+            yield
+        finally:
+            _held.remove(path)
 
 
 def require_free_space(folder: Path, needed_bytes: int, purpose: str) -> None:

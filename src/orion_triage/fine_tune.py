@@ -22,7 +22,7 @@ from orion_triage.config import FineTuneSettings
 from orion_triage.errors import OrionError
 from orion_triage.files import replaced_folder, require_free_space, sha256_of_text, write_text
 from orion_triage.frames import read_frame
-from orion_triage.manifest import hash_inputs
+from orion_triage.manifest import hash_inputs, hash_outputs
 from orion_triage.preflight import preflight
 from orion_triage.progress import Progress, silent
 from orion_triage.records import Record, image_path, read_split
@@ -38,6 +38,7 @@ CENSUS_FILE = "census.json"
 BASE_FILE = "base.json"
 LOSS_FILE = "loss_log.json"
 CHECKPOINTS = "checkpoints"
+HASHES_FILE = "sha256.json"  # of a checkpoint's files; it is written last
 PREFLIGHT_FRAMES = 8
 # An adapter of rank 16 is about 1 % of the model; a checkpoint adds two optimizer states and three are kept.
 _CHECKPOINT_SHARE = 0.15
@@ -110,7 +111,12 @@ def run(
         trainer = make_trainer(
             model, collate, train_records, val_records, grouping, device, precision, checkpoints, progress
         )
-        trained = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        try:
+            trained = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        except torch.OutOfMemoryError as error:
+            raise OrionError(
+                f"fine-tuning: the GPU's memory is full: {str(error).splitlines()[0]}", _smaller(settings)
+            ) from None
         weights_of_all = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # with FSDP, all put theirs together
     log = _losses(trainer)
 
@@ -226,6 +232,20 @@ def fill_gpu(
     return as_set
 
 
+def _smaller(settings: FineTuneSettings) -> str:
+    """Which setting takes less memory next, with the same records a step."""
+    size, count = settings.micro_batch_size, settings.gradient_accumulation_steps
+    if size > 1:
+        half = next(part for part in range(size // 2, 0, -1) if size % part == 0)
+        more = count * size // half
+        return (
+            f"Set fine_tune.micro_batch_size={half} and fine_tune.gradient_accumulation_steps={more}: the same steps."
+        )
+    if not settings.gradient_checkpointing:
+        return "Set fine_tune.gradient_checkpointing=true: a third more time, far less memory."
+    return "Set base.frame_size to 384 or 256, or take a GPU with more memory."
+
+
 def has_fast_convolution() -> bool:
     """Whether the package is there whose GPU kernel transformers takes for LFM2's short convolutions."""
     return importlib.util.find_spec("causal_conv1d") is not None
@@ -284,15 +304,16 @@ def _prepare_work_folder(
 
 
 def _last_checkpoint(checkpoints: Path) -> Path | None:
-    """The newest complete checkpoint; a folder that an interruption left unfinished is removed."""
+    """The newest whole checkpoint: every file has the hash that was written last. What is not whole is removed."""
     found = sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
     for folder in reversed(found):
-        try:  # the Trainer writes this file last
-            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        try:
+            hashes = json.loads((folder / HASHES_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            shutil.rmtree(folder)
-            continue
-        return folder
+            hashes = None
+        if hashes == hash_outputs(folder, without=HASHES_FILE):
+            return folder
+        shutil.rmtree(folder)
     return None
 
 
@@ -323,6 +344,8 @@ def add_adapter(model: Any, settings: FineTuneSettings) -> tuple[Any, Census]:
     """The model with fresh LoRA matrices on exactly the modules that the names mean; all else is frozen."""
     from peft import LoraConfig, TaskType, get_peft_model
 
+    from orion_triage.cpu_dropout import draw_faster
+
     names, census = resolve_targets(model, settings.target_modules, settings.scope)
     config = LoraConfig(
         r=settings.rank,
@@ -333,6 +356,8 @@ def add_adapter(model: Any, settings: FineTuneSettings) -> tuple[Any, Census]:
     )
     model.config.text_config.use_cache = False  # a cache of keys and values is of no use in training
     adapted = get_peft_model(model, config)
+    if model.device.type == "cpu":
+        draw_faster(adapted)
     wrapped = sorted(
         name.removeprefix("base_model.model.").removesuffix(".lora_A")
         for name, _ in adapted.named_modules()
@@ -462,7 +487,7 @@ def make_trainer(
         use_cpu=device == "cpu",
         eval_strategy="epoch",
         save_strategy="epoch",
-        save_total_limit=2,
+        save_total_limit=3,  # should the newest be damaged, there is one before it
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
@@ -497,6 +522,10 @@ def _watch(progress: Progress) -> "TrainerCallback":
     """Report each step, and stop at the first loss that is not a number."""
     from transformers import TrainerCallback
 
+    def kept(args: Any) -> str:
+        folder = _last_checkpoint(Path(args.output_dir))
+        return f"; the last good checkpoint is {folder}" if folder else "; there is no checkpoint yet"
+
     class Watch(TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             progress("fine-tuning", state.global_step, state.max_steps)
@@ -504,12 +533,17 @@ def _watch(progress: Progress) -> "TrainerCallback":
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             progress("fine-tuning", state.global_step, state.max_steps)
 
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if processes.is_main():
+                folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+                write_text(folder / HASHES_FILE, json.dumps(hash_outputs(folder, without=HASHES_FILE), indent=1) + "\n")
+
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
             for name in ("loss", "eval_loss"):
                 value = (logs or {}).get(name)
                 if value is not None and not math.isfinite(value):
                     raise OrionError(
-                        f"fine-tuning: {name} is {value} at step {state.global_step} of {state.max_steps}.",
+                        f"fine-tuning: {name} is {value} at step {state.global_step} of {state.max_steps}{kept(args)}.",
                         "Lower fine_tune.learning_rate, or set fine_tune.precision=bfloat16 on a GPU.",
                     )
 

@@ -1,13 +1,16 @@
 """Classifying real frames with the quantized pair of a run, as on board: no coordinates, one frame at a time."""
 
+import json
+import os
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from orion_triage import llama_cpp, quantize
-from orion_triage.errors import FrameError
+from orion_triage.errors import FrameError, OrionError
 from orion_triage.evaluate.backends import Backend, LlamaCppBackend
 from orion_triage.frames import CAMERA_SIZE, is_blank, read_frame, shrink
 from orion_triage.progress import Progress, silent
@@ -16,6 +19,7 @@ from orion_triage.triage import ANSWER_TOKENS, CATEGORIES, Category, Verdict, pa
 if TYPE_CHECKING:
     from orion_triage.evaluate.value import OperatingPoint
 
+PICTURES = (".png", ".jpg", ".jpeg", ".raw")
 BLANK_REASON = "Blank frame: no image content to judge."
 
 
@@ -30,6 +34,59 @@ class FrameVerdict:
     blank: bool = False
     error: str = ""
     scores: tuple[float, ...] | None = None  # of HIGH, MEDIUM and LOW
+
+
+def frames_in(paths: Iterable[Path]) -> Iterator[Path]:
+    """The files themselves, and for a folder the pictures in it by name; raises OrionError for a folder without any."""
+    for path in paths:
+        if not path.is_dir():
+            yield path
+            continue
+        names = sorted(entry.name for entry in os.scandir(path) if entry.name.lower().endswith(PICTURES))
+        if not names:
+            raise OrionError(f"{path} has no picture ({', '.join(PICTURES)}).", "Name the files, or another folder.")
+        yield from (path / name for name in names)
+
+
+def to_json(outcome: FrameVerdict) -> dict[str, Any]:
+    """One frame's outcome as it is printed and kept; `category` is None where the file was refused."""
+    verdict, scores = outcome.verdict, outcome.scores
+    return {
+        "file": outcome.file,
+        "category": verdict.category.value if verdict else None,
+        "reason": verdict.reason if verdict else None,
+        "blank": outcome.blank,
+        "scores": dict(zip(CATEGORIES, scores, strict=True)) if scores else None,
+    }
+
+
+def finished_before(out: Path, pair: str) -> Counter[str]:
+    """How often each file stands in the results of an interrupted triage; what a cut left of a last line is dropped.
+
+    Raises OrionError when another pair wrote them, or the file is something else.
+    """
+    files: Counter[str] = Counter()
+    if not out.exists():
+        return files
+    whole = 0
+    with out.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                row = json.loads(line)
+                name, other = row["file"], row["pair"]
+            except (ValueError, TypeError, KeyError, RecursionError):
+                raise OrionError(f"{out}:{number} is no line of a triage.", "Name another file with --out.") from None
+            if other != pair:
+                raise OrionError(
+                    f"{out}:{number} was answered by another pair or otherwise ({other}, now {pair}).",
+                    "Name another file with --out.",
+                )
+            files[name] += 1
+            whole += len(line)
+    os.truncate(out, whole)
+    return files
 
 
 def triage_files(
@@ -77,7 +134,7 @@ def _decide(scores: Sequence[float], point: "OperatingPoint") -> Category:
 
 
 def triage_with_pair(
-    paths: Sequence[Path],
+    paths: Iterable[Path],
     gguf: Path,
     frame_size: int,
     *,

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from orion_triage.children import tied
 from orion_triage.errors import OrionError
 from orion_triage.files import cache_folder, replaced_folder, require_free_space, sha256_of_file, write_text
 from orion_triage.llama_server import Client, Server
@@ -234,7 +235,7 @@ def _build(source: Path, binaries: Path, progress: Progress) -> None:
     compile_ = [cmake, "--build", str(build), "--target", *_TOOLS]
     with log.open("w", encoding="utf-8") as file:
         for command in (configure, compile_):
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            process = subprocess.Popen(tied(command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             assert process.stdout is not None
             for line in process.stdout:
                 file.write(line)
@@ -307,9 +308,12 @@ def _run(command: list[str], target: Path, name: str) -> ToolUse:
 
 
 def run_measured(command: list[str], environment: dict[str, str], output: IO[str]) -> tuple[int, ToolUse]:
-    """Run a program with its output in a file; returns its exit status and what it and its children took."""
+    """Run a program with its output in a file; returns its exit status and what it and its children took.
+
+    The program does not outlive this process.
+    """
     began = time.monotonic()
-    process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+    process = subprocess.Popen(tied(command), stdout=output, stderr=subprocess.STDOUT, env=environment)
     try:
         _, status, usage = os.wait4(process.pid, 0)
     except BaseException:

@@ -1,6 +1,7 @@
 """llama.cpp's HTTP server: started on 127.0.0.1 with a key, asked, and always stopped."""
 
 import base64
+import json
 import os
 import secrets
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from orion_triage.children import tied
 from orion_triage.errors import AnswerError, ServerError
 
 if TYPE_CHECKING:
@@ -27,7 +29,10 @@ OPTIONS = (
 )  # fmt: skip
 START_SECONDS = 300
 _NOT_UTF8 = "does not match the expected Content-only format"  # llama.cpp's word for an answer of broken bytes
-CANDIDATES = 500  # next tokens whose probabilities are asked for: 0.05 MB of reply a token
+LOADING_SECONDS = 60  # for which 503 is waited out
+LARGEST_REPLY_BYTES = 20_000_000  # of one answer; the largest of ours has 0.2 MB
+SHOWN_BYTES = 2000  # of a reply that is no answer, in the error
+CANDIDATES = 100  # next tokens whose probabilities are asked for; each costs 9 microseconds and 0.1 kB a token
 
 
 class Client:
@@ -38,6 +43,7 @@ class Client:
 
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self.base_url = base_url.rstrip("/")
+        self._timeout_seconds = timeout_seconds
         self._http = httpx.Client(base_url=self.base_url, headers=headers, timeout=timeout_seconds)
         self._marker = ""
         self._primed = b""
@@ -217,36 +223,59 @@ class Client:
         return reply
 
     def _request(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-        import httpx
-
-        deadline = time.monotonic() + 60
+        """The JSON object that the server answers; raises ServerError for everything that is none."""
+        deadline = time.monotonic() + LOADING_SECONDS
         while True:
-            try:
-                reply = self._http.request(method, path, json=body)
-            except httpx.ConnectError:
-                raise ServerError(
-                    f"no server answers at {self.base_url}.", "Start llama-server, or check the address."
-                ) from None
-            except httpx.HTTPError as error:
-                raise ServerError(
-                    f"the server at {self.base_url} broke off: {type(error).__name__} {error}.", "See its log."
-                ) from None
-            if reply.status_code != 503 or time.monotonic() > deadline:
+            status, kind, data = self._exchange(method, path, body)
+            if status != 503 or time.monotonic() > deadline:
                 break
             time.sleep(0.2)  # still loading its model
-        if reply.status_code == 401:
+        text = data[:SHOWN_BYTES].decode("utf-8", "replace")
+        if status == 401:
             raise ServerError("the server refuses the key (401).", "Set LLAMA_API_KEY to the server's --api-key.")
-        if reply.status_code == 500 and _NOT_UTF8 in reply.text:
+        if status == 500 and _NOT_UTF8 in text:
             raise AnswerError("the answer is not UTF-8.", "Decode greedily, or under the grammar.")
-        if reply.status_code != 200:
-            raise ServerError(f"{path} answered {reply.status_code}: {reply.text[:200]!r}.", "See the server's log.")
+        if status != 200:
+            raise ServerError(f"{path} answered {status}: {text[:200]!r}.", "See the server's log.")
         try:
-            value = reply.json()
-        except ValueError:
+            value = json.loads(data)
+        except (ValueError, RecursionError):
             value = None
         if not isinstance(value, dict):
-            raise ServerError(f"{path} answered no JSON object: {reply.text[:80]!r}.", "Is this a llama.cpp server?")
+            raise ServerError(
+                f"{path} answered no JSON object but {kind}: {text[:80]!r}.", "Is this a llama.cpp server?"
+            )
         return value
+
+    def _exchange(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[int, str, bytes]:
+        """One request: (status, content type, body), bounded in bytes and in seconds however slowly it drips."""
+        import httpx
+
+        deadline = time.monotonic() + self._timeout_seconds
+        data = bytearray()
+        try:
+            with self._http.stream(method, path, json=body) as reply:
+                for part in reply.iter_bytes():
+                    data += part
+                    if len(data) > LARGEST_REPLY_BYTES:
+                        raise ServerError(
+                            f"{path} answered more than {LARGEST_REPLY_BYTES // 1_000_000} MB.",
+                            "Is this a llama.cpp server?",
+                        )
+                    if time.monotonic() > deadline:
+                        raise ServerError(
+                            f"{path} has not finished its answer after {self._timeout_seconds:g} s.",
+                            "See the server's log.",
+                        )
+                return reply.status_code, reply.headers.get("content-type", "no content type"), bytes(data)
+        except httpx.ConnectError:
+            raise ServerError(
+                f"no server answers at {self.base_url}.", "Start llama-server, or check the address."
+            ) from None
+        except httpx.HTTPError as error:
+            raise ServerError(
+                f"the server at {self.base_url} broke off: {type(error).__name__} {error}.", "See its log."
+            ) from None
 
 
 class Server:
@@ -278,7 +307,7 @@ class Server:
         environment = {**os.environ, "LLAMA_API_KEY": key}  # not on the command line, where others could read it
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("wb") as file:
-            self._process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+            self._process = subprocess.Popen(tied(command), stdout=file, stderr=subprocess.STDOUT, env=environment)
         self.client = Client(f"http://127.0.0.1:{port}", key)
         try:
             self._wait()

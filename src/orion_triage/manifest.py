@@ -72,13 +72,13 @@ def sha256_of_listing(hashes: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(sorted(hashes.items())).encode()).hexdigest()
 
 
-def hash_outputs(folder: Path) -> dict[str, str]:
-    """Relative POSIX path -> sha256 of every file in `folder`, hidden files and the manifest excepted."""
+def hash_outputs(folder: Path, without: str = FILE_NAME) -> dict[str, str]:
+    """Relative POSIX path -> sha256 of every file in `folder`, hidden files and those called `without` excepted."""
     return {
         path.relative_to(folder).as_posix(): sha256_of_file(path)
         for path in sorted(folder.rglob("*"))
         if path.is_file()
-        and path.name != FILE_NAME
+        and path.name != without
         and not any(part.startswith((".", "__pycache__")) for part in path.relative_to(folder).parts)
     }
 
@@ -134,6 +134,25 @@ def is_current(folder: Path, *, settings: dict[str, Any], inputs: dict[str, str]
         and manifest.inputs == inputs
         and manifest.outputs == _outputs_of(folder, manifest)
     )
+
+
+def damaged(folder: Path) -> list[str]:
+    """What is not as the folder's receipt says: one line a file; empty when all is well or there is no receipt."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return []
+    found, lines = _outputs_of(folder, manifest), []
+    for name in sorted(manifest.outputs.keys() | found.keys()):
+        expected, actual = manifest.outputs.get(name), found.get(name)
+        if expected == actual:
+            continue
+        if expected is None:
+            lines.append(f"{folder / name} was not there when the stage finished")
+        elif actual is None:
+            lines.append(f"{folder / name} is missing")
+        else:
+            lines.append(f"{folder / name} has sha256 {actual[:12]} instead of {expected[:12]}")
+    return lines
 
 
 def remove_outputs(folder: Path, unwanted: Callable[[str], bool]) -> int:

@@ -3,6 +3,7 @@
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from orion_triage import hub, manifest, processes
 from orion_triage.config import Settings
 from orion_triage.errors import OrionError
 from orion_triage.evaluate import models
-from orion_triage.files import write_text
+from orion_triage.files import locked, write_text
 from orion_triage.progress import Progress, silent
 from orion_triage.records import Split
 
@@ -310,19 +311,25 @@ def run_stage(
 def _do(stage: Stage, run: Run, inputs: dict[str, str], progress: Progress) -> manifest.Manifest:
     """Run a stage and write its receipt; the old receipt goes first, so that an interruption leaves none."""
     folder = stage.folder(run)
-    if processes.is_main():
-        (folder / manifest.FILE_NAME).unlink(missing_ok=True)
-    began = time.monotonic()
-    figures = stage.run(run, progress)
-    processes.wait()
-    return manifest.write_manifest(
-        folder,
-        stage=stage.name,
-        settings=stage.settings(run.settings),
-        inputs=inputs,
-        seconds=time.monotonic() - began,
-        figures=figures,
-    )
+    with _to_itself(run, stage.name):
+        if processes.is_main():
+            (folder / manifest.FILE_NAME).unlink(missing_ok=True)
+        began = time.monotonic()
+        figures = stage.run(run, progress)
+        processes.wait()
+        return manifest.write_manifest(
+            folder,
+            stage=stage.name,
+            settings=stage.settings(run.settings),
+            inputs=inputs,
+            seconds=time.monotonic() - began,
+            figures=figures,
+        )
+
+
+def _to_itself(run: Run, name: str) -> AbstractContextManager[None]:
+    """The run's folder, for this command alone; of processes launched together, the first one holds it for all."""
+    return locked(run.folder, f"orion {name}") if processes.is_main() else nullcontext()
 
 
 def check_inputs(run: Run) -> None:
@@ -332,6 +339,16 @@ def check_inputs(run: Run) -> None:
     _ = run.base
     if build.published_folder(run.settings.dataset) is None:
         build.plan(run.settings.dataset)
+
+
+def verify(run: Run) -> dict[str, list[str]]:
+    """Finished stage -> what of its files is not as its receipt says; read anew from the disk."""
+    every = dict.fromkeys((*stages(run.settings), *DECODINGS))
+    return {
+        stage.name: manifest.damaged(folder)
+        for stage in every
+        if (folder := stage.folder(run)).is_dir() and manifest.read_manifest(folder)
+    }
 
 
 def clean(run: Run) -> int:
@@ -357,8 +374,8 @@ def clean(run: Run) -> int:
 
 def prepare(run: Run) -> None:
     """Create the run folder and write down the settings."""
-    run.folder.mkdir(parents=True, exist_ok=True)
-    write_text(run.folder / SETTINGS_FILE, run.settings.model_dump_json(indent=2) + "\n")
+    with _to_itself(run, "prepare"):
+        write_text(run.folder / SETTINGS_FILE, run.settings.model_dump_json(indent=2) + "\n")
 
 
 def with_its_dataset(run: Run) -> Run:

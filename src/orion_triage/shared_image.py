@@ -1,8 +1,8 @@
 """LFM2-VL whose rows may share an image: the tower looks at each image once, whoever asks about it.
 
 Both records of a training target and three of the four conditions ask about one image. On the 1.6B's shapes the tower
-is 40 % of a row's arithmetic. With `image_of_row`, pixels are a row an image instead of a row a question; without, this
-is transformers' own model.
+is half of a row's arithmetic (490 of 1,000 billion products). With `image_of_row`, pixels are a row an image instead of
+a row a question; without, this is transformers' own model.
 """
 
 from typing import Any
@@ -11,8 +11,8 @@ import torch
 from transformers import Lfm2VlForConditionalGeneration
 
 
-class SharedImageModel(Lfm2VlForConditionalGeneration):  # type: ignore[misc]
-    """The published model with one more way to say what the rows of a batch look at."""
+class SharedImageForConditionalGeneration(Lfm2VlForConditionalGeneration):  # type: ignore[misc]
+    """The published model with one more way to say what rows look at; its loss goes by the end of its name."""
 
     def forward(  # generation looks at these names
         self,

@@ -128,7 +128,7 @@ def load_model(
     import torch
     from transformers import BitsAndBytesConfig, GenerationConfig
 
-    from orion_triage.shared_image import SharedImageModel
+    from orion_triage.shared_image import SharedImageForConditionalGeneration
 
     torch_dtype: torch.dtype | str = dtype if dtype == "auto" else getattr(torch, dtype)
     quantization = None
@@ -142,7 +142,7 @@ def load_model(
             llm_int8_skip_modules=KEPT_IN_16_BIT,
         )
     with no_progress_bars():
-        model, loading = SharedImageModel.from_pretrained(
+        model, loading = SharedImageForConditionalGeneration.from_pretrained(
             folder,
             dtype=torch_dtype,
             quantization_config=quantization,
@@ -472,6 +472,15 @@ def generate_and_score(
     """
     import torch
 
+    steps: list[
+        torch.Tensor
+    ] = []  # of each token generated, [rows, len(tokens)]: all logits of a batch would be 0.3 GB
+
+    def remember(_: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        if tokens:
+            steps.append(logits.float().log_softmax(-1)[:, list(tokens)].cpu())
+        return logits
+
     batch = pad(processor, rows).to(model.device)
     end = processor.tokenizer.convert_tokens_to_ids(END_OF_TURN)
     with torch.inference_mode():
@@ -486,16 +495,14 @@ def generate_and_score(
             do_sample=False,
             eos_token_id=end,
             pad_token_id=processor.tokenizer.pad_token_id,
-            return_dict_in_generate=True,
-            output_logits=bool(cue),
+            logits_processor=[remember],
         )
-    decoded: list[str] = processor.tokenizer.batch_decode(output.sequences, skip_special_tokens=True)
+    decoded: list[str] = processor.tokenizer.batch_decode(output, skip_special_tokens=True)
     scores: list[list[float] | None] = [None] * len(decoded)
-    for row, ids in enumerate(output.sequences.tolist() if cue else []):
+    for row, ids in enumerate(output.tolist() if cue else []):
         place = _tokens_up_to(processor.tokenizer, ids, cue)
-        if place is not None and place < len(output.logits) and ids[place] != end:
-            log_probabilities = output.logits[place][row].float().log_softmax(-1)
-            scores[row] = log_probabilities[list(tokens)].tolist()
+        if place is not None and place < len(steps) and ids[place] != end:
+            scores[row] = steps[place][row].tolist()
     return list(zip(decoded, scores, strict=True))
 
 

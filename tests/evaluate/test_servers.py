@@ -50,6 +50,30 @@ def connected(server: llama_cpp.Server) -> Connected:
 
 
 @pytest.mark.llama_cpp
+def test_own_servers_share_a_small_pairs_questions(servers: list[llama_cpp.Server], drawn_questions: Any) -> None:
+    from orion_triage.config import EvaluateSettings
+    from orion_triage.evaluate import models
+    from orion_triage.evaluate.servers import share_own
+
+    images, prompts = drawn_questions(6)
+    images, prompts = [image for image in images for _ in range(2)], [prompt for prompt in prompts for _ in range(2)]
+
+    def backend(client: llama_cpp.Client) -> LlamaCppBackend:
+        return LlamaCppBackend(client, max_new_tokens=TOKENS, primed=True)
+
+    shared = share_own([server.client for server in servers[:2]], backend)
+    assert isinstance(shared, SharedBackend)
+    assert shared.answer(images, prompts) == backend(servers[0].client).answer(images, prompts)
+    assert isinstance(share_own([servers[0].client], backend), LlamaCppBackend)
+    settings = EvaluateSettings()
+    assert models.how_many_servers(settings, 10**9) == (1, None)
+    cores = models.how_many_servers(settings, 10**6)
+    assert cores[1] == (1 if cores[0] > 1 else None)
+    chosen = settings.model_copy(update={"servers": 3, "threads": 4})
+    assert models.how_many_servers(chosen, 10**9) == (3, 4)
+
+
+@pytest.mark.llama_cpp
 def test_servers_share_the_work_and_one_that_dies_loses_nothing(
     servers: list[llama_cpp.Server], drawn_questions: Any
 ) -> None:
@@ -58,7 +82,7 @@ def test_servers_share_the_work_and_one_that_dies_loses_nothing(
     first, second = connected(servers[0]), connected(servers[1])
     assert first.identity == second.identity
     shared = SharedBackend([first, second], pause_seconds=0.01)
-    assert shared.batch_size == 8
+    assert shared.batch_size == 12
     assert [a.text for a in shared.answer(images, prompts)] == [a.text for a in expected]
     assert shared.lost == []
 
@@ -74,6 +98,17 @@ def test_servers_share_the_work_and_one_that_dies_loses_nothing(
     assert [a.text for a in shared.answer(images[:2], prompts[:2])] == [a.text for a in expected[:2]]
 
 
+def test_pieces_keep_an_images_questions_together_and_are_not_longer_than_a_share() -> None:
+    from PIL import Image
+
+    from orion_triage.evaluate.servers import pieces
+
+    first, second = (Image.new("RGB", (2, 2)) for _ in range(2))  # equal, and two
+    asked = [(first, "a"), (first, "b"), (second, "c"), (first, "d"), (first, "e"), (first, "f"), (first, "g")]
+    cut = pieces(asked, 3)
+    assert [[prompt for _, prompt in piece] for piece in cut] == [["a", "b"], ["c"], ["d", "e", "f"], ["g"]]
+
+
 @pytest.mark.llama_cpp
 def test_servers_of_different_models_do_not_share(servers: list[llama_cpp.Server], monkeypatch: Any) -> None:
     urls, keys = zip(*(address(server) for server in (servers[0], servers[2])), strict=True)
@@ -84,7 +119,7 @@ def test_servers_of_different_models_do_not_share(servers: list[llama_cpp.Server
     with pytest.raises(OrionError, match=r"orion-f16\.gguf.*must serve the same model"):
         share(urls, "", TOKENS)
     backend, first = share(urls[:1], "", TOKENS)
-    assert isinstance(backend, LlamaCppBackend)
+    assert isinstance(backend, SharedBackend)
     assert first.model.endswith(quantize.QUANTIZED)
 
 

@@ -6,7 +6,7 @@ import typer
 from typer.core import TyperGroup
 
 COMMANDS = (
-    "run", "dataset", "fine-tune", "fuse", "quantize", "bundle", "clean", "push", "settings", "remote",
+    "run", "dataset", "fine-tune", "fuse", "quantize", "bundle", "verify", "clean", "push", "settings", "remote",
     "ablation", "evaluate", "ladder", "report", "compare", "operating-point", "decoding",
     "triage", "bench-frame",
     "doctor", "toolchain", "rehearse", "budgets", "build-tiny-base",

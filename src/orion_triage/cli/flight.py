@@ -1,6 +1,9 @@
 """Classifying frames as on board."""
 
 import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,29 +44,36 @@ def bundle(
     console.print(f"  sha256 of bundle.json: {sha256_of_file(where / 'bundle.json')}", highlight=False, soft_wrap=True)
 
 
-@command(epilog="Example: orion triage frames/*.png")
+@command(epilog="Example: orion triage frames/ --out verdicts.jsonl")
 def triage(
-    files: Annotated[list[Path], typer.Argument(help="Frames: PNG, JPEG or raw 512x512x3 RGB (.raw).")],
+    files: Annotated[
+        list[Path], typer.Argument(help="Frames, or folders of them: PNG, JPEG, raw 512x512x3 RGB (.raw).")
+    ],
     folder: Annotated[Path | None, typer.Option("--run", help="Run folder. Default: the newest finished.")] = None,
     resize: Annotated[bool, typer.Option("--resize", help="Accept other sizes: cut to a square, scale.")] = False,
     blank_rule: Annotated[
         bool, typer.Option("--blank-rule/--no-blank-rule", help="Call a blank frame LOW without asking the model.")
     ] = True,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Append a JSON line a frame as it is done; the same command goes on after a stop."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Classify frames with a run's quantized pair."""
-    from rich.console import Console
-    from rich.table import Table
-
     from orion_triage import flight, operating_point
-    from orion_triage.triage import CATEGORIES
 
     run = finished_run(folder, "quantize")
     chosen = operating_point.read(run.folder, run.gguf)
-    outcomes = []
-    with progress_bar() as progress:
-        for outcome in flight.triage_with_pair(
-            files,
+    paths = list(flight.frames_in(files))
+    pair = _asked_by(run, chosen[0].low_threshold if chosen else None, resize, blank_rule) if out else ""
+    before = flight.finished_before(out, pair) if out else Counter()
+    left = [path for path in paths if not _taken(before, str(path))]
+    counts: Counter[str] = Counter()
+    shown: list[Any] = []
+    with progress_bar() as progress, _lines(out) as write:
+        outcomes = flight.triage_with_pair(
+            left,
             run.gguf,
             run.settings.base.frame_size,
             log=run.folder / "logs" / "triage-server.log",
@@ -71,39 +81,67 @@ def triage(
             resize=resize,
             blank_rule=blank_rule,
             progress=progress,
-        ):
-            outcomes.append(outcome)
-            progress("classifying frames", len(outcomes), len(files))
-    for outcome in outcomes:
-        if outcome.error:
-            messages().print(f"[bold red]refused:[/] {escape(outcome.error)}", highlight=False, soft_wrap=True)
-    good = [outcome for outcome in outcomes if outcome.verdict]
-    if as_json:
-        rows = [
-            {
-                "file": o.file,
-                "category": o.verdict.category,
-                "reason": o.verdict.reason,
-                "blank": o.blank,
-                "scores": dict(zip(CATEGORIES, o.scores, strict=True)) if o.scores else None,
-            }
-            for o in good
-            if o.verdict
-        ]
-        typer.echo(json.dumps(rows, indent=2))
+        )
+        for done, outcome in enumerate(outcomes if left else (), start=len(paths) - len(left) + 1):
+            counts[outcome.verdict.category if outcome.verdict else "refused"] += 1
+            if outcome.error:
+                messages().print(f"[bold red]refused:[/] {escape(outcome.error)}", highlight=False, soft_wrap=True)
+            if out:
+                write(flight.to_json(outcome) | {"error": outcome.error, "pair": pair})
+            elif outcome.verdict:
+                shown.append(outcome)
+            progress("classifying frames", done, len(paths))
+    if out:
+        said = ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "nothing left to do"
+        skipped = f", {len(paths) - len(left)} done before" if len(left) < len(paths) else ""
+        messages().print(f"{said}{skipped}  ->  {out}", highlight=False, soft_wrap=True)
+    elif as_json:
+        typer.echo(json.dumps([flight.to_json(outcome) for outcome in shown], indent=2))
     else:
-        table = Table("file", "category", "reason", "seconds")
-        for outcome in good:
-            assert outcome.verdict is not None
-            table.add_row(
-                outcome.file,
-                outcome.verdict.category,
-                escape(outcome.verdict.reason),
-                f"{outcome.seconds:.2f}",
-            )
-        Console().print(table)
-    if len(good) < len(outcomes):
+        _print_verdicts(shown)
+    if counts["refused"]:
         raise typer.Exit(1)
+
+
+def _asked_by(run: Any, threshold: float | None, resize: bool, blank_rule: bool) -> str:
+    """A short hash of what answers and how: lines of one file are all by the same."""
+    from orion_triage.files import sha256_of_file, sha256_of_text
+    from orion_triage.quantize import PAIR
+
+    parts = [sha256_of_file(run.gguf / PAIR), run.settings.base.frame_size, threshold, resize, blank_rule]
+    return sha256_of_text(json.dumps(parts))[:12]
+
+
+def _taken(counts: Counter[str], name: str) -> bool:
+    """Whether one more of this name is done already; a file that is named twice has two lines."""
+    counts[name] -= 1
+    return counts[name] >= 0
+
+
+@contextmanager
+def _lines(out: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Appends a line at once, so that a stop loses the frame in hand only."""
+    if out is None:
+        yield lambda row: None
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("a", encoding="utf-8") as file:
+
+        def write(row: dict[str, Any]) -> None:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+
+        yield write
+
+
+def _print_verdicts(outcomes: list[Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("file", "category", "reason", "seconds")
+    for outcome in outcomes:
+        table.add_row(outcome.file, outcome.verdict.category, escape(outcome.verdict.reason), f"{outcome.seconds:.2f}")
+    Console().print(table)
 
 
 @command("bench-frame", epilog="Example: orion bench-frame runs/tiny --repeats 5")

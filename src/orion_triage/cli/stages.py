@@ -1,5 +1,6 @@
 """Making a model: the whole run, its stages one by one, and what becomes of their products."""
 
+import json
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from orion_triage.cli.evaluation import write_report
 from orion_triage.cli.terminal import (
     DatasetOption,
     ForceOption,
+    JsonOption,
     PresetOption,
     RunOption,
     SetOption,
@@ -36,12 +38,14 @@ def run(
     test_size: TestSizeOption = 0,
 ) -> None:
     """Do all stages in order; finished ones are skipped."""
+    from orion_triage.files import locked
     from orion_triage.pipeline import check_inputs, stages
 
     current = run_of(preset, assignments, folder, source=source, dataset=dataset, test_size=test_size)
     check_inputs(current)
-    for stage in stages(current.settings):
-        do_stage(stage, current)
+    with locked(current.folder, "orion run"):
+        for stage in stages(current.settings):
+            do_stage(stage, current)
     write_report(current, as_json=False)
 
 
@@ -74,6 +78,26 @@ def fuse(
 ) -> None:
     """Merge the adapter into the 16-bit base."""
     do_stage("fuse", run_of(preset, assignments, folder, adapter_from=adapter), force)
+
+
+@command(epilog="Example: orion verify runs/tiny")
+def verify(
+    folder: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="Run folder. Default: the newest.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare every file of a run with the receipt of the stage that made it."""
+    from orion_triage.pipeline import verify
+
+    checked = verify(finished_run(folder, "dataset"))
+    if as_json:
+        typer.echo(json.dumps(checked, indent=2))
+    else:
+        for stage, lines in checked.items():
+            typer.echo(f"{stage}: {'as written' if not lines else f'{len(lines)} differ'}")
+            for line in lines:
+                typer.echo(f"  {line}")
+    if any(checked.values()):
+        raise typer.Exit(1)
 
 
 @command(epilog="Example: orion clean runs/tiny")

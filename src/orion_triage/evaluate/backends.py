@@ -145,6 +145,7 @@ class LlamaCppBackend:
         primed: bool = False,
     ) -> None:
         self._primed = primed
+        self._packed: tuple[Image.Image, bytes] | None = None  # the last image and its PNG
         self._client, self._constrained, self._options = client, constrained, dict(options or {})
         self._max_new_tokens = ANSWER_TOKENS if constrained else max_new_tokens
         self._labels = category_tokens(client.tokenize)
@@ -155,10 +156,12 @@ class LlamaCppBackend:
     def _answer(self, image: "Image.Image", prompt: str) -> Answer:
         from orion_triage.frames import Frame
 
+        if self._packed is None or self._packed[0] is not image:
+            self._packed = (image, Frame(image, image.size).png())
         try:
             text, log_probabilities = self._client.complete_and_score(
                 prompt,
-                Frame(image, image.size).png(),
+                self._packed[1],
                 self._max_new_tokens,
                 cue=CATEGORY_CUE,
                 tokens=self._labels,

@@ -4,9 +4,10 @@ import base64
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from orion_triage import manifest
@@ -30,6 +31,7 @@ class Connected:
     identity: str
     model: str
     build: str
+    now: Callable[[], str] | None = None  # its identity at this moment
 
 
 def connect(url: str, key: str, max_new_tokens: int) -> Connected:
@@ -41,13 +43,29 @@ def connect(url: str, key: str, max_new_tokens: int) -> Connected:
     client = Client(url, key)
     if props := client.props_or_none():
         client.ready(60)
-        served = {name: str(props.get(name)) for name in ("model_path", "build_info", "chat_template")}
+        served = _served(props)
         backend: Backend = LlamaCppBackend(client, max_new_tokens=max_new_tokens, primed=True)
-        identity = manifest.sha256_of_listing(served)
-        return Connected(url, backend, identity, served["model_path"], f"llama.cpp {served['build_info']}")
+        return Connected(
+            url,
+            backend,
+            manifest.sha256_of_listing(served),
+            served["model_path"],
+            f"llama.cpp {served['build_info']}",
+            lambda: manifest.sha256_of_listing(_served(client.props())),
+        )
     model = client.served_model()
-    identity = manifest.sha256_of_listing({"model": model})
-    return Connected(url, OpenAIBackend(client, model, max_new_tokens=max_new_tokens), identity, model, "OpenAI API")
+    return Connected(
+        url,
+        OpenAIBackend(client, model, max_new_tokens=max_new_tokens),
+        manifest.sha256_of_listing({"model": model}),
+        model,
+        "OpenAI API",
+        lambda: manifest.sha256_of_listing({"model": client.served_model()}),
+    )
+
+
+def _served(props: dict[str, Any]) -> dict[str, str]:
+    return {name: str(props.get(name)) for name in ("model_path", "build_info", "chat_template")}
 
 
 class OpenAIBackend:
@@ -79,14 +97,15 @@ class OpenAIBackend:
 
 
 class SharedBackend:
-    """Several servers of one model; whichever is free takes the next question.
+    """One server or several of one model; whichever is free takes the next question.
 
     One that fails is asked again a few times, then left out, and its question goes to another. Answers do not depend on
     who gave them, as far as the servers compute alike.
     """
 
     def __init__(self, servers: Sequence[Connected], *, pause_seconds: float = PAUSE_SECONDS) -> None:
-        self.batch_size = 4 * len(servers)
+        # Two frames a server, with three questions each; a single server's answers are kept one by one.
+        self.batch_size = 6 * len(servers) if len(servers) > 1 else 1
         self._free: queue.SimpleQueue[Connected | None] = queue.SimpleQueue()  # None: nobody is left
         for server in servers:
             self._free.put(server)
@@ -96,26 +115,40 @@ class SharedBackend:
         self.lost: list[str] = []  # why each server was left out
 
     def answer(self, images: "Sequence[Image.Image]", prompts: Sequence[str]) -> list[Answer]:
-        with ThreadPoolExecutor(max(1, self._left)) as pool:
-            return list(pool.map(self._ask, images, prompts))
+        asked = list(zip(images, prompts, strict=True))
+        servers = max(1, self._left)
+        with ThreadPoolExecutor(servers) as pool:
+            return list(chain.from_iterable(pool.map(self._ask_all, pieces(asked, -(-len(asked) // servers)))))
 
-    def _ask(self, image: "Image.Image", prompt: str) -> Answer:
+    def _ask_all(self, asked: "Sequence[tuple[Image.Image, str]]") -> list[Answer]:
+        """By one server as long as it answers, since it has read the image for the first of them."""
+        answers: list[Answer] = []
         while True:
             server = self._free.get()
             if server is None:
                 self._free.put(None)  # for the next who waits
                 lost = "; ".join(self.lost)
                 raise ServerError(f"no server is left: {lost}", "Start one, and go on with the same command.")
-            for attempt in range(TRIES):
-                try:
-                    (answer,) = server.backend.answer([image], [prompt])
-                except ServerError as error:
-                    failure = error
-                    time.sleep(self._pause_seconds * attempt)
-                else:
-                    self._free.put(server)
-                    return answer
-            self._leave_out(server, failure)
+            try:
+                answers += (self._ask(server, image, prompt) for image, prompt in asked[len(answers) :])
+            except ServerError as error:
+                self._leave_out(server, error)
+            else:
+                self._free.put(server)
+                return answers
+
+    def _ask(self, server: Connected, image: "Image.Image", prompt: str) -> Answer:
+        for attempt in range(TRIES):
+            try:
+                (answer,) = server.backend.answer([image], [prompt])
+                break
+            except ServerError:
+                if attempt == TRIES - 1:
+                    raise
+                time.sleep(self._pause_seconds * attempt)
+        if server.now and server.now() != server.identity:
+            raise ServerError(f"it no longer serves {server.model}.", "Its answers are not counted.")
+        return answer
 
     def _leave_out(self, server: Connected, failure: ServerError) -> None:
         with self._lock:
@@ -123,6 +156,23 @@ class SharedBackend:
             self.lost.append(f"{server.url}: {failure.message}")
             if not self._left:
                 self._free.put(None)
+
+
+def pieces(asked: "Sequence[tuple[Image.Image, str]]", most: int) -> "list[list[tuple[Image.Image, str]]]":
+    """The questions in order, cut where the image changes and after every `most`."""
+    cut: list[list[tuple[Image.Image, str]]] = []
+    for image, prompt in asked:
+        if not cut or cut[-1][-1][0] is not image or len(cut[-1]) == most:
+            cut.append([])
+        cut[-1].append((image, prompt))
+    return cut
+
+
+def share_own(clients: Sequence[Client], backend: Callable[[Client], Backend]) -> Backend:
+    """Servers of our own with one model, each behind a backend; one that dies is left out."""
+    if len(clients) == 1:
+        return backend(clients[0])
+    return SharedBackend([Connected(client.base_url, backend(client), "", "", "") for client in clients])
 
 
 def share(urls: Sequence[str], key: str, max_new_tokens: int) -> tuple[Backend, Connected]:
@@ -135,4 +185,4 @@ def share(urls: Sequence[str], key: str, max_new_tokens: int) -> tuple[Backend, 
                 f"({servers[0].build}).",
                 "Servers that share an evaluation must serve the same model.",
             )
-    return (SharedBackend(servers) if len(servers) > 1 else servers[0].backend), servers[0]
+    return SharedBackend(servers), servers[0]

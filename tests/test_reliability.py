@@ -1,0 +1,320 @@
+"""What a kill, a second run, a flipped bit or a lying server may not do."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orion_triage import files, fine_tune, llama_cpp, llama_server, manifest, quantize, vlm
+from orion_triage.config import FineTuneSettings, QuantizeSettings
+from orion_triage.errors import OrionError, ServerError
+from orion_triage.evaluate.servers import SharedBackend, connect
+
+WAIT_SECONDS = 30
+
+
+def started(code: str, *words: object) -> "subprocess.Popen[str]":
+    """A Python process that has printed its first line."""
+    command = [sys.executable, "-c", code, *map(str, words)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.first_line = process.stdout.readline().strip()  # type: ignore[attr-defined]
+    return process
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def wait_for(what: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not what() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return what()
+
+
+# --- kills ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("reliability") / "gguf"
+    quantize.run(vlm.TINY_BASE_FOLDER, folder, QuantizeSettings(), prompts=["x"])
+    return folder
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
+def test_a_server_of_ours_dies_with_its_parent(pair: Path, tmp_path: Path, kill: signal.Signals) -> None:
+    code = """
+import sys, time
+from pathlib import Path
+from orion_triage import llama_cpp, quantize
+pair = Path(sys.argv[1])
+with llama_cpp.Server(llama_cpp.find_toolchain(), pair / quantize.QUANTIZED, None, log=Path(sys.argv[2])) as server:
+    print(server._process.pid, flush=True)
+    time.sleep(600)
+"""
+    parent = started(code, pair, tmp_path / "server.log")
+    server = int(parent.first_line)  # type: ignore[attr-defined]
+    assert "llama-server" in str(Path(f"/proc/{server}/exe").readlink())
+    parent.send_signal(kill)
+    parent.wait(WAIT_SECONDS)
+    assert wait_for(lambda: is_gone(server))
+
+
+def test_a_tool_of_ours_dies_with_its_parent(tmp_path: Path) -> None:
+    code = """
+import os, sys
+from orion_triage import llama_cpp
+command = [sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(600)"]
+with open(sys.argv[1], "w") as output:
+    print("begun", flush=True)
+    llama_cpp.run_measured(command, dict(os.environ), output)
+"""
+    said = tmp_path / "said.txt"
+    parent = started(code, said)
+    assert wait_for(lambda: said.exists() and said.read_text().strip().isdigit())
+    tool = int(said.read_text())
+    assert not is_gone(tool)
+    parent.kill()
+    parent.wait(WAIT_SECONDS)
+    assert wait_for(lambda: is_gone(tool))
+
+
+def test_a_folder_that_a_kill_left_between_two_renames_comes_back(tmp_path: Path) -> None:
+    folder, old, partial = tmp_path / "made", tmp_path / ".made.old", tmp_path / ".made.partial"
+    for place, text in ((old, "before"), (partial, "half")):
+        place.mkdir()
+        (place / "file").write_text(text)
+    with pytest.raises(OrionError), files.replaced_folder(folder):
+        assert (folder / "file").read_text() == "before"
+        raise OrionError("it fails.")
+    assert (folder / "file").read_text() == "before"
+    with files.replaced_folder(folder) as new:
+        (new / "file").write_text("after")
+    assert (folder / "file").read_text() == "after"
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+def test_a_second_run_in_a_folder_is_refused_while_the_first_one_lives(tmp_path: Path) -> None:
+    code = """
+import sys, time
+from pathlib import Path
+from orion_triage.files import locked
+with locked(Path(sys.argv[1]), "orion run"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+    run = tmp_path / "runs" / "tiny"
+    first = started(code, run)
+    try:
+        command = [sys.executable, "-m", "orion_triage.cli", "dataset", "--run", str(run)]
+        second = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert second.returncode == 1
+        assert f"is in use by orion run (process {first.pid})" in second.stderr
+        assert "Traceback" not in second.stderr
+        assert [path.name for path in run.iterdir()] == [".lock"]
+    finally:
+        first.kill()
+        first.wait()
+    with files.locked(run, "this"), files.locked(run, "this, again"):
+        pass
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*checkpointing.* is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Paged optimizers:UserWarning")
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(
+    small_base: Path, small_dataset: Path, tmp_path: Path
+) -> None:
+    settings = FineTuneSettings(
+        micro_batch_size=8, gradient_accumulation_steps=1, epochs=3, learning_rate=1e-2, gradient_checkpointing=False
+    )
+    work = tmp_path / "work"
+    straight = fine_tune.run(small_base, small_dataset, tmp_path / "straight", work, settings, 256)
+    names = ["checkpoint-3", "checkpoint-6", "checkpoint-9"]
+    assert sorted(path.name for path in (work / "checkpoints").iterdir()) == names
+    newest = work / "checkpoints" / names[-1] / "adapter_model.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[-1] ^= 1
+    newest.write_bytes(data)
+    again = fine_tune.run(small_base, small_dataset, tmp_path / "again", work, settings, 256)
+    assert again["resumed_from_step"] == 6
+    assert again["eval_losses"] == pytest.approx(straight["eval_losses"], rel=1e-4)
+    (work / "checkpoints" / names[-1] / fine_tune.HASHES_FILE).unlink()  # as a kill before the last write leaves it
+    assert fine_tune.run(small_base, small_dataset, tmp_path / "third", work, settings, 256)["resumed_from_step"] == 6
+
+
+# --- bits -----------------------------------------------------------------------------------------------------------
+
+
+def test_verify_names_a_flipped_bit_a_lost_file_and_a_new_one(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("one")
+    (tmp_path / "b").write_text("two")
+    manifest.write_manifest(tmp_path, stage="x", settings={}, inputs={}, seconds=0)
+    assert manifest.damaged(tmp_path) == []
+    (tmp_path / "a").write_text("ona")
+    (tmp_path / "b").unlink()
+    (tmp_path / "c").write_text("three")
+    a, b, c = manifest.damaged(tmp_path)
+    assert "a has sha256" in a
+    assert "b is missing" in b
+    assert "c was not there" in c
+
+
+def test_a_hash_that_is_kept_does_not_outlive_the_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    for text in ("one", "two", "six"):  # of one length, within one tick of the file system's clock
+        path.write_text(text)
+        assert files.sha256_of_file(path) == files.sha256_of_text(text)
+    time.sleep(0.1)
+    assert files.sha256_of_file(path) == files.sha256_of_file(path) == files.sha256_of_text("six")
+    path.write_text("ten")
+    assert files.sha256_of_file(path) == files.sha256_of_text("ten")
+
+
+# --- servers --------------------------------------------------------------------------------------------------------
+
+PROPS = {"model_path": "a.gguf", "build_info": "b1", "chat_template": "t", "media_marker": "<__media__>"}
+
+
+class Liar(BaseHTTPRequestHandler):
+    """A llama.cpp server as far as /props goes; `how` says what it does to a question."""
+
+    how = ""
+    props = PROPS
+    asked = 0
+
+    def do_GET(self) -> None:
+        self.say(200, {"status": "ok"} if self.path == "/health" else self.props)
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path == "/tokenize":
+            return self.say(200, {"tokens": TOKENS.pop(0) if TOKENS else [1]})
+        Liar.asked += 1
+        good = {"content": "x", "tokens_predicted": 1, "stop_type": "eos"}
+        body = json.dumps(good).encode()
+        match Liar.how:
+            case "login page":
+                self.say(200, b"<html>Sign in</html>", "text/html")
+            case "cut JSON":
+                self.say(200, body[: len(body) // 2])
+            case "reset":
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+                self.connection.close()
+            case "reset in the middle":
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body[:5])
+                self.wfile.flush()
+                self.connection.close()
+            case "gigabytes":
+                self.send_response(200)
+                self.end_headers()
+                with suppress(OSError):  # hung up on
+                    for _ in range(1000):
+                        self.wfile.write(b" " * 1_000_000)
+            case "drip":
+                self.send_response(200)
+                self.end_headers()
+                with suppress(OSError):
+                    while True:
+                        self.wfile.write(b" ")
+                        time.sleep(0.05)
+            case "no content":
+                self.say(200, {"choices": []})
+            case "deep":
+                self.say(200, b"[" * 100_000)
+            case "swapped":
+                Liar.props = PROPS | {"model_path": "b.gguf"}
+                self.say(200, good)
+            case status:
+                self.say(int(status), {"error": "no"})
+        return None
+
+    def say(self, status: int, value: Any, kind: str = "application/json") -> None:
+        body = value if isinstance(value, bytes) else json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+TOKENS: list[list[int]] = []
+
+
+@contextmanager
+def liar(how: str) -> Iterator[str]:
+    Liar.how, Liar.props, Liar.asked = how, PROPS, 0
+    TOKENS[:] = [[9], [9, 1], [9, 2], [9, 3]]  # of the cue, and of the three labels after it
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Liar)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("login page", "no JSON object but text/html: '<html>Sign in"),
+        ("cut JSON", "no JSON object"),
+        ("reset", "broke off"),
+        ("reset in the middle", "broke off"),
+        ("gigabytes", "more than 20 MB"),
+        ("drip", "has not finished its answer after 1 s"),
+        ("no content", "no content"),
+        ("deep", "no JSON object"),
+        ("swapped", r"it no longer serves a\.gguf"),
+        ("400", "answered 400"),
+        ("401", r"refuses the key \(401\)"),
+        ("429", "answered 429"),
+        ("500", "answered 500"),
+    ],
+)
+def test_no_lie_of_a_server_is_counted_as_an_answer(
+    how: str, said: str, drawn_questions: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, prompts = drawn_questions(1)
+    monkeypatch.setattr(llama_server.Client.__init__, "__kwdefaults__", {"timeout_seconds": 1.0})
+    with liar(how) as url:
+        shared = SharedBackend([connect(url, "", 96)], pause_seconds=0)
+        began = time.monotonic()
+        with pytest.raises(ServerError, match=f"no server is left: {url}: .*{said}.*go on with the same command"):
+            shared.answer(images, prompts)
+        assert time.monotonic() - began < 20
+        assert Liar.asked == (
+            2 if how == "swapped" else 3
+        )  # the image and the question, once; three tries of the first
+
+
+def test_a_server_that_is_still_loading_is_waited_for_and_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama_server, "LOADING_SECONDS", 1)
+    with liar("503") as url, pytest.raises(ServerError, match="answered 503"):
+        llama_cpp.Client(url).completion("x", b"", 1)
+    assert Liar.asked > 2
