@@ -7,10 +7,9 @@ verdict's tokens only. The records are trained on as they stand in the file, wit
 import importlib.util
 import json
 import math
-import random
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -416,19 +415,6 @@ def collator(
     return collate
 
 
-def in_order_of_images(records: Sequence[Record], seed: int, epoch: int) -> list[int]:
-    """Places of the records, shuffled by image: those of one image stay together, so that a batch looks at it once.
-
-    Depends on nothing but its arguments, so a resumed epoch has the order of an undisturbed one.
-    """
-    places: dict[str, list[int]] = {}
-    for place, record in enumerate(records):
-        places.setdefault(record.image, []).append(place)
-    images = list(places)
-    random.Random(f"{seed}/{epoch}").shuffle(images)
-    return [place for image in images for place in places[image]]
-
-
 def make_trainer(
     model: Any,
     collate: "Callable[[list[Record]], BatchFeature]",
@@ -440,29 +426,10 @@ def make_trainer(
     checkpoints: Path,
     progress: Progress,
 ) -> "Trainer":
-    from torch.utils.data import Sampler
     from torch.utils.tensorboard import SummaryWriter
     from transformers import Trainer, TrainingArguments
     from transformers.integrations import TensorBoardCallback
     from transformers.trainer_callback import PrinterCallback
-
-    class ImageSampler(Sampler[int]):
-        """`in_order_of_images`, anew each epoch; accelerate tells which it is."""
-
-        epoch = 0
-
-        def set_epoch(self, epoch: int) -> None:
-            self.epoch = epoch
-
-        def __len__(self) -> int:
-            return len(train_records)
-
-        def __iter__(self) -> Iterator[int]:
-            return iter(in_order_of_images(train_records, settings.seed, self.epoch))
-
-    class ByImage(Trainer):  # type: ignore[misc]
-        def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-            return ImageSampler()
 
     steps_an_epoch = math.ceil(
         math.ceil(len(train_records) / settings.micro_batch_size) / settings.gradient_accumulation_steps
@@ -503,7 +470,7 @@ def make_trainer(
         disable_tqdm=True,
         report_to="none",
     )
-    trainer = ByImage(
+    trainer = Trainer(
         model=model,
         args=arguments,
         data_collator=collate,
