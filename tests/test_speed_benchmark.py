@@ -169,7 +169,7 @@ def test_the_commands_get_the_runs_own_settings(speed: Any) -> None:
 
     sets = [
         "base.model=/a folder",
-        "fine_tune.epochs=1",
+        "fine_tune.epochs=2",
         "fine_tune.target_modules=q_proj,v_proj",
         "evaluate.threads=2",
     ]
