@@ -223,12 +223,12 @@ def test_gradients_are_those_of_the_plain_recipe(small_base: Path, small_dataset
 def test_a_tower_that_is_not_trained_is_asked_once_a_frame(
     small_base: Path, small_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from orion_triage.shared_image import SharedImageForConditionalGeneration
+    from orion_triage.shared_image import Lfm2VlForConditionalGeneration
 
     looks: list[int] = []
-    look = SharedImageForConditionalGeneration.look
+    look = Lfm2VlForConditionalGeneration.look
     monkeypatch.setattr(
-        SharedImageForConditionalGeneration, "look", lambda model, **pixels: looks.append(1) or look(model, **pixels)
+        Lfm2VlForConditionalGeneration, "look", lambda model, **pixels: looks.append(1) or look(model, **pixels)
     )
     runs = {}
     for kept in (True, False):

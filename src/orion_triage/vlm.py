@@ -128,7 +128,7 @@ def load_model(
     import torch
     from transformers import BitsAndBytesConfig, GenerationConfig
 
-    from orion_triage.shared_image import SharedImageForConditionalGeneration
+    from orion_triage.shared_image import Lfm2VlForConditionalGeneration
 
     torch_dtype: torch.dtype | str = dtype if dtype == "auto" else getattr(torch, dtype)
     quantization = None
@@ -142,7 +142,7 @@ def load_model(
             llm_int8_skip_modules=KEPT_IN_16_BIT,
         )
     with no_progress_bars():
-        model, loading = SharedImageForConditionalGeneration.from_pretrained(
+        model, loading = Lfm2VlForConditionalGeneration.from_pretrained(
             folder,
             dtype=torch_dtype,
             quantization_config=quantization,
