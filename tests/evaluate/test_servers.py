@@ -1,6 +1,7 @@
 """servers.py: real llama.cpp servers that share the work, and OpenAI's interface."""
 
 import json
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -69,6 +70,8 @@ def test_own_servers_share_a_small_pairs_questions(servers: list[llama_cpp.Serve
     assert models.how_many_servers(settings, 10**9) == (1, None)
     cores = models.how_many_servers(settings, 10**6)
     assert cores[1] == (1 if cores[0] > 1 else None)
+    all_cores = settings.model_copy(update={"threads": len(os.sched_getaffinity(0))})
+    assert models.how_many_servers(all_cores, 10**6) == (1, all_cores.threads)  # never more threads than cores
     chosen = settings.model_copy(update={"servers": 3, "threads": 4})
     assert models.how_many_servers(chosen, 10**9) == (3, 4)
 

@@ -142,7 +142,9 @@ def _served(run: "Run", kind: str, progress: Progress) -> "Iterator[list[Client]
 
 def how_many_servers(settings: "EvaluateSettings", pair_bytes: int) -> tuple[int, int | None]:
     """(servers, threads of each or llama.cpp's own choice)."""
-    count = settings.servers or (len(os.sched_getaffinity(0)) if pair_bytes < SMALL_PAIR_BYTES else 1)
+    cores = len(os.sched_getaffinity(0))
+    shared = max(1, cores // (settings.threads or 1)) if pair_bytes < SMALL_PAIR_BYTES else 1
+    count = settings.servers or shared
     return count, settings.threads or (1 if count > 1 else None)
 
 
