@@ -130,8 +130,8 @@ class EvaluateSettings(Section):
     max_new_tokens: PositiveInt = 96  # longer than every reason of the catalogue; an answer cut here is unparsable
     batch_size: PositiveInt = 32  # answers generated at once; more is faster and takes more memory
     threads: PositiveInt | None = None  # llama.cpp's; empty: its own choice
-    # llama.cpp servers of our own that share the questions, a thread each unless `threads` says more. Empty: as many
-    # as the cores have room for with a pair under 0.1 GB, whose threads would wait for each other more than they compute; one otherwise.
+    # llama.cpp servers of our own that share the questions, a thread each unless `threads` says more. Empty: as many as
+    # the cores have room for with a pair under 0.1 GB, whose threads would wait for each other; one otherwise.
     servers: PositiveInt | None = None
 
 
