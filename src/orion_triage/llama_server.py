@@ -28,7 +28,7 @@ OPTIONS = (
     "--no-webui", "--no-slots",
 )  # fmt: skip
 START_SECONDS = 300
-_NOT_UTF8 = "does not match the expected Content-only format"  # llama.cpp's word for an answer of broken bytes
+_NOT_UTF8 = b"does not match the expected Content-only format"  # llama.cpp's word for an answer of broken bytes
 LOADING_SECONDS = 60  # for which 503 is waited out
 LARGEST_REPLY_BYTES = 20_000_000  # of one answer; the largest of ours has 0.2 MB
 SHOWN_BYTES = 2000  # of a reply that is no answer, in the error
@@ -178,12 +178,7 @@ class Client:
         rest = self.completion(
             prompt, image_png, left, start=text, cache_prompt=True, n_probs=CANDIDATES, grammar=grammars[1], **sampling
         )
-        steps = rest.get("completion_probabilities")
-        if not steps:
-            return text + rest["content"], None
-        listed = {candidate["id"]: candidate["logprob"] for candidate in steps[0]["top_logprobs"]}
-        least = min(listed.values())  # a label beyond the list is no likelier than its last
-        return text + rest["content"], [listed.get(token, least) for token in tokens]
+        return text + rest["content"], first_log_probabilities(rest, tokens)
 
     @property
     def marker(self) -> str:
@@ -233,7 +228,7 @@ class Client:
         text = data[:SHOWN_BYTES].decode("utf-8", "replace")
         if status == 401:
             raise ServerError("the server refuses the key (401).", "Set LLAMA_API_KEY to the server's --api-key.")
-        if status == 500 and _NOT_UTF8 in text:
+        if status == 500 and _NOT_UTF8 in data:
             raise AnswerError("the answer is not UTF-8.", "Decode greedily, or under the grammar.")
         if status != 200:
             raise ServerError(f"{path} answered {status}: {text[:200]!r}.", "See the server's log.")
@@ -276,6 +271,19 @@ class Client:
             raise ServerError(
                 f"the server at {self.base_url} broke off: {type(error).__name__} {error}.", "See its log."
             ) from None
+
+
+def first_log_probabilities(reply: dict[str, Any], tokens: Sequence[int]) -> list[float] | None:
+    """The log-probabilities of `tokens` where a reply's first token stands; None from a reply that lists none.
+
+    They are the model's own, from before the grammar; a token beyond the list is no likelier than its last.
+    """
+    steps = reply.get("completion_probabilities")
+    if not steps:
+        return None
+    listed = {candidate["id"]: candidate["logprob"] for candidate in steps[0]["top_logprobs"]}
+    least = min(listed.values())
+    return [listed.get(token, least) for token in tokens]
 
 
 class Server:

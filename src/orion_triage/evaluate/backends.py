@@ -192,6 +192,7 @@ class VerdictOnlyBackend:
 
     def _answer(self, image: "Image.Image", prompt: str) -> Answer:
         from orion_triage.frames import Frame
+        from orion_triage.llama_server import first_log_probabilities
 
         png = Frame(image, image.size).png()
         self._client.prime(png)
@@ -199,10 +200,7 @@ class VerdictOnlyBackend:
         said = [category for category in CATEGORIES if reply["content"] and category.startswith(reply["content"][0])]
         if not said:  # a server that ignores the grammar
             return Answer(VERDICT_START + reply["content"])
-        # The server lists the model's own probabilities, from before the grammar; beyond the list none is likelier.
-        steps = reply.get("completion_probabilities") or [{"top_logprobs": []}]
-        listed = {candidate["id"]: candidate["logprob"] for candidate in steps[0]["top_logprobs"]}
-        found = [listed.get(token, min(listed.values())) for token in self._labels] if listed else None
+        found = first_log_probabilities(reply, self._labels)
         return Answer.scored(Verdict("", said[0]).to_json(), found)
 
 
