@@ -1,5 +1,6 @@
 """What a kill, a second run, a flipped bit or a lying server may not do."""
 
+import errno
 import json
 import signal
 import socket
@@ -17,10 +18,25 @@ import pytest
 
 from orion_triage import files, fine_tune, llama_cpp, llama_server, manifest, quantize, vlm
 from orion_triage.config import FineTuneSettings, QuantizeSettings
-from orion_triage.errors import OrionError, ServerError
+from orion_triage.errors import OrionError, ServerError, obstacle
 from orion_triage.evaluate.servers import SharedBackend, connect
 
 WAIT_SECONDS = 30
+# A command that has begun to write into the run folder that it is given, and does not end by itself.
+WAITING = """
+import sys, time
+from pathlib import Path
+from orion_triage import cli
+from orion_triage.files import locked, replaced_folder, temporary_folder
+def wait(run: Path):
+    with locked(run, "x"), temporary_folder(run, "ladder"), replaced_folder(run / "made") as new:
+        (new / "file").write_text("half")
+        print("begun", flush=True)
+        time.sleep(600)
+cli.app.command()(wait)
+sys.argv = ["orion", "wait", sys.argv[1]]
+cli.main()
+"""
 
 
 def started(code: str, *words: object) -> "subprocess.Popen[str]":
@@ -135,6 +151,25 @@ with locked(Path(sys.argv[1]), "orion run"):
         pass
 
 
+@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGINT])
+def test_a_command_that_is_ended_leaves_nothing_half_written(tmp_path: Path, kill: signal.Signals) -> None:
+    ended = started(WAITING, tmp_path / "run")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir())[0].startswith(".ladder-")
+    ended.send_signal(kill)
+    assert ended.wait(WAIT_SECONDS) == 128 + kill
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+def test_whoever_comes_next_clears_what_a_killed_run_left(tmp_path: Path) -> None:
+    killed = started(WAITING, tmp_path / "run")
+    killed.kill()
+    killed.wait(WAIT_SECONDS)
+    left = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert len(left) == 3  # the lock's file, the folder that was filled, the temporary one
+    with files.locked(tmp_path / "run", "next"):
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
 # --- training -------------------------------------------------------------------------------------------------------
 
 
@@ -159,6 +194,29 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(
     assert again["eval_losses"] == pytest.approx(straight["eval_losses"], rel=1e-4)
     (work / "checkpoints" / names[-1] / fine_tune.HASHES_FILE).unlink()  # as a kill before the last write leaves it
     assert fine_tune.run(small_base, small_dataset, tmp_path / "third", work, settings, 256)["resumed_from_step"] == 6
+
+
+# --- disks ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_the_operating_system_refuses_is_one_line(tmp_path: Path) -> None:
+    full = obstacle(OSError(errno.ENOSPC, "No space left on device", "/a/b"))
+    assert full is not None
+    assert full.message == "/a/b: No space left on device."
+    assert full.fix.startswith("Free some space")
+    nameless = obstacle(OSError(errno.EIO, "Input/output error"))
+    assert nameless is not None
+    assert nameless.message == "Input/output error."
+    with pytest.raises(OSError, match="Not a directory") as raised:
+        (tmp_path / "file").touch() or (tmp_path / "file" / "x").read_text()
+    locked_out = obstacle(raised.value)
+    assert locked_out is not None
+    assert locked_out.fix == "Check the path and its permissions."
+    rust = obstacle(RuntimeError("I/O error: No space left on device (os error 28)"))
+    assert rust is not None
+    assert "the disk took no more" in rust.message
+    assert obstacle(ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")) is None
+    assert obstacle(ValueError("ours")) is None
 
 
 # --- bits -----------------------------------------------------------------------------------------------------------

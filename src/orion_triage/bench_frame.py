@@ -11,7 +11,6 @@ import os
 import platform
 import re
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from orion_triage import llama_cpp, manifest, quantize
 from orion_triage.errors import OrionError, ServerError
 from orion_triage.evaluate.backends import LlamaCppBackend, ask_for_category
+from orion_triage.files import locked, temporary_folder
 from orion_triage.frames import Frame, shrink
 from orion_triage.llama_server import OPTIONS
 from orion_triage.pipeline import CONSTRAINED, VERDICT_ONLY
@@ -139,8 +139,8 @@ def run(
     left_out: list[str] = []
     in_flight: dict[str, float] = {}
     for one, setups in zip(runs, plans, strict=True):
-        with tempfile.TemporaryDirectory(dir=one.folder, prefix=".bench-") as temporary:
-            files = _Files(one, toolchain, Path(temporary))
+        with locked(one.folder, "orion bench-frame"), temporary_folder(one.folder, "bench") as temporary:
+            files = _Files(one, toolchain, temporary)
             tokens = 0
             for setup in setups:
                 change = changed(setups[0], setup)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from orion_triage import __version__, card, llama_cpp, manifest, operating_point, quantize
 from orion_triage.errors import OrionError
 from orion_triage.evaluate.backends import Answer
-from orion_triage.files import replaced_folder, require_free_space, sha256_of_file, write_bytes, write_text
+from orion_triage.files import locked, replaced_folder, require_free_space, sha256_of_file, write_bytes, write_text
 from orion_triage.frames import CAMERA_SIZE, Frame, is_blank, read_frame, shrink
 from orion_triage.llama_server import CANDIDATES, OPTIONS
 from orion_triage.progress import Progress, silent
@@ -60,7 +60,7 @@ def run(run: "Run", out: Path, progress: Progress = silent) -> dict[str, Any]:
     names = (quantize.QUANTIZED, quantize.MMPROJ, quantize.PAIR)
     require_free_space(out.parent, sum((run.gguf / name).stat().st_size for name in names) + 20_000_000, "the bundle")
     toolchain = llama_cpp.find_toolchain(progress)
-    with replaced_folder(out) as folder:
+    with locked(run.folder, "orion bundle"), replaced_folder(out) as folder:
         for path in [*(run.gguf / name for name in names), *card.licence_files(run.gguf)]:
             shutil.copyfile(path, folder / path.name)
         quantize.check_pair(folder)

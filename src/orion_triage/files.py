@@ -1,4 +1,7 @@
-"""Writing without half-written results: temporary file, flush, rename."""
+"""Writing without half-written results: temporary file, flush, rename.
+
+What is temporary has a hidden name that ends in `.partial`, so that what a kill leaves behind can be told apart.
+"""
 
 import fcntl
 import hashlib
@@ -39,10 +42,13 @@ def sha256_of_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+PARTIAL = ".partial"
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace `path` by `data` in one step; a reader sees the old bytes or the new ones."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
@@ -62,7 +68,7 @@ def write_text(path: Path, text: str) -> None:
 @contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its place when the block ends without an error."""
-    temporary, old = (folder.with_name(f".{folder.name}.{word}") for word in ("partial", "old"))
+    temporary, old = (folder.with_name(f".{folder.name}{suffix}") for suffix in (PARTIAL, ".old"))
     shutil.rmtree(temporary, ignore_errors=True)
     if old.exists() and not folder.exists():  # killed between the two renames below
         os.replace(old, folder)
@@ -81,6 +87,22 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         os.replace(temporary, folder)
 
 
+@contextmanager
+def temporary_folder(parent: Path, name: str) -> Iterator[Path]:
+    """A folder in `parent` for the length of the block."""
+    with tempfile.TemporaryDirectory(dir=parent, prefix=f".{name}-", suffix=PARTIAL) as folder:
+        yield Path(folder)
+
+
+def _clear_leftovers(folder: Path) -> None:
+    """Delete what killed owners of the folder were writing; nobody else may be writing there now."""
+    for path in [path for path in folder.rglob(f".*{PARTIAL}") if not path.is_symlink()]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 _held: set[Path] = set()
 
 
@@ -88,7 +110,8 @@ _held: set[Path] = set()
 def locked(folder: Path, purpose: str) -> Iterator[None]:
     """Have the folder to ourselves for the length of the block; the lock goes with its process, however that ends.
 
-    Blocks of one process may stand inside each other. Raises OrionError when another process has the folder.
+    What an owner before us left half-written is deleted first. Blocks of one process may stand inside each other.
+    Raises OrionError when another process has the folder.
     """
     path = folder.resolve() / ".lock"
     if path in _held:
@@ -109,6 +132,7 @@ def locked(folder: Path, purpose: str) -> Iterator[None]:
         file.flush()
         _held.add(path)
         try:
+            _clear_leftovers(path.parent)
             yield
         finally:
             _held.remove(path)

@@ -110,21 +110,20 @@ def through_verdict_only(model: str) -> Evaluation:
 @contextmanager
 def _served(run: "Run", kind: str, progress: Progress) -> "Iterator[list[Client]]":
     """Servers with the pair, or with a quantization that is made for the occasion and deleted after it."""
-    import tempfile
-
     from orion_triage import llama_cpp, quantize
+    from orion_triage.files import temporary_folder
 
     toolchain = llama_cpp.find_toolchain(progress)
     logs = run.folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=run.folder, prefix=".ladder-") as temporary:
+    with temporary_folder(run.folder, "ladder") as temporary:
         if kind == "pair":
             backbone, mmproj = quantize.find_pair(run.pair)
         else:
             quantize.check_pair(run.gguf)
             backbone, mmproj = run.gguf / quantize.F16, run.gguf / quantize.MMPROJ
             if kind != "F16":
-                target = Path(temporary) / f"{kind}.gguf"
+                target = temporary / f"{kind}.gguf"
                 progress(f"quantizing to {kind}", 0, 1)
                 llama_cpp.quantize(toolchain, backbone, target, kind)
                 backbone = target
