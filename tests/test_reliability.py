@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from orion_triage import files, fine_tune, llama_cpp, llama_server, manifest, quantize, vlm
@@ -168,6 +169,36 @@ def test_whoever_comes_next_clears_what_a_killed_run_left(tmp_path: Path) -> Non
     assert len(left) == 3  # the lock's file, the folder that was filled, the temporary one
     with files.locked(tmp_path / "run", "next"):
         assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+@pytest.mark.llama_cpp
+def test_our_server_answers_nobody_else(pair: Path, tmp_path: Path) -> None:
+    tools = llama_cpp.find_toolchain()
+    with llama_cpp.Server(tools, pair / quantize.QUANTIZED, None, log=tmp_path / "server.log") as server:
+        url, process = server.client.base_url, server._process
+        assert process is not None
+        port = int(url.rpartition(":")[2])
+        lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        listening = [line[1] for line in lines if line[3] == "0A" and line[1].endswith(f":{port:04X}")]
+        assert listening == [f"0100007F:{port:04X}"]  # 127.0.0.1 and nothing else
+        key = server.client._http.headers["Authorization"].removeprefix("Bearer ")
+        assert len(key) >= 32
+        assert key not in Path(f"/proc/{process.pid}/cmdline").read_text()
+        assert key not in (tmp_path / "server.log").read_text()
+        page = {"Origin": "https://example.org"}
+        body = {"prompt": "x", "n_predict": 1}
+        for path in ("/completion", "/v1/chat/completions", "/tokenize", "/props"):
+            assert httpx.post(url + path, json=body, headers=page).status_code == 401
+        with_key = page | {"Authorization": f"Bearer {key}"}
+        answer = httpx.post(url + "/completion", json=body, headers=with_key)
+        assert answer.status_code == 200
+        assert answer.headers["Access-Control-Allow-Origin"] == "none"
+        asked = httpx.request("OPTIONS", url + "/completion", headers=page)
+        assert asked.headers["Access-Control-Allow-Origin"] == "none"
+        assert asked.headers["Access-Control-Allow-Credentials"] == "false"
+        assert httpx.get(url + "/slots", headers=with_key).status_code in (404, 501)
+        assert httpx.post(url + "/props", json={}, headers=with_key).status_code in (404, 501)
+        assert httpx.get(url + "/", headers=with_key).status_code == 404
 
 
 # --- training -------------------------------------------------------------------------------------------------------
