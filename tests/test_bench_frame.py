@@ -20,7 +20,6 @@ from orion_triage.config import load_settings
 from orion_triage.errors import OrionError, ServerError
 from orion_triage.evaluate.run import read_predictions
 from orion_triage.frames import Frame, read_frame, shrink
-from orion_triage.llama_server import OPTIONS
 from orion_triage.pipeline import DECODINGS, VERDICT_ONLY, Run
 from orion_triage.records import image_path, read_split
 from orion_triage.triage import render_prompt
@@ -146,7 +145,7 @@ def test_an_image_out_of_the_cache_is_not_taken_for_an_encoded_one(finished: Pat
     gguf, log = finished / "runs" / "small" / "gguf", tmp_path / "server.log"
     image = shrink(structured_picture(1), 256)
     png, prompt = Frame(image, image.size).png(), render_prompt(None)
-    options = [*OPTIONS, *bench_frame._LOGGING]
+    options = bench_frame._options(bench_frame.Setup(256, "Q4_K_M"))
     tools = llama_cpp.find_toolchain()
     with llama_cpp.Server(
         tools, gguf / quantize.QUANTIZED, gguf / quantize.MMPROJ, log=log, threads=1, options=options

@@ -47,7 +47,7 @@ _WORDS = {  # what may be asked for, and how it is said
 }
 BUSY = 0.5  # cores that other programs keep busy, from which on the seconds are theirs too
 # The level at which the server's log has a time stamp before and after each image is encoded.
-_LOGGING = ("--log-verbosity", "4", "--log-timestamps", "--log-prefix")
+_VERBOSITY = "4"
 _STAMP = r"^(\d+)\.(\d\d)\.(\d\d\d)\.(\d\d\d) \S .*"  # minutes.seconds.milliseconds.microseconds
 _ENCODING, _ENCODED = (re.compile(_STAMP + what) for what in ("encoding mtmd batch", "decoding image batch 1/"))
 # As many tokens of an answer as are asked for: its beginning, then a reason that does not end.
@@ -287,10 +287,16 @@ class _Files:
 
 def _serve(run: "Run", toolchain: "Toolchain", backbone: Path, mmproj: Path, setup: Setup) -> "Server":
     """A server as in flight, but for what `setup` changes; its log says when each image was encoded."""
-    options = [*OPTIONS, *_LOGGING]
-    options[options.index("--flash-attn") + 1] = "on" if setup.flash_attention else "off"
     log, threads = run.folder / "logs" / LOG, run.settings.evaluate.threads
-    return llama_cpp.Server(toolchain, backbone, mmproj, log=log, threads=threads, options=options)
+    return llama_cpp.Server(toolchain, backbone, mmproj, log=log, threads=threads, options=_options(setup))
+
+
+def _options(setup: Setup) -> list[str]:
+    """llama-server's, with time stamps."""
+    options = [*OPTIONS, "--log-timestamps", "--log-prefix"]
+    options[options.index("--flash-attn") + 1] = "on" if setup.flash_attention else "off"
+    options[options.index("--log-verbosity") + 1] = _VERBOSITY
+    return options
 
 
 class _Asked:

@@ -23,10 +23,10 @@ CONTEXT_TOKENS = 2048  # a frame takes under 600; the model's own 128,000 would 
 IMAGE_CACHE_MIB = 256  # the default of 8 GiB grows with every image
 # Evaluation, triage and flight serve alike. Flash attention off and one slot: faster for the tower's head size, and the
 # numbers do not depend on load. No page, no slots, and no origin of a web page that a browser would let read an answer
-# ("none" is no origin): what was asked is nobody else's business.
+# ("none" is no origin): what was asked is nobody else's business. Warnings only: a line a request fills a disk.
 OPTIONS = (
     "--parallel", "1", "--ctx-size", str(CONTEXT_TOKENS), "--cache-ram", str(IMAGE_CACHE_MIB), "--flash-attn", "off",
-    "--no-webui", "--no-slots", "--cors-origins", "none", "--no-cors-credentials",
+    "--no-webui", "--no-slots", "--cors-origins", "none", "--no-cors-credentials", "--log-verbosity", "2",
 )  # fmt: skip
 START_SECONDS = 300
 _NOT_UTF8 = b"does not match the expected Content-only format"  # llama.cpp's word for an answer of broken bytes

@@ -1,0 +1,108 @@
+"""A whole run that is small enough to be broken again and again: the shipped base, 36 drawn places, every stage.
+
+What kills.py and disk_faults.py have in common: that run, and what must be equal of two of them.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from orion_triage.config import Settings, load_settings
+from orion_triage.dataset.catalogue import load_catalogue
+from orion_triage.dataset.collect import csv_text
+from orion_triage.files import PARTIAL, write_text
+from orion_triage.manifest import read_manifest
+from orion_triage.pipeline import Run, stages, verify
+
+MORPHOLOGIES = ("ocean_water", "urban_grid", "mega_airport")  # one of each category
+PLACES_OF_EACH = 12
+EPOCHS = 3  # and a checkpoint after each
+LARGEST_LOSS_DIFFERENCE = 1e-4  # of the loss, where a training is not the same to the bit
+TIMES = {"seconds"}  # what may differ between two answers to one question
+ORION = [sys.executable, "-m", "orion_triage.cli"]
+
+
+def assignments(folder: Path) -> list[str]:
+    return [
+        f"dataset.catalogue={folder / 'places.csv'}",
+        "dataset.split_distance_km=20",  # so that so few places still fill three splits
+        f"fine_tune.epochs={EPOCHS}",
+    ]
+
+
+def prepare_places(folder: Path) -> Settings:
+    """Write the run's catalogue into `folder`; returns the run's settings."""
+    rows = []
+    for morphology in MORPHOLOGIES:
+        for target in [one for one in load_catalogue() if one.morphology == morphology][:PLACES_OF_EACH]:
+            assert target.coordinates is not None
+            rows.append(
+                {
+                    "name": target.name,
+                    "category": target.category,
+                    "morphology": target.morphology,
+                    "lon": target.coordinates.lon,
+                    "lat": target.coordinates.lat,
+                    "reason": target.reason,
+                }
+            )
+    write_text(folder / "places.csv", csv_text(tuple(rows[0]), rows))
+    return load_settings("tiny", assignments(folder))
+
+
+def command(name: str, run: Run, folder: Path, *more: str) -> list[str]:
+    """`orion NAME` on the run, whose places are in `folder`."""
+    words = [word for value in assignments(folder) for word in ("--set", value)]
+    return [*ORION, *name.split(), "--run", str(run.folder), *words, *more]
+
+
+def differences(undisturbed: Run, disturbed: Run) -> list[str]:
+    """What a disturbed run made otherwise, damaged or left lying about; empty when nothing was lost."""
+    found = [line for lines in verify(disturbed).values() for line in lines]
+    for stage in stages(undisturbed.settings):
+        before, after = (read_manifest(stage.folder(run)) for run in (undisturbed, disturbed))
+        assert before is not None
+        if after is None:
+            found.append(f"{stage.name} has no receipt")
+            continue
+        for name in sorted(before.outputs.keys() | after.outputs.keys()):
+            paths = [stage.folder(run) / name for run in (undisturbed, disturbed)]
+            if before.outputs.get(name) != after.outputs.get(name) and not same_but_for_time(*paths):
+                found.append(f"{stage.name}: {name} differs")
+    return found + [f"{path} was left behind" for path in leftovers(disturbed.folder)]
+
+
+def leftovers(folder: Path) -> Iterator[Path]:
+    """Temporary files and folders, and the work files of evaluations that have finished."""
+    return (path for path in folder.rglob(".*") if path.name != ".lock")
+
+
+def half_written(folder: Path) -> list[Path]:
+    return sorted(folder.rglob(f".*{PARTIAL}"))
+
+
+def same_but_for_time(before: Path, after: Path) -> bool:
+    """Whether two files of answers or losses say the same, seconds left out; False for any other file."""
+    if not before.is_file() or not after.is_file():
+        return False
+    if before.suffix == ".jsonl":
+        return answers(before) == answers(after)
+    if before.name == "loss_log.json":
+        logs = [json.loads(path.read_text(encoding="utf-8")) for path in (before, after)]
+        if len(logs[0]) != len(logs[1]):
+            return False
+        pairs = [
+            (one[key], other.get(key, float("nan")))
+            for one, other in zip(*logs, strict=True)
+            for key in ("loss", "eval_loss")
+            if key in one
+        ]
+        return all(abs(one - other) <= LARGEST_LOSS_DIFFERENCE * abs(one) for one, other in pairs)
+    return False
+
+
+def answers(path: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
