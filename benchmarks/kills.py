@@ -30,7 +30,8 @@ import small_run
 from orion_triage.files import write_text
 from orion_triage.fine_tune import CHECKPOINTS, HASHES_FILE
 from orion_triage.manifest import read_manifest
-from orion_triage.pipeline import WORK_FOLDER, Run, stages
+from orion_triage.pipeline import WORK_FOLDER, Run, open_run, stages
+from orion_triage.records import IMAGES_FOLDER
 
 RESULTS = Path(__file__).parent / "results" / "kills.json"
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
@@ -93,33 +94,30 @@ def newest_checkpoint(run: Run) -> int:
 class Torture:
     """One folder to work in, one undisturbed run to compare with, and what was found."""
 
-    def __init__(self, folder: Path, seed: int, environment: dict[str, str]) -> None:
-        self.folder, self.environment = folder, environment
+    def __init__(self, folder: Path, undisturbed: Run, seed: int, environment: dict[str, str]) -> None:
+        self.folder, self.environment, self.undisturbed = folder, environment, undisturbed
         self.choice, self.signals = random.Random(seed), cycle(SIGNALS)
-        self.settings = small_run.prepare_places(folder)
-        self.undisturbed = Run(folder / "undisturbed", self.settings)
+        self.settings = undisturbed.settings
         self.kills: list[Kill] = []
         self.losses: list[str] = []
         self.rounds = 0
-        self.steps_lost = 0
 
     def begin(self) -> None:
-        """The undisturbed run, and how long its steps take."""
-        words = small_run.command("run", self.undisturbed, self.folder)
-        self._complete(words)
-        began = time.monotonic()
-        self._complete(self._triage_words(self.undisturbed))
+        """The undisturbed run, if it is not there yet, and how long the triage takes."""
+        self._complete(small_run.command("run", self.undisturbed))
+        verdicts, began = self.folder / "verdicts.jsonl", time.monotonic()
+        self._complete(self._triage_words(self.undisturbed, verdicts))
         self.triage_seconds = time.monotonic() - began
 
     def steps(self, run: Run) -> list[Step]:
-        words = small_run.command("run", run, self.folder)
+        words = small_run.command("run", run)
         steps, before = [], ""
         for stage in stages(self.settings):
             receipt = read_manifest(stage.folder(self.undisturbed))
             assert receipt is not None
             steps.append(Step(stage.name, words, before, receipt.seconds))
             before = f"\n{stage.name}: "
-        return [*steps, Step(TRIAGE, self._triage_words(run), "", self.triage_seconds)]
+        return [*steps, Step(TRIAGE, self._triage_words(run, run.folder / "verdicts.jsonl"), "", self.triage_seconds)]
 
     def round(self, most: int, only: list[str]) -> None:
         """Kill each step once, let each finish, and compare; `most` kills."""
@@ -128,17 +126,17 @@ class Torture:
         had = 0
         for step in self.steps(run):
             if step.name == TRIAGE:
-                self._complete(small_run.command("run", run, self.folder))
+                self._complete(small_run.command("run", run))
                 self._compare_training(run, had)
             if most and step.name in (only or [step.name]):
                 self._kill(step, run)
                 most -= 1
                 had = newest_checkpoint(run) if step.name == "fine-tune" else had
-        self._complete(self._triage_words(run))
+        verdicts = run.folder / "verdicts.jsonl"
+        self._complete(self._triage_words(run, verdicts))
         self.losses += small_run.differences(self.undisturbed, run)
-        verdicts = [self._verdicts(one) for one in (self.undisturbed, run)]
-        if not small_run.same_but_for_time(*verdicts):
-            self.losses.append(f"{TRIAGE}: {verdicts[1]} differs")
+        if not small_run.same_but_for_time(self.folder / "verdicts.jsonl", verdicts):
+            self.losses.append(f"{TRIAGE}: {verdicts} differs")
         temporary = list(Path(self.environment["TMPDIR"]).iterdir())
         self.losses += [f"{path} was left behind" for path in temporary]
         self.rounds += 1
@@ -189,13 +187,10 @@ class Torture:
         if done.returncode:
             raise SystemExit(f"{' '.join(words[2:6])} failed: {done.stderr[-1000:]}")
 
-    def _verdicts(self, run: Run) -> Path:
-        return run.folder / "verdicts.jsonl"
-
-    def _triage_words(self, run: Run) -> list[str]:
+    def _triage_words(self, run: Run, out: Path) -> list[str]:
         """Of the undisturbed run's frames in both, so that the lines are the same."""
-        frames = self.undisturbed.dataset / "orion_dataset" / "images"
-        return [*small_run.ORION, TRIAGE, str(frames), "--run", str(run.folder), "--out", str(self._verdicts(run))]
+        frames = self.undisturbed.dataset / IMAGES_FOLDER
+        return [*small_run.ORION, TRIAGE, str(frames), "--run", str(run.folder), "--out", str(out)]
 
 
 def main() -> None:
@@ -203,6 +198,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=75)
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--only", nargs="+", default=[], metavar="STAGE", help="'evaluate base', fuse, triage, ...")
+    parser.add_argument("--run", type=Path, help="an undisturbed run of this size to compare with (default: made here)")
     parser.add_argument("--folder", type=Path, default=Path("runs/kills"), help="what is worked in; emptied first")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -210,7 +206,11 @@ def main() -> None:
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "tmp").mkdir(parents=True)
     began = time.monotonic()
-    torture = Torture(folder, arguments.seed, {**os.environ, "TMPDIR": str(folder / "tmp")})
+    if arguments.run:
+        undisturbed = open_run(arguments.run)
+    else:
+        undisturbed = Run(folder / "undisturbed", small_run.prepare_places(folder))
+    torture = Torture(folder, undisturbed, arguments.seed, {**os.environ, "TMPDIR": str(folder / "tmp")})
     torture.begin()
     print(f"undisturbed: {time.monotonic() - began:.0f} s", flush=True)
     while len(torture.kills) < arguments.kills:

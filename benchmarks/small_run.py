@@ -24,11 +24,12 @@ TIMES = {"seconds"}  # what may differ between two answers to one question
 ORION = [sys.executable, "-m", "orion_triage.cli"]
 
 
-def assignments(folder: Path) -> list[str]:
+def assignments(settings: Settings) -> list[str]:
+    """What of the tiny preset is not as shipped, in a run of this size."""
     return [
-        f"dataset.catalogue={folder / 'places.csv'}",
-        "dataset.split_distance_km=20",  # so that so few places still fill three splits
-        f"fine_tune.epochs={EPOCHS}",
+        f"dataset.catalogue={settings.dataset.catalogue}",
+        f"dataset.split_distance_km={settings.dataset.split_distance_km}",
+        f"fine_tune.epochs={settings.fine_tune.epochs}",
     ]
 
 
@@ -49,12 +50,16 @@ def prepare_places(folder: Path) -> Settings:
                 }
             )
     write_text(folder / "places.csv", csv_text(tuple(rows[0]), rows))
-    return load_settings("tiny", assignments(folder))
+    path = folder / "places.csv"
+    # The distance is so small that so few places fill three splits.
+    return load_settings(
+        "tiny", [f"dataset.catalogue={path}", "dataset.split_distance_km=20", f"fine_tune.epochs={EPOCHS}"]
+    )
 
 
-def command(name: str, run: Run, folder: Path, *more: str) -> list[str]:
-    """`orion NAME` on the run, whose places are in `folder`."""
-    words = [word for value in assignments(folder) for word in ("--set", value)]
+def command(name: str, run: Run, *more: str) -> list[str]:
+    """`orion NAME` on the run."""
+    words = [word for value in assignments(run.settings) for word in ("--set", value)]
     return [*ORION, *name.split(), "--run", str(run.folder), *words, *more]
 
 

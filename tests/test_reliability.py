@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -225,6 +226,57 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(
     assert again["eval_losses"] == pytest.approx(straight["eval_losses"], rel=1e-4)
     (work / "checkpoints" / names[-1] / fine_tune.HASHES_FILE).unlink()  # as a kill before the last write leaves it
     assert fine_tune.run(small_base, small_dataset, tmp_path / "third", work, settings, 256)["resumed_from_step"] == 6
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers:UserWarning")
+def test_a_loss_that_is_no_number_stops_training_and_names_the_last_good_checkpoint(
+    small_base: Path, small_dataset: Path, tmp_path: Path
+) -> None:
+    sound = FineTuneSettings(micro_batch_size=8, gradient_accumulation_steps=1, epochs=1, gradient_checkpointing=False)
+    settings = sound.model_copy(update={"learning_rate": 1e30})
+    with pytest.raises(OrionError, match=r"loss is (nan|inf) at step \d of 3; there is no checkpoint yet") as raised:
+        fine_tune.run(small_base, small_dataset, tmp_path / "out", tmp_path / "work", settings, 256)
+    assert "Lower fine_tune.learning_rate" in raised.value.fix
+    assert not (tmp_path / "out").exists()
+    checkpoints = tmp_path / "checkpoints"
+    for step, whole in ((3, True), (6, False)):
+        (checkpoints / f"checkpoint-{step}").mkdir(parents=True)
+        (checkpoints / f"checkpoint-{step}" / fine_tune.HASHES_FILE).write_text("{}" if whole else "")
+    watch = fine_tune._watch(lambda *_: None)
+    state = SimpleNamespace(global_step=7, max_steps=9)
+    with pytest.raises(OrionError, match=r"eval_loss is nan at step 7 of 9; the last good checkpoint is .*-3\."):
+        watch.on_log(SimpleNamespace(output_dir=str(checkpoints)), state, None, {"eval_loss": float("nan")})
+    assert (checkpoints / "checkpoint-6").exists()  # only a training that goes on clears up
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits its own address space")
+def test_a_full_memory_says_which_setting_takes_less(small_base: Path, small_dataset: Path, tmp_path: Path) -> None:
+    code = """
+import resource, sys
+from pathlib import Path
+from orion_triage import fine_tune
+from orion_triage.config import FineTuneSettings
+from orion_triage.errors import OrionError
+base, dataset, out = map(Path, sys.argv[1:])
+settings = FineTuneSettings(micro_batch_size=8, gradient_accumulation_steps=1, epochs=1, gradient_checkpointing=False)
+make_trainer = fine_tune.make_trainer
+def limited(*arguments):
+    trainer = make_trainer(*arguments)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 20_000_000,) * 2)
+    return trainer
+fine_tune.make_trainer = limited
+try:
+    fine_tune.run(base, dataset, out / "out", out / "work", settings, 256)
+except OrionError as error:
+    print(error.message, "|", error.fix)
+"""
+    command = [sys.executable, "-c", code, str(small_base), str(small_dataset), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "fine-tuning: memory is full: " in done.stdout, done.stderr[-2000:]
+    assert (
+        "| Set fine_tune.micro_batch_size=4 and fine_tune.gradient_accumulation_steps=2: the same steps." in done.stdout
+    )
 
 
 # --- disks ----------------------------------------------------------------------------------------------------------

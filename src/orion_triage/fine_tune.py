@@ -96,6 +96,7 @@ def run(
     if four_bit and device == "cpu":
         model = vlm.expand_four_bit(model)
 
+    _remove_damaged(checkpoints)
     resume_from = _last_checkpoint(checkpoints)
     resumed_step = int(resume_from.name.rsplit("-", 1)[1]) if resume_from else 0
     with warnings.catch_warnings():
@@ -112,10 +113,10 @@ def run(
         )
         try:
             trained = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-        except torch.OutOfMemoryError as error:
-            raise OrionError(
-                f"fine-tuning: the GPU's memory is full: {str(error).splitlines()[0]}", _smaller(settings)
-            ) from None
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and _CPU_MEMORY_FULL not in str(error):
+                raise
+            raise OrionError(f"fine-tuning: memory is full: {str(error).splitlines()[0]}", _smaller(settings)) from None
         weights_of_all = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # with FSDP, all put theirs together
     log = _losses(trainer)
 
@@ -231,6 +232,9 @@ def fill_gpu(
     return as_set
 
 
+_CPU_MEMORY_FULL = "can't allocate memory"  # torch's word; on a GPU it has an error of its own
+
+
 def _smaller(settings: FineTuneSettings) -> str:
     """Which setting takes less memory next, with the same records a step."""
     size, count = settings.micro_batch_size, settings.gradient_accumulation_steps
@@ -302,18 +306,29 @@ def _prepare_work_folder(
         write_text(receipt, fingerprint)
 
 
+def _checkpoints_in(checkpoints: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether every file has the hash that was written last."""
+    try:
+        hashes = json.loads((checkpoint / HASHES_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(hashes == hash_outputs(checkpoint, without=HASHES_FILE))
+
+
 def _last_checkpoint(checkpoints: Path) -> Path | None:
-    """The newest whole checkpoint: every file has the hash that was written last. What is not whole is removed."""
-    found = sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
-    for folder in reversed(found):
-        try:
-            hashes = json.loads((folder / HASHES_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            hashes = None
-        if hashes == hash_outputs(folder, without=HASHES_FILE):
-            return folder
-        shutil.rmtree(folder)
-    return None
+    return next((folder for folder in reversed(_checkpoints_in(checkpoints)) if _is_whole(folder)), None)
+
+
+def _remove_damaged(checkpoints: Path) -> None:
+    """A checkpoint that a kill cut, or whose bits changed: its steps are done again, into an empty folder."""
+    for folder in _checkpoints_in(checkpoints):
+        if not _is_whole(folder):
+            shutil.rmtree(folder)
 
 
 def decode_frames(
