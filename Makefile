@@ -2,6 +2,8 @@
 # make test   set up and run all tests
 # make check  lint, types and tests
 # make docs   build the pages in build/docs and check their links
+# make audit  ask the advisory service about every pinned library; a library that it does not know is a failure
+# make torture  kills, failing disks, hostile input, 10,000 frames: what docs/reliability.md shows (an hour)
 # make bench  set up and compare time and memory with the published recipe (on a machine that does nothing else)
 
 PYTHON ?= python3
@@ -9,7 +11,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready-$(shell cat constraints.txt pyproject.toml | sha256sum | cut -c1-16)
 
-.PHONY: run test check docs bench setup clean
+.PHONY: run test check docs audit torture bench setup clean
 
 run: setup
 	$(BIN)/orion toolchain
@@ -29,6 +31,13 @@ docs: setup
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 	$(BIN)/python -m sphinx -b linkcheck docs build/links | sed -n 's/-ignored-/links to/p'
 	@echo "build/docs/index.html"
+
+audit: setup
+	$(BIN)/pip-audit --strict --require-hashes --disable-pip -r constraints.txt
+
+torture: setup
+	test -n "$(wildcard runs/*/gguf/pair.json)" || $(MAKE) run
+	$(BIN)/python benchmarks/torture.py
 
 # ONLY="training frame" does some of them; the rest of the options: benchmarks/speed.py --help
 bench: setup
