@@ -123,11 +123,13 @@ class Torture:
         """Kill each step once, let each finish, and compare; `most` kills."""
         run = Run(self.folder / "disturbed", self.settings)
         shutil.rmtree(run.folder, ignore_errors=True)
+        self._begin_at(run, only)
         had = 0
         for step in self.steps(run):
             if step.name == TRIAGE:
                 self._complete(small_run.command("run", run))
-                self._compare_training(run, had)
+                if not only or "fine-tune" in only:
+                    self._compare_training(run, had)
             if most and step.name in (only or [step.name]):
                 self._kill(step, run)
                 most -= 1
@@ -141,6 +143,13 @@ class Torture:
         self.losses += [f"{path} was left behind" for path in temporary]
         self.rounds += 1
         print(f"round {self.rounds}: {len(self.losses)} losses", flush=True)
+
+    def _begin_at(self, run: Run, only: list[str]) -> None:
+        """What comes before the first step that is killed, as the undisturbed run made it."""
+        for stage in stages(self.settings):
+            if not only or stage.name in only:
+                return
+            shutil.copytree(stage.folder(self.undisturbed), stage.folder(run))
 
     def _kill(self, step: Step, run: Run) -> None:
         """Run until the step has begun, wait a random part of its time, and send a signal."""
@@ -197,7 +206,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=75)
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--only", nargs="+", default=[], metavar="STAGE", help="'evaluate base', fuse, triage, ...")
+    parser.add_argument("--only", nargs="+", default=[], metavar="STAGE", help="fuse, 'evaluate base', triage, ...")
     parser.add_argument("--run", type=Path, help="an undisturbed run of this size to compare with (default: made here)")
     parser.add_argument("--folder", type=Path, default=Path("runs/kills"), help="what is worked in; emptied first")
     parser.add_argument("--results", type=Path, default=RESULTS)
