@@ -540,34 +540,49 @@ def against_earlier(earlier: list[Figures], now: list[Figures]) -> Figures:
 def frame(bench: Bench) -> None:
     run = finished_run(bench)
     own_size = run.settings.base.frame_size
-    for size in [size for size in FRAME_SIZES if size <= own_size]:
-        one_size(bench, run, size)
+    sizes = [size for size in FRAME_SIZES if size <= own_size]
+    for size in sizes:
+        compare_on_frames(bench, run, f"frame-{size}", size, size, run.gguf / quantize.MMPROJ)
+    if bench.toy or len(sizes) == 1:
+        return
+    # Other ways to fly, against the reference at the preset's own size.
+    smaller = bench.folder / f"mmproj_{bench.preset}.gguf"
+    llama_cpp.convert(llama_cpp.find_toolchain(), run.merged, smaller, mmproj=True, outtype="q8_0")
+    for size in dict.fromkeys((sizes[0], sizes[-1])):
+        if size != own_size:
+            compare_on_frames(bench, run, f"frame-{own_size}-at-{size}", own_size, size, run.gguf / quantize.MMPROJ)
+        compare_on_frames(bench, run, f"frame-{own_size}-at-{size}-mmproj-Q8_0", own_size, size, smaller)
+    smaller.unlink()
 
 
-def one_size(bench: Bench, run: Run, size: int) -> None:
-    what = f"frame-{size}"
+def compare_on_frames(bench: Bench, run: Run, what: str, reference_size: int, our_size: int, our_mmproj: Path) -> None:
     folder = bench.folder / f"{what}_{bench.preset}"
     dataset = folder / "dataset"
     write_dataset(run.dataset, {"test": in_turn(read_split(run.dataset, "test"), 2, 2, "test records")}, dataset)
-    pair = {"backbone": run.gguf / quantize.QUANTIZED, "mmproj": run.gguf / quantize.MMPROJ}
+    backbone, mmproj = run.gguf / quantize.QUANTIZED, run.gguf / quantize.MMPROJ
 
-    def side(script: str, name: str) -> Side:
+    def side(script: str, name: str, mmproj: Path, size: int) -> Side:
         def once(number: int) -> Figures:
-            return work(script, "frame", folder / name, **pair, dataset=dataset, size=size)[1]
+            return work(script, "frame", folder / name, backbone=backbone, mmproj=mmproj, dataset=dataset, size=size)[1]
 
         return once
 
-    print(f"frames of {size} px", flush=True)
-    runs = alternate(bench.repeats, side("reference.py", "reference"), side("ours.py", "ours"))
-    checks = [compare_frames(*both) for both in zip(runs["reference"], runs["ours"], strict=True)]
+    print(what, flush=True)
+    runs = alternate(
+        bench.repeats,
+        side("reference.py", "reference", mmproj, reference_size),
+        side("ours.py", "ours", our_mmproj, our_size),
+    )
+    same_image = reference_size == our_size
+    checks = [compare_frames(*both, same_image) for both in zip(runs["reference"], runs["ours"], strict=True)]
     write(
         bench, what, run.settings, runs, {"least_equal_tokens": min(checks), "tokens": len(runs["ours"][0]["tokens"])}
     )
 
 
-def compare_frames(reference: Figures, ours: Figures) -> int:
+def compare_frames(reference: Figures, ours: Figures, same_image: bool) -> int:
     """How many tokens are equal up to the first that is not; raises OrionError when the work is not the same."""
-    for name in ("prompt_tokens", "tokens"):
+    for name in ("prompt_tokens", "tokens") if same_image else ("tokens",):
         counts = [len(row[name]) if isinstance(row[name], list) else row[name] for row in (reference, ours)]
         if counts[0] != counts[1]:
             raise OrionError(f"{name}: {counts[0]} by the reference, {counts[1]} by ours.", "Ask both sides alike.")

@@ -139,11 +139,12 @@ def test_other_answers_are_not_compared(speed: Any) -> None:
 
 def test_another_frame_is_not_compared(speed: Any) -> None:
     one = {"prompt_tokens": 200, "tokens": [1, 2, 3]}
-    assert speed.compare_frames(one, one | {"tokens": [1, 2, 4]}) == 2
+    assert speed.compare_frames(one, one | {"tokens": [1, 2, 4]}, True) == 2
+    assert speed.compare_frames(one, one | {"prompt_tokens": 201}, False) == 3  # of another size on purpose
     with pytest.raises(OrionError, match="prompt_tokens: 200 by the reference, 201 by ours"):
-        speed.compare_frames(one, one | {"prompt_tokens": 201})
+        speed.compare_frames(one, one | {"prompt_tokens": 201}, True)
     with pytest.raises(OrionError, match="tokens: 3 by the reference, 2 by ours"):
-        speed.compare_frames(one, one | {"tokens": [1, 2]})
+        speed.compare_frames(one, one | {"tokens": [1, 2]}, False)
 
 
 def test_ratios_are_ours_over_the_reference_pair_by_pair(speed: Any) -> None:
