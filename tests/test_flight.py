@@ -9,7 +9,7 @@ from PIL import Image
 from orion_triage.errors import OrionError
 from orion_triage.evaluate.backends import Answer
 from orion_triage.evaluate.value import OperatingPoint
-from orion_triage.flight import BLANK_REASON, finished_before, frames_in, triage_files
+from orion_triage.flight import BLANK_REASON, appending, frames_in, left_to_do, triage_files
 from orion_triage.triage import Category, Verdict, render_prompt
 
 from .conftest import structured_picture
@@ -83,14 +83,19 @@ def test_a_folder_means_its_pictures_by_name(tmp_path: Path) -> None:
 
 def test_what_a_stopped_triage_wrote_is_not_done_again(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
-    assert finished_before(out, "p") == {}
+    asked = [Path(name) for name in ("a.png", "b.png", "a.png", "c.png", "a.png")]
+    assert left_to_do(asked, out, "p") == asked
     whole = '{"file": "a.png", "pair": "p"}\n{"file": "b.png", "pair": "p"}\n{"file": "a.png", "pair": "p"}\n'
     out.write_text(whole + '{"file": "c.p')
-    assert finished_before(out, "p") == {"a.png": 2, "b.png": 1}
+    assert [path.name for path in left_to_do(asked, out, "p")] == ["c.png", "a.png"]  # two lines, asked three times
     assert out.read_text() == whole
     with pytest.raises(OrionError, match=r"out\.jsonl:1 was answered by another pair"):
-        finished_before(out, "q")
+        left_to_do(asked, out, "q")
     out.write_text(whole + "x\n")
     with pytest.raises(OrionError, match=r"out\.jsonl:4 is no line of a triage"):
-        finished_before(out, "p")
+        left_to_do(asked, out, "p")
     assert out.read_text() == whole + "x\n"
+    out.write_text(whole)
+    with appending(out) as write:
+        write({"file": "c.png", "pair": "p"})
+        assert out.read_text().endswith('{"file": "c.png", "pair": "p"}\n')  # at once

@@ -4,7 +4,8 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from orion_triage import llama_cpp, quantize
 from orion_triage.errors import FrameError, OrionError
 from orion_triage.evaluate.backends import Backend, LlamaCppBackend
+from orion_triage.files import sha256_of_file, sha256_of_text
 from orion_triage.frames import CAMERA_SIZE, is_blank, read_frame, shrink
 from orion_triage.progress import Progress, silent
 from orion_triage.triage import ANSWER_TOKENS, CATEGORIES, Category, Verdict, parse_verdict, render_prompt
@@ -60,7 +62,43 @@ def to_json(outcome: FrameVerdict) -> dict[str, Any]:
     }
 
 
-def finished_before(out: Path, pair: str) -> Counter[str]:
+def asked_by(gguf: Path, frame_size: int, threshold: float | None, resize: bool, blank_rule: bool) -> str:
+    """A short hash of what answers and how: all lines of one file of results are by the same."""
+    parts = [sha256_of_file(gguf / quantize.PAIR), frame_size, threshold, resize, blank_rule]
+    return sha256_of_text(json.dumps(parts))[:12]
+
+
+def left_to_do(paths: Iterable[Path], out: Path, pair: str) -> list[Path]:
+    """The frames that an interrupted triage has no line for in `out`; a file that is named twice has two lines.
+
+    Raises OrionError when another pair wrote them, or the file is something else.
+    """
+    before = _finished_before(out, pair)
+    left = []
+    for path in paths:
+        before[str(path)] -= 1
+        if before[str(path)] < 0:
+            left.append(path)
+    return left
+
+
+@contextmanager
+def appending(out: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Appends a line at once, so that a stop loses the frame in hand only; without a file, nothing."""
+    if out is None:
+        yield lambda row: None
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("a", encoding="utf-8") as file:
+
+        def write(row: dict[str, Any]) -> None:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+
+        yield write
+
+
+def _finished_before(out: Path, pair: str) -> Counter[str]:
     """How often each file stands in the results of an interrupted triage; what a cut left of a last line is dropped.
 
     Raises OrionError when another pair wrote them, or the file is something else.

@@ -2,8 +2,6 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -66,12 +64,12 @@ def triage(
     run = finished_run(folder, "quantize")
     chosen = operating_point.read(run.folder, run.gguf)
     paths = list(flight.frames_in(files))
-    pair = _asked_by(run, chosen[0].low_threshold if chosen else None, resize, blank_rule) if out else ""
-    before = flight.finished_before(out, pair) if out else Counter()
-    left = [path for path in paths if not _taken(before, str(path))]
+    threshold = chosen[0].low_threshold if chosen else None
+    pair = flight.asked_by(run.gguf, run.settings.base.frame_size, threshold, resize, blank_rule) if out else ""
+    left = flight.left_to_do(paths, out, pair) if out else paths
     counts: Counter[str] = Counter()
     shown: list[Any] = []
-    with progress_bar() as progress, _lines(out) as write:
+    with progress_bar() as progress, flight.appending(out) as write:
         outcomes = flight.triage_with_pair(
             left,
             run.gguf,
@@ -101,37 +99,6 @@ def triage(
         _print_verdicts(shown)
     if counts["refused"]:
         raise typer.Exit(1)
-
-
-def _asked_by(run: Any, threshold: float | None, resize: bool, blank_rule: bool) -> str:
-    """A short hash of what answers and how: lines of one file are all by the same."""
-    from orion_triage.files import sha256_of_file, sha256_of_text
-    from orion_triage.quantize import PAIR
-
-    parts = [sha256_of_file(run.gguf / PAIR), run.settings.base.frame_size, threshold, resize, blank_rule]
-    return sha256_of_text(json.dumps(parts))[:12]
-
-
-def _taken(counts: Counter[str], name: str) -> bool:
-    """Whether one more of this name is done already; a file that is named twice has two lines."""
-    counts[name] -= 1
-    return counts[name] >= 0
-
-
-@contextmanager
-def _lines(out: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Appends a line at once, so that a stop loses the frame in hand only."""
-    if out is None:
-        yield lambda row: None
-        return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("a", encoding="utf-8") as file:
-
-        def write(row: dict[str, Any]) -> None:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-
-        yield write
 
 
 def _print_verdicts(outcomes: list[Any]) -> None:
