@@ -382,6 +382,8 @@ class Liar(BaseHTTPRequestHandler):
                         time.sleep(0.05)
             case "no content":
                 self.say(200, {"choices": []})
+            case "another's answer":
+                self.say(200, good | {"prompt": "user\nAnother question<|im_end|>\n<|im_start|>assistant\n"})
             case "deep":
                 self.say(200, b"[" * 100_000)
             case "swapped":
@@ -431,6 +433,7 @@ def liar(how: str) -> Iterator[str]:
         ("drip", "has not finished its answer after 1 s"),
         ("no content", "no content"),
         ("deep", "no JSON object"),
+        ("another's answer", "the server's reply is to another prompt: .*Another question"),
         ("swapped", r"it no longer serves a\.gguf"),
         ("400", "answered 400"),
         ("401", r"refuses the key \(401\)"),
@@ -449,9 +452,8 @@ def test_no_lie_of_a_server_is_counted_as_an_answer(
         with pytest.raises(ServerError, match=f"no server is left: {url}: .*{said}.*go on with the same command"):
             shared.answer(images, prompts)
         assert time.monotonic() - began < 20
-        assert Liar.asked == (
-            2 if how == "swapped" else 3
-        )  # the image and the question, once; three tries of the first
+        # The image and the question, once, where that is noticed after them; else three tries of what goes wrong.
+        assert Liar.asked == {"swapped": 2, "another's answer": 4}.get(how, 3)
 
 
 def test_a_server_that_is_still_loading_is_waited_for_and_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -216,6 +216,11 @@ class Client:
         reply = self._request("POST", "/completion", body)
         if not isinstance(reply.get("content"), str):
             raise ServerError("the server's reply has no content.", "Is this a llama.cpp server?")
+        answered, asked = reply.get("prompt"), text.partition(self.marker)[2]
+        if isinstance(answered, str) and not answered.endswith(asked):
+            raise ServerError(
+                f"the server's reply is to another prompt: ...{answered[-60:]!r}.", "Is a proxy between, or a cache?"
+            )
         return reply
 
     def _request(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
