@@ -108,6 +108,7 @@ class Torture:
         verdicts, began = self.folder / "verdicts.jsonl", time.monotonic()
         self._complete(self._triage_words(self.undisturbed, verdicts))
         self.triage_seconds = time.monotonic() - began
+        self.usual = self._temporary()  # torch's compiler keeps a folder
 
     def steps(self, run: Run) -> list[Step]:
         words = small_run.command("run", run)
@@ -139,8 +140,7 @@ class Torture:
         self.losses += small_run.differences(self.undisturbed, run)
         if not small_run.same_but_for_time(self.folder / "verdicts.jsonl", verdicts):
             self.losses.append(f"{TRIAGE}: {verdicts} differs")
-        temporary = list(Path(self.environment["TMPDIR"]).iterdir())
-        self.losses += [f"{path} was left behind" for path in temporary]
+        self.losses += [f"{path} was left behind" for path in self._temporary() - self.usual]
         self.rounds += 1
         print(f"round {self.rounds}: {len(self.losses)} losses", flush=True)
 
@@ -183,6 +183,9 @@ class Torture:
         said = log.read_text(errors="replace")
         if "Traceback" in said:
             self.losses.append(f"{step.name}: a traceback after {kind}: {said[-300:]!r}")
+
+    def _temporary(self) -> set[Path]:
+        return set(Path(self.environment["TMPDIR"]).iterdir())
 
     def _compare_training(self, run: Run, had: int) -> None:
         stage = next(stage for stage in stages(self.settings) if stage.name == "fine-tune")
