@@ -23,12 +23,13 @@ from pydantic import (
 )
 
 from orion_triage.errors import OrionError
+from orion_triage.reading import LARGEST_JSON_BYTES, read_text, shown
 
 
 class Section(BaseModel):
-    """Unknown keys are mistakes, and settings do not change."""
+    """Unknown keys are mistakes, and so are nan and inf; settings do not change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class BaseSettings(Section):
@@ -207,15 +208,15 @@ def _describe(problem: Any) -> str:
         return "there is no such key"
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
-    return f"{problem['msg'].lower()} (got {problem['input']!r})"
+    return f"{problem['msg'].lower()} (got {shown(problem['input'])})"
 
 
 def _read_preset(preset: str) -> tuple[dict[str, Any], str]:
     if preset.endswith(".toml"):
-        path = Path(preset)
-        if not path.is_file():
-            raise OrionError(f"{path} does not exist.", "Pass a preset's name or a TOML file.")
-        text, source = path.read_text(encoding="utf-8"), str(path)
+        try:
+            text, source = read_text(Path(preset), LARGEST_JSON_BYTES), preset
+        except FileNotFoundError:
+            raise OrionError(f"{preset} does not exist.", "Pass a preset's name or a TOML file.") from None
     elif preset in preset_names():
         text = (resources.files("orion_triage.presets") / f"{preset}.toml").read_text(encoding="utf-8")
         source = f"preset {preset}"
@@ -225,7 +226,7 @@ def _read_preset(preset: str) -> tuple[dict[str, Any], str]:
         )
     try:
         return tomllib.loads(text), source
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, or a number of too many digits
         raise OrionError(f"{source} is not TOML: {error}.", "Correct the line.") from None
 
 
@@ -233,17 +234,17 @@ def _assign(values: dict[str, Any], assignment: str) -> None:
     key, equals, text = assignment.partition("=")
     parts = key.strip().split(".")
     if not equals or len(parts) != 2 or not all(parts):
-        raise OrionError(f"--set {assignment!r} is not stage.key=value.", "For example --set fine_tune.epochs=4.")
+        raise OrionError(f"--set {shown(assignment)} is not stage.key=value.", "For example --set fine_tune.epochs=4.")
     section = values.setdefault(parts[0], {})
     if not isinstance(section, dict):
-        raise OrionError(f"--set {assignment!r}: {parts[0]} is not a stage.", "See 'orion settings'.")
+        raise OrionError(f"--set {shown(assignment)}: {parts[0]} is not a stage.", "See 'orion settings'.")
     text = text.strip()
     if parts[1] in ("target_modules", "quantizations"):
         section[parts[1]] = [name.strip() for name in text.split(",") if name.strip()]
         return
     try:
         section[parts[1]] = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         section[parts[1]] = text  # a bare word is a string
 
 

@@ -5,14 +5,23 @@ import os
 from collections.abc import Iterator
 
 
+def printable(text: str) -> str:
+    """`text` with escapes for what a terminal would obey or could not encode; line ends stay."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
 class OrionError(Exception):
     """A mistake or an obstacle that the user can act on.
 
     `message` names the file, line and value; `fix` says what to do about it. The command line prints
-    both and exits with status 1; library callers catch this one class.
+    both and exits with status 1; library callers catch this one class. What files and servers of others put into
+    it is made printable, so that no terminal obeys it.
     """
 
     def __init__(self, message: str, fix: str = "") -> None:
+        message, fix = printable(message), printable(fix)
         super().__init__(message if not fix else f"{message} {fix}")
         self.message = message
         self.fix = fix

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from orion_triage.errors import OrionError, RecordError
 from orion_triage.files import write_text
+from orion_triage.reading import LARGEST_TABLE_BYTES, parse_json, read_text, shown
 from orion_triage.triage import (
     CATEGORIES,
     IMAGE_PLACEHOLDER,
@@ -24,12 +25,14 @@ from orion_triage.triage import (
     Verdict,
     parse_prompt,
     parse_verdict,
+    reason_fault,
     render_prompt,
 )
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 IMAGES_FOLDER = "orion_dataset/images"
+_LONGEST_PATH, _LONGEST_NAME = 1024, 255  # characters, and bytes of one part: what file systems take
 FRAMES_TABLE = "frames.csv"  # where every frame comes from; datasets of others may have none
 
 
@@ -73,8 +76,8 @@ def split_path(dataset: Path, split: Split) -> Path:
 def parse_record(line: str) -> Record:
     """The record in one line; raises RecordError with what is wrong and how to mend it."""
     try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(line)
+    except ValueError as error:
         raise RecordError(f"not JSON: {error}.", "One JSON object a line.") from None
     if not isinstance(value, dict) or set(value) != {"image", "conversations"}:
         raise RecordError(
@@ -94,12 +97,16 @@ def parse_record(line: str) -> Record:
 
 def _checked_image(image: Any) -> str:
     if not isinstance(image, str) or not image:
-        raise RecordError(f"image is {image!r}.", "Give the path of a file in the dataset folder.")
+        raise RecordError(f"image is {shown(image)}.", "Give the path of a file in the dataset folder.")
     path = PurePosixPath(image)
     if path.is_absolute() or ".." in path.parts or "\\" in image or "\0" in image:
         raise RecordError(
-            f"image {image!r} leaves the dataset folder.", "Use a path relative to the folder, without '..'."
+            f"image {shown(image)} leaves the dataset folder.", "Use a path relative to the folder, without '..'."
         )
+    if not image.isprintable():  # a terminal would obey some of it, and half a surrogate pair names no file
+        raise RecordError(f"image {shown(image)} has unprintable characters.", "Rename the file.")
+    if len(image) > _LONGEST_PATH or max(len(part.encode()) for part in path.parts or ("",)) > _LONGEST_NAME:
+        raise RecordError(f"image {shown(image)} is longer than a path can be.", "Rename the file.")
     return image
 
 
@@ -123,26 +130,28 @@ def _checked_verdict(answer: str) -> Verdict:
         with contextlib.suppress(ValueError, AttributeError, RecursionError):
             category = json.loads(answer).get("category")
         if category is not None and category not in CATEGORIES:
-            raise RecordError(f"category {category!r} is not one of {', '.join(CATEGORIES)}.", "Correct it.")
+            raise RecordError(f"category {shown(category)} is not one of {', '.join(CATEGORIES)}.", "Correct it.")
         raise RecordError(f"the answer is not a verdict: {answer[:80]!r}.", 'Write {"reason": ..., "category": ...}.')
     if verdict.to_json() != answer:
         raise RecordError(
             f"the answer is not in the verdict's exact form: {answer[:80]!r}.",
             f"Write {verdict.to_json()[:80]}... (reason first, one space after each colon and comma).",
         )
+    if fault := reason_fault(verdict.reason):
+        raise RecordError(f"the reason {shown(verdict.reason)} {fault}.", "Take it out.")
     return verdict
 
 
 def read_records(path: Path) -> list[Record]:
     """All records of one split file; the first bad line is named as `file:line`."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, LARGEST_TABLE_BYTES)
     except FileNotFoundError:
         raise RecordError(
             f"{path} does not exist.", "Build a dataset with 'orion dataset', or pass the right folder."
         ) from None
-    except UnicodeDecodeError as error:
-        raise RecordError(f"{path} is not UTF-8 (byte {error.start}).", "Save it as UTF-8.") from None
+    except OrionError as error:
+        raise RecordError(error.message, error.fix) from None
     records = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -165,8 +174,12 @@ def write_split(dataset: Path, split: Split, records: Iterable[Record]) -> None:
 
 
 def image_path(dataset: Path, record: Record, root: Path | None = None) -> Path:
-    """The record's file; raises RecordError when a link leads out of `root` (the dataset folder)."""
+    """The record's file; raises RecordError when a link leads out of `root` (the dataset folder), or in a circle."""
     path = dataset / record.image
-    if not path.resolve().is_relative_to((root or dataset).resolve()):
+    try:
+        inside = path.resolve().is_relative_to((root or dataset).resolve())
+    except (OSError, RuntimeError, ValueError) as error:
+        raise RecordError(f"{shown(str(path))} is no path to a file: {error}.", "Put the image itself there.") from None
+    if not inside:
         raise RecordError(f"{path} leads out of {dataset}.", "Copy the image into the dataset folder.")
     return path

@@ -140,7 +140,20 @@ GRAMMAR = (
 CATEGORY_GRAMMAR = f'root ::= category "\\"}}"\ncategory ::= {_LABELS}\n'  # of what comes after the cue
 
 
-_FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
+# What the tokenizer reads as the end of a turn, an image or a thought, and never as text.
+_CONTROL = re.compile(r"<\|[^<>|]*\|>|<image>|</?think>")
+
+
+def reason_fault(reason: str) -> str:
+    """Why a reason must not be taught, in words; empty when nothing stands against it."""
+    if found := _CONTROL.search(reason):
+        return f"holds the model's control token {found[0][:40]!r}"
+    if odd := next((character for character in reason if not character.isprintable()), ""):
+        return f"holds the unprintable character {odd!a}"
+    return ""
+
+
+_FENCE = "```"
 
 
 def parse_verdict(answer: str) -> Verdict | None:
@@ -148,11 +161,13 @@ def parse_verdict(answer: str) -> Verdict | None:
 
     Accepted: one JSON object with a string `reason` and a `category` that is exactly one of the three
     labels, alone or in a Markdown code fence (instruction-tuned bases like to add one). A verdict-only answer has
-    the empty reason. Everything else, a cut-off object included, is unparsable and counted as such by the evaluation.
+    the empty reason; of a key given twice the last counts, as everywhere in JSON. Everything else, a cut-off object
+    included, is unparsable and counted as such by the evaluation.
     """
     text = answer.strip()
-    if fence := _FENCE.fullmatch(text):
-        text = fence[1]
+    # By hand: the pattern for it takes time by the square of the blanks that somebody's server may send.
+    if len(text) >= 2 * len(_FENCE) and text.startswith(_FENCE) and text.endswith(_FENCE):
+        text = text[len(_FENCE) : -len(_FENCE)].removeprefix("json").strip()
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):

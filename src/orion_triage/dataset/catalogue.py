@@ -6,9 +6,9 @@ file is told at once, each with its line (GeoJSON: its feature) and value. A col
 """
 
 import csv
-import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from orion_triage.errors import OrionError
+from orion_triage.reading import LARGEST_TABLE_BYTES, parse_json, read_text, shown
 from orion_triage.records import Split
-from orion_triage.triage import CATEGORIES, LONGEST_REASON, Category, Coordinates
+from orion_triage.triage import CATEGORIES, LONGEST_REASON, Category, Coordinates, reason_fault
 
 COLUMNS = ("name", "category", "morphology", "lon", "lat", "reason")
 # The morphologies that can be drawn. Real imagery may have any others.
@@ -72,24 +73,33 @@ def read_rows(source: Path | Traversable) -> Iterator[Row]:
     """The rows of a CSV, JSONL or GeoJSON file, all values as text; raises OrionError where it is none of these."""
     name = str(source)
     try:
-        text = source.read_text(encoding="utf-8-sig")
+        if isinstance(source, Path):
+            text = read_text(source, LARGEST_TABLE_BYTES, "utf-8-sig")
+        else:  # the shipped one
+            text = source.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise OrionError(f"{name} does not exist.", "Give the path of a catalogue: CSV, JSONL or GeoJSON.") from None
-    except UnicodeDecodeError as error:
-        raise OrionError(f"{name} is not UTF-8 (byte {error.start}).", "Save it as UTF-8.") from None
-    except OSError as error:
-        raise OrionError(f"{name} cannot be read: {error.strerror}.", "Check the path.") from None
     suffix = Path(name).suffix.lower()
     if suffix in (".geojson", ".json"):
         yield from _geojson_rows(text, name)
     elif suffix == ".jsonl":
         yield from _jsonl_rows(text, name)
     else:
-        reader = csv.DictReader(text.splitlines())
+        yield from _csv_rows(text, name)
+
+
+def _csv_rows(text: str, name: str) -> Iterator[Row]:
+    reader = csv.DictReader(text.splitlines())
+    try:
+        columns = Counter(reader.fieldnames or ())
+        if repeated := [column for column, count in columns.items() if count > 1]:
+            raise OrionError(f"{name}: the header has the column {shown(repeated[0])} twice.", "Leave one of them.")
         for row in reader:
             if None in row:
                 raise OrionError(f"{name}: line {reader.line_num} has more cells than the header.", "Quote commas.")
             yield f"line {reader.line_num}", {key: (value or "").strip() for key, value in row.items()}
+    except csv.Error as error:
+        raise OrionError(f"{name}: line {reader.line_num}: not CSV: {error}.", "Correct it.") from None
 
 
 def _jsonl_rows(text: str, name: str) -> Iterator[Row]:
@@ -120,13 +130,17 @@ def _geojson_rows(text: str, name: str) -> Iterator[Row]:
 
 def _json(text: str, place: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text)
+    except ValueError as error:
         raise OrionError(f"{place}: not JSON: {error}.", "Correct it.") from None
 
 
 def _texts(values: Mapping[str, Any]) -> dict[str, str]:
-    return {key: "" if value is None else str(value).strip() for key, value in values.items()}
+    """Every value as a cell of a table; a list or an object is none."""
+    return {
+        key: "" if value is None or isinstance(value, (list, dict)) else str(value).strip()
+        for key, value in values.items()
+    }
 
 
 def targets_of(rows: Iterable[Row], source: str, *, drawable: bool = True, with_positions: bool = True) -> list[Target]:
@@ -161,23 +175,25 @@ def _problems(row: Mapping[str, str], seen: Mapping[str, str], drawable: bool) -
     problems = []
     name, category, morphology = (row.get(column, "") for column in ("name", "category", "morphology"))
     if not re.fullmatch(r"[a-z0-9_]+", name):
-        problems.append(f"name {name!r} has characters other than a-z, 0-9 and _")
+        problems.append(f"name {shown(name)} has characters other than a-z, 0-9 and _")
     if name in seen:
         problems.append(f"name {name!r} is already on {seen[name]}")
     if category not in CATEGORIES:
-        problems.append(f"category {category!r} is not one of {', '.join(CATEGORIES)}")
+        problems.append(f"category {shown(category)} is not one of {', '.join(CATEGORIES)}")
     elif drawable and morphology not in MORPHOLOGIES[Category(category)]:
         drawn = ", ".join(MORPHOLOGIES[Category(category)])
-        problems.append(f"morphology {morphology!r} is not one of those drawn for {category}: {drawn}")
+        problems.append(f"morphology {shown(morphology)} is not one of those drawn for {category}: {drawn}")
     elif not re.fullmatch(r"[a-z0-9_]+", morphology):
-        problems.append(f"morphology {morphology!r} has characters other than a-z, 0-9 and _")
+        problems.append(f"morphology {shown(morphology)} has characters other than a-z, 0-9 and _")
     if (split := row.get("split", "")) and split.lower() not in SPLIT_NAMES:
-        problems.append(f"split {split!r} is not one of {', '.join(SPLIT_NAMES)}")
+        problems.append(f"split {shown(split)} is not one of {', '.join(SPLIT_NAMES)}")
     reason = row.get("reason", "")
     if not reason:
         problems.append("the reason is empty")
     if len(reason) > LONGEST_REASON:
         problems.append(f"the reason has {len(reason)} characters; an answer has room for {LONGEST_REASON}")
+    if fault := reason_fault(reason):
+        problems.append(f"the reason {fault}")
     return problems
 
 
@@ -190,7 +206,7 @@ def _position_problems(row: Mapping[str, str]) -> list[str]:
             values[column] = math.nan
     lon, lat = values["lon"], values["lat"]
     problems = [
-        f"{column} {row.get(column, '')!r} is not a number within -{limit}..{limit}"
+        f"{column} {shown(row.get(column, ''))} is not a number within -{limit}..{limit}"
         for column, limit in (("lon", 180), ("lat", 90))
         if not abs(values[column]) <= limit
     ]

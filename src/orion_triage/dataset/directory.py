@@ -13,6 +13,8 @@ from orion_triage.dataset.catalogue import SPLIT_NAMES, Row, read_rows, targets_
 from orion_triage.dataset.geotiff import GEOTIFF_SUFFIXES, GeoTiff
 from orion_triage.dataset.sources import Absent, Picture, Shot
 from orion_triage.errors import OrionError
+from orion_triage.frames import LARGEST_BYTES
+from orion_triage.reading import read_bytes, shown
 from orion_triage.triage import CATEGORIES, Category
 
 TABLE_SUFFIXES = (".csv", ".jsonl", ".geojson")
@@ -70,7 +72,7 @@ class Directory:
                     geotiff = GeoTiff.read(path)
                     yield Picture(geotiff.png(), geotiff.metres_per_pixel)
                 else:
-                    yield Picture(path.read_bytes(), None)
+                    yield Picture(read_bytes(path, LARGEST_BYTES), None)
             except (OrionError, OSError) as error:
                 yield Absent("failed", str(error))
 
@@ -147,7 +149,7 @@ def _picture(folder: Path, file_name: str) -> Path:
     """The row's file; one without a suffix may be any kind of picture. Raises OrionError for none, or one outside."""
     posix = PurePosixPath(file_name)
     if not file_name or posix.is_absolute() or ".." in posix.parts or "\0" in file_name:
-        raise OrionError(f"file_name {file_name!r} is no path in the folder")
+        raise OrionError(f"file_name {shown(file_name)} is no path in the folder")
     path = folder / posix
     candidates = (
         [path]

@@ -8,7 +8,6 @@ from pathlib import PurePosixPath
 from orion_triage.dataset.facts import Entry, Finding, Severity
 from orion_triage.triage import CATEGORIES, LONGEST_REASON, Coordinates
 
-_CONTROL = re.compile(r"<\|[^<>|]*\|>|<image>|</?think>")
 _UNSAYABLE = re.compile(r"[^ !#-\[\]-~]")  # outside triage.GRAMMAR's reason
 _ANSWER = re.compile(rf"\b({'|'.join(CATEGORIES)})\b", re.IGNORECASE)
 _WORD = re.compile(r"[^\W\d_]{3,}")
@@ -54,8 +53,6 @@ def _reason_faults(reason: str) -> Iterator[tuple[Severity, str, str, str]]:
     if len(reason) > LONGEST_REASON:
         message = f"has {len(reason)} characters, more than the {LONGEST_REASON} that the flight grammar can say."
         yield "error", "reason-length", message, "Shorten it."
-    if found := _CONTROL.search(reason):
-        yield "error", "control-token", f"holds the model's control token {found[0]}.", "Take it out."
     if odd := sorted(set(_UNSAYABLE.findall(reason))):
         characters = " ".join(ascii(character) for character in odd[:5])
         message = f"has characters that the flight grammar cannot say: {characters}."
