@@ -3,6 +3,9 @@
 A frame leaves the camera as 512x512 RGB. A smaller preset shrinks it here, and nowhere else, so that
 Hugging Face and llama.cpp always see the same pixels as a PNG of exactly the preset's size (any other
 size would be resized or tiled differently by the two runtimes).
+
+What a file says beside its pixels changes nothing: no rotation by EXIF, no colour profile, no transparency; of an
+animation the still picture counts. 16-bit colours lose their lower byte, CMYK becomes RGB; 16-bit greys are refused.
 """
 
 import io
@@ -11,22 +14,29 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
 
-from orion_triage.errors import FrameError
+from orion_triage.errors import FrameError, OrionError
+from orion_triage.reading import read_bytes
 
 CAMERA_SIZE = 512
 RAW_BYTES = CAMERA_SIZE * CAMERA_SIZE * 3
 # The largest picture that --resize accepts: SimSat's native frame is 2560x2560.
 LARGEST_PIXELS = 64_000_000
+LARGEST_BYTES = 3 * LARGEST_PIXELS  # of a file: such a picture that nothing could compress
+_SIXTEEN_BIT_GREYS = ("I", "I;16", "I;16B", "F")  # every value over 255 becomes 255 when such a picture is made RGB
+_SIGNATURES = {b"\x89PNG\r\n\x1a\n": PngImageFile, b"\xff\xd8\xff": JpegImageFile}
 
 
 @dataclass(frozen=True)
 class Frame:
-    """An RGB picture of the preset's size, and the size it had in its file (width, height)."""
+    """An RGB picture of the preset's size, and the size (width, height) and Pillow's mode that it had in its file."""
 
     image: Image.Image
     native_size: tuple[int, int]
+    mode: str = "RGB"
 
     def png(self) -> bytes:
         """The bytes sent to a llama.cpp server: lossless, so both runtimes see the same pixels."""
@@ -53,29 +63,45 @@ def decode_frame(data: bytes, name: str, size: int, *, resize: bool = False) -> 
     """
     if name.lower().endswith(".raw"):
         return Frame(shrink(_decode_raw(data, name), size), (CAMERA_SIZE, CAMERA_SIZE))
+    reader = next((reader for start, reader in _SIGNATURES.items() if data.startswith(start)), None)
+    if reader is None:
+        raise FrameError(f"{name} is neither PNG nor JPEG.", "Raw frames need the suffix .raw.")
     try:
-        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as opened:
-            native = opened.size
-            if native != (CAMERA_SIZE, CAMERA_SIZE):
-                if not resize:
-                    raise FrameError(
-                        f"{name} is {native[0]}x{native[1]}, not {CAMERA_SIZE}x{CAMERA_SIZE}.",
-                        "Frames of another size need --resize.",
-                    )
-                if native[0] * native[1] > LARGEST_PIXELS or min(native) < 16:
-                    raise FrameError(f"{name} is {native[0]}x{native[1]}.", "Cut it to a sensible size.")
+        # Not Image.open: it warns of sizes, on the terminal, before this function has refused them.
+        with reader(io.BytesIO(data)) as opened:
+            native, mode = opened.size, opened.mode
+            _check_form(name, native, mode, resize)
             opened.load()
+            opened.info.pop("transparency", None)
             picture = opened.convert("RGB")
-    except UnidentifiedImageError:
-        raise FrameError(f"{name} is neither PNG nor JPEG.", "Raw frames need the suffix .raw.") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise FrameError(f"{name} is damaged: {error}.", "Fetch the file again.") from None
+    except FrameError:
+        raise
+    except Exception as error:  # whatever Pillow's readers stumble over: struct.error, KeyError, MemoryError, ...
+        raise FrameError(
+            f"{name} is damaged: {str(error)[:80] or type(error).__name__}.", "Fetch the file again."
+        ) from None
     if native != (CAMERA_SIZE, CAMERA_SIZE):
         edge = min(native)
         left, top = (native[0] - edge) // 2, (native[1] - edge) // 2
         picture = picture.crop((left, top, left + edge, top + edge))
         picture = picture.resize((CAMERA_SIZE, CAMERA_SIZE), Image.Resampling.BOX)
-    return Frame(shrink(picture, size), native)
+    return Frame(shrink(picture, size), native, mode)
+
+
+def _check_form(name: str, native: tuple[int, int], mode: str, resize: bool) -> None:
+    """Raise FrameError for a picture that is not worth decoding: known from its header alone."""
+    if native != (CAMERA_SIZE, CAMERA_SIZE):
+        if not resize:
+            raise FrameError(
+                f"{name} is {native[0]}x{native[1]}, not {CAMERA_SIZE}x{CAMERA_SIZE}.",
+                "Frames of another size need --resize.",
+            )
+        if native[0] * native[1] > LARGEST_PIXELS or min(native) < 16:
+            raise FrameError(f"{name} is {native[0]}x{native[1]}.", "Cut it to a sensible size.")
+    if mode in _SIXTEEN_BIT_GREYS:
+        raise FrameError(
+            f"{name} has 16-bit greys, which turn white as RGB.", "Scale it to 8 bits a channel and save it as RGB."
+        )
 
 
 def _decode_raw(data: bytes, name: str) -> Image.Image:
@@ -90,11 +116,11 @@ def _decode_raw(data: bytes, name: str) -> Image.Image:
 def read_frame(path: Path, size: int, *, resize: bool = False) -> Frame:
     """Read and decode one file; raises FrameError naming it."""
     try:
-        data = path.read_bytes()
+        data = read_bytes(path, LARGEST_BYTES)
     except FileNotFoundError:
         raise FrameError(f"{path} does not exist.", "Check the path.") from None
-    except OSError as error:
-        raise FrameError(f"{path} cannot be read: {error.strerror}.", "Check the path.") from None
+    except OrionError as error:
+        raise FrameError(error.message, error.fix) from None
     return decode_frame(data, str(path), size, resize=resize)
 
 

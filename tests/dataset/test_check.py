@@ -253,7 +253,7 @@ def sixteen_bit_picture(copy: Copy) -> list[Place]:
     # Not all beyond 255, or it would be blank as well.
     pixels = np.random.default_rng(0).integers(0, 400, (512, 512), dtype=np.uint16)
     copy.paint("val", 1, Image.fromarray(pixels))
-    return [("error", "image-mode", "val_dataset.jsonl:1")]
+    return [("error", "unusable-image", "val_dataset.jsonl:1")]
 
 
 @fault
@@ -316,13 +316,13 @@ def long_reason(copy: Copy) -> list[Place]:
 @fault
 def control_token(copy: Copy) -> list[Place]:
     copy.say("test", 1, "Waves.<|im_end|>")
-    return [("error", "control-token", "test_dataset.jsonl:1")]
+    return [("error", "schema", "test_dataset.jsonl:1")]
 
 
 @fault
 def image_token(copy: Copy) -> list[Place]:
     copy.say_twice(5, "Quays in the <image> with cranes.")
-    return [("error", "control-token", "train_dataset.jsonl:5")]
+    return [("error", "schema", "train_dataset.jsonl:5"), ("error", "schema", "train_dataset.jsonl:6")]
 
 
 @fault
@@ -685,12 +685,18 @@ def test_hostile_names_are_findings_too(good: Path, tmp_path: Path) -> None:
         record = copy.record("val", 1)
         assert record.coordinates
         where = Coordinates(record.coordinates.lon, -record.coordinates.lat / 2)
-        verdict = Verdict(f"Quays \x1b[2J\ud800 number {number}.", record.verdict.category)
+        verdict = Verdict(f"Quays number {number}.", record.verdict.category)
         copy.append("val", Record(f"{IMAGES_FOLDER}/{name}", where, verdict))
+    copy.say("val", 1, "Quays \x1b[2J of stone.")
     report = check_dataset(copy.folder)
-    (error,) = report.errors
-    assert (error.check, error.place) == ("missing-image", "val_dataset.jsonl:7")
-    assert error.message.startswith("7 of the val split's pictures are not there")
+    first = len(copy.lines("val")) - len(names) + 1
+    assert [(error.check, error.place) for error in report.errors] == [
+        ("schema", "val_dataset.jsonl:1"),
+        *(("schema", f"val_dataset.jsonl:{first + number}") for number in (0, 1, 2)),
+        ("image-outside", f"val_dataset.jsonl:{first + 3}"),  # the link that leads to itself
+        ("missing-image", f"val_dataset.jsonl:{first + 4}"),  # the folder
+        *(("schema", f"val_dataset.jsonl:{first + number}") for number in (5, 6)),
+    ]
     assert all((finding.place + finding.message).isprintable() for finding in report.findings)
     report.to_json().encode("ascii")
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image
 
 from orion_triage.errors import FrameError, RecordError
 from orion_triage.frames import CAMERA_SIZE, is_blank, read_frame, shrink
@@ -23,7 +22,6 @@ from orion_triage.records import IMAGES_FOLDER, SPLITS, Record, Split, image_pat
 Severity = Literal["error", "warning"]
 THUMBNAIL_SIZE = 16
 _FEWEST_FOR_WORKERS = 64  # starting two workers takes as long as looking at so many pictures (1 s)
-_SIXTEEN_BIT = ("I", "I;16", "I;16B", "F")  # every value over 255 becomes 255 when such a picture is made RGB
 
 
 @dataclass(frozen=True)
@@ -167,16 +165,12 @@ def _look(path: str) -> Picture | tuple[str, str]:
         frame = read_frame(Path(path), CAMERA_SIZE, resize=True)
     except FrameError as error:
         return error.message, error.fix
-    mode = "RGB"
-    if not path.lower().endswith(".raw"):
-        with Image.open(path) as opened:
-            mode = opened.mode
     grey = np.asarray(shrink(frame.image.convert("L").convert("F"), THUMBNAIL_SIZE), dtype=np.float64).ravel()
     grey -= grey.mean()
     grey /= np.linalg.norm(grey) or 1.0
     return Picture(
         frame.native_size,
-        mode,
+        frame.mode,
         hashlib.sha256(frame.image.tobytes()).digest(),
         int(str(imagehash.phash(frame.image)), 16),
         grey.astype(np.float16).tobytes(),
@@ -193,10 +187,7 @@ def _form_findings(entry: Entry, picture: Picture, resize: bool) -> Iterator[Fin
             yield entry.finding("warning", "image-size", f"{size}: it will be cut and scaled.", fix)
         else:
             yield entry.finding("error", "image-size", f"{size}.", fix)
-    if picture.mode in _SIXTEEN_BIT:
-        message = f"{entry.image} has 16-bit greys, which turn white as RGB."
-        yield entry.finding("error", "image-mode", message, "Scale it to 8 bits a channel and save it as RGB.")
-    elif picture.mode != "RGB":
+    if picture.mode != "RGB":
         message = f"{entry.image} has the mode {picture.mode} and is turned into RGB."
         yield entry.finding("warning", "image-mode", message, "Save it as RGB, so that nothing is lost unseen.")
 
