@@ -1,6 +1,7 @@
 """Checkpoints in the Hub's layout, written tensor by tensor: a large model is never in memory as a whole."""
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING
 from orion_triage.errors import OrionError
 from orion_triage.files import write_text
 from orion_triage.progress import Progress, silent
+from orion_triage.reading import read_object, shown
 
 if TYPE_CHECKING:
     import torch
@@ -63,11 +65,14 @@ def check_names(folder: Path) -> None:
 
     names: set[str] = set()
     for path in folder.glob("*.safetensors"):
+        if not path.is_file():  # a pipe would be waited for
+            raise OrionError(f"{path} is no regular file.", "Fetch it again.")
         try:
             with safe_open(path, "np") as file:  # the header only: "pt" would import torch before anything needs it
                 names.update(file.keys())
         except (SafetensorError, OSError) as error:
             raise OrionError(f"{path} is damaged: {error}.", "Fetch it again.") from None
+    _check_index(folder)
     for landmark in _LANDMARKS:
         if landmark not in names:
             end = ".".join(landmark.split(".")[-2:])
@@ -78,6 +83,25 @@ def check_names(folder: Path) -> None:
                 f"{folder} has no tensor {landmark!r}; there is {instead}.",
                 "Use the published checkpoint: llama.cpp's converter knows no other names. One that transformers saved "
                 "itself may have been renamed by its version; the tested ones are in constraints.txt.",
+            )
+
+
+def _check_index(folder: Path) -> None:
+    """Raise OrionError when the index of the shards names anything but SafeTensors files of the folder."""
+    path = folder / "model.safetensors.index.json"
+    try:
+        files = read_object(path).get("weight_map")
+    except FileNotFoundError:
+        return
+    for name in files.values() if isinstance(files, dict) else [files]:
+        # transformers would open a file of another kind by unpickling it, and one of another folder too
+        if (
+            not isinstance(name, str)
+            or not re.fullmatch(r"[\w.-]+\.safetensors", name)
+            or not (folder / name).is_file()
+        ):
+            raise OrionError(
+                f"{path} names {shown(name)}, which is no SafeTensors file in {folder}.", "Fetch the model again."
             )
 
 

@@ -23,6 +23,7 @@ from orion_triage.files import replaced_folder, require_free_space, write_text
 from orion_triage.fine_tune import BASE_FILE
 from orion_triage.frames import read_frame
 from orion_triage.progress import Progress, silent
+from orion_triage.reading import read_object
 from orion_triage.records import Record, image_path, read_split
 
 if TYPE_CHECKING:
@@ -154,11 +155,11 @@ def _check_base(base: Path, adapter: Path, frame_size: int) -> list[str]:
     """Warnings about where the adapter comes from; raises OrionError when it was trained on another base."""
     path = adapter / BASE_FILE
     try:
-        made_from = json.loads(path.read_text(encoding="utf-8"))
+        made_from = read_object(path)
         sha256, trained_size = made_from["sha256"], made_from["frame_size"]
     except FileNotFoundError:
         return [f"{adapter} has no {BASE_FILE}: only the shapes show that it belongs to {vlm.base_name(base)}"]
-    except (ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
         raise OrionError(f"{path} is damaged: {error!r}.", "Fine-tune again.") from None
     if sha256 != vlm.fingerprint(base):
         raise OrionError(
@@ -232,11 +233,14 @@ def _write_weights(
 
 def _write_config(base: Path, dtype: str, folder: Path) -> None:
     """The base's configuration with the merged weights' type; llama.cpp's converter asks for the architecture."""
-    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config = read_object(base / "config.json")
     for section in (config, config["text_config"], config["vision_config"]):
         section.pop("torch_dtype", None)
+        section.pop("auto_map", None)  # where code of the base's author would be found
         section["dtype"] = dtype
-    config["text_config"].setdefault("architectures", ["Lfm2ForCausalLM"])
+    # The base's own word is not taken: for some architectures the converter runs code that a folder brings along.
+    config["architectures"] = ["Lfm2VlForConditionalGeneration"]
+    config["text_config"]["architectures"] = ["Lfm2ForCausalLM"]
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     generation = base / "generation_config.json"
     if generation.is_file():

@@ -13,7 +13,9 @@ from orion_triage.card import base_of, write_card
 from orion_triage.config import QuantizeSettings
 from orion_triage.errors import OrionError
 from orion_triage.files import replaced_folder, require_free_space, sha256_of_file, write_text
+from orion_triage.gguf_header import read_integers
 from orion_triage.progress import Progress, silent
+from orion_triage.reading import read_object
 from orion_triage.vlm import fingerprint
 
 F16, MMPROJ, QUANTIZED = "orion-f16.gguf", "orion-mmproj-f16.gguf", "orion-q4_k_m.gguf"
@@ -104,7 +106,7 @@ def check_tokenization(client: llama_cpp.Client, merged: Path, prompts: Sequence
     """Compare the chat turn of every prompt between llama.cpp and transformers; returns how many were."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(merged)
+    tokenizer = AutoTokenizer.from_pretrained(merged, trust_remote_code=False)
     for prompt in prompts:
         text = f"<|im_start|>user\n\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
         theirs, ours = client.tokenize(text), tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -139,10 +141,10 @@ def find_pair(folder: Path) -> tuple[Path, Path]:
             "Run 'orion quantize' first, or pass a folder or a Hub id with the two files.",
         )
     width, projected = (
-        _number(backbones[0], "lfm2.embedding_length"),
-        _number(projectors[0], "clip.vision.projection_dim"),
+        read_integers(backbones[0]).get("lfm2.embedding_length"),
+        read_integers(projectors[0]).get("clip.vision.projection_dim"),
     )
-    if width != projected:
+    if width is None or width != projected:
         raise OrionError(
             f"{projectors[0].name} projects to {projected} values and {backbones[0].name} takes {width}.",
             "Backbone and mmproj must come from the same model.",
@@ -150,28 +152,17 @@ def find_pair(folder: Path) -> tuple[Path, Path]:
     return backbones[0], projectors[0]
 
 
-def _number(path: Path, key: str) -> int | None:
-    """A number of a GGUF file's header; None when it has none of that name."""
-    from gguf import GGUFReader
-
-    try:
-        field = GGUFReader(path).get_field(key)
-    except (ValueError, OSError, IndexError) as error:
-        raise OrionError(f"{path} is no GGUF file: {error}.", "Fetch it again.") from None
-    return int(field.contents()) if field else None
-
-
 def check_pair(folder: Path) -> None:
     """Raise OrionError unless backbone and mmproj are the unaltered files of one conversion."""
     path = folder / PAIR
     try:
-        files = json.loads(path.read_text(encoding="utf-8"))["files"]
+        files = read_object(path).get("files")
     except FileNotFoundError:
         raise OrionError(f"{path} does not exist.", "Run 'orion quantize' first.") from None
-    except (ValueError, KeyError):
-        raise OrionError(f"{path} is damaged.", "Run 'orion quantize' again.") from None
+    if not isinstance(files, dict):
+        raise OrionError(f"{path} is damaged: it lists no files.", "Run 'orion quantize' again.")
     for name in (QUANTIZED, MMPROJ):
-        if not (folder / name).exists():
+        if not (folder / name).is_file():  # a pipe would be read for ever
             raise OrionError(f"{folder / name} does not exist.", "Run 'orion quantize' again.")
         if sha256_of_file(folder / name) != files.get(name):
             raise OrionError(

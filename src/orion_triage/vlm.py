@@ -4,7 +4,6 @@ One owner for everything that training, fusing and evaluation must do alike: the
 processor that neither resizes nor tiles, the labels, greedy answers and verdict log-probabilities.
 """
 
-import json
 import logging
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -12,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orion_triage import hub
+from orion_triage import chat_template, hub
 from orion_triage.checkpoint import check_names
 from orion_triage.errors import OrionError
 from orion_triage.files import sha256_of_file
 from orion_triage.manifest import sha256_of_listing
+from orion_triage.reading import read_object, shown
 from orion_triage.triage import IMAGE_PLACEHOLDER
 
 if TYPE_CHECKING:
@@ -49,17 +49,14 @@ def resolve_base(model: str) -> Path:
         raise OrionError(f"the shipped base is missing from {folder}.", "Install the package again.")
     config_path = folder / "config.json"
     try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
+        model_type = read_object(config_path).get("model_type")
     except FileNotFoundError:
         raise OrionError(
             f"{folder} has no config.json.", "Point base.model at a model folder in the Hub's layout."
         ) from None
-    except ValueError as error:
-        raise OrionError(f"{config_path} is not JSON: {error}.", "Fetch the model again.") from None
-    model_type = config.get("model_type") if isinstance(config, dict) else None
     if model_type != "lfm2_vl":
         raise OrionError(
-            f"{config_path}: model_type is {model_type!r}, not 'lfm2_vl'.",
+            f"{config_path}: model_type is {shown(model_type)}, not 'lfm2_vl'.",
             "The pipeline fine-tunes LFM2-VL models only.",
         )
     if not list(folder.glob("*.safetensors")):
@@ -97,11 +94,15 @@ def load_processor(folder: Path, frame_size: int) -> "Lfm2VlProcessor":
     if frame_size % 32:
         raise OrionError(f"frame size {frame_size} is not a multiple of 32.", "Use 256, 384 or 512.")
     try:
-        processor = Lfm2VlProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+        # Not left to its default, which asks on the terminal whether code that the folder names may run.
+        processor = Lfm2VlProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises bare Exception, and a wrong type anywhere in these files a TypeError
         raise OrionError(f"{folder} has no usable processor: {error}.", "Fetch the model again.") from error
     if not processor.chat_template:
         raise OrionError(f"{folder} has no chat template.", "Copy chat_template.jinja from the base model.")
+    if not isinstance(processor.chat_template, str):
+        raise OrionError(f"{folder} has several chat templates.", "Copy chat_template.jinja from the base model.")
+    chat_template.check(processor.chat_template, str(folder))
     image_tokens = (frame_size // 32) ** 2
     images = processor.image_processor
     images.do_image_splitting = False
@@ -148,6 +149,7 @@ def load_model(
             quantization_config=quantization,
             device_map={"": device},
             local_files_only=True,
+            trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
         )
@@ -288,22 +290,31 @@ def render_turn(processor: "Lfm2VlProcessor", prompt: str) -> str:
     """
     text = IMAGE_PLACEHOLDER.removeprefix(processor.image_token) + prompt
     content = [{"type": "image"}, {"type": "text", "text": text}]
-    turn: str = processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-    )
-    return turn
+    return _rendered(processor, [{"role": "user", "content": content}], add_generation_prompt=True)
+
+
+def _rendered(processor: "Lfm2VlProcessor", messages: list[dict[str, Any]], **options: bool) -> str:
+    """The conversation as the template writes it; whatever the template stumbles over is an OrionError."""
+    try:
+        text: str = processor.apply_chat_template(messages, tokenize=False, **options)
+    except Exception as error:  # a template is a program of the base's author: its errors are of any kind
+        raise OrionError(
+            f"the chat template cannot be rendered: {type(error).__name__}: {str(error)[:200]}.",
+            "Use a base model with the LFM2 chat template.",
+        ) from None
+    return text
 
 
 def check_template(processor: "Lfm2VlProcessor", prompt: str, answer: str) -> None:
     """Raise OrionError unless a finished conversation is user's turn + answer + <|im_end|> + white space."""
     turn = render_turn(processor, prompt)
     text = IMAGE_PLACEHOLDER.removeprefix(processor.image_token) + prompt
-    whole: str = processor.apply_chat_template(
+    whole = _rendered(
+        processor,
         [
             {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]},
             {"role": "assistant", "content": [{"type": "text", "text": answer}]},
         ],
-        tokenize=False,
     )
     if whole.rstrip() != turn + answer + END_OF_TURN:
         raise OrionError(
