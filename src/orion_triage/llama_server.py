@@ -1,7 +1,7 @@
 """llama.cpp's HTTP server: started on 127.0.0.1 with a key, asked, and always stopped."""
 
 import base64
-import json
+import math
 import os
 import secrets
 import signal
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from orion_triage.children import tied
 from orion_triage.errors import AnswerError, ServerError
+from orion_triage.reading import parse_json, shown
 
 if TYPE_CHECKING:
     from orion_triage.llama_cpp import Toolchain
@@ -33,6 +34,8 @@ _NOT_UTF8 = b"does not match the expected Content-only format"  # llama.cpp's wo
 LOADING_SECONDS = 60  # for which 503 is waited out
 LARGEST_REPLY_BYTES = 20_000_000  # of one answer; the largest of ours has 0.2 MB
 SHOWN_BYTES = 2000  # of a reply that is no answer, in the error
+_ROUNDING = 1e-3  # by which a log-probability may be above 0
+_SMALLEST_LOG_PROBABILITY = -700.0  # exp() of less is nearly 0 in 64 bits
 CANDIDATES = 100  # next tokens whose probabilities are asked for; each costs 9 microseconds and 0.1 kB a token
 
 
@@ -42,7 +45,10 @@ class Client:
     def __init__(self, base_url: str, api_key: str = "", *, timeout_seconds: float = 600) -> None:
         import httpx
 
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        # Not packed: a few kilobytes can be packed, and packed again, so that they unpack to terabytes.
+        headers = {"Accept-Encoding": "identity"}
+        if api_key:
+            headers["Authorization"] = f"Bearer {api_key}"
         self.base_url = base_url.rstrip("/")
         self._timeout_seconds = timeout_seconds
         self._http = httpx.Client(base_url=self.base_url, headers=headers, timeout=timeout_seconds)
@@ -59,7 +65,7 @@ class Client:
         deadline = time.monotonic() + timeout_seconds
         while True:
             try:
-                status = self._http.get("/health", timeout=timeout_seconds).status_code
+                status = self._status("/health", timeout_seconds)
             except httpx.HTTPError as error:
                 raise ServerError(
                     f"no server answers at {self.base_url} ({type(error).__name__}).",
@@ -80,9 +86,14 @@ class Client:
         import httpx
 
         try:
-            return self._http.get("/health", timeout=5).status_code == 200
+            return self._status("/health", 5) == 200
         except httpx.HTTPError:
             return False
+
+    def _status(self, path: str, timeout_seconds: float) -> int:
+        """What the server answers with, whatever it goes on to say."""
+        with self._http.stream("GET", path, timeout=timeout_seconds) as reply:
+            return reply.status_code
 
     def props(self) -> dict[str, Any]:
         """What the server says of itself: media marker, chat template, build."""
@@ -93,7 +104,7 @@ class Client:
         import httpx
 
         try:
-            status = self._http.get("/props", timeout=30).status_code
+            status = self._status("/props", 30)
         except httpx.HTTPError as error:
             raise ServerError(
                 f"no server answers at {self.base_url} ({type(error).__name__}).",
@@ -104,9 +115,10 @@ class Client:
     def served_model(self) -> str:
         """The first model that an OpenAI-compatible server lists."""
         listed = self._request("GET", "/v1/models", None).get("data")
-        if not isinstance(listed, list) or not listed or not isinstance(listed[0].get("id"), str):
+        first = listed[0] if isinstance(listed, list) and listed else None
+        name = first.get("id") if isinstance(first, dict) else None
+        if not isinstance(name, str):
             raise ServerError(f"{self.base_url}/v1/models lists no model.", "Load a model that takes images first.")
-        name: str = listed[0]["id"]
         return name
 
     def chat_completion(self, model: str, messages: list[dict[str, Any]], max_tokens: int) -> str:
@@ -119,12 +131,15 @@ class Client:
             content = None
         if not isinstance(content, str):
             raise ServerError("the server's reply has no message.", "Does its model take images?")
+        _require_utf8(content)
         return content
 
     def tokenize(self, text: str) -> list[int]:
         """The model's token ids of `text`, special tokens recognized, none added."""
         body = {"content": text, "add_special": False, "parse_special": True}
-        tokens: list[int] = self._request("POST", "/tokenize", body)["tokens"]
+        tokens = self._request("POST", "/tokenize", body).get("tokens")
+        if not isinstance(tokens, list) or not all(_is_count(token) for token in tokens):
+            raise ServerError("/tokenize answered no list of token numbers.", "Is this a llama.cpp server?")
         return tokens
 
     def prime(self, image_png: bytes) -> None:
@@ -172,7 +187,10 @@ class Client:
             prompt, image_png, max_tokens, stop=[cue], cache_prompt=primed, grammar=grammars[0], **sampling
         )
         text: str = first["content"]
-        left = max_tokens - int(first["tokens_predicted"])
+        predicted = first.get("tokens_predicted")
+        if not isinstance(predicted, int) or not _is_count(predicted):
+            raise ServerError("the server's reply has no tokens_predicted.", "Is this a llama.cpp server?")
+        left = max_tokens - predicted
         if first.get("stopping_word") != cue or left < 1:
             return text, None
         text += cue
@@ -185,7 +203,10 @@ class Client:
     def marker(self) -> str:
         """What stands for the image in a prompt of this server's."""
         if not self._marker:
-            self._marker = self.props().get("media_marker") or "<__media__>"
+            told = self.props().get("media_marker") or "<__media__>"
+            if not isinstance(told, str) or not told.isprintable() or len(told) > 200:
+                raise ServerError(f"the server's media_marker is {shown(told)}.", "Is this a llama.cpp server?")
+            self._marker = told
         return self._marker
 
     @staticmethod
@@ -221,6 +242,7 @@ class Client:
             raise ServerError(
                 f"the server's reply is to another prompt: ...{answered[-60:]!r}.", "Is a proxy between, or a cache?"
             )
+        _require_utf8(reply["content"])
         return reply
 
     def _request(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
@@ -239,12 +261,12 @@ class Client:
         if status != 200:
             raise ServerError(f"{path} answered {status}: {text[:200]!r}.", "See the server's log.")
         try:
-            value = json.loads(data)
-        except (ValueError, RecursionError):
+            value = parse_json(data)
+        except ValueError:
             value = None
         if not isinstance(value, dict):
             raise ServerError(
-                f"{path} answered no JSON object but {kind}: {text[:80]!r}.", "Is this a llama.cpp server?"
+                f"{path} answered no JSON object but {kind[:80]}: {text[:80]!r}.", "Is this a llama.cpp server?"
             )
         return value
 
@@ -256,6 +278,8 @@ class Client:
         data = bytearray()
         try:
             with self._http.stream(method, path, json=body) as reply:
+                if reply.headers.get("content-encoding", "identity") != "identity":
+                    raise ServerError(f"{path} answered with packed bytes.", "Have the proxy before it not pack them.")
                 for part in reply.iter_bytes():
                     data += part
                     if len(data) > LARGEST_REPLY_BYTES:
@@ -287,9 +311,26 @@ def first_log_probabilities(reply: dict[str, Any], tokens: Sequence[int]) -> lis
     steps = reply.get("completion_probabilities")
     if not steps:
         return None
-    listed = {candidate["id"]: candidate["logprob"] for candidate in steps[0]["top_logprobs"]}
-    least = min(listed.values())
-    return [listed.get(token, least) for token in tokens]
+    try:
+        listed = {candidate["id"]: candidate["logprob"] for candidate in steps[0]["top_logprobs"]}
+        least = min(listed.values())
+        found = [float(listed.get(token, least)) for token in tokens]
+    except (LookupError, TypeError, ValueError, OverflowError):
+        found = [math.nan]
+    # Above 0 by rounding at most; and all so small that exp() gives nothing would leave no scores to compare.
+    if not all(value <= _ROUNDING for value in found) or not max(found) > _SMALLEST_LOG_PROBABILITY:
+        raise ServerError("the server's reply has no log-probabilities where it lists them.", "See the server's log.")
+    return found
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+
+
+def _require_utf8(text: str) -> None:
+    """JSON can hold half of a surrogate pair, which no file and no terminal takes."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise AnswerError("the answer is not UTF-8.", "Decode greedily, or under the grammar.")
 
 
 class Server:

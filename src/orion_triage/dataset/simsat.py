@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from orion_triage.dataset.sources import Absent, Outcome, Picture, Shot
-from orion_triage.errors import FrameError, OrionError
+from orion_triage.errors import FrameError, OrionError, printable
 from orion_triage.files import sha256_of_text, write_bytes
 from orion_triage.frames import CAMERA_SIZE, decode_frame
+from orion_triage.reading import parse_json
 
 if TYPE_CHECKING:
     import httpx
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 METRES_PER_PIXEL_AT_500_KM = 11.27
 SIMSAT_URL = "http://localhost:9005"
 LARGEST_BYTES = 32_000_000  # several times a 2560x2560 JPEG
+_PLAIN = {"Accept-Encoding": "identity"}  # packed twice, a kilobyte unpacks to a gigabyte
 _DETAIL_BYTES = 4096  # of an error's text
 _PLACES_WITHOUT_SERVER = 5  # in a row; then it is the server that fails, not the places
 _WHOLE_ANSWER = 3  # times the read timeout: a server that sends a byte now and then never runs into that one
@@ -112,7 +114,7 @@ class SimSat:
         # A connection a request: bytes beyond an answer's announced length would be taken for the next answer.
         limits = httpx.Limits(max_keepalive_connections=0)
         connected, without_server = False, 0
-        with _locked(self.cache), httpx.Client(timeout=timeout, limits=limits) as client:
+        with _locked(self.cache), httpx.Client(timeout=timeout, limits=limits, headers=_PLAIN) as client:
             for shot in shots:
                 if (data := self._cached(shot)) is not None:
                     yield Picture(data, self._metres_per_pixel(shot), cached=True)
@@ -224,7 +226,7 @@ def _judged(status: int, headers: Mapping[str, str], body: bytes) -> bytes | _Fa
         wait_seconds = _retry_after_seconds(headers.get("retry-after", ""))
         return _Fault(f"HTTP {status}{_detail(body)}", unanswered=True, wait_seconds=wait_seconds)
     if status != 200:
-        where = f" to {_without_key(headers['location'])}, which is not followed" if "location" in headers else ""
+        where = f" to {_said(headers['location'])}, which is not followed" if "location" in headers else ""
         return _Fault(f"HTTP {status}{where}{_detail(body)}", again=False)
     if len(body) > LARGEST_BYTES:
         return _Fault(f"the answer has more than {LARGEST_BYTES:,} bytes", again=False)
@@ -242,7 +244,7 @@ def _read(response: "httpx.Response", most: int, deadline: float) -> bytes:
     import httpx
 
     data = bytearray()
-    for piece in response.iter_bytes():
+    for piece in response.iter_raw():  # what is packed against our wish does not decode as a picture
         data += piece
         if len(data) > most:
             break
@@ -262,16 +264,21 @@ def _damage(data: bytes) -> str:
 
 def _object(text: str) -> dict[str, object]:
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+        value = parse_json(text)
+    except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
 
 
 def _detail(body: bytes) -> str:
     """What an error's body says."""
-    text = _without_key(str(_object(body.decode("utf-8", "replace")).get("detail", "")))
-    return f": {text[:200]}" if text else ""
+    text = _said(str(_object(body.decode("utf-8", "replace")).get("detail", "")))
+    return f": {text}" if text else ""
+
+
+def _said(text: str) -> str:
+    """The beginning of a server's words, without keys and without what a terminal would obey."""
+    return printable(_without_key(text[:_DETAIL_BYTES])[:200])
 
 
 def _without_key(text: str) -> str:
@@ -287,7 +294,7 @@ def _retry_after_seconds(value: str) -> float:
         pass
     try:
         return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return 0.0
 
 
