@@ -9,7 +9,7 @@ import json
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from orion_triage import processes
@@ -118,11 +118,26 @@ def read_manifest(folder: Path) -> Manifest | None:
     """The folder's receipt, or None when the stage has not finished there."""
     path = folder / FILE_NAME
     try:
-        return Manifest(**json.loads(path.read_text(encoding="utf-8")))
+        return _checked(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError, OSError) as error:
         raise OrionError(f"{path} is damaged: {error}.", "Delete the folder; the next run makes it again.") from None
+
+
+def _checked(value: Any) -> Manifest:
+    """Raises ValueError or TypeError where the value is no receipt; what stages measured is not looked into."""
+    manifest = Manifest(**value)
+    maps = (manifest.settings, manifest.inputs, manifest.outputs, manifest.versions, manifest.figures)
+    if not all(isinstance(each, dict) for each in maps) or not isinstance(manifest.removed, list):
+        raise ValueError("a field is of another kind")
+    # `orion clean` deletes what these name
+    for name in (*manifest.outputs, *manifest.removed):
+        if not isinstance(name, str) or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise ValueError(f"{name!r} leads out of the folder")
+    if strange := [name for name in manifest.removed if name not in manifest.outputs]:
+        raise ValueError(f"{strange[0]!r} was removed and never made")
+    return manifest
 
 
 def is_current(folder: Path, *, settings: dict[str, Any], inputs: dict[str, str]) -> bool:

@@ -1,10 +1,12 @@
 """How sure of LOW a model must be before a frame is dropped: chosen on val, kept with the run, used in flight."""
 
 import json
+import math
 from typing import TYPE_CHECKING, Any
 
 from orion_triage.errors import OrionError
 from orion_triage.files import sha256_of_file, write_text
+from orion_triage.reading import read_object
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -90,9 +92,11 @@ def read(folder: "Path", gguf: "Path") -> "tuple[OperatingPoint, float] | None":
 
     path = folder / FILE_NAME
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_object(path)
         point, pair = OperatingPoint(float(record["low_threshold"])), record["pair_sha256"]
         temperature = float(record["temperature"])
+        if not (0 <= point.low_threshold < math.inf and 0 < temperature < math.inf):
+            raise ValueError("out of range")
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:

@@ -396,7 +396,7 @@ def open_run(folder: Path, split: Split = "test") -> Run:
     """A run that exists, with the settings it was made with."""
     path = folder / SETTINGS_FILE
     try:
-        settings = Settings.model_validate_json(path.read_text(encoding="utf-8"))
+        settings = Settings.model_validate_json(path.read_bytes())  # which need not be UTF-8
     except FileNotFoundError:
         raise OrionError(f"{path} does not exist.", "Pass the folder of a run: --run FOLDER.") from None
     except ValidationError as error:

@@ -95,12 +95,17 @@ def run(
 def read_predictions(folder: Path) -> list[Row]:
     """The rows of a finished evaluation."""
     path = folder / "predictions.jsonl"
+    rows: list[Row] = []
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            prediction_of(row)
+            rows.append(row)
     except FileNotFoundError:
         raise OrionError(f"{path} does not exist.", "Run the evaluation first.") from None
-    except ValueError as error:
-        raise OrionError(f"{path} is damaged: {error}.", "Run the evaluation again.") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise OrionError(f"{path}:{len(rows) + 1} is damaged: {error!r}.", "Run the evaluation again.") from None
+    return rows
 
 
 def prediction_of(row: Row) -> Prediction:
@@ -169,7 +174,12 @@ def _kept(work: Path, key: str) -> dict[str, Row]:
         rows = {row["id"]: row for row in kept}
     except FileNotFoundError:
         return {}
-    except (ValueError, KeyError, TypeError):  # another evaluation's, or damaged: it can only be done again
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        RecursionError,
+    ):  # another evaluation's, or damaged: it can only be done again
         work.unlink()
         return {}
     with work.open("r+b") as file:
