@@ -9,8 +9,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import HealthCheck
 from PIL import Image
 
 from orion_triage.dataset.catalogue import COLUMNS, Target, load_catalogue
@@ -20,6 +22,16 @@ from orion_triage.triage import CATEGORIES, Category, Coordinates, Verdict, rend
 from orion_triage.vlm import TINY_BASE_FOLDER
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the tests may reach a network
+
+# Hostile input (tests/hostile.py): the same cases every time in the suite; HYPOTHESIS_PROFILE=torture draws others,
+# many more of them.
+hypothesis.settings.register_profile(
+    "suite", max_examples=60, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+)
+hypothesis.settings.register_profile(
+    "torture", hypothesis.settings.get_profile("suite"), max_examples=2000, derandomize=False, print_blob=True
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 # The published splits and real frames, which are not the project's to copy.
 SHARED = Path(__file__).parents[2] / "shared" / "data"

@@ -107,7 +107,11 @@ def read_adapter(adapter: Path) -> "dict[str, torch.Tensor]":
     for key, tensor in tensors.items():
         if not key.endswith((".lora_A.weight", ".lora_B.weight")):
             raise OrionError(f"{path}: {shown(key)} is no LoRA matrix.", "Only plain LoRA adapters can be merged.")
-        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64) or tensor.ndim != 2:
+        if (
+            tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+            or tensor.ndim != 2
+            or not tensor.numel()
+        ):
             raise OrionError(
                 f"{path}: {key} is {tensor.dtype} of shape {tuple(tensor.shape)}, no matrix of floats.",
                 "Only plain LoRA adapters can be merged.",
@@ -125,7 +129,7 @@ _SAID_ONLY = {
     "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core",
     "peft_version", "qalora_group_size", "revision", "runtime_config",
 }  # fmt: skip
-_PLAIN_NAME = re.compile(r"[\w.]{1,200}")
+_PLAIN_NAME = re.compile(r"\^?[\w.]{1,200}")
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,7 @@ def _read_config(adapter: Path) -> _Arithmetic:
     said = read_object(path)
     plain = LoraConfig().to_dict()
     kept = {
-        "peft_type": said.pop("peft_type", None) == "LORA",
+        "peft_type": said.get("peft_type") == "LORA",
         "task_type": said.get("task_type") in (None, "CAUSAL_LM"),
         "r": _is_number(said.get("r")) and isinstance(said["r"], int) and said["r"] > 0,
         "lora_alpha": _is_number(said.get("lora_alpha")),
@@ -160,8 +164,9 @@ def _read_config(adapter: Path) -> _Arithmetic:
         "rank_pattern": isinstance(said.get("rank_pattern") or {}, dict),
         "alpha_pattern": _is_pattern(said.get("alpha_pattern") or {}),
         "target_modules": _is_names(said.get("target_modules")),
-        "init_lora_weights": said.get("init_lora_weights", True) in (True, False, "gaussian", "eva"),  # others change
-    }  # the base as well
+        # Other ways to begin change the base as well.
+        "init_lora_weights": said.get("init_lora_weights") in (None, True, False, "gaussian", "eva"),
+    }
     wrong = [name for name, good in kept.items() if not good]
     wrong += [
         name

@@ -15,15 +15,18 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
-    PositiveInt,
     ValidationError,
     model_validator,
 )
 
 from orion_triage.errors import OrionError
 from orion_triage.reading import LARGEST_JSON_BYTES, read_text, shown
+
+# Beyond these nothing can be computed, and a number may have more digits than Python writes out.
+Count = Annotated[int, Field(gt=0, lt=2**31)]
+CountOrZero = Annotated[int, Field(ge=0, lt=2**31)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class Section(BaseModel):
@@ -55,12 +58,12 @@ class DatasetSettings(Section):
     captured_to: date = date(2024, 12, 31)
     largest_cloud_share: float = Field(default=0.1, ge=0, le=1)  # of a Sentinel-2 frame; less drops more places
     largest_missing_share: float = Field(default=0.05, ge=0, le=1)  # of places without a picture; more stops the build
-    split_seed: int = 42
-    imagery_seed: int = 7
+    split_seed: Seed = 42
+    imagery_seed: Seed = 7
     split_distance_km: PositiveFloat = 100.0  # no two splits have places closer than this
     # Test frames; 0: one a place. With synthetic imagery more draws several tiles a place, which says less than as many
     # other places would.
-    test_size: NonNegativeInt = 0
+    test_size: CountOrZero = 0
 
     @model_validator(mode="before")
     @classmethod
@@ -80,8 +83,8 @@ class DatasetSettings(Section):
 class FineTuneSettings(Section):
     """QLoRA, as the mission document's tables give it."""
 
-    rank: PositiveInt = 16
-    alpha: PositiveInt = 32
+    rank: Count = 16
+    alpha: Count = 32
     dropout: float = Field(default=0.05, ge=0, lt=1)
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     # Where: "attention" is target_modules in language model and vision tower; "language-attention" leaves the tower
@@ -90,10 +93,10 @@ class FineTuneSettings(Section):
     # How the base is held: "nf4" in 4 bits (QLoRA); "16-bit" as it is (LoRA), which takes three times the language
     # model's memory, loses nothing to rounding, and is what several GPUs can share out among them (FSDP).
     base_weights: Literal["nf4", "16-bit"] = "nf4"
-    micro_batch_size: PositiveInt = 1
-    gradient_accumulation_steps: PositiveInt = 16
+    micro_batch_size: Count = 1
+    gradient_accumulation_steps: Count = 16
     learning_rate: PositiveFloat = 2e-4
-    epochs: PositiveInt = 3
+    epochs: Count = 3
     optimizer: str = "paged_adamw_8bit"
     learning_rate_schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_fraction: float = Field(default=0.0, ge=0, lt=1)
@@ -102,7 +105,7 @@ class FineTuneSettings(Section):
     # On one GPU: as many records at once as its memory takes, up to the records of a step, and no checkpointing where
     # that fits too. The sums are the same, grouped otherwise; the two settings above are the floor.
     fill_gpu: bool = True
-    seed: int = 42
+    seed: Seed = 42
 
     @property
     def trains_tower(self) -> bool:
@@ -113,9 +116,7 @@ class FuseSettings(Section):
     """Merging the adapter into the 16-bit base."""
 
     dtype: Literal["float16", "bfloat16"] = "float16"
-    check_records: PositiveInt = (
-        24  # records on which the merge is compared with the adapter; fewer than 20 prove little
-    )
+    check_records: Count = 24  # records on which the merge is compared with the adapter; fewer than 20 prove little
 
 
 class QuantizeSettings(Section):
@@ -128,12 +129,12 @@ class EvaluateSettings(Section):
     """The four-condition protocol."""
 
     noise: Literal["gaussian", "uniform"] = "gaussian"  # condition C's picture
-    max_new_tokens: PositiveInt = 96  # longer than every reason of the catalogue; an answer cut here is unparsable
-    batch_size: PositiveInt = 32  # answers generated at once; more is faster and takes more memory
-    threads: PositiveInt | None = None  # llama.cpp's; empty: its own choice
+    max_new_tokens: Count = 96  # longer than every reason of the catalogue; an answer cut here is unparsable
+    batch_size: Count = 32  # answers generated at once; more is faster and takes more memory
+    threads: Count | None = None  # llama.cpp's; empty: its own choice
     # llama.cpp servers of our own that share the questions, a thread each unless `threads` says more. Empty: as many as
     # the cores have room for with a pair under 0.1 GB, whose threads would wait for each other; one otherwise.
-    servers: PositiveInt | None = None
+    servers: Count | None = None
 
 
 class LadderSettings(Section):
@@ -142,7 +143,7 @@ class LadderSettings(Section):
     enabled: bool = True  # five more evaluations; the report names what each step costs
     # Between F16 and the flight's: any that llama-quantize knows.
     quantizations: tuple[Annotated[str, Field(pattern=r"^(I|T)?Q[0-9][A-Z0-9_]*$")], ...] = ("Q8_0",)
-    parity_records: PositiveInt = 4  # on which llama.cpp's F16 must give transformers' probabilities
+    parity_records: Count = 4  # on which llama.cpp's F16 must give transformers' probabilities
 
 
 class MissionSettings(Section):
@@ -194,11 +195,12 @@ def load_settings(preset: str = "tiny", assignments: tuple[str, ...] | list[str]
         return Settings.model_validate(values)
     except ValidationError as error:
         lines = [
-            f"{'.'.join(str(part) for part in problem['loc'] if part != 'int')}: {_describe(problem)}"
+            f"{'.'.join(str(part)[:60] for part in problem['loc'] if part != 'int')}: {_describe(problem)}"
             for problem in error.errors()
         ]
+        more = f"; and {len(lines) - 20} more" if len(lines) > 20 else ""
         raise OrionError(
-            f"{source} has {len(lines)} mistake{'s' if len(lines) > 1 else ''}: {'; '.join(lines)}.",
+            f"{source} has {len(lines)} mistake{'s' if len(lines) > 1 else ''}: {'; '.join(lines[:20])}{more}.",
             "'orion settings' lists every key with its value.",
         ) from None
 

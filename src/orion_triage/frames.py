@@ -11,6 +11,7 @@ animation the still picture counts. 16-bit colours lose their lower byte, CMYK b
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from warnings import catch_warnings
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,7 +69,7 @@ def decode_frame(data: bytes, name: str, size: int, *, resize: bool = False) -> 
         raise FrameError(f"{name} is neither PNG nor JPEG.", "Raw frames need the suffix .raw.")
     try:
         # Not Image.open: it warns of sizes, on the terminal, before this function has refused them.
-        with reader(io.BytesIO(data)) as opened:
+        with catch_warnings(action="ignore"), reader(io.BytesIO(data)) as opened:
             native, mode = opened.size, opened.mode
             _check_form(name, native, mode, resize)
             opened.load()

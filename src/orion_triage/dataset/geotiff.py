@@ -29,14 +29,15 @@ class GeoTiff:
         """Raises OrionError without rasterio, and FrameError for a file that has no position or no 8-bit RGB."""
         try:
             import rasterio
-            from rasterio.errors import RasterioError
+            from rasterio.errors import CRSError, RasterioError
             from rasterio.warp import transform
         except ImportError:
             raise OrionError(
                 f"{path} needs rasterio.", "pip install 'orion-triage[imagery]', or convert it to PNG."
             ) from None
         try:
-            with rasterio.open(path) as raster:
+            # No other driver: a table of sources (VRT) under this name could point to other files and addresses.
+            with rasterio.open(path, driver="GTiff") as raster:
                 if raster.crs is None or raster.transform.is_identity:
                     raise FrameError(f"{path} has no position.", "Give lon and lat in the table.")
                 if raster.count < 3 or raster.dtypes[0] != "uint8":
@@ -52,9 +53,14 @@ class GeoTiff:
                 if raster.crs.is_geographic:
                     metres *= 111_320 * math.cos(math.radians(lat))
                 pixels = np.moveaxis(raster.read([1, 2, 3]), 0, 2)
-        except RasterioError as error:
+            centre = Coordinates((lon + 180) % 360 - 180, lat)
+        except FrameError:
+            raise
+        except OrionError as error:
+            raise FrameError(f"{path}: {error.message}.", "Give lon and lat in the table.") from None
+        except (RasterioError, CRSError, ValueError) as error:
             raise FrameError(f"{path} is damaged: {error}.", "Fetch the file again.") from None
-        return cls(pixels, Coordinates((lon + 180) % 360 - 180, lat), metres)
+        return cls(pixels, centre, metres)
 
     def png(self) -> bytes:
         buffer = io.BytesIO()

@@ -278,7 +278,7 @@ def _detail(body: bytes) -> str:
 
 def _said(text: str) -> str:
     """The beginning of a server's words, without keys and without what a terminal would obey."""
-    return printable(_without_key(text[:_DETAIL_BYTES])[:200])
+    return printable(_without_key(text[:_DETAIL_BYTES])[:200]).replace("\n", "\\n")
 
 
 def _without_key(text: str) -> str:
