@@ -333,6 +333,11 @@ def test_the_converter_is_told_nothing_of_a_folders_code(small_base: Path, tmp_p
     written = (out / "config.json").read_text()
     assert "auto_map" not in written
     assert "ChatGLM" not in written
+    (out / "tokenizer_config.json").write_text(
+        '{"auto_map": {"AutoTokenizer": ["evil/x--evil.Evil", null]}, "a": "\u00e9"}'
+    )
+    fuse._drop_code_names(out)
+    assert json.loads((out / "tokenizer_config.json").read_text()) == {"a": "\u00e9"}
     assert json.loads(written)["architectures"] == ["Lfm2VlForConditionalGeneration"]
     assert json.loads(written)["text_config"]["architectures"] == ["Lfm2ForCausalLM"]
 

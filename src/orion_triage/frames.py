@@ -73,7 +73,6 @@ def decode_frame(data: bytes, name: str, size: int, *, resize: bool = False) -> 
             native, mode = opened.size, opened.mode
             _check_form(name, native, mode, resize)
             opened.load()
-            opened.info.pop("transparency", None)
             picture = opened.convert("RGB")
     except FrameError:
         raise

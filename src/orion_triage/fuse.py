@@ -83,6 +83,7 @@ def run(
         parameters = _write_weights(base, changes, settings.dtype, folder, progress)
         _write_config(base, settings.dtype, folder)
         processor.save_pretrained(folder)
+        _drop_code_names(folder)
         write_card("merged", base, vlm.base_name(base), folder)
         result = vlm.load_model(folder, dtype="auto", device=device)
         with vlm.float32_compute(result):
@@ -236,7 +237,7 @@ def _write_config(base: Path, dtype: str, folder: Path) -> None:
     config = read_object(base / "config.json")
     for section in (config, config["text_config"], config["vision_config"]):
         section.pop("torch_dtype", None)
-        section.pop("auto_map", None)  # where code of the base's author would be found
+        section.pop("auto_map", None)  # see _drop_code_names
         section["dtype"] = dtype
     # The base's own word is not taken: for some architectures the converter runs code that a folder brings along.
     config["architectures"] = ["Lfm2VlForConditionalGeneration"]
@@ -245,3 +246,11 @@ def _write_config(base: Path, dtype: str, folder: Path) -> None:
     generation = base / "generation_config.json"
     if generation.is_file():
         shutil.copyfile(generation, folder / generation.name)
+
+
+def _drop_code_names(folder: Path) -> None:
+    """Take out where the base's author would have code fetched from: whoever uses this folder is not to be asked."""
+    for path in folder.glob("*_config.json"):
+        value = read_object(path)
+        if value.pop("auto_map", None) is not None:
+            write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -313,7 +313,10 @@ def run_measured(command: list[str], environment: dict[str, str], output: IO[str
     The program does not outlive this process.
     """
     began = time.monotonic()
-    process = subprocess.Popen(tied(command), stdout=output, stderr=subprocess.STDOUT, env=environment)
+    # Without input: asked whether code of a model's folder may run, the converter's libraries hear no.
+    process = subprocess.Popen(
+        tied(command), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment
+    )
     try:
         _, status, usage = os.wait4(process.pid, 0)
     except BaseException:
