@@ -37,6 +37,7 @@ from typing import Any
 
 import small_run
 from orion_triage import bundle, manifest
+from orion_triage.children import tied
 from orion_triage.config import load_settings
 from orion_triage.errors import OrionError
 from orion_triage.files import sha256_of_file, write_text
@@ -114,7 +115,8 @@ class Disk:
 
 
 def start(command: Sequence[object], **environment: str) -> "subprocess.CompletedProcess[str]":
-    words, variables = [str(word) for word in command], {**os.environ, "COLUMNS": "200", **environment}
+    """Run a command to its end, or to ours."""
+    words, variables = tied([str(word) for word in command]), {**os.environ, "COLUMNS": "200", **environment}
     try:
         return subprocess.run(
             words, env=variables, capture_output=True, text=True, errors="replace", timeout=LIMIT_SECONDS, check=False
@@ -127,8 +129,14 @@ def kind_of(operation: str) -> str:
     """The pattern (fnmatch) of all operations like this one: numbers, drawn suffixes and pictures' names left open."""
     kind = re.sub(r"[\[\]?*\\]", "?", operation)
     kind = re.sub(r"(?<=[.-])[a-z0-9_]{8}(?=(\.partial)?(/|$))|(?<= tmp/)(tmp)?[a-z0-9_]{8}(?=/|$)", "*", kind)
+    kind = re.sub(r"(?<=/\.tmp)\w{6}(?=/|$)", "*", kind)  # safetensors'
     kind = re.sub(r"[^/ ]*\.png", "*.png", kind)
     return re.sub(r"\d+", "*", kind)
+
+
+def family_of(kind: str) -> str:
+    """The kind, whichever model an evaluation is of: one code writes them all."""
+    return re.sub(r"(?<=/evaluation/test/)\.?[\w*-]+", "MODEL", kind)
 
 
 def draw_faults(operations: Sequence[str], count: int, seen: set[str], choice: random.Random) -> list[Fault]:
@@ -137,8 +145,8 @@ def draw_faults(operations: Sequence[str], count: int, seen: set[str], choice: r
     for index, operation in enumerate(operations):
         places.setdefault(kind_of(operation), []).append(index)
     kinds = choice.sample(list(places), len(places))
-    first = sorted(kinds, key=lambda kind: kind in seen)[: count - count // 3]
-    seen.update(first)
+    first = sorted(kinds, key=lambda kind: family_of(kind) in seen)[: count - count // 3]
+    seen.update(map(family_of, first))
     drawn = {(places[kind][0], kind, 1) for kind in first}
     again = [kind for kind in kinds if len(places[kind]) > 1]
     while again and len(drawn) < min(count, len(operations)):
@@ -308,7 +316,8 @@ class Account:
     """What came of the faults of one step."""
 
     operations: int
-    kinds: int
+    kinds: set[str]
+    tried: set[str]
     outcomes: Counter[str] = field(default_factory=Counter)
     faults: list[dict[str, str]] = field(default_factory=list)
     recoveries: int = 0
@@ -399,8 +408,10 @@ class Trial:
 def try_step(step: Step, undisturbed: Run, disk: Disk, count: int, seen: set[str], choice: random.Random) -> Account:
     trial = Trial(step, undisturbed, disk)
     operations = trial.count()
-    account = Account(len(operations), len({kind_of(operation) for operation in operations}))
-    for fault in draw_faults(operations, count, seen, choice):
+    faults = draw_faults(operations, count, seen, choice)
+    kinds, tried = {kind_of(operation) for operation in operations}, {fault.like for fault in faults}
+    account = Account(len(operations), set(map(family_of, kinds)), set(map(family_of, tried)))
+    for fault in faults:
         began = time.monotonic()
         outcome = trial.meet(fault, account)
         print(f"{step.name}: {fault}: {outcome}, {time.monotonic() - began:.1f} s", flush=True)
@@ -451,12 +462,14 @@ def as_json(accounts: dict[str, Account], arguments: argparse.Namespace, seconds
         "not_reached": outcomes["not reached"],
         "recoveries": sum(account.recoveries for account in accounts.values()),
         "operations": sum(account.operations for account in accounts.values()),
+        "kinds": len(set[str]().union(*(account.kinds for account in values))),
+        "kinds_tried": len(set[str]().union(*(account.tried for account in values))),
         "seconds": round(seconds),
         "losses": [f"{name}: {line}" for name, account in accounts.items() for line in account.losses],
-        "stages": {
+        "by_stage": {
             name: {
                 "operations": account.operations,
-                "kinds": account.kinds,
+                "kinds": len(account.kinds),
                 "tried": account.outcomes.total(),
                 **{outcome: account.outcomes[outcome] for outcome in ("refused", "harmless", "not reached")},
                 "recoveries": account.recoveries,

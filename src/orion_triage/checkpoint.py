@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orion_triage.errors import OrionError
-from orion_triage.files import write_text
+from orion_triage.files import naming, write_text
 from orion_triage.progress import Progress, silent
 from orion_triage.reading import read_object, shown
 
@@ -51,7 +51,8 @@ def write_tensors(
             progress(description, done, len(empty))
             tensors[name] = tensor_of(name).contiguous()
             done += 1
-        save_file(tensors, folder / file_name, metadata={"format": "pt"})
+        with naming(folder / file_name):
+            save_file(tensors, folder / file_name, metadata={"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")

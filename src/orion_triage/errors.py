@@ -43,10 +43,24 @@ class ServerError(OrionError):
     """The llama.cpp server did not answer as it must."""
 
 
-# How libraries say that the disk failed when they do not raise OSError: Rust (safetensors, tokenizers), torch, C++.
-_DISK_WORDS = ("(os error 28)", "(os error 5)", "(os error 122)", "PytorchStreamWriter failed", "iostream error")
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
-_DISK_FIX = "Free some space, or look at the disk's health; then the same command goes on."
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+DISK_FIX = "Free some space, or look at the disk's health; then the same command goes on."
+# How torch (twice), C++ and Python tell of a write that failed without the system's words for it.
+_DISK_WORDS = ("PytorchStreamWriter failed", ". unexpected pos ", "iostream error", "No usable temporary directory")
+
+
+def words_of_disk(text: str) -> str:
+    """What a library or a program says of a disk in trouble, in the system's words if they are there; else empty."""
+    for number in DISK_ERRORS:
+        if f"(os error {number})" in text or os.strerror(number) in text:  # the first is Rust's
+            return os.strerror(number)
+    line = next((line for line in text.splitlines() if any(word in line for word in _DISK_WORDS)), "")
+    return f"the disk took no more, or failed ({line.strip().rstrip('.')})" if line else ""
+
+
+def disk_words_of(error: BaseException) -> str:
+    """`words_of_disk` of an error and those that led to it."""
+    return words_of_disk("\n".join(str(one) for one in _chain(error)))
 
 
 def obstacle(error: BaseException) -> OrionError | None:
@@ -55,15 +69,14 @@ def obstacle(error: BaseException) -> OrionError | None:
     for one in chain:
         if not isinstance(one, OSError) or one.errno is None:
             continue
-        disk = one.errno in _DISK_ERRORS
-        if disk or one.filename is not None:  # without a file it is a connection's or a program's
-            place = f"{one.filename}: " if one.filename is not None else ""
+        disk = one.errno in DISK_ERRORS
+        file = one.filename if one.filename2 is None else one.filename2  # the second one is what was to be written
+        if disk or file is not None:  # without a file it is a connection's or a program's
+            place = f"{file}: " if file is not None else ""
             what = one.strerror or os.strerror(one.errno)
-            return OrionError(f"{place}{what}.", _DISK_FIX if disk else "Check the path and its permissions.")
-    for one in chain:
-        if any(word in str(one) for word in _DISK_WORDS):
-            return OrionError(f"the disk took no more, or failed: {one}.", _DISK_FIX)
-    return None
+            return OrionError(f"{place}{what}.", DISK_FIX if disk else "Check the path and its permissions.")
+    said = disk_words_of(error)
+    return OrionError(f"{said}.", DISK_FIX) if said else None
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

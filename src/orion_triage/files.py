@@ -10,10 +10,10 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from orion_triage.errors import OrionError
+from orion_triage.errors import DISK_ERRORS, DISK_FIX, OrionError, disk_words_of
 
 
 def cache_folder() -> Path:
@@ -43,22 +43,42 @@ def sha256_of_text(text: str) -> str:
 
 
 PARTIAL = ".partial"
+_PROBE_BYTES = 1_000_000  # more than what is left when a write of less has just failed
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let a disk's trouble in the block be told of `path`: the errors of writes, and of libraries, name no file."""
+    try:
+        yield
+    except OrionError:
+        raise
+    except OSError as error:
+        named = error.filename if isinstance(error.filename, str) else ""
+        if Path(named).name.startswith(f".{path.name}.") or (not named and error.errno in DISK_ERRORS):
+            error.filename, error.filename2 = str(path), None
+        raise
+    except Exception as error:
+        if said := disk_words_of(error):
+            raise OrionError(f"{path}: {said}.", DISK_FIX) from error
+        raise
 
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace `path` by `data` in one step; a reader sees the old bytes or the new ones."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with naming(path):
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -67,24 +87,29 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its place when the block ends without an error."""
+    """A temporary folder beside `folder` that takes its place when the block ends without an error.
+
+    After an error, `folder` is as it was.
+    """
     temporary, old = (folder.with_name(f".{folder.name}{suffix}") for suffix in (PARTIAL, ".old"))
     shutil.rmtree(temporary, ignore_errors=True)
-    if old.exists() and not folder.exists():  # killed between the two renames below
+    if old.exists() and not folder.exists():  # ended between the two renames below
         os.replace(old, folder)
     shutil.rmtree(old, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        yield temporary
+        with naming(folder):
+            yield temporary
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            with suppress(OSError):  # what has gone wrong already is said; the next one puts it back
+                os.replace(old, folder)
         raise
-    if folder.exists():
-        os.replace(folder, old)
-        os.replace(temporary, folder)
-        shutil.rmtree(old)
-    else:
-        os.replace(temporary, folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
@@ -127,15 +152,27 @@ def locked(folder: Path, purpose: str) -> Iterator[None]:
             raise OrionError(
                 f"{folder} is in use by {owner}.", "Wait for it, stop it, or take another folder with --run."
             ) from None
-        file.truncate(0)
-        file.write(f"{purpose} (process {os.getpid()})\n")
-        file.flush()
+        with suppress(OSError):  # it only tells others who we are: a full disk must not keep 'orion clean' away
+            os.truncate(path, 0)
+            os.write(file.fileno(), f"{purpose} (process {os.getpid()})\n".encode())
         _held.add(path)
         try:
             _clear_leftovers(path.parent)
             yield
         finally:
             _held.remove(path)
+
+
+def refusal_of_disk(folder: Path) -> str:
+    """What the system says when a little is written into `folder` now; empty when it goes well."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(_PROBE_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
 
 
 def require_free_space(folder: Path, needed_bytes: int, purpose: str) -> None:

@@ -8,8 +8,10 @@ import importlib.util
 import json
 import math
 import shutil
+import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +21,7 @@ from orion_triage.adapter import Census, resolve_targets, tower_of
 from orion_triage.card import write_card
 from orion_triage.config import FineTuneSettings
 from orion_triage.errors import OrionError
-from orion_triage.files import replaced_folder, require_free_space, sha256_of_text, write_text
+from orion_triage.files import naming, replaced_folder, require_free_space, sha256_of_text, write_text
 from orion_triage.frames import read_frame
 from orion_triage.manifest import hash_inputs, hash_outputs
 from orion_triage.preflight import preflight
@@ -112,7 +114,8 @@ def run(
             model, collate, train_records, val_records, grouping, device, precision, checkpoints, progress
         )
         try:
-            trained = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+            with naming(work_folder), _heard_once():
+                trained = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and _CPU_MEMORY_FULL not in str(error):
                 raise
@@ -530,6 +533,23 @@ def _watch(progress: Progress) -> "TrainerCallback":
                     )
 
     return Watch()
+
+
+@contextmanager
+def _heard_once() -> Iterator[None]:
+    """TensorBoard's thread keeps the OSError of a write, for our next one to raise: it need not print it as well."""
+    before = threading.excepthook
+
+    def speak(arguments: threading.ExceptHookArgs) -> None:
+        ours = type(arguments.thread).__module__.startswith("tensorboard.")
+        if not (ours and isinstance(arguments.exc_value, OSError)):
+            before(arguments)
+
+    threading.excepthook = speak
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def _losses(trainer: "Trainer") -> list[dict[str, float]]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from orion_triage import llama_cpp, quantize
 from orion_triage.errors import FrameError, OrionError
 from orion_triage.evaluate.backends import Backend, LlamaCppBackend
-from orion_triage.files import sha256_of_file, sha256_of_text
+from orion_triage.files import naming, sha256_of_file, sha256_of_text
 from orion_triage.frames import CAMERA_SIZE, is_blank, read_frame, shrink
 from orion_triage.progress import Progress, silent
 from orion_triage.triage import ANSWER_TOKENS, CATEGORIES, Category, Verdict, parse_verdict, render_prompt
@@ -89,7 +89,7 @@ def appending(out: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
         yield lambda row: None
         return
     out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("a", encoding="utf-8") as file:
+    with naming(out), out.open("a", encoding="utf-8") as file:
 
         def write(row: dict[str, Any]) -> None:
             file.write(json.dumps(row) + "\n")

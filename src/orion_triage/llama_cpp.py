@@ -22,8 +22,15 @@ from pathlib import Path
 from typing import IO
 
 from orion_triage.children import tied
-from orion_triage.errors import OrionError
-from orion_triage.files import cache_folder, replaced_folder, require_free_space, sha256_of_file, write_text
+from orion_triage.errors import DISK_FIX, OrionError, words_of_disk
+from orion_triage.files import (
+    cache_folder,
+    refusal_of_disk,
+    replaced_folder,
+    require_free_space,
+    sha256_of_file,
+    write_text,
+)
 from orion_triage.llama_server import Client, Server
 from orion_triage.progress import Progress, silent
 
@@ -40,6 +47,7 @@ _COMPILER_HINT = "Install a C++ compiler ('apt install g++ make'), or point ORIO
 
 # Runs in the converter's process. The shipped base has a vocabulary of its own, whose fingerprint the converter
 # cannot know; its pre-tokenizer is LFM2's, which `convert` has checked, and quantize compares every prompt after.
+# NumPy's own tofile does not look at what its last flush says: on a full disk the end of a tensor would be lost unseen.
 _LAUNCHER = """
 import runpy, sys
 source, arguments = sys.argv[1], sys.argv[2:]
@@ -52,6 +60,11 @@ def get_vocab_base_pre(self, tokenizer):
     except NotImplementedError:
         return "lfm2"
 base.TextModel.get_vocab_base_pre = get_vocab_base_pre
+import numpy
+from gguf.lazy import LazyNumpyTensor
+def tofile(self, file):
+    file.write(numpy.ascontiguousarray(LazyNumpyTensor.to_eager(self)).reshape(-1).view(numpy.uint8).data)
+LazyNumpyTensor.tofile = tofile
 sys.argv = ["convert_hf_to_gguf.py", *arguments]
 runpy.run_path(source + "/convert_hf_to_gguf.py", run_name="__main__")
 """
@@ -302,9 +315,20 @@ def _run(command: list[str], target: Path, name: str) -> ToolUse:
         status, use = run_measured(command, environment, output)
         if status or not target.exists():
             output.seek(0)
-            last = " | ".join(output.read().strip().splitlines()[-4:])
+            said = output.read().strip()
+            if trouble := _disk_trouble(said, target):
+                raise OrionError(f"{name} could not write {target}: {trouble}.", DISK_FIX)
+            last = " | ".join(said.splitlines()[-4:])
             raise OrionError(f"{name} failed ({status}): {last}.", "See docs/quantization.md.")
     return use
+
+
+def _disk_trouble(said: str, target: Path) -> str:
+    """What a tool that failed said of the disk, or what the disk says itself; empty when all is well with it.
+
+    The converter's own words are no sign: a traceback that does not fit on a full disk of temporary files is lost.
+    """
+    return words_of_disk(said) or refusal_of_disk(target.parent) or refusal_of_disk(Path(tempfile.gettempdir()))
 
 
 def run_measured(command: list[str], environment: dict[str, str], output: IO[str]) -> tuple[int, ToolUse]:

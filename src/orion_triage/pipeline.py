@@ -363,12 +363,13 @@ def clean(run: Run) -> int:
     if manifest.read_manifest(run.gguf) is None:
         raise OrionError(f"{run.folder} has no finished flight pair.", "Run 'orion run' to its end before cleaning up.")
     quantize.check_pair(run.gguf)
-    freed = manifest.remove_outputs(run.dataset, lambda name: name.startswith(IMAGES_FOLDER))
+    # What needs no note in a receipt goes first: a disk may be too full for a note.
+    work = run.folder / WORK_FOLDER / "checkpoints"
+    freed = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
+    shutil.rmtree(work, ignore_errors=True)
+    freed += manifest.remove_outputs(run.dataset, lambda name: name.startswith(IMAGES_FOLDER))
     freed += manifest.remove_outputs(run.merged, lambda name: name.endswith(".safetensors"))
     freed += manifest.remove_outputs(run.gguf, lambda name: name == quantize.F16)
-    work = run.folder / WORK_FOLDER / "checkpoints"
-    freed += sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
-    shutil.rmtree(work, ignore_errors=True)
     return freed
 
 

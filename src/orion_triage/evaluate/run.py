@@ -18,7 +18,7 @@ from orion_triage.errors import OrionError
 from orion_triage.evaluate.backends import Answer, Backend
 from orion_triage.evaluate.conditions import NOISE, Donor, Question, conflict_pairs, questions
 from orion_triage.evaluate.metrics import Prediction, summarize
-from orion_triage.files import replaced_folder, sha256_of_text, write_text
+from orion_triage.files import naming, replaced_folder, sha256_of_text, write_text
 from orion_triage.frames import noise_frame, read_frame
 from orion_triage.progress import Progress, silent
 from orion_triage.records import Record, image_path
@@ -57,7 +57,7 @@ def run(
     images = _Images(dataset, frame_size, settings.noise)
     progress("asking", len(rows), len(asked))
     work.parent.mkdir(parents=True, exist_ok=True)
-    with work.open("a", encoding="utf-8") as file:
+    with naming(work), work.open("a", encoding="utf-8") as file:
         if file.tell() == 0:
             file.write(json.dumps({"key": key}) + "\n")
         # Batches are cut from all questions, not from those left: a resumed run asks in the same company, so it
