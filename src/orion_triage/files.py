@@ -3,6 +3,8 @@
 What is temporary has a hidden name that ends in `.partial`, so that what a kill leaves behind can be told apart.
 """
 
+import ctypes
+import errno
 import fcntl
 import hashlib
 import os
@@ -100,16 +102,35 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     try:
         with naming(folder):
             yield temporary
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(temporary, folder)
+        if not (folder.exists() and _exchanged(temporary, folder)):
+            if folder.exists():
+                os.replace(folder, old)
+            os.replace(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         if old.exists() and not folder.exists():
             with suppress(OSError):  # what has gone wrong already is said; the next one puts it back
                 os.replace(old, folder)
         raise
+    shutil.rmtree(temporary, ignore_errors=True)  # what was there, after an exchange
     shutil.rmtree(old, ignore_errors=True)
+
+
+_WORKING_FOLDER, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Let two folders take each other's place in one step; False where the system or the file system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:
+        return False
+    if rename(_WORKING_FOLDER, os.fsencode(one), _WORKING_FOLDER, os.fsencode(other), _EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    raise OSError(number, os.strerror(number), str(one), None, str(other))
 
 
 @contextmanager
