@@ -3,7 +3,7 @@
 
 Each target gets bytes and may return a value or raise OrionError; anything else is a finding, as are an input that
 takes more than 10 s and one that takes more than 2 GiB. A finding is printed with the bytes that show it, in hex. Exit
-status: 0 without findings, 1 with, 2 where it cannot run here. Nothing is written but temporary files and --json FILE.
+status: 0 without findings, 1 with, 2 where it cannot run here. Only temporary files are written, and --results FILE.
 """
 
 import argparse
@@ -361,7 +361,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=[*TARGETS, *HIDDEN], metavar="TARGET", help=", ".join(TARGETS))
     parser.add_argument("--seconds", type=int, default=20, help="of each target (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="write the figures there")
     options = parser.parse_args()
     try:
         import atheris  # noqa: F401
@@ -381,13 +381,18 @@ def main() -> int:
         print(f"{name:14}{outcome.executions:12,}{each:12,}{counts}", flush=True)
         for finding in outcome.findings:
             print(f"  {finding['kind']}: {finding['error']}\n  input: {finding['input_hex'] or '-'}", flush=True)
-    if options.json:
+    if options.results:
         figures = {
-            "seconds": options.seconds,
             "seed": options.seed,
+            "seconds": sum(outcome.seconds for outcome in outcomes),
             "targets": [asdict(outcome) for outcome in outcomes],
+            "losses": [
+                f"{outcome.target}: {finding['kind']}: {finding['error']}"
+                for outcome in outcomes
+                for finding in outcome.findings
+            ],
         }
-        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        options.results.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return 1 if any(outcome.findings for outcome in outcomes) else 0
 
 

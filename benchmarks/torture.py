@@ -51,6 +51,7 @@ class Tests:
     def run(self, results: Path, seed: int, short: bool) -> bool:
         report = results.with_suffix(".xml")
         words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *self.names, f"--junitxml={report}"]
+        words += [f"--hypothesis-seed={seed}"]
         profile = {"HYPOTHESIS_PROFILE": "suite" if short else "torture"}
         done = subprocess.run(
             [*words, "--hypothesis-show-statistics"],
@@ -77,7 +78,7 @@ class Tests:
 PARTS: dict[str, Script | Tests] = {
     "kills": Script("kills.py", ("--kills", "6")),
     "disk_faults": Script("disk_faults.py", ("--faults-per-stage", "1", "--only", "dataset", "quantize")),
-    "hostile": Tests(("tests/test_hostile.py",)),
+    "hostile": Tests(("tests/test_hostile_text.py", "tests/test_hostile_pictures.py", "tests/test_hostile_weights.py")),
     "fuzz": Script("fuzz.py", ("--seconds", "3")),
     "servers": Tests(("tests/test_reliability.py",)),
     "long_haul": Script("long_haul.py", ("--frames", "200")),
@@ -101,7 +102,7 @@ def table(results: Path) -> str:
         ("hostile input, generated", f"{hostile['cases']:,} cases in {hostile['tests']} tests", "refused, or harmless",
          hostile),
         ("hostile input, found by coverage",
-         f"{sum(target['executions'] for target in fuzz['targets'].values()):,} inputs to {len(fuzz['targets'])} "
+         f"{sum(target['executions'] for target in fuzz['targets']):,} inputs to {len(fuzz['targets'])} "
          "parsers", "refused, or harmless", fuzz),
         ("lying servers, kills, bits, memory", f"{servers['cases']} tests", "told, kept, nothing guessed", servers),
         (f"{long_haul['frames']:,} frames through `orion triage`",

@@ -23,7 +23,7 @@ def needs_atheris() -> None:
 
 def test_a_sound_parser_has_no_findings(tmp_path: Path) -> None:
     needs_atheris()
-    done = fuzz("--only", "records", "--seconds", 2, "--json", tmp_path / "fuzz.json")
+    done = fuzz("--only", "records", "--seconds", 2, "--results", tmp_path / "fuzz.json")
     assert done.returncode == 0, done.stdout + done.stderr
     (figures,) = json.loads((tmp_path / "fuzz.json").read_text())["targets"]
     assert (figures["target"], figures["findings"]) == ("records", [])
@@ -33,7 +33,7 @@ def test_a_sound_parser_has_no_findings(tmp_path: Path) -> None:
 
 def test_a_planted_fault_is_found_and_shown(tmp_path: Path) -> None:
     needs_atheris()
-    done = fuzz("--only", "planted", "--seconds", 60, "--json", tmp_path / "fuzz.json")  # it takes 0.1 s
+    done = fuzz("--only", "planted", "--seconds", 60, "--results", tmp_path / "fuzz.json")  # it takes 0.1 s
     assert done.returncode == 1, done.stdout + done.stderr
     (figures,) = json.loads((tmp_path / "fuzz.json").read_text())["targets"]
     (finding,) = figures["findings"]

@@ -115,7 +115,7 @@ def test_the_page_has_a_table_of_the_figures(tmp_path: Path, monkeypatch: pytest
         "disk_faults": {"faults": 7, "operations": 90, "by_stage": {"fuse": 1}, "refused": 6, "harmless": 1,
                         "recoveries": 1},
         "hostile": {"cases": 1234, "tests": 3},
-        "fuzz": {"targets": {"records": {"executions": 40}, "verdict": {"executions": 2}}},
+        "fuzz": {"targets": [{"executions": 40}, {"executions": 2}]},
         "servers": {"cases": 9},
         "long_haul": {
             "frames": 100, "killed_after_frames": 20, "seconds_per_frame": 0.08, "other_bytes_on_disk": 2000,
