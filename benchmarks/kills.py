@@ -122,19 +122,20 @@ class Torture:
 
     def round(self, most: int, only: list[str]) -> None:
         """Kill each step once, let each finish, and compare; `most` kills."""
-        run = Run(self.folder / "disturbed", self.settings)
+        before, run = len(self.losses), Run(self.folder / "disturbed", self.settings)
         shutil.rmtree(run.folder, ignore_errors=True)
         self._begin_at(run, only)
-        had = 0
+        had: int | None = None
         for step in self.steps(run):
             if step.name == TRIAGE:
                 self._complete(small_run.command("run", run))
-                if not only or "fine-tune" in only:
+                if had is not None:
                     self._compare_training(run, had)
             if most and step.name in (only or [step.name]):
                 self._kill(step, run)
                 most -= 1
-                had = newest_checkpoint(run) if step.name == "fine-tune" else had
+                if step.name == "fine-tune" and read_manifest(run.adapter) is None:
+                    had = newest_checkpoint(run)
         verdicts = run.folder / "verdicts.jsonl"
         self._complete(self._triage_words(run, verdicts))
         self.losses += small_run.differences(self.undisturbed, run)
@@ -142,7 +143,7 @@ class Torture:
             self.losses.append(f"{TRIAGE}: {verdicts} differs")
         self.losses += [f"{path} was left behind" for path in self._temporary() - self.usual]
         self.rounds += 1
-        print(f"round {self.rounds}: {len(self.losses)} losses", flush=True)
+        print(f"round {self.rounds}: {len(self.losses)} losses", *self.losses[before:], sep="\n  ", flush=True)
 
     def _begin_at(self, run: Run, only: list[str]) -> None:
         """What comes before the first step that is killed, as the undisturbed run made it."""
@@ -240,8 +241,6 @@ def main() -> None:
         "each": [asdict(kill) for kill in torture.kills],
     }
     write_text(arguments.results, json.dumps(value, indent=1) + "\n")
-    for line in torture.losses:
-        print(line)
     print(f"{len(sent)} kills, {torture.rounds} rounds, {len(torture.losses)} losses -> {arguments.results}")
     sys.exit(bool(torture.losses))
 

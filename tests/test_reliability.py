@@ -162,6 +162,42 @@ def test_a_command_that_is_ended_leaves_nothing_half_written(tmp_path: Path, kil
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
+@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("lost", ["swallowed", "renamed"])
+def test_a_signal_that_a_library_loses_ends_the_command_all_the_same(
+    tmp_path: Path, kill: signal.Signals, lost: str
+) -> None:
+    code = """
+import sys, time
+from orion_triage import cli
+cli._AGAIN_SECONDS = 0.5
+def wait(lost: str):
+    try:
+        print("begun", flush=True)
+        time.sleep(600)
+    except BaseException:  # as in a finalizer, or where a compiled module is initialized
+        if lost == "renamed":
+            raise ImportError("initialization failed")
+    try:
+        time.sleep(600)
+    finally:
+        time.sleep(1.5)  # a clean-up is not disturbed by being told again
+        print("clean", flush=True)
+cli.app.command()(wait)
+sys.argv = ["orion", "wait", sys.argv[1]]
+cli.main()
+"""
+    command = [sys.executable, "-c", code, lost]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(kill)
+    said, errors = process.communicate(timeout=WAIT_SECONDS)
+    assert process.returncode == 128 + kill
+    assert said == ("clean\n" if lost == "swallowed" else "")
+    assert errors == "interrupted: the same command goes on from here\n"
+
+
 def test_whoever_comes_next_clears_what_a_killed_run_left(tmp_path: Path) -> None:
     killed = started(WAITING, tmp_path / "run")
     killed.kill()

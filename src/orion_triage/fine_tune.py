@@ -124,7 +124,9 @@ def run(
     log = _losses(trainer)
 
     # A name that means something elsewhere; PEFT puts in this machine's path.
-    model.peft_config["default"].base_model_name_or_path = vlm.base_name(base)
+    written = model.peft_config["default"]
+    written.base_model_name_or_path = vlm.base_name(base)
+    written.target_modules = sorted(written.target_modules)  # a set's order is another in every process
     if processes.is_main():
         with replaced_folder(out_folder) as folder:
             model.save_pretrained(folder, state_dict=weights_of_all, save_embedding_layers=False)

@@ -11,33 +11,41 @@ from orion_triage.errors import OrionError, obstacle
 
 __all__ = ["app", "dataset", "evaluation", "flight", "machine", "main", "remote", "stages"]
 
-_INTERRUPTED = 130  # typer's own exit status for Ctrl-C, which it does not speak of
-_TERMINATED = 128 + signal.SIGTERM
+_AGAIN_SECONDS = 5.0  # after which a command that was told to end, and has not heard, is told again
+_told: list[int] = []  # the signals that told this process to end
 
 
 def main() -> None:
     """Entry point: a user's mistake, a full disk or a lost file is one clear line and exit status 1, no traceback."""
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _end)
+    signal.signal(signal.SIGALRM, _end_again)
     try:
         app()
-    except OrionError as error:
-        _say(error)
-        sys.exit(1)
-    except SystemExit as exit_:
-        if exit_.code in (_INTERRUPTED, _TERMINATED):
+    except BaseException as error:
+        if _told:  # whatever a library made of it
+            signal.setitimer(signal.ITIMER_REAL, 0)
             messages().print("interrupted: the same command goes on from here", highlight=False)
-        raise
-    except Exception as error:
-        known = obstacle(error)
+            sys.exit(128 + _told[0])
+        known = error if isinstance(error, OrionError) else obstacle(error) if isinstance(error, Exception) else None
         if known is None:
             raise
         _say(known)
         sys.exit(1)
 
 
-def _terminate(number: int, frame: Any) -> NoReturn:
-    """End like an interrupt does: what is half-written is deleted, servers are stopped."""
-    raise SystemExit(128 + number)
+def _end(number: int, frame: Any) -> NoReturn:
+    """Ctrl-C and SIGTERM alike: what is half-written is deleted, servers are stopped."""
+    _told.append(number)
+    signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
+    raise KeyboardInterrupt
+
+
+def _end_again(number: int, frame: Any) -> None:
+    """An exception out of a signal can be lost, in a library's clean-up or import; not while our own is under way."""
+    signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
+    if not isinstance(sys.exception(), KeyboardInterrupt | SystemExit):
+        raise KeyboardInterrupt
 
 
 def _say(error: OrionError) -> None:
