@@ -179,7 +179,7 @@ def image_path(dataset: Path, record: Record, root: Path | None = None) -> Path:
     try:
         inside = path.resolve().is_relative_to((root or dataset).resolve())
     except (OSError, RuntimeError, ValueError) as error:
-        raise RecordError(f"{shown(str(path))} is no path to a file: {error}.", "Put the image itself there.") from None
+        raise RecordError(f"{path} is no path to a file: {error}.", "Put the image itself there.") from None
     if not inside:
         raise RecordError(f"{path} leads out of {dataset}.", "Copy the image into the dataset folder.")
     return path
