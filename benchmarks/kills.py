@@ -36,6 +36,7 @@ from orion_triage.records import IMAGES_FOLDER
 RESULTS = Path(__file__).parent / "results" / "kills.json"
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 TRIAGE = "triage"
+MARK = f"kills-{os.getpid()}"  # in the environment of every process that is to be gone
 START_SECONDS = 300  # within which a step must begin
 GONE_SECONDS = 5  # within which a killed run's processes must be gone
 EXIT_SECONDS = 60  # within which a command must have ended that was told to
@@ -60,18 +61,16 @@ class Kill:
     moment_seconds: float
 
 
-def alive_in(folder: Path) -> list[int]:
-    """Processes whose command line names the folder."""
+def alive() -> list[int]:
+    """Processes that were started by a command of this harness, by the command itself or by one of its children."""
     found = []
     for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
-            continue
         try:
-            words = (entry / "cmdline").read_bytes().decode(errors="replace")
-            state = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0]
-        except OSError:  # gone meanwhile
+            marked = entry.name.isdigit() and MARK.encode() in (entry / "environ").read_bytes()
+            dead = marked and (entry / "stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+        except OSError:  # gone meanwhile, or somebody else's
             continue
-        if str(folder) in words and state != "Z":
+        if marked and not dead:
             found.append(int(entry.name))
     return found
 
@@ -177,8 +176,8 @@ class Torture:
             process.kill()
         self.kills.append(Kill(step.name, kind.name if kind else "", round(moment, 2)))
         print(f"{len(self.kills)} {step.name}: {kind.name if kind else 'done before'} at {moment:.1f} s", flush=True)
-        if not wait_until(lambda: not alive_in(run.folder), GONE_SECONDS):
-            self.losses.append(f"{step.name}: processes {alive_in(run.folder)} outlived {kind}")
+        if not wait_until(lambda: not alive(), GONE_SECONDS):
+            self.losses.append(f"{step.name}: processes {alive()} outlived {kind}")
         if kind in (signal.SIGTERM, signal.SIGINT):
             self.losses += [f"{step.name}: {path} is there after {kind}" for path in small_run.half_written(run.folder)]
         said = log.read_text(errors="replace")
@@ -223,7 +222,9 @@ def main() -> None:
         undisturbed = open_run(arguments.run)
     else:
         undisturbed = Run(folder / "undisturbed", small_run.prepare_places(folder))
-    torture = Torture(folder, undisturbed, arguments.seed, {**os.environ, "TMPDIR": str(folder / "tmp")})
+    torture = Torture(
+        folder, undisturbed, arguments.seed, {**os.environ, "TMPDIR": str(folder / "tmp"), "ORION_KILLS": MARK}
+    )
     torture.begin()
     print(f"undisturbed: {time.monotonic() - began:.0f} s", flush=True)
     while len(torture.kills) < arguments.kills:

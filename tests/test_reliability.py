@@ -113,6 +113,26 @@ with open(sys.argv[1], "w") as output:
     assert wait_for(lambda: is_gone(tool))
 
 
+def test_workers_of_ours_die_with_their_parent(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("""
+import os, time
+from orion_triage.children import workers
+if __name__ == "__main__":
+    with workers() as pool:
+        print(pool.submit(os.getppid).result(), *pool._processes, flush=True)
+        list(pool.map(time.sleep, [600] * 9))
+""")
+    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    of_a_worker, *children = (int(word) for word in parent.stdout.readline().split())
+    assert of_a_worker == parent.pid
+    assert children
+    parent.kill()
+    parent.wait(WAIT_SECONDS)
+    assert wait_for(lambda: all(is_gone(child) for child in children))
+
+
 def test_a_folder_that_a_kill_left_between_two_renames_comes_back(tmp_path: Path) -> None:
     folder, old, partial = tmp_path / "made", tmp_path / ".made.old", tmp_path / ".made.partial"
     for place, text in ((old, "before"), (partial, "half")):

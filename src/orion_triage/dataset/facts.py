@@ -4,16 +4,14 @@ Of a picture only some numbers are kept (0.7 kB), so that memory does not grow w
 """
 
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from orion_triage.children import workers
 from orion_triage.errors import FrameError, RecordError
 from orion_triage.frames import CAMERA_SIZE, is_blank, read_frame, shrink
 from orion_triage.progress import Progress
@@ -152,8 +150,7 @@ def _looks(paths: list[str]) -> Iterator[Picture | tuple[str, str]]:
     if len(paths) < _FEWEST_FOR_WORKERS:
         yield from map(_look, paths)
         return
-    workers = min(len(os.sched_getaffinity(0)), 8)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with workers() as pool:
         yield from pool.map(_look, paths, chunksize=16)
 
 

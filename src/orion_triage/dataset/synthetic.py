@@ -8,15 +8,13 @@ saturation about 0.33, mean RGB near (93, 96, 75), grey deviation 11..69.
 
 import hashlib
 import io
-import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 
 import numpy as np
 from PIL import Image
 
+from orion_triage.children import workers
 from orion_triage.dataset import landscapes, megastructures, settlements
 from orion_triage.dataset.canvas import Canvas, as_array
 from orion_triage.dataset.sources import Picture, Shot
@@ -86,8 +84,7 @@ class Synthetic:
 
     def pictures(self, shots: Sequence[Shot]) -> Iterator[Picture]:
         jobs = [(shot.target.morphology, tile_seed(self.seed, shot.name), self.metres_per_pixel) for shot in shots]
-        workers = min(len(os.sched_getaffinity(0)), 8)
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        with workers() as pool:
             for data in pool.map(_draw_png, jobs, chunksize=4):
                 yield Picture(data, self.metres_per_pixel)
 

@@ -4,6 +4,7 @@ Their seeds come from a namespace of their own and no place of the catalogue has
 """
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from orion_triage.children import end_with_parent
 from orion_triage.dataset.synthetic import PAINTERS, Tile, draw_tile, tile_seed
 from orion_triage.files import write_text
 from orion_triage.frames import shrink
@@ -77,7 +79,7 @@ def draw_tiles(folder: Path, count: int, workers: int, progress: Progress = sile
     todo = [(chunk, str(folder)) for chunk in range(chunks) if not (folder / f"{chunk:05d}.json").exists()]
     done = chunks - len(todo)
     progress("drawing tiles", done * CHUNK, chunks * CHUNK)
-    with get_context("spawn").Pool(workers) as pool:
+    with get_context("spawn").Pool(workers, end_with_parent, (os.getpid(),)) as pool:
         for _ in pool.imap_unordered(_draw_chunk, todo):
             done += 1
             progress("drawing tiles", done * CHUNK, chunks * CHUNK)
