@@ -20,6 +20,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end)
     signal.signal(signal.SIGALRM, _end_again)
+    sys.unraisablehook = _lost
     try:
         app()
     except BaseException as error:
@@ -46,6 +47,12 @@ def _end_again(number: int, frame: Any) -> None:
     signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
     if not isinstance(sys.exception(), KeyboardInterrupt | SystemExit):
         raise KeyboardInterrupt
+
+
+def _lost(lost: "sys.UnraisableHookArgs") -> None:
+    """Of what Python cannot raise where it happens, all but our signals, which come again."""
+    if not isinstance(lost.exc_value, KeyboardInterrupt):
+        sys.__unraisablehook__(lost)
 
 
 def _say(error: OrionError) -> None:
