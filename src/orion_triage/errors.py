@@ -72,7 +72,7 @@ def obstacle(error: BaseException) -> OrionError | None:
         disk = one.errno in DISK_ERRORS
         file = one.filename if one.filename2 is None else one.filename2  # the second one is what was to be written
         if disk or file is not None:  # without a file it is a connection's or a program's
-            place = f"{file}: " if file is not None else ""
+            place = f"{os.fsdecode(file)}: " if file is not None and not isinstance(file, int) else ""
             what = one.strerror or os.strerror(one.errno)
             return OrionError(f"{place}{what}.", DISK_FIX if disk else "Check the path and its permissions.")
     said = disk_words_of(error)

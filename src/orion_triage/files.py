@@ -56,7 +56,7 @@ def naming(path: Path) -> Iterator[None]:
     except OrionError:
         raise
     except OSError as error:
-        named = error.filename if isinstance(error.filename, str) else ""
+        named = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
         if Path(named).name.startswith(f".{path.name}.") or (not named and error.errno in DISK_ERRORS):
             error.filename, error.filename2 = str(path), None
         raise

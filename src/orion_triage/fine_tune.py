@@ -11,7 +11,7 @@ import shutil
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,7 +101,7 @@ def run(
     _remove_damaged(checkpoints)
     resume_from = _last_checkpoint(checkpoints)
     resumed_step = int(resume_from.name.rsplit("-", 1)[1]) if resume_from else 0
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), naming(work_folder), _heard_once():
         _filter_warnings(device)
         set_seed(settings.seed)
         model, census = add_adapter(model, settings)
@@ -114,12 +114,13 @@ def run(
             model, collate, train_records, val_records, grouping, device, precision, checkpoints, progress
         )
         try:
-            with naming(work_folder), _heard_once():
-                trained = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+            trained = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and _CPU_MEMORY_FULL not in str(error):
                 raise
             raise OrionError(f"fine-tuning: memory is full: {str(error).splitlines()[0]}", _smaller(settings)) from None
+        finally:
+            _stop_charts(trainer)
         weights_of_all = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # with FSDP, all put theirs together
     log = _losses(trainer)
 
@@ -535,6 +536,14 @@ def _watch(progress: Progress) -> "TrainerCallback":
                     )
 
     return Watch()
+
+
+def _stop_charts(trainer: "Trainer") -> None:
+    """Let TensorBoard's thread end, which a training that broke off leaves running."""
+    for callback in trainer.callback_handler.callbacks:
+        if writer := getattr(callback, "tb_writer", None):
+            with suppress(OSError):  # what broke the training off is said
+                writer.close()
 
 
 @contextmanager
