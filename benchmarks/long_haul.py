@@ -38,6 +38,9 @@ LARGEST_DISK = 1_000_000  # bytes beside frames and results
 
 def make_frames(source: Path, folder: Path, count: int, choice: random.Random) -> None:
     """`count` JPEG files, each another view of one of the run's frames."""
+    if folder.exists() and len(list(folder.iterdir())) == count:  # of an earlier time
+        return
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     pictures = sorted(source.glob("*.png"))
     for number in range(count):
@@ -104,20 +107,21 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--run", type=Path, help="a finished run (default: the newest in runs/)")
-    parser.add_argument("--folder", type=Path, default=Path("runs/long_haul"), help="what is worked in; emptied first")
+    parser.add_argument("--folder", type=Path, default=Path("runs/long_haul"), help="what is worked in")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     run = open_run(arguments.run or newest_run(Path("runs"), "quantize"))
     folder: Path = arguments.folder.resolve()
-    shutil.rmtree(folder, ignore_errors=True)
     choice = random.Random(arguments.seed)
     print("making frames", flush=True)
-    make_frames(run.dataset / IMAGES_FOLDER, folder / "frames", arguments.frames, choice)
+    make_frames(run.dataset / IMAGES_FOLDER, folder / "frames", arguments.frames, random.Random(arguments.seed))
 
     def triage(out: Path, *what: Path) -> list[str]:
         return [*small_run.ORION, "triage", *map(str, what), "--run", str(run.folder), "--out", str(out)]
 
-    out, before = folder / "verdicts.jsonl", disk_bytes(run.folder)
+    out, again, before = folder / "verdicts.jsonl", folder / "again.jsonl", disk_bytes(run.folder)
+    out.unlink(missing_ok=True)
+    again.unlink(missing_ok=True)
     words, began = triage(out, folder / "frames"), time.monotonic()
     stop_at = choice.randrange(arguments.frames // 10, arguments.frames // 3)
     print(f"{arguments.frames} frames, killed after {stop_at}", flush=True)
@@ -127,7 +131,6 @@ def main() -> None:
     rows = small_run.answers(out)
     names = [row["file"] for row in rows]
     picked = sorted(choice.sample(sorted(names), min(SAMPLE, len(names))))
-    again = folder / "again.jsonl"
     subprocess.run(triage(again, *map(Path, picked)), check=True, stderr=subprocess.DEVNULL)
     known = {row["file"]: row for row in rows}
     differing = [row["file"] for row in small_run.answers(again) if known[row["file"]] != row]
@@ -160,7 +163,6 @@ def main() -> None:
         "samples": samples[:: max(1, len(samples) // 50)],
     }
     write_text(arguments.results, json.dumps(value, indent=1) + "\n")
-    shutil.rmtree(folder / "frames")
     for line in losses:
         print(line)
     print(f"{json.dumps({key: value[key] for key in list(value)[3:10]})} -> {arguments.results}")
