@@ -69,7 +69,9 @@ def render_prompt(coordinates: Coordinates | None) -> str:
 
 
 _WITH_COORDINATES = re.compile(
-    re.escape(_OPENING) + r" captured at Longitude: (-?\d+\.\d+), Latitude: (-?\d+\.\d+)\." + re.escape(_TASK)
+    re.escape(_OPENING)
+    + r" captured at Longitude: (-?\d{1,3}\.\d{1,30}), Latitude: (-?\d{1,3}\.\d{1,30})\."
+    + re.escape(_TASK)
 )
 
 

@@ -177,7 +177,7 @@ def _problems(row: Mapping[str, str], seen: Mapping[str, str], drawable: bool) -
     if not re.fullmatch(r"[a-z0-9_]+", name):
         problems.append(f"name {shown(name)} has characters other than a-z, 0-9 and _")
     if name in seen:
-        problems.append(f"name {name!r} is already on {seen[name]}")
+        problems.append(f"name {shown(name)} is already on {seen[name]}")
     if category not in CATEGORIES:
         problems.append(f"category {shown(category)} is not one of {', '.join(CATEGORIES)}")
     elif drawable and morphology not in MORPHOLOGIES[Category(category)]:
