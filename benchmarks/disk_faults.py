@@ -367,7 +367,7 @@ class Trial:
         wrong = [line for lines in verify(run).values() for line in lines]
         for stage in stages(run.settings):
             had, has = (manifest.read_manifest(stage.folder(one)) for one in (self.undisturbed, run))
-            if stage is not step.stage and had and has is None:
+            if stage.name != step.name and had and has is None:
                 wrong.append(f"{stage.name} has lost its receipt")
         if open_run(run.folder).settings != run.settings:
             wrong.append(f"{SETTINGS_FILE} differs")
