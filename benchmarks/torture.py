@@ -57,10 +57,11 @@ class Tests:
             [*words, "--hypothesis-show-statistics"],
             cwd=HERE.parent, env={**os.environ, **profile}, stdout=subprocess.PIPE, text=True, check=False,
         )  # fmt: skip
-        print(done.stdout[-1500:] if done.returncode else done.stdout.strip().splitlines()[-1], flush=True)
+        last = done.stdout.strip().splitlines()[-20 if done.returncode else -1 :]
+        print(*(line[:200] for line in last), sep="\n", flush=True)  # a failing example may be as long as it likes
         cases = list(ElementTree.parse(report).iter("testcase"))
         report.unlink()
-        generated = [int(count) for count in re.findall(r"(\d+) passing examples", done.stdout)]
+        generated = [int(count) for count in re.findall(r"\b(\d{1,9}) passing examples", done.stdout)]
         failed = [
             case.get("name") for case in cases if case.find("failure") is not None or case.find("error") is not None
         ]

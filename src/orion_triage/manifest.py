@@ -17,6 +17,7 @@ from orion_triage.errors import OrionError
 from orion_triage.files import sha256_of_file, write_text
 
 FILE_NAME = "manifest.json"
+_SHOWN = 200  # characters of what is wrong with a receipt
 _LIBRARIES = (
     "orion-triage",
     "torch",
@@ -122,7 +123,8 @@ def read_manifest(folder: Path) -> Manifest | None:
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError, RecursionError, OSError) as error:
-        raise OrionError(f"{path} is damaged: {error}.", "Delete the folder; the next run makes it again.") from None
+        why = str(error)[:_SHOWN]
+        raise OrionError(f"{path} is damaged: {why}.", "Delete the folder; the next run makes it again.") from None
 
 
 def _checked(value: Any) -> Manifest:
