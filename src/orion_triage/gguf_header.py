@@ -1,7 +1,7 @@
 """The numbers in a GGUF file's header, read with bounds: what a stranger's file says of its sizes is not believed.
 
 The reader of the `gguf` package follows an array of 2^60 values that are not there until the memory is full.
-Format: github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
+Format: the specification in the repository ggml-org/ggml, versions 2 and 3, little-endian.
 """
 
 import struct
