@@ -360,7 +360,10 @@ def test_what_the_operating_system_refuses_is_one_line(tmp_path: Path) -> None:
     assert locked_out.fix == "Check the path and its permissions."
     rust = obstacle(RuntimeError("I/O error: No space left on device (os error 28)"))
     assert rust is not None
-    assert "the disk took no more" in rust.message
+    assert rust.message == "No space left on device."
+    torch_ = obstacle(RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed"))
+    assert torch_ is not None
+    assert "the disk took no more" in torch_.message
     assert obstacle(ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")) is None
     assert obstacle(ValueError("ours")) is None
 
