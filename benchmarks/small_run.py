@@ -49,8 +49,8 @@ def prepare_places(folder: Path) -> Settings:
                     "reason": target.reason,
                 }
             )
-    write_text(folder / "places.csv", csv_text(tuple(rows[0]), rows))
     path = folder / "places.csv"
+    write_text(path, csv_text(tuple(rows[0]), rows))
     # The distance is so small that so few places fill three splits.
     return load_settings(
         "tiny", [f"dataset.catalogue={path}", "dataset.split_distance_km=20", f"fine_tune.epochs={EPOCHS}"]

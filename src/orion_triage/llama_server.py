@@ -31,6 +31,7 @@ OPTIONS = (
 )  # fmt: skip
 START_SECONDS = 300
 _NOT_UTF8 = b"does not match the expected Content-only format"  # llama.cpp's word for an answer of broken bytes
+_NOT_TEXT = ("the answer is not UTF-8.", "Decode greedily, or under the grammar.")
 LOADING_SECONDS = 60  # for which 503 is waited out
 LARGEST_REPLY_BYTES = 20_000_000  # of one answer; the largest of ours has 0.2 MB
 SHOWN_BYTES = 2000  # of a reply that is no answer, in the error
@@ -257,7 +258,7 @@ class Client:
         if status == 401:
             raise ServerError("the server refuses the key (401).", "Set LLAMA_API_KEY to the server's --api-key.")
         if status == 500 and _NOT_UTF8 in data:
-            raise AnswerError("the answer is not UTF-8.", "Decode greedily, or under the grammar.")
+            raise AnswerError(*_NOT_TEXT)
         if status != 200:
             raise ServerError(f"{path} answered {status}: {text[:200]!r}.", "See the server's log.")
         try:
@@ -330,7 +331,7 @@ def _is_count(value: Any) -> bool:
 def _require_utf8(text: str) -> None:
     """JSON can hold half of a surrogate pair, which no file and no terminal takes."""
     if any("\ud800" <= character <= "\udfff" for character in text):
-        raise AnswerError("the answer is not UTF-8.", "Decode greedily, or under the grammar.")
+        raise AnswerError(*_NOT_TEXT)
 
 
 class Server:

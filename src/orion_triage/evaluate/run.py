@@ -174,13 +174,8 @@ def _kept(work: Path, key: str) -> dict[str, Row]:
         rows = {row["id"]: row for row in kept}
     except FileNotFoundError:
         return {}
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        RecursionError,
-    ):  # another evaluation's, or damaged: it can only be done again
-        work.unlink()
+    except (ValueError, KeyError, TypeError, RecursionError):
+        work.unlink()  # another evaluation's, or damaged: it can only be done again
         return {}
     with work.open("r+b") as file:
         file.truncate(sum(len(line) + 1 for line in whole))
