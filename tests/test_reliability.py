@@ -446,6 +446,14 @@ class Liar(BaseHTTPRequestHandler):
                     while True:
                         self.wfile.write(b" ")
                         time.sleep(0.05)
+            case "drip of headers":
+                with suppress(OSError):
+                    self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Wait: ")
+                    while True:
+                        self.wfile.write(b"x")
+                        time.sleep(0.05)
+            case "stall":
+                time.sleep(5)
             case "no content":
                 self.say(200, {"choices": []})
             case "another's answer":
@@ -497,6 +505,8 @@ def liar(how: str) -> Iterator[str]:
         ("reset in the middle", "broke off"),
         ("gigabytes", "more than 20 MB"),
         ("drip", "has not finished its answer after 1 s"),
+        ("drip of headers", "has not finished its answer after 1 s"),
+        ("stall", "has not finished its answer after 1 s"),
         ("no content", "no content"),
         ("deep", "no JSON object"),
         ("another's answer", "the server's reply is to another prompt: .*Another question"),

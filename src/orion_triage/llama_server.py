@@ -7,8 +7,10 @@ import secrets
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -53,6 +55,7 @@ class Client:
         self.base_url = base_url.rstrip("/")
         self._timeout_seconds = timeout_seconds
         self._http = httpx.Client(base_url=self.base_url, headers=headers, timeout=timeout_seconds)
+        self._socket: socket.socket | None = None
         self._marker = ""
         self._primed = b""
 
@@ -272,13 +275,19 @@ class Client:
         return value
 
     def _exchange(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[int, str, bytes]:
-        """One request: (status, content type, body), bounded in bytes and in seconds however slowly it drips."""
+        """One request: (status, content type, body), bounded in bytes and in seconds however slowly it drips.
+
+        httpx bounds the wait for each piece, of which a head alone can have thousands; so all is cut from outside.
+        """
         import httpx
 
         deadline = time.monotonic() + self._timeout_seconds
+        cut = threading.Timer(self._timeout_seconds, self._hang_up)
+        cut.daemon = True
+        cut.start()
         data = bytearray()
         try:
-            with self._http.stream(method, path, json=body) as reply:
+            with self._http.stream(method, path, json=body, extensions={"trace": self._remember_socket}) as reply:
                 if reply.headers.get("content-encoding", "identity") != "identity":
                     raise ServerError(f"{path} answered with packed bytes.", "Have the proxy before it not pack them.")
                 for part in reply.iter_bytes():
@@ -288,20 +297,32 @@ class Client:
                             f"{path} answered more than {LARGEST_REPLY_BYTES // 1_000_000} MB.",
                             "Is this a llama.cpp server?",
                         )
-                    if time.monotonic() > deadline:
-                        raise ServerError(
-                            f"{path} has not finished its answer after {self._timeout_seconds:g} s.",
-                            "See the server's log.",
-                        )
-                return reply.status_code, reply.headers.get("content-type", "no content type"), bytes(data)
+                if time.monotonic() < deadline:
+                    return reply.status_code, reply.headers.get("content-type", "no content type"), bytes(data)
         except httpx.ConnectError:
             raise ServerError(
                 f"no server answers at {self.base_url}.", "Start llama-server, or check the address."
             ) from None
         except httpx.HTTPError as error:
-            raise ServerError(
-                f"the server at {self.base_url} broke off: {type(error).__name__} {error}.", "See its log."
-            ) from None
+            if time.monotonic() < deadline:
+                raise ServerError(
+                    f"the server at {self.base_url} broke off: {type(error).__name__} {error}.", "See its log."
+                ) from None
+        finally:
+            cut.cancel()
+        raise ServerError(
+            f"{path} has not finished its answer after {self._timeout_seconds:g} s.", "See the server's log."
+        )
+
+    def _remember_socket(self, event: str, told: dict[str, Any]) -> None:
+        if event == "connection.connect_tcp.complete":
+            self._socket = told["return_value"].get_extra_info("socket")
+
+    def _hang_up(self) -> None:
+        """From another thread: what is being read ends here."""
+        if self._socket is not None:
+            with suppress(OSError):  # closed already
+                self._socket.shutdown(socket.SHUT_RDWR)
 
 
 def first_log_probabilities(reply: dict[str, Any], tokens: Sequence[int]) -> list[float] | None:
