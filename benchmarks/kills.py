@@ -1,6 +1,6 @@
 """Kill the pipeline at random moments of every stage, and see that nothing is lost.
 
-    python benchmarks/kills.py                       # 75 kills, half an hour on 2 cores
+    python benchmarks/kills.py                       # 70 kills, 20 minutes on 2 cores
     python benchmarks/kills.py --kills 3 --only fuse  # some of them
 
 The whole pipeline runs on the shipped base and 36 drawn places. Then it runs again and again, with SIGKILL, SIGTERM or
@@ -207,7 +207,7 @@ class Torture:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=75)
+    parser.add_argument("--kills", type=int, default=70)
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--only", nargs="+", default=[], metavar="STAGE", help="fuse, 'evaluate base', triage, ...")
     parser.add_argument("--run", type=Path, help="an undisturbed run of this size to compare with (default: made here)")

@@ -135,7 +135,7 @@ def main() -> None:
     known = {row["file"]: row for row in rows}
     differing = [row["file"] for row in small_run.answers(again) if known[row["file"]] != row]
     growth = {what: round(growth_per_thousand(samples, f"{what}_bytes")) for what in ("command", "server")}
-    disk = disk_bytes(run.folder) - before
+    disk = max(0, disk_bytes(run.folder) - before)  # its logs begin anew
     losses = [f"{len(names)} lines, {len(set(names))} files, {arguments.frames} frames"] * (
         len(names) != arguments.frames or len(set(names)) != arguments.frames
     )

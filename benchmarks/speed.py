@@ -51,6 +51,7 @@ TRAINING_RECORDS, VALIDATION_RECORDS, TEST_RECORDS = 120, 12, 60
 TRAINING_EPOCHS = 2  # the published recipe has 3, the shipped base's preset 5; what a side keeps between epochs counts
 FEWEST_RECORDS = 3  # to train on and validate: one target of each category
 FEWEST_TEST_RECORDS = 2  # a frame to keep and one to drop, which is what condition D needs
+RANDOM_ANSWER_TOKENS = 40  # random weights do not end; a trained model's answers have 25 to 40
 RANDOM_CHECK_RECORDS = 2  # of 'orion fuse' on random weights, as in 'orion rehearse'
 FRAME_SIZES = (512, 384, 256)
 LARGEST_VERDICT_SHARE = 0.05  # of verdicts that may differ: rounding decides where two labels are equally likely
@@ -267,7 +268,11 @@ def finished_run(bench: Bench) -> Run:
     print("making a run of random weights, if there is none", flush=True)
     folder = bench.random_folder
     measure([sys.executable, HERE / "ours.py", "random-run", bench.preset, folder], folder / "random-run.log")
-    sets = [f"base.model={(folder / 'base').resolve()}", f"fuse.check_records={RANDOM_CHECK_RECORDS}"]
+    sets = [
+        f"base.model={(folder / 'base').resolve()}",
+        f"fuse.check_records={RANDOM_CHECK_RECORDS}",
+        f"evaluate.max_new_tokens={RANDOM_ANSWER_TOKENS}",
+    ]
     run = Run((folder / "run").resolve(), load_settings(bench.preset, sets))
     prepare(run)
     orion("fuse", run)

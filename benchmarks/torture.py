@@ -61,7 +61,7 @@ class Tests:
         print(*(line[:200] for line in last), sep="\n", flush=True)  # a failing example may be as long as it likes
         cases = list(ElementTree.parse(report).iter("testcase"))
         report.unlink()
-        generated = [int(count) for count in re.findall(r"\b(\d{1,9}) passing examples", done.stdout)]
+        generated = generated_cases(done.stdout)
         failed = [
             case.get("name") for case in cases if case.find("failure") is not None or case.find("error") is not None
         ]
@@ -74,6 +74,11 @@ class Tests:
         }
         write_text(results, json.dumps(value, indent=1) + "\n")
         return done.returncode == 0
+
+
+def generated_cases(said: str) -> list[int]:
+    """How many cases hypothesis drew for each property, out of pytest's output with --hypothesis-show-statistics."""
+    return [int(count) for count in re.findall(r"^ +- (\d{1,9}) passing, ", said, re.MULTILINE)]
 
 
 PARTS: dict[str, Script | Tests] = {

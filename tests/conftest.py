@@ -29,7 +29,7 @@ hypothesis.settings.register_profile(
     "suite", max_examples=60, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
 )
 hypothesis.settings.register_profile(
-    "torture", hypothesis.settings.get_profile("suite"), max_examples=2000, derandomize=False, print_blob=True
+    "torture", hypothesis.settings.get_profile("suite"), max_examples=500, derandomize=False, print_blob=True
 )
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 

@@ -50,6 +50,31 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(finishe
     assert figures["rounds_that_ended_as_undisturbed"] == 1
 
 
+PROPERTIES = """
+import hypothesis
+
+@hypothesis.settings(max_examples=7, database=None)
+@hypothesis.given(hypothesis.strategies.integers())
+def test_one(number):
+    pass
+
+@hypothesis.settings(max_examples=11, database=None)
+@hypothesis.given(hypothesis.strategies.integers())
+def test_another(number):
+    pass
+
+def test_that_draws_nothing():
+    pass
+"""
+
+
+def test_the_cases_that_hypothesis_draws_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "test_drawn.py").write_text(PROPERTIES)
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--hypothesis-show-statistics"]
+    said = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert load("torture").generated_cases(said) == [7, 11]
+
+
 @pytest.mark.slow
 @pytest.mark.llama_cpp
 def test_what_a_kill_would_have_spoiled_is_found(finished: Path, tmp_path: Path, small_run: ModuleType) -> None:

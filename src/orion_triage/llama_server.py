@@ -23,12 +23,13 @@ if TYPE_CHECKING:
     from orion_triage.llama_cpp import Toolchain
 
 CONTEXT_TOKENS = 2048  # a frame takes under 600; the model's own 128,000 would cost 1.5 GB
-IMAGE_CACHE_MIB = 256  # the default of 8 GiB grows with every image
 # Evaluation, triage and flight serve alike. Flash attention off and one slot: faster for the tower's head size, and the
-# numbers do not depend on load. No page, no slots, and no origin of a web page that a browser would let read an answer
-# ("none" is no origin): what was asked is nobody else's business. Warnings only: a line a request fills a disk.
+# numbers do not depend on load. The slot keeps what questions about one picture share; llama-server's cache of earlier
+# prompts beside it holds frames that do not come again: 250 MB, and slower. No page, no slots, and no origin of a web
+# page that a browser would let read an answer ("none" is no origin): what was asked is nobody else's business.
+# Warnings only: a line a request fills a disk.
 OPTIONS = (
-    "--parallel", "1", "--ctx-size", str(CONTEXT_TOKENS), "--cache-ram", str(IMAGE_CACHE_MIB), "--flash-attn", "off",
+    "--parallel", "1", "--ctx-size", str(CONTEXT_TOKENS), "--cache-ram", "0", "--flash-attn", "off",
     "--no-webui", "--no-slots", "--cors-origins", "none", "--no-cors-credentials", "--log-verbosity", "2",
 )  # fmt: skip
 START_SECONDS = 300
