@@ -551,14 +551,13 @@ def frame(bench: Bench) -> None:
     if bench.toy or len(sizes) == 1:
         return
     # Other ways to fly, against the reference at the preset's own size.
-    smallest = sizes[-1]
-    compare_on_frames(bench, run, f"frame-{own_size}-at-{smallest}", own_size, smallest, run.gguf / quantize.MMPROJ)
-    for kind in ("BF16", "Q8_0"):
-        other = bench.folder / f"mmproj_{kind}_{bench.preset}.gguf"
-        llama_cpp.convert(llama_cpp.find_toolchain(), run.merged, other, mmproj=True, outtype=kind.lower())
-        for size in (own_size, smallest):
-            compare_on_frames(bench, run, f"frame-{own_size}-at-{size}-mmproj-{kind}", own_size, size, other)
-        other.unlink()
+    smaller = bench.folder / f"mmproj_{bench.preset}.gguf"
+    llama_cpp.convert(llama_cpp.find_toolchain(), run.merged, smaller, mmproj=True, outtype="q8_0")
+    for size in dict.fromkeys((sizes[0], sizes[-1])):
+        if size != own_size:
+            compare_on_frames(bench, run, f"frame-{own_size}-at-{size}", own_size, size, run.gguf / quantize.MMPROJ)
+        compare_on_frames(bench, run, f"frame-{own_size}-at-{size}-mmproj-Q8_0", own_size, size, smaller)
+    smaller.unlink()
 
 
 def compare_on_frames(bench: Bench, run: Run, what: str, reference_size: int, our_size: int, our_mmproj: Path) -> None:

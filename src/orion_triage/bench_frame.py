@@ -41,7 +41,7 @@ REPEATS = 3
 CONDITIONS = ("A", "B")  # with and, as in flight, without coordinates
 _WORDS = {  # what may be asked for, and how it is said
     "input size": (r"256|384|512", "Sizes are 256, 384 and 512 pixels."),
-    "mmproj": (r"B?F16|Q8_0", "The vision tower is converted to F16, BF16 or Q8_0."),
+    "mmproj": (r"F16|Q8_0", "The vision tower is converted to F16 or Q8_0."),
     "quantization": (r"F16|[IT]?Q\d[A-Z0-9_]*", "Name F16 or a type of llama-quantize, as Q8_0 or Q3_K_M."),
     "length": (r"[1-9]\d?\d?", "Lengths are tokens of a reason, 1 to 999."),
 }

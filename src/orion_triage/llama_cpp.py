@@ -278,8 +278,8 @@ class ToolUse:
 def convert(toolchain: Toolchain, model: Path, target: Path, *, mmproj: bool, outtype: str = "f16") -> ToolUse:
     """Write the GGUF of a Hugging Face folder: the language model, or its vision part with `mmproj`.
 
-    `outtype` is the converter's: f16, bf16, or q8_0 for a vision part of half the size, which llama-quantize refuses to
-    make (the 1.6B tower has 4304 columns, no multiple of its 32).
+    `outtype` is the converter's: f16, or q8_0 for a vision part of half the size, which llama-quantize refuses to make
+    (the 1.6B tower has 4304 columns, no multiple of its 32).
     """
     _check_pre_tokenizer(model)
     command = [sys.executable, "-c", _LAUNCHER, str(toolchain.source), str(model)]
