@@ -465,6 +465,8 @@ def evaluation_gguf(bench: Bench) -> None:
 def evaluate(bench: Bench, what: str, model: str, command: str) -> None:
     source = finished_run(bench)
     records = read_split(source.dataset, "test")
+    if bench.preset != "tiny" and bench.run is None:  # random weights have learned from no split
+        records = [*records, *read_split(source.dataset, "val")]
     usual = TEST_RECORDS if bench.preset == "tiny" else FEWEST_TEST_RECORDS
     count = FEWEST_TEST_RECORDS if bench.toy else bench.records or min(usual, len(records))
     run = Run((bench.folder / f"{what}_{bench.preset}").resolve(), source.settings)
