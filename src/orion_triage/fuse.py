@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 LARGEST_DIFFERENCE = 0.005
 LARGEST_SHARE = 0.05
 ENOUGH_RECORDS = 20
-# Pixels of the check's frames, at most: every weight is used at any size, and the 1.6B takes 14 s at 512 on 2 cores
-# and 5 s at 256, three times a record.
+# Pixels of the check's frames, at most: every weight is used at any size, and the 1.6B takes 15 s at 512 on 2 cores
+# and 7 s at 256, three times a record.
 CHECK_FRAME_SIZE = 256
 
 
