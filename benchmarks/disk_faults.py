@@ -30,7 +30,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -270,9 +270,9 @@ def _bundle_differences(before: Run, after: Run) -> list[str]:
 # --- looking at what is left ----------------------------------------------------------------------------------------
 
 
-def left_behind(disk: Path, usual: Container[str]) -> list[str]:
-    """Temporary files and folders; `usual` are names that an undisturbed command leaves, as torch's compiler does."""
-    found = [*small_run.leftovers(disk), *(path for path in (disk / "tmp").iterdir() if path.name not in usual)]
+def left_behind(disk: Path) -> list[str]:
+    """Temporary files and folders."""
+    found = [*small_run.leftovers(disk), *small_run.left_in(disk / "tmp")]
     return [f"{path.relative_to(disk)} was left behind" for path in found]
 
 
@@ -333,7 +333,6 @@ class Trial:
         self.run = Run(disk.folder / "run", undisturbed.settings)
         self.temporary = disk.folder / "tmp"
         self.command = step.words(self.run)
-        self.usual: set[str] = set()
 
     def reset(self) -> None:
         """The finished run on the disk, without the step's product."""
@@ -351,7 +350,6 @@ class Trial:
         done, operations = self.disk.run(self.command, TMPDIR=str(self.temporary))
         if done.returncode:
             raise OrionError(f"{self.step.name} failed undisturbed: {done.stderr[-1500:]}")
-        self.usual = {path.name for path in self.temporary.iterdir()}
         for ours, measure in zip(self.step.product(self.run), self.step.product(self.undisturbed), strict=True):
             if self.step.stage is None:
                 shutil.rmtree(measure, ignore_errors=True)
@@ -377,7 +375,7 @@ class Trial:
 
     def finished(self) -> list[str]:
         """What is wrong in the run now that the command has ended with exit status 0."""
-        return self.step.differences(self.undisturbed, self.run) + left_behind(self.disk.folder, self.usual)
+        return self.step.differences(self.undisturbed, self.run) + left_behind(self.disk.folder)
 
     def meet(self, fault: Fault, account: Account) -> str:
         """One command and one fault: refused, harmless or not reached."""

@@ -139,7 +139,7 @@ class Torture:
         self.losses += small_run.differences(self.undisturbed, run)
         if not small_run.same_but_for_time(self.folder / "verdicts.jsonl", verdicts):
             self.losses.append(f"{TRIAGE}: {verdicts} differs")
-        self.losses += [f"{path} was left behind" for path in self._temporary()]
+        self.losses += [f"{path} was left behind" for path in small_run.left_in(self.folder / "tmp")]
         self.rounds += 1
         print(f"round {self.rounds}: {len(self.losses)} losses", *self.losses[before:], sep="\n  ", flush=True)
 
@@ -182,11 +182,6 @@ class Torture:
         said = log.read_text(errors="replace")
         if "Traceback" in said:
             self.losses.append(f"{step.name}: a traceback after {kind}: {said[-300:]!r}")
-
-    def _temporary(self) -> list[Path]:
-        """What lies where temporary files belong; torch's compiler keeps a cache there on purpose."""
-        folder = Path(self.environment["TMPDIR"])
-        return [path for path in folder.iterdir() if not path.name.startswith("torchinductor_")]
 
     def _compare_training(self, run: Run, had: int) -> None:
         stage = next(stage for stage in stages(self.settings) if stage.name == "fine-tune")

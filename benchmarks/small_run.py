@@ -84,6 +84,11 @@ def leftovers(folder: Path) -> Iterator[Path]:
     return (path for path in folder.rglob(".*") if path.name != ".lock")
 
 
+def left_in(temporary: Path) -> list[Path]:
+    """What lies where temporary files belong; torch's compiler keeps a cache there on purpose."""
+    return [path for path in temporary.iterdir() if not path.name.startswith("torchinductor_")]
+
+
 def half_written(folder: Path) -> list[Path]:
     return sorted(folder.rglob(f".*{PARTIAL}"))
 

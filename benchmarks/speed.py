@@ -82,6 +82,11 @@ class Bench:
     base: Path | None
 
     @property
+    def asks_random_weights(self) -> bool:
+        """Whether there is no finished run to ask: no model of another preset than the shipped base's is at hand."""
+        return self.run is None and self.preset != "tiny"
+
+    @property
     def random_folder(self) -> Path:
         return self.folder.with_name(f"{self.folder.name}-full") / self.preset
 
@@ -256,7 +261,7 @@ def write(
 @functools.cache
 def finished_run(bench: Bench) -> Run:
     """The run that is asked, or fused again: --run, the newest, or one of random weights at a preset's shapes."""
-    if bench.run or bench.preset == "tiny":
+    if not bench.asks_random_weights:
         run = open_run(bench.run or newest_run(Path("runs"), "quantize"))
         if run.settings.preset != bench.preset:
             raise OrionError(
@@ -465,7 +470,7 @@ def evaluation_gguf(bench: Bench) -> None:
 def evaluate(bench: Bench, what: str, model: str, command: str) -> None:
     source = finished_run(bench)
     records = read_split(source.dataset, "test")
-    if bench.preset != "tiny" and bench.run is None:  # random weights have learned from no split
+    if bench.asks_random_weights:  # they have learned from no split
         records = [*records, *read_split(source.dataset, "val")]
     usual = TEST_RECORDS if bench.preset == "tiny" else FEWEST_TEST_RECORDS
     count = FEWEST_TEST_RECORDS if bench.toy else bench.records or min(usual, len(records))

@@ -409,7 +409,9 @@ class Liar(BaseHTTPRequestHandler):
     asked = 0
 
     def do_GET(self) -> None:
-        self.say(200, {"status": "ok"} if self.path == "/health" else self.props)
+        if self.path in Liar.how:
+            return self.drip(b"HTTP/1.1 200 OK\r\nX-Wait: ")
+        return self.say(200, {"status": "ok"} if self.path == "/health" else self.props)
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
@@ -440,18 +442,9 @@ class Liar(BaseHTTPRequestHandler):
                     for _ in range(1000):
                         self.wfile.write(b" " * 1_000_000)
             case "drip":
-                self.send_response(200)
-                self.end_headers()
-                with suppress(OSError):
-                    while True:
-                        self.wfile.write(b" ")
-                        time.sleep(0.05)
+                self.drip(b"HTTP/1.1 200 OK\r\n\r\n")
             case "drip of headers":
-                with suppress(OSError):
-                    self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Wait: ")
-                    while True:
-                        self.wfile.write(b"x")
-                        time.sleep(0.05)
+                self.drip(b"HTTP/1.1 200 OK\r\nX-Wait: ")
             case "stall":
                 time.sleep(5)
             case "no content":
@@ -466,6 +459,13 @@ class Liar(BaseHTTPRequestHandler):
             case status:
                 self.say(int(status), {"error": "no"})
         return None
+
+    def drip(self, start: bytes) -> None:
+        with suppress(OSError):  # hung up on
+            self.wfile.write(start)
+            while True:
+                self.wfile.write(b" ")
+                time.sleep(0.05)
 
     def say(self, status: int, value: Any, kind: str = "application/json") -> None:
         body = value if isinstance(value, bytes) else json.dumps(value).encode()
@@ -530,6 +530,13 @@ def test_no_lie_of_a_server_is_counted_as_an_answer(
         assert time.monotonic() - began < 20
         # The image and the question, once, where that is noticed after them; else three tries of what goes wrong.
         assert Liar.asked == {"swapped": 2, "another's answer": 4}.get(how, 3)
+
+
+def test_a_server_that_drips_before_it_is_asked_is_hung_up_on_too() -> None:
+    with liar("/health") as url, pytest.raises(ServerError, match="no server answers"):
+        llama_cpp.Client(url).ready(1)
+    with liar("/props") as url, pytest.raises(ServerError, match="/props has not finished its answer after 1 s"):
+        llama_cpp.Client(url, timeout_seconds=1).props()
 
 
 def test_a_server_that_is_still_loading_is_waited_for_and_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:

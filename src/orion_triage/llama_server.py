@@ -9,8 +9,8 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,8 @@ from orion_triage.errors import AnswerError, ServerError
 from orion_triage.reading import parse_json, shown
 
 if TYPE_CHECKING:
+    import httpx
+
     from orion_triage.llama_cpp import Toolchain
 
 CONTEXT_TOKENS = 2048  # a frame takes under 600; the model's own 128,000 would cost 1.5 GB
@@ -55,7 +57,7 @@ class Client:
             headers["Authorization"] = f"Bearer {api_key}"
         self.base_url = base_url.rstrip("/")
         self._timeout_seconds = timeout_seconds
-        self._http = httpx.Client(base_url=self.base_url, headers=headers, timeout=timeout_seconds)
+        self._http = httpx.Client(base_url=self.base_url, headers=headers)
         self._socket: socket.socket | None = None
         self._marker = ""
         self._primed = b""
@@ -97,7 +99,7 @@ class Client:
 
     def _status(self, path: str, timeout_seconds: float) -> int:
         """What the server answers with, whatever it goes on to say."""
-        with self._http.stream("GET", path, timeout=timeout_seconds) as reply:
+        with self._stream("GET", path, timeout_seconds) as reply:
             return reply.status_code
 
     def props(self) -> dict[str, Any]:
@@ -276,19 +278,13 @@ class Client:
         return value
 
     def _exchange(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[int, str, bytes]:
-        """One request: (status, content type, body), bounded in bytes and in seconds however slowly it drips.
-
-        httpx bounds the wait for each piece, of which a head alone can have thousands; so all is cut from outside.
-        """
+        """One request: (status, content type, body), bounded in bytes and in seconds however slowly it drips."""
         import httpx
 
         deadline = time.monotonic() + self._timeout_seconds
-        cut = threading.Timer(self._timeout_seconds, self._hang_up)
-        cut.daemon = True
-        cut.start()
         data = bytearray()
         try:
-            with self._http.stream(method, path, json=body, extensions={"trace": self._remember_socket}) as reply:
+            with self._stream(method, path, self._timeout_seconds, body) as reply:
                 if reply.headers.get("content-encoding", "identity") != "identity":
                     raise ServerError(f"{path} answered with packed bytes.", "Have the proxy before it not pack them.")
                 for part in reply.iter_bytes():
@@ -309,11 +305,27 @@ class Client:
                 raise ServerError(
                     f"the server at {self.base_url} broke off: {type(error).__name__} {error}.", "See its log."
                 ) from None
-        finally:
-            cut.cancel()
         raise ServerError(
             f"{path} has not finished its answer after {self._timeout_seconds:g} s.", "See the server's log."
         )
+
+    @contextmanager
+    def _stream(
+        self, method: str, path: str, seconds: float, body: dict[str, Any] | None = None
+    ) -> "Iterator[httpx.Response]":
+        """A reply that is over after `seconds`, in its head or its body.
+
+        httpx bounds the wait for each piece, of which a head alone can have thousands; so all is cut from outside.
+        """
+        cut = threading.Timer(seconds, self._hang_up)
+        cut.daemon = True
+        cut.start()
+        try:
+            trace = {"trace": self._remember_socket}
+            with self._http.stream(method, path, json=body, timeout=seconds, extensions=trace) as reply:
+                yield reply
+        finally:
+            cut.cancel()
 
     def _remember_socket(self, event: str, told: dict[str, Any]) -> None:
         if event == "connection.connect_tcp.complete":
