@@ -40,6 +40,7 @@ from orion_triage import llama_cpp, quantize, vlm
 from orion_triage.config import Settings, load_settings, preset_names
 from orion_triage.errors import OrionError
 from orion_triage.files import write_text
+from orion_triage.machine import describe
 from orion_triage.manifest import read_manifest
 from orion_triage.pipeline import Run, newest_run, open_run, prepare
 from orion_triage.records import Record, image_path, read_split, write_split
@@ -184,27 +185,13 @@ def summarize(runs: dict[str, list[Figures]]) -> Figures:
 
 
 def machine() -> Figures:
-    """What the figures belong to; no name, no date."""
-    processor = next(
-        (
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-            if line.startswith(("model name", "Model"))
-        ),
-        "unknown",
-    )
+    """What the figures belong to."""
     gpu = None
     if shutil.which("nvidia-smi"):
         command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
         listed = subprocess.run(command, capture_output=True, text=True, check=False)
         gpu = listed.stdout.strip().splitlines() or None
-    return {
-        "cores": len(os.sched_getaffinity(0)),
-        "processor": processor,
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "gpu": gpu,
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
-    }
+    return {**describe(), "gpu": gpu, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS")}
 
 
 def versions() -> Figures:

@@ -8,12 +8,10 @@ import io
 import itertools
 import json
 import os
-import platform
 import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +22,7 @@ from orion_triage.evaluate.backends import LlamaCppBackend, ask_for_category
 from orion_triage.files import locked, temporary_folder
 from orion_triage.frames import Frame, shrink
 from orion_triage.llama_server import OPTIONS
+from orion_triage.machine import describe
 from orion_triage.pipeline import CONSTRAINED, VERDICT_ONLY
 from orion_triage.progress import Progress, silent
 from orion_triage.triage import ANSWER_TOKENS, Category, Verdict, render_prompt
@@ -131,7 +130,7 @@ def run(
     for one in runs:
         quantize.check_pair(one.gguf)
     toolchain = llama_cpp.existing_tools() or llama_cpp.find_toolchain(progress)
-    machine = machine_of()
+    machine = {**describe(), "busy_cores": round(_busy_cores(1.0), 2)}
     shown = sizes or (SIZES if len(runs) == 1 else ())
     plans = [plan(one, shown, mmprojs, quantizations or one.settings.ladder.quantizations) for one in runs]
     total, done = sum(map(len, plans)), 0
@@ -208,20 +207,6 @@ def mark_best(rows: Sequence[Row]) -> list[Row]:
 
     evaluated = [row for row in rows if row.accuracy is not None]
     return [replace(row, best=row in evaluated and not any(beaten(row, by) for by in evaluated)) for row in rows]
-
-
-def machine_of() -> dict[str, Any]:
-    """This machine, and how many of its cores other programs keep busy while nothing is measured."""
-    name = platform.processor() or platform.machine()
-    with suppress(OSError, StopIteration):  # a Pi has its name in the device tree, a PC its processor's in cpuinfo
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next(line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model")))
-    return {
-        "processor": name,
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "busy_cores": round(_busy_cores(1.0), 2),
-    }
 
 
 def _busy_cores(seconds: float) -> float:

@@ -12,6 +12,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
+def one_line(text: str) -> str:
+    """`printable`, with line ends as escapes too: file names and what stands in files can hold any."""
+    return printable(text).replace("\n", "\\n")
+
+
 class OrionError(Exception):
     """A mistake or an obstacle that the user can act on.
 

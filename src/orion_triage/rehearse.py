@@ -21,6 +21,7 @@ from orion_triage import llama_cpp, quantize
 from orion_triage.config import load_settings
 from orion_triage.errors import OrionError
 from orion_triage.files import cache_folder, replaced_folder, require_free_space, write_text
+from orion_triage.machine import describe
 from orion_triage.manifest import read_manifest
 from orion_triage.pipeline import Run
 from orion_triage.progress import Progress, silent
@@ -128,17 +129,10 @@ def figures_path(preset: str) -> Path:
 
 
 def machine() -> dict[str, Any]:
-    """Cores, memory and GPU of this machine."""
-    import platform
-
+    """This machine and its GPU."""
     import torch
 
-    return {
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "processor": platform.processor() or platform.machine(),
-    }
+    return {**describe(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
 
 
 def sizes(run: Run, base: Path) -> dict[str, int]:

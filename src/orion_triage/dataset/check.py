@@ -16,7 +16,7 @@ from orion_triage.dataset.facts import Entry, Finding, Picture, Severity, read_e
 from orion_triage.dataset.land import perhaps_swapped
 from orion_triage.dataset.leakage import leaks
 from orion_triage.dataset.reasons import reason_findings
-from orion_triage.errors import OrionError
+from orion_triage.errors import OrionError, one_line
 from orion_triage.manifest import read_manifest
 from orion_triage.progress import Progress, silent
 from orion_triage.records import FRAMES_TABLE, SPLITS, Split, split_path
@@ -106,7 +106,7 @@ def check_dataset(
             split_distance_km=split_distance_km or known_distance,
         ),
     ]
-    findings = [replace(f, place=_printable(f.place), message=_printable(f.message)) for f in findings]
+    findings = [replace(f, place=one_line(f.place), message=one_line(f.message)) for f in findings]
     lines = Counter(entry.split for entry in entries)
     return Report(
         str(folder), sorted(findings, key=_order), {split: lines[split] for split in SPLITS}, counts, len(pictures)
@@ -150,11 +150,6 @@ def _order(finding: Finding) -> tuple[bool, int, int, str]:
     match = re.fullmatch(rf"({'|'.join(SPLITS)})_dataset\.jsonl(?::(\d+))?", finding.place)
     file, line = (SPLITS.index(match[1]), int(match[2] or 0)) if match else (len(SPLITS), 0)
     return finding.severity != "error", file, line, finding.check
-
-
-def _printable(text: str) -> str:
-    """`text` without what a terminal would obey or could not encode; file names and lines can hold anything."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _counts(entries: Sequence[Entry]) -> dict[Split, dict[str, int]]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from orion_triage.dataset.facts import Finding, read_entries
 from orion_triage.dataset.land import outline
-from orion_triage.errors import OrionError, RecordError
+from orion_triage.errors import OrionError, RecordError, printable
 from orion_triage.frames import CAMERA_SIZE, read_frame, shrink
 from orion_triage.progress import Progress, silent
 from orion_triage.records import SPLITS, Record, Split, image_path, split_path
@@ -87,8 +87,6 @@ def render_view(
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    from orion_triage.report.html import visible
-
     contents = read_contents(folder)
     found = linked(folder, contents.cards, findings)
     shown, extra = sampled(contents.cards)
@@ -101,7 +99,7 @@ def render_view(
         trim_blocks=True,
         lstrip_blocks=True,
         autoescape=True,
-        finalize=lambda value: visible(value) if type(value) is str else value,
+        finalize=lambda value: printable(value) if type(value) is str else value,
     )
     environment.filters["sha256"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     return environment.get_template("view.html.j2").render(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from orion_triage.errors import printable
 from orion_triage.evaluate.conditions import CONDITIONS
 from orion_triage.evaluate.run import Row, prediction_of, read_predictions
 from orion_triage.frames import CAMERA_SIZE, read_frame, shrink
@@ -170,16 +171,11 @@ def wrong_answers(results: dict[str, Any], rows: Sequence[Row]) -> list[WrongAns
                 cost=priced[CATEGORIES.index(predicted)] if predicted else max(priced),
                 confidence=scores.get(predicted, 0.0) if predicted else 0.0,
                 scores={category.value: score for category, score in scores.items()},
-                answer=visible(row["answer"]),
+                answer=printable(row["answer"]),
                 prompt=render_prompt(asked),
             )
         )
     return sorted(wrong, key=lambda answer: (-answer.cost, -answer.confidence, answer.name, answer.condition))
-
-
-def visible(text: str) -> str:
-    """Characters that a page would swallow, or that would turn its direction, as Python's escapes."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def flat(figures: dict[str, Any], above: str = "") -> list[tuple[str, str]]:
