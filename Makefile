@@ -9,6 +9,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+# Two tests beside each other, a file at a time: 19 minutes instead of 30 on 2 cores
+SPREAD := -n 2 --dist loadfile
 READY  := $(VENV)/.ready-$(shell cat constraints.txt pyproject.toml | sha256sum | cut -c1-16)
 
 .PHONY: run test check docs audit torture bench setup clean
@@ -18,13 +20,13 @@ run: setup
 	$(BIN)/orion run
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SPREAD)
 
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SPREAD)
 
 # Warnings are errors: a link to a page, heading or file that is not there is one. The second pass lists other sites.
 docs: setup

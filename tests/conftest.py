@@ -22,6 +22,9 @@ from orion_triage.triage import CATEGORIES, Category, Coordinates, Verdict, rend
 from orion_triage.vlm import TINY_BASE_FOLDER
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the tests may reach a network
+if "PYTEST_XDIST_WORKER" in os.environ:  # each has a core of its own: threads that wait for each other spin
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("LLAMA_ARG_THREADS", "1")
 
 # Hostile input (tests/hostile.py): the same cases every time in the suite; HYPOTHESIS_PROFILE=torture draws others,
 # many more of them.
