@@ -7,10 +7,8 @@ import secrets
 import signal
 import socket
 import subprocess
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -20,8 +18,6 @@ from orion_triage.errors import AnswerError, ServerError
 from orion_triage.reading import parse_json, shown
 
 if TYPE_CHECKING:
-    import httpx
-
     from orion_triage.llama_cpp import Toolchain
 
 CONTEXT_TOKENS = 2048  # a frame takes under 600; the model's own 128,000 would cost 1.5 GB
@@ -49,7 +45,7 @@ class Client:
     """The calls that evaluation and triage need, over a running server."""
 
     def __init__(self, base_url: str, api_key: str = "", *, timeout_seconds: float = 600) -> None:
-        import httpx
+        from orion_triage.bounded_http import BoundedHttp
 
         # Not packed: a few kilobytes can be packed, and packed again, so that they unpack to terabytes.
         headers = {"Accept-Encoding": "identity"}
@@ -57,8 +53,7 @@ class Client:
             headers["Authorization"] = f"Bearer {api_key}"
         self.base_url = base_url.rstrip("/")
         self._timeout_seconds = timeout_seconds
-        self._http = httpx.Client(base_url=self.base_url, headers=headers)
-        self._socket: socket.socket | None = None
+        self._http = BoundedHttp(base_url=self.base_url, headers=headers)
         self._marker = ""
         self._primed = b""
 
@@ -99,7 +94,7 @@ class Client:
 
     def _status(self, path: str, timeout_seconds: float) -> int:
         """What the server answers with, whatever it goes on to say."""
-        with self._stream("GET", path, timeout_seconds) as reply:
+        with self._http.stream("GET", path, timeout_seconds, timeout=timeout_seconds) as reply:
             return reply.status_code
 
     def props(self) -> dict[str, Any]:
@@ -284,7 +279,8 @@ class Client:
         deadline = time.monotonic() + self._timeout_seconds
         data = bytearray()
         try:
-            with self._stream(method, path, self._timeout_seconds, body) as reply:
+            seconds = self._timeout_seconds
+            with self._http.stream(method, path, seconds, json=body, timeout=seconds) as reply:
                 if reply.headers.get("content-encoding", "identity") != "identity":
                     raise ServerError(f"{path} answered with packed bytes.", "Have the proxy before it not pack them.")
                 for part in reply.iter_bytes():
@@ -308,34 +304,6 @@ class Client:
         raise ServerError(
             f"{path} has not finished its answer after {self._timeout_seconds:g} s.", "See the server's log."
         )
-
-    @contextmanager
-    def _stream(
-        self, method: str, path: str, seconds: float, body: dict[str, Any] | None = None
-    ) -> "Iterator[httpx.Response]":
-        """A reply that is over after `seconds`, in its head or its body.
-
-        httpx bounds the wait for each piece, of which a head alone can have thousands; so all is cut from outside.
-        """
-        cut = threading.Timer(seconds, self._hang_up)
-        cut.daemon = True
-        cut.start()
-        try:
-            trace = {"trace": self._remember_socket}
-            with self._http.stream(method, path, json=body, timeout=seconds, extensions=trace) as reply:
-                yield reply
-        finally:
-            cut.cancel()
-
-    def _remember_socket(self, event: str, told: dict[str, Any]) -> None:
-        if event == "connection.connect_tcp.complete":
-            self._socket = told["return_value"].get_extra_info("socket")
-
-    def _hang_up(self) -> None:
-        """From another thread: what is being read ends here."""
-        if self._socket is not None:
-            with suppress(OSError):  # closed already
-                self._socket.shutdown(socket.SHUT_RDWR)
 
 
 def first_log_probabilities(reply: dict[str, Any], tokens: Sequence[int]) -> list[float] | None:

@@ -137,9 +137,11 @@ class _Handler(BaseHTTPRequestHandler):
                 self.simsat.stopped.wait(30)
             case "drip":
                 self._answer(picture[:1000], length=len(picture))
-                for _ in range(80):
-                    if not self.simsat.stopped.wait(0.1):
-                        self.wfile.write(b"\0")
+                self._drip()
+            case "drip of headers":
+                self.close_connection = True
+                self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Wait: ")
+                self._drip()
             case "reset":
                 self._reset()
             case "reset midway":
@@ -159,6 +161,11 @@ class _Handler(BaseHTTPRequestHandler):
                     rest = formatdate(time.time() + float(rest.removeprefix("date ")), usegmt=True)
                 headers = {"Retry-After": rest} if rest else {}
                 self._reply(int(kind), {"detail": f"the answer of a scripted {kind}"}, **headers)
+
+    def _drip(self) -> None:
+        for _ in range(80):
+            if not self.simsat.stopped.wait(0.1):
+                self.wfile.write(b"0")
 
     def _answer(self, body: bytes, *, length: int | None = None, metadata: Any = (), **changes: Any) -> None:
         """200, `image/png` whatever the body is."""

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from itertools import pairwise, repeat
 from pathlib import Path
@@ -241,9 +242,14 @@ def test_a_place_at_which_the_server_hangs_does_not_stop_the_others(server: SimS
     assert isinstance(second, Picture)
 
 
-def test_an_answer_that_never_ends_is_given_up_though_it_never_pauses(server: SimSatServer, tmp_path: Path) -> None:
-    server.scripts = {place(0): repeat("drip")}
+@pytest.mark.parametrize("kind", ["drip", "drip of headers"])
+def test_an_answer_that_never_ends_is_given_up_though_it_never_pauses(
+    server: SimSatServer, tmp_path: Path, kind: str
+) -> None:
+    server.scripts = {place(0): repeat(kind)}
+    began = time.monotonic()
     [answer] = source(server, tmp_path, attempts=1).pictures(shots(1))
+    assert time.monotonic() - began < 6 * READ_SECONDS  # the server drips for 8
     assert isinstance(answer, Absent)
     assert "no whole answer in time" in answer.why
 

@@ -13,7 +13,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -30,6 +30,8 @@ from orion_triage.reading import parse_json
 
 if TYPE_CHECKING:
     import httpx
+
+    from orion_triage.bounded_http import BoundedHttp
 
 # SimSat asks Mapbox for zoom 13.92 + log2(560 / distance in km) and 1280 points of 40,075 km * cos(lat) / 2^(zoom + 9):
 # straight above the equator that is 5.77 km for 500 km, so a linear function of the altitude.
@@ -110,11 +112,13 @@ class SimSat:
     def _pictures(self, shots: Sequence[Shot]) -> Iterator[Picture | Absent]:
         import httpx
 
+        from orion_triage.bounded_http import BoundedHttp
+
         timeout = httpx.Timeout(self.read_seconds, connect=self.connect_seconds)
         # A connection a request: bytes beyond an answer's announced length would be taken for the next answer.
         limits = httpx.Limits(max_keepalive_connections=0)
         connected, without_server = False, 0
-        with _locked(self.cache), httpx.Client(timeout=timeout, limits=limits, headers=_PLAIN) as client:
+        with _locked(self.cache), closing(BoundedHttp(timeout=timeout, limits=limits, headers=_PLAIN)) as client:
             for shot in shots:
                 if (data := self._cached(shot)) is not None:
                     yield Picture(data, self._metres_per_pixel(shot), cached=True)
@@ -169,7 +173,7 @@ class SimSat:
                 "Make room there, then repeat the command: it goes on from what is there.",
             ) from None
 
-    def _fetch(self, client: "httpx.Client", shot: Shot) -> bytes | _Fault:
+    def _fetch(self, client: "BoundedHttp", shot: Shot) -> bytes | _Fault:
         for attempt in count(1):
             answer = self._ask(client, shot)
             if isinstance(answer, bytes) and (damage := _damage(answer)):
@@ -182,23 +186,30 @@ class SimSat:
             time.sleep(min(max(pause, answer.wait_seconds), self.longest_wait_seconds))
         return answer
 
-    def _ask(self, client: "httpx.Client", shot: Shot) -> bytes | _Fault:
+    def _ask(self, client: "BoundedHttp", shot: Shot) -> bytes | _Fault:
         """One request."""
         import httpx
 
         self._pace.wait()
-        deadline = time.monotonic() + _WHOLE_ANSWER * self.read_seconds
+        seconds = _WHOLE_ANSWER * self.read_seconds
+        deadline = time.monotonic() + seconds
+        late = _Fault(f"no whole answer in time (it may pause for {self.read_seconds:g} s)", unanswered=True)
         try:
-            with client.stream("GET", f"{self.url}/data/image/mapbox", params=self._question(shot)) as response:
-                body = _read(response, LARGEST_BYTES if response.status_code == 200 else _DETAIL_BYTES, deadline)
+            address = f"{self.url}/data/image/mapbox"
+            with client.stream("GET", address, seconds, params=self._question(shot)) as response:
+                body = _read(response, LARGEST_BYTES if response.status_code == 200 else _DETAIL_BYTES)
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             return _Fault(f"no connection ({error})", unanswered=True, unreachable=True)
         except httpx.TimeoutException:
-            return _Fault(f"no whole answer in time (it may pause for {self.read_seconds:g} s)", unanswered=True)
+            return late
         except httpx.RequestError as error:
+            if time.monotonic() >= deadline:
+                return late
             return _Fault(f"the connection broke off ({error})", unanswered=True)
         finally:
             self._pace.count()
+        if time.monotonic() >= deadline:  # a body without a length ends where it is cut
+            return late
         return _judged(response.status_code, response.headers, body)
 
 
@@ -239,17 +250,13 @@ def _judged(status: int, headers: Mapping[str, str], body: bytes) -> bytes | _Fa
     return body
 
 
-def _read(response: "httpx.Response", most: int, deadline: float) -> bytes:
+def _read(response: "httpx.Response", most: int) -> bytes:
     """The body, or a little more than `most` bytes of it."""
-    import httpx
-
     data = bytearray()
     for piece in response.iter_raw():  # what is packed against our wish does not decode as a picture
         data += piece
         if len(data) > most:
             break
-        if time.monotonic() > deadline:
-            raise httpx.ReadTimeout("the answer never ends")
     return bytes(data)
 
 
