@@ -192,8 +192,6 @@ class SimSat:
 
         self._pace.wait()
         seconds = _WHOLE_ANSWER * self.read_seconds
-        deadline = time.monotonic() + seconds
-        late = _Fault(f"no whole answer in time (it may pause for {self.read_seconds:g} s)", unanswered=True)
         try:
             address = f"{self.url}/data/image/mapbox"
             with client.stream("GET", address, seconds, params=self._question(shot)) as response:
@@ -201,15 +199,11 @@ class SimSat:
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             return _Fault(f"no connection ({error})", unanswered=True, unreachable=True)
         except httpx.TimeoutException:
-            return late
+            return _Fault(f"no whole answer in time (it may pause for {self.read_seconds:g} s)", unanswered=True)
         except httpx.RequestError as error:
-            if time.monotonic() >= deadline:
-                return late
             return _Fault(f"the connection broke off ({error})", unanswered=True)
         finally:
             self._pace.count()
-        if time.monotonic() >= deadline:  # a body without a length ends where it is cut
-            return late
         return _judged(response.status_code, response.headers, body)
 
 
