@@ -276,7 +276,6 @@ class Client:
         """One request: (status, content type, body), bounded in bytes and in seconds however slowly it drips."""
         import httpx
 
-        deadline = time.monotonic() + self._timeout_seconds
         data = bytearray()
         try:
             seconds = self._timeout_seconds
@@ -290,20 +289,19 @@ class Client:
                             f"{path} answered more than {LARGEST_REPLY_BYTES // 1_000_000} MB.",
                             "Is this a llama.cpp server?",
                         )
-                if time.monotonic() < deadline:
-                    return reply.status_code, reply.headers.get("content-type", "no content type"), bytes(data)
+                return reply.status_code, reply.headers.get("content-type", "no content type"), bytes(data)
         except httpx.ConnectError:
             raise ServerError(
                 f"no server answers at {self.base_url}.", "Start llama-server, or check the address."
             ) from None
+        except httpx.TimeoutException:
+            raise ServerError(
+                f"{path} has not finished its answer after {self._timeout_seconds:g} s.", "See the server's log."
+            ) from None
         except httpx.HTTPError as error:
-            if time.monotonic() < deadline:
-                raise ServerError(
-                    f"the server at {self.base_url} broke off: {type(error).__name__} {error}.", "See its log."
-                ) from None
-        raise ServerError(
-            f"{path} has not finished its answer after {self._timeout_seconds:g} s.", "See the server's log."
-        )
+            raise ServerError(
+                f"the server at {self.base_url} broke off: {type(error).__name__} {error}.", "See its log."
+            ) from None
 
 
 def first_log_probabilities(reply: dict[str, Any], tokens: Sequence[int]) -> list[float] | None:
