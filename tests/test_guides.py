@@ -27,6 +27,8 @@ DOCS = ROOT / "docs"
 GENERATED = {"commands.md"}  # from the command line's own help, which is not for copying
 REASONS = {"GPU", "network", "Raspberry Pi", "server"}
 SECONDS_OF_A_PAGE = 300
+UNSET = ("ORION_SERVER", "LLAMA_")  # of the environment: a reader has none of them
+KEPT = ("LLAMA_ARG_THREADS",)  # beside another worker, two threads that wait for each other take six times as long
 
 # A guide's run has 360 places and five epochs, the tests' 36 and two. These commands make the stages of a run.
 STAGES = "run|dataset|ablation|fine-tune|fuse|quantize|evaluate|ladder|decoding"
@@ -109,7 +111,7 @@ def blocks_of_page(path: Path) -> list[Block]:
 def run_blocks(blocks: list[Block], folder: Path, path: str) -> tuple[int, str]:
     """Exit status and output of the blocks that are run, in one shell, which ends at the first failure."""
     script = [PREAMBLE, *(f"echo '=== {block}' >&2\n{block.text}" for block in blocks if not block.not_run)]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("ORION_SERVER", "LLAMA_"))}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(UNSET) or name in KEPT}
     process = subprocess.Popen(
         ["bash", "-c", "\n".join(script)],
         cwd=folder,
