@@ -1,6 +1,7 @@
 """llama_cpp.py, llama_server.py and quantize.py: the pinned tools, on a real converted model."""
 
 import json
+import os
 import shutil
 import threading
 import zipfile
@@ -193,6 +194,8 @@ def test_the_flight_grammar_gives_verdicts_and_the_server_stops(
     with llama_cpp.Server(toolchain, pair / quantize.QUANTIZED, pair / quantize.MMPROJ, log=log) as running:
         assert parse_verdict(running.client.complete(record.prompt, png, 250, GRAMMAR)) is not None
         process, client = running._process, running.client
+        assert process is not None
+        assert os.getpgid(process.pid) != os.getpgid(0)  # Ctrl-C in a terminal goes to a whole group
         assert process is not None
     assert process.poll() is not None
     with pytest.raises((ServerError, RuntimeError)):

@@ -363,7 +363,11 @@ class Server:
         environment = {**os.environ, "LLAMA_API_KEY": key}  # not on the command line, where others could read it
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("wb") as file:
-            self._process = subprocess.Popen(tied(command), stdout=file, stderr=subprocess.STDOUT, env=environment)
+            # Not in the terminal's process group: Ctrl-C would stop it in the middle of a question, which then never
+            # gets its reply, and whoever asked would wait for it before the server is stopped from here.
+            self._process = subprocess.Popen(
+                tied(command), stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
         self.client = Client(f"http://127.0.0.1:{port}", key)
         try:
             self._wait()
