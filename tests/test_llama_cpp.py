@@ -196,7 +196,6 @@ def test_the_flight_grammar_gives_verdicts_and_the_server_stops(
         process, client = running._process, running.client
         assert process is not None
         assert os.getpgid(process.pid) != os.getpgid(0)  # Ctrl-C in a terminal goes to a whole group
-        assert process is not None
     assert process.poll() is not None
     with pytest.raises((ServerError, RuntimeError)):
         client.tokenize("a")
