@@ -1,60 +1,93 @@
 # make run    set up and run the whole pipeline on the shipped base
 # make test   set up and run all tests
+# make quick  those that need no model and no server, in a minute
 # make check  lint, types and tests
 # make docs   build the pages in build/docs and check their links
 # make audit  ask the advisory service about every pinned library; a library that it does not know is a failure
 # make torture  kills, failing disks, hostile input, 10,000 frames: what docs/reliability.md shows (an hour)
 # make bench  set up and compare time and memory with the published recipe (on a machine that does nothing else)
+# make pins   write constraints.txt and constraints-dev.txt anew, from the ranges in pyproject.toml
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-# Two tests beside each other, a file at a time: 19 minutes instead of 30 on 2 cores
+# What each of the two environments was made from: another set of pins makes it again.
+READY     := $(VENV)/.ready-$(shell cat constraints.txt pyproject.toml | sha256sum | cut -c1-16)
+READY_DEV := $(VENV)/.ready-dev-$(shell cat constraints*.txt pyproject.toml | sha256sum | cut -c1-16)
+PINS := --universal --python-version 3.11.5 --generate-hashes --no-header --quiet
+# Two tests beside each other
 SPREAD := -n 2 --dist loadfile
-READY  := $(VENV)/.ready-$(shell cat constraints.txt pyproject.toml | sha256sum | cut -c1-16)
 
-.PHONY: run test check docs audit torture bench setup clean
+# A run and its tests start many interpreters; without compiled modules each of them reads 25 s of sources again.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: run test quick check docs audit torture bench setup setup-dev pins clean
 
 run: setup
-	$(BIN)/orion toolchain
 	$(BIN)/orion run
 
-test: setup
+test: setup-dev
 	$(BIN)/python -m pytest $(SPREAD)
 
-check: setup
+quick: setup-dev
+	$(BIN)/python -m pytest $(SPREAD) -m "not slow and not llama_cpp and not browser"
+
+check: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(SPREAD)
 
 # Warnings are errors: a link to a page, heading or file that is not there is one. The second pass lists other sites.
-docs: setup
+docs: setup-dev
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 	$(BIN)/python -m sphinx -b linkcheck docs build/links | sed -n 's/-ignored-/links to/p'
 	@echo "build/docs/index.html"
 
-audit: setup
-	$(BIN)/pip-audit --strict --require-hashes --disable-pip -r constraints.txt
+audit: setup-dev
+	$(BIN)/pip-audit --strict --require-hashes --disable-pip -r constraints.txt -r constraints-dev.txt
 
-torture: setup
+torture: setup-dev
 	test -n "$(wildcard runs/*/gguf/pair.json)" || $(MAKE) run
 	$(BIN)/python benchmarks/torture.py
 
 # ONLY="training frame" does some of them; the rest of the options: benchmarks/speed.py --help
-bench: setup
+bench: setup-dev
 	test -n "$(wildcard runs/*/gguf/pair.json)" || $(MAKE) run
 	$(BIN)/python benchmarks/speed.py $(if $(ONLY),--only $(ONLY))
 
 setup: $(READY)
 
-# pip refuses hashes together with an editable install, hence two steps.
+setup-dev: $(READY_DEV)
+
+# uv installs the pins in a fifth of pip's time; pip is asked where uv cannot be had, or does not know the index.
+# Hashes and an editable install exclude each other, hence two steps.
+define install
+$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes $(1) \
+	|| $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes $(1)
+endef
+
 $(READY): constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r constraints.txt
+	sed -n '/^uv==/,/^ *#/p' constraints.txt > $(VENV)/uv.txt
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $(VENV)/uv.txt
+	$(call install,-r constraints.txt)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	rm -f $(VENV)/.ready-*
 	touch $@
+
+$(READY_DEV): $(READY) constraints-dev.txt
+	$(call install,-r constraints-dev.txt)
+	rm -f $(VENV)/.ready-dev-*
+	touch $@
+
+pins: setup
+	{ echo "# What 'orion' needs, at exact versions with hashes. Written by 'make pins'."; \
+		$(BIN)/uv pip compile $(PINS) pyproject.toml --extra imagery --group setup; } > constraints.new
+	mv constraints.new constraints.txt
+	{ echo "# What tests, lint and pages need beside constraints.txt. Written by 'make pins'."; \
+		$(BIN)/uv pip compile $(PINS) --group dev -c constraints.txt; } > constraints.new
+	mv constraints.new constraints-dev.txt
 
 clean:
 	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache

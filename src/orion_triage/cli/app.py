@@ -1,5 +1,7 @@
 """The application that every command registers with, and the order in which the help names them."""
 
+from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import typer
@@ -16,6 +18,21 @@ COMMANDS = (
 class _InOrder(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
         return [*COMMANDS, *(name for name in super().list_commands(ctx) if name not in COMMANDS)]
+
+    def invoke(self, ctx: Any) -> Any:
+        """Of the options that are suggested for an unknown one, only those that it may be a misspelling of."""
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            if possible := getattr(error, "possibilities", None):
+                error.possibilities = alike(error.option_name, possible)  # type: ignore[attr-defined]
+            raise
+
+
+def alike(option: str, possible: Sequence[str]) -> list[str]:
+    """The options that are `option` but for a slip of the fingers: '--prset' is --preset, '--frames' is not."""
+    found = get_close_matches(option.lstrip("-"), [name.lstrip("-") for name in possible], cutoff=0.85)
+    return [name for name in possible if name.lstrip("-") in found]
 
 
 app = typer.Typer(

@@ -21,6 +21,7 @@ from orion_triage.cli.terminal import (
     do_stage,
     escape,
     finished_run,
+    output,
     progress_bar,
     run_of,
     say,
@@ -112,7 +113,6 @@ def decoding(
     force: ForceOption = False,
 ) -> None:
     """Greedy, nearly greedy, free, under the grammar, or without a reason: what parses, and what is right."""
-    from rich.console import Console
     from rich.table import Table
 
     from orion_triage.pipeline import DECODINGS
@@ -136,7 +136,7 @@ def decoding(
             against = change_in_words(row["change"]) if row["change"] else ""
             table.add_row(name, condition, parsed, percent(row["right"] / row["count"]), against)
         table.add_section()
-    Console().print(table)
+    output().print(table)
 
 
 def _print_rates(run: Any, stage: str) -> None:
@@ -165,7 +165,6 @@ def report(
 
 
 def write_report(run: Any, *, as_json: bool) -> None:
-    from rich.console import Console
 
     from orion_triage.files import write_text
     from orion_triage.fine_tune import read_losses
@@ -183,7 +182,7 @@ def write_report(run: Any, *, as_json: bool) -> None:
     if as_json:
         typer.echo(text)
         return
-    console = Console()
+    console = output()
     for table in terminal_tables(results):
         console.print(table)
     names = f"{run.folder / f'report{suffix}.md'} and {run.folder / f'report{suffix}.html'}"
@@ -197,7 +196,6 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Compare runs on the same frames: what each gained and lost against the first, and what chance would."""
-    from rich.console import Console
     from rich.table import Table
 
     from orion_triage.pipeline import open_run
@@ -224,7 +222,7 @@ def compare(
                 rates = [percent(right / change["count"]) for right in change["right"]]
                 table.add_row(model, condition, *rates, change_in_words(change))
             table.add_section()
-        Console().print(table)
+        output().print(table)
     if len(runs) > 2:
         table = Table("model", "", "lowest", "median", "highest", title=f"Accuracy over {len(runs)} runs")
         for model, rows in accuracies.items():
@@ -232,7 +230,7 @@ def compare(
                 figures = (min(rates_of_runs), statistics.median(rates_of_runs), max(rates_of_runs))
                 table.add_row(model, condition, *(percent(figure) for figure in figures))
             table.add_section()
-        Console().print(table)
+        output().print(table)
 
 
 @command("operating-point", epilog="Example: orion operating-point --max-irrecoverable-loss 2%")

@@ -16,10 +16,12 @@ from orion_triage.cli.terminal import (
     escape,
     finished_run,
     messages,
+    output,
     progress_bar,
 )
 
 command = partial(app.command, rich_help_panel="In flight")
+REST_COLUMNS = 45  # of a table of verdicts, beside the file's name: enough for a reason to be read
 
 
 @command(epilog="Example: orion bundle runs/tiny --out bundle")
@@ -102,13 +104,22 @@ def triage(
 
 
 def _print_verdicts(outcomes: list[Any]) -> None:
-    from rich.console import Console
+    """A table in which no file name is cut: a reason is folded before a name is, and a name before it is shortened."""
     from rich.table import Table
 
-    table = Table("file", "category", "reason", "seconds")
+    if not outcomes:
+        return
+    console = output()
+    longest = max(len(outcome.file) for outcome in outcomes)
+    table = Table()
+    table.add_column("file", overflow="fold", min_width=min(longest, max(len("file"), console.width - REST_COLUMNS)))
+    table.add_column("category")
+    table.add_column("reason", overflow="fold")
+    table.add_column("seconds", justify="right")
     for outcome in outcomes:
-        table.add_row(outcome.file, outcome.verdict.category, escape(outcome.verdict.reason), f"{outcome.seconds:.2f}")
-    Console().print(table)
+        verdict = outcome.verdict
+        table.add_row(escape(outcome.file), verdict.category, escape(verdict.reason), f"{outcome.seconds:.2f}")
+    console.print(table)
 
 
 @command("bench-frame", epilog="Example: orion bench-frame runs/tiny --repeats 5")
@@ -173,13 +184,12 @@ def bench_frame_command(
 
 
 def _print_frames(measured: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from orion_triage.bench_frame import BUSY
     from orion_triage.pipeline import VERDICT_ONLY
 
-    console, conditions, machine = Console(), measured["conditions"], measured["machine"]
+    console, conditions, machine = output(), measured["conditions"], measured["machine"]
     everything = measured["rows"]
     digits = 3 if max(row["seconds_per_frame"] for row in everything) < 10 else 2
     for name, seconds in measured["in_flight_seconds_per_frame"].items():

@@ -14,6 +14,7 @@ from orion_triage.cli.terminal import (
     SetOption,
     escape,
     messages,
+    output,
     progress_bar,
 )
 
@@ -79,7 +80,6 @@ def budgets(
 
 
 def _print_rehearsal(figures: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from orion_triage import budgets
@@ -97,7 +97,7 @@ def _print_rehearsal(figures: dict[str, Any]) -> None:
         cells = [stage["peak_memory_bytes"], stage["peak_disk_bytes"], stage["peak_vram_bytes"]]
         shown = [f"{value / 1e9:.2f}" if value is not None else "-" for value in cells]
         table.add_row(stage["stage"], f"{stage['seconds']:.1f}", *shown)
-    console = Console()
+    console = output()
     console.print(table)
     if figures["training_seconds_per_sample"] is not None:
         console.print(f"training, with its validation: {figures['training_seconds_per_sample']:.2f} s per sample")
@@ -111,7 +111,6 @@ def _print_rehearsal(figures: dict[str, Any]) -> None:
 
 
 def _print_budgets(rows: list[Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("budget", title="Budgets at 1.6B")
@@ -121,7 +120,7 @@ def _print_budgets(rows: list[Any]) -> None:
         measured = "-" if row.measured is None else f"{row.measured / 1e9:.3f}"
         kept = {None: "", True: "kept", False: "[red]exceeded[/]"}[row.kept]
         table.add_row(row.what, f"{row.limit / 1e9:.3f}", measured, kept)
-    Console().print(table)
+    output().print(table)
 
 
 @command(epilog="Example: orion doctor --preset lfm2.5-vl-1.6b")
@@ -129,7 +128,6 @@ def doctor(preset: PresetOption = "tiny", assignments: SetOption = [], as_json: 
     """Check GPU, memory, disk and tools against what a preset needs."""
     from dataclasses import asdict
 
-    from rich.console import Console
     from rich.table import Table
 
     from orion_triage import doctor
@@ -145,7 +143,7 @@ def doctor(preset: PresetOption = "tiny", assignments: SetOption = [], as_json: 
             state = f"[{colours[finding.state]}]{finding.state}[/]"
             fix = "" if finding.state == "ok" else finding.fix
             table.add_row(finding.what, state, escape(finding.found), escape(fix))
-        Console().print(table)
+        output().print(table)
     if any(finding.state == "missing" for finding in findings):
         raise typer.Exit(1)
 

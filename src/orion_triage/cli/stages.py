@@ -38,12 +38,13 @@ def run(
     test_size: TestSizeOption = 0,
 ) -> None:
     """Do all stages in order; finished ones are skipped."""
+    from orion_triage import llama_cpp
     from orion_triage.files import locked
     from orion_triage.pipeline import check_inputs, stages
 
     current = run_of(preset, assignments, folder, source=source, dataset=dataset, test_size=test_size)
     check_inputs(current)
-    with locked(current.folder, "orion run"):
+    with locked(current.folder, "orion run"), llama_cpp.built_meanwhile():
         for stage in stages(current.settings):
             do_stage(stage, current)
     write_report(current, as_json=False)

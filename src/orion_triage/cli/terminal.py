@@ -57,6 +57,17 @@ def messages() -> Any:
     return Console(stderr=True, quiet=not processes.is_main())
 
 
+WIDE = 10_000  # columns of what goes into a file or a pipe: nothing there has to fit a screen
+
+
+def output() -> Any:
+    """Standard output for tables: as wide as the terminal; into a file or a pipe, as wide as the table."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=WIDE)
+
+
 def escape(text: str) -> str:
     from rich.markup import escape
 
