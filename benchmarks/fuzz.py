@@ -369,8 +369,8 @@ def main() -> int:
         import atheris  # noqa: F401
     except ImportError as error:
         sys.stderr.write(
-            f"fuzzing needs atheris, which is not here ({error}). It comes with the extra dev on Linux with an x86-64 "
-            "processor: pip install 'orion-triage[dev]'.\n"
+            f"fuzzing needs atheris, which is not here ({error}). It comes with 'make setup-dev' on Linux with an "
+            "x86-64 processor.\n"
         )
         return 2
     print(f"{'target':14}{'executions':>12}{'per second':>12}{'coverage':>10}{'corpus':>8}{'findings':>10}", flush=True)

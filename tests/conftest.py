@@ -3,8 +3,11 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -21,10 +24,13 @@ from orion_triage.records import IMAGES_FOLDER, Record, write_split
 from orion_triage.triage import CATEGORIES, Category, Coordinates, Verdict, render_prompt
 from orion_triage.vlm import TINY_BASE_FOLDER
 
+from . import warm
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the tests may reach a network
 if "PYTEST_XDIST_WORKER" in os.environ:  # each has a core of its own: threads that wait for each other spin
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("LLAMA_ARG_THREADS", "1")
+LOADED_WITH = warm.read_at_import(os.environ)
 
 # Hostile input (tests/hostile.py): the same cases every time in the suite; HYPOTHESIS_PROFILE=torture draws others,
 # many more of them.
@@ -38,6 +44,18 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 # The published splits and real frames, which are not the project's to copy.
 SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The process that all workers share says where they meet; see warm.py."""
+    if not hasattr(config, "workerinput"):
+        os.environ[warm.OWNER] = str(os.getpid())
+        os.environ[warm.SOCKET] = str(Path(tempfile.mkdtemp(prefix="orion-tests-")) / "socket")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(Path(os.environ[warm.SOCKET]).parent, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -194,30 +212,50 @@ def drawn_questions() -> Callable[[int], tuple[list[Image.Image], list[str]]]:
     return draw
 
 
-def orion(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+def orion(*arguments: object, cwd: Path | None = None, **changes: str) -> subprocess.CompletedProcess[str]:
     """The command line in a process of its own."""
-    command = [*ORION, *map(str, arguments)]
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, "COLUMNS": "120", **environment},
-        check=False,
-    )
+    words = [str(argument) for argument in arguments]
+    environment = {**os.environ, "COLUMNS": "120", **changes}
+    if warm.is_possible(environment, LOADED_WITH):
+        status, out, err = warm.run(words, str(cwd or Path.cwd()), environment)
+        return subprocess.CompletedProcess([*ORION, *words], status, out, err)
+    return subprocess.run([*ORION, *words], capture_output=True, text=True, cwd=cwd, env=environment, check=False)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Begin the run of `finished`, once for all workers, while they do what does not need it."""
+    first = os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0"
+    needed = any("finished" in getattr(item, "fixturenames", ()) for item in session.items)
+    if not first or not needed or session.config.option.collectonly:
+        return
+    folder = _shared_run()
+    folder.mkdir()
+    write_catalogue(folder / "places.csv", places_of("ocean_water", "urban_grid", "mega_airport", count=12))
+    with (folder / "log").open("wb") as log:
+        script = '"$@"; echo $? > status.new; mv status.new status'
+        subprocess.Popen(["sh", "-c", script, "sh", *ORION, *run_command()], cwd=folder, stdout=log, stderr=log)
+
+
+def _shared_run() -> Path:
+    return Path(os.environ[warm.SOCKET]).with_name("run")
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with runs/small: the shipped base, 36 places, two epochs; every stage through the command line."""
-    folder = tmp_path_factory.mktemp("cli")
-    write_catalogue(folder / "places.csv", places_of("ocean_water", "urban_grid", "mega_airport", count=12))
-    result = orion(*run_command(), cwd=folder)
-    assert result.returncode == 0, result.stderr
+    shared = _shared_run()
+    deadline = time.monotonic() + 900
+    while not (shared / "status").exists():
+        assert time.monotonic() < deadline, (shared / "log").read_text()
+        time.sleep(0.1)
+    said = (shared / "log").read_text()
+    assert (shared / "status").read_text().strip() == "0", said
     layers = json.loads((TINY_BASE_FOLDER / "config.json").read_text())["text_config"]["layer_types"]
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-        assert f"  {name}: {layers.count('full_attention')} in text, 6 in vision\n" in result.stderr
-    assert "no GPU: trained in float32 instead of float16" in result.stderr
+        assert f"  {name}: {layers.count('full_attention')} in text, 6 in vision\n" in said
+    assert "no GPU: trained in float32 instead of float16" in said
+    folder = tmp_path_factory.mktemp("cli") / "finished"
+    shutil.copytree(shared, folder, ignore=shutil.ignore_patterns("log", "status"))
     return folder
 
 

@@ -1,0 +1,226 @@
+"""The command line as a process of its own, without the 5 to 14 s in which Python loads its libraries each time.
+
+A server has imported them and forks for every command: a new process with arguments, folder, environment, and standard
+streams of its own, which begins where `python -m orion_triage.cli` begins after its imports, and ends in the usual way.
+What imports do, and what kills do, is tested with ordinary processes; so is everything on a machine with a GPU, whose
+driver does not survive a fork.
+
+    python warm.py serve SOCKET PID    until process PID is gone
+    python warm.py call SOCKET WORDS   one command, as `orion WORDS`
+"""
+
+import array
+import atexit
+import ctypes
+import gc
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+SOCKET, OWNER = "ORION_TESTS_SOCKET", "ORION_TESTS_PID"
+AT_IMPORT = ("HF_", "OMP_", "PYTHON", "TRANSFORMERS_", "TORCH", "MPLBACKEND", "LD_")  # what is read while loading
+GPU = Path("/dev/nvidia0")
+_DEATH_SIGNAL = 1
+_START_SECONDS = 120
+
+
+def read_at_import(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that libraries look at while they are loaded."""
+    return {name: value for name, value in environment.items() if name.startswith(AT_IMPORT)}
+
+
+def is_possible(environment: Mapping[str, str], loaded_with: Mapping[str, str]) -> bool:
+    """Whether a command with this environment runs as it would in an ordinary process."""
+    return not GPU.exists() and read_at_import(environment) == loaded_with
+
+
+def run(words: Sequence[str], cwd: str, environment: Mapping[str, str]) -> tuple[int, str, str]:
+    """`orion WORDS` to its end: exit status (negative: the signal it died of), standard output and error."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, Path(os.devnull).open("rb") as empty:
+        status = _call(_socket(), words, cwd, environment, (empty.fileno(), out.fileno(), err.fileno()))
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read().decode("utf-8"))
+    return status, texts[0], texts[1]
+
+
+def shim(folder: Path) -> Path:
+    """A program `orion` in `folder`, for a shell's PATH."""
+    program = folder / "orion"
+    folder.mkdir(parents=True, exist_ok=True)
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S {__file__} call {_socket()} "$@"\n')
+    program.chmod(0o755)
+    return program
+
+
+def _socket() -> Path:
+    """The server's socket; the first who needs it starts the server, for all workers of these tests."""
+    import filelock
+
+    path = Path(os.environ[SOCKET])
+    with filelock.FileLock(f"{path}.lock"):
+        if not path.exists():
+            command = [sys.executable, __file__, "serve", str(path), os.environ[OWNER]]
+            log = path.with_suffix(".log")
+            with log.open("wb") as file:
+                process = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+                )
+            deadline = time.monotonic() + _START_SECONDS
+            while not path.exists():
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"the tests' server did not start: {log.read_text()}")
+                time.sleep(0.05)
+    return path
+
+
+def _call(
+    path: Path,
+    words: Sequence[str],
+    cwd: str,
+    environment: Mapping[str, str],
+    streams: tuple[int, int, int],
+    *,
+    hand_on_signals: bool = False,
+) -> int:
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(path))
+        request = json.dumps({"words": list(words), "cwd": cwd, "environment": dict(environment)}).encode()
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", streams))]
+        connection.sendmsg([len(request).to_bytes(8, "big")], rights)
+        connection.sendall(request)
+        pid = int.from_bytes(_read(connection, 8), "big")
+        if hand_on_signals:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda number, frame: os.kill(pid, number))
+        return int.from_bytes(_read(connection, 8), "big", signed=True)
+
+
+def _read(connection: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        part = connection.recv(size - len(data))
+        if not part:
+            raise RuntimeError("the tests' server is gone")
+        data += part
+    return data
+
+
+def _serve(path: Path, owner: int) -> dict[str, object]:
+    """Fork for every caller; returns in a process that has a command to run, and never in the server."""
+    listener = socket.socket(socket.AF_UNIX)
+    hidden = path.with_name(f".{path.name}")
+    listener.bind(str(hidden))
+    listener.listen()
+    hidden.rename(path)  # it answers from the first moment it is seen
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    gc.collect()
+    gc.freeze()  # a collection in a fork would touch, and so copy, every page
+    while True:
+        if not select.select([listener], [], [], 1.0)[0]:
+            if not Path(f"/proc/{owner}").exists():
+                os._exit(0)
+            continue
+        connection, _ = listener.accept()
+        if os.fork():
+            connection.close()
+            continue
+        listener.close()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        return _supervise(connection)
+
+
+def _supervise(connection: socket.socket) -> dict[str, object]:
+    """In a process for one caller: start its command, which ends when the caller goes, and report how it ended."""
+    head, ancillary, _, _ = connection.recvmsg(8, socket.CMSG_SPACE(3 * array.array("i").itemsize))
+    streams = array.array("i")
+    streams.frombytes(ancillary[0][2])
+    request: dict[str, object] = json.loads(_read(connection, int.from_bytes(head, "big")))
+    supervisor = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, int(signal.SIGKILL), 0, 0, 0)
+        if os.getppid() != supervisor:
+            os._exit(1)
+        connection.close()
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+            os.close(stream)
+        return request
+    connection.sendall(pid.to_bytes(8, "big"))
+    ended = os.pidfd_open(pid)
+    ready, _, _ = select.select([ended, connection], [], [])
+    if ended not in ready:
+        os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    try:
+        connection.sendall(os.waitstatus_to_exitcode(status).to_bytes(8, "big", signed=True))
+    finally:
+        os._exit(0)
+
+
+def _load() -> None:
+    """What the commands import, and nothing that starts a thread or looks for a GPU."""
+    import importlib
+    import pkgutil
+
+    import orion_triage
+
+    for name in ("torch", "transformers", "peft", "bitsandbytes", "scipy.stats", "matplotlib.pyplot", "rich.progress"):
+        importlib.import_module(name)
+    from transformers import AutoProcessor, Lfm2VlForConditionalGeneration, Trainer  # noqa: F401
+
+    for module in pkgutil.walk_packages(orion_triage.__path__, "orion_triage."):
+        if not module.name.endswith("__main__") and module.name != "orion_triage.check_flight":
+            importlib.import_module(module.name)
+
+
+def _run_and_end() -> NoReturn:
+    """The command, and an interpreter's end without taking 5,000 modules apart, which takes a second."""
+    status: object = 0
+    try:
+        runpy.run_module("orion_triage.cli", run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        status = end.code
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    if not isinstance(status, int | None):
+        sys.stderr.write(f"{status}\n")
+        status = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status or 0)
+
+
+if __name__ == "__main__":
+    what, where, *rest = sys.argv[1:]
+    if what == "call":
+        ended = _call(Path(where), rest, str(Path.cwd()), os.environ, (0, 1, 2), hand_on_signals=True)
+        if ended < 0:
+            signal.signal(-ended, signal.SIG_DFL)
+            os.kill(os.getpid(), -ended)
+        sys.exit(ended)
+    _load()
+    asked = _serve(Path(where), int(rest[0]))
+    os.chdir(str(asked["cwd"]))
+    os.environ.clear()
+    os.environ.update(asked["environment"])  # type: ignore[call-overload]
+    sys.argv = ["orion", *asked["words"]]  # type: ignore[misc]
+    sys.path[0] = str(asked["cwd"])
+    _run_and_end()
