@@ -30,7 +30,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the tests may reach a
 if "PYTEST_XDIST_WORKER" in os.environ:  # each has a core of its own: threads that wait for each other spin
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("LLAMA_ARG_THREADS", "1")
-LOADED_WITH = warm.read_at_import(os.environ)
 
 # Hostile input (tests/hostile.py): the same cases every time in the suite; HYPOTHESIS_PROFILE=torture draws others,
 # many more of them.
@@ -214,10 +213,14 @@ def drawn_questions() -> Callable[[int], tuple[list[Image.Image], list[str]]]:
 
 def orion(*arguments: object, cwd: Path | None = None, **changes: str) -> subprocess.CompletedProcess[str]:
     """The command line in a process of its own."""
+    return orion_with({**os.environ, "COLUMNS": "120", **changes}, cwd or Path.cwd(), *arguments)
+
+
+def orion_with(environment: dict[str, str], cwd: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """The same with exactly this environment."""
     words = [str(argument) for argument in arguments]
-    environment = {**os.environ, "COLUMNS": "120", **changes}
-    if warm.is_possible(environment, LOADED_WITH):
-        status, out, err = warm.run(words, str(cwd or Path.cwd()), environment)
+    if warm.is_possible():
+        status, out, err = warm.run(words, str(cwd), environment)
         return subprocess.CompletedProcess([*ORION, *words], status, out, err)
     return subprocess.run([*ORION, *words], capture_output=True, text=True, cwd=cwd, env=environment, check=False)
 

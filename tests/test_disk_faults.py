@@ -298,23 +298,15 @@ except OrionError as error:
 def test_stages_refuse_a_failing_disk_and_complete_when_it_is_well(finished: Path, tmp_path: Path) -> None:
     results = tmp_path / "disk_faults.json"
     command = [sys.executable, str(BENCHMARKS / "disk_faults.py"), "--run", "runs/small", "--faults-per-stage", "2"]
-    command += [
-        "--only",
-        "dataset",
-        "quantize",
-        "triage",
-        "--folder",
-        str(tmp_path / "work"),
-        "--results",
-        str(results),
-    ]
+    # Two steps that start in a second; 'make torture' does all sixteen.
+    command += ["--only", "dataset", "triage", "--folder", str(tmp_path / "work"), "--results", str(results)]
     done = subprocess.run(command, cwd=finished, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads(results.read_text())
     assert figures["losses"] == []
-    assert figures["faults"] == 6
-    assert figures["refused"] + figures["harmless"] == 6
-    assert figures["recoveries"] >= 3
+    assert figures["faults"] == 4
+    assert figures["refused"] + figures["harmless"] == 4
+    assert figures["recoveries"] >= 2
     assert figures["by_stage"]["dataset"]["operations"] > 4 * 36  # a frame is opened, written, flushed and renamed
     errors = [fault["said"] for stage in figures["by_stage"].values() for fault in stage["faults"] if fault["said"]]
     assert all(error.startswith("error: ") for error in errors)

@@ -21,7 +21,7 @@ from markdown_it import MarkdownIt
 from orion_triage import llama_cpp
 
 from . import warm
-from .conftest import LOADED_WITH, run_command
+from .conftest import run_command
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -135,7 +135,7 @@ def run_blocks(blocks: list[Block], folder: Path, path: str) -> tuple[int, str]:
 def search_path(tmp_path: Path) -> str:
     """PATH of a reader who has activated the environment, and to whom 'orion toolchain' has named llama-server."""
     own = [Path(sys.executable).parent, llama_cpp.find_toolchain().llama_server.parent]
-    if warm.is_possible(os.environ, LOADED_WITH):
+    if warm.is_possible():
         own.insert(0, warm.shim(tmp_path / "bin").parent)
     return os.pathsep.join([*map(str, own), os.environ["PATH"]])
 

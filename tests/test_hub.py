@@ -18,7 +18,7 @@ from orion_triage.errors import OrionError
 from orion_triage.manifest import read_manifest
 from orion_triage.records import SPLITS, image_path, read_split, split_path
 
-from .conftest import structured_picture
+from .conftest import orion_with, structured_picture
 from .hub_server import TOKEN, Hub, serve
 
 LOCATE = """
@@ -121,14 +121,7 @@ def test_every_refusal_says_what_to_do(hub: Hub, folder: Path, tmp_path: Path) -
 
 
 def orion(hub: Hub, cwd: Path, *arguments: object, **changes: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "orion_triage.cli", *map(str, arguments)],
-        env=environment(hub, cwd / "hf", HF_TOKEN=TOKEN, **changes),
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return orion_with(environment(hub, cwd / "hf", HF_TOKEN=TOKEN, **changes), cwd, *arguments)
 
 
 def licensed(base: Path, folder: Path) -> Path:

@@ -12,14 +12,18 @@ from pathlib import Path
 
 import pytest
 
+from .conftest import orion_with
+
 ALONE = [sys.executable, "-m", "orion_triage.cli"]
 # Without the dashes it takes our --run for an abbreviation of its own --run-path.
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--", ALONE[-1]]
 
 
 def orion(cwd: Path, *words: object, launcher: list[str] = ALONE) -> subprocess.CompletedProcess[str]:
-    command = [*launcher, *map(str, words)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if launcher == ALONE:
+        return orion_with(environment, cwd, *words)
+    command = [*launcher, *map(str, words)]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
 

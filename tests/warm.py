@@ -13,6 +13,7 @@ import array
 import atexit
 import ctypes
 import gc
+import hashlib
 import json
 import os
 import runpy
@@ -41,15 +42,17 @@ def read_at_import(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name.startswith(AT_IMPORT)}
 
 
-def is_possible(environment: Mapping[str, str], loaded_with: Mapping[str, str]) -> bool:
-    """Whether a command with this environment runs as it would in an ordinary process."""
-    return not GPU.exists() and read_at_import(environment) == loaded_with
+def is_possible() -> bool:
+    return not GPU.exists()
 
 
 def run(words: Sequence[str], cwd: str, environment: Mapping[str, str]) -> tuple[int, str, str]:
-    """`orion WORDS` to its end: exit status (negative: the signal it died of), standard output and error."""
+    """`orion WORDS` to its end: exit status (negative: the signal it died of), standard output and error.
+
+    The server is one that was started with the same variables as far as libraries read them while they are loaded.
+    """
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, Path(os.devnull).open("rb") as empty:
-        status = _call(_socket(), words, cwd, environment, (empty.fileno(), out.fileno(), err.fileno()))
+        status = _call(_socket(environment), words, cwd, environment, (empty.fileno(), out.fileno(), err.fileno()))
         texts = []
         for file in (out, err):
             file.seek(0)
@@ -58,26 +61,32 @@ def run(words: Sequence[str], cwd: str, environment: Mapping[str, str]) -> tuple
 
 
 def shim(folder: Path) -> Path:
-    """A program `orion` in `folder`, for a shell's PATH."""
+    """A program `orion` in `folder`, for a shell's PATH; its libraries have seen this process's variables."""
     program = folder / "orion"
     folder.mkdir(parents=True, exist_ok=True)
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S {__file__} call {_socket()} "$@"\n')
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S {__file__} call {_socket(os.environ)} "$@"\n')
     program.chmod(0o755)
     return program
 
 
-def _socket() -> Path:
+def _socket(environment: Mapping[str, str]) -> Path:
     """The server's socket; the first who needs it starts the server, for all workers of these tests."""
     import filelock
 
-    path = Path(os.environ[SOCKET])
+    loaded_with = json.dumps(sorted(read_at_import(environment).items()))
+    path = Path(f"{os.environ[SOCKET]}-{hashlib.sha256(loaded_with.encode()).hexdigest()[:8]}")
     with filelock.FileLock(f"{path}.lock"):
         if not path.exists():
             command = [sys.executable, __file__, "serve", str(path), os.environ[OWNER]]
             log = path.with_suffix(".log")
             with log.open("wb") as file:
                 process = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=file,
+                    env=dict(environment),
+                    start_new_session=True,
                 )
             deadline = time.monotonic() + _START_SECONDS
             while not path.exists():

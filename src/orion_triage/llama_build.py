@@ -21,7 +21,7 @@ from orion_triage.progress import Progress
 
 TOOLS = ("llama-quantize", "llama-server")
 COMPILER_HINT = "Install a C++ compiler ('apt install g++ make'), or point ORION_LLAMA_CPP at a folder with a build."
-BUILD_BYTES = 600_000_000  # of object files, deleted at the end
+BUILD_BYTES = 300_000_000  # of object files, deleted at the end
 LOG = "build.log"
 
 # ggml's option -> what /proc/cpuinfo must list for it.

@@ -1,11 +1,8 @@
 """report.html: one file that needs nothing else, says what results.json says, and lets no answer become markup."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from importlib import resources
@@ -15,6 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 from tests.chromium import Chromium
+from tests.conftest import orion
 
 from orion_triage.manifest import write_manifest
 from orion_triage.pipeline import Run, prepare
@@ -319,10 +317,7 @@ def test_charts_stand_where_their_figures_are(flown: Run) -> None:
 def test_the_command_writes_it_for_each_split_and_names_it(flown: Run) -> None:
     prepare(flown)
     for split, name in (("test", "report.html"), ("val", "report-val.html")):
-        command = [sys.executable, "-m", "orion_triage.cli", "report", "--run", str(flown.folder), "--file", split]
-        done = subprocess.run(
-            command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "120"}, check=False
-        )
+        done = orion("report", "--run", flown.folder, "--file", split)
         assert done.returncode == 0, done.stderr
         assert done.stdout.rstrip().splitlines()[-1].endswith(f" and {flown.folder / name}")
         assert f"{split} split" in check((flown.folder / name).read_text()).all("title")[0]
