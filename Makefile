@@ -1,7 +1,8 @@
 # make run    set up and run the whole pipeline on the shipped base
 # make test   set up and run all tests
 # make quick  those that need no model and no server, in a minute
-# make check  lint, types and tests
+# make lint   style and types
+# make check  lint, then test
 # make docs   build the pages in build/docs and check their links
 # make audit  ask the advisory service about every pinned library; a library that it does not know is a failure
 # make torture  kills, failing disks, hostile input, 10,000 frames: what docs/reliability.md shows (an hour)
@@ -21,7 +22,7 @@ SPREAD := -n 2 --dist loadfile
 # A run and its tests start many interpreters; without compiled modules each of them reads 25 s of sources again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: run test quick check docs audit torture bench setup setup-dev pins clean
+.PHONY: run test quick check lint docs audit torture bench setup setup-dev pins clean
 
 run: setup
 	$(BIN)/orion run
@@ -32,11 +33,12 @@ test: setup-dev
 quick: setup-dev
 	$(BIN)/python -m pytest $(SPREAD) -m "not slow and not llama_cpp and not browser"
 
-check: setup-dev
+check: lint test
+
+lint: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest $(SPREAD)
 
 # Warnings are errors: a link to a page, heading or file that is not there is one. The second pass lists other sites.
 docs: setup-dev

@@ -73,6 +73,10 @@ def test_usage_mistakes_have_exit_status_two(tmp_path: Path) -> None:
     assert orion("nothing-of-that-name").returncode == 2
     assert orion("evaluate", "--file", "train", cwd=tmp_path).returncode == 2
     assert orion("triage", cwd=tmp_path).returncode == 2
+    assert "Possible options: --preset)" in orion("run", "--prset", "tiny", cwd=tmp_path).stderr
+    unlike = orion("run", "--frames", "3", cwd=tmp_path)
+    assert "No such option: --frames " in unlike.stderr
+    assert "Possible" not in unlike.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -352,6 +356,24 @@ def test_triage_answers_good_frames_and_refuses_bad_ones_by_name(finished: Path,
     resized = orion("triage", "large.png", "--resize", cwd=finished)
     assert resized.returncode == 0, resized.stderr
     assert "large.png" in resized.stdout
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.slow
+def test_no_file_name_is_cut_on_a_narrow_terminal_or_in_a_file(finished: Path, tmp_path: Path) -> None:
+    name = f"{'pass-0042-frame-' * 6}0007.png"
+    structured_picture(1).save(tmp_path / name)
+    into_a_file = orion("triage", tmp_path / name, cwd=finished)
+    assert f" {tmp_path / name} " in into_a_file.stdout
+    for columns in ("80", "40"):
+        on_a_terminal = orion("triage", tmp_path / name, cwd=finished, COLUMNS=columns, FORCE_COLOR="1")
+        lines = re.sub(r"\x1b\[[0-9;]*m", "", on_a_terminal.stdout).splitlines()
+        assert max(map(len, lines)) <= int(columns)
+        cells = [line.split("│")[1].strip() for line in lines if line.startswith("│")]
+        assert "".join(cells) == str(tmp_path / name)
+    missing = orion("triage", "gone.png", cwd=finished)
+    assert (missing.returncode, missing.stdout) == (1, "")
+    assert "gone.png" in missing.stderr
 
 
 @pytest.mark.llama_cpp

@@ -227,6 +227,7 @@ def test_a_tower_that_is_not_trained_is_asked_once_a_frame(
 
     looks: list[int] = []
     look = Lfm2VlForConditionalGeneration.look
+    # Counted, and done as before.
     monkeypatch.setattr(
         Lfm2VlForConditionalGeneration, "look", lambda model, **pixels: looks.append(1) or look(model, **pixels)
     )
@@ -234,6 +235,7 @@ def test_a_tower_that_is_not_trained_is_asked_once_a_frame(
     for kept in (True, False):
         settings = QUICK.model_copy(update={"scope": "language-attention"})
         if not kept:
+            # The same training without the shortcut.
             monkeypatch.setattr(FineTuneSettings, "trains_tower", property(lambda self: True))
         looks.clear()
         figures = fine_tune.run(

@@ -102,6 +102,7 @@ def test_a_large_model_is_written_and_read_in_parts(
 
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     fused(small_base, small_adapter, small_dataset, whole)
+    # A limit that a small model reaches.
     monkeypatch.setattr(checkpoint, "FILE_BYTES", 400_000)
     fused(small_base, small_adapter, small_dataset, parts)
     files = sorted(parts.glob("*.safetensors"))
@@ -240,6 +241,7 @@ def test_a_merge_that_answers_otherwise_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     write = fuse._write_weights
+    # A fault, planted: nothing of the adapter is added.
     monkeypatch.setattr(fuse, "_write_weights", lambda base, changes, *rest: write(base, {}, *rest))
     with pytest.raises(OrionError, match=r"differ from base \+ adapter by up to \d"):
         fused(small_base, small_adapter, small_dataset, tmp_path / "merged")

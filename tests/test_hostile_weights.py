@@ -313,6 +313,7 @@ def test_code_that_a_folder_brings_along_does_not_run(
         (base / name).write_text(json.dumps({**value, **extra, "auto_map": automatic}))
     monkeypatch.chdir(base)
     with Path(os.devnull).open() as nothing:
+        # Nobody who could be asked.
         monkeypatch.setattr("sys.stdin", nothing)
         found = outcome(vlm.load_processor, vlm.resolve_base(str(base)), 256)
         assert isinstance(found, OrionError) or type(found).__name__ == "Lfm2VlProcessor"
@@ -366,6 +367,7 @@ ESCAPES = (
 def test_a_template_that_is_more_than_a_form_is_refused(
     template: str, marker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # A limit that is reached sooner.
     monkeypatch.setattr(chat_template, "LIMIT_SECONDS", 3)
     found = outcome(chat_template.check, template.replace("MARKER", str(marker)), str(tmp_path), named=tmp_path)
     assert isinstance(found, OrionError)

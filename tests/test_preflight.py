@@ -45,6 +45,7 @@ def test_four_bits_where_pixels_or_verdicts_pass_are_refused(
     skipped: list[str] | None,
     named: str,
 ) -> None:
+    # The published recipe's fault, planted.
     monkeypatch.setattr(vlm, "KEPT_IN_16_BIT", skipped)
     model = vlm.load_model(small_base, dtype="float32", four_bit=True)
     with pytest.raises(OrionError, match=rf"quantized, \S*{named} first"):

@@ -40,6 +40,7 @@ def test_a_rehearsal_measures_every_stage(
     steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_of_its_own: Path
 ) -> None:
     preset = "lfm2.5-vl-450m"
+    # The same stages at a size of seconds.
     monkeypatch.setitem(rehearse.SHAPES, preset, SMALL)
     figures = rehearse.run(preset, tmp_path / "rehearsal", steps=steps)
     stages = {stage["stage"]: stage for stage in figures["stages"]}
@@ -65,6 +66,7 @@ def test_a_rehearsal_measures_every_stage(
 @pytest.fixture
 def cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Figures go here; the tools stay where they are."""
+    # They lie in the cache, where the tools must stay.
     monkeypatch.setattr(rehearse, "figures_path", lambda preset: tmp_path / f"{preset}.json")
     monkeypatch.setattr(budgets, "figures_path", lambda preset: tmp_path / f"{preset}.json")
     return tmp_path

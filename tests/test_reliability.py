@@ -521,6 +521,7 @@ def test_no_lie_of_a_server_is_counted_as_an_answer(
     how: str, said: str, drawn_questions: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images, prompts = drawn_questions(1)
+    # A limit that is reached sooner: 1 s instead of 10 minutes.
     monkeypatch.setattr(llama_server.Client.__init__, "__kwdefaults__", {"timeout_seconds": 1.0})
     with liar(how) as url:
         shared = SharedBackend([connect(url, "", 96)], pause_seconds=0)
@@ -540,6 +541,7 @@ def test_a_server_that_drips_before_it_is_asked_is_hung_up_on_too() -> None:
 
 
 def test_a_server_that_is_still_loading_is_waited_for_and_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A limit that is reached sooner.
     monkeypatch.setattr(llama_server, "LOADING_SECONDS", 1)
     with liar("503") as url, pytest.raises(ServerError, match="answered 503"):
         llama_cpp.Client(url).completion("x", b"", 1)

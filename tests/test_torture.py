@@ -155,6 +155,7 @@ def test_the_page_has_a_table_of_the_figures(tmp_path: Path, monkeypatch: pytest
         )
     page = tmp_path / "page.md"
     page.write_text(f"before\n{torture.BEGIN}stale\n{torture.END}after\n")
+    # Another page than the project's own.
     monkeypatch.setattr(torture, "PAGE", page)
     torture.write_page(torture.table(tmp_path))
     text = page.read_text()

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from orion_triage import processes
 from orion_triage.children import tied
 from orion_triage.errors import AnswerError, ServerError
 from orion_triage.reading import parse_json, shown
@@ -361,6 +362,8 @@ class Server:
         port, key = _free_port(), secrets.token_urlsafe(24)
         command = [*self._command, "--host", "127.0.0.1", "--port", str(port)]
         environment = {**os.environ, "LLAMA_API_KEY": key}  # not on the command line, where others could read it
+        # Sleeping threads are for torch: here each token has hundreds of short waits, and decoding takes 2.6 x the time.
+        environment.pop(processes.WAIT_POLICY, None)
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("wb") as file:
             # Not in the terminal's process group: Ctrl-C would stop it in the middle of a question, which then never

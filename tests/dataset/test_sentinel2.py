@@ -405,6 +405,7 @@ def test_another_raster_is_refused(stac: Stac, pixels: np.ndarray, epsg: int, me
 
 
 def test_a_server_that_ignores_the_place(stac: Stac, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The server of these tests is told to lie.
     monkeypatch.setattr(stac, "shows", lambda *_: True)
     stac.add("quarter", (105.0, 0.0), epsg=32648, cloud_cover=0.0)  # PROJ has no answer 90 degrees from a zone's middle
     stac.add("south", (15.0, -50.0), epsg=32733, cloud_cover=1.0)
@@ -431,6 +432,7 @@ def test_what_is_refused_before_any_question(stac: Stac, monkeypatch: pytest.Mon
         source(stac, start="2025")
     with pytest.raises(OrionError, match="no address of a STAC API"):
         source(stac, url="/etc/catalogue.json")
+    # An installation without the extra.
     monkeypatch.setitem(sys.modules, "rasterio", None)
     with pytest.raises(OrionError, match=r"rasterio, which is not installed. pip install 'orion-triage\[imagery\]'"):
         one(stac)

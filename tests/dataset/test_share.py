@@ -71,6 +71,7 @@ def test_a_pushed_dataset_loads_with_datasets_and_runs_again(
     assert result.returncode == 0, result.stderr
     assert "me/frames/commit/" in result.stderr
     folder = pushed(hub, tmp_path / "pushed")
+    # It has read its environment already.
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     loaded = datasets.load_dataset(str(folder), cache_dir=str(tmp_path / "cache"))
     assert {name: len(part) for name, part in loaded.items()} == {"train": 12, "validation": 3, "test": 3}

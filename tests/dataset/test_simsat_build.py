@@ -39,6 +39,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of the test's own, and a SimSat that is asked without pause."""
     monkeypatch.setenv("ORION_CACHE", str(tmp_path / "cache"))
     fast = {"requests_per_second": 1000, "read_seconds": READ_SECONDS, "attempts": ATTEMPTS, "backoff_seconds": 0.01}
+    # The same client, faster than it may ask a real SimSat.
     monkeypatch.setattr(build, "SimSat", functools.partial(SimSat, **fast))
     return tmp_path / "cache" / "imagery" / "simsat"
 

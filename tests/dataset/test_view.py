@@ -134,6 +134,7 @@ def test_findings_come_errors_first_and_link_their_frames(dataset: Path) -> None
 
 
 def test_a_long_list_of_one_check_is_cut_and_said(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A limit that few frames reach.
     monkeypatch.setattr(view, "LISTED", 3)
     document = page(dataset, [warning(f"train_dataset.jsonl:{n}") for n in range(1, 11)] + [error("a.png")])
     assert len([i for i in document.attributes("id") if i.startswith("finding-")]) == 4
@@ -194,6 +195,7 @@ def test_lines_that_are_no_record_are_counted(dataset: Path) -> None:
 
 
 def test_a_large_dataset_is_sampled_evenly_and_says_so(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A limit that few frames reach.
     monkeypatch.setattr(view, "SAMPLE", 12)
     done: list[tuple[int, int]] = []
     findings = [error(f"train_dataset.jsonl:{n}") for n in range(1, 25)]
@@ -210,6 +212,7 @@ def test_a_large_dataset_is_sampled_evenly_and_says_so(dataset: Path, monkeypatc
     assert "and 6 more that have findings." in document.section("Counts")
     assert len(document.cards()) == 18
     assert done == [(n, 18) for n in range(1, 19)]
+    # A limit that few frames reach.
     monkeypatch.setattr(view, "MORE_WITH_FINDINGS", 2)
     document = page(dataset, findings)
     assert len(document.cards()) == 14

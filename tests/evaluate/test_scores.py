@@ -119,6 +119,7 @@ def test_a_primed_image_is_read_once_and_answers_like_a_cold_one(questions: Any,
 def test_an_image_is_looked_at_once_for_all_batches_in_a_row(questions: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[int] = []
     look = vlm.look
+    # Counted, and done as before.
     monkeypatch.setattr(vlm, "look", lambda model, image: looks.append(1) or look(model, image))
     model = vlm.load_model(vlm.TINY_BASE_FOLDER, dtype="float32")
     backend = TransformersBackend(model, vlm.load_processor(vlm.TINY_BASE_FOLDER, 256), max_new_tokens=2, batch_size=2)

@@ -120,6 +120,7 @@ def test_servers_of_different_models_do_not_share(servers: list[llama_cpp.Server
     by_url = dict(zip(urls, keys, strict=True))
     from orion_triage.evaluate import servers as module
 
+    # Servers of our own have a key each; `share` takes one for all, as a user has it.
     monkeypatch.setattr(module, "connect", lambda url, key, tokens: connect(url, by_url[url], tokens))
     with pytest.raises(OrionError, match=r"orion-f16\.gguf.*must serve the same model"):
         share(urls, "", TOKENS)

@@ -4,6 +4,7 @@ import signal
 import sys
 from typing import Any, NoReturn
 
+from orion_triage import processes
 from orion_triage.cli import dataset, evaluation, flight, machine, remote, stages
 from orion_triage.cli.app import app
 from orion_triage.cli.terminal import escape, messages
@@ -21,6 +22,7 @@ def main() -> None:
         signal.signal(number, _end)
     signal.signal(signal.SIGALRM, _end_again)
     sys.unraisablehook = _lost
+    processes.sleep_while_waiting()
     try:
         app()
     except BaseException as error:
