@@ -17,7 +17,7 @@ READY     := $(VENV)/.ready-$(shell cat constraints.txt pyproject.toml | sha256s
 READY_DEV := $(VENV)/.ready-dev-$(shell cat constraints*.txt pyproject.toml | sha256sum | cut -c1-16)
 PINS := --universal --python-version 3.11.5 --generate-hashes --no-header --quiet
 # Two tests beside each other
-SPREAD := -n 2 --dist loadfile
+SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
 
 # A run and its tests start many interpreters; without compiled modules each of them reads 25 s of sources again.
 unexport PYTHONDONTWRITEBYTECODE

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import filelock
 import hypothesis
 import numpy as np
 import pytest
@@ -45,6 +46,17 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
+# Two workers take a file of tests at a time, so the short ones come last and even out the end. The first ones do not
+# need the run of `finished`, which is made meanwhile. All of these are slow: 'make quick' leaves them out.
+LONGEST_FIRST = (
+    "test_scripts", "test_hub", "test_processes", "test_simsat_build", "test_rehearse", "test_remote", "test_cli",
+    "test_guides", "test_torture", "test_bench_frame", "test_disk_faults", "test_speed_benchmark", "test_check",
+    "test_html", "test_reliability", "test_fuse", "test_bundle", "test_fine_tune", "test_hostile_weights",
+    "test_sentinel2", "test_simsat", "test_report", "test_hostile_text", "test_directory", "test_synthetic",
+    "test_share", "test_build", "test_base",
+)  # fmt: skip
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """The process that all workers share says where they meet; see warm.py."""
     if not hasattr(config, "workerinput"):
@@ -58,7 +70,11 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out tests that read ../shared where it is not there: the project must pass without."""
+    """The long files first; and without those that read ../shared, where it is not: the project must pass without."""
+    for item in items:
+        if item.path.stem in LONGEST_FIRST:
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: LONGEST_FIRST.index(item.path.stem) if item.path.stem in LONGEST_FIRST else 99)
     if SHARED.is_dir():
         return
     left_out = [item for item in items if item.get_closest_marker("shared")]
@@ -241,6 +257,21 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 def _shared_run() -> Path:
     return Path(os.environ[warm.SOCKET]).with_name("run")
+
+
+@pytest.fixture(scope="session")
+def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped base as GGUF: F16 and Q4_K_M backbones and the mmproj; made once for all workers."""
+    from orion_triage import quantize
+    from orion_triage.config import QuantizeSettings
+
+    shared = _shared_run().with_name("tiny-pair")
+    with filelock.FileLock(f"{shared}.lock"):
+        if not shared.exists():
+            quantize.run(TINY_BASE_FOLDER, shared, QuantizeSettings(), prompts=["x"])
+    folder = tmp_path_factory.mktemp("tiny") / "gguf"
+    shutil.copytree(shared, folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -18,8 +18,8 @@ from typing import Any
 import httpx
 import pytest
 
-from orion_triage import files, fine_tune, llama_cpp, llama_server, manifest, quantize, vlm
-from orion_triage.config import FineTuneSettings, QuantizeSettings
+from orion_triage import files, fine_tune, llama_cpp, llama_server, manifest, quantize
+from orion_triage.config import FineTuneSettings
 from orion_triage.errors import OrionError, ServerError, obstacle
 from orion_triage.evaluate.servers import SharedBackend, connect
 
@@ -67,16 +67,9 @@ def wait_for(what: Callable[[], bool]) -> bool:
 # --- kills ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("reliability") / "gguf"
-    quantize.run(vlm.TINY_BASE_FOLDER, folder, QuantizeSettings(), prompts=["x"])
-    return folder
-
-
 @pytest.mark.llama_cpp
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
-def test_a_server_of_ours_dies_with_its_parent(pair: Path, tmp_path: Path, kill: signal.Signals) -> None:
+def test_a_server_of_ours_dies_with_its_parent(tiny_pair: Path, tmp_path: Path, kill: signal.Signals) -> None:
     code = """
 import sys, time
 from pathlib import Path
@@ -86,7 +79,7 @@ with llama_cpp.Server(llama_cpp.find_toolchain(), pair / quantize.QUANTIZED, Non
     print(server._process.pid, flush=True)
     time.sleep(600)
 """
-    parent = started(code, pair, tmp_path / "server.log")
+    parent = started(code, tiny_pair, tmp_path / "server.log")
     server = int(parent.first_line)  # type: ignore[attr-defined]
     assert "llama-server" in str(Path(f"/proc/{server}/exe").readlink())
     parent.send_signal(kill)
@@ -236,9 +229,9 @@ def test_whoever_comes_next_clears_what_a_killed_run_left(tmp_path: Path) -> Non
 
 
 @pytest.mark.llama_cpp
-def test_our_server_answers_nobody_else(pair: Path, tmp_path: Path) -> None:
+def test_our_server_answers_nobody_else(tiny_pair: Path, tmp_path: Path) -> None:
     tools = llama_cpp.find_toolchain()
-    with llama_cpp.Server(tools, pair / quantize.QUANTIZED, None, log=tmp_path / "server.log") as server:
+    with llama_cpp.Server(tools, tiny_pair / quantize.QUANTIZED, None, log=tmp_path / "server.log") as server:
         url, process = server.client.base_url, server._process
         assert process is not None
         port = int(url.rpartition(":")[2])
@@ -263,6 +256,29 @@ def test_our_server_answers_nobody_else(pair: Path, tmp_path: Path) -> None:
         assert httpx.get(url + "/slots", headers=with_key).status_code in (404, 501)
         assert httpx.post(url + "/props", json={}, headers=with_key).status_code in (404, 501)
         assert httpx.get(url + "/", headers=with_key).status_code == 404
+
+
+@pytest.mark.llama_cpp
+def test_threads_that_wait_sleep_in_torch_and_spin_in_llama_cpp(
+    tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        monkeypatch.delenv(name, raising=False)
+    code = """
+import os
+from orion_triage import cli
+cli.app = lambda: print(os.environ.get("OMP_WAIT_POLICY"), flush=True)
+cli.main()
+"""
+    assert started(code).first_line == "PASSIVE"  # type: ignore[attr-defined]
+    monkeypatch.setenv("GOMP_SPINCOUNT", "1000")
+    assert started(code).first_line == "None"  # type: ignore[attr-defined]
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    with llama_cpp.Server(
+        llama_cpp.find_toolchain(), tiny_pair / quantize.QUANTIZED, None, log=tmp_path / "log"
+    ) as server:
+        assert server._process is not None
+        assert b"OMP_WAIT_POLICY" not in Path(f"/proc/{server._process.pid}/environ").read_bytes()
 
 
 # --- training -------------------------------------------------------------------------------------------------------

@@ -113,13 +113,13 @@ def rewrite(rows: Path, lines: list[dict[str, Any]]) -> None:
 @pytest.mark.llama_cpp
 def test_a_long_haul_is_killed_goes_on_and_is_weighed(finished: Path, tmp_path: Path) -> None:
     results = tmp_path / "long_haul.json"
-    words = ["--run", "runs/small", "--frames", 120, "--folder", tmp_path / "work", "--results", results]
+    words = ["--run", "runs/small", "--frames", 60, "--folder", tmp_path / "work", "--results", results]
     done = script("long_haul.py", *words, cwd=finished)
     figures = json.loads(results.read_text())
     lost = [line for line in figures["losses"] if "memory grows" not in line]  # so few frames show a start, no slope
     assert lost == [], done.stdout + done.stderr
-    assert 12 <= figures["killed_after_frames"] < 40
-    assert figures["asked_again"] == 100
+    assert 6 <= figures["killed_after_frames"] < 20
+    assert figures["asked_again"] == 60
     assert figures["peak_bytes"]["server"] > 50e6
     assert figures["other_bytes_on_disk"] < 100_000
 

@@ -362,7 +362,7 @@ class Server:
         port, key = _free_port(), secrets.token_urlsafe(24)
         command = [*self._command, "--host", "127.0.0.1", "--port", str(port)]
         environment = {**os.environ, "LLAMA_API_KEY": key}  # not on the command line, where others could read it
-        # Sleeping threads are for torch: here each token has hundreds of short waits, and decoding takes 2.6 x the time.
+        # Sleeping threads are for torch: here each token has hundreds of short waits, and decoding takes 2.6 x as long.
         environment.pop(processes.WAIT_POLICY, None)
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("wb") as file:

@@ -23,8 +23,8 @@ WAIT_POLICY = "OMP_WAIT_POLICY"
 def sleep_while_waiting() -> None:
     """Have torch's threads sleep while they wait for each other, unless the environment says how they wait.
 
-    They spin otherwise, which takes the core from whatever else runs: beside one busy core of two, a training took 122 s
-    instead of 72 s (alone: 51 and 53 s). Must be called before torch is loaded. Results do not depend on it.
+    They spin otherwise, which takes the core from whatever else runs: beside one busy core of two, a training took
+    122 s instead of 72 s (alone: 51 and 53 s). Must be called before torch is loaded. Results do not depend on it.
     """
     if not {WAIT_POLICY, "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
         os.environ[WAIT_POLICY] = "PASSIVE"

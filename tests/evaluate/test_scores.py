@@ -1,12 +1,13 @@
 """Class scores: the same definition in transformers and llama.cpp, on the shipped base, which speaks in verdicts."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
 from orion_triage import llama_cpp, quantize, vlm
-from orion_triage.config import EvaluateSettings, QuantizeSettings
+from orion_triage.config import EvaluateSettings
 from orion_triage.errors import OrionError
 from orion_triage.evaluate.backends import Answer, LlamaCppBackend, TransformersBackend
 from orion_triage.frames import Frame
@@ -49,13 +50,11 @@ def of_transformers(questions: Any) -> list[Answer]:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def served(tiny_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The shipped base's F16 pair behind a server."""
-    folder = tmp_path_factory.mktemp("served") / "gguf"
-    quantize.run(vlm.TINY_BASE_FOLDER, folder, QuantizeSettings(), prompts=["x"])
+    log = tmp_path_factory.mktemp("served") / "server.log"
     tools = llama_cpp.find_toolchain()
-    log = folder.parent / "server.log"
-    with llama_cpp.Server(tools, folder / quantize.F16, folder / quantize.MMPROJ, log=log) as server:
+    with llama_cpp.Server(tools, tiny_pair / quantize.F16, tiny_pair / quantize.MMPROJ, log=log) as server:
         yield server.client
 
 

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from orion_triage import llama_cpp, quantize, vlm
-from orion_triage.config import QuantizeSettings
+from orion_triage import llama_cpp, quantize
 from orion_triage.errors import OrionError, ServerError
 from orion_triage.evaluate.backends import Answer, LlamaCppBackend
 from orion_triage.evaluate.servers import Connected, OpenAIBackend, SharedBackend, connect, share
@@ -22,20 +21,14 @@ TOKENS = 96
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("servers") / "gguf"
-    quantize.run(vlm.TINY_BASE_FOLDER, folder, QuantizeSettings(), prompts=["x"])
-    return folder
-
-
-@pytest.fixture(scope="module")
-def servers(pair: Path) -> Iterator[list[llama_cpp.Server]]:
+def servers(tiny_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[llama_cpp.Server]]:
     """Two with the Q4_K_M pair, one with the F16."""
+    logs = tmp_path_factory.mktemp("servers")
     tools, backbones = llama_cpp.find_toolchain(), (quantize.QUANTIZED, quantize.QUANTIZED, quantize.F16)
     with ExitStack() as stack:
         yield [
             stack.enter_context(
-                llama_cpp.Server(tools, pair / backbone, pair / quantize.MMPROJ, log=pair.parent / f"{number}.log")
+                llama_cpp.Server(tools, tiny_pair / backbone, tiny_pair / quantize.MMPROJ, log=logs / f"{number}.log")
             )
             for number, backbone in enumerate(backbones)
         ]
