@@ -165,7 +165,6 @@ def report(
 
 
 def write_report(run: Any, *, as_json: bool) -> None:
-
     from orion_triage.files import write_text
     from orion_triage.fine_tune import read_losses
     from orion_triage.report import html, plot
