@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -199,12 +198,11 @@ def test_the_best_are_beaten_by_none_and_what_was_not_evaluated_takes_no_part() 
 
 def test_cores_that_others_keep_busy_are_counted() -> None:
     idle = bench_frame._busy_cores(0.3)
-    stop = time.monotonic() + 1.5
-    thread = threading.Thread(
-        target=lambda: [hashlib.sha256(bytes(1 << 20)) for _ in iter(lambda: time.monotonic() < stop, False)]
-    )
+    measured = threading.Event()
+    thread = threading.Thread(target=lambda: [hashlib.sha256(bytes(1 << 20)) for _ in iter(measured.is_set, True)])
     thread.start()
     busy = bench_frame._busy_cores(1.0)
+    measured.set()
     thread.join()
     assert 0 <= idle <= os.cpu_count()
     assert 0.4 < busy <= os.cpu_count() + 0.1

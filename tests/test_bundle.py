@@ -436,10 +436,8 @@ def test_a_server_that_dies_or_never_loads_is_stopped_and_said(copied: Path, tmp
     midway = _program(tmp_path, f'exec {sys.executable} {script} "$@"')
     assert_no_go(check(copied, "--llama-server", midway), "llama-server ended (7): killed by the kernel")
     hanging = _program(tmp_path, f"echo $$ > {tmp_path}/pid; exec sleep 60")
-    began = time.monotonic()
     result = check(copied, "--llama-server", hanging, "--limit", "2")
-    assert_no_go(result, "waiting for the server took longer than 2 s")
-    assert time.monotonic() - began < 15
+    assert_no_go(result, "waiting for the server took longer than 2 s")  # after 60 s it would have ended by itself
     assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()
 
 
@@ -522,10 +520,10 @@ class _Stub(BaseHTTPRequestHandler):
 
     def _break(self) -> None:
         if self.how == "stalls":
-            time.sleep(20)
+            time.sleep(60)  # and hangs up, which is told from a limit that was kept
         elif self.how == "drips":
             self._send(200, b"", 1000)
-            for _ in range(40):
+            for _ in range(120):
                 self.wfile.write(b" ")
                 time.sleep(0.5)
         elif self.how == "hangs up":
@@ -625,7 +623,6 @@ def test_other_words_are_scored_after_the_words_of_the_ground(for_stub: Path) ->
     ],
 )
 def test_a_broken_server_is_no_go_within_the_limit(for_stub: Path, how: str, words: str) -> None:
-    began = time.monotonic()
     for broken in ("/completion", "/props", "/health"):
         with stub(broken=broken, how=how) as url:
             result = check(for_stub, "--url", url, "--limit", "2")
@@ -634,8 +631,7 @@ def test_a_broken_server_is_no_go_within_the_limit(for_stub: Path, how: str, wor
         elif how == "empty" or (how in ("html", "half", "nested") and broken == "/health"):
             assert result.returncode == 0  # of /health only the status counts, and /props may have none of its fields
         else:
-            assert_no_go(result)
-    assert time.monotonic() - began < 25
+            assert_no_go(result, *["took longer than 2 s"] * (how in ("stalls", "drips")))
 
 
 @pytest.mark.llama_cpp

@@ -462,7 +462,7 @@ class Liar(BaseHTTPRequestHandler):
             case "drip of headers":
                 self.drip(b"HTTP/1.1 200 OK\r\nX-Wait: ")
             case "stall":
-                time.sleep(5)
+                time.sleep(60)  # and hangs up, which is told from a limit that was kept
             case "no content":
                 self.say(200, {"choices": []})
             case "another's answer":
@@ -541,10 +541,8 @@ def test_no_lie_of_a_server_is_counted_as_an_answer(
     monkeypatch.setattr(llama_server.Client.__init__, "__kwdefaults__", {"timeout_seconds": 1.0})
     with liar(how) as url:
         shared = SharedBackend([connect(url, "", 96)], pause_seconds=0)
-        began = time.monotonic()
         with pytest.raises(ServerError, match=f"no server is left: {url}: .*{said}.*go on with the same command"):
             shared.answer(images, prompts)
-        assert time.monotonic() - began < 20
         # The image and the question, once, where that is noticed after them; else three tries of what goes wrong.
         assert Liar.asked == {"swapped": 2, "another's answer": 4}.get(how, 3)
 

@@ -163,7 +163,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._reply(int(kind), {"detail": f"the answer of a scripted {kind}"}, **headers)
 
     def _drip(self) -> None:
-        for _ in range(80):
+        for _ in range(600):
             if not self.simsat.stopped.wait(0.1):
                 self.wfile.write(b"0")
 

@@ -23,7 +23,7 @@ from rasterio import Affine
 from rasterio.warp import transform
 
 CONFORMANCE = [f"https://api.stacspec.org/v1.0.0/{part}" for part in ("core", "item-search", "item-search#sort")]
-STALL_SECONDS = 30
+STALL_SECONDS = 120
 
 
 def positions(side: int) -> NDArray[np.uint8]:
@@ -58,6 +58,7 @@ class Stac:
         self.requests: list[str] = []
         self.bytes_served: Counter[str] = Counter()
         self.faults: dict[str, Iterator[str]] = {}
+        self.stalls_waited_for = 0  # by a client that did not give up
         self.conformance = CONFORMANCE
         self.url = ""
         self.stop: Callable[[], None]
@@ -169,7 +170,7 @@ def serve(folder: Path) -> Iterator[Stac]:
             stac.requests.append(request)
             fault = next(stac.faults.get(request, iter(())), "")
             if fault == "stall":
-                stopping.wait(STALL_SECONDS)
+                stac.stalls_waited_for += not stopping.wait(STALL_SECONDS)
                 self.close_connection = True
             elif fault.isdigit():
                 self.send(int(fault), b"")

@@ -8,7 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from itertools import repeat
+from itertools import chain, repeat
 from pathlib import Path
 
 import pytest
@@ -169,22 +169,21 @@ def test_a_build_that_is_killed_four_times_goes_on_each_time(server: SimSatServe
     places = small_catalogue(tmp_path)
     out = tmp_path / "work" / "dataset"
     command = [sys.executable, "-c", BUILD, server.url, str(places), str(out)]
-    moments = random.Random(3)
     known = 0
-    for _ in range(4):
+    for pictures, fault in ((2, "stall midway"), (0, "stall"), (5, "stall midway"), (1, "stall")):
         asked = len(server.requests)
+        answers = chain(repeat("picture", pictures), repeat(fault))
+        server.scripts = {where(target): answers for target in places_of(count=4)}
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        wanted, deadline = asked + moments.randint(1, 5), time.monotonic() + 60
-        while len(server.requests) < wanted and time.monotonic() < deadline:
-            time.sleep(0.001)
-        time.sleep(moments.uniform(0, 0.2))
-        assert process.poll() is None, process.communicate()
+        while len(server.requests) <= asked + pictures:  # it waits for the next one when it is killed
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
         process.kill()
         process.communicate()
+        known += pictures
         assert not out.exists()
-        assert len(list(cache.glob("*.jpeg"))) >= known
-        known = len(list(cache.glob("*.jpeg")))
-    assert 4 <= known < 60
+        assert len(list(cache.glob("*.jpeg"))) == known
+    server.scripts = {}
     subprocess.run(command, capture_output=True, check=True)
     assert len(list(cache.glob("*.jpeg"))) == 60
     assert len(table(out / FRAMES_TABLE)) == 60

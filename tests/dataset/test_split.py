@@ -57,9 +57,10 @@ def test_twenty_thousand_places_are_divided_in_seconds() -> None:
     targets = [
         target(f"p{n}", source.uniform(-180, 180), source.uniform(-85, 85), f"kind{n % 15}") for n in range(20_000)
     ]
-    began = time.monotonic()
+    # Of this process alone: what else the machine does is not counted. It is 2 s; all 200 million pairs take minutes.
+    began = time.process_time()
     splits = split_targets(targets, distance_km=8)
-    assert time.monotonic() - began < 30
+    assert time.process_time() - began < 30
     assert [len(splits[name]) for name in ("val", "test")] == [3330, 3330]
 
 

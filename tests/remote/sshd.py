@@ -30,6 +30,15 @@ def program(name: str, install: str = INSTALL) -> str:
     return found
 
 
+def wait_until(is_so: Callable[[], bool]) -> None:
+    """Ask again until it is so; raises TimeoutError after 20 s."""
+    deadline = time.monotonic() + _SECONDS
+    while not is_so():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not so after {_SECONDS} s")
+        time.sleep(0.01)
+
+
 class Wire:
     """A TCP relay to the server that counts bytes both ways and does `at_bytes` to the connection it has counted."""
 
@@ -171,6 +180,14 @@ class Server:
         """The processes that serve connections now, with all that they started and did not set apart."""
         return _descendants(self._process.pid)
 
+    def commands(self) -> list[str]:
+        """What these processes were started with."""
+        found = []
+        for process in self.sessions():
+            with suppress(OSError):  # gone meanwhile
+                found.append(Path(f"/proc/{process}/cmdline").read_text().replace("\0", " "))
+        return found
+
     def kill_sessions(self) -> None:
         """As if the server's power failed: nothing of these sessions gets to do another thing."""
         for _ in range(3):  # what was being started meanwhile
@@ -180,11 +197,7 @@ class Server:
 
     def wait_until_quiet(self) -> None:
         """Return when no session is left, so that a test looks at what the last one left."""
-        deadline = time.monotonic() + _SECONDS
-        while self.sessions():
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"sessions still run: {self.sessions()}")
-            time.sleep(0.01)
+        wait_until(lambda: not self.sessions())
 
     def log(self) -> str:
         return (self.folder / "sshd.log").read_text(errors="replace")

@@ -7,14 +7,13 @@ import shutil
 import signal
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from tests.remote.place import SCRIPTS, Place, Tree, commit, git, make_dataset, make_repository, make_weights, tree
-from tests.remote.sshd import Server, program
+from tests.remote.sshd import Server, program, wait_until
 
 STRANGE = "-a b'c\"d$HOME\n*\\é;`x`&"
 CUTS = 21  # of each script, at random bytes
@@ -207,15 +206,22 @@ def test_the_servers_half_of_a_cut_upload_is_waited_for(place: Place) -> None:
     make_repository(place.source)
     new = tree(make_dataset(place.local_data, 1))
     shim = place.server.tools / "tar"
-    shim.write_text(f'#!/bin/sh\ntouch {place.here}/unpacking\nsleep 2\nexec {program("tar")} "$@"\n')
+    shim.write_text(
+        f"#!/bin/sh\ntouch {place.here}/unpacking\nuntil [ -e {place.here}/go ]; do sleep 0.05; done\n"
+        f'exec {program("tar")} "$@"\n'
+    )
     shim.chmod(0o755)
     process = place.popen("upload_to_server.sh")
-    while not (place.here / "unpacking").exists():
-        time.sleep(0.02)
+    wait_until((place.here / "unpacking").exists)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     shim.unlink()
-    assert "there already, and whole" in place.upload()  # the first one's work was done by then
+    second = place.popen("upload_to_server.sh")
+    wait_until(lambda: any("flock" in command for command in place.server.commands()))
+    (place.here / "go").touch()
+    output = second.communicate(timeout=60)[0]
+    assert second.returncode == 0, output
+    assert "there already, and whole" in output  # the first one's work was done by then
     assert tree(place.data) == new
     place.assert_nothing_partial()
 
@@ -226,15 +232,16 @@ def test_a_transfer_goes_on_where_it_was_cut(place: Place) -> None:
     place.server.wire.leave_alone()
     process = place.popen("upload_to_server.sh")
 
+    archive = place.there / ".orion_data.orion-incoming" / "orion_data.tar.zst"
+
     def cut() -> None:
-        time.sleep(0.5)  # what has come through the wire reaches the disk
+        wait_until(lambda: any(path.stat().st_size > 1_000_000 for path in archive.parent.rglob("*")))
         place.server.wire.cut()
 
     place.server.wire.at_bytes(1_500_000, cut)
     process.communicate(timeout=60)
     place.server.wait_until_quiet()
     place.server.wire.leave_alone()
-    archive = place.there / ".orion_data.orion-incoming" / "orion_data.tar.zst"
     arrived = archive.stat().st_size
     assert arrived > 1_000_000
     place.upload()
