@@ -614,7 +614,7 @@ def fuse(bench: Bench) -> None:
         uses = {
             "convert": llama_cpp.convert(tools, merged, backbone, mmproj=False),
             "convert mmproj": llama_cpp.convert(tools, merged, mmproj, mmproj=True),
-            "quantize": llama_cpp.quantize(tools, backbone, theirs / quantize.QUANTIZED, settings.quantize.type),
+            "quantize": llama_cpp.quantize_file(tools, backbone, theirs / quantize.QUANTIZED, settings.quantize.type),
         }
         return fused(merge, sum(use.seconds for use in uses.values())) | {
             "peak_memory_bytes": max(merge["peak_memory_bytes"], *(use.peak_memory_bytes for use in uses.values())),

@@ -260,7 +260,7 @@ class _Files:
         return path
 
     def _quantize(self, f16: Path, path: Path, kind: str) -> None:
-        llama_cpp.quantize(self._toolchain, f16, path, kind)
+        llama_cpp.quantize_file(self._toolchain, f16, path, kind)
 
     def _convert(self, path: Path, kind: str) -> None:
         llama_cpp.fetch_source()  # the converter's; the tools may be a user's own

