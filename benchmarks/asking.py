@@ -22,14 +22,18 @@ from pathlib import Path
 
 from PIL import Image
 
-from orion_triage import llama_cpp, quantize
+from orion_triage.dataset.records import Record, image_path, read_split
 from orion_triage.evaluate.backends import Answer, LlamaCppBackend
 from orion_triage.evaluate.statistics import mcnemar
-from orion_triage.files import write_text
-from orion_triage.frames import noise_frame, read_frame
-from orion_triage.pipeline import newest_run, open_run
-from orion_triage.records import Record, image_path, read_split
-from orion_triage.triage import Category, parse_verdict, render_prompt
+from orion_triage.export import quantize
+from orion_triage.imagery.frames import noise_frame, read_frame
+from orion_triage.llama_cpp.server import Server
+from orion_triage.llama_cpp.toolchain import find_toolchain
+from orion_triage.mission.prompt import render_prompt
+from orion_triage.mission.verdict import Category, parse_verdict
+from orion_triage.pipeline import newest_run
+from orion_triage.runs.run import open_run
+from orion_triage.safe.files import write_text
 
 RESULTS = Path(__file__).parent / "results" / "asking.json"
 Asked = Callable[[Image.Image, str], Answer]
@@ -64,7 +68,7 @@ def main() -> None:
     assert all(published_b(r) != b and six_decimals(r) != r.prompt for r, b in zip(records, without, strict=True))
     noise = {kind: [noise_frame(kind, size)] * len(records) for kind in ("gaussian", "uniform")}
     pair = (run.gguf / quantize.QUANTIZED, run.gguf / quantize.MMPROJ)
-    with llama_cpp.Server(llama_cpp.find_toolchain(), *pair, log=run.folder / "logs" / "asking-server.log") as server:
+    with Server(find_toolchain(), *pair, log=run.folder / "logs" / "asking-server.log") as server:
         backend = LlamaCppBackend(server.client, max_new_tokens=run.settings.evaluate.max_new_tokens)
         chat = server.client.chat
 

@@ -17,14 +17,16 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from orion_triage import fine_tune, processes, vlm
-from orion_triage.config import load_settings
+from orion_triage import processes
 from orion_triage.dataset.catalogue import load_catalogue
-from orion_triage.dataset.synthetic import draw_tile, tile_seed
-from orion_triage.frames import shrink
-from orion_triage.records import Record
-from orion_triage.rehearse import machine
-from orion_triage.triage import Verdict
+from orion_triage.dataset.records import Record
+from orion_triage.dataset.sources.synthetic.draw import draw_tile, tile_seed
+from orion_triage.imagery.frames import shrink
+from orion_triage.machine.rehearse import machine
+from orion_triage.mission.verdict import Verdict
+from orion_triage.models.load import load_model, load_processor, resolve_base
+from orion_triage.settings import load_settings
+from orion_triage.train import fine_tune
 
 
 def synchronize() -> None:
@@ -59,12 +61,12 @@ def main() -> None:
     arguments = parser.parse_args()
 
     settings = load_settings(arguments.preset)
-    base = arguments.base or vlm.resolve_base(settings.base.model)
+    base = arguments.base or resolve_base(settings.base.model)
     device = processes.local_device()
     precision = "float32" if device == "cpu" else arguments.precision or settings.fine_tune.precision
     size = settings.base.frame_size
-    processor = vlm.load_processor(base, size)
-    model = vlm.load_model(base, dtype=precision, four_bit=True, device=device)
+    processor = load_processor(base, size)
+    model = load_model(base, dtype=precision, four_bit=True, device=device)
     model, _ = fine_tune.add_adapter(model, settings.fine_tune)
     if settings.fine_tune.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

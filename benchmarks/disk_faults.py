@@ -36,12 +36,15 @@ from pathlib import Path
 from typing import Any
 
 import small_run
-from orion_triage import bundle, manifest
-from orion_triage.children import tied
+
+from orion_triage.dataset.records import image_path, read_split
 from orion_triage.errors import OrionError
-from orion_triage.files import sha256_of_file, write_text
-from orion_triage.pipeline import SETTINGS_FILE, WORK_FOLDER, Run, Stage, open_run, stages, verify
-from orion_triage.records import image_path, read_split
+from orion_triage.flight import bundle
+from orion_triage.pipeline import Stage, stages, verify
+from orion_triage.runs import manifest
+from orion_triage.runs.run import SETTINGS_FILE, WORK_FOLDER, Run, open_run
+from orion_triage.safe.children import tied
+from orion_triage.safe.files import sha256_of_file, write_text
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "disk_faults.json"

@@ -22,14 +22,24 @@ from typing import Any
 
 import torch
 
-from orion_triage import fine_tune, fuse, vlm
-from orion_triage.config import Settings, load_settings
+from orion_triage.dataset.records import Record, read_split
 from orion_triage.evaluate import run as evaluate
 from orion_triage.evaluate.backends import TransformersBackend
-from orion_triage.files import write_text
-from orion_triage.pipeline import Run, prepare, run_stage, stage_named
+from orion_triage.export import fuse
+from orion_triage.models.encode import encode
+from orion_triage.models.load import (
+    _keep_gradients_on_cpu,
+    hush_kernel_advice,
+    load_model,
+    load_processor,
+    no_progress_bars,
+)
+from orion_triage.pipeline import prepare, run_stage, stage_named
 from orion_triage.progress import silent
-from orion_triage.records import Record, read_split
+from orion_triage.runs.run import Run
+from orion_triage.safe.files import write_text
+from orion_triage.settings import Settings, load_settings
+from orion_triage.train import fine_tune
 
 RESULTS = Path(__file__).parent / "results" / "faults.json"
 
@@ -57,7 +67,7 @@ def load_blind(base: Path) -> Any:
     """The base as `load_in_4bit` gives it when nothing is left out: the patch embedding holds bytes."""
     from transformers import BitsAndBytesConfig, Lfm2VlForConditionalGeneration
 
-    with vlm.no_progress_bars():
+    with no_progress_bars():
         model = Lfm2VlForConditionalGeneration.from_pretrained(
             base,
             dtype=torch.float32,
@@ -71,7 +81,7 @@ def load_blind(base: Path) -> Any:
         )
     weight = model.model.vision_tower.embeddings.patch_embedding.weight
     assert weight.dtype == torch.uint8, "the fault is not there any more"
-    vlm._keep_gradients_on_cpu(model)  # a trap of its own, and not one of those measured here
+    _keep_gradients_on_cpu(model)  # a trap of its own, and not one of those measured here
     return model
 
 
@@ -97,7 +107,7 @@ def loss_everywhere(collate: Callable[[list[Record]], Any], processor: Any, fram
     def with_all_labels(records: list[Record]) -> Any:
         answers = [record.verdict.to_json() for record in records]
         pictures = [frames[record.image] for record in records]
-        batch = vlm.encode(processor, pictures, [record.prompt for record in records], answers)
+        batch = encode(processor, pictures, [record.prompt for record in records], answers)
         batch["labels"] = batch["input_ids"].clone()
         return batch
 
@@ -110,9 +120,9 @@ def train(recipe: Recipe, run: Run, folder: Path) -> dict[str, Any]:
 
     settings = run.settings
     train_records, val_records = read_split(run.dataset, "train"), read_split(run.dataset, "val")
-    processor = vlm.load_processor(run.base, settings.base.frame_size)
+    processor = load_processor(run.base, settings.base.frame_size)
     frames = fine_tune.decode_frames(run.dataset, [*train_records, *val_records], settings.base.frame_size, silent)
-    model = load_blind(run.base) if recipe.blind else vlm.load_model(run.base, dtype="float32", four_bit=True)
+    model = load_blind(run.base) if recipe.blind else load_model(run.base, dtype="float32", four_bit=True)
     set_seed(settings.fine_tune.seed)
     if recipe.o_proj_unresolved:
         model = add_unresolved_adapter(model, settings)
@@ -169,7 +179,7 @@ def main() -> None:
     known = [recipe.name for recipe in RECIPES]
     if unknown := set(arguments.recipes) - set(known):
         parser.error(f"no such recipe: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
-    vlm.hush_kernel_advice()
+    hush_kernel_advice()
     run = Run(arguments.folder, load_settings(arguments.preset))
     prepare(run)
     run_stage(stage_named("dataset"), run)

@@ -28,8 +28,9 @@ WATCHED = [
     *(
         f"orion_triage.{name}"
         for name in (
-            "checkpoint", "config", "dataset.catalogue", "dataset.simsat", "errors", "frames", "gguf_header",
-            "llama_server", "manifest", "quantize", "reading", "records", "triage",
+            "dataset.catalogue", "dataset.records", "dataset.sources.simsat", "errors", "export.quantize",
+            "imagery.frames", "llama_cpp.client", "llama_cpp.gguf_header", "mission.prompt", "mission.verdict",
+            "models.checkpoint", "runs.manifest", "safe.reading", "settings",
         )
     ),
     "PIL.JpegImagePlugin", "PIL.PngImagePlugin", "tomllib",
@@ -66,7 +67,7 @@ def _memory_folder() -> str | None:
 
 
 def records() -> Target:
-    from orion_triage.records import read_records
+    from orion_triage.dataset.records import read_records
 
     return _file(".jsonl", read_records)
 
@@ -80,19 +81,20 @@ def catalogue() -> Target:
 
 
 def preset() -> Target:
-    from orion_triage.config import load_settings
+    from orion_triage.settings import load_settings
 
     return _file(".toml", lambda path: load_settings(str(path)))
 
 
 def assignment() -> Target:
-    from orion_triage.config import load_settings
+    from orion_triage.settings import load_settings
 
     return lambda data: load_settings("tiny", data.decode("utf-8", "surrogateescape").split("\0"))
 
 
 def verdict() -> Target:
-    from orion_triage.triage import parse_prompt, parse_verdict
+    from orion_triage.mission.prompt import parse_prompt
+    from orion_triage.mission.verdict import parse_verdict
 
     def target(data: bytes) -> Any:
         text = data.decode("utf-8", "surrogateescape")
@@ -102,19 +104,19 @@ def verdict() -> Target:
 
 
 def gguf() -> Target:
-    from orion_triage.gguf_header import read_integers
+    from orion_triage.llama_cpp.gguf_header import read_integers
 
     return _file(".gguf", read_integers)
 
 
 def safetensors() -> Target:
-    from orion_triage.checkpoint import check_names
+    from orion_triage.models.checkpoint import check_names
 
     return _file(".safetensors", lambda path: check_names(path.parent))
 
 
 def pair() -> Target:
-    from orion_triage.quantize import PAIR, find_pair
+    from orion_triage.export.quantize import PAIR, find_pair
 
     target = _file("", lambda path: find_pair(path.with_name(PAIR).parent))
     folder = Path(tempfile.mkdtemp(dir=_memory_folder()))
@@ -127,7 +129,7 @@ def pair() -> Target:
 
 
 def receipt() -> Target:
-    from orion_triage.manifest import FILE_NAME, read_manifest
+    from orion_triage.runs.manifest import FILE_NAME, read_manifest
 
     folder = Path(tempfile.mkdtemp(dir=_memory_folder()))
 
@@ -140,7 +142,7 @@ def receipt() -> Target:
 
 def simsat() -> Target:
     """Status, four headers and the body of an answer, one a line; the body is the rest."""
-    from orion_triage.dataset import simsat
+    from orion_triage.dataset.sources import simsat
 
     def target(data: bytes) -> Any:
         status, metadata, later, place, *body = data.split(b"\n", 4)
@@ -164,7 +166,7 @@ def llama_server() -> Target:
     from PIL import Image
 
     from orion_triage.evaluate.backends import LlamaCppBackend
-    from orion_triage.llama_server import Client
+    from orion_triage.llama_cpp.client import Client
 
     class Answer(httpx.BaseTransport):
         data = b""
@@ -191,7 +193,7 @@ def llama_server() -> Target:
 
 
 def picture() -> Target:
-    from orion_triage.frames import decode_frame
+    from orion_triage.imagery.frames import decode_frame
 
     return lambda data: decode_frame(data, "a.png", 256, resize=True)
 
@@ -227,8 +229,9 @@ def seeds(target: str) -> list[bytes]:
     """Valid inputs, from which the fuzzer starts."""
     from PIL import Image
 
-    from orion_triage.records import Record
-    from orion_triage.triage import Category, Coordinates, Verdict, render_prompt
+    from orion_triage.dataset.records import Record
+    from orion_triage.mission.prompt import Coordinates, render_prompt
+    from orion_triage.mission.verdict import Category, Verdict
 
     said = Verdict("Long quays.", Category.HIGH)
     record = Record("orion_dataset/images/a.png", Coordinates(1.5, -2.25), said)

@@ -12,13 +12,16 @@ import json
 import sys
 from pathlib import Path
 
-from orion_triage import llama_cpp, quantize
+from orion_triage.dataset.records import image_path, read_split
 from orion_triage.evaluate.backends import LlamaCppBackend
-from orion_triage.files import write_text
-from orion_triage.frames import read_frame
-from orion_triage.pipeline import newest_run, open_run
-from orion_triage.records import image_path, read_split
-from orion_triage.triage import parse_verdict
+from orion_triage.export import quantize
+from orion_triage.imagery.frames import read_frame
+from orion_triage.llama_cpp.server import Server
+from orion_triage.llama_cpp.toolchain import find_toolchain
+from orion_triage.mission.verdict import parse_verdict
+from orion_triage.pipeline import newest_run
+from orion_triage.runs.run import open_run
+from orion_triage.safe.files import write_text
 
 RESULTS = Path(__file__).parent / "results" / "grammar_seeds.json"
 WILD = {"temperature": 2.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
@@ -32,8 +35,8 @@ def main() -> None:
     run = open_run(arguments.run or newest_run(Path("runs"), "quantize"))
     records, size = read_split(run.dataset, "test"), run.settings.base.frame_size
     figures = {"seeds": arguments.seeds, "sampling": WILD}
-    with llama_cpp.Server(
-        llama_cpp.find_toolchain(),
+    with Server(
+        find_toolchain(),
         run.gguf / quantize.QUANTIZED,
         run.gguf / quantize.MMPROJ,
         log=run.folder / "logs" / "grammar-server.log",

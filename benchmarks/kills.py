@@ -27,11 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import small_run
-from orion_triage.files import write_text
-from orion_triage.fine_tune import CHECKPOINTS, HASHES_FILE
-from orion_triage.manifest import read_manifest
-from orion_triage.pipeline import WORK_FOLDER, Run, open_run, stages
-from orion_triage.records import IMAGES_FOLDER
+
+from orion_triage.dataset.records import IMAGES_FOLDER
+from orion_triage.pipeline import stages
+from orion_triage.runs.manifest import read_manifest
+from orion_triage.runs.run import WORK_FOLDER, Run, open_run
+from orion_triage.safe.files import write_text
+from orion_triage.train.fine_tune import CHECKPOINTS, HASHES_FILE
 
 RESULTS = Path(__file__).parent / "results" / "kills.json"
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)

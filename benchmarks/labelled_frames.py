@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from orion_triage.evaluate.metrics import Prediction, summarize
-from orion_triage.triage import CATEGORIES, Category
+from orion_triage.mission.verdict import CATEGORIES, Category
 
 
 def main() -> None:

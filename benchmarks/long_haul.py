@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import small_run
 from PIL import Image
 
-import small_run
-from orion_triage.files import write_text
-from orion_triage.pipeline import newest_run, open_run
-from orion_triage.records import IMAGES_FOLDER
+from orion_triage.dataset.records import IMAGES_FOLDER
+from orion_triage.pipeline import newest_run
+from orion_triage.runs.run import open_run
+from orion_triage.safe.files import write_text
 
 RESULTS = Path(__file__).parent / "results" / "long_haul.json"
 SAMPLE = 100  # frames that are asked about once more, in one go

@@ -16,15 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import reference  # beside this file
-from orion_triage import llama_cpp, rehearse
-from orion_triage.config import load_settings
-from orion_triage.frames import Frame
-from orion_triage.pipeline import Run
+
+from orion_triage.imagery.frames import Frame
+from orion_triage.llama_cpp.server import Server
+from orion_triage.llama_cpp.toolchain import find_toolchain
+from orion_triage.machine import rehearse
+from orion_triage.runs.run import Run
+from orion_triage.settings import load_settings
 
 
 def frame(backbone: Path, mmproj: Path, dataset: Path, size: int, out: Path) -> dict[str, Any]:
     replies = []
-    with llama_cpp.Server(llama_cpp.find_toolchain(), backbone, mmproj, log=out / "server.log") as server:
+    with Server(find_toolchain(), backbone, mmproj, log=out / "server.log") as server:
         for image, prompt, tokens in reference.frame_requests(dataset, size):
             began = time.monotonic()
             png = Frame(image, image.size).png()

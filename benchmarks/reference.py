@@ -32,11 +32,11 @@ from typing import Any
 
 from PIL import Image
 
-from orion_triage.config import Settings
+from orion_triage.dataset.records import Record, image_path, read_split
 from orion_triage.evaluate.conditions import NOISE, Question, conflict_pairs, questions
-from orion_triage.frames import noise_frame, read_frame
-from orion_triage.records import Record, image_path, read_split
-from orion_triage.triage import parse_verdict
+from orion_triage.imagery.frames import noise_frame, read_frame
+from orion_triage.mission.verdict import parse_verdict
+from orion_triage.settings import Settings
 
 END_OF_TURN = "<|im_end|>"
 IGNORED = -100
@@ -52,7 +52,7 @@ def encode(processor: Any, image: Image.Image, prompt: str, answer: str | None =
     """One row: the user's turn with its picture, and with `answer` the verdict and labels on it."""
     import torch
 
-    from orion_triage.vlm import render_turn
+    from orion_triage.models.encode import render_turn
 
     batch = dict(processor(images=[[image]], text=[render_turn(processor, prompt)], return_tensors="pt"))
     if answer is None:
@@ -95,7 +95,7 @@ def load_with_adapter(base: Path, settings: Settings) -> Any:
     from peft import LoraConfig, TaskType, get_peft_model
     from transformers import BitsAndBytesConfig, Lfm2VlForConditionalGeneration, set_seed
 
-    from orion_triage.adapter import resolve_targets
+    from orion_triage.models.adapter import resolve_targets
 
     tuning = settings.fine_tune
     dtype = getattr(torch, tuning.precision) if on_gpu() else torch.float32
@@ -131,7 +131,7 @@ def train(base: Path, dataset: Path, settings: Settings, out: Path) -> dict[str,
     import torch
     from transformers import Trainer, TrainingArguments
 
-    from orion_triage.vlm import load_processor
+    from orion_triage.models.load import load_processor
 
     tuning, size = settings.fine_tune, settings.base.frame_size
     processor = load_processor(base, size)
@@ -198,7 +198,7 @@ def operations(base: Path, dataset: Path, settings: Settings) -> dict[str, Any]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from orion_triage.vlm import load_processor
+    from orion_triage.models.load import load_processor
 
     processor = load_processor(base, settings.base.frame_size)
     device = "cuda:0" if on_gpu() else "cpu"
@@ -259,7 +259,7 @@ def evaluate(model_folder: Path, dataset: Path, settings: Settings, out: Path) -
     import torch
     from transformers import GenerationConfig, Lfm2VlForConditionalGeneration
 
-    from orion_triage.vlm import load_processor
+    from orion_triage.models.load import load_processor
 
     device, dtype = ("cuda:0", torch.float16) if on_gpu() else ("cpu", torch.float32)
     processor = load_processor(model_folder, settings.base.frame_size)
@@ -289,7 +289,7 @@ def default_server(backbone: Path, mmproj: Path, log: Path) -> Iterator[Callable
     """llama-server with no flag but its files, address and key; yields what asks it one cold, greedy question."""
     import httpx
 
-    from orion_triage.llama_cpp import find_toolchain
+    from orion_triage.llama_cpp.toolchain import find_toolchain
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -422,7 +422,7 @@ def merge(base: Path, adapter: Path, settings: Settings, out: Path) -> dict[str,
     from peft import PeftModel
     from transformers import Lfm2VlForConditionalGeneration
 
-    from orion_triage.vlm import load_processor
+    from orion_triage.models.load import load_processor
 
     dtype = getattr(torch, settings.fuse.dtype)
     model = Lfm2VlForConditionalGeneration.from_pretrained(base, dtype=dtype, device_map={"": "cpu"})

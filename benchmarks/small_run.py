@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from orion_triage.config import Settings, load_settings
 from orion_triage.dataset.catalogue import load_catalogue
 from orion_triage.dataset.collect import csv_text
-from orion_triage.files import PARTIAL, write_text
-from orion_triage.manifest import read_manifest
-from orion_triage.pipeline import Run, stages, verify
+from orion_triage.pipeline import stages, verify
+from orion_triage.runs.manifest import read_manifest
+from orion_triage.runs.run import Run
+from orion_triage.safe.files import PARTIAL, write_text
+from orion_triage.settings import Settings, load_settings
 
 MORPHOLOGIES = ("ocean_water", "urban_grid", "mega_airport")  # one of each category
 PLACES_OF_EACH = 12

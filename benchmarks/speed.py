@@ -35,16 +35,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# No torch in here: a child's peak memory counts from its parent's at the moment it was started.
-from orion_triage import llama_cpp, quantize, vlm
-from orion_triage.config import Settings, load_settings, preset_names
+from orion_triage.dataset.records import Record, image_path, read_split, write_split
 from orion_triage.errors import OrionError
-from orion_triage.files import write_text
-from orion_triage.machine import describe
-from orion_triage.manifest import read_manifest
-from orion_triage.pipeline import Run, newest_run, open_run, prepare
-from orion_triage.records import Record, image_path, read_split, write_split
-from orion_triage.triage import Category
+from orion_triage.export import quantize
+
+# No torch in here: a child's peak memory counts from its parent's at the moment it was started.
+from orion_triage.export.convert import convert
+from orion_triage.llama_cpp.toolchain import existing_tools, find_toolchain
+from orion_triage.llama_cpp.tools import quantize_file, run_measured
+from orion_triage.machine.describe import describe
+from orion_triage.mission.verdict import Category
+from orion_triage.models.load import base_name, resolve_base
+from orion_triage.pipeline import newest_run, prepare
+from orion_triage.runs.manifest import read_manifest
+from orion_triage.runs.run import Run, open_run
+from orion_triage.safe.files import write_text
+from orion_triage.settings import Settings, load_settings, preset_names
 
 HERE = Path(__file__).parent
 ORION = [sys.executable, "-m", "orion_triage.cli"]
@@ -99,7 +105,7 @@ def measure(command: Sequence[object], log: Path) -> Figures:
     """Run a command to its end with its output in `log`; raises OrionError with the last of it when it fails."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w+", encoding="utf-8", errors="replace") as output:
-        status, use = llama_cpp.run_measured([str(word) for word in command], dict(os.environ), output)
+        status, use = run_measured([str(word) for word in command], dict(os.environ), output)
         if status:
             output.seek(0)
             last = " | ".join(output.read().strip().splitlines()[-4:])
@@ -196,7 +202,7 @@ def machine() -> Figures:
 
 def versions() -> Figures:
     names = ("orion-triage", "torch", "transformers", "peft", "bitsandbytes", "accelerate")
-    tools = llama_cpp.existing_tools()
+    tools = existing_tools()
     found: Figures = {name: importlib.metadata.version(name) for name in names}
     return found | {"llama.cpp": f"b{tools.build} ({tools.origin})" if tools else None}
 
@@ -206,7 +212,7 @@ def name_of_base(bench: Bench, settings: Settings) -> str:
     folder = Path(settings.base.model)
     if folder.is_relative_to(bench.random_folder.resolve()):
         return "random weights"
-    return vlm.base_name(folder) if folder.is_dir() else settings.base.model
+    return base_name(folder) if folder.is_dir() else settings.base.model
 
 
 def write(
@@ -274,9 +280,9 @@ def finished_run(bench: Bench) -> Run:
 
 def base_to_train(bench: Bench) -> Path:
     if bench.base:
-        return vlm.resolve_base(str(bench.base)).resolve()
+        return resolve_base(str(bench.base)).resolve()
     if bench.preset == "tiny":
-        return vlm.resolve_base(load_settings("tiny").base.model)
+        return resolve_base(load_settings("tiny").base.model)
     folder = bench.random_folder
     measure([sys.executable, HERE / "ours.py", "random-base", bench.preset, folder], folder / "random-base.log")
     return (folder / "base").resolve()
@@ -546,7 +552,7 @@ def frame(bench: Bench) -> None:
         return
     # Other ways to fly, against the reference at the preset's own size.
     smaller = bench.folder / f"mmproj_{bench.preset}.gguf"
-    llama_cpp.convert(llama_cpp.find_toolchain(), run.merged, smaller, mmproj=True, outtype="q8_0")
+    convert(find_toolchain(), run.merged, smaller, mmproj=True, outtype="q8_0")
     for size in dict.fromkeys((sizes[0], sizes[-1])):
         if size != own_size:
             compare_on_frames(bench, run, f"frame-{own_size}-at-{size}", own_size, size, run.gguf / quantize.MMPROJ)
@@ -603,7 +609,7 @@ def fuse(bench: Bench) -> None:
     link(source.adapter, run.adapter)
     prepare(run)
     theirs = run.folder / "reference"
-    tools = llama_cpp.find_toolchain()
+    tools = find_toolchain()
 
     def reference(number: int) -> Figures:
         merge, _ = work(
@@ -612,9 +618,9 @@ def fuse(bench: Bench) -> None:
         )  # fmt: skip
         merged, backbone, mmproj = theirs / "merged", theirs / quantize.F16, theirs / quantize.MMPROJ
         uses = {
-            "convert": llama_cpp.convert(tools, merged, backbone, mmproj=False),
-            "convert mmproj": llama_cpp.convert(tools, merged, mmproj, mmproj=True),
-            "quantize": llama_cpp.quantize_file(tools, backbone, theirs / quantize.QUANTIZED, settings.quantize.type),
+            "convert": convert(tools, merged, backbone, mmproj=False),
+            "convert mmproj": convert(tools, merged, mmproj, mmproj=True),
+            "quantize": quantize_file(tools, backbone, theirs / quantize.QUANTIZED, settings.quantize.type),
         }
         return fused(merge, sum(use.seconds for use in uses.values())) | {
             "peak_memory_bytes": max(merge["peak_memory_bytes"], *(use.peak_memory_bytes for use in uses.values())),

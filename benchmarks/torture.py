@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orion_triage.files import write_text
+from orion_triage.safe.files import write_text
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "reliability.md"

@@ -13,10 +13,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from orion_triage.config import load_settings
-from orion_triage.files import write_text
-from orion_triage.pipeline import STAGES, Run, prepare, run_stage
-from orion_triage.report.results import build_results
+from orion_triage.evaluate.results import build_results
+from orion_triage.pipeline import STAGES, prepare, run_stage
+from orion_triage.runs.run import Run
+from orion_triage.safe.files import write_text
+from orion_triage.settings import load_settings
 
 RESULTS = Path(__file__).parent / "results" / "training_seeds.json"
 MODELS = ("fine-tuned", "quantized")

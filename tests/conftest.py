@@ -20,10 +20,11 @@ from hypothesis import HealthCheck
 from PIL import Image
 
 from orion_triage.dataset.catalogue import COLUMNS, Target, load_catalogue
-from orion_triage.frames import shrink
-from orion_triage.records import IMAGES_FOLDER, Record, write_split
-from orion_triage.triage import CATEGORIES, Category, Coordinates, Verdict, render_prompt
-from orion_triage.vlm import TINY_BASE_FOLDER
+from orion_triage.dataset.records import IMAGES_FOLDER, Record, write_split
+from orion_triage.imagery.frames import shrink
+from orion_triage.mission.prompt import Coordinates, render_prompt
+from orion_triage.mission.verdict import CATEGORIES, Category, Verdict
+from orion_triage.models.load import TINY_BASE_FOLDER
 
 from . import warm
 
@@ -128,12 +129,12 @@ def _make_base(folder: Path, seed: int) -> Path:
     import torch
     from transformers import Lfm2VlForConditionalGeneration
 
-    from orion_triage.tiny_base import architecture
+    from orion_triage.models import lfm2_vl
 
     texts = [render_prompt(Coordinates(lon / 7, lon / 3)) for lon in range(-60, 60, 5)]
     texts += [Verdict(reason, category).to_json() for category, reason in REASONS.items()]
-    tokenizer = architecture.train_tokenizer(texts, 704)
-    config = architecture.make_config(
+    tokenizer = lfm2_vl.train_tokenizer(texts, 704)
+    config = lfm2_vl.make_config(
         tokenizer,
         layer_types=("conv", "full_attention"),
         text_feed_forward=256,
@@ -151,7 +152,7 @@ def _make_base(folder: Path, seed: int) -> Path:
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(4)
-    architecture.save_base(model, architecture.make_processor(tokenizer, 256), folder)
+    lfm2_vl.save_base(model, lfm2_vl.make_processor(tokenizer, 256), folder)
     return folder
 
 
@@ -196,8 +197,8 @@ def small_frames() -> list[Image.Image]:
 @pytest.fixture(scope="session")
 def small_adapter(tmp_path_factory: pytest.TempPathFactory, small_base: Path, small_dataset: Path) -> Path:
     """An adapter trained for six steps on `small_base`: it moves every verdict, and knows nothing."""
-    from orion_triage import fine_tune
-    from orion_triage.config import FineTuneSettings
+    from orion_triage.settings import FineTuneSettings
+    from orion_triage.train import fine_tune
 
     work = tmp_path_factory.mktemp("small-adapter")
     settings = FineTuneSettings(
@@ -215,7 +216,7 @@ def small_adapter(tmp_path_factory: pytest.TempPathFactory, small_base: Path, sm
 def drawn_questions() -> Callable[[int], tuple[list[Image.Image], list[str]]]:
     """So many drawn frames of 256x256, every other one with its coordinates, and their prompts."""
     from orion_triage.dataset.catalogue import load_catalogue
-    from orion_triage.dataset.synthetic import draw_tile, tile_seed
+    from orion_triage.dataset.sources.synthetic.draw import draw_tile, tile_seed
 
     def draw(count: int) -> tuple[list[Image.Image], list[str]]:
         images, prompts = [], []
@@ -262,8 +263,8 @@ def _shared_run() -> Path:
 @pytest.fixture(scope="session")
 def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped base as GGUF: F16 and Q4_K_M backbones and the mmproj; made once for all workers."""
-    from orion_triage import quantize
-    from orion_triage.config import QuantizeSettings
+    from orion_triage.export import quantize
+    from orion_triage.settings import QuantizeSettings
 
     shared = _shared_run().with_name("tiny-pair")
     with filelock.FileLock(f"{shared}.lock"):

@@ -15,17 +15,18 @@ import torch
 import torch.distributed
 from torch.distributed.fsdp import fully_shard
 
-from orion_triage import fine_tune, vlm
-from orion_triage.config import FineTuneSettings
+from orion_triage.dataset.records import read_split
+from orion_triage.models.load import load_model, load_processor
 from orion_triage.progress import silent
-from orion_triage.records import read_split
+from orion_triage.settings import FineTuneSettings
+from orion_triage.train import fine_tune
 
 
 def adapted(base: Path) -> Any:
     """LoRA in float32 on a base in bfloat16, moved off its start so that every matrix has a gradient."""
     settings = FineTuneSettings(base_weights="16-bit", dropout=0.0)
     torch.manual_seed(settings.seed)
-    model, _ = fine_tune.add_adapter(vlm.load_model(base, dtype="bfloat16"), settings)
+    model, _ = fine_tune.add_adapter(load_model(base, dtype="bfloat16"), settings)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
@@ -38,7 +39,7 @@ def main() -> None:
     rank, count = torch.distributed.get_rank(), torch.distributed.get_world_size()
     records = read_split(dataset, "train")[: 2 * count]
     frames = fine_tune.decode_frames(dataset, records, 256, silent)
-    collate = fine_tune.collator(vlm.load_processor(base, 256), frames)
+    collate = fine_tune.collator(load_processor(base, 256), frames)
     batches = [collate(records[2 * number : 2 * number + 2]) for number in range(count)]
 
     whole = adapted(base)

@@ -3,16 +3,16 @@ from typing import Any
 
 import pytest
 
-from orion_triage import vlm
-from orion_triage.adapter import adapter_census, resolve_targets
 from orion_triage.errors import OrionError
+from orion_triage.models.adapter import adapter_census, resolve_targets
+from orion_triage.models.load import load_model
 
 RECIPE = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 @pytest.fixture(scope="module")
 def model(small_base: Path) -> Any:
-    return vlm.load_model(small_base, dtype="float32")
+    return load_model(small_base, dtype="float32")
 
 
 def test_the_recipes_names_are_the_attention_projections(model: Any) -> None:
@@ -24,7 +24,7 @@ def test_the_recipes_names_are_the_attention_projections(model: Any) -> None:
 
 
 def test_four_bit_layers_count_too(small_base: Path) -> None:
-    quantized = vlm.load_model(small_base, dtype="float32", four_bit=True)
+    quantized = load_model(small_base, dtype="float32", four_bit=True)
     assert resolve_targets(quantized, RECIPE)[1]["o_proj"] == {"text": 1, "vision": 3, "projector": 0}
 
 

@@ -13,15 +13,22 @@ import pytest
 from gguf import GGUFReader
 from PIL import Image
 
-from orion_triage import bench_frame, bundle, flight, llama_cpp, manifest, pipeline, quantize
-from orion_triage.bench_frame import Row, Setup, changed, encode_seconds, mark_best, parse_list, plan
-from orion_triage.config import load_settings
+from orion_triage import pipeline
+from orion_triage.dataset.records import image_path, read_split
 from orion_triage.errors import OrionError, ServerError
 from orion_triage.evaluate.run import read_predictions
-from orion_triage.frames import Frame, read_frame, shrink
-from orion_triage.pipeline import DECODINGS, VERDICT_ONLY, Run
-from orion_triage.records import image_path, read_split
-from orion_triage.triage import render_prompt
+from orion_triage.export import quantize
+from orion_triage.export.convert import convert
+from orion_triage.flight import bench_frame, bundle, triage
+from orion_triage.flight.bench_frame import Row, Setup, changed, encode_seconds, mark_best, parse_list, plan
+from orion_triage.imagery.frames import Frame, read_frame, shrink
+from orion_triage.llama_cpp.server import Server
+from orion_triage.llama_cpp.toolchain import find_toolchain
+from orion_triage.mission.prompt import render_prompt
+from orion_triage.pipeline import DECODINGS, VERDICT_ONLY
+from orion_triage.runs import manifest
+from orion_triage.runs.run import Run, open_run
+from orion_triage.settings import load_settings
 
 from .conftest import orion, structured_picture
 
@@ -33,7 +40,7 @@ def run(finished: Path, tmp_path: Path) -> Run:
     settings = json.loads((tmp_path / "small" / "settings.json").read_text())
     settings["evaluate"]["threads"] = 1
     (tmp_path / "small" / "settings.json").write_text(json.dumps(settings))
-    return pipeline.open_run(tmp_path / "small")
+    return open_run(tmp_path / "small")
 
 
 def by_change(measured: dict) -> dict[str, dict]:
@@ -135,7 +142,7 @@ def test_a_run_trains_and_flies_at_another_size(small_dataset: Path, tmp_path: P
         made["request"]["prompt_tokens"],
         "quantized",
     )
-    outcomes = list(flight.triage_with_pair([image_path(run.dataset, record)], run.gguf, 384, log=tmp_path / "log"))
+    outcomes = list(triage.triage_with_pair([image_path(run.dataset, record)], run.gguf, 384, log=tmp_path / "log"))
     assert outcomes[0].verdict is not None
 
 
@@ -145,8 +152,8 @@ def test_an_image_out_of_the_cache_is_not_taken_for_an_encoded_one(finished: Pat
     image = shrink(structured_picture(1), 256)
     png, prompt = Frame(image, image.size).png(), render_prompt(None)
     options = bench_frame._options(bench_frame.Setup(256, "Q4_K_M"))
-    tools = llama_cpp.find_toolchain()
-    with llama_cpp.Server(
+    tools = find_toolchain()
+    with Server(
         tools, gguf / quantize.QUANTIZED, gguf / quantize.MMPROJ, log=log, threads=1, options=options
     ) as server:
         server.client.completion(prompt, png, 1, cache_prompt=True)
@@ -160,10 +167,10 @@ def test_an_image_out_of_the_cache_is_not_taken_for_an_encoded_one(finished: Pat
 
 @pytest.mark.llama_cpp
 def test_a_vision_tower_is_converted_to_eight_bits(small_base: Path, tmp_path: Path) -> None:
-    tools = llama_cpp.find_toolchain()
+    tools = find_toolchain()
     for outtype, expected in (("f16", "F16"), ("q8_0", "Q8_0")):
         path = tmp_path / f"{outtype}.gguf"
-        llama_cpp.convert(tools, small_base, path, mmproj=True, outtype=outtype)
+        convert(tools, small_base, path, mmproj=True, outtype=outtype)
         (kind,) = {t.tensor_type.name for t in GGUFReader(path).tensors if "attn_q.weight" in t.name}
         assert kind == expected
 

@@ -20,23 +20,28 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from orion_triage import bundle, check_flight, llama_cpp, operating_point, quantize
-from orion_triage.config import load_settings
 from orion_triage.errors import OrionError
+from orion_triage.evaluate import threshold
 from orion_triage.evaluate.backends import Answer
-from orion_triage.files import sha256_of_file
-from orion_triage.llama_server import Client
-from orion_triage.pipeline import Run, prepare, run_stage, stage_named
-from orion_triage.triage import (
+from orion_triage.export import quantize
+from orion_triage.flight import bundle, check_flight
+from orion_triage.llama_cpp.client import Client
+from orion_triage.llama_cpp.server import Server
+from orion_triage.llama_cpp.toolchain import WHEEL_SHA256, Toolchain, find_toolchain
+from orion_triage.mission.prompt import render_prompt
+from orion_triage.mission.verdict import (
     ANSWER_TOKENS,
     CATEGORIES,
     CATEGORY_CUE,
     CATEGORY_GRAMMAR,
     GRAMMAR,
     parse_verdict,
-    render_prompt,
 )
-from orion_triage.vlm import TINY_BASE_FOLDER
+from orion_triage.models.load import TINY_BASE_FOLDER
+from orion_triage.pipeline import prepare, run_stage, stage_named
+from orion_triage.runs.run import Run
+from orion_triage.safe.files import sha256_of_file
+from orion_triage.settings import load_settings
 
 Check = Callable[..., subprocess.CompletedProcess[str]]
 LABELS = {"HIGH": 10, "MEDIUM": 11, "LOW": 12}  # of the stub
@@ -96,15 +101,15 @@ def copied(made: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def toolchain() -> llama_cpp.Toolchain:
-    return llama_cpp.find_toolchain()
+def toolchain() -> Toolchain:
+    return find_toolchain()
 
 
 @pytest.fixture(scope="session")
-def running(toolchain: llama_cpp.Toolchain, made: Path) -> Iterator[Client]:
+def running(toolchain: Toolchain, made: Path) -> Iterator[Client]:
     log = made.parent / "server.log"
     pair = (made / quantize.QUANTIZED, made / quantize.MMPROJ)
-    with llama_cpp.Server(toolchain, *pair, log=log, threads=1) as server:
+    with Server(toolchain, *pair, log=log, threads=1) as server:
         yield server.client
 
 
@@ -147,7 +152,7 @@ def test_a_bundle_has_all_that_flies_and_says_what_it_is(made: Path, small_run: 
     assert "The model is wrong about golden/3-low.png, golden/4-low.png, golden/5-low.png" in record["notes"][1]
     readme = (made / "README.txt").read_text()
     assert "build 10605" in readme
-    assert llama_cpp.WHEEL_SHA256 in readme
+    assert WHEEL_SHA256 in readme
     assert "No operating point was chosen" in readme
 
 
@@ -163,7 +168,7 @@ def test_a_run_bundled_twice_gives_the_same_bytes_but_for_times(made: Path, smal
 @pytest.mark.llama_cpp
 def test_an_operating_point_goes_along(small_run: Run, tmp_path: Path) -> None:
     point = {"low_threshold": 0.25, "temperature": 1.5, "pair_sha256": sha256_of_file(small_run.gguf / quantize.PAIR)}
-    path = small_run.folder / operating_point.FILE_NAME
+    path = small_run.folder / threshold.FILE_NAME
     path.write_text(json.dumps(point))
     try:
         record = bundle.run(small_run, tmp_path / "bundle")
@@ -248,7 +253,7 @@ def test_the_checker_is_python_3_9_and_the_standard_library() -> None:
 
 
 @pytest.mark.llama_cpp
-def test_go_with_a_server_of_its_own(copied: Path, toolchain: llama_cpp.Toolchain) -> None:
+def test_go_with_a_server_of_its_own(copied: Path, toolchain: Toolchain) -> None:
     before = {path.name for path in copied.iterdir()}
     # A proxy in the environment must not see the frames, nor a key of the user's be used.
     elsewhere = {"http_proxy": "http://127.0.0.1:1", "LLAMA_API_KEY": "mine"}
@@ -280,7 +285,7 @@ def test_go_with_a_server_that_runs(copied: Path, running: Client, tmp_path: Pat
 
 
 @pytest.mark.llama_cpp
-def test_serve_sh_serves_as_the_evaluation_did(copied: Path, toolchain: llama_cpp.Toolchain, tmp_path: Path) -> None:
+def test_serve_sh_serves_as_the_evaluation_did(copied: Path, toolchain: Toolchain, tmp_path: Path) -> None:
     shown = tmp_path / "bin" / "show"
     shown.parent.mkdir()
     shown.write_text('#!/bin/sh\nprintf "%s\\n" "$@" "key=$LLAMA_API_KEY"\n')
@@ -291,7 +296,7 @@ def test_serve_sh_serves_as_the_evaluation_did(copied: Path, toolchain: llama_cp
     served = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=True)
     *flags, key = served.stdout.splitlines()
     assert key == "key=secret"
-    with llama_cpp.Server(
+    with Server(
         toolchain, copied / quantize.QUANTIZED, copied / quantize.MMPROJ, log=tmp_path / "log", threads=os.cpu_count()
     ) as server:
         assert server._process is not None
@@ -373,7 +378,7 @@ def test_a_changed_bundle_is_not_even_started(copied: Path, tmp_path: Path) -> N
 
 @pytest.mark.llama_cpp
 def test_another_model_is_noticed_by_its_file_and_by_its_answers(
-    copied: Path, toolchain: llama_cpp.Toolchain, small_run: Run, tmp_path: Path
+    copied: Path, toolchain: Toolchain, small_run: Run, tmp_path: Path
 ) -> None:
     """The same shapes and tokenizer with other weights."""
     import torch
@@ -388,7 +393,7 @@ def test_another_model_is_noticed_by_its_file_and_by_its_answers(
     save_file(changed, other.merged / "model.safetensors", metadata={"format": "pt"})
     quantize.run(other.merged, other.gguf, other.settings.quantize, prompts=["one"])
     pair = (other.gguf / quantize.QUANTIZED, other.gguf / quantize.MMPROJ)
-    with llama_cpp.Server(toolchain, *pair, log=tmp_path / "log", threads=1) as server:
+    with Server(toolchain, *pair, log=tmp_path / "log", threads=1) as server:
         result = check(copied, "--url", server.client.base_url, LLAMA_API_KEY=key_of(server.client))
         assert_no_go(result, "has loaded", "which is not the bundle's orion-q4_k_m.gguf")
     # Behind a name that cannot be seen from here, only the answers tell. The base calls all of these LOW unseen.
@@ -396,7 +401,7 @@ def test_another_model_is_noticed_by_its_file_and_by_its_answers(
     for (model, mmproj), words in ((pair, ""), (backbone_alone, ""), (mmproj_alone, "reasons are in other words")):
         hidden = tmp_path / "hidden.gguf"
         shutil.copyfile(model, hidden)
-        with llama_cpp.Server(toolchain, hidden, mmproj, log=tmp_path / "log", threads=1) as server:
+        with Server(toolchain, hidden, mmproj, log=tmp_path / "log", threads=1) as server:
             hidden.unlink()
             result = check(copied, "--url", server.client.base_url, LLAMA_API_KEY=key_of(server.client))
             assert "only its answers were checked" in result.stdout

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from orion_triage import llama_cpp, quantize
-from orion_triage.config import Settings
-from orion_triage.manifest import read_manifest
+from orion_triage.export import quantize
+from orion_triage.llama_cpp.server import Server
+from orion_triage.llama_cpp.toolchain import find_toolchain
 from orion_triage.pipeline import stages
+from orion_triage.runs.manifest import read_manifest
+from orion_triage.settings import Settings
 
 from .conftest import ORION, SHARED, orion, run_command, structured_picture
 
@@ -408,9 +410,9 @@ def test_someone_elses_server_is_evaluated(finished: Path, tmp_path: Path) -> No
     shutil.copytree(finished, tmp_path / "copy")
     folder = tmp_path / "copy"
     gguf = folder / "runs" / "small" / "gguf"
-    tools = llama_cpp.find_toolchain()
+    tools = find_toolchain()
     own = (folder / "runs" / "small" / "evaluation" / "test" / "quantized" / "predictions.jsonl").read_text()
-    with llama_cpp.Server(tools, gguf / quantize.QUANTIZED, gguf / quantize.MMPROJ, log=tmp_path / "log") as server:
+    with Server(tools, gguf / quantize.QUANTIZED, gguf / quantize.MMPROJ, log=tmp_path / "log") as server:
         command = ["evaluate", "--run", "runs/small", *run_command()[3:], "--quantized-model", server.client.base_url]
         wrong_key = orion(*command, cwd=folder, LLAMA_API_KEY="wrong")
         assert_refused(wrong_key, "refuses the key (401)", "LLAMA_API_KEY")

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from orion_triage import llama_cpp, vlm
 from orion_triage.errors import OrionError
+from orion_triage.export.convert import convert
+from orion_triage.llama_cpp.toolchain import find_toolchain
+from orion_triage.models.load import TINY_BASE_FOLDER, load_model, load_processor, resolve_base
 
 
 def tensors_of(folder: Path) -> dict[str, Any]:
@@ -21,31 +23,31 @@ def tensors_of(folder: Path) -> dict[str, Any]:
 def saved(tmp_path: Path) -> Path:
     """The shipped base, loaded and saved by transformers itself."""
     folder = tmp_path / "saved"
-    vlm.load_model(vlm.TINY_BASE_FOLDER, dtype="auto").save_pretrained(folder)
-    vlm.load_processor(vlm.TINY_BASE_FOLDER, 256).save_pretrained(folder)
+    load_model(TINY_BASE_FOLDER, dtype="auto").save_pretrained(folder)
+    load_processor(TINY_BASE_FOLDER, 256).save_pretrained(folder)
     return folder
 
 
 def test_transformers_keeps_the_published_names(saved: Path) -> None:
-    before, after = tensors_of(vlm.TINY_BASE_FOLDER), tensors_of(saved)
+    before, after = tensors_of(TINY_BASE_FOLDER), tensors_of(saved)
     assert after.keys() == before.keys()
     assert all(after[name].dtype == before[name].dtype and after[name].equal(before[name]) for name in before)
     config = json.loads((saved / "config.json").read_text())
     assert config["model_type"] == "lfm2_vl"
     assert config["text_config"]["architectures"] == ["Lfm2ForCausalLM"]
-    assert vlm.resolve_base(str(saved)) == saved
+    assert resolve_base(str(saved)) == saved
 
 
 @pytest.mark.llama_cpp
 def test_the_converter_reads_what_transformers_saved(saved: Path, tmp_path: Path) -> None:
     from gguf import GGUFReader
 
-    tools = llama_cpp.find_toolchain()
+    tools = find_toolchain()
     for mmproj in (False, True):
         contents = []
-        for number, folder in enumerate((vlm.TINY_BASE_FOLDER, saved)):
+        for number, folder in enumerate((TINY_BASE_FOLDER, saved)):
             target = tmp_path / f"{number}-{mmproj}.gguf"
-            llama_cpp.convert(tools, folder, target, mmproj=mmproj)
+            convert(tools, folder, target, mmproj=mmproj)
             contents.append({tensor.name: tensor.data.tobytes() for tensor in GGUFReader(target).tensors})
         assert contents[0] == contents[1]
         names = [name for name in tensors_of(saved) if name.startswith("model.language_model.") is not mmproj]
@@ -70,4 +72,4 @@ def test_renamed_tensors_are_refused_before_anything_is_trained(
     renamed = {name.replace(old, new): tensor for name, tensor in tensors_of(small_base).items()}
     save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(OrionError, match=f"there is {place}.*published checkpoint"):
-        vlm.resolve_base(str(folder))
+        resolve_base(str(folder))

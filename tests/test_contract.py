@@ -5,17 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from orion_triage.dataset.records import SPLITS, parse_record, read_records, read_split, split_path, write_split
 from orion_triage.errors import OrionError, RecordError
-from orion_triage.records import SPLITS, parse_record, read_records, read_split, split_path, write_split
-from orion_triage.triage import (
-    Category,
-    Coordinates,
-    Verdict,
-    format_degrees,
-    parse_prompt,
-    parse_verdict,
-    render_prompt,
-)
+from orion_triage.mission.prompt import Coordinates, format_degrees, parse_prompt, render_prompt
+from orion_triage.mission.verdict import Category, Verdict, parse_verdict
 
 from .conftest import SHARED
 

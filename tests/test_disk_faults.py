@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from orion_triage.errors import OrionError, obstacle
-from orion_triage.files import naming
-from orion_triage.pipeline import open_run
+from orion_triage.runs.run import open_run
+from orion_triage.safe.files import naming
 from tests.conftest import ORION
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -188,7 +188,7 @@ def test_a_file_that_cannot_be_written_is_named_and_is_as_before(
 import sys
 from pathlib import Path
 from orion_triage.errors import obstacle
-from orion_triage.files import write_text
+from orion_triage.safe.files import write_text
 try:
     write_text(Path(sys.argv[1]), "new")
 except OSError as error:
@@ -214,7 +214,7 @@ def test_a_folder_that_cannot_be_replaced_is_as_before(
     code = """
 import sys
 from pathlib import Path
-from orion_triage.files import replaced_folder
+from orion_triage.safe.files import replaced_folder
 with replaced_folder(Path(sys.argv[1])) as new:
     (new / "file").write_text("new")
 """
@@ -272,10 +272,11 @@ def test_the_converter_does_not_lose_the_end_of_a_tensor_unseen(
     code = """
 import sys
 from pathlib import Path
-from orion_triage import llama_cpp
+from orion_triage.export.convert import convert
+from orion_triage.llama_cpp.toolchain import find_toolchain
 from orion_triage.errors import OrionError
 try:
-    llama_cpp.convert(llama_cpp.find_toolchain(), Path(sys.argv[1]), Path(sys.argv[2]), mmproj=True)
+    convert(find_toolchain(), Path(sys.argv[1]), Path(sys.argv[2]), mmproj=True)
 except OrionError as error:
     print(error.message)
 """

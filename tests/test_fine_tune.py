@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 
-from orion_triage import fine_tune, vlm
-from orion_triage.config import FineTuneSettings
+from orion_triage.dataset.records import read_split, split_path
 from orion_triage.errors import OrionError
+from orion_triage.models.encode import IGNORED, encode
+from orion_triage.models.load import expand_four_bit, fingerprint, load_model, load_processor
 from orion_triage.progress import silent
-from orion_triage.records import read_split, split_path
+from orion_triage.settings import FineTuneSettings
+from orion_triage.train import fine_tune
 
 # Spoken by PEFT and by a CPU's paged optimizer; `run` filters them, its parts do not.
 pytestmark = [
@@ -75,7 +77,7 @@ def test_a_run_leaves_an_adapter_with_its_papers(
     assert config["task_type"] == "CAUSAL_LM"
     assert json.loads((folder / "base.json").read_text()) == {
         "name": "small-base",
-        "sha256": vlm.fingerprint(small_base),
+        "sha256": fingerprint(small_base),
         "frame_size": 256,
     }
     census = json.loads((folder / "census.json").read_text())
@@ -92,7 +94,7 @@ def test_a_run_leaves_an_adapter_with_its_papers(
 def make_adapted(base: Path, settings: FineTuneSettings) -> Any:
     from transformers import set_seed
 
-    model = vlm.load_model(base, dtype="float32", four_bit=True)
+    model = load_model(base, dtype="float32", four_bit=True)
     set_seed(settings.seed)
     return fine_tune.add_adapter(model, settings)[0]
 
@@ -112,7 +114,7 @@ def test_only_adapter_weights_move_and_all_of_them(
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     records = read_split(small_dataset, "train")[:16]
     frames = fine_tune.decode_frames(small_dataset, records, 256, silent)
-    collate = fine_tune.collator(vlm.load_processor(small_base, 256), frames)
+    collate = fine_tune.collator(load_processor(small_base, 256), frames)
     settings = QUICK.model_copy(update={"epochs": 1})
     trainer = fine_tune.make_trainer(model, collate, records, records[:4], settings, "cpu", "float32", tmp_path, silent)
     trainer.train()
@@ -127,7 +129,7 @@ def test_gradients_cross_the_four_bit_layers_even_after_an_evaluation(small_base
     """bitsandbytes packs weights at the first evaluation on some CPUs; then nothing behind them learns."""
     import torch
 
-    processor = vlm.load_processor(small_base, 256)
+    processor = load_processor(small_base, 256)
     records = read_split(small_dataset, "train")[:2]
     frames = fine_tune.decode_frames(small_dataset, records, 256, silent)
     batch = fine_tune.collator(processor, frames)(records)
@@ -141,7 +143,7 @@ def test_gradients_cross_the_four_bit_layers_even_after_an_evaluation(small_base
 
     settings = QUICK.model_copy(update={"dropout": 0.0})
     four_bit = make_adapted(small_base, settings)
-    exact = vlm.load_model(small_base, dtype="float32")
+    exact = load_model(small_base, dtype="float32")
     for name, module in four_bit.base_model.model.named_modules():  # the same weights, without bitsandbytes
         weight = getattr(module, "weight", None)
         if type(module).__name__ == "Linear4bit":
@@ -161,16 +163,16 @@ def test_gradients_cross_the_four_bit_layers_even_after_an_evaluation(small_base
 def test_loss_of_a_training_batch_is_the_loss_of_the_whole_rows(small_base: Path, small_dataset: Path) -> None:
     import torch
 
-    processor = vlm.load_processor(small_base, 256)
+    processor = load_processor(small_base, 256)
     records = read_split(small_dataset, "train")[:6]  # rows of different lengths
     frames = fine_tune.decode_frames(small_dataset, records, 256, silent)
-    whole = vlm.encode(
+    whole = encode(
         processor,
         [frames[record.image] for record in records],
         [record.prompt for record in records],
         [record.verdict.to_json() for record in records],
     )
-    model = vlm.load_model(small_base, dtype="float32")
+    model = load_model(small_base, dtype="float32")
     cut = fine_tune.collator(processor, frames)(records)
     with torch.no_grad():
         first, second = model(**whole), model(**cut)
@@ -183,7 +185,7 @@ def test_gradients_are_those_of_the_plain_recipe(small_base: Path, small_dataset
     import torch
     from transformers import Lfm2VlForConditionalGeneration
 
-    processor = vlm.load_processor(small_base, 256)
+    processor = load_processor(small_base, 256)
     every = read_split(small_dataset, "train")
     images = sorted({record.image for record in every})[:3]
     records = [record for record in every if record.image in images]  # each with and without coordinates
@@ -192,7 +194,7 @@ def test_gradients_are_those_of_the_plain_recipe(small_base: Path, small_dataset
     settings = QUICK.model_copy(update={"dropout": 0.0})
     ours = make_adapted(small_base, settings)
     plain = Lfm2VlForConditionalGeneration.from_pretrained(small_base, dtype=torch.float32)
-    plain.load_state_dict(vlm.expand_four_bit(vlm.load_model(small_base, dtype="float32", four_bit=True)).state_dict())
+    plain.load_state_dict(expand_four_bit(load_model(small_base, dtype="float32", four_bit=True)).state_dict())
     plain = fine_tune.add_adapter(plain, settings)[0]
     generator = torch.Generator().manual_seed(3)
     for (name, value), (_, other) in zip(ours.named_parameters(), plain.named_parameters(), strict=True):
@@ -205,9 +207,9 @@ def test_gradients_are_those_of_the_plain_recipe(small_base: Path, small_dataset
     (ours.train()(**batch).loss).backward()
     tokens = 0
     for record in records:
-        whole = vlm.encode(processor, [frames[record.image]], [record.prompt], [record.verdict.to_json()])
+        whole = encode(processor, [frames[record.image]], [record.prompt], [record.verdict.to_json()])
         del whole["image_of_row"]
-        count = int((whole["labels"] != vlm.IGNORED).sum())
+        count = int((whole["labels"] != IGNORED).sum())
         (plain.train()(**whole).loss * count).backward()
         tokens += count
     compared = 0
@@ -223,7 +225,7 @@ def test_gradients_are_those_of_the_plain_recipe(small_base: Path, small_dataset
 def test_a_tower_that_is_not_trained_is_asked_once_a_frame(
     small_base: Path, small_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from orion_triage.shared_image import Lfm2VlForConditionalGeneration
+    from orion_triage.models.shared_image import Lfm2VlForConditionalGeneration
 
     looks: list[int] = []
     look = Lfm2VlForConditionalGeneration.look
@@ -251,7 +253,7 @@ def test_a_tower_that_is_not_trained_is_asked_once_a_frame(
 def test_faster_dropout_has_the_distribution_of_torchs(small_base: Path) -> None:
     import torch
 
-    from orion_triage.cpu_dropout import CpuDropout
+    from orion_triage.train.cpu_dropout import CpuDropout
 
     model = make_adapted(small_base, QUICK)
     kinds = {type(module.lora_dropout["default"]) for module in model.modules() if hasattr(module, "lora_dropout")}
@@ -409,8 +411,8 @@ def test_every_line_of_the_file_is_trained_on(small_dataset: Path, small_base: P
     records = read_split(small_dataset, "train")
     lines = split_path(small_dataset, "train").read_text().splitlines()
     frames = fine_tune.decode_frames(small_dataset, records, 256, silent)
-    batch = fine_tune.collator(vlm.load_processor(small_base, 256), frames)(records)
-    tokenizer = vlm.load_processor(small_base, 256).tokenizer
+    batch = fine_tune.collator(load_processor(small_base, 256), frames)(records)
+    tokenizer = load_processor(small_base, 256).tokenizer
     for line, ids in zip(lines, batch["input_ids"], strict=True):
         user, assistant = (turn["content"] for turn in json.loads(line)["conversations"])
         text = tokenizer.decode(ids[ids != tokenizer.pad_token_id]).replace(

@@ -9,8 +9,9 @@ from PIL import Image
 from orion_triage.errors import OrionError
 from orion_triage.evaluate.backends import Answer
 from orion_triage.evaluate.value import OperatingPoint
-from orion_triage.flight import BLANK_REASON, appending, frames_in, left_to_do, triage_files
-from orion_triage.triage import Category, Verdict, render_prompt
+from orion_triage.flight.triage import BLANK_REASON, appending, frames_in, left_to_do, triage_files
+from orion_triage.mission.prompt import render_prompt
+from orion_triage.mission.verdict import Category, Verdict
 
 from .conftest import structured_picture
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from orion_triage.errors import FrameError
-from orion_triage.frames import RAW_BYTES, decode_frame, is_blank, noise_frame, read_frame, shrink
+from orion_triage.imagery.frames import RAW_BYTES, decode_frame, is_blank, noise_frame, read_frame, shrink
 
 from .conftest import SHARED
 

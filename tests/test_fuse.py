@@ -6,12 +6,16 @@ from typing import Any
 
 import pytest
 
-from orion_triage import checkpoint, fine_tune, fuse, vlm
-from orion_triage.adapter import attach_adapter, read_adapter
-from orion_triage.config import FineTuneSettings, FuseSettings
+from orion_triage.dataset.records import image_path, read_split
 from orion_triage.errors import OrionError
-from orion_triage.frames import read_frame
-from orion_triage.records import image_path, read_split
+from orion_triage.export import fuse
+from orion_triage.imagery.frames import read_frame
+from orion_triage.models import checkpoint
+from orion_triage.models.adapter import attach_adapter, read_adapter
+from orion_triage.models.generate import answer_log_probabilities
+from orion_triage.models.load import fingerprint, load_model, load_processor, resolve_base
+from orion_triage.settings import FineTuneSettings, FuseSettings
+from orion_triage.train import fine_tune
 
 SETTINGS = FuseSettings(check_records=20)
 
@@ -24,9 +28,9 @@ def log_probabilities(model: Any, base: Path, dataset: Path) -> Any:
     import torch
 
     records = read_split(dataset, "test")  # other records than the stage's own check
-    scores = vlm.answer_log_probabilities(
+    scores = answer_log_probabilities(
         model,
-        vlm.load_processor(base, 256),
+        load_processor(base, 256),
         [read_frame(image_path(dataset, record), 256).image for record in records],
         [record.prompt for record in records],
         [record.verdict.to_json() for record in records],
@@ -58,11 +62,11 @@ def test_the_merged_folder_answers_like_the_adapter_and_not_like_the_base(
     printed = capfd.readouterr()
     assert (printed.out, printed.err) == ("", "")
 
-    base = vlm.load_model(small_base, dtype="float32")
+    base = load_model(small_base, dtype="float32")
     plain = log_probabilities(base, small_base, small_dataset)
     adapted_model, _, _ = attach_adapter(base, small_adapter, read_adapter(small_adapter))
     adapted = log_probabilities(adapted_model, small_base, small_dataset)
-    merged = log_probabilities(vlm.load_model(out, dtype="float32"), out, small_dataset)
+    merged = log_probabilities(load_model(out, dtype="float32"), out, small_dataset)
     assert float((merged - adapted).abs().max()) < 0.005
     assert float((adapted - plain).abs().max()) > 0.5
 
@@ -92,7 +96,7 @@ def test_the_merged_folder_has_the_hub_layout(
     assert config == of_base
     for name in ("chat_template.jinja", "generation_config.json", "processor_config.json"):
         assert (out / name).read_bytes() == (small_base / name).read_bytes()
-    vlm.resolve_base(str(out))
+    resolve_base(str(out))
 
 
 def test_a_large_model_is_written_and_read_in_parts(
@@ -111,14 +115,14 @@ def test_a_large_model_is_written_and_read_in_parts(
     expected = load_file(whole / "model.safetensors")
     assert together.keys() == expected.keys()
     assert all(together[key].equal(expected[key]) for key in expected)
-    assert vlm.fingerprint(parts) != vlm.fingerprint(whole)
+    assert fingerprint(parts) != fingerprint(whole)
     fused(parts, changed_base(small_adapter, tmp_path / "adapter", parts), small_dataset, tmp_path / "again")
 
 
 def changed_base(adapter: Path, folder: Path, base: Path) -> Path:
     """A copy of the adapter that says it was trained on `base`."""
     shutil.copytree(adapter, folder)
-    value = {"name": base.name, "sha256": vlm.fingerprint(base), "frame_size": 256}
+    value = {"name": base.name, "sha256": fingerprint(base), "frame_size": 256}
     (folder / "base.json").write_text(json.dumps(value))
     return folder
 
@@ -163,7 +167,7 @@ def test_an_adapter_that_asked_for_o_proj_as_published_loads_and_fuses(
     torch.manual_seed(3)
     asked = ["q_proj", "k_proj", "v_proj", "o_proj"]
     config = LoraConfig(r=16, lora_alpha=32, target_modules=asked, task_type="CAUSAL_LM", init_lora_weights=False)
-    model = get_peft_model(vlm.load_model(small_base, dtype="float16"), config)
+    model = get_peft_model(load_model(small_base, dtype="float16"), config)
     model.save_pretrained(adapter)
     expected = log_probabilities(model.eval().float(), small_base, small_dataset)
     assert set(json.loads((adapter / "adapter_config.json").read_text())["target_modules"]) == set(asked)
@@ -172,7 +176,7 @@ def test_an_adapter_that_asked_for_o_proj_as_published_loads_and_fuses(
     assert figures["census"]["q_proj"] == {"text": 1, "vision": 3, "projector": 0}
     assert figures["census"]["o_proj"] == {"text": 0, "vision": 0, "projector": 0}
     assert [text for text in figures["warnings"] if "'o_proj' changed no module" in text]
-    merged = log_probabilities(vlm.load_model(tmp_path / "merged", dtype="float32"), small_base, small_dataset)
+    merged = log_probabilities(load_model(tmp_path / "merged", dtype="float32"), small_base, small_dataset)
     assert float((merged - expected).abs().max()) < 0.02  # of a random adapter that moves them by several
 
 
@@ -203,7 +207,7 @@ def test_older_names_of_the_tower_give_the_same_model(
     assert any("vision_model" in key for key in read_adapter(adapter))
     fused(small_base, small_adapter, small_dataset, tmp_path / "a")
     fused(small_base, adapter, small_dataset, tmp_path / "b")
-    assert vlm.fingerprint(tmp_path / "a") == vlm.fingerprint(tmp_path / "b")
+    assert fingerprint(tmp_path / "a") == fingerprint(tmp_path / "b")
 
 
 @pytest.mark.parametrize(

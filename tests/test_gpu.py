@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 
-from orion_triage import fine_tune, fuse, vlm
-from orion_triage.config import EvaluateSettings, FineTuneSettings, FuseSettings
+from orion_triage.dataset.records import read_split
 from orion_triage.evaluate.backends import TransformersBackend
-from orion_triage.preflight import preflight
+from orion_triage.export import fuse
+from orion_triage.mission.prompt import render_prompt
+from orion_triage.models.generate import answer_log_probabilities, vision_features
+from orion_triage.models.load import load_model, load_processor
 from orion_triage.progress import silent
-from orion_triage.records import read_split
-from orion_triage.triage import render_prompt
+from orion_triage.settings import EvaluateSettings, FineTuneSettings, FuseSettings
+from orion_triage.train import fine_tune
+from orion_triage.train.preflight import preflight
 
 
 def _has_gpu() -> bool:
@@ -34,10 +37,10 @@ def test_the_base_in_four_bits_sees_like_the_one_in_sixteen(
 ) -> None:
     import torch
 
-    processor = vlm.load_processor(small_base, 256)
-    reference_model = vlm.load_model(small_base, dtype=precision, device="cuda")
-    reference = vlm.vision_features(reference_model, processor, small_frames)
-    model = vlm.load_model(small_base, dtype=precision, four_bit=True, device="cuda")
+    processor = load_processor(small_base, 256)
+    reference_model = load_model(small_base, dtype=precision, device="cuda")
+    reference = vision_features(reference_model, processor, small_frames)
+    model = load_model(small_base, dtype=precision, four_bit=True, device="cuda")
     figures = preflight(model, reference, processor, small_frames, render_prompt(None))
     assert figures["smallest_vision_cosine"] > 0.999
     tower = model.model.vision_tower
@@ -70,11 +73,11 @@ def test_the_first_loss_is_the_cpus(small_base: Path, small_dataset: Path, tmp_p
     losses = {}
     records = read_split(small_dataset, "train")[:8]
     frames = fine_tune.decode_frames(small_dataset, records, 256, silent)
-    batch = fine_tune.collator(vlm.load_processor(small_base, 256), frames)(records)
+    batch = fine_tune.collator(load_processor(small_base, 256), frames)(records)
     for device, dtype in (("cpu", "float32"), ("cuda", "float16")):
         import torch
 
-        model = vlm.load_model(small_base, dtype=dtype, device=device)
+        model = load_model(small_base, dtype=dtype, device=device)
         with torch.inference_mode():
             losses[device] = float(model(**batch.to(device)).loss)
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.01)
@@ -83,11 +86,11 @@ def test_the_first_loss_is_the_cpus(small_base: Path, small_dataset: Path, tmp_p
 def test_the_optimizer_is_paged(small_base: Path, small_dataset: Path, tmp_path: Path) -> None:
     """bitsandbytes pages states from 100,000 values on: the rank makes this model's matrices that large."""
     settings = SETTINGS.model_copy(update={"rank": 512, "alpha": 512, "epochs": 1, "learning_rate": 1e-4})
-    model = vlm.load_model(small_base, dtype="float16", four_bit=True, device="cuda")
+    model = load_model(small_base, dtype="float16", four_bit=True, device="cuda")
     model, _ = fine_tune.add_adapter(model, settings)
     records = read_split(small_dataset, "train")[:8]
     frames = fine_tune.decode_frames(small_dataset, records, 256, silent)
-    collate = fine_tune.collator(vlm.load_processor(small_base, 256), frames)
+    collate = fine_tune.collator(load_processor(small_base, 256), frames)
     trainer = fine_tune.make_trainer(
         model, collate, records, records[:4], settings, "cuda:0", "float16", tmp_path, silent
     )
@@ -105,11 +108,11 @@ def test_evaluation_answers_like_the_cpu(small_base: Path, small_frames: list[An
     settings = EvaluateSettings(max_new_tokens=8)
     backend = TransformersBackend.load(small_base, settings, 256)
     assert backend._model.device.type == "cuda"
-    processor = vlm.load_processor(small_base, 256)
-    cpu = vlm.load_model(small_base, dtype="float32")
-    expected = [score[0] for score in vlm.answer_log_probabilities(cpu, processor, small_frames, prompts, ["{"] * 8)]
+    processor = load_processor(small_base, 256)
+    cpu = load_model(small_base, dtype="float32")
+    expected = [score[0] for score in answer_log_probabilities(cpu, processor, small_frames, prompts, ["{"] * 8)]
     found = [
-        score[0] for score in vlm.answer_log_probabilities(backend._model, processor, small_frames, prompts, ["{"] * 8)
+        score[0] for score in answer_log_probabilities(backend._model, processor, small_frames, prompts, ["{"] * 8)
     ]
     assert [float(value) for value in found] == pytest.approx([float(value) for value in expected], abs=0.02)
     assert backend.answer(small_frames, prompts) == backend.answer(small_frames, prompts)

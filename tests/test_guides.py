@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from markdown_it import MarkdownIt
 
-from orion_triage import llama_cpp
+from orion_triage.llama_cpp.toolchain import find_toolchain
 
 from . import warm
 from .conftest import run_command
@@ -134,7 +134,7 @@ def run_blocks(blocks: list[Block], folder: Path, path: str) -> tuple[int, str]:
 @pytest.fixture
 def search_path(tmp_path: Path) -> str:
     """PATH of a reader who has activated the environment, and to whom 'orion toolchain' has named llama-server."""
-    own = [Path(sys.executable).parent, llama_cpp.find_toolchain().llama_server.parent]
+    own = [Path(sys.executable).parent, find_toolchain().llama_server.parent]
     if warm.is_possible():
         own.insert(0, warm.shim(tmp_path / "bin").parent)
     return os.pathsep.join([*map(str, own), os.environ["PATH"]])

@@ -18,13 +18,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from orion_triage.config import DatasetSettings
 from orion_triage.dataset.build import run as build_dataset
 from orion_triage.errors import FrameError, OrionError
 from orion_triage.evaluate.backends import ConstantBackend
-from orion_triage.flight import triage_files
-from orion_triage.frames import Frame, decode_frame, read_frame
-from orion_triage.triage import Category, Verdict
+from orion_triage.flight.triage import triage_files
+from orion_triage.imagery.frames import Frame, decode_frame, read_frame
+from orion_triage.mission.verdict import Category, Verdict
+from orion_triage.settings import DatasetSettings
 
 from .conftest import structured_picture
 from .hostile import mutated, outcome
@@ -128,7 +128,7 @@ import json, resource, sys, time
 resource.setrlimit(resource.RLIMIT_AS, (1_500_000_000,) * 2)
 from pathlib import Path
 from orion_triage.errors import FrameError
-from orion_triage.frames import read_frame
+from orion_triage.imagery.frames import read_frame
 for name in sys.argv[1:]:
     began = time.process_time()
     try:
@@ -281,7 +281,7 @@ def test_triage_refuses_what_is_no_picture_and_goes_on(tmp_path: Path) -> None:
 
 def test_a_table_of_sources_is_no_geotiff(tmp_path: Path) -> None:
     """GDAL would follow it to other files of this machine, and to addresses."""
-    from orion_triage.dataset.geotiff import GeoTiff
+    from orion_triage.imagery.geotiff import GeoTiff
 
     (tmp_path / "secret.png").write_bytes(WHOLE_PNG)
     bands = "".join(

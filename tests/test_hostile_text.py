@@ -14,28 +14,22 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from orion_triage import manifest, operating_point, quantize
-from orion_triage.config import Settings, load_settings
-from orion_triage.dataset import simsat
 from orion_triage.dataset.catalogue import COLUMNS, load_catalogue
-from orion_triage.dataset.directory import Directory
+from orion_triage.dataset.records import Record, image_path, parse_record, read_records, read_split
+from orion_triage.dataset.sources import simsat
+from orion_triage.dataset.sources.directory import Directory
 from orion_triage.errors import AnswerError, OrionError, RecordError, ServerError
+from orion_triage.evaluate import threshold
 from orion_triage.evaluate.backends import LlamaCppBackend
 from orion_triage.evaluate.run import read_predictions
-from orion_triage.llama_server import Client, first_log_probabilities
-from orion_triage.pipeline import SETTINGS_FILE, open_run
-from orion_triage.reading import parse_json, read_text
-from orion_triage.records import Record, image_path, parse_record, read_records, read_split
-from orion_triage.triage import (
-    CATEGORIES,
-    Category,
-    Coordinates,
-    Verdict,
-    parse_prompt,
-    parse_verdict,
-    reason_fault,
-    render_prompt,
-)
+from orion_triage.export import quantize
+from orion_triage.llama_cpp.client import Client, first_log_probabilities
+from orion_triage.mission.prompt import Coordinates, parse_prompt, render_prompt
+from orion_triage.mission.verdict import CATEGORIES, Category, Verdict, parse_verdict, reason_fault
+from orion_triage.runs import manifest
+from orion_triage.runs.run import SETTINGS_FILE, open_run
+from orion_triage.safe.reading import parse_json, read_text
+from orion_triage.settings import Settings, load_settings
 
 from .conftest import SHARED
 from .hostile import CONTROL_TOKENS, DEEP, NUMBERS, WAYS_OUT, json_values, mutated, outcome, replaced, texts, to_bytes
@@ -404,7 +398,7 @@ SPOILT = ["", "[]", "null", "1", '"x"', "{}", DEEP, '{"files": 1}', '{"files": {
 def test_a_spoilt_file_of_a_run_is_named(data: str, tmp_path: Path) -> None:
     for name, read in (
         (quantize.PAIR, quantize.check_pair),
-        (operating_point.FILE_NAME, lambda folder: operating_point.read(folder, folder)),
+        (threshold.FILE_NAME, lambda folder: threshold.read(folder, folder)),
         (manifest.FILE_NAME, manifest.read_manifest),
         (SETTINGS_FILE, open_run),
         ("predictions.jsonl", read_predictions),

@@ -14,12 +14,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orion_triage import chat_template, fuse, quantize, vlm
-from orion_triage.adapter import attach_adapter, read_adapter
-from orion_triage.checkpoint import check_names
 from orion_triage.errors import OrionError
-from orion_triage.gguf_header import read_integers
-from orion_triage.tiny_base.architecture import CHAT_TEMPLATE
+from orion_triage.export import fuse, quantize
+from orion_triage.llama_cpp.gguf_header import read_integers
+from orion_triage.models import chat_template
+from orion_triage.models.adapter import attach_adapter, read_adapter
+from orion_triage.models.checkpoint import check_names
+from orion_triage.models.encode import render_turn
+from orion_triage.models.lfm2_vl import CHAT_TEMPLATE
+from orion_triage.models.load import load_model, load_processor, resolve_base
 
 from .hostile import DEEP, mutated, outcome, replaced, to_bytes
 
@@ -225,10 +228,10 @@ def test_a_pickle_is_opened_under_no_name(marker: Path, tmp_path: Path) -> None:
     (base / "config.json").write_text('{"model_type": "lfm2_vl"}')
     (base / "pytorch_model.bin").write_bytes(bomb)
     with pytest.raises(OrionError, match=r"found only pytorch_model\.bin, which can run code"):
-        vlm.resolve_base(str(base))
+        resolve_base(str(base))
     (base / "model.safetensors").write_bytes(bomb)
     with pytest.raises(OrionError, match=r"model\.safetensors is damaged"):
-        vlm.resolve_base(str(base))
+        resolve_base(str(base))
     (adapter / "adapter_config.json").write_text("{}")
     (adapter / "adapter_model.bin").write_bytes(bomb)
     with pytest.raises(OrionError, match=r"adapter_model\.bin can run code"):
@@ -249,14 +252,14 @@ def test_an_index_names_safetensors_of_its_folder(name: Any, small_base: Path, m
     (base / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": Bomb(marker)}))
     (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"weight": name}}))
     with pytest.raises(OrionError, match=r"index\.json names .* which is no SafeTensors file in"):
-        vlm.resolve_base(str(base))
+        resolve_base(str(base))
     assert not marker.exists()
 
 
 def test_weights_that_are_no_file_are_refused_at_once(small_base: Path, tmp_path: Path) -> None:
     base = copied(small_base, tmp_path / "base")
     os.mkfifo(base / "more.safetensors")
-    found = outcome(vlm.resolve_base, str(base))
+    found = outcome(resolve_base, str(base))
     assert isinstance(found, OrionError)
     assert "more.safetensors is no regular file" in found.message
 
@@ -278,7 +281,7 @@ def copied(base: Path, to: Path) -> Path:
 @pytest.mark.parametrize("data", ["", "[]", "null", DEEP, "NaN", '{"model_type": []}', '{"model_type": "llama"}', "\0"])
 def test_a_config_that_is_none_is_named(data: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(data)
-    assert isinstance(outcome(vlm.resolve_base, str(tmp_path), named=tmp_path / "config.json"), OrionError)
+    assert isinstance(outcome(resolve_base, str(tmp_path), named=tmp_path / "config.json"), OrionError)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "processor_config.json"])
@@ -286,7 +289,7 @@ def test_a_config_that_is_none_is_named(data: str, tmp_path: Path) -> None:
 def test_a_processor_that_is_none_is_named(name: str, data: str, small_base: Path, tmp_path: Path) -> None:
     base = copied(small_base, tmp_path / "base")
     (base / name).write_text(data)
-    found = outcome(vlm.load_processor, base, 256)
+    found = outcome(load_processor, base, 256)
     if isinstance(found, OrionError):
         assert str(base) in found.message
     else:  # what a file leaves out has defaults
@@ -315,9 +318,9 @@ def test_code_that_a_folder_brings_along_does_not_run(
     with Path(os.devnull).open() as nothing:
         # Nobody who could be asked.
         monkeypatch.setattr("sys.stdin", nothing)
-        found = outcome(vlm.load_processor, vlm.resolve_base(str(base)), 256)
+        found = outcome(load_processor, resolve_base(str(base)), 256)
         assert isinstance(found, OrionError) or type(found).__name__ == "Lfm2VlProcessor"
-        model = vlm.load_model(base, dtype="float32")
+        model = load_model(base, dtype="float32")
     assert type(model).__module__.startswith("orion_triage.")
     assert not marker.exists()
 
@@ -384,7 +387,7 @@ def test_templates_that_render_are_taken() -> None:
 def test_a_base_with_such_a_template_is_not_loaded(small_base: Path, marker: Path, tmp_path: Path) -> None:
     base = copied(small_base, tmp_path / "base")
     (base / "chat_template.jinja").write_text(ESCAPES[3].replace("MARKER", str(marker)))
-    found = outcome(vlm.load_processor, base, 256, named=base)
+    found = outcome(load_processor, base, 256, named=base)
     assert isinstance(found, OrionError)
     assert "SecurityError" in found.message
     assert not marker.exists()
@@ -394,8 +397,8 @@ def test_a_template_that_waits_for_its_prompt_is_an_error_too(small_base: Path, 
     """One that renders in the trial, and not what it is given later."""
     base = copied(small_base, tmp_path / "base")
     (base / "chat_template.jinja").write_text("{{ 1 / (messages[0]['content'][1]['text'] | length - 9) }}")
-    processor = vlm.load_processor(base, 256)
-    found = outcome(vlm.render_turn, processor, "12345678")
+    processor = load_processor(base, 256)
+    found = outcome(render_turn, processor, "12345678")
     assert isinstance(found, OrionError)
     assert "ZeroDivisionError" in found.message
 
@@ -408,7 +411,7 @@ MODULE = "base_model.model.model.language_model.layers.1.self_attn.q_proj"
 
 @pytest.fixture(scope="module")
 def model(small_base: Path) -> Any:
-    return vlm.load_model(small_base, dtype="float32")
+    return load_model(small_base, dtype="float32")
 
 
 def written(folder: Path, tensors: dict[str, Any], config: Any) -> Path:
@@ -527,7 +530,7 @@ def test_an_adapters_settings_that_are_none_are_named(model: Any, data: bytes, t
 
 @given(replaced(PLAIN))
 def test_settings_of_any_form_are_plain_or_named(model: Any, folder: Path, value: Any) -> None:
-    from orion_triage.adapter import _read_config
+    from orion_triage.models.adapter import _read_config
 
     (folder / "adapter_config.json").write_bytes(to_bytes(value))
     found = outcome(_read_config, folder, named=folder / "adapter_config.json")
@@ -544,7 +547,7 @@ def test_a_plain_adapter_does_what_its_matrices_say(small_base: Path, tmp_path: 
         ({"rank_pattern": {"q_proj": 3}}, 3, 4 / 3),
         ({"lora_dropout": 0.1, "revision": "x", "peft_version": "0.1", "runtime_config": {"a": 1}}, 2, 2.0),
     ):
-        base = vlm.load_model(small_base, dtype="float32")
+        base = load_model(small_base, dtype="float32")
         folder = written(tmp_path / "adapter", matrices(base, rank), PLAIN | settings)
         adapted, census, warnings = attached(base, folder)
         delta = adapted.get_submodule(MODULE).get_delta_weight("default")

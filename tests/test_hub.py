@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from orion_triage import card, quantize
-from orion_triage.config import load_settings, overrides
+from orion_triage.dataset.records import SPLITS, image_path, read_split, split_path
 from orion_triage.errors import OrionError
-from orion_triage.manifest import read_manifest
-from orion_triage.records import SPLITS, image_path, read_split, split_path
+from orion_triage.export import quantize
+from orion_triage.publish import card
+from orion_triage.runs.manifest import read_manifest
+from orion_triage.settings import load_settings, overrides
 
 from .conftest import orion_with, structured_picture
 from .hub_server import TOKEN, Hub, serve
@@ -217,8 +218,8 @@ def test_a_base_without_a_licence_gives_nothing_to_publish(small_adapter: Path, 
 
 
 def test_a_dataset_is_checked_before_it_is_taken(small_dataset: Path, tmp_path: Path) -> None:
-    from orion_triage.config import DatasetSettings
     from orion_triage.dataset import build
+    from orion_triage.settings import DatasetSettings
 
     source = tmp_path / "source"
     shutil.copytree(small_dataset, source)

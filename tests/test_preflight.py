@@ -4,24 +4,26 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from orion_triage import vlm
 from orion_triage.errors import OrionError
-from orion_triage.preflight import preflight
-from orion_triage.triage import render_prompt
+from orion_triage.mission.prompt import render_prompt
+from orion_triage.models import load
+from orion_triage.models.generate import vision_features
+from orion_triage.models.load import load_model, load_processor
+from orion_triage.train.preflight import preflight
 
 
 @pytest.fixture(scope="module")
 def processor(small_base: Path) -> Any:
-    return vlm.load_processor(small_base, 256)
+    return load_processor(small_base, 256)
 
 
 @pytest.fixture(scope="module")
 def reference(small_base: Path, processor: Any, small_frames: list[Image.Image]) -> Any:
-    return vlm.vision_features(vlm.load_model(small_base, dtype="float16"), processor, small_frames)
+    return vision_features(load_model(small_base, dtype="float16"), processor, small_frames)
 
 
 def test_a_sound_four_bit_model_passes(small_base: Path, processor: Any, reference: Any, small_frames: Any) -> None:
-    model = vlm.load_model(small_base, dtype="float32", four_bit=True)
+    model = load_model(small_base, dtype="float32", four_bit=True)
     figures = preflight(model, reference, processor, small_frames, render_prompt(None))
     assert figures["frames"] == 8
     assert figures["smallest_vision_cosine"] > 0.999
@@ -46,8 +48,8 @@ def test_four_bits_where_pixels_or_verdicts_pass_are_refused(
     named: str,
 ) -> None:
     # The published recipe's fault, planted.
-    monkeypatch.setattr(vlm, "KEPT_IN_16_BIT", skipped)
-    model = vlm.load_model(small_base, dtype="float32", four_bit=True)
+    monkeypatch.setattr(load, "KEPT_IN_16_BIT", skipped)
+    model = load_model(small_base, dtype="float32", four_bit=True)
     with pytest.raises(OrionError, match=rf"quantized, \S*{named} first"):
         preflight(model, reference, processor, small_frames, render_prompt(None))
 
@@ -74,7 +76,7 @@ def test_floating_storage_keeps_the_tower_in_sixteen_bits(
     """FSDP's storage of 4-bit weights, which would hide the fault above from a look at the types."""
     import torch
 
-    model = vlm.load_model(small_base, dtype="float32", four_bit=True, float_storage=True)
+    model = load_model(small_base, dtype="float32", four_bit=True, float_storage=True)
     packed = [module.weight for module in model.modules() if type(module).__name__ == "Linear4bit"]
     assert packed
     assert {weight.dtype for weight in packed} == {torch.float32}
@@ -82,7 +84,7 @@ def test_floating_storage_keeps_the_tower_in_sixteen_bits(
 
 
 def test_other_vision_weights_are_refused(other_base: Path, processor: Any, reference: Any, small_frames: Any) -> None:
-    model = vlm.load_model(other_base, dtype="float32")
+    model = load_model(other_base, dtype="float32")
     with pytest.raises(OrionError, match=r"frame \d have cosine -?0\.\d+ with the 16-bit base's, under 0.99"):
         preflight(model, reference, processor, small_frames, render_prompt(None))
 
@@ -92,7 +94,7 @@ def test_a_model_that_ignores_the_image_is_refused(
 ) -> None:
     import torch
 
-    model = vlm.load_model(small_base, dtype="float32")
+    model = load_model(small_base, dtype="float32")
     with torch.no_grad():  # features stay as they are, but attention no longer carries them to the answer
         for layer in model.model.language_model.layers:
             if hasattr(layer, "self_attn"):

@@ -125,7 +125,7 @@ def test_a_base_that_is_shared_out_gives_the_same_loss_and_gradients(small_base:
 
 def _layer_classes() -> set[str]:
     """The layers of both towers, as transformers calls them."""
-    from orion_triage.vlm import TINY_BASE_FOLDER, load_model
+    from orion_triage.models.load import TINY_BASE_FOLDER, load_model
 
     model = load_model(TINY_BASE_FOLDER, dtype="auto")
     return {type(model.get_submodule(name)).__name__ for name, _ in model.named_modules() if name.endswith("layers.0")}

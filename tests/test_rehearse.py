@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from orion_triage import budgets, doctor, rehearse
-from orion_triage.config import load_settings
 from orion_triage.errors import OrionError
-from orion_triage.triage import CATEGORIES
+from orion_triage.machine import budgets, doctor, rehearse
+from orion_triage.mission.verdict import CATEGORIES
+from orion_triage.settings import load_settings
 
 PUBLISHED = {"lfm2.5-vl-1.6b": 1_596_625_904, "lfm2.5-vl-450m": 450_816_512}
 SMALL: dict[str, Any] = {

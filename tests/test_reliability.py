@@ -18,10 +18,17 @@ from typing import Any
 import httpx
 import pytest
 
-from orion_triage import files, fine_tune, llama_cpp, llama_server, manifest, quantize
-from orion_triage.config import FineTuneSettings
 from orion_triage.errors import OrionError, ServerError, obstacle
 from orion_triage.evaluate.servers import SharedBackend, connect
+from orion_triage.export import quantize
+from orion_triage.llama_cpp import client
+from orion_triage.llama_cpp.client import Client
+from orion_triage.llama_cpp.server import Server
+from orion_triage.llama_cpp.toolchain import find_toolchain
+from orion_triage.runs import manifest
+from orion_triage.safe import files
+from orion_triage.settings import FineTuneSettings
+from orion_triage.train import fine_tune
 
 WAIT_SECONDS = 30
 # A command that has begun to write into the run folder that it is given, and does not end by itself.
@@ -29,7 +36,7 @@ WAITING = """
 import sys, time
 from pathlib import Path
 from orion_triage import cli
-from orion_triage.files import locked, replaced_folder, temporary_folder
+from orion_triage.safe.files import locked, replaced_folder, temporary_folder
 def wait(run: Path):
     with locked(run, "x"), temporary_folder(run, "ladder"), replaced_folder(run / "made") as new:
         (new / "file").write_text("half")
@@ -73,9 +80,11 @@ def test_a_server_of_ours_dies_with_its_parent(tiny_pair: Path, tmp_path: Path, 
     code = """
 import sys, time
 from pathlib import Path
-from orion_triage import llama_cpp, quantize
+from orion_triage.export import quantize
+from orion_triage.llama_cpp.server import Server
+from orion_triage.llama_cpp.toolchain import find_toolchain
 pair = Path(sys.argv[1])
-with llama_cpp.Server(llama_cpp.find_toolchain(), pair / quantize.QUANTIZED, None, log=Path(sys.argv[2])) as server:
+with Server(find_toolchain(), pair / quantize.QUANTIZED, None, log=Path(sys.argv[2])) as server:
     print(server._process.pid, flush=True)
     time.sleep(600)
 """
@@ -90,11 +99,11 @@ with llama_cpp.Server(llama_cpp.find_toolchain(), pair / quantize.QUANTIZED, Non
 def test_a_tool_of_ours_dies_with_its_parent(tmp_path: Path) -> None:
     code = """
 import os, sys
-from orion_triage import llama_cpp
+from orion_triage.llama_cpp.tools import run_measured
 command = [sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(600)"]
 with open(sys.argv[1], "w") as output:
     print("begun", flush=True)
-    llama_cpp.run_measured(command, dict(os.environ), output)
+    run_measured(command, dict(os.environ), output)
 """
     said = tmp_path / "said.txt"
     parent = started(code, said)
@@ -110,7 +119,7 @@ def test_workers_of_ours_die_with_their_parent(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text("""
 import os, time
-from orion_triage.children import workers
+from orion_triage.safe.children import workers
 if __name__ == "__main__":
     with workers() as pool:
         print(pool.submit(os.getppid).result(), *pool._processes, flush=True)
@@ -145,7 +154,7 @@ def test_a_second_run_in_a_folder_is_refused_while_the_first_one_lives(tmp_path:
     code = """
 import sys, time
 from pathlib import Path
-from orion_triage.files import locked
+from orion_triage.safe.files import locked
 with locked(Path(sys.argv[1]), "orion run"):
     print("held", flush=True)
     time.sleep(600)
@@ -230,8 +239,8 @@ def test_whoever_comes_next_clears_what_a_killed_run_left(tmp_path: Path) -> Non
 
 @pytest.mark.llama_cpp
 def test_our_server_answers_nobody_else(tiny_pair: Path, tmp_path: Path) -> None:
-    tools = llama_cpp.find_toolchain()
-    with llama_cpp.Server(tools, tiny_pair / quantize.QUANTIZED, None, log=tmp_path / "server.log") as server:
+    tools = find_toolchain()
+    with Server(tools, tiny_pair / quantize.QUANTIZED, None, log=tmp_path / "server.log") as server:
         url, process = server.client.base_url, server._process
         assert process is not None
         port = int(url.rpartition(":")[2])
@@ -274,9 +283,7 @@ cli.main()
     monkeypatch.setenv("GOMP_SPINCOUNT", "1000")
     assert started(code).first_line == "None"  # type: ignore[attr-defined]
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
-    with llama_cpp.Server(
-        llama_cpp.find_toolchain(), tiny_pair / quantize.QUANTIZED, None, log=tmp_path / "log"
-    ) as server:
+    with Server(find_toolchain(), tiny_pair / quantize.QUANTIZED, None, log=tmp_path / "log") as server:
         assert server._process is not None
         assert b"OMP_WAIT_POLICY" not in Path(f"/proc/{server._process.pid}/environ").read_bytes()
 
@@ -333,8 +340,8 @@ def test_a_full_memory_says_which_setting_takes_less(small_base: Path, small_dat
     code = """
 import resource, sys
 from pathlib import Path
-from orion_triage import fine_tune
-from orion_triage.config import FineTuneSettings
+from orion_triage.train import fine_tune
+from orion_triage.settings import FineTuneSettings
 from orion_triage.errors import OrionError
 base, dataset, out = map(Path, sys.argv[1:])
 settings = FineTuneSettings(micro_batch_size=8, gradient_accumulation_steps=1, epochs=1, gradient_checkpointing=False)
@@ -538,7 +545,7 @@ def test_no_lie_of_a_server_is_counted_as_an_answer(
 ) -> None:
     images, prompts = drawn_questions(1)
     # A limit that is reached sooner: 1 s instead of 10 minutes.
-    monkeypatch.setattr(llama_server.Client.__init__, "__kwdefaults__", {"timeout_seconds": 1.0})
+    monkeypatch.setattr(Client.__init__, "__kwdefaults__", {"timeout_seconds": 1.0})
     with liar(how) as url:
         shared = SharedBackend([connect(url, "", 96)], pause_seconds=0)
         with pytest.raises(ServerError, match=f"no server is left: {url}: .*{said}.*go on with the same command"):
@@ -549,14 +556,14 @@ def test_no_lie_of_a_server_is_counted_as_an_answer(
 
 def test_a_server_that_drips_before_it_is_asked_is_hung_up_on_too() -> None:
     with liar("/health") as url, pytest.raises(ServerError, match="no server answers"):
-        llama_cpp.Client(url).ready(1)
+        Client(url).ready(1)
     with liar("/props") as url, pytest.raises(ServerError, match="/props has not finished its answer after 1 s"):
-        llama_cpp.Client(url, timeout_seconds=1).props()
+        Client(url, timeout_seconds=1).props()
 
 
 def test_a_server_that_is_still_loading_is_waited_for_and_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     # A limit that is reached sooner.
-    monkeypatch.setattr(llama_server, "LOADING_SECONDS", 1)
+    monkeypatch.setattr(client, "LOADING_SECONDS", 1)
     with liar("503") as url, pytest.raises(ServerError, match="answered 503"):
-        llama_cpp.Client(url).completion("x", b"", 1)
+        Client(url).completion("x", b"", 1)
     assert Liar.asked > 2

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from orion_triage.config import Settings, load_settings, overrides
 from orion_triage.errors import OrionError
-from orion_triage.files import replaced_folder, require_free_space, write_text
-from orion_triage.manifest import hash_inputs, is_current, read_manifest, write_manifest
+from orion_triage.runs.manifest import hash_inputs, is_current, read_manifest, write_manifest
+from orion_triage.safe.files import replaced_folder, require_free_space, write_text
+from orion_triage.settings import Settings, load_settings, overrides
 
 
 def test_the_defaults_are_the_mission_tables() -> None:

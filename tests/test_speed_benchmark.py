@@ -163,7 +163,7 @@ def test_a_program_that_fails_is_named_with_its_last_words(speed: Any, tmp_path:
 
 
 def test_the_commands_get_the_runs_own_settings(speed: Any) -> None:
-    from orion_triage.config import load_settings
+    from orion_triage.settings import load_settings
 
     sets = [
         "base.model=/a folder",

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from orion_triage.pipeline import Run, open_run
+from orion_triage.runs.run import Run, open_run
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -100,7 +100,7 @@ def test_what_a_kill_would_have_spoiled_is_found(finished: Path, tmp_path: Path,
 
 def rewrite(rows: Path, lines: list[dict[str, Any]]) -> None:
     """The file, and its hash in the receipt."""
-    from orion_triage.files import sha256_of_text
+    from orion_triage.safe.files import sha256_of_text
 
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
     receipt = rows.parent / "manifest.json"

@@ -27,7 +27,7 @@ from orion_triage.evaluate.value import (
     value_at,
     value_curve,
 )
-from orion_triage.triage import Category
+from orion_triage.mission.verdict import Category
 
 H, M, L, NONE = 0, 1, 2, -1
 VALUES = (10.0, 2.0, 0.0)

@@ -6,9 +6,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from orion_triage import vlm
 from orion_triage.errors import OrionError
-from orion_triage.triage import Category, Coordinates, Verdict, render_prompt
+from orion_triage.mission.prompt import Coordinates, render_prompt
+from orion_triage.mission.verdict import Category, Verdict
+from orion_triage.models.encode import IGNORED, check_template, encode, render_turn
+from orion_triage.models.generate import answer_log_probabilities, generate
+from orion_triage.models.load import fingerprint, float32_compute, load_model, load_processor, resolve_base
 
 VERDICTS = [
     Verdict("Dense port.", Category.HIGH).to_json(),
@@ -19,37 +22,37 @@ PROMPTS = [render_prompt(None), render_prompt(Coordinates(-120.62, 34.63))]
 
 @pytest.fixture(scope="module")
 def processor(small_base: Path) -> Any:
-    return vlm.load_processor(small_base, 256)
+    return load_processor(small_base, 256)
 
 
 @pytest.fixture(scope="module")
 def model(small_base: Path) -> Any:
-    return vlm.load_model(small_base, dtype="float32")
+    return load_model(small_base, dtype="float32")
 
 
 def test_turn_bytes(processor: Any) -> None:
-    assert vlm.render_turn(processor, "Look.") == (
+    assert render_turn(processor, "Look.") == (
         "<|startoftext|><|im_start|>user\n<image>\nLook.<|im_end|>\n<|im_start|>assistant\n"
     )
 
 
 def test_published_line_and_turn_have_the_same_bytes(processor: Any) -> None:
     published = "<image>\n" + PROMPTS[1]
-    assert f"user\n{published}<|im_end|>" in vlm.render_turn(processor, PROMPTS[1])
+    assert f"user\n{published}<|im_end|>" in render_turn(processor, PROMPTS[1])
 
 
 def test_only_verdict_and_end_of_turn_are_supervised(processor: Any, small_frames: list[Image.Image]) -> None:
-    batch = vlm.encode(processor, small_frames[:2], PROMPTS, VERDICTS)
+    batch = encode(processor, small_frames[:2], PROMPTS, VERDICTS)
     tokenizer = processor.tokenizer
     for row in range(2):
         ids, labels, mask = (batch[key][row].tolist() for key in ("input_ids", "labels", "attention_mask"))
-        supervised = [label for label in labels if label != vlm.IGNORED]
+        supervised = [label for label in labels if label != IGNORED]
         expected = tokenizer(VERDICTS[row] + "<|im_end|>", add_special_tokens=False)["input_ids"]
         assert supervised == expected
         assert tokenizer.decode(supervised) == VERDICTS[row] + "<|im_end|>"
         first = labels.index(expected[0])
         # Token by token: what is not the verdict is ignored, and labels stand where their tokens stand.
-        assert labels == [vlm.IGNORED] * first + expected + [vlm.IGNORED] * (len(ids) - first - len(expected))
+        assert labels == [IGNORED] * first + expected + [IGNORED] * (len(ids) - first - len(expected))
         assert ids[first : first + len(expected)] == expected
         assert tokenizer.decode(ids[:first]).endswith("<|im_start|>assistant\n")
         assert mask == [1] * (first + len(expected)) + [0] * (len(ids) - first - len(expected))
@@ -59,14 +62,14 @@ def test_only_verdict_and_end_of_turn_are_supervised(processor: Any, small_frame
 def test_training_rows_are_what_the_tokenizer_gives_for_the_whole_conversation(
     processor: Any, small_frames: list[Image.Image]
 ) -> None:
-    batch = vlm.encode(processor, small_frames[:1], PROMPTS[:1], VERDICTS[:1])
-    whole = vlm.render_turn(processor, PROMPTS[0]) + VERDICTS[0] + "<|im_end|>"
+    batch = encode(processor, small_frames[:1], PROMPTS[:1], VERDICTS[:1])
+    whole = render_turn(processor, PROMPTS[0]) + VERDICTS[0] + "<|im_end|>"
     whole = whole.replace("<image>", "<|image_start|>" + "<image>" * 64 + "<|image_end|>")
     assert batch["input_ids"][0].tolist() == processor.tokenizer(whole, add_special_tokens=False)["input_ids"]
 
 
 def test_generation_rows_are_padded_on_the_left(processor: Any, small_frames: list[Image.Image]) -> None:
-    batch = vlm.encode(processor, small_frames[:2], PROMPTS)
+    batch = encode(processor, small_frames[:2], PROMPTS)
     assert "labels" not in batch
     assert batch["attention_mask"][0, 0] == 0
     assert batch["attention_mask"][:, -1].tolist() == [1, 1]
@@ -76,9 +79,9 @@ def test_generation_rows_are_padded_on_the_left(processor: Any, small_frames: li
 def test_frames_are_neither_resized_nor_tiled_nor_padded(small_base: Path, size: int, tokens: int) -> None:
     import numpy as np
 
-    processor = vlm.load_processor(small_base, size)
+    processor = load_processor(small_base, size)
     pixels = np.random.default_rng(size).integers(0, 256, (size, size, 3), dtype=np.uint8)
-    batch = vlm.encode(processor, [Image.fromarray(pixels)], ["x"])
+    batch = encode(processor, [Image.fromarray(pixels)], ["x"])
     assert batch["spatial_shapes"].tolist() == [[size // 16, size // 16]]
     assert batch["pixel_values"].shape == (1, (size // 16) ** 2, 3 * 16 * 16)
     assert batch["pixel_attention_mask"].all()
@@ -89,15 +92,15 @@ def test_frames_are_neither_resized_nor_tiled_nor_padded(small_base: Path, size:
 
 def test_other_frame_size_is_refused(processor: Any) -> None:
     with pytest.raises(OrionError, match=r"512x512 reached the model, which was set to RGB of 256x256"):
-        vlm.encode(processor, [Image.new("RGB", (512, 512))], ["x"])
+        encode(processor, [Image.new("RGB", (512, 512))], ["x"])
 
 
 def test_answers_do_not_depend_on_the_batch(model: Any, processor: Any, small_frames: list[Image.Image]) -> None:
     prompts = [render_prompt(Coordinates(-120.62 + 31 * n, 3.5)) if n % 2 else PROMPTS[0] for n in range(5)]
     images = [*small_frames[:3], small_frames[0], small_frames[1]]
-    together = vlm.generate(model, processor, images, prompts, 20)
+    together = generate(model, processor, images, prompts, 20)
     alone = [
-        vlm.generate(model, processor, [image], [prompt], 20)[0] for image, prompt in zip(images, prompts, strict=True)
+        generate(model, processor, [image], [prompt], 20)[0] for image, prompt in zip(images, prompts, strict=True)
     ]
     assert together == alone
     assert len(set(together)) > 1
@@ -108,8 +111,8 @@ def test_generation_agrees_with_a_plain_forward_pass(
 ) -> None:
     import torch
 
-    answer = vlm.generate(model, processor, small_frames[:1], PROMPTS[:1], 6)[0]
-    batch = vlm.encode(processor, small_frames[:1], PROMPTS[:1])
+    answer = generate(model, processor, small_frames[:1], PROMPTS[:1], 6)[0]
+    batch = encode(processor, small_frames[:1], PROMPTS[:1])
     for _ in range(6):
         with torch.no_grad():
             best = model(**batch, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
@@ -121,15 +124,15 @@ def test_generation_agrees_with_a_plain_forward_pass(
 def test_generation_stops_at_the_end_of_turn(processor: Any, small_base: Path, small_frames: Any) -> None:
     import torch
 
-    model = vlm.load_model(small_base, dtype="float32")
+    model = load_model(small_base, dtype="float32")
     model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))  # untied: argmax is 0
     end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
     hidden: list[torch.Tensor] = []
     model.lm_head.register_forward_pre_hook(lambda _, args: hidden.append(args[0]))
-    vlm.generate(model, processor, small_frames[:1], PROMPTS[:1], 3)
+    generate(model, processor, small_frames[:1], PROMPTS[:1], 3)
     with torch.no_grad():
         model.lm_head.weight[end] = hidden[0][0, -1]  # now the first token is <|im_end|>
-    assert vlm.generate(model, processor, small_frames[:1], PROMPTS[:1], 50) == [""]
+    assert generate(model, processor, small_frames[:1], PROMPTS[:1], 50) == [""]
 
 
 def test_answer_log_probabilities_are_the_labels_own(
@@ -137,20 +140,20 @@ def test_answer_log_probabilities_are_the_labels_own(
 ) -> None:
     import torch
 
-    scores = vlm.answer_log_probabilities(model, processor, small_frames[:2], PROMPTS, VERDICTS)
-    batch = vlm.encode(processor, small_frames[:2], PROMPTS, VERDICTS)
+    scores = answer_log_probabilities(model, processor, small_frames[:2], PROMPTS, VERDICTS)
+    batch = encode(processor, small_frames[:2], PROMPTS, VERDICTS)
     with torch.no_grad():
         loss = model(**batch).loss
     assert float(torch.cat(scores).mean()) == pytest.approx(-float(loss), abs=1e-5)
 
 
 def test_template_check(processor: Any) -> None:
-    vlm.check_template(processor, PROMPTS[0], VERDICTS[0])
+    check_template(processor, PROMPTS[0], VERDICTS[0])
     kept = processor.chat_template
     processor.chat_template = kept.replace("<|im_end|>\\n", "<|endoftext|>")
     try:
         with pytest.raises(OrionError, match="chat template ends a conversation with"):
-            vlm.check_template(processor, PROMPTS[0], VERDICTS[0])
+            check_template(processor, PROMPTS[0], VERDICTS[0])
     finally:
         processor.chat_template = kept
 
@@ -159,19 +162,19 @@ def test_sixteen_bit_weights_compute_as_if_they_were_wider(small_base: Path, sma
     """To the bit, with an adapter or without, and the weights are 16-bit again afterwards."""
     import torch
 
-    processor = vlm.load_processor(small_base, 256)
+    processor = load_processor(small_base, 256)
     arguments = (processor, small_frames[:3], PROMPTS[:1] * 3, VERDICTS[:1] * 3)
-    stored, wide = vlm.load_model(small_base, dtype="auto"), vlm.load_model(small_base, dtype="float32")
-    expected = torch.cat(vlm.answer_log_probabilities(wide, *arguments))
-    with vlm.float32_compute(stored):
-        found = torch.cat(vlm.answer_log_probabilities(stored, *arguments))
+    stored, wide = load_model(small_base, dtype="auto"), load_model(small_base, dtype="float32")
+    expected = torch.cat(answer_log_probabilities(wide, *arguments))
+    with float32_compute(stored):
+        found = torch.cat(answer_log_probabilities(stored, *arguments))
     assert {parameter.dtype for parameter in stored.parameters()} == {torch.float16}
     assert found.equal(expected)
-    assert not torch.cat(vlm.answer_log_probabilities(stored, *arguments)).equal(expected)
+    assert not torch.cat(answer_log_probabilities(stored, *arguments)).equal(expected)
 
 
 def test_four_bit_layers_are_the_language_models_own(small_base: Path) -> None:
-    model = vlm.load_model(small_base, dtype="float32", four_bit=True)
+    model = load_model(small_base, dtype="float32", four_bit=True)
     quantized = {name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
     assert "model.language_model.layers.0.conv.in_proj" in quantized
     assert "model.language_model.layers.1.self_attn.q_proj" in quantized
@@ -179,21 +182,21 @@ def test_four_bit_layers_are_the_language_models_own(small_base: Path) -> None:
 
 
 def test_resolve_base_refusals(small_base: Path, tmp_path: Path) -> None:
-    assert vlm.resolve_base(str(small_base)) == small_base
+    assert resolve_base(str(small_base)) == small_base
     with pytest.raises(OrionError, match=r"'LiquidAI/LFM2.5-VL-1.6B' is not in the cache.*HF_HUB_OFFLINE.*hf download"):
-        vlm.resolve_base("LiquidAI/LFM2.5-VL-1.6B")
+        resolve_base("LiquidAI/LFM2.5-VL-1.6B")
     with pytest.raises(OrionError, match=r"has no config\.json"):
-        vlm.resolve_base(str(tmp_path))
+        resolve_base(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(OrionError, match="is not JSON"):
-        vlm.resolve_base(str(tmp_path))
+        resolve_base(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava"}))
     with pytest.raises(OrionError, match="model_type is 'llava'"):
-        vlm.resolve_base(str(tmp_path))
+        resolve_base(str(tmp_path))
     shutil.copy(small_base / "config.json", tmp_path / "config.json")
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(OrionError, match=r"pytorch_model\.bin, which can run code"):
-        vlm.resolve_base(str(tmp_path))
+        resolve_base(str(tmp_path))
 
 
 def test_missing_weights_are_refused(small_base: Path, tmp_path: Path) -> None:
@@ -205,9 +208,9 @@ def test_missing_weights_are_refused(small_base: Path, tmp_path: Path) -> None:
     del tensors["model.vision_tower.vision_model.embeddings.patch_embedding.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(OrionError, match=r"1 missing keys in the weights, .*patch_embedding"):
-        vlm.load_model(folder, dtype="float32")
+        load_model(folder, dtype="float32")
 
 
 def test_fingerprint_changes_with_the_weights(small_base: Path, other_base: Path) -> None:
-    assert vlm.fingerprint(small_base) != vlm.fingerprint(other_base)
-    assert len(vlm.fingerprint(small_base)) == 64
+    assert fingerprint(small_base) != fingerprint(other_base)
+    assert len(fingerprint(small_base)) == 64

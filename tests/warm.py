@@ -193,7 +193,7 @@ def _load() -> None:
     from transformers import AutoProcessor, Lfm2VlForConditionalGeneration, Trainer  # noqa: F401
 
     for module in pkgutil.walk_packages(orion_triage.__path__, "orion_triage."):
-        if not module.name.endswith("__main__") and module.name != "orion_triage.check_flight":
+        if not module.name.endswith("__main__") and module.name != "orion_triage.flight.check_flight":
             importlib.import_module(module.name)
 
 

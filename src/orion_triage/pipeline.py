@@ -8,70 +8,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from orion_triage import hub, manifest, processes
-from orion_triage.config import Settings
+from orion_triage import hub, processes
 from orion_triage.errors import OrionError
-from orion_triage.evaluate import models
-from orion_triage.files import locked, write_text
+from orion_triage.evaluate import variants
 from orion_triage.progress import Progress, silent
-from orion_triage.records import Split
+from orion_triage.runs import manifest
+from orion_triage.runs.run import SETTINGS_FILE, WORK_FOLDER, Run, open_run
+from orion_triage.safe.files import locked, write_text
+from orion_triage.settings import Settings
 
 Figures = dict[str, Any]
-SETTINGS_FILE = "settings.json"
-WORK_FOLDER = "fine_tune_work"
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run folder, its settings, the split that is evaluated, and where each stage's product lies.
-
-    `adapter_from` and `pair_from` stand in for the run's own adapter or GGUF pair: a folder or a Hub id.
-    """
-
-    folder: Path
-    settings: Settings
-    split: Split = "test"
-    adapter_from: str = ""
-    pair_from: str = ""
-
-    @property
-    def base(self) -> Path:
-        from orion_triage.vlm import resolve_base
-
-        return resolve_base(self.settings.base.model)
-
-    @property
-    def dataset(self) -> Path:
-        return self.folder / "dataset"
-
-    @property
-    def adapter(self) -> Path:
-        return self.folder / "orion_lora_weights"
-
-    @property
-    def adapter_to_fuse(self) -> Path:
-        return hub.locate(self.adapter_from, "adapter") if self.adapter_from else self.adapter
-
-    @property
-    def merged(self) -> Path:
-        return self.folder / "orion_merged"
-
-    @property
-    def gguf(self) -> Path:
-        return self.folder / "gguf"
-
-    @property
-    def pair(self) -> Path:
-        return hub.locate(self.pair_from, "GGUF pair") if self.pair_from else self.gguf
-
-    @property
-    def vision_features(self) -> Path:
-        return self.folder / "vision_features"
-
-    def evaluation(self, model: str) -> Path:
-        return self.folder / "evaluation" / self.split / model
 
 
 @dataclass(frozen=True)
@@ -93,8 +39,8 @@ def _dataset(run: Run, progress: Progress) -> Figures:
 
 
 def _fine_tune(run: Run, progress: Progress) -> Figures:
-    from orion_triage import fine_tune
-    from orion_triage.dataset.check import require_sound
+    from orion_triage.dataset.check.soundness import require_sound
+    from orion_triage.train import fine_tune
 
     found = require_sound(run.dataset, progress=progress) if processes.is_main() else None
     work = run.folder / WORK_FOLDER
@@ -106,7 +52,7 @@ def _fine_tune(run: Run, progress: Progress) -> Figures:
 
 
 def _fuse(run: Run, progress: Progress) -> Figures:
-    from orion_triage import fuse
+    from orion_triage.export import fuse
 
     settings, adapter = run.settings, run.adapter_to_fuse
     return fuse.run(run.base, adapter, run.dataset, run.merged, settings.fuse, settings.base.frame_size, progress)
@@ -119,8 +65,8 @@ def _vision_features(run: Run, progress: Progress) -> Figures:
 
 
 def _quantize(run: Run, progress: Progress) -> Figures:
-    from orion_triage import quantize
-    from orion_triage.records import SPLITS, read_split
+    from orion_triage.dataset.records import SPLITS, read_split
+    from orion_triage.export import quantize
 
     prompts = sorted({record.prompt for split in SPLITS for record in read_split(run.dataset, split)})
     return quantize.run(run.merged, run.gguf, run.settings.quantize, prompts=prompts, progress=progress)
@@ -131,7 +77,7 @@ def evaluate_servers(run: Run, urls: Sequence[str], progress: Progress = silent)
 
     Its receipt names the servers instead of the run's GGUF pair, so `orion run` would evaluate the pair itself again.
     """
-    evaluate, identity = models.through_servers("quantized", urls, run.settings.evaluate)
+    evaluate, identity = variants.through_servers("quantized", urls, run.settings.evaluate)
     inputs = {"server": identity, **manifest.hash_inputs({"dataset": run.dataset})}
     return _do(replace(stage_named("evaluate quantized"), run=evaluate), run, inputs, progress)
 
@@ -159,7 +105,7 @@ def _evaluation(
 
 def _rung(kind: str) -> Stage:
     """A quantization of the ladder, made from the F16 file."""
-    return _evaluation(kind, models.through_llama_cpp(kind, kind), lambda run: {"F16": run.gguf})
+    return _evaluation(kind, variants.through_llama_cpp(kind, kind), lambda run: {"F16": run.gguf})
 
 
 def _base_and_adapter(run: Run) -> dict[str, Path]:
@@ -170,7 +116,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("dataset", lambda run: run.dataset, _sections("dataset"), lambda run: _dataset_inputs(run), _dataset),
     _evaluation(
         "base",
-        models.through_transformers("base", lambda run: run.base),
+        variants.through_transformers("base", lambda run: run.base),
         lambda run: {"base": run.base},
         in_parallel=True,
     ),
@@ -198,13 +144,12 @@ STAGES: tuple[Stage, ...] = (
     ),
     _evaluation(
         "fine-tuned",
-        models.through_transformers("fine-tuned", lambda run: run.merged),
+        variants.through_transformers("fine-tuned", lambda run: run.merged),
         lambda run: {"merged": run.merged},
         in_parallel=True,
     ),
-    _evaluation("quantized", models.through_llama_cpp("quantized", "pair"), lambda run: {"gguf": run.pair}),
+    _evaluation("quantized", variants.through_llama_cpp("quantized", "pair"), lambda run: {"gguf": run.pair}),
 )
-
 VISION_FEATURES = Stage(
     "vision features",
     lambda run: run.vision_features,
@@ -215,19 +160,19 @@ VISION_FEATURES = Stage(
 # The rungs between those three models, from the base up to what flies.
 LADDER_BEFORE: tuple[Stage, ...] = (
     _evaluation(
-        "adapter-4bit", models.through_adapter("adapter-4bit", four_bit=True), _base_and_adapter, in_parallel=True
+        "adapter-4bit", variants.through_adapter("adapter-4bit", four_bit=True), _base_and_adapter, in_parallel=True
     ),
     _evaluation(
-        "adapter-16bit", models.through_adapter("adapter-16bit", four_bit=False), _base_and_adapter, in_parallel=True
+        "adapter-16bit", variants.through_adapter("adapter-16bit", four_bit=False), _base_and_adapter, in_parallel=True
     ),
     _evaluation(
         "F16",
-        models.through_llama_cpp("F16", "F16"),
+        variants.through_llama_cpp("F16", "F16"),
         lambda run: {"F16": run.gguf, "merged": run.merged, "fine-tuned": run.evaluation("fine-tuned")},
     ),
 )
 CONSTRAINED = _evaluation(
-    "constrained", models.through_llama_cpp("constrained", "pair", constrained=True), lambda run: {"gguf": run.pair}
+    "constrained", variants.through_llama_cpp("constrained", "pair", constrained=True), lambda run: {"gguf": run.pair}
 )
 
 
@@ -245,12 +190,12 @@ DECODINGS: tuple[Stage, ...] = (
     *(
         _evaluation(
             name,
-            models.through_llama_cpp(name, "pair", constrained=constrained, options=SAMPLING),
+            variants.through_llama_cpp(name, "pair", constrained=constrained, options=SAMPLING),
             lambda run: {"gguf": run.pair},
         )
         for name, constrained in (("sampled", False), ("sampled-constrained", True))
     ),
-    _evaluation(VERDICT_ONLY, models.through_verdict_only(VERDICT_ONLY), lambda run: {"gguf": run.pair}),
+    _evaluation(VERDICT_ONLY, variants.through_verdict_only(VERDICT_ONLY), lambda run: {"gguf": run.pair}),
 )
 
 
@@ -357,8 +302,8 @@ def clean(run: Run) -> int:
     Gone: the frames, the merged weights, the F16 backbone, the training's checkpoints. The flight pair, the adapter,
     every receipt, split, answer and report stay. A later run skips what is finished.
     """
-    from orion_triage import quantize
-    from orion_triage.records import IMAGES_FOLDER
+    from orion_triage.dataset.records import IMAGES_FOLDER
+    from orion_triage.export import quantize
 
     if manifest.read_manifest(run.gguf) is None:
         raise OrionError(f"{run.folder} has no finished flight pair.", "Run 'orion run' to its end before cleaning up.")
@@ -391,20 +336,6 @@ def with_its_dataset(run: Run) -> Run:
     if before.settings.preset != run.settings.preset:
         return run
     return replace(run, settings=run.settings.model_copy(update={"dataset": before.settings.dataset}))
-
-
-def open_run(folder: Path, split: Split = "test") -> Run:
-    """A run that exists, with the settings it was made with."""
-    path = folder / SETTINGS_FILE
-    try:
-        settings = Settings.model_validate_json(path.read_bytes())  # which need not be UTF-8
-    except FileNotFoundError:
-        raise OrionError(f"{path} does not exist.", "Pass the folder of a run: --run FOLDER.") from None
-    except ValidationError as error:
-        problem = error.errors()[0]
-        place = ".".join(str(part) for part in problem["loc"]) or "JSON"
-        raise OrionError(f"{path}: {place}: {problem['msg']}.", "Run 'orion run' with this version again.") from None
-    return Run(folder, settings, split)
 
 
 def newest_run(runs: Path, stage: str) -> Path:

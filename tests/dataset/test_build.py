@@ -5,15 +5,16 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from tests.conftest import places_of, write_catalogue
 
-from orion_triage.config import DatasetSettings, MissionSettings
 from orion_triage.dataset import build
+from orion_triage.dataset.records import image_path, read_split
 from orion_triage.errors import OrionError
 from orion_triage.evaluate.judgement import judge
 from orion_triage.evaluate.metrics import Prediction
-from orion_triage.records import image_path, read_split
-from orion_triage.triage import Category, Coordinates
+from orion_triage.mission.prompt import Coordinates
+from orion_triage.mission.verdict import Category
+from orion_triage.settings import DatasetSettings, MissionSettings
+from tests.conftest import places_of, write_catalogue
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from orion_triage.dataset.catalogue import (
 )
 from orion_triage.dataset.split import great_circle_km, split_targets
 from orion_triage.errors import OrionError
-from orion_triage.triage import Coordinates
+from orion_triage.mission.prompt import Coordinates
 
 SIZES = {"train": 240, "val": 60, "test": 60}
 

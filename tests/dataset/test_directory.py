@@ -9,15 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tests.conftest import SHARED
 
-from orion_triage.config import DatasetSettings
 from orion_triage.dataset import build
 from orion_triage.dataset.collect import ABSENT_TABLE
+from orion_triage.dataset.records import FRAMES_TABLE, SPLITS, read_split
 from orion_triage.errors import OrionError
-from orion_triage.frames import read_frame
-from orion_triage.records import FRAMES_TABLE, SPLITS, read_split
-from orion_triage.triage import CATEGORIES, Category, Coordinates
+from orion_triage.imagery.frames import read_frame
+from orion_triage.mission.prompt import Coordinates
+from orion_triage.mission.verdict import CATEGORIES, Category
+from orion_triage.settings import DatasetSettings
+from tests.conftest import SHARED
 
 Dataset = Callable[[Path], dict]
 

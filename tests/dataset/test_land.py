@@ -4,7 +4,8 @@ import numpy as np
 
 from orion_triage.dataset.catalogue import load_catalogue
 from orion_triage.dataset.land import on_land, perhaps_swapped
-from orion_triage.triage import Category, Coordinates
+from orion_triage.mission.prompt import Coordinates
+from orion_triage.mission.verdict import Category
 
 
 def test_land_and_sea() -> None:

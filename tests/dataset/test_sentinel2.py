@@ -16,17 +16,18 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from rasterio.shutil import copy
 from rasterio.warp import transform
-from tests.dataset.stac_server import CONFORMANCE, Stac, position_of, positions, serve, write_cog
 
-from orion_triage.config import DatasetSettings
 from orion_triage.dataset import build
 from orion_triage.dataset.catalogue import Target
-from orion_triage.dataset.sentinel2 import Sentinel2, chip_corner
-from orion_triage.dataset.sources import Absent, ImagerySource, Picture, Shot
+from orion_triage.dataset.records import FRAMES_TABLE
+from orion_triage.dataset.sources.sentinel2 import Sentinel2, chip_corner
+from orion_triage.dataset.sources.source import Absent, ImagerySource, Picture, Shot
 from orion_triage.errors import OrionError
-from orion_triage.frames import decode_frame
-from orion_triage.records import FRAMES_TABLE
-from orion_triage.triage import Category, Coordinates
+from orion_triage.imagery.frames import decode_frame
+from orion_triage.mission.prompt import Coordinates
+from orion_triage.mission.verdict import Category
+from orion_triage.settings import DatasetSettings
+from tests.dataset.stac_server import CONFORMANCE, Stac, position_of, positions, serve, write_cog
 
 PRAGUE = (14.42, 50.08)
 UTM33N = 32633

@@ -14,15 +14,16 @@ from typing import Any, NamedTuple
 
 import pytest
 from PIL import Image
+
+from orion_triage.dataset.catalogue import Target, load_catalogue
+from orion_triage.dataset.sources import simsat
+from orion_triage.dataset.sources.simsat import SimSat
+from orion_triage.dataset.sources.source import Absent, ImagerySource, Picture, Shot
+from orion_triage.errors import OrionError
+from orion_triage.mission.prompt import Coordinates
+from orion_triage.mission.verdict import Category
 from tests.conftest import structured_picture
 from tests.dataset.simsat_server import KEY, Place, SimSatServer, serve
-
-from orion_triage.dataset import simsat
-from orion_triage.dataset.catalogue import Target, load_catalogue
-from orion_triage.dataset.simsat import SimSat
-from orion_triage.dataset.sources import Absent, ImagerySource, Picture, Shot
-from orion_triage.errors import OrionError
-from orion_triage.triage import Category, Coordinates
 
 ATTEMPTS = 3
 READ_SECONDS = 1.0
@@ -386,8 +387,8 @@ FETCH = """
 import json, sys
 from pathlib import Path
 from orion_triage.dataset.catalogue import load_catalogue
-from orion_triage.dataset.simsat import SimSat
-from orion_triage.dataset.sources import Picture, Shot
+from orion_triage.dataset.sources.simsat import SimSat
+from orion_triage.dataset.sources.source import Picture, Shot
 
 url, cache, places = sys.argv[1:]
 source = SimSat(url=url, cache=Path(cache), requests_per_second=1000, backoff_seconds=0.01)

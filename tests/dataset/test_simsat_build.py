@@ -12,18 +12,18 @@ from itertools import chain, repeat
 from pathlib import Path
 
 import pytest
-from tests.conftest import places_of, write_catalogue
-from tests.dataset.simsat_server import Place, SimSatServer, serve
-from tests.dataset.test_simsat import ATTEMPTS, READ_SECONDS, jpegs
 
-from orion_triage.config import DatasetSettings
 from orion_triage.dataset import build
 from orion_triage.dataset.catalogue import Target
 from orion_triage.dataset.collect import ABSENT_TABLE
-from orion_triage.dataset.simsat import SimSat
+from orion_triage.dataset.records import FRAMES_TABLE, SPLITS, read_split
+from orion_triage.dataset.sources.simsat import SimSat
 from orion_triage.errors import OrionError
-from orion_triage.records import FRAMES_TABLE, SPLITS, read_split
-from orion_triage.triage import Category
+from orion_triage.mission.verdict import Category
+from orion_triage.settings import DatasetSettings
+from tests.conftest import places_of, write_catalogue
+from tests.dataset.simsat_server import Place, SimSatServer, serve
+from tests.dataset.test_simsat import ATTEMPTS, READ_SECONDS, jpegs
 
 __all__ = ["jpegs"]
 
@@ -149,10 +149,10 @@ def test_a_permanent_outage_stops_the_build_and_the_next_goes_on(
 BUILD = """
 import functools, sys
 from pathlib import Path
-from orion_triage.config import DatasetSettings
+from orion_triage.settings import DatasetSettings
 from orion_triage.dataset import build
 from orion_triage.dataset.collect import ABSENT_TABLE
-from orion_triage.dataset.simsat import SimSat
+from orion_triage.dataset.sources.simsat import SimSat
 
 url, places, out = sys.argv[1:]
 build.SimSat = functools.partial(SimSat, requests_per_second=1000, backoff_seconds=0.01)

@@ -10,7 +10,8 @@ import pytest
 from orion_triage.dataset.catalogue import Target
 from orion_triage.dataset.split import clusters, given_splits, great_circle_km, pairs_within, split_targets
 from orion_triage.errors import OrionError
-from orion_triage.triage import Category, Coordinates
+from orion_triage.mission.prompt import Coordinates
+from orion_triage.mission.verdict import Category
 
 
 def target(name: str, lon: float, lat: float, morphology: str = "fields", split: str | None = None) -> Target:

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 
 from orion_triage.dataset.catalogue import MORPHOLOGIES
-from orion_triage.dataset.synthetic import PAINTERS, SUBTYPES, draw_tile, tile_seed
+from orion_triage.dataset.sources.synthetic.draw import PAINTERS, SUBTYPES, draw_tile, tile_seed
 from orion_triage.errors import OrionError
-from orion_triage.frames import is_blank
+from orion_triage.imagery.frames import is_blank
 
 
 def test_every_morphology_of_the_catalogue_can_be_drawn() -> None:

@@ -15,14 +15,15 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tests.chromium import Chromium
-from tests.report.test_html import HOSTILE, Document, contrast, faults
 
 from orion_triage.dataset import view
-from orion_triage.dataset.facts import Finding
+from orion_triage.dataset.check.facts import Finding
+from orion_triage.dataset.records import IMAGES_FOLDER, Record, read_split, split_path, write_split
 from orion_triage.errors import RecordError
-from orion_triage.records import IMAGES_FOLDER, Record, read_split, split_path, write_split
-from orion_triage.triage import CATEGORIES, Category, Coordinates, Verdict
+from orion_triage.mission.prompt import Coordinates
+from orion_triage.mission.verdict import CATEGORIES, Category, Verdict
+from tests.chromium import Chromium
+from tests.report.test_html import HOSTILE, Document, contrast, faults
 
 
 class Page(Document):
@@ -372,7 +373,7 @@ def test_colours_keep_their_contrast() -> None:
 
 def test_thumbnails_keep_a_page_of_360_frames_under_4_mb(dataset: Path) -> None:
     from orion_triage.dataset.catalogue import load_catalogue
-    from orion_triage.dataset.synthetic import draw_tile, tile_seed
+    from orion_triage.dataset.sources.synthetic.draw import draw_tile, tile_seed
 
     records = read_split(dataset, "test")
     for record, target in zip(records, load_catalogue()[::60], strict=True):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from orion_triage.config import EvaluateSettings
+from orion_triage.dataset.records import Record, read_split
 from orion_triage.errors import OrionError
 from orion_triage.evaluate import features
 from orion_triage.evaluate.backends import ConstantBackend
@@ -15,8 +15,9 @@ from orion_triage.evaluate.baselines import LOGISTIC_REGRESSION, LogisticRegress
 from orion_triage.evaluate.conditions import NOISE, OPPOSITE, conflict_pairs, questions
 from orion_triage.evaluate.metrics import Prediction, compare, summarize, wilson
 from orion_triage.evaluate.run import read_predictions, run
-from orion_triage.records import Record, read_split
-from orion_triage.triage import Category, Coordinates, Verdict, render_prompt
+from orion_triage.mission.prompt import Coordinates, render_prompt
+from orion_triage.mission.verdict import Category, Verdict
+from orion_triage.settings import EvaluateSettings
 
 H, M, L = Category.HIGH, Category.MEDIUM, Category.LOW
 

@@ -6,18 +6,17 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from orion_triage import llama_cpp, quantize, vlm
-from orion_triage.config import EvaluateSettings
 from orion_triage.errors import OrionError
 from orion_triage.evaluate.backends import Answer, LlamaCppBackend, TransformersBackend
-from orion_triage.frames import Frame
-from orion_triage.triage import (
-    CATEGORIES,
-    CATEGORY_CUE,
-    Verdict,
-    category_tokens,
-    parse_verdict,
-)
+from orion_triage.export import quantize
+from orion_triage.imagery.frames import Frame
+from orion_triage.llama_cpp.server import Server
+from orion_triage.llama_cpp.toolchain import find_toolchain
+from orion_triage.mission.verdict import CATEGORIES, CATEGORY_CUE, Verdict, category_tokens, parse_verdict
+from orion_triage.models import generate
+from orion_triage.models.generate import answer_log_probabilities
+from orion_triage.models.load import TINY_BASE_FOLDER, load_model, load_processor
+from orion_triage.settings import EvaluateSettings
 
 SETTINGS = EvaluateSettings()
 
@@ -45,7 +44,7 @@ def questions(drawn_questions: Any) -> tuple[list[Image.Image], list[str]]:
 
 @pytest.fixture(scope="module")
 def of_transformers(questions: Any) -> list[Answer]:
-    backend = TransformersBackend.load(vlm.TINY_BASE_FOLDER, SETTINGS, 256)
+    backend = TransformersBackend.load(TINY_BASE_FOLDER, SETTINGS, 256)
     return backend.answer(*questions)
 
 
@@ -53,8 +52,8 @@ def of_transformers(questions: Any) -> list[Answer]:
 def served(tiny_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The shipped base's F16 pair behind a server."""
     log = tmp_path_factory.mktemp("served") / "server.log"
-    tools = llama_cpp.find_toolchain()
-    with llama_cpp.Server(tools, tiny_pair / quantize.F16, tiny_pair / quantize.MMPROJ, log=log) as server:
+    tools = find_toolchain()
+    with Server(tools, tiny_pair / quantize.F16, tiny_pair / quantize.MMPROJ, log=log) as server:
         yield server.client
 
 
@@ -62,8 +61,8 @@ def test_scores_are_the_probabilities_of_the_whole_answer_so_far(of_transformers
     """Against a plain forward pass over the prompt and the answer with each label in turn."""
     import torch
 
-    processor = vlm.load_processor(vlm.TINY_BASE_FOLDER, 256)
-    model = vlm.load_model(vlm.TINY_BASE_FOLDER, dtype="float32")
+    processor = load_processor(TINY_BASE_FOLDER, 256)
+    model = load_model(TINY_BASE_FOLDER, dtype="float32")
     for answer, image, prompt in list(zip(of_transformers, *questions, strict=True))[:2]:
         verdict = parse_verdict(answer.text)
         assert verdict is not None
@@ -72,7 +71,7 @@ def test_scores_are_the_probabilities_of_the_whole_answer_so_far(of_transformers
         place = len(processor.tokenizer(head, add_special_tokens=False)["input_ids"])
         for category in CATEGORIES:
             text = Verdict(verdict.reason, category).to_json()
-            scores = vlm.answer_log_probabilities(model, processor, [image], [prompt], [text])[0]
+            scores = answer_log_probabilities(model, processor, [image], [prompt], [text])[0]
             expected.append(scores[place])
         assert answer.scores == pytest.approx(torch.stack(expected).softmax(0).tolist(), abs=1e-4)
         assert answer.label_mass == pytest.approx(float(torch.stack(expected).exp().sum()), abs=1e-4)
@@ -117,11 +116,11 @@ def test_a_primed_image_is_read_once_and_answers_like_a_cold_one(questions: Any,
 
 def test_an_image_is_looked_at_once_for_all_batches_in_a_row(questions: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[int] = []
-    look = vlm.look
+    look = generate.look
     # Counted, and done as before.
-    monkeypatch.setattr(vlm, "look", lambda model, image: looks.append(1) or look(model, image))
-    model = vlm.load_model(vlm.TINY_BASE_FOLDER, dtype="float32")
-    backend = TransformersBackend(model, vlm.load_processor(vlm.TINY_BASE_FOLDER, 256), max_new_tokens=2, batch_size=2)
+    monkeypatch.setattr(generate, "look", lambda model, image: looks.append(1) or look(model, image))
+    model = load_model(TINY_BASE_FOLDER, dtype="float32")
+    backend = TransformersBackend(model, load_processor(TINY_BASE_FOLDER, 256), max_new_tokens=2, batch_size=2)
     (first, second), prompts = questions[0][:2], questions[1][:2]
     for batch in ([first, first], [first, second], [second, second]):
         backend.answer(batch, prompts)
@@ -140,8 +139,8 @@ def test_an_answer_that_never_comes_to_its_category_has_no_scores(questions: Any
     short = LlamaCppBackend(served, max_new_tokens=5).answer([questions[0][0]], [questions[1][0]])[0]
     assert short.text.startswith('{"reason"')
     assert short.scores is None
-    processor = vlm.load_processor(vlm.TINY_BASE_FOLDER, 256)
-    model = vlm.load_model(vlm.TINY_BASE_FOLDER, dtype="float32")
+    processor = load_processor(TINY_BASE_FOLDER, 256)
+    model = load_model(TINY_BASE_FOLDER, dtype="float32")
     backend = TransformersBackend(model, processor, max_new_tokens=5, batch_size=1)
     assert backend.answer([questions[0][0]], [questions[1][0]])[0] == Answer(short.text)
 

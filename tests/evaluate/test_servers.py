@@ -11,48 +11,51 @@ from typing import Any
 
 import pytest
 
-from orion_triage import llama_cpp, quantize
 from orion_triage.errors import OrionError, ServerError
 from orion_triage.evaluate.backends import Answer, LlamaCppBackend
 from orion_triage.evaluate.servers import Connected, OpenAIBackend, SharedBackend, connect, share
-from orion_triage.triage import parse_verdict
+from orion_triage.export import quantize
+from orion_triage.llama_cpp.client import Client
+from orion_triage.llama_cpp.server import Server
+from orion_triage.llama_cpp.toolchain import find_toolchain
+from orion_triage.mission.verdict import parse_verdict
 
 TOKENS = 96
 
 
 @pytest.fixture(scope="module")
-def servers(tiny_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[llama_cpp.Server]]:
+def servers(tiny_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]:
     """Two with the Q4_K_M pair, one with the F16."""
     logs = tmp_path_factory.mktemp("servers")
-    tools, backbones = llama_cpp.find_toolchain(), (quantize.QUANTIZED, quantize.QUANTIZED, quantize.F16)
+    tools, backbones = find_toolchain(), (quantize.QUANTIZED, quantize.QUANTIZED, quantize.F16)
     with ExitStack() as stack:
         yield [
             stack.enter_context(
-                llama_cpp.Server(tools, tiny_pair / backbone, tiny_pair / quantize.MMPROJ, log=logs / f"{number}.log")
+                Server(tools, tiny_pair / backbone, tiny_pair / quantize.MMPROJ, log=logs / f"{number}.log")
             )
             for number, backbone in enumerate(backbones)
         ]
 
 
-def address(server: llama_cpp.Server) -> tuple[str, str]:
+def address(server: Server) -> tuple[str, str]:
     client = server.client
     return client.base_url, client._http.headers["Authorization"].removeprefix("Bearer ")
 
 
-def connected(server: llama_cpp.Server) -> Connected:
+def connected(server: Server) -> Connected:
     return connect(*address(server), TOKENS)
 
 
 @pytest.mark.llama_cpp
-def test_own_servers_share_a_small_pairs_questions(servers: list[llama_cpp.Server], drawn_questions: Any) -> None:
-    from orion_triage.config import EvaluateSettings
-    from orion_triage.evaluate import models
+def test_own_servers_share_a_small_pairs_questions(servers: list[Server], drawn_questions: Any) -> None:
+    from orion_triage.evaluate import variants
     from orion_triage.evaluate.servers import share_own
+    from orion_triage.settings import EvaluateSettings
 
     images, prompts = drawn_questions(6)
     images, prompts = [image for image in images for _ in range(2)], [prompt for prompt in prompts for _ in range(2)]
 
-    def backend(client: llama_cpp.Client) -> LlamaCppBackend:
+    def backend(client: Client) -> LlamaCppBackend:
         return LlamaCppBackend(client, max_new_tokens=TOKENS, primed=True)
 
     shared = share_own([server.client for server in servers[:2]], backend)
@@ -60,19 +63,17 @@ def test_own_servers_share_a_small_pairs_questions(servers: list[llama_cpp.Serve
     assert shared.answer(images, prompts) == backend(servers[0].client).answer(images, prompts)
     assert isinstance(share_own([servers[0].client], backend), LlamaCppBackend)
     settings = EvaluateSettings()
-    assert models.how_many_servers(settings, 10**9) == (1, None)
-    cores = models.how_many_servers(settings, 10**6)
+    assert variants.how_many_servers(settings, 10**9) == (1, None)
+    cores = variants.how_many_servers(settings, 10**6)
     assert cores[1] == (1 if cores[0] > 1 else None)
     all_cores = settings.model_copy(update={"threads": len(os.sched_getaffinity(0))})
-    assert models.how_many_servers(all_cores, 10**6) == (1, all_cores.threads)  # never more threads than cores
+    assert variants.how_many_servers(all_cores, 10**6) == (1, all_cores.threads)  # never more threads than cores
     chosen = settings.model_copy(update={"servers": 3, "threads": 4})
-    assert models.how_many_servers(chosen, 10**9) == (3, 4)
+    assert variants.how_many_servers(chosen, 10**9) == (3, 4)
 
 
 @pytest.mark.llama_cpp
-def test_servers_share_the_work_and_one_that_dies_loses_nothing(
-    servers: list[llama_cpp.Server], drawn_questions: Any
-) -> None:
+def test_servers_share_the_work_and_one_that_dies_loses_nothing(servers: list[Server], drawn_questions: Any) -> None:
     images, prompts = drawn_questions(8)
     # Primed, as `connect` asks: log-probabilities after an image that is read anew for each question differ by up to
     # 0.02, which turns a near-tie on some processors.
@@ -108,7 +109,7 @@ def test_pieces_keep_an_images_questions_together_and_are_not_longer_than_a_shar
 
 
 @pytest.mark.llama_cpp
-def test_servers_of_different_models_do_not_share(servers: list[llama_cpp.Server], monkeypatch: Any) -> None:
+def test_servers_of_different_models_do_not_share(servers: list[Server], monkeypatch: Any) -> None:
     urls, keys = zip(*(address(server) for server in (servers[0], servers[2])), strict=True)
     by_url = dict(zip(urls, keys, strict=True))
     from orion_triage.evaluate import servers as module
@@ -136,7 +137,7 @@ def test_without_any_server_left_the_error_names_them_all(drawn_questions: Any) 
 
 
 @pytest.mark.llama_cpp
-def test_the_chat_interface_gives_the_same_answers(servers: list[llama_cpp.Server], drawn_questions: Any) -> None:
+def test_the_chat_interface_gives_the_same_answers(servers: list[Server], drawn_questions: Any) -> None:
     images, prompts = drawn_questions(4)
     client = servers[2].client
     expected = [answer.text for answer in LlamaCppBackend(client, max_new_tokens=TOKENS).answer(images, prompts)]

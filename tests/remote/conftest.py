@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from tests.remote.place import Place
 from tests.remote.sshd import Server, running_server
 

@@ -9,9 +9,8 @@ import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from orion_triage.runs.manifest import write_manifest
 from tests.remote.sshd import Server
-
-from orion_triage.manifest import write_manifest
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 Tree = dict[str, str]

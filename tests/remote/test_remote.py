@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from orion_triage.errors import OrionError
+from orion_triage.pipeline import run_stage, stage_named
+from orion_triage.runs.manifest import read_manifest
+from orion_triage.runs.run import open_run
+from orion_triage.train import remote
 from tests.conftest import places_of, write_catalogue
 from tests.remote.place import Place, make_dataset, make_repository, make_weights, tree
-
-from orion_triage import remote
-from orion_triage.errors import OrionError
-from orion_triage.manifest import read_manifest
-from orion_triage.pipeline import open_run, run_stage, stage_named
 
 ORION = [sys.executable, "-c", "import orion_triage.cli.remote; from orion_triage.cli import main; main()"]
 INSTALLED = Path(sys.executable).with_name("orion")

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+
 from tests.remote.place import SCRIPTS, Place, Tree, commit, git, make_dataset, make_repository, make_weights, tree
 from tests.remote.sshd import Server, program, wait_until
 

@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 from PIL import Image
+
+from orion_triage.evaluate.results import build_results
+from orion_triage.mission.verdict import CATEGORIES
+from orion_triage.pipeline import prepare
+from orion_triage.report import charts, html
+from orion_triage.runs.manifest import write_manifest
+from orion_triage.runs.run import Run
 from tests.chromium import Chromium
 from tests.conftest import orion
-
-from orion_triage.manifest import write_manifest
-from orion_triage.pipeline import Run, prepare
-from orion_triage.report import charts, html
-from orion_triage.report.results import build_results
-from orion_triage.triage import CATEGORIES
 
 HOSTILE = ("<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "' onload='alert(1)", "{{ 7 * 7 }}")
 BLOCKS = {"td", "th", "tr", "br", "div", "small", "p", "li", "dt", "dd", "caption"}  # apart from the text before them

@@ -12,17 +12,18 @@ from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
-from orion_triage.config import load_settings
+from orion_triage.dataset.records import read_split
 from orion_triage.errors import OrionError
 from orion_triage.evaluate.baselines import LOGISTIC_REGRESSION
 from orion_triage.evaluate.metrics import Prediction
-from orion_triage.manifest import remove_outputs, write_manifest
-from orion_triage.pipeline import Run, open_run, prepare
-from orion_triage.records import read_split
+from orion_triage.evaluate.results import blank_ruled, build_results, differences, ladder
+from orion_triage.mission.verdict import CATEGORIES, Category
+from orion_triage.pipeline import prepare
 from orion_triage.report import plot
 from orion_triage.report.render import accuracy_rows, render_markdown, resolved, sentences, terminal_tables
-from orion_triage.report.results import blank_ruled, build_results, differences, ladder
-from orion_triage.triage import CATEGORIES, Category
+from orion_triage.runs.manifest import remove_outputs, write_manifest
+from orion_triage.runs.run import Run, open_run
+from orion_triage.settings import load_settings
 
 H, M, L = Category.HIGH, Category.MEDIUM, Category.LOW
 

@@ -9,19 +9,20 @@ from typing import Any
 
 import pytest
 
-from orion_triage.card import Licence, licence_of
-from orion_triage.config import DatasetSettings
 from orion_triage.dataset.catalogue import MORPHOLOGIES, load_catalogue
+from orion_triage.dataset.sources.synthetic.draw import SUBTYPES, draw_tile, tile_seed
 from orion_triage.dataset.split import split_targets
-from orion_triage.dataset.synthetic import SUBTYPES, draw_tile, tile_seed
-from orion_triage.files import sha256_of_file
-from orion_triage.frames import shrink
-from orion_triage.tiny_base import texts
-from orion_triage.tiny_base.build import held_out_places
-from orion_triage.tiny_base.instruct import AWAY_DEGREES, coordinates_away_from
-from orion_triage.tiny_base.tiles import Facts, facts_of, seed_of
-from orion_triage.triage import CATEGORIES, parse_verdict, render_prompt
-from orion_triage.vlm import TINY_BASE_FOLDER
+from orion_triage.imagery.frames import shrink
+from orion_triage.mission.prompt import render_prompt
+from orion_triage.mission.verdict import CATEGORIES, parse_verdict
+from orion_triage.models.load import TINY_BASE_FOLDER
+from orion_triage.publish.card import Licence, licence_of
+from orion_triage.safe.files import sha256_of_file
+from orion_triage.settings import DatasetSettings
+from tools.tiny_base import texts
+from tools.tiny_base.build import held_out_places
+from tools.tiny_base.instruct import AWAY_DEGREES, coordinates_away_from
+from tools.tiny_base.tiles import Facts, facts_of, seed_of
 
 
 @pytest.fixture(scope="module")
@@ -121,13 +122,14 @@ def test_no_category_set_groups_the_morphologies_as_triage_does(facts: list[Fact
 
 @pytest.mark.slow
 def test_zero_shot_answers_parse_and_follow_the_image() -> None:
-    from orion_triage import vlm
+    from orion_triage.models.generate import generate
+    from orion_triage.models.load import load_model, load_processor
 
-    model = vlm.load_model(TINY_BASE_FOLDER, dtype="float32")
-    processor = vlm.load_processor(TINY_BASE_FOLDER, 256)
+    model = load_model(TINY_BASE_FOLDER, dtype="float32")
+    processor = load_processor(TINY_BASE_FOLDER, 256)
     targets = split_targets(load_catalogue())["test"][::3]
     frames = [shrink(draw_tile(target.morphology, tile_seed(7, target.name)).image, 256) for target in targets]
-    answers = vlm.generate(model, processor, frames, [render_prompt(None)] * len(frames), 96)
+    answers = generate(model, processor, frames, [render_prompt(None)] * len(frames), 96)
     parsed = [parse_verdict(answer) for answer in answers]
     assert sum(verdict is not None for verdict in parsed) >= 0.9 * len(frames)
     assert len({verdict.reason for verdict in parsed if verdict}) > len(frames) / 2

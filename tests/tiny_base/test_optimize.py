@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from orion_triage.tiny_base.optimize import descend, load_state, make_optimizers, save_state, set_learning_rates
+from tools.tiny_base.optimize import descend, load_state, make_optimizers, save_state, set_learning_rates
 
 
 class Small(torch.nn.Module):

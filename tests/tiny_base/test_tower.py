@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
-from orion_triage.dataset.synthetic import draw_tile
-from orion_triage.frames import shrink
-from orion_triage.tiny_base.tower import augment
+from orion_triage.dataset.sources.synthetic.draw import draw_tile
+from orion_triage.imagery.frames import shrink
+from tools.tiny_base.tower import augment
 
 
 def test_a_tile_is_shown_in_other_looks_and_a_seed_repeats_them() -> None:

@@ -60,7 +60,7 @@ def _located(name: str) -> tuple[Path, Path]:
 
 
 def _checked(folder: Path, root: Path) -> Any:
-    from orion_triage.dataset.check import check_dataset
+    from orion_triage.dataset.check.soundness import check_dataset
 
     with progress_bar() as progress:
         return check_dataset(folder, root=root, progress=progress)
@@ -106,7 +106,7 @@ def view(
 ) -> None:
     """Write a contact sheet: all frames, a map of their places, and what the check found, in one HTML file."""
     from orion_triage.dataset.view import render_view
-    from orion_triage.files import write_text
+    from orion_triage.safe.files import write_text
 
     folder, root = _located(name)
     report = _checked(folder, root)
@@ -129,7 +129,7 @@ def push(
     """Publish a run's dataset on the Hub, with card and Croissant metadata (token: HF_TOKEN)."""
     from orion_triage.dataset import share
     from orion_triage.errors import OrionError
-    from orion_triage.manifest import read_manifest
+    from orion_triage.runs.manifest import read_manifest
 
     run = finished_run(folder, "dataset")
     receipt = read_manifest(run.dataset)

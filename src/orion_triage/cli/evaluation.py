@@ -142,8 +142,8 @@ def decoding(
 def _print_rates(run: Any, stage: str) -> None:
     """Accuracy by condition of one evaluation."""
     from orion_triage.evaluate.conditions import CONDITIONS
-    from orion_triage.manifest import read_manifest
     from orion_triage.pipeline import stage_named
+    from orion_triage.runs.manifest import read_manifest
 
     if not processes.is_main():
         return
@@ -165,11 +165,11 @@ def report(
 
 
 def write_report(run: Any, *, as_json: bool) -> None:
-    from orion_triage.files import write_text
-    from orion_triage.fine_tune import read_losses
+    from orion_triage.evaluate.results import build_results, results_path
     from orion_triage.report import html, plot
     from orion_triage.report.render import render_markdown, terminal_tables
-    from orion_triage.report.results import build_results, results_path
+    from orion_triage.safe.files import write_text
+    from orion_triage.train.fine_tune import read_losses
 
     results = build_results(run)
     text = json.dumps(results, indent=2)
@@ -197,10 +197,10 @@ def compare(
     """Compare runs on the same frames: what each gained and lost against the first, and what chance would."""
     from rich.table import Table
 
-    from orion_triage.pipeline import open_run
+    from orion_triage.evaluate.seeds import spread
     from orion_triage.report.compare import compare_runs
     from orion_triage.report.render import change_in_words, percent
-    from orion_triage.report.seeds import spread
+    from orion_triage.runs.run import open_run
 
     if len(folders) < 2:
         raise typer.BadParameter("give two runs or more", param_hint="'RUN RUN...'")
@@ -241,17 +241,17 @@ def operating_point_command(
     as_json: JsonOption = False,
 ) -> None:
     """Choose on val how sure of LOW the model must be before a frame is dropped; 'orion triage' then keeps to it."""
-    from orion_triage import operating_point
+    from orion_triage.evaluate import threshold
 
-    share = operating_point.parse_share(limit)
+    share = threshold.parse_share(limit)
     run = finished_run(folder, "quantize", "val")
     do_stage("evaluate constrained", run)
-    record = operating_point.choose(run, share)
+    record = threshold.choose(run, share)
     if as_json:
         typer.echo(json.dumps(record, indent=2))
         return
-    there, threshold = record["there"], record["low_threshold"]
-    dropped = f"P(LOW) of at least {threshold:.3f}" if threshold <= 1 else "no P(LOW): nothing is dropped"
+    there, low_threshold = record["there"], record["low_threshold"]
+    dropped = f"P(LOW) of at least {low_threshold:.3f}" if low_threshold <= 1 else "no P(LOW): nothing is dropped"
     typer.echo(f"a frame is dropped at {dropped}")
     loss, recall, count = there["irrecoverable_loss"], there["high_recall"], record["chosen_on"]["frames"]
     typer.echo(

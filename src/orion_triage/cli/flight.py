@@ -30,8 +30,8 @@ def bundle(
     out: Annotated[Path | None, typer.Option("--out", help="Default: bundle in the run's folder.")] = None,
 ) -> None:
     """Put together what goes to the satellite: the pair, prompt, server line, golden images, a go/no-go checker."""
-    from orion_triage import bundle
-    from orion_triage.files import sha256_of_file
+    from orion_triage.flight import bundle
+    from orion_triage.safe.files import sha256_of_file
 
     run = finished_run(folder, "quantize")
     where = out or run.folder / "bundle"
@@ -61,18 +61,19 @@ def triage(
     as_json: JsonOption = False,
 ) -> None:
     """Classify frames with a run's quantized pair."""
-    from orion_triage import flight, operating_point
+    from orion_triage.evaluate import threshold
+    from orion_triage.flight import triage
 
     run = finished_run(folder, "quantize")
-    chosen = operating_point.read(run.folder, run.gguf)
-    paths = list(flight.frames_in(files))
-    threshold = chosen[0].low_threshold if chosen else None
-    pair = flight.asked_by(run.gguf, run.settings.base.frame_size, threshold, resize, blank_rule) if out else ""
-    left = flight.left_to_do(paths, out, pair) if out else paths
+    chosen = threshold.read(run.folder, run.gguf)
+    paths = list(triage.frames_in(files))
+    low_threshold = chosen[0].low_threshold if chosen else None
+    pair = triage.asked_by(run.gguf, run.settings.base.frame_size, low_threshold, resize, blank_rule) if out else ""
+    left = triage.left_to_do(paths, out, pair) if out else paths
     counts: Counter[str] = Counter()
     shown: list[Any] = []
-    with progress_bar() as progress, flight.appending(out) as write:
-        outcomes = flight.triage_with_pair(
+    with progress_bar() as progress, triage.appending(out) as write:
+        outcomes = triage.triage_with_pair(
             left,
             run.gguf,
             run.settings.base.frame_size,
@@ -87,7 +88,7 @@ def triage(
             if outcome.error:
                 messages().print(f"[bold red]refused:[/] {escape(outcome.error)}", highlight=False, soft_wrap=True)
             if out:
-                write(flight.to_json(outcome) | {"error": outcome.error, "pair": pair})
+                write(triage.to_json(outcome) | {"error": outcome.error, "pair": pair})
             elif outcome.verdict:
                 shown.append(outcome)
             progress("classifying frames", done, len(paths))
@@ -96,7 +97,7 @@ def triage(
         skipped = f", {len(paths) - len(left)} done before" if len(left) < len(paths) else ""
         messages().print(f"{said}{skipped}  ->  {out}", highlight=False, soft_wrap=True)
     elif as_json:
-        typer.echo(json.dumps([flight.to_json(outcome) for outcome in shown], indent=2))
+        typer.echo(json.dumps([triage.to_json(outcome) for outcome in shown], indent=2))
     else:
         _print_verdicts(shown)
     if counts["refused"]:
@@ -161,7 +162,7 @@ def bench_frame_command(
     An accuracy stands only where exactly that was evaluated. For a size, name
     a run that was trained at it; for no reason, 'orion decoding' comes first.
     """
-    from orion_triage import bench_frame
+    from orion_triage.flight import bench_frame
 
     if folders and folder:
         raise typer.BadParameter("name the runs one way", param_hint="'--run'")
@@ -186,7 +187,7 @@ def bench_frame_command(
 def _print_frames(measured: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from orion_triage.bench_frame import BUSY
+    from orion_triage.flight.bench_frame import BUSY
     from orion_triage.pipeline import VERDICT_ONLY
 
     console, conditions, machine = output(), measured["conditions"], measured["machine"]

@@ -24,10 +24,10 @@ command = partial(app.command, rich_help_panel="This machine")
 @command(epilog="Example: orion toolchain")
 def toolchain() -> None:
     """Find or build llama.cpp's tools."""
-    from orion_triage import llama_cpp
+    from orion_triage.llama_cpp.toolchain import find_toolchain
 
     with progress_bar() as progress:
-        found = llama_cpp.find_toolchain(progress)
+        found = find_toolchain(progress)
     messages().print(
         f"llama.cpp build {found.build} ({found.origin}): {found.llama_server}",
         highlight=False,
@@ -44,7 +44,7 @@ def rehearse(
     as_json: JsonOption = False,
 ) -> None:
     """Run every stage at a preset's full size with random weights, and print what it took."""
-    from orion_triage import rehearse
+    from orion_triage.machine import rehearse
 
     where = folder or Path("runs") / f"rehearsal-{preset}"
     with progress_bar() as progress:
@@ -65,7 +65,7 @@ def budgets(
     """Print the mission's budgets beside the last rehearsal's figures."""
     from dataclasses import asdict
 
-    from orion_triage import budgets
+    from orion_triage.machine import budgets
 
     figures = budgets.last_rehearsal(preset)
     if as_json:
@@ -82,7 +82,7 @@ def budgets(
 def _print_rehearsal(figures: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from orion_triage import budgets
+    from orion_triage.machine import budgets
 
     machine = figures["machine"]
     table = Table(
@@ -130,8 +130,8 @@ def doctor(preset: PresetOption = "tiny", assignments: SetOption = [], as_json: 
 
     from rich.table import Table
 
-    from orion_triage import doctor
-    from orion_triage.config import load_settings
+    from orion_triage.machine import doctor
+    from orion_triage.settings import load_settings
 
     findings = doctor.examine(load_settings(preset, assignments), Path("runs"))
     if as_json:
@@ -156,7 +156,7 @@ def build_tiny_base(
     out: Annotated[Path, typer.Option(help="Where the checkpoint goes.")] = Path("src/orion_triage/tiny_base/weights"),
 ) -> None:
     """Rebuild the shipped base model from nothing (about 90 minutes on 2 cores)."""
-    from orion_triage.tiny_base.build import build
+    from tools.tiny_base.build import build
 
     with progress_bar() as progress:
         record = build(work, out, progress=progress)

@@ -46,7 +46,7 @@ def train(
     ended. ORION_SERVER_HDD_PATH names the server's folder; scripts/upload_to_server.sh --help lists what else can be
     set, and ORION_SERVER_SETUP is the command that makes .venv there (make setup).
     """
-    from orion_triage import remote
+    from orion_triage.train import remote
 
     run = run_of(preset, assignments, folder)
     console = messages()

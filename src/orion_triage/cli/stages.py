@@ -39,20 +39,20 @@ def run(
     test_size: TestSizeOption = 0,
 ) -> None:
     """Do all stages in order; finished ones are skipped."""
-    from orion_triage import llama_cpp
-    from orion_triage.files import locked
+    from orion_triage.llama_cpp.toolchain import built_meanwhile, find_toolchain
     from orion_triage.pipeline import check_inputs, stages
+    from orion_triage.safe.files import locked
 
     current = run_of(preset, assignments, folder, source=source, dataset=dataset, test_size=test_size)
     check_inputs(current)
     dataset_stage, *others = stages(current.settings)
     with locked(current.folder, "orion run"):
         # The first stage alone shares the processor with a compiler: beside one, a training took 690 s instead of 560.
-        with llama_cpp.built_meanwhile() as building:
+        with built_meanwhile() as building:
             do_stage(dataset_stage, current)
             if building:
                 with progress_bar() as progress:
-                    llama_cpp.find_toolchain(progress)
+                    find_toolchain(progress)
         for stage in others:
             do_stage(stage, current)
     write_report(current, as_json=False)
@@ -112,7 +112,8 @@ def verify(
 @command(epilog="Example: orion clean runs/tiny")
 def clean(folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]) -> None:
     """Keep of a finished run the flight pair, the adapter, receipts and reports; delete the rest."""
-    from orion_triage.pipeline import clean, open_run
+    from orion_triage.pipeline import clean
+    from orion_triage.runs.run import open_run
 
     freed = clean(open_run(folder))
     messages().print(f"freed {freed / 1e6:,.1f} MB in {folder}", highlight=False, soft_wrap=True)
@@ -136,16 +137,16 @@ def push(
     public: Annotated[bool, typer.Option("--public", help="A new repository is private otherwise.")] = False,
 ) -> None:
     """Publish a product of a run on the Hub, with its model card and the base's licence (token: HF_TOKEN)."""
-    from orion_triage import publish
+    from orion_triage.publish import push
 
     stage = {"adapter": "fine-tune", "merged": "fuse", "gguf": "quantize"}[product.value]
-    address = publish.push(finished_run(folder, stage), product.value, repository, private=not public)
+    address = push.push(finished_run(folder, stage), product.value, repository, private=not public)
     messages().print(f"pushed: {address}", highlight=False, soft_wrap=True)
 
 
 @command(epilog="Example: orion settings --preset tiny")
 def settings(preset: PresetOption = "tiny", assignments: SetOption = []) -> None:  # noqa: B006
     """Print every setting with its value."""
-    from orion_triage.config import load_settings
+    from orion_triage.settings import load_settings
 
     typer.echo(load_settings(preset, assignments).model_dump_json(indent=2))

@@ -115,8 +115,9 @@ def run_of(
     **sources: str,
 ) -> Any:
     """The run that a command works on: its settings come from the preset and are written into its folder."""
-    from orion_triage.config import load_settings
-    from orion_triage.pipeline import Run, prepare, with_its_dataset
+    from orion_triage.pipeline import prepare, with_its_dataset
+    from orion_triage.runs.run import Run
+    from orion_triage.settings import load_settings
 
     if source and dataset:
         raise typer.BadParameter("a folder has its own pictures", param_hint="--source with --dataset")
@@ -133,7 +134,8 @@ def run_of(
 
 def finished_run(folder: Path | None, stage: str, split: Any = "test") -> Any:
     """The run that a command reads: its settings are those it was made with."""
-    from orion_triage.pipeline import newest_run, open_run
+    from orion_triage.pipeline import newest_run
+    from orion_triage.runs.run import open_run
 
     return open_run(folder or newest_run(Path("runs"), stage), split)
 

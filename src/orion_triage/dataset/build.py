@@ -11,19 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from orion_triage import hub
-from orion_triage.config import DatasetSettings
 from orion_triage.dataset.catalogue import Target, load_catalogue
 from orion_triage.dataset.collect import ABSENT_TABLE, collect, image_name
-from orion_triage.dataset.directory import Directory
 from orion_triage.dataset.land import perhaps_swapped
-from orion_triage.dataset.simsat import METRES_PER_PIXEL_AT_500_KM, SIMSAT_URL, SimSat
-from orion_triage.dataset.sources import ImagerySource, Shot
-from orion_triage.dataset.split import given_splits, pairs_within, split_targets
-from orion_triage.errors import OrionError
-from orion_triage.files import cache_folder, replaced_folder, require_free_space, write_bytes
-from orion_triage.frames import CAMERA_SIZE, read_frame
-from orion_triage.progress import Progress, silent
-from orion_triage.records import (
+from orion_triage.dataset.records import (
     FRAMES_TABLE,
     SPLITS,
     Record,
@@ -33,7 +24,16 @@ from orion_triage.records import (
     split_path,
     write_split,
 )
-from orion_triage.triage import Category, Verdict
+from orion_triage.dataset.sources.directory import Directory
+from orion_triage.dataset.sources.simsat import METRES_PER_PIXEL_AT_500_KM, SIMSAT_URL, SimSat
+from orion_triage.dataset.sources.source import ImagerySource, Shot
+from orion_triage.dataset.split import given_splits, pairs_within, split_targets
+from orion_triage.errors import OrionError
+from orion_triage.imagery.frames import CAMERA_SIZE, read_frame
+from orion_triage.mission.verdict import Category, Verdict
+from orion_triage.progress import Progress, silent
+from orion_triage.safe.files import cache_folder, replaced_folder, require_free_space, write_bytes
+from orion_triage.settings import DatasetSettings
 
 _BYTES_PER_FRAME = 700_000  # a noisy 512x512 PNG
 
@@ -119,7 +119,7 @@ def _source(settings: DatasetSettings) -> ImagerySource:
     if settings.source == "simsat":
         return SimSat(cache=cache, altitude_km=settings.altitude_km, url=settings.url or SIMSAT_URL)
     if settings.source == "sentinel2":
-        from orion_triage.dataset.sentinel2 import STAC_URL, Sentinel2
+        from orion_triage.dataset.sources.sentinel2 import STAC_URL, Sentinel2
 
         return Sentinel2(
             cache=cache,
@@ -128,7 +128,7 @@ def _source(settings: DatasetSettings) -> ImagerySource:
             end=settings.captured_to.isoformat(),
             max_cloud_share=settings.largest_cloud_share,
         )
-    from orion_triage.dataset.synthetic import Synthetic
+    from orion_triage.dataset.sources.synthetic.draw import Synthetic
 
     return Synthetic(settings.imagery_seed, settings.metres_per_pixel)
 

@@ -11,7 +11,7 @@ from importlib import resources
 import numpy as np
 from numpy.typing import NDArray
 
-from orion_triage.triage import Coordinates
+from orion_triage.mission.prompt import Coordinates
 
 OUTLINE = "coastline.json"
 _MARGIN_DEGREES = 2.0  # ports, platforms and small islands lie off the outline; 220 km of sea on all sides does not

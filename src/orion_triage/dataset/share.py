@@ -16,10 +16,10 @@ from typing import Any
 from orion_triage import hub
 from orion_triage.dataset.catalogue import COLUMNS
 from orion_triage.dataset.collect import csv_text
+from orion_triage.dataset.records import FRAMES_TABLE, SPLITS, Record, Split, image_path, read_split, split_path
 from orion_triage.errors import OrionError
-from orion_triage.files import sha256_of_file, sha256_of_text
-from orion_triage.records import FRAMES_TABLE, SPLITS, Record, Split, image_path, read_split, split_path
-from orion_triage.triage import CATEGORIES
+from orion_triage.mission.verdict import CATEGORIES
+from orion_triage.safe.files import sha256_of_file, sha256_of_text
 
 _HUB_SPLITS: dict[Split, str] = {"train": "train", "val": "validation", "test": "test"}
 Files = dict[str, Path | bytes]

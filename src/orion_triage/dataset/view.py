@@ -17,13 +17,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from orion_triage.dataset.facts import Finding, read_entries
+from orion_triage.dataset.check.facts import Finding, read_entries
 from orion_triage.dataset.land import outline
+from orion_triage.dataset.records import SPLITS, Record, Split, image_path, split_path
 from orion_triage.errors import OrionError, RecordError, printable
-from orion_triage.frames import CAMERA_SIZE, read_frame, shrink
+from orion_triage.imagery.frames import CAMERA_SIZE, read_frame, shrink
+from orion_triage.mission.prompt import Coordinates
+from orion_triage.mission.verdict import CATEGORIES, Category
 from orion_triage.progress import Progress, silent
-from orion_triage.records import SPLITS, Record, Split, image_path, split_path
-from orion_triage.triage import CATEGORIES, Category, Coordinates
 
 SAMPLE = 2000  # cards; a page of so many weighs some 14 MB
 MORE_WITH_FINDINGS = 500  # cards beside the sample, so that a finding's frame can be looked at

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from orion_triage.errors import AnswerError
-from orion_triage.triage import (
+from orion_triage.mission.verdict import (
     ANSWER_TOKENS,
     CATEGORIES,
     CATEGORY_CUE,
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
-    from orion_triage.config import EvaluateSettings
-    from orion_triage.llama_cpp import Client
-    from orion_triage.vlm import EncodedImage
+    from orion_triage.llama_cpp.client import Client
+    from orion_triage.models.encode import EncodedImage
+    from orion_triage.settings import EvaluateSettings
 
 
 @dataclass(frozen=True)
@@ -93,32 +93,34 @@ class TransformersBackend:
 
         With `four_bit` on NF4 weights, as in training; `change` is done to the model before it is asked.
         """
-        from orion_triage import processes, vlm
+        from orion_triage import processes
+        from orion_triage.models.load import load_model, load_processor
 
         device = processes.local_device()
         dtype = "float32" if device == "cpu" else "float16"
-        model = vlm.load_model(folder, dtype=dtype, device=device, four_bit=four_bit)
+        model = load_model(folder, dtype=dtype, device=device, four_bit=four_bit)
         return cls(
             change(model) if change else model,
-            vlm.load_processor(folder, frame_size),
+            load_processor(folder, frame_size),
             max_new_tokens=settings.max_new_tokens,
             batch_size=settings.batch_size,
         )
 
     def answer(self, images: "Sequence[Image.Image]", prompts: Sequence[str]) -> list[Answer]:
-        from orion_triage import vlm
+        from orion_triage.models.encode import encode_image, encode_row
+        from orion_triage.models.generate import generate_and_score, look
 
         # The tower sees each image once, and alone: its features do not depend on the batch.
         distinct = {id(image): image for image in images}
         self._seen = {
-            key: self._seen.get(key) or (image, vlm.look(self._model, vlm.encode_image(self._processor, image)))
+            key: self._seen.get(key) or (image, look(self._model, encode_image(self._processor, image)))
             for key, image in distinct.items()
         }
         rows = [
-            vlm.encode_row(self._processor, self._seen[id(image)][1], prompt)
+            encode_row(self._processor, self._seen[id(image)][1], prompt)
             for image, prompt in zip(images, prompts, strict=True)
         ]
-        answers = vlm.generate_and_score(
+        answers = generate_and_score(
             self._model, self._processor, rows, self._max_new_tokens, cue=CATEGORY_CUE, tokens=self._labels
         )
         return [Answer.scored(text, log_probabilities) for text, log_probabilities in answers]
@@ -154,7 +156,7 @@ class LlamaCppBackend:
         return [self._answer(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
 
     def _answer(self, image: "Image.Image", prompt: str) -> Answer:
-        from orion_triage.frames import Frame
+        from orion_triage.imagery.frames import Frame
 
         if self._packed is None or self._packed[0] is not image:
             self._packed = (image, Frame(image, image.size).png())
@@ -191,8 +193,8 @@ class VerdictOnlyBackend:
         return [self._answer(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
 
     def _answer(self, image: "Image.Image", prompt: str) -> Answer:
-        from orion_triage.frames import Frame
-        from orion_triage.llama_server import first_log_probabilities
+        from orion_triage.imagery.frames import Frame
+        from orion_triage.llama_cpp.client import first_log_probabilities
 
         png = Frame(image, image.size).png()
         self._client.prime(png)
@@ -206,7 +208,7 @@ class VerdictOnlyBackend:
 
 def ask_for_category(client: "Client", prompt: str, image_png: bytes, *, cache_prompt: bool = False) -> dict[str, Any]:
     """The server's reply to a frame whose answer is begun up to the category: the token that decides."""
-    from orion_triage.llama_server import CANDIDATES
+    from orion_triage.llama_cpp.client import CANDIDATES
 
     more = {"n_probs": CANDIDATES, "grammar": CATEGORY_GRAMMAR, "cache_prompt": cache_prompt}
     return client.completion(prompt, image_png, 1, start=VERDICT_START, **more)

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from orion_triage.dataset.records import Record
 from orion_triage.errors import OrionError
-from orion_triage.records import Record
-from orion_triage.triage import CATEGORIES, Category, Coordinates, render_prompt
+from orion_triage.mission.prompt import Coordinates, render_prompt
+from orion_triage.mission.verdict import CATEGORIES, Category
 
 Condition = Literal["A", "B", "C", "D"]
 CONDITIONS: dict[Condition, str] = {

@@ -6,11 +6,11 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from orion_triage.dataset.records import SPLITS, image_path, read_split
 from orion_triage.errors import OrionError
-from orion_triage.files import replaced_folder
-from orion_triage.frames import read_frame
+from orion_triage.imagery.frames import read_frame
 from orion_triage.progress import Progress, silent
-from orion_triage.records import SPLITS, image_path, read_split
+from orion_triage.safe.files import replaced_folder
 
 FILE_NAME = "features.npz"
 
@@ -20,16 +20,18 @@ def run(base: Path, dataset: Path, out_folder: Path, frame_size: int, progress: 
 
     A vector is the mean over the image tokens of what the projector hands to the language model.
     """
-    from orion_triage import processes, vlm
+    from orion_triage import processes
+    from orion_triage.models.generate import vision_features
+    from orion_triage.models.load import load_model, load_processor
 
     device = processes.local_device()
-    model = vlm.load_model(base, dtype="float32" if device == "cpu" else "float16", device=device)
-    processor = vlm.load_processor(base, frame_size)
+    model = load_model(base, dtype="float32" if device == "cpu" else "float16", device=device)
+    processor = load_processor(base, frame_size)
     records = {record.image: record for split in SPLITS for record in read_split(dataset, split)}
     vectors = []
     for done, record in enumerate(records.values(), start=1):
         image = read_frame(image_path(dataset, record), frame_size).image
-        vectors.append(vlm.vision_features(model, processor, [image])[0].mean(dim=0).numpy())
+        vectors.append(vision_features(model, processor, [image])[0].mean(dim=0).numpy())
         progress("looking at frames", done, len(records))
     with replaced_folder(out_folder) as folder:
         np.savez(folder / FILE_NAME, images=np.array(list(records)), vectors=np.stack(vectors).astype(np.float32))

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from orion_triage.config import MissionSettings
 from orion_triage.evaluate import value
 from orion_triage.evaluate.metrics import Prediction
 from orion_triage.evaluate.statistics import (
@@ -18,7 +17,9 @@ from orion_triage.evaluate.statistics import (
     geographic_block,
     macro_f1,
 )
-from orion_triage.triage import CATEGORIES, Coordinates
+from orion_triage.mission.prompt import Coordinates
+from orion_triage.mission.verdict import CATEGORIES
+from orion_triage.settings import MissionSettings
 
 BUDGETS = (0.05, 0.10, 0.25)  # shares of the frames that are sent
 _SEED = 42

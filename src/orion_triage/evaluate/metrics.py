@@ -6,7 +6,7 @@ from typing import Any
 
 from orion_triage.errors import OrionError
 from orion_triage.evaluate.statistics import frames_to_resolve, mcnemar, wilson
-from orion_triage.triage import CATEGORIES, Category
+from orion_triage.mission.verdict import CATEGORIES, Category
 
 UNPARSABLE = "unparsable"
 

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orion_triage import processes
-from orion_triage.config import EvaluateSettings
+from orion_triage.dataset.records import Record, image_path
 from orion_triage.errors import OrionError
 from orion_triage.evaluate.backends import Answer, Backend
 from orion_triage.evaluate.conditions import NOISE, Donor, Question, conflict_pairs, questions
 from orion_triage.evaluate.metrics import Prediction, summarize
-from orion_triage.files import naming, replaced_folder, sha256_of_text, write_text
-from orion_triage.frames import noise_frame, read_frame
+from orion_triage.imagery.frames import noise_frame, read_frame
+from orion_triage.mission.verdict import CATEGORIES, Category, parse_verdict
 from orion_triage.progress import Progress, silent
-from orion_triage.records import Record, image_path
-from orion_triage.triage import CATEGORIES, Category, parse_verdict
+from orion_triage.safe.files import naming, replaced_folder, sha256_of_text, write_text
+from orion_triage.settings import EvaluateSettings
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from orion_triage import manifest
 from orion_triage.errors import OrionError, ServerError
 from orion_triage.evaluate.backends import Answer, Backend, LlamaCppBackend
-from orion_triage.llama_server import Client
+from orion_triage.llama_cpp.client import Client
+from orion_triage.runs import manifest
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -77,7 +77,7 @@ class OpenAIBackend:
         self._client, self._model, self._max_new_tokens = client, model, max_new_tokens
 
     def answer(self, images: "Sequence[Image.Image]", prompts: Sequence[str]) -> list[Answer]:
-        from orion_triage.frames import Frame
+        from orion_triage.imagery.frames import Frame
 
         asked = [
             self._messages(Frame(image, image.size).png(), prompt)

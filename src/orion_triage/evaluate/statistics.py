@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from orion_triage.triage import CATEGORIES
+from orion_triage.mission.verdict import CATEGORIES
 
 Integers = NDArray[np.int64]
 

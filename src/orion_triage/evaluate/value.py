@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from orion_triage.errors import OrionError
 from orion_triage.evaluate.statistics import NO_VERDICT, Integers, confusion, wilson
-from orion_triage.triage import CATEGORIES, Category
+from orion_triage.mission.verdict import CATEGORIES, Category
 
 Floats = NDArray[np.float64]
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from orion_triage.evaluate.conditions import CONDITIONS
 from orion_triage.evaluate.judgement import BUDGETS
+from orion_triage.evaluate.results import FLIGHT
 from orion_triage.evaluate.statistics import wilson
-from orion_triage.report.results import FLIGHT
 
 # As wide as a phone's column, so that text is not shrunk there.
 WIDTH, HEIGHT = 340, 250

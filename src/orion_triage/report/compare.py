@@ -5,10 +5,11 @@ from typing import Any
 from orion_triage.errors import OrionError
 from orion_triage.evaluate.conditions import CONDITIONS
 from orion_triage.evaluate.metrics import under
+from orion_triage.evaluate.results import differences
 from orion_triage.evaluate.run import Row, prediction_of, read_predictions
-from orion_triage.pipeline import DECODINGS, VERDICT_ONLY, Run
-from orion_triage.report.results import differences
-from orion_triage.report.seeds import evaluated
+from orion_triage.evaluate.seeds import evaluated
+from orion_triage.pipeline import DECODINGS, VERDICT_ONLY
+from orion_triage.runs.run import Run
 
 _ASKED = ("pixels_sha256", "prompt_sha256", "truth")  # what must be the same for an answer to be compared
 

@@ -10,20 +10,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from orion_triage.dataset.records import image_path, read_split
 from orion_triage.errors import printable
 from orion_triage.evaluate.conditions import CONDITIONS
+from orion_triage.evaluate.results import FLIGHT, MODELS, blank_ruled
 from orion_triage.evaluate.run import Row, prediction_of, read_predictions
-from orion_triage.frames import CAMERA_SIZE, read_frame, shrink
-from orion_triage.records import image_path, read_split
+from orion_triage.imagery.frames import CAMERA_SIZE, read_frame, shrink
+from orion_triage.mission.prompt import Coordinates, format_degrees, render_prompt
+from orion_triage.mission.verdict import CATEGORIES, Category
 from orion_triage.report import charts
 from orion_triage.report.render import against_own_eyes, from_template
-from orion_triage.report.results import FLIGHT, MODELS, blank_ruled
-from orion_triage.triage import CATEGORIES, Category, Coordinates, format_degrees, render_prompt
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from orion_triage.pipeline import Run
+    from orion_triage.runs.run import Run
 
 THUMBNAIL_SIZE = 160  # pixels
 GALLERY = 12  # answers

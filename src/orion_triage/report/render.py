@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from orion_triage.evaluate.baselines import LOGISTIC_REGRESSION
 from orion_triage.evaluate.conditions import CONDITIONS
-from orion_triage.report.results import DELTAS, FLIGHT, MODELS
+from orion_triage.evaluate.results import DELTAS, FLIGHT, MODELS
 
 if TYPE_CHECKING:
     from rich.table import Table

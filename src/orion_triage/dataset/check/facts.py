@@ -1,0 +1,201 @@
+"""What is known of a dataset folder: its lines and its pictures, read once, and the faults found on the way.
+
+Of a picture only some numbers are kept (0.7 kB), so that memory does not grow with the pixels.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from orion_triage.dataset.records import IMAGES_FOLDER, SPLITS, Record, Split, image_path, parse_record, split_path
+from orion_triage.errors import FrameError, RecordError
+from orion_triage.imagery.frames import CAMERA_SIZE, is_blank, read_frame, shrink
+from orion_triage.progress import Progress
+from orion_triage.safe.children import workers
+
+Severity = Literal["error", "warning"]
+THUMBNAIL_SIZE = 16
+_FEWEST_FOR_WORKERS = 64  # starting two workers takes as long as looking at so many pictures (1 s)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fault: `check` is its kind, `place` a split file, a line of it (`train_dataset.jsonl:12`) or a picture."""
+
+    severity: Severity
+    check: str
+    place: str
+    message: str
+    fix: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A record and its line, counted from 1."""
+
+    split: Split
+    line: int
+    record: Record
+
+    @property
+    def place(self) -> str:
+        return f"{split_path(Path(), self.split)}:{self.line}"
+
+    @property
+    def image(self) -> str:
+        return self.record.image
+
+    def finding(self, severity: Severity, check: str, message: str, fix: str) -> Finding:
+        return Finding(severity, check, self.place, message, fix)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What is kept of a decoded frame of 512x512.
+
+    `pixels` is the SHA-256 of its RGB bytes, `perceptual_hash` 64 bits, `thumbnail` the bytes of float16 [256]: grey
+    levels of 16x16 with mean 0 and length 1 (all 0 for a single colour). `native_size` is (width, height) in the file.
+    """
+
+    native_size: tuple[int, int]
+    mode: str
+    pixels: bytes
+    perceptual_hash: int
+    thumbnail: bytes
+    blank: bool
+
+
+def read_entries(folder: Path) -> tuple[list[Entry], list[Finding]]:
+    """Every good line of the three splits; every bad one is a finding, and so is a file that is not there or empty."""
+    entries: list[Entry] = []
+    findings: list[Finding] = []
+    for split in SPLITS:
+        path = split_path(folder, split)
+        lines = 0
+        try:
+            with path.open("rb") as file:
+                for number, line in enumerate(file, start=1):
+                    if not line.strip():
+                        continue
+                    lines += 1
+                    try:
+                        entries.append(Entry(split, number, parse_record(line.decode())))
+                    except UnicodeDecodeError as error:
+                        message, fix = f"not UTF-8 (byte {error.start} of the line).", "Save the file as UTF-8."
+                        findings.append(Finding("error", "not-utf8", f"{path.name}:{number}", message, fix))
+                    except RecordError as error:
+                        findings.append(Finding("error", "schema", f"{path.name}:{number}", error.message, error.fix))
+        except OSError as error:
+            message = f"the {split} split cannot be read: {error.strerror}."
+            findings.append(Finding("error", "missing-file", path.name, message, "A dataset has all three splits."))
+        else:
+            if not lines:
+                message, fix = f"the {split} split has no records.", "Build the dataset again."
+                findings.append(Finding("error", "empty-file", path.name, message, fix))
+    return entries, findings
+
+
+def read_pictures(
+    folder: Path, entries: Sequence[Entry], *, root: Path | None, resize: bool, progress: Progress
+) -> tuple[dict[str, Picture], list[Finding]]:
+    """Image -> what is known of it, decoded once each; one that cannot be used is a finding at its first line."""
+    paths, findings = _paths(folder, entries, root)
+    found: dict[str, Picture] = {}
+    looks = _looks([str(path) for _, path in paths])
+    for done, ((entry, _), look) in enumerate(zip(paths, looks, strict=True), start=1):
+        progress("checking frames", done, len(paths))
+        if isinstance(look, Picture):
+            found[entry.image] = look
+            findings += _form_findings(entry, look, resize)
+        else:
+            findings.append(entry.finding("error", "unusable-image", look[0], look[1]))
+    return found, findings
+
+
+def _paths(folder: Path, entries: Sequence[Entry], root: Path | None) -> tuple[list[tuple[Entry, Path]], list[Finding]]:
+    """(first line that names it, file) of every picture that is there; the others are one finding a split."""
+    paths: list[tuple[Entry, Path]] = []
+    findings: list[Finding] = []
+    missing: dict[Split, dict[str, Entry]] = {split: {} for split in SPLITS}
+    there: dict[str, bool] = {}
+    for entry in entries:
+        if entry.image not in there:
+            try:
+                path = image_path(folder, entry.record, root)
+                there[entry.image] = path.is_file()
+                if there[entry.image]:
+                    paths.append((entry, path))
+            except RecordError as error:
+                there[entry.image] = True
+                findings.append(entry.finding("error", "image-outside", error.message, error.fix))
+            except (OSError, ValueError, RuntimeError):  # a name too long or not encodable, links in a circle
+                there[entry.image] = False
+        if not there[entry.image]:
+            missing[entry.split].setdefault(entry.image, entry)
+    for lost in missing.values():
+        if lost:
+            first = next(iter(lost.values()))
+            message = f"{len(lost)} of the {first.split} split's pictures are not there, {first.image} first."
+            fix = "Put them at the paths that the records name, relative to the dataset folder."
+            findings.append(first.finding("error", "missing-image", message, fix))
+    return paths, findings
+
+
+def _looks(paths: list[str]) -> Iterator[Picture | tuple[str, str]]:
+    """`_look` at each, in order; a worker holds one picture at a time."""
+    if len(paths) < _FEWEST_FOR_WORKERS:
+        yield from map(_look, paths)
+        return
+    with workers() as pool:
+        yield from pool.map(_look, paths, chunksize=16)
+
+
+def _look(path: str) -> Picture | tuple[str, str]:
+    """The picture's numbers, or what is wrong with it and the fix."""
+    import imagehash
+
+    try:
+        frame = read_frame(Path(path), CAMERA_SIZE, resize=True)
+    except FrameError as error:
+        return error.message, error.fix
+    grey = np.asarray(shrink(frame.image.convert("L").convert("F"), THUMBNAIL_SIZE), dtype=np.float64).ravel()
+    grey -= grey.mean()
+    grey /= np.linalg.norm(grey) or 1.0
+    return Picture(
+        frame.native_size,
+        frame.mode,
+        hashlib.sha256(frame.image.tobytes()).digest(),
+        int(str(imagehash.phash(frame.image)), 16),
+        grey.astype(np.float16).tobytes(),
+        is_blank(frame.image),
+    )
+
+
+def _form_findings(entry: Entry, picture: Picture, resize: bool) -> Iterator[Finding]:
+    if picture.native_size != (CAMERA_SIZE, CAMERA_SIZE):
+        width, height = picture.native_size
+        size = f"{entry.image} is {width}x{height}, not {CAMERA_SIZE}x{CAMERA_SIZE}"
+        fix = "Give the folder as dataset.folder: the dataset stage cuts its central square and scales it."
+        if resize:
+            yield entry.finding("warning", "image-size", f"{size}: it will be cut and scaled.", fix)
+        else:
+            yield entry.finding("error", "image-size", f"{size}.", fix)
+    if picture.mode != "RGB":
+        message = f"{entry.image} has the mode {picture.mode} and is turned into RGB."
+        yield entry.finding("warning", "image-mode", message, "Save it as RGB, so that nothing is lost unseen.")
+
+
+def unused_pictures(folder: Path, entries: Sequence[Entry]) -> list[Finding]:
+    """One finding for all files of the images folder that no record names."""
+    named = {folder / entry.image for entry in entries}
+    files = (folder / IMAGES_FOLDER).rglob("*")
+    unused = sorted(path for path in files if path not in named and path.name[0] != "." and path.is_file())
+    if not unused:
+        return []
+    message = f"{len(unused)} pictures are in no record, this one first."
+    place = unused[0].relative_to(folder).as_posix()
+    return [Finding("warning", "unused-image", place, message, "Delete them, or write their records.")]

@@ -1,0 +1,289 @@
+"""The check of a finished dataset folder: every fault at once, with its file and line and what to do about it.
+
+Errors stop training, warnings do not.
+"""
+
+import contextlib
+import csv
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from orion_triage.dataset.check.facts import (
+    Entry,
+    Finding,
+    Picture,
+    Severity,
+    read_entries,
+    read_pictures,
+    unused_pictures,
+)
+from orion_triage.dataset.check.leakage import leaks
+from orion_triage.dataset.check.reasons import reason_findings
+from orion_triage.dataset.land import perhaps_swapped
+from orion_triage.dataset.records import FRAMES_TABLE, SPLITS, Split, split_path
+from orion_triage.errors import OrionError, one_line
+from orion_triage.mission.prompt import Coordinates
+from orion_triage.mission.verdict import CATEGORIES, Category
+from orion_triage.progress import Progress, silent
+from orion_triage.runs.manifest import read_manifest
+
+_FEWEST_TEST_FRAMES = 10  # a class
+_LARGEST_RATIO = 3.0  # of the commonest category to the rarest
+_NAMED_IN_ERROR = 3
+_METRES_PER_PIXEL, _SPLIT_DISTANCE_KM = 10.0, 100.0  # of a dataset that does not say
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the check found, errors first, in the order of the files.
+
+    `lines` counts the good records by split, `pictures` the different pictures that they name by split and category,
+    `frames` those that could be decoded.
+    """
+
+    folder: str
+    findings: list[Finding]
+    lines: dict[Split, int]
+    pictures: dict[Split, dict[str, int]]
+    frames: int
+
+    @property
+    def errors(self) -> list[Finding]:
+        return [finding for finding in self.findings if finding.severity == "error"]
+
+    @property
+    def warnings(self) -> list[Finding]:
+        return [finding for finding in self.findings if finding.severity == "warning"]
+
+    def summary(self) -> list[str]:
+        """The warnings in a line, if there are any."""
+        if not self.warnings:
+            return []
+        counts = Counter(finding.check for finding in self.warnings)
+        told = ", ".join(f"{count} {check}" for check, count in counts.items())
+        return [f"the dataset check warns: {told} ('orion dataset check {self.folder}')"]
+
+    def to_json(self) -> str:
+        totals = {"errors": len(self.errors), "warnings": len(self.warnings)}
+        return json.dumps({**totals, **asdict(self)}, indent=1)
+
+
+def check_dataset(
+    folder: Path,
+    *,
+    metres_per_pixel: float | None = None,
+    split_distance_km: float | None = None,
+    root: Path | None = None,
+    resize: bool = True,
+    progress: Progress = silent,
+) -> Report:
+    """Check every line and every picture of a dataset in the published layout; each picture is decoded once.
+
+    A frame's footprint is 512 * `metres_per_pixel`. That and the distance between splits are as the dataset's own
+    tables say, 10 m and 100 km where they say nothing. `root` is as in records.image_path. With `resize`, pictures of
+    another size than 512x512 are warnings, as the dataset stage scales them; without, they are errors. Raises
+    OrionError only when `folder` is no dataset at all: no folder, or none of the three splits in it.
+    """
+    if not any(split_path(folder, split).is_file() for split in SPLITS):
+        raise OrionError(
+            f"{folder} has no {', '.join(split_path(Path(), split).name for split in SPLITS)}.",
+            "Pass a dataset folder, or build one with 'orion dataset'.",
+        )
+    known_metres, known_distance = _made_with(folder)
+    entries, findings = read_entries(folder)
+    # A bad line takes its picture's name with it: what then looks unused or without a twin need not be.
+    of_all_lines = [] if findings else [*unused_pictures(folder, entries), *_twins(entries)]
+    pictures, more = read_pictures(folder, entries, root=root, resize=resize, progress=progress)
+    counts = _counts(entries)
+    findings += [
+        *more,
+        *of_all_lines,
+        *_repeated_lines(entries),
+        *_contradictions(entries),
+        *reason_findings(entries),
+        *_balance(counts),
+        *_coordinates(entries),
+        *_blanks(entries, pictures),
+        *leaks(
+            entries,
+            pictures,
+            metres_per_pixel=metres_per_pixel or known_metres,
+            split_distance_km=split_distance_km or known_distance,
+        ),
+    ]
+    findings = [replace(f, place=one_line(f.place), message=one_line(f.message)) for f in findings]
+    lines = Counter(entry.split for entry in entries)
+    return Report(
+        str(folder), sorted(findings, key=_order), {split: lines[split] for split in SPLITS}, counts, len(pictures)
+    )
+
+
+def require_sound(
+    folder: Path,
+    *,
+    root: Path | None = None,
+    progress: Progress = silent,
+) -> Report:
+    """The report of a dataset that may be trained on; raises OrionError that names its first errors."""
+    report = check_dataset(folder, root=root, resize=False, progress=progress)
+    if report.errors:
+        named = [f"{finding.place}: {finding.message}" for finding in report.errors[:_NAMED_IN_ERROR]]
+        if rest := len(report.errors) - len(named):
+            named.append(f"And {rest} more.")
+        raise OrionError(
+            f"{folder} has {len(report.errors)} errors. {' '.join(named)}",
+            f"'orion dataset check {folder}' lists them, each with its fix.",
+        )
+    return report
+
+
+def _made_with(folder: Path) -> tuple[float, float]:
+    """The largest metres a pixel of frames.csv, and the distance between splits that the stage's receipt names."""
+    metres = [0.0]
+    with contextlib.suppress(OSError, ValueError, csv.Error):  # faults of these files are no faults of the data
+        rows = csv.DictReader((folder / FRAMES_TABLE).read_text(encoding="utf-8").splitlines())
+        metres += [float(row["metres_per_pixel"]) for row in rows if row.get("metres_per_pixel")]
+    with contextlib.suppress(OrionError):
+        receipt = read_manifest(folder)
+        if receipt and receipt.figures.get("split_distance_km"):
+            return max(metres) or _METRES_PER_PIXEL, float(receipt.figures["split_distance_km"])
+    return max(metres) or _METRES_PER_PIXEL, _SPLIT_DISTANCE_KM
+
+
+def _order(finding: Finding) -> tuple[bool, int, int, str]:
+    """Errors first, then by file, line and kind."""
+    match = re.fullmatch(rf"({'|'.join(SPLITS)})_dataset\.jsonl(?::(\d+))?", finding.place)
+    file, line = (SPLITS.index(match[1]), int(match[2] or 0)) if match else (len(SPLITS), 0)
+    return finding.severity != "error", file, line, finding.check
+
+
+def _counts(entries: Sequence[Entry]) -> dict[Split, dict[str, int]]:
+    named = {(entry.split, entry.image): entry.record.verdict.category for entry in entries}
+    counted = Counter((split, category) for (split, _), category in named.items())
+    return {split: {category.value: counted[split, category] for category in CATEGORIES} for split in SPLITS}
+
+
+def _by_image(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
+    found: dict[str, list[Entry]] = defaultdict(list)
+    for entry in entries:
+        found[entry.image].append(entry)
+    return found
+
+
+def _repeated_lines(entries: Sequence[Entry]) -> Iterator[Finding]:
+    seen: dict[tuple[Split, object], Entry] = {}
+    for entry in entries:
+        first = seen.setdefault((entry.split, entry.record), entry)
+        if first is entry:
+            continue
+        if entry.split == "train":
+            message = f"the record of line {first.line} again: it weighs twice in training."
+            yield entry.finding("warning", "repeated-line", message, "Delete the line, unless that is the purpose.")
+        else:
+            message = f"the record of line {first.line} again: intervals come out narrower than they are."
+            yield entry.finding("error", "repeated-line", message, "Delete the line.")
+
+
+def _contradictions(entries: Sequence[Entry]) -> Iterator[Finding]:
+    """One picture, or one pair of coordinates, with two answers; one picture in two places."""
+    by_place: dict[Coordinates, dict[str, Entry]] = defaultdict(dict)
+    for image, (first, *others) in _by_image(entries).items():
+        verdict = first.record.verdict
+        for other in (e for e in others if e.record.verdict.category != verdict.category):
+            message = f"{image} is {other.record.verdict.category} here and {verdict.category} in {first.place}."
+            yield other.finding("error", "image-labels", message, "Keep the right category in all of its records.")
+        if len({e.record.verdict.category for e in (first, *others)}) == 1:
+            for other in (e for e in others if e.record.verdict != verdict):
+                message = f"{image} has another reason in {first.place}."
+                yield other.finding("warning", "image-reasons", message, "Give its records one reason.")
+        located = [(entry, where) for entry in (first, *others) if (where := entry.record.coordinates)]
+        for entry, where in located:
+            home, there = located[0]
+            by_place[where].setdefault(image, entry)
+            if where != there:
+                message = f"{image} lies at {_text(where)} here and at {_text(there)} in {home.place}"
+                message += ": swapped." if (where.lon, where.lat) == (there.lat, there.lon) else "."
+                yield entry.finding("error", "image-coordinates", message, "Correct the wrong one.")
+    for where, named in by_place.items():
+        home, *rest = named.values()
+        for other in (e for e in rest if e.record.verdict.category != home.record.verdict.category):
+            message = (
+                f"{_text(where)} is {other.record.verdict.category} here and {home.record.verdict.category} in "
+                f"{home.place}: one prompt, two answers."
+            )
+            yield other.finding("error", "place-labels", message, "Correct the category or the coordinates.")
+
+
+def _text(where: Coordinates) -> str:
+    return f"({where.lon}, {where.lat})"
+
+
+def _balance(counts: Mapping[Split, Mapping[str, int]]) -> Iterator[Finding]:
+    for split, by_category in counts.items():
+        name = split_path(Path(), split).name
+        if not sum(by_category.values()):  # already an error of its own
+            continue
+        told = ", ".join(f"{count} {category}" for category, count in by_category.items())
+        if missing := [category for category, count in by_category.items() if not count]:
+            message = f"the {split} split has no {' and no '.join(missing)} picture ({told})."
+            yield Finding("error", "missing-category", name, message, "Add some of every category.")
+            continue
+        if max(by_category.values()) > _LARGEST_RATIO * min(by_category.values()):
+            message = f"the {split} split is unbalanced: {told}."
+            yield Finding("warning", "imbalance", name, message, "Add pictures of the rare category.")
+        if split == "test" and (fewest := min(by_category.values())) < _FEWEST_TEST_FRAMES:
+            yield Finding("warning", "few-test-frames", name, _few(told, fewest), "Add test pictures.")
+
+
+def _few(told: str, fewest: int) -> str:
+    from orion_triage.evaluate.statistics import wilson
+
+    right = (fewest + 1) // 2
+    low, high = wilson(right, fewest)
+    interval = f"{right} of {fewest} right has the 95 % interval {100 * low:.0f}..{100 * high:.0f} %"
+    return f"the test split has few pictures ({told}): {interval}."
+
+
+def _twins(entries: Sequence[Entry]) -> Iterator[Finding]:
+    """Training pictures that are not shown both with and without coordinates: one finding for all of a kind."""
+    shown: dict[bool, dict[str, Entry]] = {True: {}, False: {}}
+    for entry in (entry for entry in entries if entry.split == "train"):
+        shown[entry.record.coordinates is not None].setdefault(entry.image, entry)
+    for has, lacks, condition in ((True, "without", "B"), (False, "with", "A")):
+        if lone := [entry for image, entry in shown[has].items() if image not in shown[not has]]:
+            message = f"{len(lone)} training pictures have no record {lacks} coordinates, {lone[0].image} first: "
+            message += f"condition {condition} asks prompts that training has not shown."
+            fix = "Write every training picture twice, with and without coordinates."
+            yield lone[0].finding("warning", "coordinate-twin", message, fix)
+
+
+def _coordinates(entries: Sequence[Entry]) -> Iterator[Finding]:
+    for split in ("val", "test"):
+        if bare := [entry for entry in entries if entry.split == split and not entry.record.coordinates]:
+            message = f"{len(bare)} records of the {split} split have no coordinates, {bare[0].image} first."
+            fix = "Write them: the evaluation leaves them out where it must."
+            yield bare[0].finding("warning", "no-coordinates", message, fix)
+    if null := [entry for entry in entries if entry.record.coordinates == Coordinates(0.0, 0.0)]:
+        message = f"{len(null)} records lie at (0, 0), {null[0].image} first: often a position never filled in."
+        yield null[0].finding("warning", "null-island", message, "Write the true position, or leave it out.")
+    built = [e for e in entries if e.record.coordinates and e.record.verdict.category != Category.LOW]
+    once = list({entry.image: entry for entry in built}.values())
+    for index in perhaps_swapped([entry.record.coordinates for entry in once if entry.record.coordinates]):
+        category = once[index].record.verdict.category
+        message = (
+            f"{once[index].image} is {category} far out at sea, but on land with longitude and latitude exchanged."
+        )
+        yield once[index].finding("warning", "perhaps-swapped", message, "Check the order: longitude comes first.")
+
+
+def _blanks(entries: Sequence[Entry], pictures: Mapping[str, Picture]) -> Iterator[Finding]:
+    for image, (first, *_) in _by_image(entries).items():
+        if image in pictures and pictures[image].blank:
+            category = first.record.verdict.category
+            severity: Severity = "warning" if category == "LOW" else "error"
+            message = f"{image} is {category} and shows nothing: one flat colour, white-out or open water."
+            yield first.finding(severity, "blank-frame", message, "Replace the picture, or leave the place out.")

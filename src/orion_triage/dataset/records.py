@@ -1,0 +1,177 @@
+"""One line of a dataset split: an image, a prompt and the right verdict, in the published layout.
+
+{"image": "orion_dataset/images/NAME.png",
+ "conversations": [{"role": "user", "content": "<image>\\n" + prompt},
+                   {"role": "assistant", "content": verdict as JSON}]}
+
+A dataset folder holds `train_dataset.jsonl`, `val_dataset.jsonl`, `test_dataset.jsonl` and the images
+at the paths that the lines name.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from orion_triage.errors import OrionError, RecordError
+from orion_triage.mission.prompt import IMAGE_PLACEHOLDER, Coordinates, parse_prompt, render_prompt
+from orion_triage.mission.verdict import CATEGORIES, Verdict, parse_verdict, reason_fault
+from orion_triage.safe.files import write_text
+from orion_triage.safe.reading import LARGEST_TABLE_BYTES, parse_json, read_text, shown
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+IMAGES_FOLDER = "orion_dataset/images"
+_LONGEST_PATH, _LONGEST_NAME = 1024, 255  # characters, and bytes of one part: what file systems take
+FRAMES_TABLE = "frames.csv"  # where every frame comes from; datasets of others may have none
+
+
+@dataclass(frozen=True)
+class Record:
+    """One frame of a split: `image` is relative to the dataset folder, POSIX style."""
+
+    image: str
+    coordinates: Coordinates | None
+    verdict: Verdict
+
+    @property
+    def name(self) -> str:
+        """The target's name: the image's file name without its suffix."""
+        return PurePosixPath(self.image).stem
+
+    @property
+    def prompt(self) -> str:
+        return render_prompt(self.coordinates)
+
+    def without_coordinates(self) -> "Record":
+        return replace(self, coordinates=None)
+
+    def to_line(self) -> str:
+        """The record's JSON, without the line end."""
+        return json.dumps(
+            {
+                "image": self.image,
+                "conversations": [
+                    {"role": "user", "content": IMAGE_PLACEHOLDER + self.prompt},
+                    {"role": "assistant", "content": self.verdict.to_json()},
+                ],
+            }
+        )
+
+
+def split_path(dataset: Path, split: Split) -> Path:
+    return dataset / f"{split}_dataset.jsonl"
+
+
+def parse_record(line: str) -> Record:
+    """The record in one line; raises RecordError with what is wrong and how to mend it."""
+    try:
+        value = parse_json(line)
+    except ValueError as error:
+        raise RecordError(f"not JSON: {error}.", "One JSON object a line.") from None
+    if not isinstance(value, dict) or set(value) != {"image", "conversations"}:
+        raise RecordError(
+            "the line is not an object with exactly the keys image and conversations.",
+            "See the published layout in docs/dataset.md.",
+        )
+    image = _checked_image(value["image"])
+    user, assistant = _turns(value["conversations"])
+    if not user.startswith(IMAGE_PLACEHOLDER):
+        raise RecordError(f"the user's turn starts with {user[:12]!r}.", f"It must start with {IMAGE_PLACEHOLDER!r}.")
+    try:
+        coordinates = parse_prompt(user.removeprefix(IMAGE_PLACEHOLDER))
+    except OrionError as error:
+        raise RecordError(error.message + ".", error.fix) from None
+    return Record(image, coordinates, _checked_verdict(assistant))
+
+
+def _checked_image(image: Any) -> str:
+    if not isinstance(image, str) or not image:
+        raise RecordError(f"image is {shown(image)}.", "Give the path of a file in the dataset folder.")
+    path = PurePosixPath(image)
+    if path.is_absolute() or ".." in path.parts or "\\" in image or "\0" in image:
+        raise RecordError(
+            f"image {shown(image)} leaves the dataset folder.", "Use a path relative to the folder, without '..'."
+        )
+    if not image.isprintable():  # a terminal would obey some of it, and half a surrogate pair names no file
+        raise RecordError(f"image {shown(image)} has unprintable characters.", "Rename the file.")
+    if len(image) > _LONGEST_PATH or max(len(part.encode()) for part in path.parts or ("",)) > _LONGEST_NAME:
+        raise RecordError(f"image {shown(image)} is longer than a path can be.", "Rename the file.")
+    return image
+
+
+def _turns(conversations: Any) -> tuple[str, str]:
+    shape = [
+        (turn.get("role"), isinstance(turn.get("content"), str)) if isinstance(turn, dict) else None
+        for turn in (conversations if isinstance(conversations, list) else [])
+    ]
+    if shape != [("user", True), ("assistant", True)]:
+        raise RecordError(
+            "conversations is not one user turn followed by one assistant turn, each with role and content.",
+            "See the published layout in docs/dataset.md.",
+        )
+    return conversations[0]["content"], conversations[1]["content"]
+
+
+def _checked_verdict(answer: str) -> Verdict:
+    verdict = parse_verdict(answer)
+    if verdict is None:
+        category = None
+        with contextlib.suppress(ValueError, AttributeError, RecursionError):
+            category = json.loads(answer).get("category")
+        if category is not None and category not in CATEGORIES:
+            raise RecordError(f"category {shown(category)} is not one of {', '.join(CATEGORIES)}.", "Correct it.")
+        raise RecordError(f"the answer is not a verdict: {answer[:80]!r}.", 'Write {"reason": ..., "category": ...}.')
+    if verdict.to_json() != answer:
+        raise RecordError(
+            f"the answer is not in the verdict's exact form: {answer[:80]!r}.",
+            f"Write {verdict.to_json()[:80]}... (reason first, one space after each colon and comma).",
+        )
+    if fault := reason_fault(verdict.reason):
+        raise RecordError(f"the reason {shown(verdict.reason)} {fault}.", "Take it out.")
+    return verdict
+
+
+def read_records(path: Path) -> list[Record]:
+    """All records of one split file; the first bad line is named as `file:line`."""
+    try:
+        text = read_text(path, LARGEST_TABLE_BYTES)
+    except FileNotFoundError:
+        raise RecordError(
+            f"{path} does not exist.", "Build a dataset with 'orion dataset', or pass the right folder."
+        ) from None
+    except OrionError as error:
+        raise RecordError(error.message, error.fix) from None
+    records = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            records.append(parse_record(line))
+        except RecordError as error:
+            raise RecordError(f"{path}:{number}: {error.message}", error.fix) from None
+    if not records:
+        raise RecordError(f"{path} has no records.", "Build the dataset again.")
+    return records
+
+
+def read_split(dataset: Path, split: Split) -> list[Record]:
+    return read_records(split_path(dataset, split))
+
+
+def write_split(dataset: Path, split: Split, records: Iterable[Record]) -> None:
+    write_text(split_path(dataset, split), "".join(record.to_line() + "\n" for record in records))
+
+
+def image_path(dataset: Path, record: Record, root: Path | None = None) -> Path:
+    """The record's file; raises RecordError when a link leads out of `root` (the dataset folder), or in a circle."""
+    path = dataset / record.image
+    try:
+        inside = path.resolve().is_relative_to((root or dataset).resolve())
+    except (OSError, RuntimeError, ValueError) as error:
+        raise RecordError(f"{path} is no path to a file: {error}.", "Put the image itself there.") from None
+    if not inside:
+        raise RecordError(f"{path} leads out of {dataset}.", "Copy the image into the dataset folder.")
+    return path

@@ -1,0 +1,65 @@
+"""How far the same recipe lands from itself: accuracies over runs, and which runs differ in the training seed only."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from orion_triage.errors import OrionError
+from orion_triage.evaluate.conditions import CONDITIONS
+from orion_triage.evaluate.metrics import under
+from orion_triage.evaluate.run import prediction_of, read_predictions
+from orion_triage.pipeline import evaluations
+from orion_triage.runs.manifest import read_manifest
+from orion_triage.runs.run import SETTINGS_FILE, Run, open_run
+
+
+def evaluated(run: Run) -> list[str]:
+    """The models whose evaluation on the run's split has finished, from base to flight."""
+    found = evaluations(run.settings).items()
+    return [model for model, stage in found if read_manifest(stage.folder(run)) is not None]
+
+
+def spread(runs: Sequence[Run]) -> dict[str, dict[str, list[float]]]:
+    """Model -> condition -> accuracy of every run, in their order: of models that all of them evaluated."""
+    common = [name for name in evaluated(runs[0]) if all(name in evaluated(run) for run in runs[1:])]
+    found: dict[str, dict[str, list[float]]] = {}
+    for model in common:
+        rows = [[prediction_of(row) for row in read_predictions(run.evaluation(model))] for run in runs]
+        found[model] = {
+            c: [sum(p.predicted == p.truth for p in asked) / len(asked) for side in rows if (asked := under(side, c))]
+            for c in CONDITIONS
+        }
+    return found
+
+
+def over_training_seeds(run: Run) -> dict[str, Any] | None:
+    """`seeds` and their `accuracies` of this run and the runs beside it that differ in `fine_tune.seed` only.
+
+    Such a run lies in the same folder, has the same settings but for the seed, and was evaluated on the same dataset;
+    None where there is none.
+    """
+    dataset = _evaluated_dataset(run)
+    by_seed = {run.settings.fine_tune.seed: run}
+    for path in sorted(run.folder.resolve().parent.glob(f"*/{SETTINGS_FILE}")) if dataset else []:
+        try:
+            other = open_run(path.parent, run.split)
+        except OrionError:
+            continue  # of another version: its settings cannot be compared
+        if _without_seed(other) == _without_seed(run) and _evaluated_dataset(other) == dataset:
+            by_seed.setdefault(other.settings.fine_tune.seed, other)
+    if len(by_seed) < 2:
+        return None
+    seeds = sorted(by_seed)
+    accuracies = spread([by_seed[seed] for seed in seeds])
+    # The base and its frozen features know no training seed.
+    return {"seeds": seeds, "accuracies": {model: rows for model, rows in accuracies.items() if model != "base"}}
+
+
+def _without_seed(run: Run) -> dict[str, Any]:
+    settings = run.settings.model_dump()
+    settings["fine_tune"].pop("seed")
+    return settings
+
+
+def _evaluated_dataset(run: Run) -> str | None:
+    receipt = read_manifest(run.evaluation("fine-tuned"))
+    return receipt.inputs.get("dataset") if receipt else None

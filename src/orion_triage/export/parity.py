@@ -1,0 +1,45 @@
+"""How far llama.cpp is from transformers on the same weights: next-token log-probabilities of one frame."""
+
+from typing import TYPE_CHECKING, Any
+
+from orion_triage.errors import OrionError
+from orion_triage.imagery.frames import Frame
+from orion_triage.models.encode import encode, render_turn
+
+if TYPE_CHECKING:
+    from orion_triage.llama_cpp.client import Client
+
+LARGEST_DIFFERENCE = 0.01  # measured: 0.0026 at the 1.6B's shapes, F16 against float32
+CANDIDATES = 5
+
+
+def largest_difference(model: Any, processor: Any, client: "Client", frame: Frame, prompt: str) -> float:
+    """The largest difference of the server's five likeliest next tokens from the model's own figures.
+
+    Raises OrionError when the two render the prompt differently or read a different number of tokens: then they do not
+    see the same prompt or image.
+    """
+    import torch
+
+    rendered = render_turn(processor, prompt).removeprefix(processor.tokenizer.bos_token or "")
+    if rendered != (sent := client.chat(prompt, processor.image_token)):
+        raise OrionError(
+            f"the chat template renders {rendered[:60]!r}..., and llama.cpp is sent {sent[:60]!r}....",
+            "Use a base model with the LFM2 chat template.",
+        )
+    # The grammar keeps a random model's answer printable (anything else is a 500); probabilities are from before it.
+    reply = client.completion(prompt, frame.png(), 1, n_probs=CANDIDATES, grammar="root ::= [a-z]+")
+    batch = encode(processor, [frame.image], [prompt]).to(model.device)
+    length = batch["input_ids"].shape[1]
+    if reply["tokens_evaluated"] != length:
+        raise OrionError(
+            f"llama.cpp reads {reply['tokens_evaluated']} tokens where transformers reads {length}.",
+            "The prompt or the frame's size differs between them; this pair must not fly.",
+        )
+    with torch.inference_mode():
+        logits = model(**batch, logits_to_keep=1, use_cache=False).logits[0, -1]
+    expected = logits.float().log_softmax(-1)
+    return max(
+        abs(float(candidate["logprob"]) - float(expected[candidate["id"]]))
+        for candidate in reply["completion_probabilities"][0]["top_logprobs"]
+    )

@@ -1,0 +1,175 @@
+"""STAGE quantize: merged model -> F16 GGUF, F16 mmproj and Q4_K_M, checked against the model they came from."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from orion_triage.errors import OrionError
+from orion_triage.export.convert import convert
+from orion_triage.llama_cpp.client import Client
+from orion_triage.llama_cpp.gguf_header import read_integers
+from orion_triage.llama_cpp.server import Server
+from orion_triage.llama_cpp.toolchain import find_toolchain
+from orion_triage.llama_cpp.tools import quantize_file
+from orion_triage.models.load import fingerprint
+from orion_triage.progress import Progress, silent
+from orion_triage.publish.card import base_of, write_card
+from orion_triage.safe.files import replaced_folder, require_free_space, sha256_of_file, write_text
+from orion_triage.safe.reading import read_object
+from orion_triage.settings import QuantizeSettings
+
+F16, MMPROJ, QUANTIZED = "orion-f16.gguf", "orion-mmproj-f16.gguf", "orion-q4_k_m.gguf"
+PAIR = "pair.json"
+_STEPS = 3
+# What Q4_K_M may hold: matrices as Q4_K or Q6_K, norms, biases and short-conv kernels in full.
+_MATRIX_TYPES = {"Q4_K", "Q6_K"}
+
+
+def run(
+    merged: Path,
+    out_folder: Path,
+    settings: QuantizeSettings,
+    *,
+    prompts: Sequence[str],
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Write the three files and `pair.json` into `out_folder`; returns sizes, tensor types and the build.
+
+    Raises OrionError when a tool fails, when a file is not what it should be, or when llama.cpp splits any of
+    `prompts` into other tokens than the model's own tokenizer.
+    """
+    weights = sum(path.stat().st_size for path in merged.glob("*.safetensors"))
+    if not weights:
+        raise OrionError(f"{merged} has no *.safetensors.", "Run 'orion fuse' first.")
+    require_free_space(out_folder, int(1.5 * weights) + 50_000_000, "quantizing")
+    toolchain = find_toolchain(progress)
+    with replaced_folder(out_folder) as folder:
+        with ThreadPoolExecutor(1) as beside:  # each converter is busy on one core, and waits for the disk
+            tower = beside.submit(convert, toolchain, merged, folder / MMPROJ, mmproj=True)
+            progress("converting", 0, _STEPS)
+            converted = convert(toolchain, merged, folder / F16, mmproj=False)
+            progress("quantizing", 1, _STEPS)
+            quantized = quantize_file(toolchain, folder / F16, folder / QUANTIZED, settings.type)
+            uses = {"convert": converted, "convert mmproj": tower.result(), "quantize": quantized}
+        progress("checking", 2, _STEPS)
+        types = {name: check_file(folder / name, merged) for name in (F16, MMPROJ, QUANTIZED)}
+        log = out_folder.parent / "logs" / "quantize-server.log"
+        with Server(toolchain, folder / QUANTIZED, None, log=log) as server:
+            compared = check_tokenization(server.client, merged, prompts)
+        pair = {
+            "merged_sha256": fingerprint(merged),
+            "llama_cpp_build": toolchain.build,
+            "files": {name: sha256_of_file(folder / name) for name in (F16, MMPROJ, QUANTIZED)},
+        }
+        write_card("gguf", merged, base_of(merged) or merged.name, folder)
+        write_text(folder / PAIR, json.dumps(pair, indent=2) + "\n")
+        sizes = {name: (folder / name).stat().st_size for name in (F16, MMPROJ, QUANTIZED)}
+        progress("checking", _STEPS, _STEPS)
+    return {
+        "bytes": sizes,
+        "tools": {name: asdict(use) for name, use in uses.items()},
+        "tensor_types": types,
+        "prompts_tokenized_alike": compared,
+        "llama_cpp_build": toolchain.build,
+        "llama_cpp_origin": toolchain.origin,
+    }
+
+
+def check_file(path: Path, merged: Path) -> dict[str, int]:
+    """Count the tensor types of one of the three files; raises OrionError when it is not what its name says."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    field = reader.get_field("general.architecture")
+    architecture = field.contents() if field else None
+    expected = "clip" if path.name == MMPROJ else "lfm2"
+    if architecture != expected:
+        raise OrionError(f"{path.name} has architecture {architecture!r}, not {expected!r}.", "Quantize again.")
+    types = Counter(tensor.tensor_type.name for tensor in reader.tensors)
+    if path.name != MMPROJ:
+        template = reader.get_field("tokenizer.chat_template")
+        own = (merged / "chat_template.jinja").read_text(encoding="utf-8")
+        if template is None or template.contents() != own:
+            raise OrionError(f"{path.name} has not the model's chat template.", "Fuse and quantize again.")
+    if path.name == QUANTIZED:
+        for tensor in reader.tensors:
+            is_matrix = len(tensor.shape) == 2 and "shortconv.conv" not in tensor.name
+            if is_matrix and tensor.tensor_type.name not in _MATRIX_TYPES:
+                raise OrionError(
+                    f"{path.name}: {tensor.name} is {tensor.tensor_type.name}, not one of {sorted(_MATRIX_TYPES)}.",
+                    "K-quants need rows that are multiples of 256.",
+                )
+    return dict(sorted(types.items()))
+
+
+def check_tokenization(client: Client, merged: Path, prompts: Sequence[str]) -> int:
+    """Compare the chat turn of every prompt between llama.cpp and transformers; returns how many were."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(merged, trust_remote_code=False)
+    for prompt in prompts:
+        text = f"<|im_start|>user\n\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+        theirs, ours = client.tokenize(text), tokenizer(text, add_special_tokens=False)["input_ids"]
+        if theirs != ours:
+            place = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), 0)
+            pieces = [tokenizer.decode(tokens[place : place + 3]) for tokens in (theirs, ours)]
+            raise OrionError(
+                f"llama.cpp splits a prompt differently from token {place}: {pieces[0]!r} against {pieces[1]!r}.",
+                "The tokenizer is not LFM2's; this pair must not fly.",
+            )
+    return len(prompts)
+
+
+def find_pair(folder: Path) -> tuple[Path, Path]:
+    """(backbone, mmproj) of a folder: ours, proven by pair.json, or the two GGUF files that somebody published.
+
+    Without pair.json only the sizes can be compared: the projector's output must be as wide as the backbone's input.
+    Raises OrionError when it is not a pair.
+    """
+    if (folder / PAIR).exists():
+        check_pair(folder)
+        return folder / QUANTIZED, folder / MMPROJ
+    files = sorted(folder.glob("*.gguf"))
+    projectors = [path for path in files if "mmproj" in path.name.lower()]
+    backbones = [path for path in files if path not in projectors]
+    if len(backbones) > 1:
+        backbones = [path for path in backbones if "q4_k_m" in path.name.lower()]
+    if len(projectors) != 1 or len(backbones) != 1:
+        found = ", ".join(path.name for path in files) or "no *.gguf"
+        raise OrionError(
+            f"{folder} has {found}, not one Q4_K_M backbone and one mmproj.",
+            "Run 'orion quantize' first, or pass a folder or a Hub id with the two files.",
+        )
+    width, projected = (
+        read_integers(backbones[0]).get("lfm2.embedding_length"),
+        read_integers(projectors[0]).get("clip.vision.projection_dim"),
+    )
+    if width is None or width != projected:
+        raise OrionError(
+            f"{projectors[0].name} projects to {projected} values and {backbones[0].name} takes {width}.",
+            "Backbone and mmproj must come from the same model.",
+        )
+    return backbones[0], projectors[0]
+
+
+def check_pair(folder: Path) -> None:
+    """Raise OrionError unless backbone and mmproj are the unaltered files of one conversion."""
+    path = folder / PAIR
+    try:
+        files = read_object(path).get("files")
+    except FileNotFoundError:
+        raise OrionError(f"{path} does not exist.", "Run 'orion quantize' first.") from None
+    if not isinstance(files, dict):
+        raise OrionError(f"{path} is damaged: it lists no files.", "Run 'orion quantize' again.")
+    for name in (QUANTIZED, MMPROJ):
+        if not (folder / name).is_file():  # a pipe would be read for ever
+            raise OrionError(f"{folder / name} does not exist.", "Run 'orion quantize' again.")
+        if sha256_of_file(folder / name) != files.get(name):
+            raise OrionError(
+                f"{folder / name} is not the file of this conversion (another run's, or altered).",
+                "Backbone and mmproj must come from the same fuse: run 'orion quantize' again.",
+            )

@@ -1,0 +1,448 @@
+"""The frame in orbit: what one frame costs a run's GGUF pair on this machine, part by part, beside what it gets right.
+
+What flies is measured, and then one thing is changed at a time: input size (with either mmproj), quantization, flash
+attention, length of the reason. Each has a llama-server of its own, so that its peak memory is its own.
+"""
+
+import io
+import itertools
+import json
+import os
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orion_triage.errors import OrionError, ServerError
+from orion_triage.evaluate.backends import LlamaCppBackend, ask_for_category
+from orion_triage.export import quantize
+from orion_triage.export.convert import convert
+from orion_triage.imagery.frames import Frame, shrink
+from orion_triage.llama_cpp.server import OPTIONS, Server
+from orion_triage.llama_cpp.toolchain import existing_tools, fetch_source, find_toolchain
+from orion_triage.llama_cpp.tools import quantize_file
+from orion_triage.machine.describe import describe
+from orion_triage.mission.prompt import render_prompt
+from orion_triage.mission.verdict import ANSWER_TOKENS, Category, Verdict
+from orion_triage.pipeline import CONSTRAINED, VERDICT_ONLY
+from orion_triage.progress import Progress, silent
+from orion_triage.runs import manifest
+from orion_triage.safe.files import locked, temporary_folder
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from orion_triage.llama_cpp.client import Client
+    from orion_triage.llama_cpp.server import Server
+    from orion_triage.llama_cpp.toolchain import Toolchain
+    from orion_triage.runs.run import Run
+
+SIZES = (512, 384, 256)
+MMPROJS = ("F16", "Q8_0")
+REASON_TOKENS = (20, 40)  # beside the model's own length; the catalogue's reasons have 11 to 21
+REPEATS = 3
+CONDITIONS = ("A", "B")  # with and, as in flight, without coordinates
+_WORDS = {  # what may be asked for, and how it is said
+    "input size": (r"256|384|512", "Sizes are 256, 384 and 512 pixels."),
+    "mmproj": (r"F16|Q8_0", "The vision tower is converted to F16 or Q8_0."),
+    "quantization": (r"F16|[IT]?Q\d[A-Z0-9_]*", "Name F16 or a type of llama-quantize, as Q8_0 or Q3_K_M."),
+    "length": (r"[1-9]\d?\d?", "Lengths are tokens of a reason, 1 to 999."),
+}
+BUSY = 0.5  # cores that other programs keep busy, from which on the seconds are theirs too
+# The level at which the server's log has a time stamp before and after each image is encoded.
+_VERBOSITY = "4"
+_STAMP = r"^(\d+)\.(\d\d)\.(\d\d\d)\.(\d\d\d) \S .*"  # minutes.seconds.milliseconds.microseconds
+_ENCODING, _ENCODED = (re.compile(_STAMP + what) for what in ("encoding mtmd batch", "decoding image batch 1/"))
+# As many tokens of an answer as are asked for: its beginning, then a reason that does not end.
+_OPEN_GRAMMAR = 'root ::= "{\\"reason\\": \\"" [ !#-\\[\\]-~]*\n'
+USUAL_REASON_TOKENS = 20  # where no evaluation says how long the model's own are
+_FLOWN = (CONSTRAINED.name.removeprefix("evaluate "), "quantized")  # under the grammar, as in flight; else free
+LOG = "bench-frame-server.log"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is served, and the size of the frames that it is shown."""
+
+    frame_size: int
+    quantization: str
+    mmproj: str = "F16"
+    flash_attention: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of asking about a frame: medians of its parts, and how often it is right where that was evaluated.
+
+    `prefill_seconds` is what is left of the frame beside encoding and decoding: reading the image's tokens and the
+    text's, the PNG, the request. `reason_tokens` is 0 for the verdict alone.
+    """
+
+    run: str
+    change: str  # from what flies, in words
+    frame_size: int
+    quantization: str
+    mmproj: str
+    flash_attention: bool
+    reason_tokens: int
+    prompt_tokens: int
+    answer_tokens: int
+    encode_seconds: float
+    prefill_seconds: float
+    decode_seconds: float
+    seconds_per_frame: float
+    decode_seconds_per_token: float | None
+    peak_memory_bytes: int
+    evaluation: str | None = None  # the model's name in the run's evaluations; None: this was not evaluated
+    right: dict[str, int] | None = None  # by condition
+    count: dict[str, int] | None = None
+    best: bool = False  # no other evaluated row is as fast and as often right (B), and better in one of them
+
+    @property
+    def accuracy(self) -> float | None:
+        """Under B, without coordinates, as in flight."""
+        return self.right["B"] / self.count["B"] if self.right and self.count else None
+
+
+def parse_list(text: str, what: str) -> list[str]:
+    """The words of "a,b,c", each an "input size", "mmproj", "quantization" or "length"; raises OrionError otherwise."""
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    pattern, fix = _WORDS[what]
+    if unknown := [word for word in words if not re.fullmatch(pattern, word)]:
+        raise OrionError(f"{unknown[0]!r} is no {what}.", fix)
+    return words
+
+
+def run(
+    runs: Sequence["Run"],
+    *,
+    sizes: Sequence[int] = (),
+    mmprojs: Sequence[str] = MMPROJS,
+    quantizations: Sequence[str] = (),
+    reason_tokens: Sequence[int] = REASON_TOKENS,
+    repeats: int = REPEATS,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Measure the runs' pairs; returns `rows` (see Row), what was `left_out` and why, and the `machine`.
+
+    `same_frames` is false when the runs were evaluated on different ones, so that their accuracies do not compare.
+
+    What flies of each run is always measured. Without `sizes`, one run is shown all of SIZES and several are shown
+    their own; without `quantizations`, those of the run's ladder are made. Raises OrionError for a pair that is
+    unfinished or altered, and ServerError when a frame was not encoded exactly once.
+    """
+    for one in runs:
+        quantize.check_pair(one.gguf)
+    toolchain = existing_tools() or find_toolchain(progress)
+    machine = {**describe(), "busy_cores": round(_busy_cores(1.0), 2)}
+    shown = sizes or (SIZES if len(runs) == 1 else ())
+    plans = [plan(one, shown, mmprojs, quantizations or one.settings.ladder.quantizations) for one in runs]
+    total, done = sum(map(len, plans)), 0
+    rows: list[Row] = []
+    left_out: list[str] = []
+    in_flight: dict[str, float] = {}
+    for one, setups in zip(runs, plans, strict=True):
+        with locked(one.folder, "orion bench-frame"), temporary_folder(one.folder, "bench") as temporary:
+            files = _Files(one, toolchain, temporary)
+            tokens = 0
+            for setup in setups:
+                change = changed(setups[0], setup)
+                progress(f"{one.folder.name}: {change}", done, total)
+                done += 1
+                try:
+                    backbone, mmproj = files.backbone(setup.quantization), files.mmproj(setup.mmproj)
+                except FileNotFoundError as error:
+                    left_out.append(f"{one.folder}: {change}: {error}")
+                    continue
+                with _serve(one, toolchain, backbone, mmproj, setup) as server:
+                    asked = _Asked(server, one, setup, repeats)
+                    tokens = tokens or _own_answer_tokens(one, server.client)
+                    rows.append(asked.with_reason(change, tokens, own=True))
+                    if setup == setups[0]:
+                        rows.append(asked.without_reason())
+                        rows += [
+                            asked.with_reason(f"reason of {count} tokens", asked.frame_tokens + count)
+                            for count in reason_tokens
+                        ]
+                        in_flight[str(one.folder)] = asked.in_flight()
+    progress("measuring", total, total)
+    return {
+        "machine": machine,
+        "repeats": repeats,
+        "conditions": list(CONDITIONS),
+        "rows": [asdict(row) for row in mark_best(rows)],
+        "in_flight_seconds_per_frame": in_flight,
+        "same_frames": len({frames for one in runs if (frames := _evaluated_frames(one))}) < 2,
+        "left_out": left_out,
+    }
+
+
+def plan(run: "Run", sizes: Sequence[int], mmprojs: Sequence[str], quantizations: Sequence[str]) -> list[Setup]:
+    """What is served for one run, what flies first; each once."""
+    flown = Setup(run.settings.base.frame_size, run.settings.quantize.type)
+    of_images = [
+        replace(flown, frame_size=size, mmproj=mmproj)
+        for size in (flown.frame_size, *sizes)
+        for mmproj in (flown.mmproj, *mmprojs)
+    ]
+    others = [replace(flown, quantization=kind) for kind in quantizations]
+    return list(dict.fromkeys([flown, *of_images, *others, replace(flown, flash_attention=True)]))
+
+
+def changed(flown: Setup, setup: Setup) -> str:
+    """In words, what of `setup` is not as it flies."""
+    parts = [
+        f"{setup.frame_size} px" if setup.frame_size != flown.frame_size else "",
+        setup.quantization if setup.quantization != flown.quantization else "",
+        f"mmproj {setup.mmproj}" if setup.mmproj != flown.mmproj else "",
+        "flash attention" if setup.flash_attention != flown.flash_attention else "",
+    ]
+    return ", ".join(filter(None, parts)) or "as it flies"
+
+
+def mark_best(rows: Sequence[Row]) -> list[Row]:
+    """The rows with the Pareto set marked: seconds a frame against accuracy under B, among what was evaluated."""
+
+    def beaten(row: Row, by: Row) -> bool:
+        assert row.accuracy is not None
+        assert by.accuracy is not None
+        no_worse = by.seconds_per_frame <= row.seconds_per_frame and by.accuracy >= row.accuracy
+        return no_worse and (by.seconds_per_frame, by.accuracy) != (row.seconds_per_frame, row.accuracy)
+
+    evaluated = [row for row in rows if row.accuracy is not None]
+    return [replace(row, best=row in evaluated and not any(beaten(row, by) for by in evaluated)) for row in rows]
+
+
+def _busy_cores(seconds: float) -> float:
+    """The mean over the next `seconds`; the load average would count what has just ended."""
+
+    def ticks() -> tuple[int, int]:
+        first, *_ = Path("/proc/stat").read_text(encoding="utf-8").splitlines()
+        counts = [int(word) for word in first.split()[1:9]]  # user, nice, system, idle, iowait, irq, softirq, steal
+        return sum(counts) - counts[3] - counts[4], sum(counts)
+
+    busy, whole = ticks()
+    time.sleep(seconds)
+    busy_later, whole_later = ticks()
+    return (os.cpu_count() or 1) * (busy_later - busy) / max(whole_later - whole, 1)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+class _Files:
+    """The GGUF files of one run; what it has not is made in a temporary folder, once.
+
+    Raises FileNotFoundError with a sentence when that needs what 'orion clean' has removed.
+    """
+
+    def __init__(self, run: "Run", toolchain: "Toolchain", temporary: Path) -> None:
+        self._run, self._toolchain, self._temporary = run, toolchain, temporary
+
+    def backbone(self, kind: str) -> Path:
+        if kind == self._run.settings.quantize.type:
+            return self._run.gguf / quantize.QUANTIZED
+        f16 = self._run.gguf / quantize.F16
+        if not f16.is_file():
+            raise FileNotFoundError(
+                f"{f16.name} is not there ('orion clean'?); 'orion quantize --force' makes it again."
+            )
+        return f16 if kind == "F16" else self._made(kind, lambda path: self._quantize(f16, path, kind))
+
+    def mmproj(self, kind: str) -> Path:
+        if kind == "F16":
+            return self._run.gguf / quantize.MMPROJ
+        if not any(self._run.merged.glob("*.safetensors")):
+            merged = self._run.merged.name
+            raise FileNotFoundError(f"{merged} has no weights ('orion clean'?); 'orion fuse --force' makes them again.")
+        return self._made(f"mmproj-{kind}", lambda path: self._convert(path, kind))
+
+    def _made(self, name: str, make: Callable[[Path], object]) -> Path:
+        path = self._temporary / f"{name}.gguf"
+        if not path.exists():
+            make(path)
+        return path
+
+    def _quantize(self, f16: Path, path: Path, kind: str) -> None:
+        quantize_file(self._toolchain, f16, path, kind)
+
+    def _convert(self, path: Path, kind: str) -> None:
+        fetch_source()  # the converter's; the tools may be a user's own
+        convert(self._toolchain, self._run.merged, path, mmproj=True, outtype=kind.lower())
+
+
+# --- asking -----------------------------------------------------------------------------------------------------------
+
+
+def _serve(run: "Run", toolchain: "Toolchain", backbone: Path, mmproj: Path, setup: Setup) -> "Server":
+    """A server as in flight, but for what `setup` changes; its log says when each image was encoded."""
+    log, threads = run.folder / "logs" / LOG, run.settings.evaluate.threads
+    return Server(toolchain, backbone, mmproj, log=log, threads=threads, options=_options(setup))
+
+
+def _options(setup: Setup) -> list[str]:
+    """llama-server's, with time stamps."""
+    options = [*OPTIONS, "--log-timestamps", "--log-prefix"]
+    options[options.index("--flash-attn") + 1] = "on" if setup.flash_attention else "off"
+    options[options.index("--log-verbosity") + 1] = _VERBOSITY
+    return options
+
+
+class _Asked:
+    """One server, asked about frames that it has never seen, so that each is encoded."""
+
+    def __init__(self, server: "Server", run: "Run", setup: Setup, repeats: int) -> None:
+        self._server, self._run, self._setup, self._repeats = server, run, setup, repeats
+        self._frames = _frames(setup.frame_size)
+        self._prompt = render_prompt(None)
+        self.frame_tokens = _tokens(server.client, Verdict("", Category.HIGH).to_json())
+        self._peak_memory_bytes = 0
+        self._complete(next(self._frames), 4)  # the first frame pays for what is read and set up once
+
+    def with_reason(self, change: str, answer_tokens: int, *, own: bool = False) -> Row:
+        """As many tokens as are asked for, whatever the model would say: equal work for all."""
+        row = self._measure(change, answer_tokens, lambda png: self._complete(png, answer_tokens))
+        return _beside_accuracy(row, self._run, self._setup) if own else row
+
+    def without_reason(self) -> Row:
+        """The category alone."""
+        row = self._measure(VERDICT_ONLY, 1, lambda png: ask_for_category(self._server.client, self._prompt, png))
+        return _beside_accuracy(row, self._run, self._setup, VERDICT_ONLY)
+
+    def in_flight(self) -> float:
+        """Seconds a frame as 'orion triage' asks: under the grammar, reasons as long as the model makes them."""
+        backend = LlamaCppBackend(self._server.client, max_new_tokens=ANSWER_TOKENS, constrained=True)
+        seconds = []
+        for _ in range(self._repeats):
+            image = _decoded(next(self._frames))
+            began = time.monotonic()
+            backend.answer([image], [self._prompt])
+            seconds.append(time.monotonic() - began)
+        return round(statistics.median(seconds), 4)
+
+    def _complete(self, png: bytes, tokens: int) -> dict[str, Any]:
+        return self._server.client.completion(self._prompt, png, tokens, grammar=_OPEN_GRAMMAR, ignore_eos=True)
+
+    def _measure(self, change: str, answer_tokens: int, ask: Callable[[bytes], dict[str, Any]]) -> Row:
+        parts: list[tuple[float, float, float, float]] = []
+        for _ in range(self._repeats):
+            png, log = next(self._frames), self._run.folder / "logs" / LOG
+            logged = log.stat().st_size
+            began = time.monotonic()
+            reply = ask(png)
+            whole = time.monotonic() - began
+            if reply["tokens_predicted"] != answer_tokens:
+                raise ServerError(
+                    f"llama-server gave {reply['tokens_predicted']} tokens where {answer_tokens} were to be measured.",
+                    f"See {log}.",
+                )
+            encode, decode = encode_seconds(log, logged), reply["timings"]["predicted_ms"] / 1000
+            parts.append((encode, whole - encode - decode, decode, whole))
+        # After equally many frames of each server: its cache of images makes later ones seem larger.
+        self._peak_memory_bytes = self._peak_memory_bytes or self._server.peak_memory_bytes()
+        encode, prefill, decode, whole = (round(statistics.median(part), 4) for part in zip(*parts, strict=True))
+        return Row(
+            run=str(self._run.folder),
+            change=change,
+            **asdict(self._setup),
+            reason_tokens=max(answer_tokens - self.frame_tokens, 0),
+            prompt_tokens=reply["tokens_evaluated"],
+            answer_tokens=answer_tokens,
+            encode_seconds=encode,
+            prefill_seconds=prefill,
+            decode_seconds=decode,
+            seconds_per_frame=whole,
+            # The first token comes with the prompt.
+            decode_seconds_per_token=round(decode / (answer_tokens - 1), 5) if answer_tokens > 1 else None,
+            peak_memory_bytes=self._peak_memory_bytes,
+        )
+
+
+def encode_seconds(log: Path, start: int) -> float:
+    """How long the server encoded the image that it was sent since its log had `start` bytes.
+
+    Raises ServerError unless it was one image, once: a cached one would cost nothing, and one in tiles too much.
+    """
+    deadline = time.monotonic() + 2
+    while True:  # the server's log is written by a thread of its own, which may be late
+        lines = log.read_bytes()[start:].decode("utf-8", "replace").splitlines()
+        began, ended = (
+            [_seconds(match) for line in lines if (match := what.match(line))] for what in (_ENCODING, _ENCODED)
+        )
+        if len(began) == len(ended) == 1:
+            return ended[0] - began[0]
+        if len(ended) > 1 or time.monotonic() > deadline:
+            raise ServerError(
+                f"llama-server encoded {len(ended)} images where one was sent, by its log.",
+                f"See {log}. A build that logs otherwise cannot be measured: use the pinned one ('orion toolchain').",
+            )
+        time.sleep(0.01)
+
+
+def _seconds(match: "re.Match[str]") -> float:
+    minutes, seconds, milliseconds, microseconds = map(int, match.groups())
+    return 60 * minutes + seconds + milliseconds / 1e3 + microseconds / 1e6
+
+
+def _frames(size: int) -> Iterator[bytes]:
+    """PNGs of drawn tiles, all different. What is on a frame costs nothing: the encoder sees every pixel alike."""
+    from orion_triage.dataset.sources.synthetic.draw import draw_tile
+
+    for seed in itertools.count():
+        image = shrink(draw_tile("urban_grid", seed).image, size)
+        yield Frame(image, image.size).png()
+
+
+def _decoded(png: bytes) -> "Image.Image":
+    from PIL import Image
+
+    return Image.open(io.BytesIO(png)).convert("RGB")
+
+
+def _tokens(client: "Client", text: str) -> int:
+    return len(client.tokenize(text))
+
+
+# --- what was evaluated -----------------------------------------------------------------------------------------------
+
+
+def _own_answer_tokens(run: "Run", client: "Client") -> int:
+    """Tokens of the median answer of what flies, as evaluated without coordinates; a usual length without that."""
+    from orion_triage.evaluate.run import read_predictions
+
+    if model := next((name for name in _FLOWN if _is_of_this_pair(run, name)), ""):
+        answers = [row["answer"] for row in read_predictions(run.evaluation(model)) if row["condition"] == "B"]
+        return int(statistics.median_high([_tokens(client, answer) for answer in answers]))
+    return _tokens(client, Verdict("", Category.HIGH).to_json()) + USUAL_REASON_TOKENS
+
+
+def _beside_accuracy(row: Row, run: "Run", setup: Setup, model: str = "") -> Row:
+    """The row with its accuracy, where the run's evaluations have exactly that: nothing is inferred from another."""
+    flown = Setup(run.settings.base.frame_size, run.settings.quantize.type)
+    if replace(setup, quantization=flown.quantization) != flown:
+        return row
+    models = (model,) if model else _FLOWN if setup == flown else (setup.quantization,)
+    for name in models:
+        if _is_of_this_pair(run, name):
+            metrics = json.loads((run.evaluation(name) / "metrics.json").read_text(encoding="utf-8"))
+            right, count = ({c: metrics[c][key] for c in CONDITIONS} for key in ("right", "count"))
+            return replace(row, evaluation=name, right=right, count=count)
+    return row
+
+
+def _evaluated_frames(run: "Run") -> str | None:
+    """The hash of the dataset that the run's flight pair was evaluated on."""
+    receipts = [manifest.read_manifest(run.evaluation(model)) for model in _FLOWN]
+    return next((receipt.inputs["dataset"] for receipt in receipts if receipt), None)
+
+
+def _is_of_this_pair(run: "Run", model: str) -> bool:
+    """Whether the evaluation has finished, and was of the files that are measured here."""
+    receipt = manifest.read_manifest(run.evaluation(model))
+    if receipt is None:
+        return False
+    hashed = manifest.hash_inputs({"gguf": run.gguf})["gguf"]
+    return hashed in (receipt.inputs.get("gguf"), receipt.inputs.get("F16"))

@@ -1,0 +1,226 @@
+"""What goes to the satellite: the GGUF pair, its launch script, golden images and a checker that says go or no-go."""
+
+import json
+import platform
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orion_triage import __version__
+from orion_triage.dataset.records import image_path, read_split
+from orion_triage.errors import OrionError
+from orion_triage.evaluate import threshold
+from orion_triage.evaluate.backends import Answer
+from orion_triage.export import quantize
+from orion_triage.imagery.frames import CAMERA_SIZE, Frame, is_blank, read_frame, shrink
+from orion_triage.llama_cpp.client import CANDIDATES, Client
+from orion_triage.llama_cpp.server import OPTIONS, Server
+from orion_triage.llama_cpp.toolchain import PINNED_BUILD, WHEEL, WHEEL_SHA256, Toolchain, find_toolchain
+from orion_triage.mission.prompt import render_prompt
+from orion_triage.mission.verdict import (
+    ANSWER_TOKENS,
+    CATEGORIES,
+    CATEGORY_CUE,
+    CATEGORY_GRAMMAR,
+    GRAMMAR,
+    category_tokens,
+    parse_verdict,
+)
+from orion_triage.progress import Progress, silent
+from orion_triage.publish import card
+from orion_triage.runs import manifest
+from orion_triage.safe.files import locked, replaced_folder, require_free_space, sha256_of_file, write_bytes, write_text
+
+if TYPE_CHECKING:
+    from orion_triage.evaluate.value import OperatingPoint
+    from orion_triage.runs.run import Run
+
+SCHEMA_VERSION = 1
+LIST, LIST_HASH = "bundle.json", "bundle.json.sha256"
+CHECKER = "check_flight.py"
+GOLDEN_IMAGES = 5
+CONDITION = "B"  # in flight a frame is asked about without coordinates
+# Measured on the tiny preset's test frames. Rounding: threads change nothing; flash attention, batches and the layout
+# of weights up to 0.008 in the category's log-probability, 0.054 in the two others' and 6 of 60 reasons; an emulated
+# Cortex-A76 (half-precision sums) 0.002, 0.045 and 2 of 37. What must be noticed, on the five golden images: Q8_0
+# weights 0.003 and 0.21; an adapter 5 % weaker 0.005 and 0.36. A clear category's own log-probability is near 0 in any
+# model, so the others tell models apart; and the words do, when a model decides without looking.
+TOLERANCES = {"category_nats": 0.05, "other_labels_nats": 0.1, "other_words": GOLDEN_IMAGES // 2}
+
+
+def run(run: "Run", out: Path, progress: Progress = silent) -> dict[str, Any]:
+    """Write the bundle of a run's GGUF pair into the folder `out`; returns its bundle.json and its size in bytes.
+
+    The golden images are frames of the test split, asked here through the server that flies. Raises OrionError when
+    the pair is unfinished, altered or not evaluated, when the frames are gone, or when `out` is something else's.
+    """
+    out = out.resolve()
+    if out.exists() and not (out / LIST).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise OrionError(f"{out} exists and is no bundle.", "Choose another folder with --out.")
+    quantize.check_pair(run.gguf)
+    point = threshold.read(run.folder, run.gguf)
+    rows = clearest_first(_evaluated(run))
+    names = (quantize.QUANTIZED, quantize.MMPROJ, quantize.PAIR)
+    require_free_space(out.parent, sum((run.gguf / name).stat().st_size for name in names) + 20_000_000, "the bundle")
+    toolchain = find_toolchain(progress)
+    with locked(run.folder, "orion bundle"), replaced_folder(out) as folder:
+        for path in [*(run.gguf / name for name in names), *card.licence_files(run.gguf)]:
+            shutil.copyfile(path, folder / path.name)
+        quantize.check_pair(folder)
+        pair = (folder / quantize.QUANTIZED, folder / quantize.MMPROJ)
+        log, threads = run.folder / "logs" / "bundle-server.log", run.settings.evaluate.threads
+        with Server(toolchain, *pair, log=log, threads=threads) as server:
+            golden, request, seconds = _ask(server.client, run, rows, folder, progress)
+        _write_texts(folder, run, toolchain, point[0] if point else None)
+        record = {
+            "schema_version": SCHEMA_VERSION,
+            "preset": run.settings.preset,
+            "base": card.base_of(run.gguf) or run.settings.base.model,
+            "frame_size": run.settings.base.frame_size,
+            "model": quantize.QUANTIZED,
+            "mmproj": quantize.MMPROJ,
+            "llama_cpp_build": toolchain.build,
+            "versions": {"orion-triage": __version__, **_receipt(run.gguf, "quantize").versions},
+            "made_on": platform.machine(),
+            "operating_point": {"low_threshold": point[0].low_threshold, "temperature": point[1]} if point else None,
+            "request": request,
+            "tolerances": TOLERANCES,
+            "golden": golden,
+            "notes": list(_notes(golden)),
+            "times": {"made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "seconds_per_frame": seconds},
+            "files": manifest.hash_outputs(folder),
+        }
+        write_text(folder / LIST, json.dumps(record, indent=2) + "\n")
+        write_text(folder / LIST_HASH, f"{sha256_of_file(folder / LIST)}  {LIST}\n")
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return record | {"bytes": size}
+
+
+def _receipt(folder: Path, stage: str) -> manifest.Manifest:
+    receipt = manifest.read_manifest(folder)
+    if receipt is None:
+        raise OrionError(f"{folder} is not finished.", f"Run 'orion {stage}' first, or pass another run.")
+    return receipt
+
+
+def _evaluated(run: "Run") -> list[dict[str, Any]]:
+    """The answers of this very pair to the test frames as they are asked in flight."""
+    from orion_triage.evaluate.run import read_predictions
+
+    folder = run.evaluation("quantized")
+    receipt = _receipt(folder, "evaluate --gguf")
+    if receipt.inputs.get("gguf") != manifest.hash_inputs({"gguf": run.gguf})["gguf"]:
+        raise OrionError(f"{folder} is the evaluation of another pair.", "Run 'orion evaluate --gguf' again.")
+    return [row for row in read_predictions(folder) if row["condition"] == CONDITION]
+
+
+def clearest_first(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Right answers, the categories in turn, each by falling margin of its score over the next best; then wrong ones.
+
+    A clear answer stays the same through the rounding of another processor. Answers without scores are left out.
+    """
+
+    def place(row: dict[str, Any]) -> tuple[float, str]:
+        *_, second, first = sorted(row["scores"].values())
+        return second - first, row["name"]
+
+    scored = sorted((row for row in rows if row["category"] and row["scores"]), key=place)
+    right = [[row for row in scored if row["category"] == row["truth"] == category] for category in CATEGORIES]
+    in_turn = [row for row in chain.from_iterable(zip_longest(*right)) if row]
+    return in_turn + [row for row in scored if row["category"] != row["truth"]]
+
+
+def _ask(
+    client: Client, run: "Run", rows: list[dict[str, Any]], folder: Path, progress: Progress
+) -> tuple[list[dict[str, Any]], dict[str, Any], list[float]]:
+    """The golden images, written into the folder, with what the flight's requests give; those requests; seconds."""
+    records = {record.name: record for record in read_split(run.dataset, run.split)}
+    prompt, labels = render_prompt(None), category_tokens(client.tokenize)
+    golden: list[dict[str, Any]] = []
+    seconds: list[float] = []
+    for row in rows:
+        if len(golden) == GOLDEN_IMAGES:
+            break
+        progress("asking about golden images", len(golden), GOLDEN_IMAGES)
+        path = image_path(run.dataset, records[row["name"]])
+        if not path.is_file():
+            raise OrionError(f"{path} does not exist.", "'orion clean' removed it? Make it again: 'orion dataset'.")
+        image = read_frame(path, CAMERA_SIZE).image
+        if is_blank(image):
+            continue  # LOW by rule in flight: it is never asked about
+        image = shrink(image, run.settings.base.frame_size)
+        png = Frame(image, image.size).png()
+        began = time.monotonic()
+        answer, found = client.complete_and_score(
+            prompt, png, ANSWER_TOKENS, cue=CATEGORY_CUE, tokens=labels, grammars=(GRAMMAR, CATEGORY_GRAMMAR)
+        )
+        took, verdict = time.monotonic() - began, parse_verdict(answer)
+        if found is None or verdict is None or verdict.category != row["category"]:
+            continue  # clear only without the grammar
+        scores = Answer.scored(answer, found).scores or ()
+        name = f"golden/{len(golden) + 1}-{verdict.category.lower()}.png"
+        write_bytes(folder / name, png)
+        golden.append(
+            {
+                "image": name,
+                "frame": row["name"],
+                "truth": row["truth"],
+                "answer": answer,
+                "category": verdict.category,
+                "log_probabilities": {c: round(value, 6) for c, value in zip(CATEGORIES, found, strict=True)},
+                "scores": {c: round(value, 6) for c, value in zip(CATEGORIES, scores, strict=True)},
+            }
+        )
+        seconds.append(round(took, 3))
+    if not golden:
+        raise OrionError("the pair gives no verdict for any test frame.", "Evaluate the run: its answers should parse.")
+    request = {
+        "chat": client.chat("{prompt}", "{image}"),
+        "cue": CATEGORY_CUE,
+        "answer_tokens": ANSWER_TOKENS,
+        "candidates": CANDIDATES,
+        "sampling": {"temperature": 0, "top_k": 1, "seed": 0},
+        "grammars": ["grammar.gbnf", "category_grammar.gbnf"],
+        "label_tokens": dict(zip(CATEGORIES, labels, strict=True)),
+        "prompt_tokens": client.completion(prompt, png, 1, grammar=GRAMMAR)["tokens_evaluated"],
+    }
+    return golden, request, seconds
+
+
+def _notes(golden: list[dict[str, Any]]) -> Iterator[str]:
+    missing = [category for category in CATEGORIES if category not in {image["category"] for image in golden}]
+    if missing:
+        yield f"No golden image is called {' or '.join(missing)}: the model calls no such frame of the test split so."
+    if wrong := [image["image"] for image in golden if image["category"] != image["truth"]]:
+        yield f"The model is wrong about {', '.join(wrong)}: too few right answers. They still show how it computes."
+    if len(golden) < GOLDEN_IMAGES:
+        yield f"{len(golden)} golden images instead of {GOLDEN_IMAGES}: the test split has no more with a verdict."
+
+
+def _write_texts(folder: Path, run: "Run", toolchain: Toolchain, point: "OperatingPoint | None") -> None:
+    """Prompt, grammars, launch script, checker and the operator's README."""
+    from orion_triage.report.render import from_template
+
+    write_text(folder / "prompt.txt", render_prompt(None))
+    write_text(folder / "grammar.gbnf", GRAMMAR)
+    write_text(folder / "category_grammar.gbnf", CATEGORY_GRAMMAR)
+    shutil.copyfile(Path(__file__).with_name(CHECKER), folder / CHECKER)
+    values = {
+        "model": quantize.QUANTIZED,
+        "mmproj": quantize.MMPROJ,
+        "arguments": " ".join(OPTIONS),
+        "frame_size": run.settings.base.frame_size,
+        "build": toolchain.build,
+        "pinned": toolchain.build == PINNED_BUILD,
+        "wheel": WHEEL,
+        "wheel_sha256": WHEEL_SHA256,
+        "tolerances": TOLERANCES,
+        "point": point,
+    }
+    for template, name in (("serve.sh.j2", "serve.sh"), ("bundle_readme.txt.j2", "README.txt")):
+        write_text(folder / name, from_template(template, **values))
+    for name in (CHECKER, "serve.sh"):
+        (folder / name).chmod(0o755)

@@ -1,0 +1,193 @@
+"""Classifying real frames with the quantized pair of a run, as on board: no coordinates, one frame at a time."""
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orion_triage.errors import FrameError, OrionError
+from orion_triage.evaluate.backends import Backend, LlamaCppBackend
+from orion_triage.export import quantize
+from orion_triage.imagery.frames import CAMERA_SIZE, is_blank, read_frame, shrink
+from orion_triage.llama_cpp.server import Server
+from orion_triage.llama_cpp.toolchain import find_toolchain
+from orion_triage.mission.prompt import render_prompt
+from orion_triage.mission.verdict import ANSWER_TOKENS, CATEGORIES, Category, Verdict, parse_verdict
+from orion_triage.progress import Progress, silent
+from orion_triage.safe.files import naming, sha256_of_file, sha256_of_text
+
+if TYPE_CHECKING:
+    from orion_triage.evaluate.value import OperatingPoint
+
+PICTURES = (".png", ".jpg", ".jpeg", ".raw")
+BLANK_REASON = "Blank frame: no image content to judge."
+
+
+@dataclass(frozen=True)
+class FrameVerdict:
+    """One file's outcome: a verdict, or `error` when the file was refused."""
+
+    file: str
+    verdict: Verdict | None
+    seconds: float
+    native_size: tuple[int, int] | None = None
+    blank: bool = False
+    error: str = ""
+    scores: tuple[float, ...] | None = None  # of HIGH, MEDIUM and LOW
+
+
+def frames_in(paths: Iterable[Path]) -> Iterator[Path]:
+    """The files themselves, and for a folder the pictures in it by name; raises OrionError for a folder without any."""
+    for path in paths:
+        if not path.is_dir():
+            yield path
+            continue
+        names = sorted(entry.name for entry in os.scandir(path) if entry.name.lower().endswith(PICTURES))
+        if not names:
+            raise OrionError(f"{path} has no picture ({', '.join(PICTURES)}).", "Name the files, or another folder.")
+        yield from (path / name for name in names)
+
+
+def to_json(outcome: FrameVerdict) -> dict[str, Any]:
+    """One frame's outcome as it is printed and kept; `category` is None where the file was refused."""
+    verdict, scores = outcome.verdict, outcome.scores
+    return {
+        "file": outcome.file,
+        "category": verdict.category.value if verdict else None,
+        "reason": verdict.reason if verdict else None,
+        "blank": outcome.blank,
+        "scores": dict(zip(CATEGORIES, scores, strict=True)) if scores else None,
+    }
+
+
+def asked_by(gguf: Path, frame_size: int, threshold: float | None, resize: bool, blank_rule: bool) -> str:
+    """A short hash of what answers and how: all lines of one file of results are by the same."""
+    parts = [sha256_of_file(gguf / quantize.PAIR), frame_size, threshold, resize, blank_rule]
+    return sha256_of_text(json.dumps(parts))[:12]
+
+
+def left_to_do(paths: Iterable[Path], out: Path, pair: str) -> list[Path]:
+    """The frames that an interrupted triage has no line for in `out`; a file that is named twice has two lines.
+
+    Raises OrionError when another pair wrote them, or the file is something else.
+    """
+    before = _finished_before(out, pair)
+    left = []
+    for path in paths:
+        before[str(path)] -= 1
+        if before[str(path)] < 0:
+            left.append(path)
+    return left
+
+
+@contextmanager
+def appending(out: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Appends a line at once, so that a stop loses the frame in hand only; without a file, nothing."""
+    if out is None:
+        yield lambda row: None
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with naming(out), out.open("a", encoding="utf-8") as file:
+
+        def write(row: dict[str, Any]) -> None:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+
+        yield write
+
+
+def _finished_before(out: Path, pair: str) -> Counter[str]:
+    """How often each file stands in the results of an interrupted triage; what a cut left of a last line is dropped.
+
+    Raises OrionError when another pair wrote them, or the file is something else.
+    """
+    files: Counter[str] = Counter()
+    if not out.exists():
+        return files
+    whole = 0
+    with out.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                row = json.loads(line)
+                name, other = row["file"], row["pair"]
+            except (ValueError, TypeError, KeyError, RecursionError):
+                raise OrionError(f"{out}:{number} is no line of a triage.", "Name another file with --out.") from None
+            if other != pair:
+                raise OrionError(
+                    f"{out}:{number} was answered by another pair or otherwise ({other}, now {pair}).",
+                    "Name another file with --out.",
+                )
+            files[name] += 1
+            whole += len(line)
+    os.truncate(out, whole)
+    return files
+
+
+def triage_files(
+    paths: Iterable[Path],
+    backend: Backend,
+    frame_size: int,
+    *,
+    point: "OperatingPoint | None" = None,
+    resize: bool = False,
+    blank_rule: bool = True,
+) -> Iterator[FrameVerdict]:
+    """Verdicts in the order of `paths`; a refused file becomes an outcome with `error`, and work goes on.
+
+    With an operating point, the scores decide the category, and the reason stays the model's. A blank frame is LOW by
+    rule and is not asked about: it would cost downlink and shows nothing, whatever a model makes of it. Without
+    `blank_rule` the model is asked about it as about any other.
+    """
+    prompt = render_prompt(None)
+    for path in paths:
+        began = time.monotonic()
+        try:
+            frame = read_frame(path, CAMERA_SIZE, resize=resize)
+        except FrameError as error:
+            yield FrameVerdict(str(path), None, time.monotonic() - began, error=str(error))
+            continue
+        if blank_rule and is_blank(frame.image):
+            verdict = Verdict(BLANK_REASON, Category.LOW)
+            yield FrameVerdict(str(path), verdict, time.monotonic() - began, frame.native_size, blank=True)
+            continue
+        (answer,) = backend.answer([shrink(frame.image, frame_size)], [prompt])
+        said = parse_verdict(answer.text)
+        if said and point and answer.scores:
+            said = Verdict(said.reason, _decide(answer.scores, point))
+        error_text = "" if said else f"{path}: the model gave no verdict. Evaluate the run: its answers should parse."
+        seconds = time.monotonic() - began
+        yield FrameVerdict(str(path), said, seconds, frame.native_size, error=error_text, scores=answer.scores)
+
+
+def _decide(scores: Sequence[float], point: "OperatingPoint") -> Category:
+    import numpy as np
+
+    from orion_triage.evaluate.value import decide
+
+    return CATEGORIES[int(decide(np.array([scores]), point)[0])]
+
+
+def triage_with_pair(
+    paths: Iterable[Path],
+    gguf: Path,
+    frame_size: int,
+    *,
+    log: Path,
+    point: "OperatingPoint | None" = None,
+    resize: bool = False,
+    blank_rule: bool = True,
+    progress: Progress = silent,
+) -> Iterator[FrameVerdict]:
+    """`triage_files` with the GGUF pair in the folder `gguf`, behind a server that lives as long as the iteration."""
+    quantize.check_pair(gguf)
+    toolchain = find_toolchain(progress)
+    with Server(toolchain, gguf / quantize.QUANTIZED, gguf / quantize.MMPROJ, log=log) as server:
+        backend = LlamaCppBackend(server.client, max_new_tokens=ANSWER_TOKENS, constrained=True)
+        yield from triage_files(paths, backend, frame_size, point=point, resize=resize, blank_rule=blank_rule)

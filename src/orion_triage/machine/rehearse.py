@@ -1,0 +1,327 @@
+"""The whole pipeline on this machine at a preset's published shapes, with random weights: does the real run fit?
+
+Every stage is the real command in a process of its own, so that its peak memory is the operating system's figure
+(mapped files included). Nothing is learned from the answers; everything from seconds, memory, disk and file sizes.
+"""
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from orion_triage.errors import OrionError
+from orion_triage.export import quantize
+from orion_triage.llama_cpp.server import Server
+from orion_triage.llama_cpp.toolchain import find_toolchain
+from orion_triage.llama_cpp.tools import run_measured
+from orion_triage.machine.describe import describe
+from orion_triage.progress import Progress, silent
+from orion_triage.runs.manifest import read_manifest
+from orion_triage.runs.run import Run
+from orion_triage.safe.files import cache_folder, replaced_folder, require_free_space, write_text
+from orion_triage.settings import load_settings
+
+# As published, read from the configurations on the Hub. Of the feed-forward width, two thirds are used.
+_ATTENTION_LAYERS = frozenset({2, 5, 8, 10, 12, 14})
+_FAMILY: dict[str, Any] = {
+    "layer_types": tuple("full_attention" if layer in _ATTENTION_LAYERS else "conv" for layer in range(16)),
+    "two_thirds_of_feed_forward": True,
+    "vocabulary": 65_536,
+    "positions": 128_000,
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "lfm2.5-vl-1.6b": _FAMILY
+    | {"text_width": 2048, "text_feed_forward": 12_288, "attention_heads": 32, "key_value_heads": 8}
+    | {"vision_width": 1152, "vision_layers": 27, "vision_heads": 16, "vision_feed_forward": 4304}
+    | {"projector_width": 2048},
+    "lfm2.5-vl-450m": _FAMILY
+    | {"text_width": 1024, "text_feed_forward": 6656, "attention_heads": 16, "key_value_heads": 8}
+    | {"vision_width": 768, "vision_layers": 12, "vision_heads": 12, "vision_feed_forward": 3072}
+    | {"projector_width": 2560},
+}
+CHECK_RECORDS = 2  # of the fused model: a real run takes 24, half a minute each on two cores at 1.6B
+_TRAINING_FRAMES = 2  # of each category
+
+
+@dataclass(frozen=True)
+class StageUse:
+    """What one stage took; disk is the most that the run folder held, beside the base, while it ran."""
+
+    stage: str
+    seconds: float
+    peak_memory_bytes: int
+    peak_disk_bytes: int
+    peak_vram_bytes: int | None = None
+
+
+def run(preset: str, folder: Path, *, steps: int = 0, progress: Progress = silent) -> dict[str, Any]:
+    """Rehearse `preset` in `folder`; returns and keeps what was measured.
+
+    With `steps`, as many optimizer steps of the fine-tuning are run; without, the adapter is random. Raises OrionError
+    for a preset without published shapes, too little disk, or a stage that fails.
+    """
+    if preset not in SHAPES:
+        raise OrionError(f"{preset!r} has no published shapes.", f"Rehearse one of {', '.join(SHAPES)}.")
+    began = time.monotonic()
+    settings = load_settings(preset)
+    require_free_space(folder, 5 * _parameters(preset) * 2, "a rehearsal")
+    base, rehearsal = folder / "base", Run(folder / "run", settings)
+    shutil.rmtree(rehearsal.folder, ignore_errors=True)  # what is finished would be skipped, and not measured
+    parameters = _parameters(preset)
+    if not base.exists():
+        make_base(preset, base, progress)
+    records = max(
+        settings.fine_tune.micro_batch_size * settings.fine_tune.gradient_accumulation_steps * steps, CHECK_RECORDS
+    )
+    make_dataset(rehearsal.dataset, records)
+    if not steps:
+        make_adapter(base, rehearsal.adapter, settings)
+    sets = [f"base.model={base}", f"fuse.check_records={CHECK_RECORDS}", "fine_tune.epochs=1"]
+    options = [
+        "--run",
+        str(rehearsal.folder),
+        "--preset",
+        preset,
+        *(word for value in sets for word in ("--set", value)),
+    ]
+    frame = sorted(rehearsal.dataset.rglob("*.png"))[0]
+    stages = {
+        "fine-tune": ["fine-tune", *options],
+        "fuse": ["fuse", *options],
+        "quantize": ["quantize", *options],
+        "answer": ["triage", str(frame), "--json", "--run", str(rehearsal.folder)],
+    }
+    if not steps:
+        del stages["fine-tune"]
+    uses: list[StageUse] = []
+    for number, (stage, words) in enumerate(stages.items()):
+        progress(f"rehearsing: {stage}", number, len(stages) + 1)
+        stage_uses, said = _measure(stage, words, rehearsal)
+        uses += stage_uses
+    progress("rehearsing: parity", len(stages), len(stages) + 1)
+    parity = _parity(rehearsal, frame)
+    tuned = read_manifest(rehearsal.adapter)
+    value = {
+        "preset": preset,
+        "parameters": parameters,
+        "steps": steps,
+        "seconds": round(time.monotonic() - began, 1),
+        "training_seconds_per_sample": tuned.figures["seconds_per_sample"] if tuned else None,
+        "machine": machine(),
+        "stages": [asdict(use) for use in uses],
+        "bytes": sizes(rehearsal, base),
+        "parity": parity,
+        "answer": json.loads(said[said.index("[\n") :])[0],  # of random weights, under the flight grammar
+        "fuse_check_records": CHECK_RECORDS,
+    }
+    write_text(figures_path(preset), json.dumps(value, indent=2) + "\n")
+    return value
+
+
+def figures_path(preset: str) -> Path:
+    """Where the last rehearsal's figures lie: the user's cache, since they belong to the machine."""
+    return cache_folder() / "rehearsals" / f"{preset}.json"
+
+
+def machine() -> dict[str, Any]:
+    """This machine and its GPU."""
+    import torch
+
+    return {**describe(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+
+
+def sizes(run: Run, base: Path) -> dict[str, int]:
+    def size(folder: Path, pattern: str) -> int:
+        return sum(path.stat().st_size for path in folder.glob(pattern))
+
+    return {
+        "base": size(base, "*.safetensors"),
+        "adapter": size(run.adapter, "*.safetensors"),
+        "merged": size(run.merged, "*.safetensors"),
+        "F16": size(run.gguf, quantize.F16),
+        "Q4_K_M": size(run.gguf, quantize.QUANTIZED),
+        "mmproj": size(run.gguf, quantize.MMPROJ),
+    }
+
+
+# --- what is rehearsed on -------------------------------------------------------------------------------------------
+
+
+def _empty_model(config: Any) -> Any:
+    import torch
+    from transformers import Lfm2VlForConditionalGeneration
+
+    with torch.device("meta"):
+        return Lfm2VlForConditionalGeneration(config)
+
+
+def _config(preset: str) -> tuple[Any, Any]:
+    """(tokenizer, configuration): a tokenizer of our own, in the published vocabulary's place."""
+    from orion_triage.dataset.catalogue import load_catalogue
+    from orion_triage.mission.prompt import render_prompt
+    from orion_triage.models.lfm2_vl import make_config, train_tokenizer
+
+    texts = [render_prompt(target.coordinates) for target in load_catalogue()]
+    texts += [target.reason for target in load_catalogue()]
+    tokenizer = train_tokenizer(texts, 2048)
+    return tokenizer, make_config(tokenizer, **SHAPES[preset])
+
+
+def _parameters(preset: str) -> int:
+    return sum(parameter.numel() for parameter in _empty_model(_config(preset)[1]).parameters())
+
+
+def make_base(preset: str, folder: Path, progress: Progress = silent) -> None:
+    """Write a bfloat16 checkpoint of random weights in the Hub's layout."""
+    import torch
+
+    from orion_triage.models.checkpoint import hub_name, write_tensors
+    from orion_triage.models.lfm2_vl import make_processor, save_settings
+
+    tokenizer, config = _config(preset)
+    model = _empty_model(config)
+    shapes = {hub_name(name): tensor.shape for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    torch.manual_seed(0)
+
+    def random(name: str) -> torch.Tensor:
+        shape = tuple(shapes[name])
+        if len(shape) == 1:  # norms are 1, biases 0
+            return torch.full(shape, float(name.endswith(".weight")), dtype=torch.bfloat16)
+        return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02)
+
+    with replaced_folder(folder) as new:
+        write_tensors(new, shapes, "bfloat16", random, description="making random weights", progress=progress)
+        save_settings(model, make_processor(tokenizer, 512), "bfloat16", new)
+        write_text(new / "README.md", "---\nlicense: apache-2.0\n---\nRandom weights of a published shape.\n")
+
+
+def make_dataset(folder: Path, train_records: int) -> None:
+    """Drawn tiles under the catalogue's prompts and reasons: enough records for a rehearsal."""
+    from orion_triage.dataset.build import records_of
+    from orion_triage.dataset.catalogue import Target, load_catalogue
+    from orion_triage.dataset.collect import image_name
+    from orion_triage.dataset.records import IMAGES_FOLDER, Record, Split, write_split
+    from orion_triage.dataset.sources.source import Shot
+    from orion_triage.dataset.sources.synthetic.draw import draw_tile, tile_seed
+    from orion_triage.mission.verdict import CATEGORIES
+
+    of = {category: [target for target in load_catalogue() if target.category == category] for category in CATEGORIES}
+    places: dict[Split, list[Target]] = {
+        "train": [target for category in CATEGORIES for target in of[category][:_TRAINING_FRAMES]],
+        "val": [of[category][-1] for category in CATEGORIES],
+        "test": [of[category][-2] for category in CATEGORIES],
+    }
+    with replaced_folder(folder) as new:
+        (new / IMAGES_FOLDER).mkdir(parents=True)
+        for split, targets in places.items():
+            records: list[Record] = []
+            for shot in map(Shot, targets):
+                draw_tile(shot.target.morphology, tile_seed(0, shot.name)).image.save(new / image_name(shot))
+                records += records_of(shot, split)
+            count = max(train_records, len(records)) if split == "train" else len(records)
+            write_split(new, split, [records[index % len(records)] for index in range(count)])
+
+
+def make_adapter(base: Path, folder: Path, settings: Any) -> None:
+    """A random adapter of the preset's rank and scope, in PEFT's format."""
+    import torch
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+    from transformers import Lfm2VlConfig
+
+    from orion_triage.models.adapter import resolve_targets
+
+    tuning = settings.fine_tune
+    model = _empty_model(Lfm2VlConfig.from_pretrained(base))
+    names, _ = resolve_targets(model, tuning.target_modules, tuning.scope)
+    torch.manual_seed(1)
+    tensors = {}
+    for name in names:
+        linear = model.get_submodule(name)
+        key = f"base_model.model.{name}"
+        tensors[f"{key}.lora_A.weight"] = torch.empty(tuning.rank, linear.in_features).normal_(0, 0.02)
+        tensors[f"{key}.lora_B.weight"] = torch.empty(linear.out_features, tuning.rank).normal_(0, 0.02)
+    with replaced_folder(folder) as new:
+        save_file(tensors, new / "adapter_model.safetensors", metadata={"format": "pt"})
+        LoraConfig(r=tuning.rank, lora_alpha=tuning.alpha, target_modules=names).save_pretrained(new)
+
+
+# --- measuring ------------------------------------------------------------------------------------------------------
+
+
+def _measure(stage: str, words: list[str], run: Run) -> tuple[list[StageUse], str]:
+    """Run one command; returns what each of llama.cpp's tools in it and all of it took, and what it printed."""
+    command = [sys.executable, "-m", "orion_triage.cli", *words]
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output, _disk(run.folder) as most:
+        status, use = run_measured(command, dict(os.environ), output)
+        output.seek(0)
+        said = output.read()
+        if status:
+            last = " | ".join(said.strip().splitlines()[-4:])
+            raise OrionError(f"the rehearsal's {stage} failed: {last}.", "Mend that, then rehearse again.")
+    receipt = read_manifest({"fine-tune": run.adapter, "quantize": run.gguf}.get(stage, run.folder))
+    figures = receipt.figures if receipt else {}
+    tools = figures.get("tools", {})
+    uses = [StageUse(name, tool["seconds"], tool["peak_memory_bytes"], most[0]) for name, tool in tools.items()]
+    name = f"all of {stage}" if tools else stage
+    uses.append(StageUse(name, use.seconds, use.peak_memory_bytes, most[0], figures.get("peak_vram_bytes")))
+    return uses, said
+
+
+@contextmanager
+def _disk(folder: Path) -> Iterator[list[int]]:
+    """The most bytes that the folder held, looked at twice a second."""
+    most, stop = [0], threading.Event()
+
+    def look() -> None:
+        while True:
+            total = 0
+            for path in folder.rglob("*"):
+                try:
+                    total += path.stat().st_size if path.is_file() else 0
+                except FileNotFoundError:  # renamed meanwhile
+                    continue
+            most[0] = max(most[0], total)
+            if stop.wait(0.5):
+                return
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield most
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _parity(run: Run, frame: Path) -> float:
+    """The F16 pair against transformers in float32, on one frame."""
+    from orion_triage.export import parity
+    from orion_triage.imagery.frames import read_frame
+    from orion_triage.mission.prompt import render_prompt
+    from orion_triage.models.load import float32_compute, load_model, load_processor
+
+    size = run.settings.base.frame_size
+    processor = load_processor(run.merged, size)
+    log = run.folder / "logs" / "parity-server.log"
+    tools = find_toolchain()
+    with Server(tools, run.gguf / quantize.F16, run.gguf / quantize.MMPROJ, log=log) as server:
+        model = load_model(run.merged, dtype="auto")
+        with float32_compute(model):
+            return parity.largest_difference(
+                model, processor, server.client, read_frame(frame, size), render_prompt(None)
+            )
+
+
+def remove(folder: Path) -> None:
+    """Delete what a rehearsal left, the figures excepted."""
+    for name in ("base", "run"):
+        shutil.rmtree(folder / name, ignore_errors=True)

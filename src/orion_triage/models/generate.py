@@ -1,0 +1,135 @@
+"""The vision-language model: load it, render one chat turn, encode batches, generate, score.
+
+One owner for everything that training, fusing and evaluation must do alike: the bytes of a turn, the
+processor that neither resizes nor tiles, the labels, greedy answers and verdict log-probabilities.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+    from transformers.models.lfm2_vl import Lfm2VlProcessor
+from orion_triage.models.encode import _VISION_KEYS, IGNORED, EncodedImage, EncodedRow, encode, encode_rows, pad
+from orion_triage.models.load import END_OF_TURN
+
+
+def vision_features(model: Any, processor: "Lfm2VlProcessor", images: "Sequence[Image.Image]") -> "torch.Tensor":
+    """What the language model gets to see: [images, image tokens, text width], float32 on the CPU."""
+    import torch
+
+    # One at a time: only a few images are asked for, and a large tower needs its memory for weights.
+    features = []
+    with torch.inference_mode():
+        for image in images:
+            batch = encode(processor, [image], [""]).to(model.device)
+            features.append(model.look(**{key: batch[key] for key in _VISION_KEYS})[0].float().cpu())
+    return torch.stack(features)
+
+
+def look(model: Any, image: EncodedImage) -> EncodedImage:
+    """The image after the tower, for prompts that are asked later; on the model's device."""
+    import torch
+
+    with torch.inference_mode():
+        features = model.look(**{key: value.to(model.device) for key, value in image.inputs.items()})
+    return EncodedImage(image.tokens, {"image_features": features})
+
+
+def generate(
+    model: Any,
+    processor: "Lfm2VlProcessor",
+    images: "Sequence[Image.Image]",
+    prompts: Sequence[str],
+    max_new_tokens: int,
+) -> list[str]:
+    """Greedy answers, one per image and prompt, without the <|im_end|> that stops them.
+
+    Rows are independent of the batch they are in, up to rounding: padding on the left is masked in attention and
+    short-conv layers alike.
+    """
+    rows = encode_rows(processor, images, prompts)
+    return [text for text, _ in generate_and_score(model, processor, rows, max_new_tokens)]
+
+
+def generate_and_score(
+    model: Any,
+    processor: "Lfm2VlProcessor",
+    rows: Sequence[EncodedRow],
+    max_new_tokens: int,
+    *,
+    cue: str = "",
+    tokens: Sequence[int] = (),
+) -> "list[tuple[str, list[float] | None]]":
+    """`generate`'s answers, each with the log-probabilities of `tokens` right after its first `cue`.
+
+    None in their place where the answer never says the cue, or ends with it.
+    """
+    import torch
+
+    steps: list[
+        torch.Tensor
+    ] = []  # of each token generated, [rows, len(tokens)]: all logits of a batch would be 0.3 GB
+
+    def remember(_: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        if tokens:
+            steps.append(logits.float().log_softmax(-1)[:, list(tokens)].cpu())
+        return logits
+
+    batch = pad(processor, rows).to(model.device)
+    end = processor.tokenizer.convert_tokens_to_ids(END_OF_TURN)
+    with torch.inference_mode():
+        if "image_features" in batch:
+            seen = batch["image_features"]
+        else:
+            seen = model.look(**{key: batch[key] for key in _VISION_KEYS})
+        output = model.generate(
+            inputs_embeds=model.embed(batch["input_ids"], seen, batch["image_of_row"]),
+            attention_mask=batch["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=end,
+            pad_token_id=processor.tokenizer.pad_token_id,
+            logits_processor=[remember],
+        )
+    decoded: list[str] = processor.tokenizer.batch_decode(output, skip_special_tokens=True)
+    scores: list[list[float] | None] = [None] * len(decoded)
+    for row, ids in enumerate(output.tolist() if cue else []):
+        place = _tokens_up_to(processor.tokenizer, ids, cue)
+        if place is not None and place < len(steps) and ids[place] != end:
+            scores[row] = steps[place][row].tolist()
+    return list(zip(decoded, scores, strict=True))
+
+
+def _tokens_up_to(tokenizer: Any, ids: list[int], cue: str) -> int | None:
+    """How many tokens it takes until the text ends with the first `cue`; None when no token ends there."""
+    if cue not in tokenizer.decode(ids):
+        return None
+    for count in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:count])
+        if cue in text:
+            return count if text.endswith(cue) else None
+    return None
+
+
+def answer_log_probabilities(
+    model: Any,
+    processor: "Lfm2VlProcessor",
+    images: "Sequence[Image.Image]",
+    prompts: Sequence[str],
+    answers: Sequence[str],
+) -> "list[torch.Tensor]":
+    """Per record, the log-probability of each token of answer + <|im_end|>: float32 on the CPU."""
+    import torch
+
+    result = []
+    with torch.inference_mode():
+        for image, prompt, answer in zip(images, prompts, answers, strict=True):
+            batch = encode(processor, [image], [prompt], [answer]).to(model.device)
+            labels = batch.pop("labels")[0]
+            positions = (labels != IGNORED).nonzero()[:, 0]
+            logits = model(**batch, logits_to_keep=positions - 1, use_cache=False).logits[0].float()
+            scores = logits.log_softmax(-1).gather(-1, labels[positions, None])[:, 0]
+            result.append(scores.cpu())
+    return result

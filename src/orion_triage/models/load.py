@@ -1,0 +1,274 @@
+"""The vision-language model: load it, render one chat turn, encode batches, generate, score.
+
+One owner for everything that training, fusing and evaluation must do alike: the bytes of a turn, the
+processor that neither resizes nor tiles, the labels, greedy answers and verdict log-probabilities.
+"""
+
+import logging
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orion_triage import hub
+from orion_triage.errors import OrionError
+from orion_triage.models import chat_template
+from orion_triage.models.checkpoint import check_names
+from orion_triage.runs.manifest import sha256_of_listing
+from orion_triage.safe.files import sha256_of_file
+from orion_triage.safe.reading import read_object, shown
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers.models.lfm2_vl import Lfm2VlProcessor
+
+TINY_BASE = "orion-tiny"
+TINY_BASE_FOLDER = Path(__file__).parents[1] / "tiny_base" / "weights"
+END_OF_TURN = "<|im_end|>"
+# Names are matched from the start of the module path since transformers 5, so "vision_tower" alone skips
+# nothing; without "lm_head" the tied head becomes 4-bit too.
+KEPT_IN_16_BIT = ["lm_head", "model.vision_tower", "model.multi_modal_projector"]
+
+
+def resolve_base(model: str) -> Path:
+    """The folder of a base model in the Hub's layout: the shipped one for "orion-tiny", a local one, or a Hub id's.
+
+    Raises OrionError unless it is an LFM2-VL checkpoint with SafeTensors weights under their published names.
+    """
+    if model != TINY_BASE:
+        folder = hub.locate(model, "model")
+    elif not (folder := TINY_BASE_FOLDER).is_dir():
+        raise OrionError(f"the shipped base is missing from {folder}.", "Install the package again.")
+    config_path = folder / "config.json"
+    try:
+        model_type = read_object(config_path).get("model_type")
+    except FileNotFoundError:
+        raise OrionError(
+            f"{folder} has no config.json.", "Point base.model at a model folder in the Hub's layout."
+        ) from None
+    if model_type != "lfm2_vl":
+        raise OrionError(
+            f"{config_path}: model_type is {shown(model_type)}, not 'lfm2_vl'.",
+            "The pipeline fine-tunes LFM2-VL models only.",
+        )
+    if not list(folder.glob("*.safetensors")):
+        pickles = [path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pt"))]
+        found = f"only {', '.join(pickles)}, which can run code when opened" if pickles else "none"
+        raise OrionError(f"{folder} needs weights as *.safetensors; found {found}.", "Fetch the SafeTensors file.")
+    check_names(folder)
+    return folder
+
+
+def base_name(folder: Path) -> str:
+    """A name that means something on another machine, for adapter_config.json and the report."""
+    if folder.resolve() == TINY_BASE_FOLDER.resolve():
+        return TINY_BASE
+    return hub.id_of(folder) or folder.resolve().name
+
+
+def fingerprint(folder: Path) -> str:
+    """sha256 of `model.safetensors`; of the listing of all shards when there are several."""
+    shards = sorted(folder.glob("*.safetensors"))
+    if len(shards) == 1:
+        return sha256_of_file(shards[0])
+    return sha256_of_listing({shard.name: sha256_of_file(shard) for shard in shards})
+
+
+def load_processor(folder: Path, frame_size: int) -> "Lfm2VlProcessor":
+    """The folder's processor, set to frames of exactly `frame_size` x `frame_size` pixels.
+
+    One tile, no resize, no padding patches: (frame_size / 32)^2 image tokens. The padding matters: with
+    splitting on, a 256x256 frame is padded to 1024 patches and costs as much as 512x512.
+    """
+    hush_kernel_advice()
+    from transformers.models.lfm2_vl import Lfm2VlProcessor
+
+    if frame_size % 32:
+        raise OrionError(f"frame size {frame_size} is not a multiple of 32.", "Use 256, 384 or 512.")
+    try:
+        # Not left to its default, which asks on the terminal whether code that the folder names may run.
+        processor = Lfm2VlProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises bare Exception, and a wrong type anywhere in these files a TypeError
+        raise OrionError(f"{folder} has no usable processor: {error}.", "Fetch the model again.") from error
+    if not processor.chat_template:
+        raise OrionError(f"{folder} has no chat template.", "Copy chat_template.jinja from the base model.")
+    if not isinstance(processor.chat_template, str):
+        raise OrionError(f"{folder} has several chat templates.", "Copy chat_template.jinja from the base model.")
+    chat_template.check(processor.chat_template, str(folder))
+    image_tokens = (frame_size // 32) ** 2
+    images = processor.image_processor
+    images.do_image_splitting = False
+    images.min_image_tokens = min(64, image_tokens)
+    images.max_image_tokens = image_tokens
+    images.tile_size = frame_size
+    images.size = {"height": frame_size, "width": frame_size}
+    images.max_num_patches = image_tokens * images.downsample_factor**2
+    return processor
+
+
+def load_model(
+    folder: Path, *, dtype: str, four_bit: bool = False, device: str = "cpu", float_storage: bool = False
+) -> Any:
+    """The model in evaluation mode on `device`; `dtype` is "float16", "bfloat16", "float32", or "auto": as stored.
+
+    As stored, a CPU maps the file into memory instead of copying it.
+
+    With `four_bit`, the language model's linear layers are NF4 with double quantization and compute in
+    `dtype`; tower, projector and head stay in `dtype`. `float_storage` keeps the packed values in tensors of `dtype`,
+    which FSDP can cut up as it cannot cut up bytes. Raises OrionError when weights are missing or left over.
+    """
+    hush_kernel_advice()
+    import torch
+    from transformers import BitsAndBytesConfig, GenerationConfig
+
+    from orion_triage.models.shared_image import Lfm2VlForConditionalGeneration
+
+    torch_dtype: torch.dtype | str = dtype if dtype == "auto" else getattr(torch, dtype)
+    quantization = None
+    if four_bit:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch_dtype,
+            bnb_4bit_quant_storage=torch_dtype if float_storage else torch.uint8,
+            llm_int8_skip_modules=KEPT_IN_16_BIT,
+        )
+    with no_progress_bars():
+        model, loading = Lfm2VlForConditionalGeneration.from_pretrained(
+            folder,
+            dtype=torch_dtype,
+            quantization_config=quantization,
+            device_map={"": device},
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(str(name) for name in loading.get(kind, ())):
+            raise OrionError(
+                f"{folder}: {len(names)} {kind.replace('_', ' ')} in the weights, {names[0]} first.",
+                "The checkpoint does not fit its config.json: fetch it again.",
+            )
+    own = model.generation_config  # sampling settings left in place would change greedy answers
+    model.generation_config = GenerationConfig(
+        bos_token_id=own.bos_token_id,
+        eos_token_id=own.eos_token_id,
+        pad_token_id=own.pad_token_id,
+        do_sample=False,
+    )
+    if device == "cpu":
+        _keep_gradients_on_cpu(model)
+    return model.eval()
+
+
+@contextmanager
+def float32_compute(model: Any) -> "Iterator[None]":
+    """Compute in float32 on weights that stay in 16 bits: a block's are widened while it runs, and no longer.
+
+    The results are those of the model loaded in float32, to the bit, at half its memory: what is widened at once is
+    one layer, or the token embedding (0.5 GB at 1.6B).
+    """
+    import torch
+
+    narrow: dict[int, torch.Tensor] = {}
+
+    def widen(block: Any, inputs: Any) -> None:
+        for parameter in block.parameters():
+            if parameter.dtype in (torch.float16, torch.bfloat16):
+                narrow[id(parameter)] = parameter.data
+                parameter.data = parameter.data.float()
+
+    def restore(block: Any, inputs: Any, output: Any) -> None:
+        for parameter in block.parameters():
+            if id(parameter) in narrow:
+                parameter.data = narrow.pop(id(parameter))
+
+    hooks = []
+    for block in _blocks(model):
+        hooks.append(block.register_forward_pre_hook(widen))
+        hooks.append(block.register_forward_hook(restore, always_call=True))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _blocks(model: Any) -> "Iterator[Any]":
+    """The layers, and every module with parameters outside them; whole, since some read a child's weight themselves."""
+    from torch import nn
+
+    for child in model.children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        elif any(isinstance(inner, nn.ModuleList) for inner in child.modules()):
+            yield from _blocks(child)
+        elif next(child.parameters(), None) is not None:
+            yield child
+
+
+def _keep_gradients_on_cpu(model: Any) -> None:
+    """Stop bitsandbytes from packing 4-bit weights for its inference kernel.
+
+    On CPUs with AVX512-BF16, the first forward pass in evaluation mode (the preflight, or an epoch's
+    validation) packs a Linear4bit for good for a kernel without a backward pass: from then on no gradient
+    crosses the layer, with one warning and a loss that still falls (bitsandbytes 0.50, Linear4bit.forward).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def expand_four_bit(model: Any) -> Any:
+    """The same NF4 values held as floats: a CPU has no 4-bit arithmetic, and would widen them anew in every pass.
+
+    Takes eight times the memory of the language model's 4-bit layers, and 5 % less time at the shipped base's size.
+    """
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it says which type it widens to
+    try:
+        return model.dequantize()
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def hush_kernel_advice() -> None:
+    """Drop two notes that advise packages which fetch or build kernels; everything else is still logged.
+
+    Call it before the first import of transformers' models: bitsandbytes speaks while it is imported.
+    """
+    advice = {
+        "transformers.integrations.hub_kernels": "causal_conv1d",
+        "bitsandbytes.backends.cpu.ops": "kernels-community",
+    }
+    for name, word in advice.items():
+        logger = logging.getLogger(name)
+        if not any(isinstance(known, _Without) for known in logger.filters):
+            logger.addFilter(_Without(word))
+
+
+class _Without(logging.Filter):
+    def __init__(self, word: str) -> None:
+        super().__init__()
+        self.word = word
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return self.word not in record.getMessage()
+
+
+@contextmanager
+def no_progress_bars() -> "Iterator[None]":
+    """transformers draws bars while it loads and saves; progress goes through orion_triage.progress."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,86 @@
+"""A run's products to the Hub: the adapter, the merged model or the flight pair, with card, licence and results."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from orion_triage import hub
+from orion_triage.errors import OrionError
+from orion_triage.evaluate.results import FLIGHT, MODELS, build_results
+from orion_triage.export import quantize
+from orion_triage.publish import card
+from orion_triage.report import plot
+from orion_triage.runs.manifest import FILE_NAME, read_manifest
+from orion_triage.runs.run import Run
+from orion_triage.safe.files import sha256_of_file
+from orion_triage.train.fine_tune import read_losses
+
+# The F16 backbone stays here: it can be made again from the merged model, and is three times the pair's size.
+_PAIR = (quantize.QUANTIZED, quantize.MMPROJ, quantize.PAIR)
+
+
+# Of the results: what was measured. Settings and receipts hold paths of this machine.
+_PUBLISHED = (
+    "schema_version", "preset", "split", "frames", "models", "deltas", "within", "own_eyes", "ladder", "parity",
+    "training_seeds", "baselines", "size_ranking", "operating_point", "seconds", "versions",
+)  # fmt: skip
+
+
+def push(run: Run, product: card.Product, repository: str, *, private: bool = True) -> str:
+    """Push one finished product of the run; returns the commit's address.
+
+    Raises OrionError when the product is not finished, or when nobody can tell under which licence the base stands.
+    """
+    folder = {"adapter": run.adapter, "merged": run.merged, "gguf": run.gguf}[product]
+    if read_manifest(folder) is None:
+        raise OrionError(f"{folder} is not finished.", "Run 'orion run' first, or pass another run with --run.")
+    if product == "gguf":
+        quantize.check_pair(folder)
+    licence = card.licence_of(folder)
+    if licence is None:
+        raise OrionError(
+            f"{folder} says nothing about the base's licence, which holds for its derivatives.",
+            "Put the base's README.md and LICENSE into its folder, and make the product again.",
+        )
+    base = card.base_of(folder) or "its base"
+    results = build_results(run)
+    own = not results["foreign_server"] and not results["foreign_pair"]
+    complete = own and all(model in results["models"] for model in MODELS)
+    own_files = {
+        name: path for name, path in _files(folder) if product != "gguf" or name in _PAIR or name.startswith("LICENSE")
+    }
+    hashes = {
+        name: sha256_of_file(path) for name, path in own_files.items() if name.endswith((".safetensors", ".gguf"))
+    }
+    text = card.render_card(product, base, licence, results if complete else None, hashes)
+    measured = _measured(run, results) if complete else {}
+    return hub.push(
+        {**own_files, **measured, card.README: text.encode()},
+        repository,
+        message=f"ORION triage {product}, preset {run.settings.preset}",
+        private=private,
+    )
+
+
+def _measured(run: Run, results: dict[str, Any]) -> dict[str, Path | bytes]:
+    """What the card links to: all figures, every answer, and the picture of the last report."""
+    published = {name: results[name] for name in _PUBLISHED}
+    files: dict[str, Path | bytes] = {"evaluation/results.json": (json.dumps(published, indent=2) + "\n").encode()}
+    for model in results["models"]:
+        if model != FLIGHT:  # counted from the constrained answers
+            files[f"evaluation/{model}.jsonl"] = run.evaluation(model) / "predictions.jsonl"
+    picture = run.folder / "report.png"
+    if not picture.is_file():
+        plot.draw(results, read_losses(run.adapter), picture)
+    return files | {"evaluation/report.png": picture}
+
+
+def _files(folder: Path) -> list[tuple[str, Path]]:
+    """What can be published: no receipt (it holds paths of this machine), no card (made anew), no hidden file."""
+    return [
+        (path.relative_to(folder).as_posix(), path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and path.name not in {FILE_NAME, card.README}
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]

@@ -1,0 +1,191 @@
+"""A stage's receipt: what went in, what came out, with which settings and versions, in how many seconds.
+
+`manifest.json` is written last into the stage's folder, so its presence means the stage finished. A later
+run compares settings and hashes with it and skips the stage, or does it again when anything changed.
+"""
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from orion_triage import processes
+from orion_triage.errors import OrionError
+from orion_triage.safe.files import (sha256_of_file, write_text)
+
+FILE_NAME = "manifest.json"
+_SHOWN = 200  # characters of what is wrong with a receipt
+_LIBRARIES = (
+    "orion-triage",
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "numpy",
+    "pillow",
+)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`inputs` and `outputs` map a name or relative path to a sha256; `figures` are what the stage measured.
+
+    `removed` are outputs that `orion clean` deleted: they count as unchanged, since only their hashes are needed.
+    """
+
+    stage: str
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    versions: dict[str, str]
+    seconds: float
+    figures: dict[str, Any] = field(default_factory=dict)
+    removed: list[str] = field(default_factory=list)
+
+
+def hash_inputs(inputs: dict[str, Path]) -> dict[str, str]:
+    """name -> sha256 of a file, or of a folder's finished content (its manifest's outputs, or its files)."""
+    return {name: _hash_path(path) for name, path in inputs.items()}
+
+
+def _hash_path(path: Path) -> str:
+    if path.is_file():
+        return sha256_of_file(path)
+    if not path.is_dir():
+        raise OrionError(f"{path} does not exist.", "Run the stage that makes it first.")
+    return sha256_of_listing(_outputs_of(path, read_manifest(path)))
+
+
+def _outputs_of(folder: Path, manifest: Manifest | None) -> dict[str, str]:
+    """What is in the folder, and what its receipt says of files that were removed on purpose."""
+    removed = {name: manifest.outputs[name] for name in manifest.removed} if manifest else {}
+    return removed | hash_outputs(folder)
+
+
+def sha256_of_listing(hashes: dict[str, str]) -> str:
+    """One hash for a folder's {relative path: sha256}."""
+    import hashlib
+
+    return hashlib.sha256(json.dumps(sorted(hashes.items())).encode()).hexdigest()
+
+
+def hash_outputs(folder: Path, without: str = FILE_NAME) -> dict[str, str]:
+    """Relative POSIX path -> sha256 of every file in `folder`, hidden files and those called `without` excepted."""
+    return {
+        path.relative_to(folder).as_posix(): sha256_of_file(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and path.name != without
+        and not any(part.startswith((".", "__pycache__")) for part in path.relative_to(folder).parts)
+    }
+
+
+def write_manifest(
+    folder: Path,
+    *,
+    stage: str,
+    settings: dict[str, Any],
+    inputs: dict[str, str],
+    seconds: float,
+    figures: dict[str, Any] | None = None,
+) -> Manifest:
+    """Hash everything in `folder` and write its receipt; the last act of a stage."""
+    versions = {"python": platform.python_version()}
+    for library in _LIBRARIES:
+        try:
+            versions[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    manifest = Manifest(
+        stage=stage,
+        settings=settings,
+        inputs=inputs,
+        outputs=hash_outputs(folder),
+        versions=versions,
+        seconds=round(seconds, 3),
+        figures=figures or {},
+    )
+    if not processes.is_main():
+        return manifest
+    write_text(folder / FILE_NAME, json.dumps(asdict(manifest), indent=2) + "\n")
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The folder's receipt, or None when the stage has not finished there."""
+    path = folder / FILE_NAME
+    try:
+        return _checked(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError, RecursionError, OSError) as error:
+        why = str(error)[:_SHOWN]
+        raise OrionError(f"{path} is damaged: {why}.", "Delete the folder; the next run makes it again.") from None
+
+
+def _checked(value: Any) -> Manifest:
+    """Raises ValueError or TypeError where the value is no receipt; what stages measured is not looked into."""
+    manifest = Manifest(**value)
+    maps = (manifest.settings, manifest.inputs, manifest.outputs, manifest.versions, manifest.figures)
+    if not all(isinstance(each, dict) for each in maps) or not isinstance(manifest.removed, list):
+        raise ValueError("a field is of another kind")
+    # `orion clean` deletes what these name
+    for name in (*manifest.outputs, *manifest.removed):
+        if not isinstance(name, str) or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise ValueError(f"{name!r} leads out of the folder")
+    if strange := [name for name in manifest.removed if name not in manifest.outputs]:
+        raise ValueError(f"{strange[0]!r} was removed and never made")
+    return manifest
+
+
+def is_current(folder: Path, *, settings: dict[str, Any], inputs: dict[str, str]) -> bool:
+    """Whether the stage's outputs are complete, unchanged, and were made from these settings and inputs."""
+    manifest = read_manifest(folder)
+    return (
+        manifest is not None
+        and manifest.settings == json.loads(json.dumps(settings))
+        and manifest.inputs == inputs
+        and manifest.outputs == _outputs_of(folder, manifest)
+    )
+
+
+def damaged(folder: Path) -> list[str]:
+    """What is not as the folder's receipt says: one line a file; empty when all is well or there is no receipt."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return []
+    found, lines = _outputs_of(folder, manifest), []
+    for name in sorted(manifest.outputs.keys() | found.keys()):
+        expected, actual = manifest.outputs.get(name), found.get(name)
+        if expected == actual:
+            continue
+        if expected is None:
+            lines.append(f"{folder / name} was not there when the stage finished")
+        elif actual is None:
+            lines.append(f"{folder / name} is missing")
+        else:
+            lines.append(f"{folder / name} has sha256 {actual[:12]} instead of {expected[:12]}")
+    return lines
+
+
+def remove_outputs(folder: Path, unwanted: Callable[[str], bool]) -> int:
+    """Delete the outputs whose relative path is `unwanted` and note them in the receipt; returns the bytes freed.
+
+    The note is written first: what is deleted after it is never missed, and an interrupted removal can be repeated.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return 0
+    names = sorted({*manifest.removed, *filter(unwanted, manifest.outputs)})
+    write_text(folder / FILE_NAME, json.dumps(asdict(replace(manifest, removed=names)), indent=2) + "\n")
+    freed = 0
+    for name in names:
+        path = folder / name
+        if path.is_file():
+            freed += path.stat().st_size
+            path.unlink()
+    return freed

@@ -1,0 +1,262 @@
+"""Settings: one strict model per stage, filled from a preset's TOML file and `--set stage.key=value`.
+
+The defaults are the mission document's two tables for the 1.6B model. A preset that departs from them
+gives the reason beside the value, and `overrides` lists the departures for the report.
+"""
+
+import tomllib
+from datetime import date
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    ValidationError,
+    model_validator,
+)
+
+from orion_triage.errors import OrionError
+from orion_triage.safe.reading import LARGEST_JSON_BYTES, read_text, shown
+
+# Beyond these nothing can be computed, and a number may have more digits than Python writes out.
+Count = Annotated[int, Field(gt=0, lt=2**31)]
+CountOrZero = Annotated[int, Field(ge=0, lt=2**31)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+class Section(BaseModel):
+    """Unknown keys are mistakes, and so are nan and inf; settings do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class BaseSettings(Section):
+    """The base model that is fine-tuned."""
+
+    # A Hub id (owner/name@revision), a local folder in the Hub's layout, or "orion-tiny".
+    model: str = "LiquidAI/LFM2.5-VL-1.6B@919fde3d022e3f90a4716006f993938ee8c2eb97"
+    frame_size: Literal[256, 384, 512] = 512  # pixels; decoding, training, evaluation and flight share it
+
+
+class DatasetSettings(Section):
+    """The places, their split and the imagery."""
+
+    # Where the frames come from: drawn tiles, a SimSat server, a STAC catalogue of Sentinel-2, or `folder`.
+    source: Literal["synthetic", "simsat", "sentinel2", "directory"] = "synthetic"
+    folder: str = ""  # of pictures with a table, or a dataset in the published layout: a folder or a Hub id
+    catalogue: str = ""  # CSV, JSONL or GeoJSON of places; empty: the shipped one
+    url: str = ""  # of the SimSat or STAC server; empty: the source's own default
+    metres_per_pixel: PositiveFloat = 10.0  # ground sample distance of a drawn frame (Sentinel-2: 10)
+    altitude_km: PositiveFloat = 500.0  # of SimSat's satellite: higher sees more, coarser
+    # Sentinel-2 scenes between these days: a fixed period gives the same scenes again.
+    captured_from: date = date(2023, 1, 1)
+    captured_to: date = date(2024, 12, 31)
+    largest_cloud_share: float = Field(default=0.1, ge=0, le=1)  # of a Sentinel-2 frame; less drops more places
+    largest_missing_share: float = Field(default=0.05, ge=0, le=1)  # of places without a picture; more stops the build
+    split_seed: Seed = 42
+    imagery_seed: Seed = 7
+    split_distance_km: PositiveFloat = 100.0  # no two splits have places closer than this
+    # Test frames; 0: one a place. With synthetic imagery more draws several tiles a place, which says less than as many
+    # other places would.
+    test_size: CountOrZero = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _folder_is_a_directory_source(cls, values: Any) -> Any:
+        """A folder says by itself where the frames come from."""
+        if isinstance(values, dict) and values.get("folder") and "source" not in values:
+            return values | {"source": "directory"}
+        return values
+
+    @model_validator(mode="after")
+    def _source_and_folder_agree(self) -> Self:
+        if (self.source == "directory") != bool(self.folder):
+            raise ValueError("source is directory exactly when a folder is given (--dataset FOLDER)")
+        return self
+
+
+class FineTuneSettings(Section):
+    """QLoRA, as the mission document's tables give it."""
+
+    rank: Count = 16
+    alpha: Count = 32
+    dropout: float = Field(default=0.05, ge=0, lt=1)
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    # Where: "attention" is target_modules in language model and vision tower; "language-attention" leaves the tower
+    # alone; "language-all" adds the language model's short-conv and feed-forward layers (four times the parameters).
+    scope: Literal["attention", "language-attention", "language-all"] = "attention"
+    # How the base is held: "nf4" in 4 bits (QLoRA); "16-bit" as it is (LoRA), which takes three times the language
+    # model's memory, loses nothing to rounding, and is what several GPUs can share out among them (FSDP).
+    base_weights: Literal["nf4", "16-bit"] = "nf4"
+    micro_batch_size: Count = 1
+    gradient_accumulation_steps: Count = 16
+    learning_rate: PositiveFloat = 2e-4
+    epochs: Count = 3
+    optimizer: str = "paged_adamw_8bit"
+    learning_rate_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_fraction: float = Field(default=0.0, ge=0, lt=1)
+    precision: Literal["float16", "bfloat16", "float32"] = "float16"  # CPUs train in float32 and say so
+    gradient_checkpointing: bool = True
+    # On one GPU: as many records at once as its memory takes, up to the records of a step, and no checkpointing where
+    # that fits too. The sums are the same, grouped otherwise; the two settings above are the floor.
+    fill_gpu: bool = True
+    seed: Seed = 42
+
+    @property
+    def trains_tower(self) -> bool:
+        return not self.scope.startswith("language")
+
+
+class FuseSettings(Section):
+    """Merging the adapter into the 16-bit base."""
+
+    dtype: Literal["float16", "bfloat16"] = "float16"
+    check_records: Count = 24  # records on which the merge is compared with the adapter; fewer than 20 prove little
+
+
+class QuantizeSettings(Section):
+    """llama.cpp's conversion and quantization."""
+
+    type: Literal["Q4_K_M"] = "Q4_K_M"
+
+
+class EvaluateSettings(Section):
+    """The four-condition protocol."""
+
+    noise: Literal["gaussian", "uniform"] = "gaussian"  # condition C's picture
+    max_new_tokens: Count = 96  # longer than every reason of the catalogue; an answer cut here is unparsable
+    batch_size: Count = 32  # answers generated at once; more is faster and takes more memory
+    threads: Count | None = None  # llama.cpp's; empty: its own choice
+    # llama.cpp servers of our own that share the questions, a thread each unless `threads` says more. Empty: as many as
+    # the cores have room for with a pair under 0.1 GB, whose threads would wait for each other; one otherwise.
+    servers: Count | None = None
+
+
+class LadderSettings(Section):
+    """The models between the base and what flies, each evaluated too, so that a loss has an address."""
+
+    enabled: bool = True  # five more evaluations; the report names what each step costs
+    # Between F16 and the flight's: any that llama-quantize knows.
+    quantizations: tuple[Annotated[str, Field(pattern=r"^(I|T)?Q[0-9][A-Z0-9_]*$")], ...] = ("Q8_0",)
+    parity_records: Count = 4  # on which llama.cpp's F16 must give transformers' probabilities
+
+
+class MissionSettings(Section):
+    """What frames are worth and mistakes cost, for judging answers; nothing is trained or asked differently."""
+
+    # What a HIGH, a MEDIUM and a LOW frame are worth on the ground.
+    values: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = (10.0, 1.0, 0.0)
+    # A row a truth (HIGH, MEDIUM, LOW), a column what was done (sent, stored, dropped). A dropped HIGH frame is gone.
+    costs: tuple[tuple[float, float, float], tuple[float, float, float], tuple[float, float, float]] = (
+        (0.0, 2.0, 10.0),
+        (1.0, 0.0, 3.0),
+        (1.0, 0.2, 0.0),
+    )
+    prior: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = (0.005, 0.095, 0.90)  # in orbit, same order
+
+
+class Settings(Section):
+    """Everything a run depends on."""
+
+    preset: str = "tiny"
+    base: BaseSettings = BaseSettings()
+    dataset: DatasetSettings = DatasetSettings()
+    fine_tune: FineTuneSettings = FineTuneSettings()
+    fuse: FuseSettings = FuseSettings()
+    quantize: QuantizeSettings = QuantizeSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    ladder: LadderSettings = LadderSettings()
+    mission: MissionSettings = MissionSettings()
+
+
+def preset_names() -> list[str]:
+    return sorted(
+        entry.name.removesuffix(".toml")
+        for entry in resources.files("orion_triage.presets").iterdir()
+        if entry.name.endswith(".toml")
+    )
+
+
+def load_settings(preset: str = "tiny", assignments: tuple[str, ...] | list[str] = ()) -> Settings:
+    """The settings of a preset (a shipped name or a TOML file) with `stage.key=value` assignments applied.
+
+    Raises OrionError listing every mistake at once: unknown keys, wrong types, values out of range.
+    """
+    values, source = _read_preset(preset)
+    values.setdefault("preset", Path(preset).stem if preset.endswith(".toml") else preset)
+    for assignment in assignments:
+        _assign(values, assignment)
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        lines = [
+            f"{'.'.join(str(part)[:60] for part in problem['loc'] if part != 'int')}: {_describe(problem)}"
+            for problem in error.errors()
+        ]
+        more = f"; and {len(lines) - 20} more" if len(lines) > 20 else ""
+        raise OrionError(
+            f"{source} has {len(lines)} mistake{'s' if len(lines) > 1 else ''}: {'; '.join(lines[:20])}{more}.",
+            "'orion settings' lists every key with its value.",
+        ) from None
+
+
+def _describe(problem: Any) -> str:
+    if problem["type"] == "extra_forbidden":
+        return "there is no such key"
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    return f"{problem['msg'].lower()} (got {shown(problem['input'])})"
+
+
+def _read_preset(preset: str) -> tuple[dict[str, Any], str]:
+    if preset.endswith(".toml"):
+        try:
+            text, source = read_text(Path(preset), LARGEST_JSON_BYTES), preset
+        except FileNotFoundError:
+            raise OrionError(f"{preset} does not exist.", "Pass a preset's name or a TOML file.") from None
+    elif preset in preset_names():
+        text = (resources.files("orion_triage.presets") / f"{preset}.toml").read_text(encoding="utf-8")
+        source = f"preset {preset}"
+    else:
+        raise OrionError(
+            f"there is no preset {preset!r}.", f"Choose one of {', '.join(preset_names())}, or a .toml file."
+        )
+    try:
+        return tomllib.loads(text), source
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, or a number of too many digits
+        raise OrionError(f"{source} is not TOML: {error}.", "Correct the line.") from None
+
+
+def _assign(values: dict[str, Any], assignment: str) -> None:
+    key, equals, text = assignment.partition("=")
+    parts = key.strip().split(".")
+    if not equals or len(parts) != 2 or not all(parts):
+        raise OrionError(f"--set {shown(assignment)} is not stage.key=value.", "For example --set fine_tune.epochs=4.")
+    section = values.setdefault(parts[0], {})
+    if not isinstance(section, dict):
+        raise OrionError(f"--set {shown(assignment)}: {parts[0]} is not a stage.", "See 'orion settings'.")
+    text = text.strip()
+    if parts[1] in ("target_modules", "quantizations"):
+        section[parts[1]] = [name.strip() for name in text.split(",") if name.strip()]
+        return
+    try:
+        section[parts[1]] = tomllib.loads(f"value = {text}")["value"]
+    except (ValueError, RecursionError):
+        section[parts[1]] = text  # a bare word is a string
+
+
+def overrides(settings: Settings) -> dict[str, tuple[Any, Any]]:
+    """`stage.key` -> (default, value) for every setting that departs from the mission's defaults."""
+    default, actual = Settings().model_dump(), settings.model_dump()
+    return {
+        f"{stage}.{key}": (default[stage][key], value)
+        for stage, section in actual.items()
+        if isinstance(section, dict)
+        for key, value in section.items()
+        if value != default[stage][key]
+    }
