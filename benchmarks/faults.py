@@ -34,9 +34,9 @@ from orion_triage.models.load import (
     load_processor,
     no_progress_bars,
 )
-from orion_triage.pipeline import prepare, run_stage, stage_named
+from orion_triage.pipeline import run_stage, stage_named
 from orion_triage.progress import silent
-from orion_triage.runs.run import Run
+from orion_triage.runs.run import Run, prepare
 from orion_triage.safe.files import write_text
 from orion_triage.settings import Settings, load_settings
 from orion_triage.train import fine_tune

@@ -19,8 +19,7 @@ from orion_triage.imagery.frames import read_frame
 from orion_triage.llama_cpp.server import Server
 from orion_triage.llama_cpp.toolchain import find_toolchain
 from orion_triage.mission.verdict import parse_verdict
-from orion_triage.pipeline import newest_run
-from orion_triage.runs.run import open_run
+from orion_triage.runs.run import newest_run, open_run
 from orion_triage.safe.files import write_text
 
 RESULTS = Path(__file__).parent / "results" / "grammar_seeds.json"

@@ -27,8 +27,7 @@ import small_run
 from PIL import Image
 
 from orion_triage.dataset.records import IMAGES_FOLDER
-from orion_triage.pipeline import newest_run
-from orion_triage.runs.run import open_run
+from orion_triage.runs.run import newest_run, open_run
 from orion_triage.safe.files import write_text
 
 RESULTS = Path(__file__).parent / "results" / "long_haul.json"

@@ -46,9 +46,8 @@ from orion_triage.llama_cpp.tools import quantize_file, run_measured
 from orion_triage.machine.describe import describe
 from orion_triage.mission.verdict import Category
 from orion_triage.models.load import base_name, resolve_base
-from orion_triage.pipeline import newest_run, prepare
 from orion_triage.runs.manifest import read_manifest
-from orion_triage.runs.run import Run, open_run
+from orion_triage.runs.run import Run, newest_run, open_run, prepare
 from orion_triage.safe.files import write_text
 from orion_triage.settings import Settings, load_settings, preset_names
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from orion_triage.evaluate.results import build_results
-from orion_triage.pipeline import STAGES, prepare, run_stage
-from orion_triage.runs.run import Run
+from orion_triage.pipeline import STAGES, run_stage
+from orion_triage.runs.run import Run, prepare
 from orion_triage.safe.files import write_text
 from orion_triage.settings import load_settings
 

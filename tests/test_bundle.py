@@ -38,8 +38,8 @@ from orion_triage.mission.verdict import (
     parse_verdict,
 )
 from orion_triage.models.load import TINY_BASE_FOLDER
-from orion_triage.pipeline import prepare, run_stage, stage_named
-from orion_triage.runs.run import Run
+from orion_triage.pipeline import run_stage, stage_named
+from orion_triage.runs.run import Run, prepare
 from orion_triage.safe.files import sha256_of_file
 from orion_triage.settings import load_settings
 

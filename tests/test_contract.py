@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from orion_triage.dataset.records import SPLITS, parse_record, read_records, read_split, split_path, write_split
+from orion_triage.dataset.records import parse_record, read_records, read_split, split_path, write_split
 from orion_triage.errors import OrionError, RecordError
 from orion_triage.mission.prompt import Coordinates, format_degrees, parse_prompt, render_prompt
 from orion_triage.mission.verdict import Category, Verdict, parse_verdict
+from orion_triage.settings import SPLITS
 
 from .conftest import SHARED
 

@@ -12,7 +12,7 @@ from markdown_it import MarkdownIt
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
-SCRIPTS = [*(ROOT / "scripts").glob("*.sh"), ROOT / "src" / "orion_triage" / "report" / "serve.sh.j2"]
+SCRIPTS = [*(ROOT / "scripts").glob("*.sh"), ROOT / "src" / "orion_triage" / "flight" / "serve.sh.j2"]
 
 
 def build(folder: Path, out: Path) -> subprocess.CompletedProcess[str]:

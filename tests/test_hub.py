@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from orion_triage.dataset.records import SPLITS, image_path, read_split, split_path
+from orion_triage.dataset.records import image_path, read_split, split_path
 from orion_triage.errors import OrionError
 from orion_triage.export import quantize
-from orion_triage.publish import card
+from orion_triage.models.licence import README, licence_of
 from orion_triage.runs.manifest import read_manifest
-from orion_triage.settings import load_settings, overrides
+from orion_triage.settings import SPLITS, load_settings, overrides
 
 from .conftest import orion_with, structured_picture
 from .hub_server import TOKEN, Hub, serve
@@ -210,11 +210,11 @@ def test_a_whole_run_by_hub_ids(hub: Hub, small_base: Path, small_dataset: Path,
 
 
 def test_a_base_without_a_licence_gives_nothing_to_publish(small_adapter: Path, tmp_path: Path) -> None:
-    assert card.licence_of(small_adapter) is None
-    assert "Not known" in (small_adapter / card.README).read_text()
+    assert licence_of(small_adapter) is None
+    assert "Not known" in (small_adapter / README).read_text()
     (tmp_path / "README.md").write_text("---\n: [\n---\n")
     with pytest.raises(OrionError, match="its header is not YAML"):
-        card.licence_of(tmp_path)
+        licence_of(tmp_path)
 
 
 def test_a_dataset_is_checked_before_it_is_taken(small_dataset: Path, tmp_path: Path) -> None:

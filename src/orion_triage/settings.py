@@ -28,6 +28,9 @@ Count = Annotated[int, Field(gt=0, lt=2**31)]
 CountOrZero = Annotated[int, Field(ge=0, lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
 
 class Section(BaseModel):
     """Unknown keys are mistakes, and so are nan and inf; settings do not change."""
@@ -137,10 +140,10 @@ class EvaluateSettings(Section):
     servers: Count | None = None
 
 
-class LadderSettings(Section):
-    """The models between the base and what flies, each evaluated too, so that a loss has an address."""
+class VariantSettings(Section):
+    """The models between the base and what flies, each evaluated too: this shows which step loses accuracy."""
 
-    enabled: bool = True  # five more evaluations; the report names what each step costs
+    all: bool = True  # five more evaluations; the report names what each step costs
     # Between F16 and the flight's: any that llama-quantize knows.
     quantizations: tuple[Annotated[str, Field(pattern=r"^(I|T)?Q[0-9][A-Z0-9_]*$")], ...] = ("Q8_0",)
     parity_records: Count = 4  # on which llama.cpp's F16 must give transformers' probabilities
@@ -170,7 +173,7 @@ class Settings(Section):
     fuse: FuseSettings = FuseSettings()
     quantize: QuantizeSettings = QuantizeSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
-    ladder: LadderSettings = LadderSettings()
+    variants: VariantSettings = VariantSettings()
     mission: MissionSettings = MissionSettings()
 
 

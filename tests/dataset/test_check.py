@@ -16,11 +16,11 @@ from scipy.fft import idctn
 
 from orion_triage.dataset import build
 from orion_triage.dataset.check.soundness import Report, check_dataset, require_sound
-from orion_triage.dataset.records import IMAGES_FOLDER, SPLITS, Record, Split, parse_record, split_path
+from orion_triage.dataset.records import IMAGES_FOLDER, Record, parse_record, split_path
 from orion_triage.errors import OrionError
 from orion_triage.mission.prompt import Coordinates
 from orion_triage.mission.verdict import Category, Verdict
-from orion_triage.settings import DatasetSettings
+from orion_triage.settings import SPLITS, DatasetSettings, Split
 from tests.conftest import SHARED, places_of, write_catalogue
 
 MORPHOLOGIES = ("ocean_water", "coastline", "urban_grid", "agriculture", "mega_port", "mega_airport")

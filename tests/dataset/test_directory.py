@@ -12,12 +12,12 @@ from PIL import Image
 
 from orion_triage.dataset import build
 from orion_triage.dataset.collect import ABSENT_TABLE
-from orion_triage.dataset.records import FRAMES_TABLE, SPLITS, read_split
+from orion_triage.dataset.records import FRAMES_TABLE, read_split
 from orion_triage.errors import OrionError
 from orion_triage.imagery.frames import read_frame
 from orion_triage.mission.prompt import Coordinates
 from orion_triage.mission.verdict import CATEGORIES, Category
-from orion_triage.settings import DatasetSettings
+from orion_triage.settings import SPLITS, DatasetSettings
 from tests.conftest import SHARED
 
 Dataset = Callable[[Path], dict]

@@ -14,12 +14,11 @@ from PIL import Image
 
 from orion_triage.dataset import build
 from orion_triage.dataset.catalogue import load_catalogue
-from orion_triage.dataset.records import FRAMES_TABLE, SPLITS, read_split
+from orion_triage.dataset.records import FRAMES_TABLE, read_split
 from orion_triage.dataset.split import given_splits
-from orion_triage.pipeline import prepare
 from orion_triage.runs.manifest import write_manifest
-from orion_triage.runs.run import Run
-from orion_triage.settings import DatasetSettings, load_settings
+from orion_triage.runs.run import Run, prepare
+from orion_triage.settings import SPLITS, DatasetSettings, load_settings
 from tests.dataset.test_directory import rows, write
 from tests.hub_server import TOKEN, Hub, serve
 

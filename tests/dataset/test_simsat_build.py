@@ -16,11 +16,11 @@ import pytest
 from orion_triage.dataset import build
 from orion_triage.dataset.catalogue import Target
 from orion_triage.dataset.collect import ABSENT_TABLE
-from orion_triage.dataset.records import FRAMES_TABLE, SPLITS, read_split
+from orion_triage.dataset.records import FRAMES_TABLE, read_split
 from orion_triage.dataset.sources.simsat import SimSat
 from orion_triage.errors import OrionError
 from orion_triage.mission.verdict import Category
-from orion_triage.settings import DatasetSettings
+from orion_triage.settings import SPLITS, DatasetSettings
 from tests.conftest import places_of, write_catalogue
 from tests.dataset.simsat_server import Place, SimSatServer, serve
 from tests.dataset.test_simsat import ATTEMPTS, READ_SECONDS, jpegs

@@ -14,10 +14,9 @@ from PIL import Image
 
 from orion_triage.evaluate.results import build_results
 from orion_triage.mission.verdict import CATEGORIES
-from orion_triage.pipeline import prepare
 from orion_triage.report import charts, html
 from orion_triage.runs.manifest import write_manifest
-from orion_triage.runs.run import Run
+from orion_triage.runs.run import Run, prepare
 from tests.chromium import Chromium
 from tests.conftest import orion
 

@@ -18,11 +18,10 @@ from orion_triage.evaluate.baselines import LOGISTIC_REGRESSION
 from orion_triage.evaluate.metrics import Prediction
 from orion_triage.evaluate.results import blank_ruled, build_results, differences, ladder
 from orion_triage.mission.verdict import CATEGORIES, Category
-from orion_triage.pipeline import prepare
 from orion_triage.report import plot
 from orion_triage.report.render import accuracy_rows, render_markdown, resolved, sentences, terminal_tables
 from orion_triage.runs.manifest import remove_outputs, write_manifest
-from orion_triage.runs.run import Run, open_run
+from orion_triage.runs.run import Run, open_run, prepare
 from orion_triage.settings import load_settings
 
 H, M, L = Category.HIGH, Category.MEDIUM, Category.LOW
@@ -67,7 +66,7 @@ def test_a_blank_frame_is_low_by_rule_and_noise_is_none() -> None:
 
 def test_words_say_resolved_or_how_many_frames_it_would_take() -> None:
     results = {
-        "own_eyes": None,
+        "linear_probe": None,
         "deltas": {"quantization": differences(answers("HHHHHHHHHH"), answers("HHHHHHHHLL"))},
         "within": {"quantized": differences(answers("LLLLLLLLLL"), answers("HHHHHHHHHH"))},
     }
@@ -169,8 +168,8 @@ def test_a_server_of_someone_elses_is_named(run: Run) -> None:
         assert ("came from the server at http://127.0.0.1:9 (other.gguf, llama.cpp b1)" in markdown) is said
 
 
-def test_the_report_says_when_the_bases_own_eyes_are_better(run: Run) -> None:
-    assert build_results(run)["own_eyes"] is None
+def test_the_report_says_when_the_bases_linear_probe_are_better(run: Run) -> None:
+    assert build_results(run)["linear_probe"] is None
     folder = run.vision_features
     records = [record for split in ("train", "val", "test") for record in read_split(run.dataset, split)]
     seen = {record.image: np.eye(3)[CATEGORIES.index(record.verdict.category)] for record in records}
@@ -179,9 +178,9 @@ def test_the_report_says_when_the_bases_own_eyes_are_better(run: Run) -> None:
     write_manifest(folder, stage="vision features", settings={}, inputs={}, seconds=1)
     results = build_results(run)
     assert results["baselines"][LOGISTIC_REGRESSION]["right"] == 6  # the vectors say it
-    assert (results["own_eyes"]["gained"], results["own_eyes"]["lost"]) == (0, 4)  # the model always says HIGH
+    assert (results["linear_probe"]["gained"], results["linear_probe"]["lost"]) == (0, 4)  # the model always says HIGH
     assert "vision features is better than the fine-tuned model without coordinates" in sentences(results)[0]
-    results["own_eyes"] |= {"gained": 4, "lost": 0}
+    results["linear_probe"] |= {"gained": 4, "lost": 0}
     assert "does not beat the fine-tuned model" in sentences(results)[0]
 
 

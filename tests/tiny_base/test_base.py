@@ -15,8 +15,8 @@ from orion_triage.dataset.split import split_targets
 from orion_triage.imagery.frames import shrink
 from orion_triage.mission.prompt import render_prompt
 from orion_triage.mission.verdict import CATEGORIES, parse_verdict
+from orion_triage.models.licence import Licence, licence_of
 from orion_triage.models.load import TINY_BASE_FOLDER
-from orion_triage.publish.card import Licence, licence_of
 from orion_triage.safe.files import sha256_of_file
 from orion_triage.settings import DatasetSettings
 from tools.tiny_base import texts

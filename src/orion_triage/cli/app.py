@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 
 COMMANDS = (
     "run", "dataset", "fine-tune", "fuse", "quantize", "bundle", "verify", "clean", "push", "settings", "remote",
-    "ablation", "evaluate", "ladder", "report", "compare", "operating-point", "decoding",
+    "ablation", "evaluate", "report", "compare", "threshold",
     "triage", "bench-frame",
     "doctor", "toolchain", "rehearse", "budgets", "build-tiny-base",
 )  # fmt: skip

@@ -1,6 +1,7 @@
 """Asking models and judging answers."""
 
 import json
+import re
 import statistics
 from functools import partial
 from pathlib import Path
@@ -44,7 +45,9 @@ def ablation(
     _print_rates(current, "evaluate base")
 
 
-@command(epilog="Example: orion evaluate --gguf OWNER/NAME")
+@command(
+    epilog="Example: orion evaluate --gguf OWNER/NAME\n\nExample: orion evaluate --variants F16,Q8_0,quantized --file val"
+)
 def evaluate(
     pair: Annotated[
         str, typer.Argument(metavar="[FOLDER|ID]", help="With --gguf: another GGUF pair than the run's own.")
@@ -64,93 +67,94 @@ def evaluate(
             help="A running server instead, llama.cpp's or OpenAI-compatible (key: LLAMA_API_KEY). Repeatable.",
         ),
     ] = [],  # noqa: B006
+    names: Annotated[
+        str,
+        typer.Option(
+            "--variants",
+            metavar="NAME,NAME",
+            help="These variants instead, and a table of what each changed: base, adapter-4bit, adapter-16bit, fine-tuned, "
+            "F16, a quantization as Q8_0, quantized, constrained, sampled, sampled-constrained, verdict-only; or all.",
+        ),
+    ] = "",
+    as_json: JsonOption = False,
     force: ForceOption = False,
 ) -> None:
-    """Evaluate the fine-tuned model, or the quantized one, under the four conditions."""
+    """Evaluate the fine-tuned model, the quantized one or any variant under the four conditions."""
     from orion_triage.pipeline import evaluate_servers
 
     if pair and (servers or not quantized):
         raise typer.BadParameter("goes with --gguf", param_hint=f"'{pair}'")
+    if names and (servers or quantized):
+        raise typer.BadParameter(
+            "names what to evaluate; leave out --gguf and --quantized-model", param_hint="--variants"
+        )
+    if names:
+        _evaluate_variants(names, preset, assignments, folder, file, as_json, force)
+        return
     current = run_of(preset, assignments, folder, file.value, pair_from=pair)
     stage = "evaluate quantized" if quantized or servers else "evaluate fine-tuned"
     if servers:
         with progress_bar() as progress:
-            receipt = evaluate_servers(current, servers, progress)
-        say(receipt, current.evaluation("quantized"))
+            manifest = evaluate_servers(current, servers, progress)
+        say(manifest, current.evaluation("quantized"))
     else:
         do_stage(stage, current, force)
-    _print_rates(current, stage)
+    _print_rates(current, stage, as_json)
 
 
-@command(epilog="Example: orion ladder --quants Q8_0,Q5_K_M")
-def ladder(
-    preset: PresetOption = "tiny",
-    assignments: SetOption = [],  # noqa: B006
-    folder: RunOption = None,
-    file: FileOption = SplitName.test,
-    quantizations: Annotated[
-        str, typer.Option("--quants", metavar="TYPE,TYPE", help="Quantizations between F16 and the flight's.")
-    ] = "",
-    force: ForceOption = False,
+def _evaluate_variants(
+    names: str, preset: str, assignments: list[str], folder: Path | None, file: SplitName, as_json: bool, force: bool
 ) -> None:
-    """Evaluate every step between base and flight, so that a loss has an address; finished ones are skipped."""
-    from orion_triage.pipeline import evaluations
-
-    asked = [f"ladder.quantizations={quantizations}"] if quantizations else []
-    current = run_of(preset, [*assignments, "ladder.enabled=true", *asked], folder, file.value)
-    for stage in evaluations(current.settings).values():
-        do_stage(stage, current, force)
-    write_report(current, as_json=False)
-
-
-@command(epilog="Example: orion decoding --file val")
-def decoding(
-    preset: PresetOption = "tiny",
-    assignments: SetOption = [],  # noqa: B006
-    folder: RunOption = None,
-    file: FileOption = SplitName.test,
-    as_json: JsonOption = False,
-    force: ForceOption = False,
-) -> None:
-    """Greedy, nearly greedy, free, under the grammar, or without a reason: what parses, and what is right."""
+    """Evaluate what is named, and print what each changed against the one it is compared with."""
     from rich.table import Table
 
-    from orion_triage.pipeline import DECODINGS
-    from orion_triage.report.compare import compare_decodings
-    from orion_triage.report.render import change_in_words, percent
+    from orion_triage.evaluate.results import compare_variants
+    from orion_triage.evaluate.variants import chosen
+    from orion_triage.pipeline import evaluation
+    from orion_triage.report.render import change_in_words
+    from orion_triage.templates import percent
 
+    words = [word.strip() for word in names.split(",") if word.strip()]
+    if quantizations := [word for word in words if re.fullmatch(r"[IT]?Q[0-9][A-Z0-9_]*", word)]:
+        assignments = [*assignments, f"variants.quantizations={','.join(quantizations)}"]
     current = run_of(preset, assignments, folder, file.value)
-    for stage in DECODINGS:
-        do_stage(stage, current, force)
-    compared = compare_decodings(current)
-    if as_json:
-        typer.echo(json.dumps(compared, indent=2))
+    asked = chosen(current.settings, words)
+    for variant in asked:
+        do_stage(evaluation(variant), current, force)
+    if not processes.is_main():
         return
-    table = Table("decoding", "", title=escape(f"{current.folder}, {file.value} split"))
+    rows = compare_variants(current, asked)
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    table = Table("variant", "", title=escape(f"{current.folder}, {file.value} split"))
     for heading in ("parse", "right"):
         table.add_column(heading, justify="right")
-    table.add_column("against greedy and free")
-    for name, by_condition in compared.items():
-        for condition, row in by_condition.items():
-            parsed = percent(row["parsed"] / row["count"])
-            against = change_in_words(row["change"]) if row["change"] else ""
-            table.add_row(name, condition, parsed, percent(row["right"] / row["count"]), against)
+    table.add_column("against")
+    table.add_column("change")
+    for row in rows:
+        for condition, counts in row["conditions"].items():
+            shares = [percent(counts[key] / counts["count"]) for key in ("parsed", "right")]
+            change = change_in_words(counts["change"]) if counts["change"] else ""
+            table.add_row(row["variant"], condition, *shares, row["compared_with"] or "", change)
         table.add_section()
     output().print(table)
 
 
-def _print_rates(run: Any, stage: str) -> None:
+def _print_rates(run: Any, stage: str, as_json: bool = False) -> None:
     """Accuracy by condition of one evaluation."""
     from orion_triage.evaluate.conditions import CONDITIONS
-    from orion_triage.pipeline import stage_named
     from orion_triage.runs.manifest import read_manifest
 
     if not processes.is_main():
         return
-    receipt = read_manifest(stage_named(stage).folder(run))
-    assert receipt is not None
+    manifest = read_manifest(run.product(stage))
+    assert manifest is not None
+    if as_json:
+        typer.echo(json.dumps({condition: manifest.figures[condition] for condition in CONDITIONS}, indent=2))
+        return
     for condition in CONDITIONS:
-        rates = receipt.figures[condition]
+        rates = manifest.figures[condition]
         typer.echo(f"{condition}: {rates['right']}/{rates['count']} right, {rates['unparsable']} unparsable")
 
 
@@ -199,8 +203,9 @@ def compare(
 
     from orion_triage.evaluate.seeds import spread
     from orion_triage.report.compare import compare_runs
-    from orion_triage.report.render import change_in_words, percent
+    from orion_triage.report.render import change_in_words
     from orion_triage.runs.run import open_run
+    from orion_triage.templates import percent
 
     if len(folders) < 2:
         raise typer.BadParameter("give two runs or more", param_hint="'RUN RUN...'")
@@ -232,8 +237,8 @@ def compare(
         output().print(table)
 
 
-@command("operating-point", epilog="Example: orion operating-point --max-irrecoverable-loss 2%")
-def operating_point_command(
+@command("threshold", epilog="Example: orion threshold --max-irrecoverable-loss 2%")
+def threshold_command(
     limit: Annotated[
         str, typer.Option("--max-irrecoverable-loss", metavar="SHARE", help="Of the valuable frames, dropped as LOW.")
     ] = "5%",
@@ -242,16 +247,17 @@ def operating_point_command(
 ) -> None:
     """Choose on val how sure of LOW the model must be before a frame is dropped; 'orion triage' then keeps to it."""
     from orion_triage.evaluate import threshold
+    from orion_triage.evaluate.results import blank_frames
 
     share = threshold.parse_share(limit)
     run = finished_run(folder, "quantize", "val")
     do_stage("evaluate constrained", run)
-    record = threshold.choose(run, share)
+    record = threshold.choose(run, share, blank_frames(run))
     if as_json:
         typer.echo(json.dumps(record, indent=2))
         return
     there, low_threshold = record["there"], record["low_threshold"]
-    dropped = f"P(LOW) of at least {low_threshold:.3f}" if low_threshold <= 1 else "no P(LOW): nothing is dropped"
+    dropped = f"P(LOW) of at least {low_threshold:.3f}" if low_threshold <= 1 else "no P(LOW): the scores drop nothing"
     typer.echo(f"a frame is dropped at {dropped}")
     loss, recall, count = there["irrecoverable_loss"], there["high_recall"], record["chosen_on"]["frames"]
     typer.echo(

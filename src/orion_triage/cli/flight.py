@@ -63,12 +63,13 @@ def triage(
     """Classify frames with a run's quantized pair."""
     from orion_triage.evaluate import threshold
     from orion_triage.flight import triage
+    from orion_triage.mission.decide import Rules
 
     run = finished_run(folder, "quantize")
     chosen = threshold.read(run.folder, run.gguf)
     paths = list(triage.frames_in(files))
-    low_threshold = chosen[0].low_threshold if chosen else None
-    pair = triage.asked_by(run.gguf, run.settings.base.frame_size, low_threshold, resize, blank_rule) if out else ""
+    rules = Rules(chosen[0] if chosen else None, blank_rule)
+    pair = triage.asked_by(run.gguf, run.settings.base.frame_size, rules, resize) if out else ""
     left = triage.left_to_do(paths, out, pair) if out else paths
     counts: Counter[str] = Counter()
     shown: list[Any] = []
@@ -78,9 +79,8 @@ def triage(
             run.gguf,
             run.settings.base.frame_size,
             log=run.folder / "logs" / "triage-server.log",
-            point=chosen[0] if chosen else None,
+            rules=rules,
             resize=resize,
-            blank_rule=blank_rule,
             progress=progress,
         )
         for done, outcome in enumerate(outcomes if left else (), start=len(paths) - len(left) + 1):
@@ -140,7 +140,11 @@ def bench_frame_command(
     mmprojs: Annotated[str, typer.Option("--mmproj", metavar="TYPE,TYPE", help="Of the vision tower.")] = "F16,Q8_0",
     quantizations: Annotated[
         str,
-        typer.Option("--quants", metavar="TYPE,TYPE", help="Beside what flies. Default: those of the run's ladder."),
+        typer.Option(
+            "--quants",
+            metavar="TYPE,TYPE",
+            help="Beside what flies. Default: variants.quantizations of the run's settings.",
+        ),
     ] = "",
     reasons: Annotated[
         str,
@@ -187,8 +191,8 @@ def bench_frame_command(
 def _print_frames(measured: dict[str, Any]) -> None:
     from rich.table import Table
 
+    from orion_triage.evaluate.variants import VERDICT_ONLY
     from orion_triage.flight.bench_frame import BUSY
-    from orion_triage.pipeline import VERDICT_ONLY
 
     console, conditions, machine = output(), measured["conditions"], measured["machine"]
     everything = measured["rows"]

@@ -115,8 +115,7 @@ def run_of(
     **sources: str,
 ) -> Any:
     """The run that a command works on: its settings come from the preset and are written into its folder."""
-    from orion_triage.pipeline import prepare, with_its_dataset
-    from orion_triage.runs.run import Run
+    from orion_triage.runs.run import Run, prepare, with_its_dataset
     from orion_triage.settings import load_settings
 
     if source and dataset:
@@ -134,8 +133,7 @@ def run_of(
 
 def finished_run(folder: Path | None, stage: str, split: Any = "test") -> Any:
     """The run that a command reads: its settings are those it was made with."""
-    from orion_triage.pipeline import newest_run
-    from orion_triage.runs.run import open_run
+    from orion_triage.runs.run import newest_run, open_run
 
     return open_run(folder or newest_run(Path("runs"), stage), split)
 
@@ -144,7 +142,7 @@ def do_stage(stage: Any, run: Any, force: bool = False) -> None:
     """Run one stage, given itself or by its name, and say what came of it."""
     from orion_triage.pipeline import run_stage, stage_named
 
-    stage = stage_named(stage) if isinstance(stage, str) else stage
+    stage = stage_named(stage, run.settings) if isinstance(stage, str) else stage
     with progress_bar() as progress:
         receipt, skipped = run_stage(stage, run, progress=progress, force=force)
     say(receipt, stage.folder(run), skipped=skipped)

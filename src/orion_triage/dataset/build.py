@@ -14,16 +14,7 @@ from orion_triage import hub
 from orion_triage.dataset.catalogue import Target, load_catalogue
 from orion_triage.dataset.collect import ABSENT_TABLE, collect, image_name
 from orion_triage.dataset.land import perhaps_swapped
-from orion_triage.dataset.records import (
-    FRAMES_TABLE,
-    SPLITS,
-    Record,
-    Split,
-    image_path,
-    read_split,
-    split_path,
-    write_split,
-)
+from orion_triage.dataset.records import FRAMES_TABLE, Record, image_path, read_split, split_path, write_split
 from orion_triage.dataset.sources.directory import Directory
 from orion_triage.dataset.sources.simsat import METRES_PER_PIXEL_AT_500_KM, SIMSAT_URL, SimSat
 from orion_triage.dataset.sources.source import ImagerySource, Shot
@@ -33,7 +24,7 @@ from orion_triage.imagery.frames import CAMERA_SIZE, read_frame
 from orion_triage.mission.verdict import Category, Verdict
 from orion_triage.progress import Progress, silent
 from orion_triage.safe.files import cache_folder, replaced_folder, require_free_space, write_bytes
-from orion_triage.settings import DatasetSettings
+from orion_triage.settings import SPLITS, DatasetSettings, Split
 
 _BYTES_PER_FRAME = 700_000  # a noisy 512x512 PNG
 

@@ -16,11 +16,11 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-from orion_triage.dataset.records import Split
 from orion_triage.errors import OrionError
 from orion_triage.mission.prompt import Coordinates
 from orion_triage.mission.verdict import CATEGORIES, LONGEST_REASON, Category, reason_fault
 from orion_triage.safe.reading import LARGEST_TABLE_BYTES, parse_json, read_text, shown
+from orion_triage.settings import Split
 
 COLUMNS = ("name", "category", "morphology", "lon", "lat", "reason")
 # The morphologies that can be drawn. Real imagery may have any others.

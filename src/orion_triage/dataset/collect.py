@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from orion_triage.dataset.records import FRAMES_TABLE, IMAGES_FOLDER, SPLITS, Split
+from orion_triage.dataset.records import FRAMES_TABLE, IMAGES_FOLDER
 from orion_triage.dataset.sources.source import Absent, ImagerySource, Picture, Shot
 from orion_triage.errors import FrameError, OrionError
 from orion_triage.imagery.frames import CAMERA_SIZE, Frame, decode_frame, is_blank
 from orion_triage.mission.verdict import Category
 from orion_triage.progress import Progress
 from orion_triage.safe.files import write_bytes, write_text
+from orion_triage.settings import SPLITS, Split
 
 ABSENT_TABLE = "absent.csv"
 FRAME_COLUMNS = (

@@ -13,16 +13,15 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any
 
 from orion_triage.errors import OrionError, RecordError
 from orion_triage.mission.prompt import IMAGE_PLACEHOLDER, Coordinates, parse_prompt, render_prompt
 from orion_triage.mission.verdict import CATEGORIES, Verdict, parse_verdict, reason_fault
 from orion_triage.safe.files import write_text
 from orion_triage.safe.reading import LARGEST_TABLE_BYTES, parse_json, read_text, shown
+from orion_triage.settings import Split
 
-Split = Literal["train", "val", "test"]
-SPLITS: tuple[Split, ...] = ("train", "val", "test")
 IMAGES_FOLDER = "orion_dataset/images"
 _LONGEST_PATH, _LONGEST_NAME = 1024, 255  # characters, and bytes of one part: what file systems take
 FRAMES_TABLE = "frames.csv"  # where every frame comes from; datasets of others may have none

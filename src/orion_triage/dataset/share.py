@@ -13,13 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from orion_triage import hub
+from orion_triage import hub, templates
 from orion_triage.dataset.catalogue import COLUMNS
 from orion_triage.dataset.collect import csv_text
-from orion_triage.dataset.records import FRAMES_TABLE, SPLITS, Record, Split, image_path, read_split, split_path
+from orion_triage.dataset.records import FRAMES_TABLE, Record, image_path, read_split, split_path
 from orion_triage.errors import OrionError
 from orion_triage.mission.verdict import CATEGORIES
 from orion_triage.safe.files import sha256_of_file, sha256_of_text
+from orion_triage.settings import SPLITS, Split
 
 _HUB_SPLITS: dict[Split, str] = {"train": "train", "val": "validation", "test": "test"}
 Files = dict[str, Path | bytes]
@@ -160,8 +161,6 @@ def _metadata(frame: Frame) -> Frame:
 def _card(frames: Sequence[Frame], about: Mapping[str, Any]) -> str:
     from huggingface_hub import DatasetCardData
 
-    from orion_triage.report.render import from_template
-
     configs = [
         {
             "config_name": "default",
@@ -178,7 +177,8 @@ def _card(frames: Sequence[Frame], about: Mapping[str, Any]) -> str:
         configs=configs,
     )
     counts = Counter((frame["split"], frame["record"].verdict.category) for frame in frames)
-    return from_template(
+    return templates.fill(
+        "dataset",
         "dataset_card.md.j2",
         header=header.to_yaml(),
         about=about,

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orion_triage.dataset.catalogue import Target
-from orion_triage.dataset.records import SPLITS, Split
 from orion_triage.errors import OrionError
 from orion_triage.mission.prompt import Coordinates
+from orion_triage.settings import SPLITS, Split
 
 SHARES: dict[Split, int] = {"train": 4, "val": 1, "test": 1}  # sixths of every morphology
 EARTH_RADIUS_KM = 6371.0

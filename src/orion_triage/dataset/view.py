@@ -17,14 +17,16 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from orion_triage import templates
 from orion_triage.dataset.check.facts import Finding, read_entries
 from orion_triage.dataset.land import outline
-from orion_triage.dataset.records import SPLITS, Record, Split, image_path, split_path
+from orion_triage.dataset.records import Record, image_path, split_path
 from orion_triage.errors import OrionError, RecordError, printable
 from orion_triage.imagery.frames import CAMERA_SIZE, read_frame, shrink
 from orion_triage.mission.prompt import Coordinates
 from orion_triage.mission.verdict import CATEGORIES, Category
 from orion_triage.progress import Progress, silent
+from orion_triage.settings import SPLITS, Split
 
 SAMPLE = 2000  # cards; a page of so many weighs some 14 MB
 MORE_WITH_FINDINGS = 500  # cards beside the sample, so that a finding's frame can be looked at
@@ -86,24 +88,17 @@ def render_view(
     Of more than SAMPLE frames an even sample is shown, and said to be one. Bad lines and frames that are missing,
     damaged or outside `root` (the folder, if not given) do not end it; raises RecordError when no split is there.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     contents = read_contents(folder)
     found = linked(folder, contents.cards, findings)
     shown, extra = sampled(contents.cards)
     for done, card in enumerate(_with_pictures(folder, shown, root, thumbnail_pixels), start=1):
         card.shown = True
         progress("making thumbnails", done, len(shown))
-    environment = Environment(
-        loader=PackageLoader("orion_triage", "dataset"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        autoescape=True,
+    return templates.fill(
+        "dataset",
+        "view.html.j2",
+        filters={"sha256": lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()},
         finalize=lambda value: printable(value) if type(value) is str else value,
-    )
-    environment.filters["sha256"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    return environment.get_template("view.html.j2").render(
         name="/".join(folder.resolve().parts[-2:]),  # mostly RUN/dataset
         contents=contents,
         splits=SPLITS,

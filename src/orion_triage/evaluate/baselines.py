@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from orion_triage.dataset.records import Record, Split, image_path, read_split
+from orion_triage.dataset.records import Record, image_path, read_split
 from orion_triage.imagery.frames import CAMERA_SIZE, read_frame
 from orion_triage.mission.verdict import CATEGORIES
+from orion_triage.settings import Split
 
 NEIGHBOURS = (1, 3, 5, 9, 25)
 PENALTIES = (0.001, 0.01, 0.1, 1.0)

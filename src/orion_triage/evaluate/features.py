@@ -6,11 +6,12 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from orion_triage.dataset.records import SPLITS, image_path, read_split
+from orion_triage.dataset.records import image_path, read_split
 from orion_triage.errors import OrionError
 from orion_triage.imagery.frames import read_frame
 from orion_triage.progress import Progress, silent
 from orion_triage.safe.files import replaced_folder
+from orion_triage.settings import SPLITS
 
 FILE_NAME = "features.npz"
 

@@ -18,7 +18,7 @@ from orion_triage.evaluate.statistics import (
     macro_f1,
 )
 from orion_triage.mission.prompt import Coordinates
-from orion_triage.mission.verdict import CATEGORIES
+from orion_triage.mission.verdict import CATEGORIES, Category
 from orion_triage.settings import MissionSettings
 
 BUDGETS = (0.05, 0.10, 0.25)  # shares of the frames that are sent
@@ -35,9 +35,7 @@ def judge(
     every frame for a place of its own. An answer without scores counts as one third each.
     """
     truth = truth_of(predictions)
-    guess = np.array(
-        [CATEGORIES.index(p.predicted) if p.predicted is not None else NO_VERDICT for p in predictions], dtype=np.int64
-    )
+    guess = guess_of([p.predicted for p in predictions])
     where = [places[p.name] for p in predictions]
     blocks = [geographic_block(place.lon, place.lat) for place in where]
     costs = np.array(mission.costs)
@@ -90,6 +88,11 @@ def _by_place(hits: NDArray[np.bool_], places: Sequence[str]) -> tuple[float | N
 def truth_of(predictions: Sequence[Prediction]) -> Integers:
     """[frames], as indices into CATEGORIES."""
     return np.array([CATEGORIES.index(p.truth) for p in predictions], dtype=np.int64)
+
+
+def guess_of(categories: "Sequence[Category | None]") -> Integers:
+    """[frames], as indices into CATEGORIES; NO_VERDICT for None."""
+    return np.array([NO_VERDICT if c is None else CATEGORIES.index(c) for c in categories], dtype=np.int64)
 
 
 def scores_of(predictions: Sequence[Prediction]) -> value.Floats:

@@ -13,7 +13,7 @@ UNPARSABLE = "unparsable"
 
 @dataclass(frozen=True)
 class Prediction:
-    """One counted answer; `predicted` is None when the answer had no verdict."""
+    """One counted answer; `predicted` is None when the answer had no verdict, `blank` says what flight's rule says."""
 
     condition: str
     name: str
@@ -21,6 +21,7 @@ class Prediction:
     predicted: Category | None
     donor_category: Category | None = None
     scores: tuple[float, ...] | None = None
+    blank: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""results.json: everything a run measured, collected from its stages' receipts and predictions."""
+"""results.json: everything a run measured, collected from its stages' manifests and predictions."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ import numpy as np
 
 from orion_triage.dataset.records import image_path, read_split
 from orion_triage.errors import OrionError
-from orion_triage.evaluate import features, threshold
+from orion_triage.evaluate import features, threshold, variants
 from orion_triage.evaluate.baselines import LOGISTIC_REGRESSION, baselines
 from orion_triage.evaluate.conditions import CONDITIONS
 from orion_triage.evaluate.judgement import judge, value_figures
@@ -18,18 +18,18 @@ from orion_triage.evaluate.metrics import Change, Prediction, compare, summarize
 from orion_triage.evaluate.run import prediction_of, read_predictions
 from orion_triage.evaluate.seeds import over_training_seeds
 from orion_triage.evaluate.statistics import holm
+from orion_triage.evaluate.variants import Variant
 from orion_triage.imagery.frames import CAMERA_SIZE, is_blank, read_frame
+from orion_triage.mission.decide import Rules
 from orion_triage.mission.verdict import CATEGORIES, Category
-from orion_triage.pipeline import evaluations, stages
 from orion_triage.runs.manifest import Manifest, read_manifest
-from orion_triage.runs.run import Run
+from orion_triage.runs.run import EVALUATE, Run
 from orion_triage.settings import overrides
 
-SCHEMA_VERSION = 3
-MODELS = ("base", "fine-tuned", "quantized")
+SCHEMA_VERSION = 4
 DELTAS = {"fine-tuning": ("base", "fine-tuned"), "quantization": ("fine-tuned", "quantized")}
 FLIGHT = "flight"  # the constrained answers with the rule for blank frames: what `orion triage` does
-SERVER = ("server", "served_model", "server_build")  # in the receipt when someone else's server answered
+SERVER = ("server", "served_model", "server_build")  # in the manifest when someone else's server answered
 ARTIFACTS = (
     "orion_lora_weights/adapter_model.safetensors",
     "orion_merged/*.safetensors",
@@ -43,18 +43,20 @@ def build_results(run: Run) -> dict[str, Any]:
     """The run's results on its split; stages that have not finished are named in `missing`. docs/results.md has the
     schema.
     """
-    receipts = {stage.name: read_manifest(stage.folder(run)) for stage in stages(run.settings)}
-    finished = {name: receipt for name, receipt in receipts.items() if receipt}
     settings = run.settings
+    wanted = [variant.name for variant in variants.wanted(settings)]
+    making = ["dataset", "fine-tune", "fuse", "quantize", *(["vision features"] if settings.variants.all else [])]
+    manifests = {name: read_manifest(run.product(name)) for name in (*making, *(EVALUATE + name for name in wanted))}
+    finished = {name: manifest for name, manifest in manifests.items() if manifest}
     vision = features.read(run.vision_features) if "vision features" in finished else None
     of_frames = _of_frames(run, finished.get("dataset"), vision)
     predictions = {
-        model: [prediction_of(row) for row in read_predictions(stage.folder(run))]
-        for model, stage in evaluations(settings).items()
-        if stage.name in finished
+        name: [prediction_of(row) for row in read_predictions(run.evaluation(name))]
+        for name in wanted
+        if EVALUATE + name in finished
     }
     if "constrained" in predictions:
-        predictions[FLIGHT] = blank_ruled(predictions["constrained"], of_frames["blank_frames"])
+        predictions[FLIGHT] = as_flown(predictions["constrained"], of_frames["blank_frames"])
     records = read_split(run.dataset, run.split) if predictions else []
     places = {record.name: record.coordinates for record in records if record.coordinates}
     models = {model: summarize(rows) for model, rows in predictions.items()}
@@ -70,7 +72,7 @@ def build_results(run: Run) -> dict[str, Any]:
         "split": run.split,
         "settings": settings.model_dump(mode="json"),
         "overrides": {key: list(pair) for key, pair in overrides(settings).items()},
-        "missing": [name for name, receipt in receipts.items() if receipt is None],
+        "missing": [name for name, manifest in manifests.items() if manifest is None],
         "frames": {"count": len(records), "places": len(set(places.values()))},
         "models": models,
         "deltas": {
@@ -78,23 +80,23 @@ def build_results(run: Run) -> dict[str, Any]:
             for name, (first, second) in DELTAS.items()
             if first in predictions and second in predictions
         },
-        "own_eyes": _against_own_eyes(of_frames["baselines"], predictions.get("fine-tuned")),
+        "linear_probe": _against_linear_probe(of_frames["baselines"], predictions.get("fine-tuned")),
         "training_seeds": over_training_seeds(run),
         "within": {model: between_conditions(rows) for model, rows in predictions.items()},
-        "ladder": ladder(predictions, settings.ladder.quantizations, settings.quantize.type),
+        "variants": steps(predictions, variants.table(settings)),
         "parity": f16.figures["parity"] if f16 else None,
-        "operating_point": _at_operating_point(run, predictions.get(FLIGHT)),
+        "operating_point": _at_threshold(run, predictions.get(FLIGHT)),
         **of_frames,
         "foreign_server": server,
         "foreign_pair": quantized.figures.get("pair", "") if quantized else "",
         "bytes": {name: size for name in ARTIFACTS if (size := _size(run.folder, name))},
-        "seconds": {name: receipt.seconds for name, receipt in finished.items()},
-        "figures": {name: receipt.figures for name, receipt in finished.items() if "evaluate" not in name},
-        "versions": next((receipt.versions for receipt in finished.values()), {}),
+        "seconds": {name: manifest.seconds for name, manifest in finished.items()},
+        "figures": {name: manifest.figures for name, manifest in finished.items() if "evaluate" not in name},
+        "versions": next((manifest.versions for manifest in finished.values()), {}),
     }
 
 
-def _against_own_eyes(baselines: dict[str, Any], predictions: list[Prediction] | None) -> dict[str, Any] | None:
+def _against_linear_probe(baselines: dict[str, Any], predictions: list[Prediction] | None) -> dict[str, Any] | None:
     """The fine-tuned model without coordinates (B) against the baseline on the base's frozen vision features."""
     if LOGISTIC_REGRESSION not in baselines or not predictions:
         return None
@@ -103,27 +105,28 @@ def _against_own_eyes(baselines: dict[str, Any], predictions: list[Prediction] |
     return asdict(compare([replace(p, predicted=Category(said[p.name])) for p in model], model))
 
 
-def _at_operating_point(run: Run, predictions: list[Prediction] | None) -> dict[str, Any] | None:
-    """What the run's operating point does to this split's frames, by condition; None where none was chosen."""
+def _at_threshold(run: Run, predictions: list[Prediction] | None) -> dict[str, Any] | None:
+    """What the run's threshold does to this split's frames, by condition; None where none was chosen."""
     chosen = threshold.read(run.folder, run.gguf) if predictions else None
     if chosen is None or predictions is None:
         return None
-    point, temperature = chosen
+    low_threshold, temperature = chosen
+    rules = Rules(low_threshold=low_threshold)
     by_condition: dict[str, Any] = {
-        c: threshold.figures(rows, point, run.settings.mission) | threshold.tempered(rows, temperature)
+        c: threshold.measurements(rows, rules, run.settings.mission) | threshold.tempered(rows, temperature)
         for c in CONDITIONS
         if (rows := under(predictions, c))
     }
-    return {"low_threshold": point.low_threshold, "temperature": temperature, **by_condition}
+    return {"low_threshold": low_threshold, "temperature": temperature, **by_condition}
 
 
-def blank_ruled(predictions: list[Prediction], blank_frames: list[str]) -> list[Prediction]:
-    """The answers with LOW for every blank frame, whatever the model said of it; noise (C) is not blank."""
-    blank = set(blank_frames)
+def as_flown(predictions: list[Prediction], blank_frames: list[str]) -> list[Prediction]:
+    """The answers as flight decides without a threshold; a blank frame is LOW by rule, and surely so."""
     certain = tuple(float(category == Category.LOW) for category in CATEGORIES)
+    marked = threshold.with_blank(predictions, blank_frames)
     return [
-        replace(p, predicted=Category.LOW, scores=certain) if p.name in blank and p.condition != "C" else p
-        for p in predictions
+        replace(p, predicted=category, scores=certain if p.blank else p.scores)
+        for p, category in zip(marked, threshold.decided(marked, Rules()), strict=True)
     ]
 
 
@@ -143,26 +146,48 @@ def _corrected(changes: Mapping[str, Change]) -> dict[str, dict[str, Any]]:
     return {name: asdict(change) | {"holm_p": corrected[name]} for name, change in changes.items()}
 
 
-def ladder(predictions: dict[str, list[Prediction]], quantizations: Sequence[str], flown: str) -> list[dict[str, Any]]:
-    """The models from base to flight that were evaluated, each with what its step changed from the one before."""
-    steps = {
-        "base": "the base",
-        "adapter-4bit": "training, on 4-bit weights",
-        "adapter-16bit": "the adapter on 16-bit weights",
-        "fine-tuned": "fusing",
-        "F16": "the runtime: llama.cpp",
-        **{kind: f"quantization to {kind}" for kind in quantizations},
-        "quantized": f"quantization to {flown}",
-        "constrained": "the grammar",
-        FLIGHT: "the rule for blank frames",
-    }
-    rungs: list[dict[str, Any]] = []
-    for model, step in steps.items():
-        if model in predictions:
-            before = predictions[rungs[-1]["model"]] if rungs else None
-            change = differences(before, predictions[model]) if before else None
-            rungs.append({"model": model, "step": step, "change": change})
-    return rungs
+def steps(predictions: dict[str, list[Prediction]], table: Sequence[Variant]) -> list[dict[str, Any]]:
+    """The variants that were evaluated, each with what it `changes` and what that did to the answers (`change`).
+
+    `compared_with` is the one evaluated before it, unless the table names another; null on the first.
+    """
+    rows = [(variant.name, variant.changes, variant.compared_with) for variant in table]
+    found: list[dict[str, Any]] = []
+    for name, changes, other in [*rows, (FLIGHT, "the rule for blank frames", "")]:
+        if name in predictions:
+            against = (other or found[-1]["model"]) if found else None
+            change = differences(predictions[against], predictions[name]) if against in predictions else None
+            found.append({"model": name, "step": changes, "compared_with": against, "change": change})
+    return found
+
+
+def compare_variants(run: Run, asked: Sequence[Variant]) -> list[dict[str, Any]]:
+    """What these variants answer on the run's split: frames, answers that parse, right ones, and the paired change.
+
+    Each is compared as in `steps`; null where the other was not evaluated.
+    """
+    table = variants.table(run.settings)
+    names = [variant.name for variant in table if read_manifest(run.evaluation(variant.name))]
+    predictions = {name: [prediction_of(row) for row in read_predictions(run.evaluation(name))] for name in names}
+    found = {row["model"]: row for row in steps(predictions, table)}
+    return [
+        {
+            "variant": variant.name,
+            "changes": variant.changes,
+            "compared_with": found[variant.name]["compared_with"],
+            "conditions": {
+                condition: {
+                    "count": len(rows),
+                    "parsed": sum(row.predicted is not None for row in rows),
+                    "right": sum(row.predicted == row.truth for row in rows),
+                    "change": (found[variant.name]["change"] or {}).get(condition),
+                }
+                for condition in CONDITIONS
+                if (rows := under(predictions[variant.name], condition))
+            },
+        }
+        for variant in asked
+    ]
 
 
 def results_path(run: Run) -> Path:
@@ -182,13 +207,18 @@ def _of_frames(run: Run, dataset: Manifest | None, vision: Mapping[str, Any] | N
     ranking = np.array([path.stat().st_size for path in paths], dtype=np.float64)
     return {
         "baselines": baselines(run.dataset, run.split, vision),
-        "blank_frames": [
-            record.name
-            for record, path in zip(records, paths, strict=True)
-            if is_blank(read_frame(path, CAMERA_SIZE).image)
-        ],
+        "blank_frames": blank_frames(run),
         "size_ranking": value_figures(truth, ranking, run.settings.mission),  # the larger PNG first
     }
+
+
+def blank_frames(run: Run) -> list[str]:
+    """The names of the split's frames that flight calls blank; of the last report where 'orion clean' removed them."""
+    dataset = read_manifest(run.dataset)
+    if dataset is not None and dataset.removed:
+        return list(_of_last_report(run)["blank_frames"])
+    records = sorted(read_split(run.dataset, run.split), key=lambda record: record.name)
+    return [r.name for r in records if is_blank(read_frame(image_path(run.dataset, r), CAMERA_SIZE).image)]
 
 
 def _of_last_report(run: Run) -> dict[str, Any]:

@@ -4,18 +4,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from orion_triage.errors import OrionError
+from orion_triage.evaluate import variants
 from orion_triage.evaluate.conditions import CONDITIONS
 from orion_triage.evaluate.metrics import under
 from orion_triage.evaluate.run import prediction_of, read_predictions
-from orion_triage.pipeline import evaluations
 from orion_triage.runs.manifest import read_manifest
 from orion_triage.runs.run import SETTINGS_FILE, Run, open_run
 
 
 def evaluated(run: Run) -> list[str]:
-    """The models whose evaluation on the run's split has finished, from base to flight."""
-    found = evaluations(run.settings).items()
-    return [model for model, stage in found if read_manifest(stage.folder(run)) is not None]
+    """The variants whose evaluation on the run's split has finished, in the table's order."""
+    names = [variant.name for variant in variants.table(run.settings)]
+    return [name for name in names if read_manifest(run.evaluation(name)) is not None]
 
 
 def spread(runs: Sequence[Run]) -> dict[str, dict[str, list[float]]]:

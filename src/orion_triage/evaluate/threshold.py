@@ -2,23 +2,31 @@
 
 import json
 import math
-from typing import TYPE_CHECKING, Any
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from orion_triage.errors import OrionError
+from orion_triage.evaluate import value
+from orion_triage.evaluate.judgement import guess_of, scores_of, truth_of
+from orion_triage.evaluate.metrics import Prediction, under
+from orion_triage.evaluate.run import prediction_of, read_predictions
+from orion_triage.evaluate.variants import CONSTRAINED
+from orion_triage.export.quantize import PAIR
+from orion_triage.mission.decide import Rules, decide
+from orion_triage.mission.verdict import Category
+from orion_triage.runs.run import Run
 from orion_triage.safe.files import sha256_of_file, write_text
 from orion_triage.safe.reading import read_object
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
-
-    from orion_triage.evaluate.metrics import Prediction
-    from orion_triage.evaluate.value import OperatingPoint
-    from orion_triage.runs.run import Run
-    from orion_triage.settings import MissionSettings
+from orion_triage.settings import MissionSettings
 
 FILE_NAME = "operating_point.json"
 CONDITION = "B"  # in flight a frame is asked about without coordinates
+_NEVER = 2.0  # above 1 by more than rounding: the scores drop no frame
 
 
 def parse_share(text: str) -> float:
@@ -33,40 +41,74 @@ def parse_share(text: str) -> float:
     return share
 
 
-def choose(run: "Run", max_irrecoverable_loss: float) -> dict[str, Any]:
-    """Choose the point on the val evaluation of `run` (a Run of that split) and write it into the run's folder.
+def choose(run: Run, max_irrecoverable_loss: float, blank_frames: Sequence[str]) -> dict[str, Any]:
+    """Choose the threshold on the val evaluation of `run` (a Run of that split) and write it into the run's folder.
 
     Returns what was written: the threshold, what it does to the frames it was chosen on, and the temperature that fits
-    the scores there best (it changes no order, so no decision).
+    the scores there best (it changes no order, so no decision). `blank_frames` are the names of those of the split.
     """
-    from orion_triage.evaluate import value
-    from orion_triage.evaluate.judgement import scores_of, truth_of
-    from orion_triage.evaluate.metrics import under
-    from orion_triage.evaluate.run import prediction_of, read_predictions
-
-    rows = under([prediction_of(row) for row in read_predictions(run.evaluation("constrained"))], CONDITION)
-    truth = truth_of(rows)
-    point = value.choose_operating_point(truth, scores_of(rows), max_irrecoverable_loss)
+    answered = [prediction_of(row) for row in read_predictions(run.evaluation(CONSTRAINED))]
+    rows = under(with_blank(answered, blank_frames), CONDITION)
+    rules = Rules(low_threshold=lowest_threshold(rows, max_irrecoverable_loss))
     record = {
         "max_irrecoverable_loss": max_irrecoverable_loss,
-        "low_threshold": point.low_threshold,
-        "temperature": value.fit_temperature(truth, scores_of(rows)),  # that would make the scores honest
+        "low_threshold": rules.low_threshold,
+        "temperature": value.fit_temperature(truth_of(rows), scores_of(rows)),  # that would make the scores honest
         "chosen_on": {"split": run.split, "condition": CONDITION, "frames": len(rows)},
         "pair_sha256": _pair(run.gguf),
-        "there": figures(rows, point, run.settings.mission),
+        "there": measurements(rows, rules, run.settings.mission),
     }
     write_text(run.folder / FILE_NAME, json.dumps(record, indent=2) + "\n")
     return record
 
 
-def figures(rows: "Sequence[Prediction]", point: "OperatingPoint", mission: "MissionSettings") -> dict[str, Any]:
-    """What deciding by the point does to frames of one condition: headline, downlink and cost."""
-    import numpy as np
+def with_blank(rows: Sequence[Prediction], blank_frames: Sequence[str]) -> list[Prediction]:
+    """The answers with the blank frames marked; noise (C) is not blank."""
+    blank = set(blank_frames)
+    return [replace(row, blank=row.name in blank and row.condition != "C") for row in rows]
 
-    from orion_triage.evaluate import value
-    from orion_triage.evaluate.judgement import scores_of, truth_of
 
-    truth, guess = truth_of(rows), value.decide(scores_of(rows), point)
+def decided(rows: Sequence[Prediction], rules: Rules) -> list[Category | None]:
+    """What happens to each frame under the rules."""
+    return [decide(row.predicted, row.scores, blank=row.blank, rules=rules) for row in rows]
+
+
+def lowest_threshold(rows: Sequence[Prediction], max_irrecoverable_loss: float) -> float:
+    """The threshold that drops most frames with at most this irrecoverable loss (a share) on these frames.
+
+    The loss is of the valuable frames (HIGH or MEDIUM) that are decided LOW. Choose it on val: on the frames it was
+    chosen on the loss looks smaller than it is. Raises OrionError for a limit outside 0..1, when no frame is valuable,
+    or when no threshold keeps the limit.
+    """
+    if not 0 <= max_irrecoverable_loss <= 1:
+        raise OrionError(
+            f"the largest irrecoverable loss {max_irrecoverable_loss} is not within 0..1.",
+            "Give it as a share: 0.02 lets two of a hundred valuable frames be dropped.",
+        )
+    valuable = [row for row in rows if row.truth != Category.LOW]
+    if not valuable:
+        raise OrionError(
+            "no frame is HIGH or MEDIUM, so the loss of a threshold cannot be measured.",
+            "Choose the threshold on a split with all three categories.",
+        )
+
+    def loss(threshold: float) -> float:
+        return decided(valuable, Rules(low_threshold=threshold)).count(Category.LOW) / len(valuable)
+
+    thresholds = [*sorted({row.scores[-1] for row in rows if row.scores}), _NEVER]
+    # The loss falls as the threshold rises.
+    place = bisect_left(thresholds, True, key=lambda threshold: loss(threshold) <= max_irrecoverable_loss)
+    if place == len(thresholds):
+        raise OrionError(
+            f"{loss(_NEVER):.1%} of the valuable frames are LOW at any threshold: blank, or called LOW without scores.",
+            "Allow a larger --max-irrecoverable-loss, or look at those frames.",
+        )
+    return thresholds[place]
+
+
+def measurements(rows: Sequence[Prediction], rules: Rules, mission: MissionSettings) -> dict[str, Any]:
+    """What deciding by the rules does to frames of one condition: headline, downlink and cost."""
+    truth, guess = truth_of(rows), guess_of(decided(rows, rules))
     return {
         **value.headline(truth, guess),
         "downlink": value.downlink(truth, guess, mission.values),
@@ -74,11 +116,8 @@ def figures(rows: "Sequence[Prediction]", point: "OperatingPoint", mission: "Mis
     }
 
 
-def tempered(rows: "Sequence[Prediction]", temperature: float) -> dict[str, float]:
+def tempered(rows: Sequence[Prediction], temperature: float) -> dict[str, float]:
     """Negative log-likelihood and Brier score of one condition's scores, softened by the temperature of val."""
-    from orion_triage.evaluate import value
-    from orion_triage.evaluate.judgement import scores_of, truth_of
-
     truth, scores = truth_of(rows), value.temper(scores_of(rows), temperature)
     return {
         "negative_log_likelihood": value.negative_log_likelihood(truth, scores),
@@ -86,29 +125,25 @@ def tempered(rows: "Sequence[Prediction]", temperature: float) -> dict[str, floa
     }
 
 
-def read(folder: "Path", gguf: "Path") -> "tuple[OperatingPoint, float] | None":
-    """The run's point and temperature, None if none was chosen; raises OrionError for one of another pair."""
-    from orion_triage.evaluate.value import OperatingPoint
-
+def read(folder: Path, gguf: Path) -> tuple[float, float] | None:
+    """The run's threshold and temperature, None if none was chosen; raises OrionError for one of another pair."""
     path = folder / FILE_NAME
     try:
         record = read_object(path)
-        point, pair = OperatingPoint(float(record["low_threshold"])), record["pair_sha256"]
+        threshold, pair = float(record["low_threshold"]), record["pair_sha256"]
         temperature = float(record["temperature"])
-        if not (0 <= point.low_threshold < math.inf and 0 < temperature < math.inf):
+        if not (0 <= threshold < math.inf and 0 < temperature < math.inf):
             raise ValueError("out of range")
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
-        raise OrionError(f"{path} is damaged: {error!r}.", "Choose it again: 'orion operating-point'.") from None
+        raise OrionError(f"{path} is damaged: {error!r}.", "Choose it again: 'orion threshold'.") from None
     if pair != _pair(gguf):
         raise OrionError(
-            f"{path} was chosen for another GGUF pair.", "Choose it again ('orion operating-point'), or delete it."
+            f"{path} was chosen for another GGUF pair.", "Choose it again ('orion threshold'), or delete it."
         )
-    return point, temperature
+    return threshold, temperature
 
 
-def _pair(gguf: "Path") -> str:
-    from orion_triage.export.quantize import PAIR
-
+def _pair(gguf: Path) -> str:
     return sha256_of_file(gguf / PAIR)

@@ -25,7 +25,6 @@ _DECIMALS_OF_A_RANK = 12
 _SMALLEST_PROBABILITY = 1e-12  # one frame costs at most 27.6 nats
 # Ten bins show a perfectly calibrated model an error of 0.05 on 300 frames, and of 0.11 on 60 (simulated).
 _FEWEST_FRAMES_FOR_CALIBRATION = 300
-_NEVER_LOW = 2.0  # above 1 by more than rounding
 
 
 def headline(truth: Integers, guess: Integers) -> dict[str, Any]:
@@ -270,38 +269,3 @@ def risk_coverage(truth: Integers, guess: Integers, confidence: Floats) -> RiskC
     error_rate = errors / kept
     area = np.sum(np.diff(kept, prepend=0) * error_rate) / len(truth)
     return RiskCoverage(kept / len(truth), error_rate, float(area))
-
-
-@dataclass(frozen=True)
-class OperatingPoint:
-    """A frame is dropped when its P(LOW) is at least `low_threshold`; above 1 none is."""
-
-    low_threshold: float
-
-
-def decide(scores: Floats, point: OperatingPoint) -> Integers:
-    """LOW where the operating point says so, else HIGH or MEDIUM, whichever is likelier (HIGH of equals): [frames]."""
-    kept = np.where(scores[:, HIGH] >= scores[:, MEDIUM], HIGH, MEDIUM)
-    return np.where(scores[:, LOW] >= point.low_threshold, LOW, kept).astype(np.int64)
-
-
-def choose_operating_point(truth: Integers, scores: Floats, max_irrecoverable_loss: float) -> OperatingPoint:
-    """The point that drops most frames with at most this irrecoverable loss (a share, see headline) on these frames.
-
-    Choose it on val: on the frames it was chosen on the loss looks smaller than it is. Raises OrionError for a
-    limit outside 0..1, or when no frame is valuable, so that nothing could be lost.
-    """
-    if not 0 <= max_irrecoverable_loss <= 1:
-        raise OrionError(
-            f"the largest irrecoverable loss {max_irrecoverable_loss} is not within 0..1.",
-            "Give it as a share: 0.02 lets two of a hundred valuable frames be dropped.",
-        )
-    valuable = np.sort(scores[truth != LOW, LOW])
-    if not len(valuable):
-        raise OrionError(
-            "no frame is HIGH or MEDIUM, so the loss of an operating point cannot be measured.",
-            "Choose the point on a split with all three categories.",
-        )
-    thresholds = np.append(np.unique(scores[:, LOW]), _NEVER_LOW)
-    loss = (len(valuable) - np.searchsorted(valuable, thresholds)) / len(valuable)
-    return OperatingPoint(float(thresholds[loss <= max_irrecoverable_loss][0]))

@@ -1,114 +1,226 @@
-"""The models that a run is evaluated with: each is loaded, asked all questions of the split, and let go.
+"""The variants that a run is evaluated with: the models between base and flight, and other ways to decode what flies.
 
-From the base to what flies they make a ladder with one change a step, all decoding alike (free, greedy, without the
-rule for blank frames), so that a loss has an address: training, 4-bit training, fusing, the runtime, quantization.
+A row of the table says what answers and how. From the base to what flies each row changes one thing against the row
+before it, all decoding alike (free, greedy, without the rule for blank frames): this shows which step loses accuracy.
 """
 
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, assert_never
 
 from orion_triage.errors import OrionError
+from orion_triage.mission.prompt import IMAGE_PLACEHOLDER, Coordinates, render_prompt
+from orion_triage.mission.verdict import CATEGORY_GRAMMAR, GRAMMAR
 from orion_triage.progress import Progress
 from orion_triage.runs import manifest
+from orion_triage.safe.files import sha256_of_text
+from orion_triage.settings import Settings
 
 if TYPE_CHECKING:
-    from orion_triage.evaluate.backends import Backend
+    from orion_triage.evaluate.backends import Backend, TransformersBackend
     from orion_triage.llama_cpp.client import Client
     from orion_triage.runs.run import Run
     from orion_triage.settings import EvaluateSettings
 
 Figures = dict[str, Any]
-Evaluation = Callable[["Run", Progress], Figures]
 
+MODELS = ("base", "fine-tuned", "quantized")  # what every run evaluates
+# Of how answers are parsed and scored, frames prepared and questions made; the prompt's and grammar's bytes count by
+# themselves. Raise it when a change of those can give the same model another answer.
+PROTOCOL_VERSION = 1
+CONSTRAINED, VERDICT_ONLY = "constrained", "verdict-only"
 SMALL_PAIR_BYTES = 100_000_000  # measured: 0.050 s a question with 2 servers of 1 thread, 0.075 to 0.09 with 1 of 2
 SMALLEST_AGREEMENT = 0.95  # of verdicts between transformers and llama.cpp on the same 16-bit weights
 
 
-def through_transformers(model: str, folder: "Callable[[Run], Path]") -> Evaluation:
-    """A checkpoint as it lies in `folder`: the base, or the merged model."""
+@dataclass(frozen=True)
+class Decoding:
+    """How llama.cpp is asked: `constrained` to the flight's grammar, with sampling `options` (greedy without).
 
-    def evaluate(run: "Run", progress: Progress) -> Figures:
-        from orion_triage.evaluate.backends import TransformersBackend
-
-        backend = TransformersBackend.load(folder(run), run.settings.evaluate, run.settings.base.frame_size)
-        return ask(run, model, backend, {"model": folder(run)}, progress)
-
-    return evaluate
-
-
-def through_adapter(model: str, *, four_bit: bool) -> Evaluation:
-    """The adapter on its base, before any merge: on 4-bit weights as it was trained, or on the base's own 16 bits."""
-
-    def evaluate(run: "Run", progress: Progress) -> Figures:
-        from orion_triage.evaluate.backends import TransformersBackend
-        from orion_triage.models.adapter import attach_adapter, read_adapter
-
-        def attach(base: Any) -> Any:
-            return attach_adapter(base, run.adapter_to_fuse, read_adapter(run.adapter_to_fuse))[0]
-
-        settings = run.settings
-        backend = TransformersBackend.load(
-            run.base, settings.evaluate, settings.base.frame_size, four_bit=four_bit, change=attach
-        )
-        return ask(run, model, backend, {"base": run.base, "adapter": run.adapter_to_fuse}, progress)
-
-    return evaluate
-
-
-def through_llama_cpp(
-    model: str, kind: str, *, constrained: bool = False, options: Mapping[str, float] | None = None
-) -> Evaluation:
-    """The GGUF pair behind a server of our own: `kind` is "pair" for what flies, or a quantization of the F16 file.
-
-    `constrained` answers are under the flight's grammar; `options` are llama.cpp's sampling settings, greedy without.
+    With `verdict_only` the answer is begun with an empty reason, and the category alone is asked for.
     """
 
-    def evaluate(run: "Run", progress: Progress) -> Figures:
-        from orion_triage.evaluate.backends import LlamaCppBackend
-        from orion_triage.evaluate.servers import share_own
-
-        with _served(run, kind, progress) as clients:
-            gate = check_parity(run, clients[0]) if kind == "F16" else {}
-            backend = share_own(
-                clients,
-                lambda client: LlamaCppBackend(
-                    client,
-                    max_new_tokens=run.settings.evaluate.max_new_tokens,
-                    constrained=constrained,
-                    options=options,
-                    primed=True,
-                ),
-            )
-            variant = json.dumps([kind, constrained, dict(options or {})])
-            figures = ask(run, model, backend, {"model": run.pair}, progress, variant) | lost_servers(backend)
-        if kind == "F16":
-            gate["agreement"] = check_agreement(run, model)
-            figures |= {"parity": gate}
-        return figures | {"pair": run.pair_from} if run.pair_from else figures
-
-    return evaluate
+    constrained: bool = False
+    options: Mapping[str, float] = field(default_factory=dict)
+    verdict_only: bool = False
 
 
-def through_verdict_only(model: str) -> Evaluation:
-    """What flies, asked for the category alone: the answer is begun with an empty reason."""
+FREE = Decoding()
+# Said to matter for this family: nearly greedy, without the unlikely, and without repetition.
+SAMPLING = {"temperature": 0.1, "min_p": 0.15, "repeat_penalty": 1.05, "top_k": 0, "top_p": 1.0}
 
-    def evaluate(run: "Run", progress: Progress) -> Figures:
-        from orion_triage.evaluate.backends import VerdictOnlyBackend
-        from orion_triage.evaluate.servers import share_own
+Weights = Literal["base", "adapter on the 4-bit base", "adapter on the base", "merged", "F16", "quantized F16", "pair"]
+# model: every run evaluates it. step: between those, and what flies; with `variants.all`. decoding: when asked by name.
+Role = Literal["model", "step", "decoding"]
 
-        with _served(run, "pair", progress) as clients:
-            figures = ask(run, model, share_own(clients, VerdictOnlyBackend), {"model": run.pair}, progress, model)
-        return figures | {"pair": run.pair_from} if run.pair_from else figures
 
-    return evaluate
+@dataclass(frozen=True)
+class Variant:
+    """One row: a name, the weights that answer, how they decode, and what `changes` against `compared_with`.
+
+    The table's order decides what a row without `compared_with` is compared with: the one evaluated before it.
+    """
+
+    name: str
+    weights: Weights
+    changes: str
+    role: Role
+    decoding: Decoding = FREE
+    compared_with: str = ""
+
+    @property
+    def in_parallel(self) -> bool:
+        """Whether several launched processes can share the work: transformers' models can, servers cannot."""
+        return self.weights in ("base", "adapter on the 4-bit base", "adapter on the base", "merged")
+
+
+def table(settings: Settings) -> tuple[Variant, ...]:
+    """All variants that a run with these settings knows, from the base to what flies; then the other decodings."""
+    return (
+        Variant("base", "base", "the base", "model"),
+        Variant("adapter-4bit", "adapter on the 4-bit base", "training, on 4-bit weights", "step"),
+        Variant("adapter-16bit", "adapter on the base", "the adapter on 16-bit weights", "step"),
+        Variant("fine-tuned", "merged", "fusing", "model"),
+        Variant("F16", "F16", "the runtime: llama.cpp", "step"),
+        *(
+            Variant(kind, "quantized F16", f"quantization to {kind}", "step")
+            for kind in settings.variants.quantizations
+        ),
+        Variant("quantized", "pair", f"quantization to {settings.quantize.type}", "model"),
+        Variant(CONSTRAINED, "pair", "the grammar", "step", Decoding(constrained=True)),
+        Variant("sampled", "pair", "sampling", "decoding", Decoding(options=SAMPLING), "quantized"),
+        Variant(
+            "sampled-constrained",
+            "pair",
+            "sampling, under the grammar",
+            "decoding",
+            Decoding(True, SAMPLING),
+            "quantized",
+        ),
+        Variant(
+            VERDICT_ONLY, "pair", "no reason: the category alone", "decoding", Decoding(verdict_only=True), "quantized"
+        ),
+    )
+
+
+def wanted(settings: Settings) -> tuple[Variant, ...]:
+    """What `orion run` evaluates: the three models, and with `variants.all` the steps between them."""
+    roles = ("model", "step") if settings.variants.all else ("model",)
+    return tuple(variant for variant in table(settings) if variant.role in roles)
+
+
+def named(settings: Settings, name: str) -> Variant:
+    """Raises OrionError, with the names that there are, for one that is not in the table."""
+    for variant in table(settings):
+        if variant.name == name:
+            return variant
+    names = ", ".join(variant.name for variant in table(settings))
+    raise OrionError(f"{name!r} is no variant.", f"Name some of {names}; or all.")
+
+
+def chosen(settings: Settings, names: Sequence[str]) -> list[Variant]:
+    """Those of these names, in the table's order; of "all", every one. Raises OrionError for an unknown name."""
+    if "all" in names:
+        return list(table(settings))
+    asked = [named(settings, name) for name in names]
+    return [variant for variant in table(settings) if variant in asked]
+
+
+def protocol(variant: Variant) -> dict[str, Any]:
+    """What of the code decides a variant's answers: another value means that finished answers are not ours any more.
+
+    Conditions are not part of it: answers to the questions that were asked stay what they are when more are asked.
+    """
+    asked = [render_prompt(None), render_prompt(Coordinates(-120.625, 0.0)), IMAGE_PLACEHOLDER]
+    grammars = [GRAMMAR, CATEGORY_GRAMMAR] if variant.decoding.constrained or variant.decoding.verdict_only else []
+    return {
+        "version": PROTOCOL_VERSION,
+        "prompt_sha256": sha256_of_text("\n".join(asked)),
+        "grammar_sha256": sha256_of_text("\n".join(grammars)) if grammars else None,
+        "decoding": asdict(variant.decoding),
+    }
+
+
+def inputs(variant: Variant, run: "Run") -> dict[str, Path]:
+    """What the answers are made from, besides the dataset: name -> file or folder."""
+    from orion_triage.models.load import resolve_base
+
+    match variant.weights:
+        case "base":
+            return {"base": resolve_base(run.settings.base.model)}
+        case "adapter on the 4-bit base" | "adapter on the base":
+            return {"base": resolve_base(run.settings.base.model), "adapter": run.adapter_to_fuse}
+        case "merged":
+            return {"merged": run.merged}
+        case "F16":  # compared with the merged model, weight by weight and answer by answer
+            return {"F16": run.gguf, "merged": run.merged, "fine-tuned": run.evaluation("fine-tuned")}
+        case "quantized F16":
+            return {"F16": run.gguf}
+        case "pair":
+            return {"gguf": run.pair}
+        case _:
+            assert_never(variant.weights)
+
+
+def evaluate(variant: Variant, run: "Run", progress: Progress) -> Figures:
+    """Load what answers, ask it all questions of the run's split, and let it go; returns the evaluation's metrics."""
+    if variant.in_parallel:
+        return ask(run, variant.name, _load(variant, run), inputs(variant, run), progress)
+    with _served(run, variant, progress) as clients:
+        gate = check_parity(run, clients[0]) if variant.weights == "F16" else {}
+        backend = _backend(variant, run, clients)
+        decoding = variant.decoding
+        how = json.dumps([variant.weights, variant.name, decoding.constrained, dict(decoding.options)])
+        figures = ask(run, variant.name, backend, {"model": run.pair}, progress, how) | lost_servers(backend)
+    if variant.weights == "F16":
+        gate["agreement"] = check_agreement(run, variant.name)
+        figures |= {"parity": gate}
+    return figures | {"pair": run.pair_from} if run.pair_from else figures
+
+
+def _load(variant: Variant, run: "Run") -> "TransformersBackend":
+    """A checkpoint through transformers; the adapter without merging, on 4-bit weights as it was trained or on 16."""
+    from orion_triage.evaluate.backends import TransformersBackend
+    from orion_triage.models.adapter import attach_adapter, read_adapter
+    from orion_triage.models.load import resolve_base
+
+    def attach(base: Any) -> Any:
+        return attach_adapter(base, run.adapter_to_fuse, read_adapter(run.adapter_to_fuse))[0]
+
+    folder = run.merged if variant.weights == "merged" else resolve_base(run.settings.base.model)
+    return TransformersBackend.load(
+        folder,
+        run.settings.evaluate,
+        run.settings.base.frame_size,
+        four_bit=variant.weights == "adapter on the 4-bit base",
+        change=attach if "adapter" in variant.weights else None,
+    )
+
+
+def _backend(variant: Variant, run: "Run", clients: "Sequence[Client]") -> "Backend":
+    from orion_triage.evaluate.backends import LlamaCppBackend, VerdictOnlyBackend
+    from orion_triage.evaluate.servers import share_own
+
+    if variant.decoding.verdict_only:
+        return share_own(clients, VerdictOnlyBackend)
+    return share_own(
+        clients,
+        lambda client: LlamaCppBackend(
+            client,
+            max_new_tokens=run.settings.evaluate.max_new_tokens,
+            constrained=variant.decoding.constrained,
+            options=variant.decoding.options,
+            primed=True,
+        ),
+    )
 
 
 @contextmanager
-def _served(run: "Run", kind: str, progress: Progress) -> "Iterator[list[Client]]":
+def _served(run: "Run", variant: Variant, progress: Progress) -> "Iterator[list[Client]]":
     """Servers with the pair, or with a quantization that is made for the occasion and deleted after it."""
     from orion_triage.export import quantize
     from orion_triage.llama_cpp.server import Server
@@ -119,16 +231,16 @@ def _served(run: "Run", kind: str, progress: Progress) -> "Iterator[list[Client]
     toolchain = find_toolchain(progress)
     logs = run.folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    with temporary_folder(run.folder, "ladder") as temporary:
-        if kind == "pair":
+    with temporary_folder(run.folder, "variant") as temporary:
+        if variant.weights == "pair":
             backbone, mmproj = quantize.find_pair(run.pair)
         else:
             quantize.check_pair(run.gguf)
             backbone, mmproj = run.gguf / quantize.F16, run.gguf / quantize.MMPROJ
-            if kind != "F16":
-                target = temporary / f"{kind}.gguf"
-                progress(f"quantizing to {kind}", 0, 1)
-                quantize_file(toolchain, backbone, target, kind)
+            if variant.weights != "F16":
+                target = temporary / f"{variant.name}.gguf"
+                progress(f"quantizing to {variant.name}", 0, 1)
+                quantize_file(toolchain, backbone, target, variant.name)
                 backbone = target
         count, threads = how_many_servers(run.settings.evaluate, backbone.stat().st_size + mmproj.stat().st_size)
         with ExitStack() as stack:
@@ -148,14 +260,18 @@ def how_many_servers(settings: "EvaluateSettings", pair_bytes: int) -> tuple[int
     return count, settings.threads or (1 if count > 1 else None)
 
 
-def through_servers(model: str, urls: Sequence[str], settings: "EvaluateSettings") -> tuple[Evaluation, str]:
-    """Servers that somebody else started (key: LLAMA_API_KEY), and a hash of what they say they serve."""
+def through_servers(urls: Sequence[str], run: "Run") -> tuple[Callable[[Progress], Figures], str]:
+    """The quantized model behind servers that somebody else started (key: LLAMA_API_KEY).
+
+    Returns what evaluates it, and a hash of what the servers say they serve.
+    """
     from orion_triage.evaluate import servers
 
+    settings = run.settings.evaluate
     backend, first = servers.share(urls, os.environ.get("LLAMA_API_KEY", ""), settings.max_new_tokens)
 
-    def evaluate(run: "Run", progress: Progress) -> Figures:
-        figures = ask(run, model, backend, {}, progress, first.identity)
+    def evaluate(progress: Progress) -> Figures:
+        figures = ask(run, "quantized", backend, {}, progress, first.identity)
         served = {"server": ", ".join(urls), "served_model": first.model, "server_build": first.build}
         return figures | served | lost_servers(backend)
 
@@ -178,7 +294,7 @@ def check_parity(run: "Run", client: "Client") -> Figures:
     from orion_triage.imagery.frames import read_frame
     from orion_triage.models.load import float32_compute, load_model, load_processor
 
-    size, count = run.settings.base.frame_size, run.settings.ladder.parity_records
+    size, count = run.settings.base.frame_size, run.settings.variants.parity_records
     records = read_split(run.dataset, run.split)
     spread = [records[index * len(records) // count] for index in range(min(count, len(records)))]
     processor, model = load_processor(run.merged, size), load_model(run.merged, dtype="auto")

@@ -16,16 +16,14 @@ from typing import TYPE_CHECKING, Any
 from orion_triage.dataset.records import Record, image_path, read_split
 from orion_triage.errors import OrionError
 from orion_triage.imagery.frames import read_frame
-from orion_triage.models.adapter import attach_adapter, read_adapter
+from orion_triage.models.adapter import BASE_FILE, attach_adapter, read_adapter
 from orion_triage.models.checkpoint import plain_name, write_tensors
 from orion_triage.models.generate import answer_log_probabilities
 from orion_triage.models.load import base_name, fingerprint, float32_compute, load_model, load_processor
 from orion_triage.progress import Progress, silent
-from orion_triage.publish.card import write_card
 from orion_triage.safe.files import replaced_folder, require_free_space, write_text
 from orion_triage.safe.reading import read_object
 from orion_triage.settings import FuseSettings
-from orion_triage.train.fine_tune import BASE_FILE
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +85,6 @@ def run(
         _write_config(base, settings.dtype, folder)
         processor.save_pretrained(folder)
         _drop_code_names(folder)
-        write_card("merged", base, base_name(base), folder)
         result = load_model(folder, dtype="auto", device=device)
         with float32_compute(result):
             merged = samples.score(result, "scoring the merged model")

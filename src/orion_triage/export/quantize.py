@@ -17,7 +17,6 @@ from orion_triage.llama_cpp.toolchain import find_toolchain
 from orion_triage.llama_cpp.tools import quantize_file
 from orion_triage.models.load import fingerprint
 from orion_triage.progress import Progress, silent
-from orion_triage.publish.card import base_of, write_card
 from orion_triage.safe.files import replaced_folder, require_free_space, sha256_of_file, write_text
 from orion_triage.safe.reading import read_object
 from orion_triage.settings import QuantizeSettings
@@ -65,7 +64,6 @@ def run(
             "llama_cpp_build": toolchain.build,
             "files": {name: sha256_of_file(folder / name) for name in (F16, MMPROJ, QUANTIZED)},
         }
-        write_card("gguf", merged, base_of(merged) or merged.name, folder)
         write_text(folder / PAIR, json.dumps(pair, indent=2) + "\n")
         sizes = {name: (folder / name).stat().st_size for name in (F16, MMPROJ, QUANTIZED)}
         progress("checking", _STEPS, _STEPS)

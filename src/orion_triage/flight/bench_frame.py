@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from orion_triage.errors import OrionError, ServerError
 from orion_triage.evaluate.backends import LlamaCppBackend, ask_for_category
+from orion_triage.evaluate.variants import CONSTRAINED, VERDICT_ONLY
 from orion_triage.export import quantize
 from orion_triage.export.convert import convert
 from orion_triage.imagery.frames import Frame, shrink
@@ -27,7 +28,6 @@ from orion_triage.llama_cpp.tools import quantize_file
 from orion_triage.machine.describe import describe
 from orion_triage.mission.prompt import render_prompt
 from orion_triage.mission.verdict import ANSWER_TOKENS, Category, Verdict
-from orion_triage.pipeline import CONSTRAINED, VERDICT_ONLY
 from orion_triage.progress import Progress, silent
 from orion_triage.runs import manifest
 from orion_triage.safe.files import locked, temporary_folder
@@ -59,7 +59,7 @@ _ENCODING, _ENCODED = (re.compile(_STAMP + what) for what in ("encoding mtmd bat
 # As many tokens of an answer as are asked for: its beginning, then a reason that does not end.
 _OPEN_GRAMMAR = 'root ::= "{\\"reason\\": \\"" [ !#-\\[\\]-~]*\n'
 USUAL_REASON_TOKENS = 20  # where no evaluation says how long the model's own are
-_FLOWN = (CONSTRAINED.name.removeprefix("evaluate "), "quantized")  # under the grammar, as in flight; else free
+_FLOWN = (CONSTRAINED, "quantized")  # under the grammar, as in flight; else free
 LOG = "bench-frame-server.log"
 
 
@@ -131,15 +131,15 @@ def run(
     `same_frames` is false when the runs were evaluated on different ones, so that their accuracies do not compare.
 
     What flies of each run is always measured. Without `sizes`, one run is shown all of SIZES and several are shown
-    their own; without `quantizations`, those of the run's ladder are made. Raises OrionError for a pair that is
-    unfinished or altered, and ServerError when a frame was not encoded exactly once.
+    their own; without `quantizations`, those of the run's `variants.quantizations` are made. Raises OrionError for a
+    pair that is unfinished or altered, and ServerError when a frame was not encoded exactly once.
     """
     for one in runs:
         quantize.check_pair(one.gguf)
     toolchain = existing_tools() or find_toolchain(progress)
     machine = {**describe(), "busy_cores": round(_busy_cores(1.0), 2)}
     shown = sizes or (SIZES if len(runs) == 1 else ())
-    plans = [plan(one, shown, mmprojs, quantizations or one.settings.ladder.quantizations) for one in runs]
+    plans = [plan(one, shown, mmprojs, quantizations or one.settings.variants.quantizations) for one in runs]
     total, done = sum(map(len, plans)), 0
     rows: list[Row] = []
     left_out: list[str] = []

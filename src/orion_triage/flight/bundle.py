@@ -9,7 +9,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orion_triage import __version__
+from orion_triage import __version__, templates
 from orion_triage.dataset.records import image_path, read_split
 from orion_triage.errors import OrionError
 from orion_triage.evaluate import threshold
@@ -19,6 +19,7 @@ from orion_triage.imagery.frames import CAMERA_SIZE, Frame, is_blank, read_frame
 from orion_triage.llama_cpp.client import CANDIDATES, Client
 from orion_triage.llama_cpp.server import OPTIONS, Server
 from orion_triage.llama_cpp.toolchain import PINNED_BUILD, WHEEL, WHEEL_SHA256, Toolchain, find_toolchain
+from orion_triage.mission.decide import Rules, in_words
 from orion_triage.mission.prompt import render_prompt
 from orion_triage.mission.verdict import (
     ANSWER_TOKENS,
@@ -29,13 +30,12 @@ from orion_triage.mission.verdict import (
     category_tokens,
     parse_verdict,
 )
+from orion_triage.models.licence import base_of, licence_files
 from orion_triage.progress import Progress, silent
-from orion_triage.publish import card
 from orion_triage.runs import manifest
 from orion_triage.safe.files import locked, replaced_folder, require_free_space, sha256_of_file, write_bytes, write_text
 
 if TYPE_CHECKING:
-    from orion_triage.evaluate.value import OperatingPoint
     from orion_triage.runs.run import Run
 
 SCHEMA_VERSION = 1
@@ -67,25 +67,25 @@ def run(run: "Run", out: Path, progress: Progress = silent) -> dict[str, Any]:
     require_free_space(out.parent, sum((run.gguf / name).stat().st_size for name in names) + 20_000_000, "the bundle")
     toolchain = find_toolchain(progress)
     with locked(run.folder, "orion bundle"), replaced_folder(out) as folder:
-        for path in [*(run.gguf / name for name in names), *card.licence_files(run.gguf)]:
+        for path in [*(run.gguf / name for name in names), *licence_files(run.gguf)]:
             shutil.copyfile(path, folder / path.name)
         quantize.check_pair(folder)
         pair = (folder / quantize.QUANTIZED, folder / quantize.MMPROJ)
         log, threads = run.folder / "logs" / "bundle-server.log", run.settings.evaluate.threads
         with Server(toolchain, *pair, log=log, threads=threads) as server:
             golden, request, seconds = _ask(server.client, run, rows, folder, progress)
-        _write_texts(folder, run, toolchain, point[0] if point else None)
+        _write_texts(folder, run, toolchain, Rules(point[0] if point else None))
         record = {
             "schema_version": SCHEMA_VERSION,
             "preset": run.settings.preset,
-            "base": card.base_of(run.gguf) or run.settings.base.model,
+            "base": base_of(run.gguf) or run.settings.base.model,
             "frame_size": run.settings.base.frame_size,
             "model": quantize.QUANTIZED,
             "mmproj": quantize.MMPROJ,
             "llama_cpp_build": toolchain.build,
             "versions": {"orion-triage": __version__, **_receipt(run.gguf, "quantize").versions},
             "made_on": platform.machine(),
-            "operating_point": {"low_threshold": point[0].low_threshold, "temperature": point[1]} if point else None,
+            "operating_point": {"low_threshold": point[0], "temperature": point[1]} if point else None,
             "request": request,
             "tolerances": TOLERANCES,
             "golden": golden,
@@ -200,15 +200,13 @@ def _notes(golden: list[dict[str, Any]]) -> Iterator[str]:
         yield f"{len(golden)} golden images instead of {GOLDEN_IMAGES}: the test split has no more with a verdict."
 
 
-def _write_texts(folder: Path, run: "Run", toolchain: Toolchain, point: "OperatingPoint | None") -> None:
+def _write_texts(folder: Path, run: "Run", toolchain: Toolchain, rules: Rules) -> None:
     """Prompt, grammars, launch script, checker and the operator's README."""
-    from orion_triage.report.render import from_template
-
     write_text(folder / "prompt.txt", render_prompt(None))
     write_text(folder / "grammar.gbnf", GRAMMAR)
     write_text(folder / "category_grammar.gbnf", CATEGORY_GRAMMAR)
     shutil.copyfile(Path(__file__).with_name(CHECKER), folder / CHECKER)
-    values = {
+    values: dict[str, Any] = {
         "model": quantize.QUANTIZED,
         "mmproj": quantize.MMPROJ,
         "arguments": " ".join(OPTIONS),
@@ -218,9 +216,9 @@ def _write_texts(folder: Path, run: "Run", toolchain: Toolchain, point: "Operati
         "wheel": WHEEL,
         "wheel_sha256": WHEEL_SHA256,
         "tolerances": TOLERANCES,
-        "point": point,
+        "decision": in_words(rules),
     }
     for template, name in (("serve.sh.j2", "serve.sh"), ("bundle_readme.txt.j2", "README.txt")):
-        write_text(folder / name, from_template(template, **values))
+        write_text(folder / name, templates.fill("flight", template, **values))
     for name in (CHECKER, "serve.sh"):
         (folder / name).chmod(0o755)

@@ -4,11 +4,11 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from orion_triage.errors import FrameError, OrionError
 from orion_triage.evaluate.backends import Backend, LlamaCppBackend
@@ -16,16 +16,14 @@ from orion_triage.export import quantize
 from orion_triage.imagery.frames import CAMERA_SIZE, is_blank, read_frame, shrink
 from orion_triage.llama_cpp.server import Server
 from orion_triage.llama_cpp.toolchain import find_toolchain
+from orion_triage.mission.decide import BLANK_REASON, Rules, decide
 from orion_triage.mission.prompt import render_prompt
-from orion_triage.mission.verdict import ANSWER_TOKENS, CATEGORIES, Category, Verdict, parse_verdict
+from orion_triage.mission.verdict import ANSWER_TOKENS, CATEGORIES, Verdict, parse_verdict
 from orion_triage.progress import Progress, silent
 from orion_triage.safe.files import naming, sha256_of_file, sha256_of_text
 
-if TYPE_CHECKING:
-    from orion_triage.evaluate.value import OperatingPoint
-
+RULES = Rules()  # a blank frame is LOW, and an answer's category counts
 PICTURES = (".png", ".jpg", ".jpeg", ".raw")
-BLANK_REASON = "Blank frame: no image content to judge."
 
 
 @dataclass(frozen=True)
@@ -65,9 +63,9 @@ def to_json(outcome: FrameVerdict) -> dict[str, Any]:
     }
 
 
-def asked_by(gguf: Path, frame_size: int, threshold: float | None, resize: bool, blank_rule: bool) -> str:
+def asked_by(gguf: Path, frame_size: int, rules: Rules, resize: bool) -> str:
     """A short hash of what answers and how: all lines of one file of results are by the same."""
-    parts = [sha256_of_file(gguf / quantize.PAIR), frame_size, threshold, resize, blank_rule]
+    parts = [sha256_of_file(gguf / quantize.PAIR), frame_size, rules.low_threshold, resize, rules.blank_is_low]
     return sha256_of_text(json.dumps(parts))[:12]
 
 
@@ -135,15 +133,13 @@ def triage_files(
     backend: Backend,
     frame_size: int,
     *,
-    point: "OperatingPoint | None" = None,
+    rules: Rules = RULES,
     resize: bool = False,
-    blank_rule: bool = True,
 ) -> Iterator[FrameVerdict]:
     """Verdicts in the order of `paths`; a refused file becomes an outcome with `error`, and work goes on.
 
-    With an operating point, the scores decide the category, and the reason stays the model's. A blank frame is LOW by
-    rule and is not asked about: it would cost downlink and shows nothing, whatever a model makes of it. Without
-    `blank_rule` the model is asked about it as about any other.
+    The category is what `decide` makes of the answer under the rules; the reason stays the model's. A frame that is LOW
+    because it is blank is not asked about.
     """
     prompt = render_prompt(None)
     for path in paths:
@@ -153,25 +149,18 @@ def triage_files(
         except FrameError as error:
             yield FrameVerdict(str(path), None, time.monotonic() - began, error=str(error))
             continue
-        if blank_rule and is_blank(frame.image):
-            verdict = Verdict(BLANK_REASON, Category.LOW)
+        blank = is_blank(frame.image)
+        if by_rule := decide(None, None, blank=blank, rules=rules):
+            verdict = Verdict(BLANK_REASON, by_rule)
             yield FrameVerdict(str(path), verdict, time.monotonic() - began, frame.native_size, blank=True)
             continue
         (answer,) = backend.answer([shrink(frame.image, frame_size)], [prompt])
         said = parse_verdict(answer.text)
-        if said and point and answer.scores:
-            said = Verdict(said.reason, _decide(answer.scores, point))
+        category = decide(said.category if said else None, answer.scores, blank=blank, rules=rules)
+        said = Verdict(said.reason, category) if said and category else None
         error_text = "" if said else f"{path}: the model gave no verdict. Evaluate the run: its answers should parse."
         seconds = time.monotonic() - began
         yield FrameVerdict(str(path), said, seconds, frame.native_size, error=error_text, scores=answer.scores)
-
-
-def _decide(scores: Sequence[float], point: "OperatingPoint") -> Category:
-    import numpy as np
-
-    from orion_triage.evaluate.value import decide
-
-    return CATEGORIES[int(decide(np.array([scores]), point)[0])]
 
 
 def triage_with_pair(
@@ -180,9 +169,8 @@ def triage_with_pair(
     frame_size: int,
     *,
     log: Path,
-    point: "OperatingPoint | None" = None,
+    rules: Rules = RULES,
     resize: bool = False,
-    blank_rule: bool = True,
     progress: Progress = silent,
 ) -> Iterator[FrameVerdict]:
     """`triage_files` with the GGUF pair in the folder `gguf`, behind a server that lives as long as the iteration."""
@@ -190,4 +178,4 @@ def triage_with_pair(
     toolchain = find_toolchain(progress)
     with Server(toolchain, gguf / quantize.QUANTIZED, gguf / quantize.MMPROJ, log=log) as server:
         backend = LlamaCppBackend(server.client, max_new_tokens=ANSWER_TOKENS, constrained=True)
-        yield from triage_files(paths, backend, frame_size, point=point, resize=resize, blank_rule=blank_rule)
+        yield from triage_files(paths, backend, frame_size, rules=rules, resize=resize)

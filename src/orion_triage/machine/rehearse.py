@@ -208,10 +208,11 @@ def make_dataset(folder: Path, train_records: int) -> None:
     from orion_triage.dataset.build import records_of
     from orion_triage.dataset.catalogue import Target, load_catalogue
     from orion_triage.dataset.collect import image_name
-    from orion_triage.dataset.records import IMAGES_FOLDER, Record, Split, write_split
+    from orion_triage.dataset.records import IMAGES_FOLDER, Record, write_split
     from orion_triage.dataset.sources.source import Shot
     from orion_triage.dataset.sources.synthetic.draw import draw_tile, tile_seed
     from orion_triage.mission.verdict import CATEGORIES
+    from orion_triage.settings import Split
 
     of = {category: [target for target in load_catalogue() if target.category == category] for category in CATEGORIES}
     places: dict[Split, list[Target]] = {

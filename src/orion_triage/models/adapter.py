@@ -24,6 +24,8 @@ _LANGUAGE_LAYERS = ("conv.in_proj", "conv.out_proj", "feed_forward.w1", "feed_fo
 
 _LARGEST_NUMBER = 1e6  # of an adapter's settings
 
+BASE_FILE = "base.json"  # beside an adapter: which base it was trained on, and at which frame size
+
 Census = dict[str, dict[str, int]]
 
 

@@ -1,61 +1,18 @@
-"""Model cards and licences: every product says what it was made from, and carries the base's licence along.
-
-A base in the Hub's layout names its licence in README.md's header and has its text in LICENSE. Both go with the
-adapter, the merged model and the GGUF pair, since they are derivatives of the base.
-"""
+"""Model cards: every product says what it was made from, and carries the base's licence along."""
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from orion_triage.errors import OrionError
+from orion_triage import templates
+from orion_triage.models.licence import README, Licence, licence_files, licence_of
 from orion_triage.safe.files import write_text
 
 Product = Literal["adapter", "merged", "gguf"]
 
-README = "README.md"
 _RELATION: dict[Product, str] = {"adapter": "adapter", "merged": "finetune", "gguf": "quantized"}
 _LIBRARY: dict[Product, str] = {"adapter": "peft", "merged": "transformers", "gguf": "gguf"}
-
-
-@dataclass(frozen=True)
-class Licence:
-    """A card's fields `license` (an identifier, "other" for one of the owner's own), `license_name`, `license_link`."""
-
-    identifier: str
-    name: str | None = None
-    link: str | None = None
-
-
-def licence_of(folder: Path) -> Licence | None:
-    """The licence that the folder's card names, or the text beside it; None when there is neither."""
-    fields = _header(folder)
-    if isinstance(fields.get("license"), str):
-        return Licence(fields["license"], fields.get("license_name"), fields.get("license_link"))
-    return Licence("other", "the licence of the base", "LICENSE") if licence_files(folder) else None
-
-
-def base_of(folder: Path) -> str | None:
-    """The base model that the folder's card names."""
-    name = _header(folder).get("base_model")
-    return name if isinstance(name, str) else None
-
-
-def _header(folder: Path) -> dict[str, Any]:
-    from huggingface_hub import metadata_load
-    from yaml import YAMLError
-
-    path = folder / README
-    try:
-        return (metadata_load(path) if path.is_file() else None) or {}
-    except (YAMLError, ValueError) as error:
-        raise OrionError(f"{path}: its header is not YAML: {error}.", "Correct it, or fetch the model again.") from None
-
-
-def licence_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("LICENSE*") if path.is_file())
 
 
 def write_card(product: Product, source: Path, base: str, folder: Path) -> None:
@@ -79,7 +36,7 @@ def render_card(
     """The card's text: YAML header and Markdown; with `results`, what was measured, and `hashes` of the files."""
     from huggingface_hub import ModelCardData
 
-    from orion_triage.report.render import accuracy_rows, from_template
+    from orion_triage.report.render import accuracy_rows, rate, sentences, shown
 
     header = ModelCardData(
         base_model=base,
@@ -92,8 +49,10 @@ def render_card(
         tags=["earth-observation", "satellite", "triage", "lfm2-vl"],
         **(_model_index(product, results) if results else {}),
     )
-    return from_template(
+    return templates.fill(
+        "publish",
         "card.md.j2",
+        filters={"sentences": sentences, "shown": shown, "rate": rate},
         header=header.to_yaml(),
         product=product,
         base=base,

@@ -6,8 +6,10 @@ from typing import Any
 
 from orion_triage import hub
 from orion_triage.errors import OrionError
-from orion_triage.evaluate.results import FLIGHT, MODELS, build_results
+from orion_triage.evaluate.results import FLIGHT, build_results
+from orion_triage.evaluate.variants import MODELS
 from orion_triage.export import quantize
+from orion_triage.models.licence import README, base_of, licence_of
 from orion_triage.publish import card
 from orion_triage.report import plot
 from orion_triage.runs.manifest import FILE_NAME, read_manifest
@@ -21,7 +23,7 @@ _PAIR = (quantize.QUANTIZED, quantize.MMPROJ, quantize.PAIR)
 
 # Of the results: what was measured. Settings and receipts hold paths of this machine.
 _PUBLISHED = (
-    "schema_version", "preset", "split", "frames", "models", "deltas", "within", "own_eyes", "ladder", "parity",
+    "schema_version", "preset", "split", "frames", "models", "deltas", "within", "linear_probe", "variants", "parity",
     "training_seeds", "baselines", "size_ranking", "operating_point", "seconds", "versions",
 )  # fmt: skip
 
@@ -36,13 +38,13 @@ def push(run: Run, product: card.Product, repository: str, *, private: bool = Tr
         raise OrionError(f"{folder} is not finished.", "Run 'orion run' first, or pass another run with --run.")
     if product == "gguf":
         quantize.check_pair(folder)
-    licence = card.licence_of(folder)
+    licence = licence_of(folder)
     if licence is None:
         raise OrionError(
             f"{folder} says nothing about the base's licence, which holds for its derivatives.",
             "Put the base's README.md and LICENSE into its folder, and make the product again.",
         )
-    base = card.base_of(folder) or "its base"
+    base = base_of(folder) or "its base"
     results = build_results(run)
     own = not results["foreign_server"] and not results["foreign_pair"]
     complete = own and all(model in results["models"] for model in MODELS)
@@ -55,7 +57,7 @@ def push(run: Run, product: card.Product, repository: str, *, private: bool = Tr
     text = card.render_card(product, base, licence, results if complete else None, hashes)
     measured = _measured(run, results) if complete else {}
     return hub.push(
-        {**own_files, **measured, card.README: text.encode()},
+        {**own_files, **measured, README: text.encode()},
         repository,
         message=f"ORION triage {product}, preset {run.settings.preset}",
         private=private,
@@ -81,6 +83,6 @@ def _files(folder: Path) -> list[tuple[str, Path]]:
         (path.relative_to(folder).as_posix(), path)
         for path in sorted(folder.rglob("*"))
         if path.is_file()
-        and path.name not in {FILE_NAME, card.README}
+        and path.name not in {FILE_NAME, README}
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]

@@ -1,14 +1,12 @@
-"""Answers to the same frames and prompts: two runs, model by model, or one model decoded in several ways."""
+"""Answers of two runs to the same frames and prompts, variant by variant."""
 
 from typing import Any
 
 from orion_triage.errors import OrionError
-from orion_triage.evaluate.conditions import CONDITIONS
 from orion_triage.evaluate.metrics import under
 from orion_triage.evaluate.results import differences
 from orion_triage.evaluate.run import Row, prediction_of, read_predictions
 from orion_triage.evaluate.seeds import evaluated
-from orion_triage.pipeline import DECODINGS, VERDICT_ONLY
 from orion_triage.runs.run import Run
 
 _ASKED = ("pixels_sha256", "prompt_sha256", "truth")  # what must be the same for an answer to be compared
@@ -38,29 +36,6 @@ def compare_runs(first: Run, second: Run) -> dict[str, dict[str, dict[str, Any]]
                 **change,
             }
             for condition, change in changes.items()
-        }
-    return compared
-
-
-def compare_decodings(run: Run) -> dict[str, dict[str, dict[str, Any]]]:
-    """Decoding -> condition -> frames, answers that parse, right ones, and the paired difference from the first."""
-    rows = {
-        stage.name.removeprefix("evaluate "): [prediction_of(row) for row in read_predictions(stage.folder(run))]
-        for stage in DECODINGS
-    }
-    names = {"quantized": "greedy", "constrained": "greedy, grammar"}
-    names |= {"sampled": "sampled", "sampled-constrained": "sampled, grammar", VERDICT_ONLY: VERDICT_ONLY}
-    compared: dict[str, dict[str, dict[str, Any]]] = {}
-    for model, name in names.items():
-        changes = differences(rows["quantized"], rows[model]) if model != "quantized" else {}
-        compared[name] = {
-            condition: {
-                "count": len(asked := under(rows[model], condition)),
-                "parsed": sum(p.predicted is not None for p in asked),
-                "right": sum(p.predicted == p.truth for p in asked),
-                "change": changes.get(condition),
-            }
-            for condition in CONDITIONS
         }
     return compared
 

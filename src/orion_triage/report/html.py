@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 from orion_triage.dataset.records import image_path, read_split
 from orion_triage.errors import printable
 from orion_triage.evaluate.conditions import CONDITIONS
-from orion_triage.evaluate.results import FLIGHT, MODELS, blank_ruled
+from orion_triage.evaluate.results import FLIGHT, as_flown
 from orion_triage.evaluate.run import Row, prediction_of, read_predictions
+from orion_triage.evaluate.variants import MODELS
 from orion_triage.imagery.frames import CAMERA_SIZE, read_frame, shrink
 from orion_triage.mission.prompt import Coordinates, format_degrees, render_prompt
 from orion_triage.mission.verdict import CATEGORIES, Category
 from orion_triage.report import charts
-from orion_triage.report.render import against_own_eyes, from_template
+from orion_triage.report.render import against_linear_probe, from_template
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -84,7 +85,7 @@ def render_html(results: dict[str, Any], rows: Sequence[Row], thumbnail: Thumbna
         models=models,
         scored=scored,
         headline=[(condition, headline(results["models"][model][condition])) for condition in "BA"] if model else [],
-        own_eyes=against_own_eyes(results["own_eyes"]),
+        linear_probe=against_linear_probe(results["linear_probe"]),
         accuracy_chart=charts.accuracies(results, models) if models else None,
         budget_chart=charts.value_against_budget(results, scored) if scored else None,
         sureness_charts=[charts.reliability(results, name) for name in surest]
@@ -104,8 +105,8 @@ def render_html(results: dict[str, Any], rows: Sequence[Row], thumbnail: Thumbna
 
 
 def flown(results: dict[str, Any]) -> str | None:
-    """The model that is nearest to what flies: the flight's, else the last of the ladder; None before any."""
-    return results["ladder"][-1]["model"] if results["ladder"] else None
+    """The model that is nearest to what flies: the flight's, else the last step before it; None before any."""
+    return results["variants"][-1]["model"] if results["variants"] else None
 
 
 def headline(rates: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -151,7 +152,7 @@ def wrong_answers(results: dict[str, Any], rows: Sequence[Row]) -> list[WrongAns
     places = {row["name"]: row["coordinates"] for row in rows if row["condition"] == "A"}
     costs = dict(zip(CATEGORIES, results["settings"]["mission"]["costs"], strict=True))
     blank = results["blank_frames"] if flown(results) == FLIGHT else []
-    ruled = blank_ruled([prediction_of(row) for row in rows], blank)
+    ruled = as_flown([prediction_of(row) for row in rows], blank)
     wrong = []
     for row, prediction in zip(rows, ruled, strict=True):
         predicted = prediction.predicted

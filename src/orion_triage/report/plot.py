@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from orion_triage.evaluate.conditions import CONDITIONS
-from orion_triage.evaluate.results import MODELS
+from orion_triage.evaluate.variants import MODELS
 from orion_triage.safe.files import write_bytes
 
 COLOURS = ("#9aa5b1", "#1f6feb", "#e07b39")  # base, fine-tuned, quantized

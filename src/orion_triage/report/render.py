@@ -1,11 +1,13 @@
 """results.json -> report.md and the terminal's tables; pure."""
 
-import statistics
 from typing import TYPE_CHECKING, Any
 
+from orion_triage import templates
 from orion_triage.evaluate.baselines import LOGISTIC_REGRESSION
 from orion_triage.evaluate.conditions import CONDITIONS
-from orion_triage.evaluate.results import DELTAS, FLIGHT, MODELS
+from orion_triage.evaluate.results import DELTAS, FLIGHT
+from orion_triage.evaluate.variants import MODELS
+from orion_triage.templates import percent
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,19 +21,8 @@ def render_markdown(results: dict[str, Any], figure: str) -> str:
 
 
 def from_template(name: str, **values: Any) -> str:
-    """A template beside this module, filled in; a value that it misses is an error. Only HTML is escaped."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("orion_triage", "report"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=name.endswith(".html.j2"),
-    )
-    environment.filters |= {
-        "percent": percent,
+    """A template beside this module, filled in."""
+    filters: dict[str, Any] = {
         "number": number,
         "rate": rate,
         "interval": interval,
@@ -41,13 +32,7 @@ def from_template(name: str, **values: Any) -> str:
         "resolved": resolved,
         "error_rate_at": error_rate_at,
     }
-    environment.filters["median"] = statistics.median
-    environment.filters["megabytes"] = lambda size: f"{size / 1e6:,.1f} MB"
-    return environment.get_template(name).render(values)
-
-
-def percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"
+    return templates.fill("report", name, filters=filters, **values)
 
 
 def number(value: float | None) -> str:
@@ -114,7 +99,7 @@ def sentences(results: dict[str, Any]) -> list[str]:
     for model in (*MODELS, FLIGHT):
         if model in results["within"]:
             named[f"{model},"] = results["within"][model]
-    said = against_own_eyes(results["own_eyes"])
+    said = against_linear_probe(results["linear_probe"])
     for name, by_condition in named.items():
         same = [condition for condition, change in by_condition.items() if not change["gained"] + change["lost"]]
         if same:
@@ -123,7 +108,7 @@ def sentences(results: dict[str, Any]) -> list[str]:
     return said
 
 
-def against_own_eyes(change: dict[str, Any] | None) -> list[str]:
+def against_linear_probe(change: dict[str, Any] | None) -> list[str]:
     """Whether the language model earns its place beside a regression on what its own tower sees."""
     if change is None:
         return []

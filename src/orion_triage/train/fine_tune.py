@@ -21,9 +21,10 @@ from orion_triage.dataset.records import Record, image_path, read_split
 from orion_triage.errors import OrionError
 from orion_triage.imagery.frames import read_frame
 from orion_triage.mission.prompt import render_prompt
-from orion_triage.models.adapter import Census, resolve_targets, tower_of
+from orion_triage.models.adapter import BASE_FILE, Census, resolve_targets, tower_of
 from orion_triage.models.encode import IGNORED, EncodedImage, EncodedRow, check_template, encode_image, encode_row, pad
 from orion_triage.models.generate import vision_features
+from orion_triage.models.licence import README
 from orion_triage.models.load import (
     base_name,
     expand_four_bit,
@@ -33,7 +34,6 @@ from orion_triage.models.load import (
     load_processor,
 )
 from orion_triage.progress import Progress, silent
-from orion_triage.publish.card import write_card
 from orion_triage.runs.manifest import hash_inputs, hash_outputs
 from orion_triage.safe.files import naming, replaced_folder, require_free_space, sha256_of_text, write_text
 from orion_triage.settings import FineTuneSettings
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from transformers.models.lfm2_vl import Lfm2VlProcessor
 
 CENSUS_FILE = "census.json"
-BASE_FILE = "base.json"
 LOSS_FILE = "loss_log.json"
 CHECKPOINTS = "checkpoints"
 HASHES_FILE = "sha256.json"  # of a checkpoint's files; it is written last
@@ -139,7 +138,7 @@ def run(
     if processes.is_main():
         with replaced_folder(out_folder) as folder:
             model.save_pretrained(folder, state_dict=weights_of_all, save_embedding_layers=False)
-            write_card("adapter", base, base_name(base), folder)  # in place of PEFT's unfilled form
+            (folder / README).unlink()  # PEFT's unfilled form
             processor.save_pretrained(folder)
             for name, value in (
                 (CENSUS_FILE, census),

@@ -11,11 +11,12 @@ from typing import Literal
 
 import numpy as np
 
-from orion_triage.dataset.records import IMAGES_FOLDER, SPLITS, Record, Split, image_path, parse_record, split_path
+from orion_triage.dataset.records import IMAGES_FOLDER, Record, image_path, parse_record, split_path
 from orion_triage.errors import FrameError, RecordError
 from orion_triage.imagery.frames import CAMERA_SIZE, is_blank, read_frame, shrink
 from orion_triage.progress import Progress
 from orion_triage.safe.children import workers
+from orion_triage.settings import SPLITS, Split
 
 Severity = Literal["error", "warning"]
 THUMBNAIL_SIZE = 16

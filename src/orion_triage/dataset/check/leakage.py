@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orion_triage.dataset.check.facts import Entry, Finding, Picture
-from orion_triage.dataset.records import SPLITS, Split
 from orion_triage.dataset.split import EARTH_RADIUS_KM, unit_vectors
 from orion_triage.imagery.frames import CAMERA_SIZE
+from orion_triage.settings import SPLITS, Split
 
 # Two positions, each rounded to 0.01 degrees (0.79 km at most): so much closer they may look than they are.
 _ROUNDING_KM = 1.6

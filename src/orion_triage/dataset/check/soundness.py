@@ -24,12 +24,13 @@ from orion_triage.dataset.check.facts import (
 from orion_triage.dataset.check.leakage import leaks
 from orion_triage.dataset.check.reasons import reason_findings
 from orion_triage.dataset.land import perhaps_swapped
-from orion_triage.dataset.records import FRAMES_TABLE, SPLITS, Split, split_path
+from orion_triage.dataset.records import FRAMES_TABLE, split_path
 from orion_triage.errors import OrionError, one_line
 from orion_triage.mission.prompt import Coordinates
 from orion_triage.mission.verdict import CATEGORIES, Category
 from orion_triage.progress import Progress, silent
 from orion_triage.runs.manifest import read_manifest
+from orion_triage.settings import SPLITS, Split
 
 _FEWEST_TEST_FRAMES = 10  # a class
 _LARGEST_RATIO = 3.0  # of the commonest category to the rarest
