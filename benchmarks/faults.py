@@ -33,8 +33,9 @@ from orion_triage.models.load import (
     load_model,
     load_processor,
     no_progress_bars,
+    resolve_base,
 )
-from orion_triage.pipeline import run_stage, stage_named
+from orion_triage.pipeline import DATASET, run_stage
 from orion_triage.progress import silent
 from orion_triage.runs.run import Run, prepare
 from orion_triage.safe.files import write_text
@@ -118,11 +119,11 @@ def train(recipe: Recipe, run: Run, folder: Path) -> dict[str, Any]:
     """Train with the recipe's faults; leaves an adapter and returns its size and validation losses."""
     from transformers import set_seed
 
-    settings = run.settings
+    settings, base = run.settings, resolve_base(run.settings.base.model)
     train_records, val_records = read_split(run.dataset, "train"), read_split(run.dataset, "val")
-    processor = load_processor(run.base, settings.base.frame_size)
+    processor = load_processor(base, settings.base.frame_size)
     frames = fine_tune.decode_frames(run.dataset, [*train_records, *val_records], settings.base.frame_size, silent)
-    model = load_blind(run.base) if recipe.blind else load_model(run.base, dtype="float32", four_bit=True)
+    model = load_blind(base) if recipe.blind else load_model(base, dtype="float32", four_bit=True)
     set_seed(settings.fine_tune.seed)
     if recipe.o_proj_unresolved:
         model = add_unresolved_adapter(model, settings)
@@ -158,8 +159,15 @@ def measure(recipe: Recipe, run: Run) -> dict[str, Any]:
         value: dict[str, Any] = json.loads(finished.read_text(encoding="utf-8"))
         return value
     figures = train(recipe, run, folder)
-    settings = run.settings
-    fuse.run(run.base, folder / "adapter", run.dataset, folder / "merged", settings.fuse, settings.base.frame_size)
+    settings, base = run.settings, resolve_base(run.settings.base.model)
+    fuse.run(
+        base,
+        folder / "adapter",
+        run.dataset,
+        folder / "merged",
+        settings.fuse,
+        settings.base.frame_size,
+    )
     backend = TransformersBackend.load(folder / "merged", settings.evaluate, settings.base.frame_size)
     records = read_split(run.dataset, "test")
     figures["metrics"] = evaluate.run(
@@ -182,7 +190,7 @@ def main() -> None:
     hush_kernel_advice()
     run = Run(arguments.folder, load_settings(arguments.preset))
     prepare(run)
-    run_stage(stage_named("dataset"), run)
+    run_stage(DATASET, run)
     figures: dict[str, Any] = {}
     print("recipe   modules   A      B      C      D      trusted coordinates   eval loss")
     for recipe in RECIPES:

@@ -258,7 +258,7 @@ def seeds(target: str) -> list[bytes]:
             b"\2" + json.dumps({"type": "FeatureCollection", "features": [point]}).encode(),
         ],
         "preset": [b'preset = "a"\n[fine_tune]\nrank = 8\n[mission]\nprior = [0.1, 0.2, 0.7]\n'],
-        "assignment": [b"fine_tune.rank=8", b"ladder.quantizations=Q8_0,Q6_K\0base.frame_size=256"],
+        "assignment": [b"fine_tune.rank=8", b"variants.quantizations=Q8_0,Q6_K\0base.frame_size=256"],
         "verdict": [said.to_json().encode(), f"```json\n{said.to_json()}\n```".encode(), render_prompt(None).encode()],
         "gguf": [_gguf()],
         "safetensors": [struct.pack("<Q", len(header)) + header + bytes(4)],

@@ -600,7 +600,11 @@ def compare_frames(reference: Figures, ours: Figures, same_image: bool) -> int:
 def fuse(bench: Bench) -> None:
     source = finished_run(bench)
     settings = source.settings.model_copy(
-        update={"base": source.settings.base.model_copy(update={"model": str(source.base.resolve())})}
+        update={
+            "base": source.settings.base.model_copy(
+                update={"model": str(resolve_base(source.settings.base.model).resolve())}
+            )
+        }
     )
     run = Run((bench.folder / f"fuse_{bench.preset}").resolve(), settings)
     run.folder.mkdir(parents=True, exist_ok=True)
@@ -613,7 +617,7 @@ def fuse(bench: Bench) -> None:
     def reference(number: int) -> Figures:
         merge, _ = work(
             "reference.py", "merge", theirs,
-            base=source.base, adapter=run.adapter, settings=run.folder / "settings.json",
+            base=resolve_base(source.settings.base.model), adapter=run.adapter, settings=run.folder / "settings.json",
         )  # fmt: skip
         merged, backbone, mmproj = theirs / "merged", theirs / quantize.F16, theirs / quantize.MMPROJ
         uses = {

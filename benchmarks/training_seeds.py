@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from orion_triage.evaluate.results import build_results
-from orion_triage.pipeline import STAGES, run_stage
+from orion_triage.pipeline import run_stage
 from orion_triage.runs.run import Run, prepare
 from orion_triage.safe.files import write_text
 from orion_triage.settings import load_settings
@@ -27,7 +27,7 @@ def run_seed(seed: int, preset: str, folder: Path) -> dict[str, Any]:
     """One run with this training seed; the split and the tiles are the preset's own."""
     run = Run(folder / f"seed-{seed}", load_settings(preset, [f"fine_tune.seed={seed}"]))
     prepare(run)
-    for stage in STAGES:
+    for stage in stages(run.settings):
         receipt, skipped = run_stage(stage, run)
         print(f"seed {seed}: {stage.name} {'skipped' if skipped else f'{receipt.seconds:.0f} s'}", flush=True)
     return build_results(run)

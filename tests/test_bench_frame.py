@@ -17,6 +17,7 @@ from orion_triage import pipeline
 from orion_triage.dataset.records import image_path, read_split
 from orion_triage.errors import OrionError, ServerError
 from orion_triage.evaluate.run import read_predictions
+from orion_triage.evaluate.variants import VERDICT_ONLY
 from orion_triage.export import quantize
 from orion_triage.export.convert import convert
 from orion_triage.flight import bench_frame, bundle, triage
@@ -25,9 +26,8 @@ from orion_triage.imagery.frames import Frame, read_frame, shrink
 from orion_triage.llama_cpp.server import Server
 from orion_triage.llama_cpp.toolchain import find_toolchain
 from orion_triage.mission.prompt import render_prompt
-from orion_triage.pipeline import DECODINGS, VERDICT_ONLY
 from orion_triage.runs import manifest
-from orion_triage.runs.run import Run, open_run
+from orion_triage.runs.run import Run, open_run, prepare
 from orion_triage.settings import load_settings
 
 from .conftest import orion, structured_picture
@@ -50,7 +50,7 @@ def by_change(measured: dict) -> dict[str, dict]:
 @pytest.mark.llama_cpp
 @pytest.mark.slow
 def test_each_row_is_one_change_and_has_an_accuracy_where_that_was_evaluated(run: Run) -> None:
-    pipeline.run_stage(DECODINGS[-1], run)
+    pipeline.run_stage(pipeline.stage_named("evaluate verdict-only", run.settings), run)
     answers = read_predictions(run.evaluation(VERDICT_ONLY))
     assert {row["reason"] for row in answers} == {""}
     assert {row["category"] for row in answers} <= {"HIGH", "MEDIUM", "LOW"}
@@ -110,7 +110,7 @@ def test_the_table_fits_a_terminal_and_json_is_alone_on_standard_output(run: Run
     assert shown.returncode == 0, shown.stderr
     assert re.search(r"│ as it flies .*│ +\d/6 │ +\d/6 \* │", shown.stdout)
     assert max(len(line) for line in shown.stdout.splitlines() if line[:1] in "┏│└") <= 80
-    assert "'orion decoding' evaluates verdict-only" in shown.stderr
+    assert "'orion evaluate --variants verdict-only' evaluates it" in shown.stderr
     printed = orion("bench-frame", run.folder, *options[2:], "--json")
     assert printed.returncode == 0, printed.stderr
     assert len(json.loads(printed.stdout)["rows"]) == 5
@@ -121,17 +121,17 @@ def test_the_table_fits_a_terminal_and_json_is_alone_on_standard_output(run: Run
 def test_a_run_trains_and_flies_at_another_size(small_dataset: Path, tmp_path: Path) -> None:
     sets = ["base.frame_size=384", "fine_tune.epochs=1", "fuse.check_records=20", "evaluate.threads=1"]
     run = Run(tmp_path / "run", load_settings("tiny", sets))
-    pipeline.prepare(run)
+    prepare(run)
     shutil.copytree(small_dataset, run.dataset)
     for stage in ("fine-tune", "fuse", "quantize", "evaluate quantized"):
-        pipeline.run_stage(pipeline.stage_named(stage), run)
+        pipeline.run_stage(pipeline.stage_named(stage, run.settings), run)
     record = read_split(run.dataset, "test")[0]
     frame = read_frame(image_path(run.dataset, record), 384)
     asked = [row for row in read_predictions(run.evaluation("quantized")) if row["name"] == record.name]
     seen = {row["condition"]: row["pixels_sha256"] for row in asked}
     assert seen["A"] == seen["B"] == hashlib.sha256(frame.image.tobytes()).hexdigest()
     with pytest.raises(OrionError, match=r"was trained on frames of 384 px; base\.frame_size is 256"):
-        pipeline.run_stage(pipeline.stage_named("fuse"), replace(run, settings=load_settings("tiny")))
+        pipeline.run_stage(pipeline.FUSE, replace(run, settings=load_settings("tiny")))
     made = bundle.run(run, tmp_path / "bundle")
     assert made["frame_size"] == 384
     with Image.open(tmp_path / "bundle" / made["golden"][0]["image"]) as golden:

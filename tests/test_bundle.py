@@ -83,7 +83,7 @@ def small_run(tmp_path_factory: pytest.TempPathFactory, small_dataset: Path) -> 
     shutil.copytree(small_dataset, run.dataset)
     shutil.copytree(TINY_BASE_FOLDER, run.merged)
     for stage in ("quantize", "evaluate quantized"):
-        run_stage(stage_named(stage), run)
+        run_stage(stage_named(stage, run.settings), run)
     return run
 
 

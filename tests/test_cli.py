@@ -24,7 +24,7 @@ from .conftest import ORION, SHARED, orion, run_command, structured_picture
 STAGES = stages(Settings())
 REAL_FRAMES = SHARED / "frames"
 COMMANDS = (
-    "run", "dataset", "ablation", "fine-tune", "fuse", "quantize", "evaluate", "ladder", "decoding", "operating-point",
+    "run", "dataset", "ablation", "fine-tune", "fuse", "quantize", "evaluate", "threshold",
     "report", "compare", "push", "clean", "verify", "triage", "bench-frame", "toolchain", "rehearse", "budgets",
     "doctor", "build-tiny-base", "settings", "bundle", "remote",
 )  # fmt: skip
@@ -170,14 +170,14 @@ def test_a_run_leaves_every_product_and_its_receipts(finished: Path) -> None:
         assert (run / name).stat().st_size > 0
     results = json.loads((run / "results.json").read_text())
     assert results["missing"] == []
-    rungs = ["adapter-4bit", "adapter-16bit", "fine-tuned", "F16", "Q8_0", "quantized", "constrained", "flight"]
-    assert [rung["model"] for rung in results["ladder"]] == ["base", *rungs]
-    assert set(results["models"]) == {"base", *rungs}
+    steps = ["adapter-4bit", "adapter-16bit", "fine-tuned", "F16", "Q8_0", "quantized", "constrained", "flight"]
+    assert [step["model"] for step in results["variants"]] == ["base", *steps]
+    assert set(results["models"]) == {"base", *steps}
     assert results["parity"]["largest_difference"] <= 0.01
     assert results["parity"]["agreement"] >= 0.95
     assert all(rates["unparsable"] == 0 for rates in results["models"]["constrained"].values())
-    for rung in ("base", "fine-tuned", "quantized", "constrained"):
-        assert results["models"][rung]["A"]["scored"] == 6
+    for model in ("base", "fine-tuned", "quantized", "constrained"):
+        assert results["models"][model]["A"]["scored"] == 6
     assert set(results["seconds"]) == {stage.name for stage in STAGES}
     for rates in results["models"].values():
         assert {condition: figures["count"] for condition, figures in rates.items()} == dict.fromkeys("ABCD", 6)
@@ -247,9 +247,9 @@ def test_an_operating_point_is_chosen_on_val_kept_and_flown(finished: Path, tmp_
     plain = json.loads(orion("triage", "good.png", "--json", cwd=folder).stdout)[0]
     assert sum(plain["scores"].values()) == pytest.approx(1)
     assert plain["category"] == max(plain["scores"], key=plain["scores"].get)
-    assert_refused(orion("operating-point", "--max-irrecoverable-loss", "140%", cwd=folder), "'140%' is no share")
+    assert_refused(orion("threshold", "--max-irrecoverable-loss", "140%", cwd=folder), "'140%' is no share")
     for limit, dropped in (("100%", 1.0), ("0", None)):
-        result = orion("operating-point", "--max-irrecoverable-loss", limit, "--json", cwd=folder)
+        result = orion("threshold", "--max-irrecoverable-loss", limit, "--json", cwd=folder)
         assert result.returncode == 0, result.stderr
         record = json.loads(result.stdout)
         assert record == json.loads((run / "operating_point.json").read_text())
@@ -263,31 +263,34 @@ def test_an_operating_point_is_chosen_on_val_kept_and_flown(finished: Path, tmp_
             assert (flown["category"] == "LOW") is not below
     assert json.loads(orion("report", "--json", cwd=folder).stdout)["operating_point"]["A"]["downlink"]
     (run / "operating_point.json").write_text(json.dumps(record | {"pair_sha256": "0"}))
-    assert_refused(orion("triage", "good.png", cwd=folder), "was chosen for another GGUF pair", "operating-point")
+    assert_refused(orion("triage", "good.png", cwd=folder), "was chosen for another GGUF pair", "orion threshold")
 
 
 @pytest.mark.llama_cpp
 @pytest.mark.slow
-def test_decodings_are_compared_and_the_grammar_always_parses(finished: Path, tmp_path: Path) -> None:
+def test_variants_are_compared_and_the_grammar_always_parses(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder)
-    command = ["decoding", *run_command()[1:], "--json"]
+    names = ["quantized", "constrained", "sampled", "sampled-constrained", "verdict-only"]
+    command = ["evaluate", *run_command()[1:], "--variants", ",".join(names), "--json"]
     result = orion(*command, cwd=folder)
     assert result.returncode == 0, result.stderr
-    compared = json.loads(result.stdout)
-    assert list(compared) == ["greedy", "greedy, grammar", "sampled", "sampled, grammar", "verdict-only"]
-    assert all(row["count"] == 6 for rows in compared.values() for row in rows.values())
-    assert all(
-        row["parsed"] == 6
-        for name in compared
-        if name != "greedy" and name != "sampled"
-        for row in compared[name].values()
-    )
-    assert compared["greedy"]["A"]["change"] is None
-    assert compared["sampled"]["A"]["change"]["holm_p"] <= 1
+    compared = {row["variant"]: row for row in json.loads(result.stdout)}
+    assert list(compared) == names
+    assert [row["compared_with"] for row in compared.values()] == ["Q8_0", *["quantized"] * 4]
+    conditions = {name: row["conditions"] for name, row in compared.items()}
+    assert all(counts["count"] == 6 for rows in conditions.values() for counts in rows.values())
+    for name in ("constrained", "sampled-constrained", "verdict-only"):
+        assert [counts["parsed"] for counts in conditions[name].values()] == [6, 6, 6, 6]
+    assert conditions["sampled"]["A"]["change"]["holm_p"] <= 1
     repeated = orion(*command, "--force", cwd=folder)
     assert "evaluate sampled: done" in repeated.stderr
-    assert json.loads(repeated.stdout) == compared  # a fixed seed
+    assert json.loads(repeated.stdout) == json.loads(result.stdout)  # a fixed seed
+    shown = orion(*command[:-1], cwd=folder)
+    assert re.search(r"sampled +│ A .* against +│ change|sampled .*│ quantized │", shown.stdout), shown.stdout
+    assert_refused(
+        orion("evaluate", *run_command()[1:], "--variants", "F17", cwd=folder), "'F17' is no variant", "Q8_0"
+    )
 
 
 @pytest.mark.llama_cpp

@@ -8,8 +8,8 @@ from PIL import Image
 
 from orion_triage.errors import OrionError
 from orion_triage.evaluate.backends import Answer
-from orion_triage.evaluate.value import OperatingPoint
-from orion_triage.flight.triage import BLANK_REASON, appending, frames_in, left_to_do, triage_files
+from orion_triage.flight.triage import appending, frames_in, left_to_do, triage_files
+from orion_triage.mission.decide import BLANK_REASON, Rules
 from orion_triage.mission.prompt import render_prompt
 from orion_triage.mission.verdict import Category, Verdict
 
@@ -32,12 +32,12 @@ class Saying:
         return [self.answers.pop(0) for _ in images]
 
 
-def test_an_operating_point_decides_by_the_scores_and_keeps_the_reason(tmp_path: Path) -> None:
+def test_a_threshold_decides_by_the_scores_and_keeps_the_reason(tmp_path: Path) -> None:
     structured_picture(1).save(tmp_path / "a.png")
     low = Verdict("Long quays.", Category.LOW).to_json()
     for threshold, category in ((0.5, Category.LOW), (0.7, Category.MEDIUM), (2.0, Category.MEDIUM)):
         backend = Saying(low, scores=(0.1, 0.3, 0.6))
-        (outcome,) = triage_files([tmp_path / "a.png"], backend, 256, point=OperatingPoint(threshold))
+        (outcome,) = triage_files([tmp_path / "a.png"], backend, 256, rules=Rules(threshold))
         assert outcome.verdict == Verdict("Long quays.", category)
         assert outcome.scores == (0.1, 0.3, 0.6)
     (plain,) = triage_files([tmp_path / "a.png"], Saying(low, scores=(0.1, 0.3, 0.6)), 256)
@@ -59,7 +59,7 @@ def test_each_file_has_an_outcome_and_only_pictures_are_asked_about(tmp_path: Pa
     assert "d.png: the model gave no verdict" in d.error
     assert backend.asked == [((256, 256), render_prompt(None))] * 2
     asked = Saying(HIGH.to_json())
-    (without,) = triage_files([tmp_path / "c.png"], asked, 256, blank_rule=False)
+    (without,) = triage_files([tmp_path / "c.png"], asked, 256, rules=Rules(blank_is_low=False))
     assert (without.verdict, without.blank, len(asked.asked)) == (HIGH, False, 1)
 
 

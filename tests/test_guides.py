@@ -32,7 +32,7 @@ UNSET = ("ORION_SERVER", "LLAMA_")  # of the environment: a reader has none of t
 KEPT = ("LLAMA_ARG_THREADS",)  # beside another worker, two threads that wait for each other take six times as long
 
 # A guide's run has 360 places and five epochs, the tests' 36 and two. These commands make the stages of a run.
-STAGES = "run|dataset|ablation|fine-tune|fuse|quantize|evaluate|ladder|decoding"
+STAGES = "run|dataset|ablation|fine-tune|fuse|quantize|evaluate"
 PREAMBLE = f"""
 set -euo pipefail
 orion() {{

@@ -305,7 +305,7 @@ def test_a_preset_is_settings_or_named(folder: Path, data: bytes) -> None:
 
 
 @given(
-    st.sampled_from(["fine_tune", "base", "dataset", "mission", "preset", "ladder", "x", ""]),
+    st.sampled_from(["fine_tune", "base", "dataset", "mission", "preset", "variants", "x", ""]),
     st.sampled_from(["rank", "learning_rate", "prior", "values", "url", "captured_from", "quantizations", "y", ""]),
     st.one_of(texts, json_values.map(json.dumps), st.text(alphabet="[]{}\"'=.\n-0123456789einfax", max_size=30)),
 )

@@ -16,6 +16,7 @@ from orion_triage.dataset.records import image_path, read_split, split_path
 from orion_triage.errors import OrionError
 from orion_triage.export import quantize
 from orion_triage.models.licence import README, licence_of
+from orion_triage.publish.card import write_card
 from orion_triage.runs.manifest import read_manifest
 from orion_triage.settings import SPLITS, load_settings, overrides
 
@@ -211,7 +212,8 @@ def test_a_whole_run_by_hub_ids(hub: Hub, small_base: Path, small_dataset: Path,
 
 def test_a_base_without_a_licence_gives_nothing_to_publish(small_adapter: Path, tmp_path: Path) -> None:
     assert licence_of(small_adapter) is None
-    assert "Not known" in (small_adapter / README).read_text()
+    write_card("adapter", small_adapter, "base", tmp_path)
+    assert "Not known" in (tmp_path / README).read_text()
     (tmp_path / "README.md").write_text("---\n: [\n---\n")
     with pytest.raises(OrionError, match="its header is not YAML"):
         licence_of(tmp_path)

@@ -7,12 +7,9 @@ from sklearn.metrics import brier_score_loss, cohen_kappa_score, log_loss
 from orion_triage.errors import OrionError
 from orion_triage.evaluate.statistics import wilson
 from orion_triage.evaluate.value import (
-    OperatingPoint,
     at_prior,
     best_constant,
     brier,
-    choose_operating_point,
-    decide,
     downlink,
     expected_calibration_error,
     expected_cost,
@@ -275,51 +272,3 @@ def test_confidence_that_says_nothing_gives_the_overall_error_rate() -> None:
     order = np.argsort(-scores.max(axis=1))
     first = np.cumsum((guess != truth)[order]) / np.arange(1, 501)
     assert risk_coverage(truth, guess, scores.max(axis=1)).area == pytest.approx(first.mean())
-
-
-def test_decisions_at_an_operating_point() -> None:
-    scores = np.array([[0.3, 0.3, 0.4], [0.1, 0.3, 0.6], [0.2, 0.39, 0.41], [0.0, 0.0, 1.0]])
-    assert decide(scores, OperatingPoint(0.6)).tolist() == [H, L, M, L]
-    assert decide(scores, OperatingPoint(0.0)).tolist() == [L, L, L, L]
-    assert decide(scores, OperatingPoint(2.0)).tolist() == [H, M, M, H]
-
-
-def test_the_operating_point_drops_most_within_the_limit() -> None:
-    truth = np.array([H, M, H, L, L, L])
-    low = np.array([0.1, 0.5, 0.3, 0.9, 0.4, 0.5])
-    scores = np.column_stack([1 - low, 0 * low, low])
-    assert choose_operating_point(truth, scores, 0).low_threshold == 0.9
-    assert choose_operating_point(truth, scores, 0.33).low_threshold == 0.9
-    assert choose_operating_point(truth, scores, 0.34).low_threshold == 0.4
-    assert choose_operating_point(truth, scores, 1).low_threshold == 0.1
-    unseparable = np.tile([0.0, 0.0, 1.0], (6, 1))
-    assert (decide(unseparable, choose_operating_point(truth, unseparable, 0)) == H).all()
-
-
-def test_a_limit_that_is_met_exactly_counts() -> None:
-    low = np.arange(1, 11) / 20
-    scores = np.column_stack([1 - low, 0 * low, low])
-    for lost in range(11):
-        point = choose_operating_point(np.full(10, H), scores, lost / 10)
-        assert np.sum(decide(scores, point) == L) == lost
-
-
-@pytest.mark.parametrize("limit", [0.0, 0.02, 0.1, 0.5, 1.0])
-def test_no_threshold_of_the_frames_does_better(limit: float) -> None:
-    truth, scores = some_scores(150, seed=3)
-    point = choose_operating_point(truth, scores, limit)
-
-    def loss(threshold: float) -> float:
-        return headline(truth, decide(scores, OperatingPoint(threshold)))["irrecoverable_loss"]["rate"]
-
-    assert loss(point.low_threshold) <= limit
-    assert all(loss(other) > limit for other in scores[:, L] if other < point.low_threshold)
-
-
-def test_operating_points_that_mean_nothing_are_refused() -> None:
-    truth, scores = some_scores(20)
-    for limit in (-0.01, 1.01, float("nan")):
-        with pytest.raises(OrionError, match="is not within 0"):
-            choose_operating_point(truth, scores, limit)
-    with pytest.raises(OrionError, match="no frame is HIGH or MEDIUM"):
-        choose_operating_point(np.full(20, L), scores, 0.1)

@@ -189,7 +189,7 @@ def test_logistic_regression_is_scikit_learns() -> None:
         assert ours.classes(unseen) == reference.predict((unseen - vectors.mean(0)) / vectors.std(0)).tolist()
 
 
-def test_the_bases_own_eyes_are_a_baseline(small_dataset: Path, small_base: Path, tmp_path: Path) -> None:
+def test_a_linear_probe_is_a_baseline(small_dataset: Path, small_base: Path, tmp_path: Path) -> None:
     figures = features.run(small_base, small_dataset, tmp_path / "features", 256)
     assert figures == {"frames": 24, "width": 256}
     vision = features.read(tmp_path / "features")

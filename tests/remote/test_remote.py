@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from orion_triage.errors import OrionError
-from orion_triage.pipeline import run_stage, stage_named
+from orion_triage.pipeline import FINE_TUNE, run_stage
 from orion_triage.runs.manifest import read_manifest
 from orion_triage.runs.run import open_run
 from orion_triage.train import remote
@@ -142,7 +142,7 @@ def test_a_real_training_survives_a_killed_client_and_a_cut_wire(place: Place) -
     assert list(place.there.iterdir()) == []
     # The run goes on here: its own fine-tuning stage finds nothing left to do.
     run = open_run(place.here / "runs" / "small")
-    assert run_stage(stage_named("fine-tune"), run)[1]
+    assert run_stage(FINE_TUNE, run)[1]
 
 
 def test_a_training_that_fails_says_why_and_can_be_started_again(prepared: Place) -> None:

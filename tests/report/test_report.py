@@ -16,7 +16,8 @@ from orion_triage.dataset.records import read_split
 from orion_triage.errors import OrionError
 from orion_triage.evaluate.baselines import LOGISTIC_REGRESSION
 from orion_triage.evaluate.metrics import Prediction
-from orion_triage.evaluate.results import blank_ruled, build_results, differences, ladder
+from orion_triage.evaluate.results import as_flown, build_results, differences, steps
+from orion_triage.evaluate.variants import table
 from orion_triage.mission.verdict import CATEGORIES, Category
 from orion_triage.report import plot
 from orion_triage.report.render import accuracy_rows, render_markdown, resolved, sentences, terminal_tables
@@ -37,7 +38,7 @@ def answers(guesses: str, *, scores: bool = False) -> list[Prediction]:
     ]
 
 
-def test_a_ladder_says_which_step_gained_and_lost() -> None:
+def test_each_variant_says_what_its_step_gained_and_lost() -> None:
     predictions = {
         "base": answers("LLLLLLLLLL"),
         "adapter-4bit": answers("HHHHHHHHHL"),
@@ -46,20 +47,31 @@ def test_a_ladder_says_which_step_gained_and_lost() -> None:
         "quantized": answers("HHHHHHHHLL"),
         "flight": answers("HHHHHHHHLL"),
     }
-    rungs = ladder(predictions, ["Q8_0", "Q6_K"], "Q4_K_M")
-    assert [rung["step"] for rung in rungs] == [
+    rows = steps(predictions, table(load_settings("tiny", ["variants.quantizations=Q8_0,Q6_K"])))
+    assert [row["step"] for row in rows] == [
         "the base", "training, on 4-bit weights", "fusing", "quantization to Q8_0", "quantization to Q4_K_M",
         "the rule for blank frames",
     ]  # fmt: skip
-    assert rungs[0]["change"] is None
-    changes = [(rung["change"]["B"]["gained"], rung["change"]["B"]["lost"]) for rung in rungs[1:]]
+    assert rows[0]["change"] is None
+    changes = [(row["change"]["B"]["gained"], row["change"]["B"]["lost"]) for row in rows[1:]]
     assert changes == [(9, 0), (1, 0), (0, 0), (0, 2), (0, 0)]
-    assert resolved(rungs[1]["change"]) == "A, B, C, D"  # nine of nine: p = 0.004, 0.016 corrected for four
-    assert resolved(rungs[4]["change"]) == "no"
+    assert resolved(rows[1]["change"]) == "A, B, C, D"  # nine of nine: p = 0.004, 0.016 corrected for four
+    assert resolved(rows[4]["change"]) == "no"
+    assert [row["compared_with"] for row in rows] == [
+        None, "base", "adapter-4bit", "fine-tuned", "Q8_0", "quantized",
+    ]  # fmt: skip
+
+
+def test_another_decoding_is_compared_with_what_the_table_names() -> None:
+    predictions = {"base": answers("LLLLL"), "quantized": answers("HHHHH"), "constrained": answers("HHHHL")}
+    rows = steps(predictions | {"verdict-only": answers("HHHLL")}, table(load_settings("tiny")))
+    last = rows[-1]
+    assert (last["model"], last["compared_with"]) == ("verdict-only", "quantized")
+    assert (last["change"]["B"]["gained"], last["change"]["B"]["lost"]) == (0, 2)
 
 
 def test_a_blank_frame_is_low_by_rule_and_noise_is_none() -> None:
-    ruled = blank_ruled(answers("HHHHHHHHHH", scores=True), ["f3"])
+    ruled = as_flown(answers("HHHHHHHHHH", scores=True), ["f3"])
     changed = [(p.condition, p.predicted, p.scores) for p in ruled if p.predicted != H]
     assert changed == [(condition, L, (0.0, 0.0, 1.0)) for condition in "ABD"]
 
@@ -81,9 +93,9 @@ def test_words_say_resolved_or_how_many_frames_it_would_take() -> None:
 def test_results_are_counted_from_predictions_and_name_what_is_missing(run: Run) -> None:
     results = build_results(run)
     assert json.loads(json.dumps(results)) == results
-    rungs = ["evaluate adapter-4bit", "evaluate adapter-16bit", "evaluate F16", "evaluate Q8_0"]
-    missing = ["fine-tune", "fuse", "quantize", "vision features", *rungs, "evaluate quantized", "evaluate constrained"]
-    assert results["missing"] == missing
+    steps_between = ["evaluate adapter-4bit", "evaluate adapter-16bit", "evaluate F16", "evaluate Q8_0"]
+    flown = ["evaluate quantized", "evaluate constrained"]
+    assert results["missing"] == ["fine-tune", "fuse", "quantize", "vision features", *steps_between, *flown]
     assert results["models"]["base"]["A"]["unparsable"] == 6
     assert results["models"]["fine-tuned"]["B"]["right"] == 2
     change = results["deltas"]["fine-tuning"]["A"]
@@ -121,8 +133,8 @@ def test_tables_show_every_model_and_a_dash_for_what_is_missing(run: Run) -> Non
     assert "| fine_tune.learning_rate | 0.0002 | 0.004 |" in markdown
     assert "| colour k-NN (k = " in markdown
     console = Console(width=120, record=True, file=io.StringIO())
-    for table in terminal_tables(results):
-        console.print(table)
+    for shown_table in terminal_tables(results):
+        console.print(shown_table)
     shown = console.export_text()
     assert "unparsable answers" in shown
     assert "majority class" in shown
@@ -168,7 +180,7 @@ def test_a_server_of_someone_elses_is_named(run: Run) -> None:
         assert ("came from the server at http://127.0.0.1:9 (other.gguf, llama.cpp b1)" in markdown) is said
 
 
-def test_the_report_says_when_the_bases_linear_probe_are_better(run: Run) -> None:
+def test_the_report_says_when_a_linear_probe_is_better(run: Run) -> None:
     assert build_results(run)["linear_probe"] is None
     folder = run.vision_features
     records = [record for split in ("train", "val", "test") for record in read_split(run.dataset, split)]
@@ -223,5 +235,5 @@ def test_figures_of_another_version_are_not_taken_over(run: Run) -> None:
     path.write_text(json.dumps(results))
     assert build_results(run)["baselines"] == results["baselines"]
     path.write_text(json.dumps(results | {"schema_version": 2}))
-    with pytest.raises(OrionError, match="schema version 2, not 3"):
+    with pytest.raises(OrionError, match="schema version 2, not 4"):
         build_results(run)

@@ -46,7 +46,7 @@ def ablation(
 
 
 @command(
-    epilog="Example: orion evaluate --gguf OWNER/NAME\n\nExample: orion evaluate --variants F16,Q8_0,quantized --file val"
+    epilog="Example: orion evaluate --gguf OWNER/NAME\n\nExample: orion evaluate --variants Q8_0,quantized --file val"
 )
 def evaluate(
     pair: Annotated[
@@ -72,8 +72,9 @@ def evaluate(
         typer.Option(
             "--variants",
             metavar="NAME,NAME",
-            help="These variants instead, and a table of what each changed: base, adapter-4bit, adapter-16bit, fine-tuned, "
-            "F16, a quantization as Q8_0, quantized, constrained, sampled, sampled-constrained, verdict-only; or all.",
+            help="These variants instead, and a table of what each changed: base, adapter-4bit, adapter-16bit, "
+            "fine-tuned, F16, a quantization as Q8_0, quantized, constrained, sampled, sampled-constrained, "
+            "verdict-only; or all.",
         ),
     ] = "",
     as_json: JsonOption = False,
@@ -85,9 +86,7 @@ def evaluate(
     if pair and (servers or not quantized):
         raise typer.BadParameter("goes with --gguf", param_hint=f"'{pair}'")
     if names and (servers or quantized):
-        raise typer.BadParameter(
-            "names what to evaluate; leave out --gguf and --quantized-model", param_hint="--variants"
-        )
+        raise typer.BadParameter("goes without --gguf and --quantized-model", param_hint="--variants")
     if names:
         _evaluate_variants(names, preset, assignments, folder, file, as_json, force)
         return

@@ -164,7 +164,7 @@ def bench_frame_command(
     cut to equal lengths.
 
     An accuracy stands only where exactly that was evaluated. For a size, name
-    a run that was trained at it; for no reason, 'orion decoding' comes first.
+    a run that was trained at it; for no reason, evaluate verdict-only first.
     """
     from orion_triage.flight import bench_frame
 
@@ -229,7 +229,7 @@ def _print_frames(measured: dict[str, Any]) -> None:
         console.print("* no other evaluated row is as fast and as often right without coordinates (B)", highlight=False)
     notes = [f"left out: {note}" for note in measured["left_out"]]
     if not all(row["right"] for row in everything if row["change"] == VERDICT_ONLY):
-        notes.append("'orion decoding' evaluates verdict-only.")
+        notes.append("'orion evaluate --variants verdict-only' evaluates it.")
     if not measured["same_frames"]:
         notes.append("warning: the runs were evaluated on different frames: their accuracies do not compare.")
     if machine["busy_cores"] > BUSY:
