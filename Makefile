@@ -39,6 +39,7 @@ lint: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 # Warnings are errors: a link to a page, heading or file that is not there is one. The second pass lists other sites.
 docs: setup-dev

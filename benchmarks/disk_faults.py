@@ -13,7 +13,7 @@ meet the first operation of a kind (operation and kind of file), the others any 
 
 A command that met a fault must end with exit status 1, an error that names the disk's trouble and what to do, and no
 traceback; or with 0, and then everything must be as undisturbed (a line in a log is not worth a stage). Whatever else
-was in the run must be whole, and the stage's receipt must not be there unless its files are. The first of a kind meets
+was in the run must be whole, and the stage's manifest must not be there unless its files are. The first of a kind meets
 what the last fault left. At the end the same command, undisturbed, must complete and leave no temporary file; its files
 must be the undisturbed run's, byte for byte; of predictions all but the seconds; of a training the losses within 1e-4.
 Figures: benchmarks/results/disk_faults.json. Exit status 1 if anything was lost.
@@ -233,7 +233,7 @@ def stage_differences(stage: Stage, before: Run, after: Run) -> list[str]:
     expected, found = (manifest.read_manifest(stage.folder(run)) for run in (before, after))
     assert expected is not None
     if found is None:
-        return [f"{stage.name} has no receipt"]
+        return [f"{stage.name} has no manifest"]
     names = sorted(expected.outputs.keys() | found.outputs.keys())
     return [
         f"{stage.name}: {name} differs"
@@ -369,7 +369,7 @@ class Trial:
         for stage in stages(run.settings):
             had, has = (manifest.read_manifest(stage.folder(one)) for one in (self.undisturbed, run))
             if stage.name != step.name and had and has is None:
-                wrong.append(f"{stage.name} has lost its receipt")
+                wrong.append(f"{stage.name} has lost its manifest")
         if open_run(run.folder).settings != run.settings:
             wrong.append(f"{SETTINGS_FILE} differs")
         if step.keeps:

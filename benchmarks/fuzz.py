@@ -128,7 +128,7 @@ def pair() -> Target:
     return lambda data: with_list(data) if data[:1] == b"{" else target(data)
 
 
-def receipt() -> Target:
+def stage_manifest() -> Target:
     from orion_triage.runs.manifest import FILE_NAME, read_manifest
 
     folder = Path(tempfile.mkdtemp(dir=_memory_folder()))
@@ -217,7 +217,7 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "gguf": gguf,
     "safetensors": safetensors,
     "pair": pair,
-    "receipt": receipt,
+    "manifest": stage_manifest,
     "simsat": simsat,
     "llama-server": llama_server,
     "picture": picture,
@@ -263,7 +263,7 @@ def seeds(target: str) -> list[bytes]:
         "gguf": [_gguf()],
         "safetensors": [struct.pack("<Q", len(header)) + header + bytes(4)],
         "pair": [b'{"files": {"orion-q4_k_m.gguf": "0", "orion-mmproj-f16.gguf": "0"}}'],
-        "receipt": [json.dumps(made).encode()],
+        "manifest": [json.dumps(made).encode()],
         "simsat": [b"200\n{}\n\n\n" + pictures[-1], b'503\n\n7\n\n{"detail": "busy"}', b"302\n\n\n/a\n"],
         "llama-server": [json.dumps(reply).encode()],
         "picture": [*pictures, _text_chunk(pictures[0])],

@@ -114,9 +114,9 @@ class Torture:
         words = small_run.command("run", run)
         steps, before = [], ""
         for stage in stages(self.settings):
-            receipt = read_manifest(stage.folder(self.undisturbed))
-            assert receipt is not None
-            steps.append(Step(stage.name, words, before, receipt.seconds))
+            stage_manifest = read_manifest(stage.folder(self.undisturbed))
+            assert stage_manifest is not None
+            steps.append(Step(stage.name, words, before, stage_manifest.seconds))
             before = f"\n{stage.name}: "
         return [*steps, Step(TRIAGE, self._triage_words(run, run.folder / "verdicts.jsonl"), "", self.triage_seconds)]
 
@@ -187,8 +187,8 @@ class Torture:
 
     def _compare_training(self, run: Run, had: int) -> None:
         stage = next(stage for stage in stages(self.settings) if stage.name == "fine-tune")
-        receipt = read_manifest(stage.folder(run))
-        went_on_from = receipt.figures["resumed_from_step"] or 0 if receipt else 0
+        stage_manifest = read_manifest(stage.folder(run))
+        went_on_from = stage_manifest.figures["resumed_from_step"] or 0 if stage_manifest else 0
         if went_on_from != had:
             self.losses.append(f"fine-tune had a checkpoint of step {had} and went on from {went_on_from}")
 

@@ -71,7 +71,7 @@ def differences(undisturbed: Run, disturbed: Run) -> list[str]:
         before, after = (read_manifest(stage.folder(run)) for run in (undisturbed, disturbed))
         assert before is not None
         if after is None:
-            found.append(f"{stage.name} has no receipt")
+            found.append(f"{stage.name} has no manifest")
             continue
         for name in sorted(before.outputs.keys() | after.outputs.keys()):
             paths = [stage.folder(run) / name for run in (undisturbed, disturbed)]

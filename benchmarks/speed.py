@@ -390,9 +390,9 @@ def training_sides(dataset: Path, count: int, validation: int, settings: Setting
     def ours(number: int) -> Figures:
         clear(run.adapter, run.folder / "fine_tune_work")  # a finished or begun training would be gone on with
         use = orion("fine-tune", run)
-        receipt = read_manifest(run.adapter)
-        assert receipt is not None
-        figures = receipt.figures
+        stage_manifest = read_manifest(run.adapter)
+        assert stage_manifest is not None
+        figures = stage_manifest.figures
         a_step = settings.fine_tune.micro_batch_size * settings.fine_tune.gradient_accumulation_steps
         seconds = figures["seconds_per_sample"] * figures["steps"] * a_step
         losses = json.loads((run.adapter / "loss_log.json").read_text(encoding="utf-8"))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from orion_triage.evaluate.results import build_results
-from orion_triage.pipeline import run_stage
+from orion_triage.pipeline import run_stage, stages
 from orion_triage.runs.run import Run, prepare
 from orion_triage.safe.files import write_text
 from orion_triage.settings import load_settings
@@ -28,8 +28,8 @@ def run_seed(seed: int, preset: str, folder: Path) -> dict[str, Any]:
     run = Run(folder / f"seed-{seed}", load_settings(preset, [f"fine_tune.seed={seed}"]))
     prepare(run)
     for stage in stages(run.settings):
-        receipt, skipped = run_stage(stage, run)
-        print(f"seed {seed}: {stage.name} {'skipped' if skipped else f'{receipt.seconds:.0f} s'}", flush=True)
+        stage_manifest, skipped = run_stage(stage, run)
+        print(f"seed {seed}: {stage.name} {'skipped' if skipped else f'{stage_manifest.seconds:.0f} s'}", flush=True)
     return build_results(run)
 
 

@@ -8,7 +8,7 @@ usage() {
     cat <<'HELP'
 Usage: download_weights.sh [--keep-remote] [--dry-run]
 
-Fetches orion_lora_weights from the training server over ssh, checks every file's sha256 with the server's receipt
+Fetches orion_lora_weights from the training server over ssh, checks every file's sha256 with the server's manifest
 (manifest.json), and puts it in the place of the old weights, which stay beside it as orion_lora_weights.previous. Then
 it deletes the server's repository and dataset. Can be cut off at any point: the same command goes on.
 
@@ -73,20 +73,20 @@ old=${target%/*}/.$name.deleting
 
 # --- steps -----------------------------------------------------------------------------------------------------
 
-receipt_of() { # FOLDER: the sha256 of its receipt, or nothing
+manifest_of() { # FOLDER: the sha256 of its manifest, or nothing
     [[ ! -f $1/manifest.json ]] || sha256sum <"$1/manifest.json" | cut -d ' ' -f 1
 }
 
-verify() { # FOLDER: every file that the receipt names is there and has its sha256
+verify() { # FOLDER: every file that the manifest names is there and has its sha256
     python3 -I - "$1" <<'PYTHON'
 import hashlib, json, pathlib, sys
 
 folder = pathlib.Path(sys.argv[1])
 try:
-    receipt = json.loads((folder / "manifest.json").read_bytes())
-    stage, outputs = receipt["stage"], receipt["outputs"]
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    stage, outputs = manifest["stage"], manifest["outputs"]
     if stage != "fine-tune" or "adapter_model.safetensors" not in outputs:
-        sys.exit(f"manifest.json is the receipt of {stage}, not of a finished fine-tuning")
+        sys.exit(f"manifest.json is the manifest of {stage}, not of a finished fine-tuning")
     faults = []
     for name, expected in outputs.items():
         path = folder / name
@@ -95,7 +95,7 @@ try:
         elif not path.is_file():
             faults.append(f"{name} is missing")
         elif hashlib.sha256(path.read_bytes()).hexdigest() != expected:
-            faults.append(f"{name} is not what the receipt says")
+            faults.append(f"{name} is not what the manifest says")
 except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     sys.exit(f"manifest.json is damaged: {error!r}")
 sys.exit("; ".join(faults) or 0)
@@ -127,10 +127,10 @@ else
     trap 'say "interrupted: the same command goes on from here"; exit 130' INT TERM
     rm -rf "$old"
     there=$(on_server weights "$weights" "$repository" "$data" "$keep")
-    there=${there#receipt }
+    there=${there#manifest }
 fi
 here=
-[[ $DRY_RUN ]] || here=$(receipt_of "$target")
+[[ $DRY_RUN ]] || here=$(manifest_of "$target")
 
 if [[ $there == absent ]]; then
     # They are deleted there only after they were verified here.
@@ -155,11 +155,11 @@ else
     else
         complaint=$(verify "$incoming" 2>&1) || fail "the weights on the server are not whole: $complaint." \
             "Nothing was deleted. Train them again there ('orion remote train --again'), or bring the files back."
-        [[ $(receipt_of "$incoming") == "$there" ]] ||
+        [[ $(manifest_of "$incoming") == "$there" ]] ||
             fail "the weights on the server changed meanwhile." "Run the same command again."
         [[ $keep ]] || note_cleanup "$there"
         swap
-        say "the weights are in $target, every file as the server's receipt says"
+        say "the weights are in $target, every file as the server's manifest says"
     fi
 fi
 

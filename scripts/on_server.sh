@@ -120,9 +120,9 @@ require_expendable() { # VARIABLE REPOSITORY WEIGHTS: nothing is in the checkout
     own=$(git -C "$2" rev-list -n 1 HEAD --branches "$(git -C "$2" rev-parse -q --verify refs/stash || echo HEAD)" \
         --not --remotes) || own=HEAD
     [ -z "$own" ] || refuse "$1=$2 has commits that are only there: $own" "Push them; or keep everything: --keep-remote."
-    for receipt in "$2"/runs/*/orion_lora_weights/manifest.json; do
-        [ ! -f "$receipt" ] || [ "$receipt" = "$3/manifest.json" ] ||
-            refuse "$1=$2 has other finished weights: ${receipt%/manifest.json}" \
+    for manifest in "$2"/runs/*/orion_lora_weights/manifest.json; do
+        [ ! -f "$manifest" ] || [ "$manifest" = "$3/manifest.json" ] ||
+            refuse "$1=$2 has other finished weights: ${manifest%/manifest.json}" \
                 "Download them first (ORION_SERVER_WEIGHTS_PATH); or keep everything: --keep-remote."
     done
 }
@@ -279,15 +279,15 @@ require_deletable() { # WEIGHTS REPOSITORY DATA: what is there may be deleted; w
     [ ! -e "$2" ] || require_expendable ORION_SERVER_REPO_PATH "$2" "$1"
 }
 
-weights() { # WEIGHTS REPOSITORY DATA KEEP: the receipt's sha256, after a look at what will be deleted
+weights() { # WEIGHTS REPOSITORY DATA KEEP: the manifest's sha256, after a look at what will be deleted
     command -v rsync >/dev/null || refuse "the server has no rsync." "Install it there: apt install rsync"
     [ "$4" ] || require_deletable "$1" "$2" "$3"
     if [ -f "$1/manifest.json" ]; then
-        answer receipt "$(sha256_of "$1/manifest.json")"
+        answer manifest "$(sha256_of "$1/manifest.json")"
     elif [ -e "$1" ]; then
         refuse "$1 is not finished: it has no manifest.json." "Wait for the end of 'orion fine-tune' on the server."
     else
-        answer receipt absent
+        answer manifest absent
     fi
 }
 

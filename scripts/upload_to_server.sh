@@ -94,7 +94,7 @@ for part in "$data"/*; do
     case $part in
         train_dataset.jsonl | val_dataset.jsonl | test_dataset.jsonl | orion_dataset | frames.csv | absent.csv | README.md)
             parts+=("$part") ;;
-        manifest.json | .orion-sha256sums) ;; # receipts of this place
+        manifest.json | .orion-sha256sums) ;; # manifests of this place
         *) say "not part of a dataset, and not sent: $part" ;;
     esac
 done

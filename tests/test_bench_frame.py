@@ -89,9 +89,9 @@ def test_each_row_is_one_change_and_has_an_accuracy_where_that_was_evaluated(run
 def test_what_a_cleaned_run_lacks_is_said_and_the_rest_measured(run: Run) -> None:
     pipeline.clean(run)
     folder = run.evaluation("constrained")
-    receipt = json.loads((folder / manifest.FILE_NAME).read_text())
-    receipt["inputs"]["gguf"] = "another pair's"
-    (folder / manifest.FILE_NAME).write_text(json.dumps(receipt))
+    stage_manifest = json.loads((folder / manifest.FILE_NAME).read_text())
+    stage_manifest["inputs"]["gguf"] = "another pair's"
+    (folder / manifest.FILE_NAME).write_text(json.dumps(stage_manifest))
     measured = bench_frame.run([run], sizes=[256], quantizations=["Q8_0"], reason_tokens=[], repeats=1)
     rows = by_change(measured)
     assert list(rows) == ["as it flies", "verdict-only", "flash attention"]

@@ -25,8 +25,8 @@ STAGES = stages(Settings())
 REAL_FRAMES = SHARED / "frames"
 COMMANDS = (
     "run", "dataset", "ablation", "fine-tune", "fuse", "quantize", "evaluate", "threshold",
-    "report", "compare", "push", "clean", "verify", "triage", "bench-frame", "toolchain", "rehearse", "budgets",
-    "doctor", "build-tiny-base", "settings", "bundle", "remote",
+    "report", "compare", "push", "clean", "verify", "triage", "bench-frame", "toolchain", "rehearse",
+    "doctor", "settings", "bundle", "remote",
 )  # fmt: skip
 
 
@@ -152,7 +152,7 @@ def test_an_interrupted_command_says_so_and_leaves_nothing_half_done(tmp_path: P
 
 @pytest.mark.llama_cpp
 @pytest.mark.slow
-def test_a_run_leaves_every_product_and_its_receipts(finished: Path) -> None:
+def test_a_run_leaves_every_product_and_its_manifests(finished: Path) -> None:
     run = finished / "runs" / "small"
     for name in (
         "orion_lora_weights/adapter_model.safetensors",

@@ -339,7 +339,7 @@ def test_what_a_failing_disk_would_have_spoiled_is_found(
     run = trial.run
     assert not run.gguf.exists()
     assert trial.whole() == []
-    assert "quantize has no receipt" in trial.finished()
+    assert "quantize has no manifest" in trial.finished()
     shutil.copytree(undisturbed.gguf, run.gguf)
     assert trial.finished() == []
     (run.gguf / "orion-q4_k_m.gguf").write_bytes(b"half")
@@ -350,7 +350,7 @@ def test_what_a_failing_disk_would_have_spoiled_is_found(
     found = "\n".join([*trial.finished(), *trial.whole()])
     for line in (
         "orion-q4_k_m.gguf has sha256", "run/gguf/.half.partial was left behind", "tmp/tmp1 was left behind",
-        "fuse has lost its receipt",
+        "fuse has lost its manifest",
     ):  # fmt: skip
         assert line in found
     done = subprocess.CompletedProcess([], 0, "", "Exception in thread\nTraceback (most recent call last):\n")

@@ -411,8 +411,8 @@ def test_a_spoilt_file_of_a_run_is_named(data: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x"])
-def test_a_receipt_names_nothing_outside_its_folder(name: str, tmp_path: Path) -> None:
-    """`orion clean` deletes what a receipt names."""
+def test_a_manifest_names_nothing_outside_its_folder(name: str, tmp_path: Path) -> None:
+    """`orion clean` deletes what a manifest names."""
     (tmp_path / "x").write_text("keep")
     run = tmp_path / "run"
     run.mkdir()
@@ -424,7 +424,7 @@ def test_a_receipt_names_nothing_outside_its_folder(name: str, tmp_path: Path) -
 
 
 @given(replaced({"stage": "a", "settings": {}, "inputs": {}, "outputs": {"b": "0"}, "versions": {}, "seconds": 1}))
-def test_a_receipt_is_one_or_named(folder: Path, value: Any) -> None:
+def test_a_manifest_is_one_or_named(folder: Path, value: Any) -> None:
     path = folder / manifest.FILE_NAME
     path.write_bytes(to_bytes(value))
     found = outcome(manifest.read_manifest, folder, named=path)

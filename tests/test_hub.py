@@ -199,10 +199,10 @@ def test_a_whole_run_by_hub_ids(hub: Hub, small_base: Path, small_dataset: Path,
     assert merged[0].read_bytes() == merged[1].read_bytes()
     result = orion(hub, tmp_path, "evaluate", "--gguf", "me/gguf", *other)
     assert result.returncode == 0, result.stderr
-    receipt = read_manifest(tmp_path / "runs/other/evaluation/test/quantized")
-    assert receipt is not None
-    assert receipt.figures["pair"] == "me/gguf"
-    assert receipt.figures["A"]["count"] == 6
+    stage_manifest = read_manifest(tmp_path / "runs/other/evaluation/test/quantized")
+    assert stage_manifest is not None
+    assert stage_manifest.figures["pair"] == "me/gguf"
+    assert stage_manifest.figures["A"]["count"] == 6
 
     refused = orion(hub, tmp_path, "push", "someone-else/x", "--product", "adapter")
     assert refused.returncode == 1

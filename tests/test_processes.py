@@ -60,8 +60,8 @@ def test_two_processes_train_and_answer_as_one_does(small_base: Path, small_data
     assert adapters[0].keys() == adapters[1].keys()
     for key, tensor in adapters[0].items():
         assert float((tensor - adapters[1][key]).abs().max()) < 5e-3, key  # a step moves a value by 1e-3
-    receipt = json.loads((tmp_path / "two/orion_lora_weights/manifest.json").read_text())
-    assert receipt["figures"]["processes"] == 2
+    stage_manifest = json.loads((tmp_path / "two/orion_lora_weights/manifest.json").read_text())
+    assert stage_manifest["figures"]["processes"] == 2
 
     for name, launcher in (("one", ALONE), ("two", TWO)):
         options = words(small_base, small_dataset, name, 2 if name == "one" else 1)

@@ -58,17 +58,17 @@ def test_unusable_settings_are_refused(preset: str, assignment: str, message: st
         load_settings(preset, [assignment] if assignment else [])
 
 
-def test_a_receipt_holds_until_settings_inputs_or_outputs_change(tmp_path: Path) -> None:
+def test_a_manifest_holds_until_settings_inputs_or_outputs_change(tmp_path: Path) -> None:
     source, folder = tmp_path / "in.txt", tmp_path / "stage"
     write_text(source, "input")
     write_text(folder / "a" / "out.txt", "output")
     assert read_manifest(folder) is None
     inputs = hash_inputs({"source": source})
     write_manifest(folder, stage="s", settings={"k": (1, 2)}, inputs=inputs, seconds=1.5, figures={"n": 3})
-    receipt = read_manifest(folder)
-    assert receipt is not None
-    assert receipt.figures == {"n": 3}
-    assert list(receipt.outputs) == ["a/out.txt"]
+    stage_manifest = read_manifest(folder)
+    assert stage_manifest is not None
+    assert stage_manifest.figures == {"n": 3}
+    assert list(stage_manifest.outputs) == ["a/out.txt"]
     assert is_current(folder, settings={"k": (1, 2)}, inputs=inputs)
     assert not is_current(folder, settings={"k": (1, 3)}, inputs=inputs)
     write_text(source, "changed")

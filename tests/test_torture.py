@@ -93,20 +93,20 @@ def test_what_a_kill_would_have_spoiled_is_found(finished: Path, tmp_path: Path,
     (spoiled.gguf / ".half.partial").mkdir()
     (spoiled.merged / "manifest.json").unlink()
     found = "\n".join(small_run.differences(run, spoiled))
-    assert "fuse has no receipt" in found
+    assert "fuse has no manifest" in found
     assert "evaluate quantized: predictions.jsonl differs" in found
     assert ".half.partial was left behind" in found
 
 
 def rewrite(rows: Path, lines: list[dict[str, Any]]) -> None:
-    """The file, and its hash in the receipt."""
+    """The file, and its hash in the manifest."""
     from orion_triage.safe.files import sha256_of_text
 
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    receipt = rows.parent / "manifest.json"
-    value = json.loads(receipt.read_text())
+    stage_manifest = rows.parent / "manifest.json"
+    value = json.loads(stage_manifest.read_text())
     value["outputs"][rows.name] = sha256_of_text(rows.read_text())
-    receipt.write_text(json.dumps(value))
+    stage_manifest.write_text(json.dumps(value))
 
 
 @pytest.mark.slow

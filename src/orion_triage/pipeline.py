@@ -180,16 +180,16 @@ def evaluate_servers(run: Run, urls: Sequence[str], progress: Progress = silent)
 def run_stage(
     stage: Stage, run: Run, *, progress: Progress = silent, force: bool = False
 ) -> tuple[manifest.Manifest, bool]:
-    """Run one stage unless its receipt still matches; returns the receipt and whether it was skipped."""
+    """Run one stage unless its manifest still matches; returns the manifest and whether it was skipped."""
     folder = stage.folder(run)
     settings = stage.settings_of(run.settings)
     inputs = manifest.hash_inputs(stage.inputs(run))
     current = not force and manifest.is_current(folder, settings=settings, inputs=inputs)
     processes.wait()  # all have looked before the first one writes
     if current:
-        receipt = manifest.read_manifest(folder)
-        assert receipt is not None
-        return receipt, True
+        stage_manifest = manifest.read_manifest(folder)
+        assert stage_manifest is not None
+        return stage_manifest, True
     if processes.count() > 1 and not stage.in_parallel:
         raise OrionError(
             f"{stage.name} is for one process, and {processes.count()} were launched.",
@@ -197,17 +197,21 @@ def run_stage(
         )
     for name, path in stage.inputs(run).items():
         # Nothing reads the F16 backbone after the quantization, so a pair without it is whole.
-        receipt = manifest.read_manifest(path) if name != "gguf" and path.is_dir() else None
-        if receipt and receipt.removed and not all((path / file).is_file() for file in receipt.removed):
+        stage_manifest = manifest.read_manifest(path) if name != "gguf" and path.is_dir() else None
+        if (
+            stage_manifest
+            and stage_manifest.removed
+            and not all((path / file).is_file() for file in stage_manifest.removed)
+        ):
             raise OrionError(
-                f"{stage.name} needs {path}, of which 'orion clean' removed {len(receipt.removed)} files.",
-                f"Make it again first: 'orion {receipt.stage} --force'.",
+                f"{stage.name} needs {path}, of which 'orion clean' removed {len(stage_manifest.removed)} files.",
+                f"Make it again first: 'orion {stage_manifest.stage} --force'.",
             )
     return _do(stage, run, inputs, progress), False
 
 
 def _do(stage: Stage, run: Run, inputs: dict[str, str], progress: Progress) -> manifest.Manifest:
-    """Run a stage and write its receipt; the old receipt goes first, so that an interruption leaves none."""
+    """Run a stage and write its manifest; the old manifest goes first, so that an interruption leaves none."""
     folder = stage.folder(run)
     with held(run, stage.name):
         if processes.is_main():
@@ -237,7 +241,7 @@ def check_inputs(run: Run) -> None:
 
 
 def verify(run: Run) -> dict[str, list[str]]:
-    """Finished stage -> what of its files is not as its receipt says; read anew from the disk."""
+    """Finished stage -> what of its files is not as its manifest says; read anew from the disk."""
     every = (*MAKING, *(evaluation(variant) for variant in variants.table(run.settings)))
     return {
         stage.name: manifest.damaged(folder)
@@ -250,7 +254,7 @@ def clean(run: Run) -> int:
     """Delete what a flight does not need and the stages can make again; returns the bytes freed.
 
     Gone: the frames, the merged weights, the F16 backbone, the training's checkpoints. The flight pair, the adapter,
-    every receipt, split, answer and report stay. A later run skips what is finished.
+    every manifest, split, answer and report stay. A later run skips what is finished.
     """
     from orion_triage.dataset.records import IMAGES_FOLDER
     from orion_triage.export import quantize
@@ -258,7 +262,7 @@ def clean(run: Run) -> int:
     if manifest.read_manifest(run.gguf) is None:
         raise OrionError(f"{run.folder} has no finished flight pair.", "Run 'orion run' to its end before cleaning up.")
     quantize.check_pair(run.gguf)
-    # What needs no note in a receipt goes first: a disk may be too full for a note.
+    # What needs no note in a manifest goes first: a disk may be too full for a note.
     work = run.folder / WORK_FOLDER / "checkpoints"
     freed = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
     shutil.rmtree(work, ignore_errors=True)

@@ -135,10 +135,10 @@ def test_a_real_training_survives_a_killed_client_and_a_cut_wire(place: Place) -
     assert (outside / "setups").read_text() == "\n"
 
     weights = place.here / "runs" / "small" / "orion_lora_weights"
-    receipt = read_manifest(weights)
-    assert receipt is not None
-    assert receipt.stage == "fine-tune"
-    assert tree(weights, without=("manifest.json",)) == receipt.outputs
+    stage_manifest = read_manifest(weights)
+    assert stage_manifest is not None
+    assert stage_manifest.stage == "fine-tune"
+    assert tree(weights, without=("manifest.json",)) == stage_manifest.outputs
     assert list(place.there.iterdir()) == []
     # The run goes on here: its own fine-tuning stage finds nothing left to do.
     run = open_run(place.here / "runs" / "small")

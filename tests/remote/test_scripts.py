@@ -436,10 +436,13 @@ def test_a_full_disk_here_keeps_the_old_weights_and_the_server(place: Place) -> 
     ("damage", "says"),
     [
         (lambda weights: (weights / "adapter_config.json").unlink(), "adapter_config.json is missing"),
-        (lambda weights: (weights / "adapter_model.safetensors").write_bytes(b"x"), "is not what the receipt says"),
+        (lambda weights: (weights / "adapter_model.safetensors").write_bytes(b"x"), "is not what the manifest says"),
         (lambda weights: (weights / "manifest.json").unlink(), "is not finished"),
         (lambda weights: (weights / "manifest.json").write_text("{"), "manifest.json is damaged"),
-        (lambda weights: (weights / "manifest.json").write_text('{"stage": "fuse", "outputs": {}}'), "receipt of fuse"),
+        (
+            lambda weights: (weights / "manifest.json").write_text('{"stage": "fuse", "outputs": {}}'),
+            "manifest of fuse",
+        ),
         (lambda weights: shutil.rmtree(weights), "there are no weights"),
     ],
 )

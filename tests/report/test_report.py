@@ -202,8 +202,10 @@ def test_runs_that_differ_in_the_training_seed_only_are_reported_together(run: R
         other = Run(tmp_path / name, settings)
         shutil.copytree(run.folder, other.folder)
         prepare(other)
-        for receipt in other.folder.rglob("evaluation/*/*/manifest.json"):
-            receipt.write_text(json.dumps(json.loads(receipt.read_text()) | {"inputs": {"dataset": "the same"}}))
+        for stage_manifest in other.folder.rglob("evaluation/*/*/manifest.json"):
+            stage_manifest.write_text(
+                json.dumps(json.loads(stage_manifest.read_text()) | {"inputs": {"dataset": "the same"}})
+            )
         return other.folder
 
     beside("longer", seed=45, epochs=9)
@@ -223,8 +225,8 @@ def test_runs_that_differ_in_the_training_seed_only_are_reported_together(run: R
     assert "base" not in results["training_seeds"]["accuracies"]
     text = render_markdown(results, "report.png")
     assert f"| fine-tuned | A | {100 * alone:.1f} % | {50 * (1 + alone):.1f} % | 100.0 % |" in text
-    receipt = second / "evaluation/test/fine-tuned/manifest.json"
-    receipt.write_text(json.dumps(json.loads(receipt.read_text()) | {"inputs": {"dataset": "another"}}))
+    stage_manifest = second / "evaluation/test/fine-tuned/manifest.json"
+    stage_manifest.write_text(json.dumps(json.loads(stage_manifest.read_text()) | {"inputs": {"dataset": "another"}}))
     assert build_results(open_run(first))["training_seeds"] is None
 
 

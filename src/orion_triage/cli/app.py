@@ -11,7 +11,7 @@ COMMANDS = (
     "run", "dataset", "fine-tune", "fuse", "quantize", "bundle", "verify", "clean", "push", "settings", "remote",
     "ablation", "evaluate", "report", "compare", "threshold",
     "triage", "bench-frame",
-    "doctor", "toolchain", "rehearse", "budgets", "build-tiny-base",
+    "doctor", "toolchain", "rehearse",
 )  # fmt: skip
 
 

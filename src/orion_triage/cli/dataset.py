@@ -132,8 +132,8 @@ def push(
     from orion_triage.runs.manifest import read_manifest
 
     run = finished_run(folder, "dataset")
-    receipt = read_manifest(run.dataset)
-    if receipt is None or receipt.removed:
+    stage_manifest = read_manifest(run.dataset)
+    if stage_manifest is None or stage_manifest.removed:
         raise OrionError(f"{run.dataset} is not there, or without its frames.", "Make it: 'orion dataset --force'.")
     report = _checked(run.dataset, run.dataset)
     if report.errors:
@@ -145,7 +145,7 @@ def push(
     address = share.push(
         run.dataset,
         repository,
-        receipt.figures,
+        stage_manifest.figures,
         report.findings,
         licence=licence,
         catalogue_only=catalogue_only,

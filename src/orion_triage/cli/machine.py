@@ -57,28 +57,6 @@ def rehearse(
         _print_rehearsal(figures)
 
 
-@command(epilog="Example: orion budgets --json")
-def budgets(
-    preset: Annotated[str, typer.Option("--preset", help="Whose last rehearsal is shown.")] = "lfm2.5-vl-1.6b",
-    as_json: JsonOption = False,
-) -> None:
-    """Print the mission's budgets beside the last rehearsal's figures."""
-    from dataclasses import asdict
-
-    from orion_triage.machine import budgets
-
-    figures = budgets.last_rehearsal(preset)
-    if as_json:
-        rows = [asdict(row) | {"kept": row.kept} for row in budgets.budgets(figures)]
-        typer.echo(json.dumps({"rehearsal": figures, "budgets": rows}, indent=2))
-        return
-    if figures:
-        _print_rehearsal(figures)
-    else:
-        _print_budgets(budgets.budgets(None))
-        messages().print(f"nothing measured yet: orion rehearse --preset {preset}", highlight=False)
-
-
 def _print_rehearsal(figures: dict[str, Any]) -> None:
     from rich.table import Table
 
@@ -125,17 +103,25 @@ def _print_budgets(rows: list[Any]) -> None:
 
 @command(epilog="Example: orion doctor --preset lfm2.5-vl-1.6b")
 def doctor(preset: PresetOption = "tiny", assignments: SetOption = [], as_json: JsonOption = False) -> None:  # noqa: B006
-    """Check GPU, memory, disk and tools against what a preset needs."""
+    """Check GPU, memory, disk and tools against what a preset needs; for the 1.6B with the last rehearsal beside it."""
     from dataclasses import asdict
 
     from rich.table import Table
 
-    from orion_triage.machine import doctor
+    from orion_triage.machine import budgets, doctor
     from orion_triage.settings import load_settings
 
-    findings = doctor.examine(load_settings(preset, assignments), Path("runs"))
+    settings = load_settings(preset, assignments)
+    findings = doctor.examine(settings, Path("runs"))
+    figures = budgets.last_rehearsal(settings.preset)
+    rows = budgets.budgets(figures) if settings.preset == budgets.FULL_SIZE else []
     if as_json:
-        typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
+        value = {
+            "findings": [asdict(finding) for finding in findings],
+            "budgets": [asdict(row) | {"kept": row.kept} for row in rows],
+            "rehearsal": figures,
+        }
+        typer.echo(json.dumps(value, indent=2))
     else:
         table = Table("", "", "found", "what to do")
         colours = {"ok": "green", "note": "yellow", "missing": "red"}
@@ -144,20 +130,9 @@ def doctor(preset: PresetOption = "tiny", assignments: SetOption = [], as_json: 
             fix = "" if finding.state == "ok" else finding.fix
             table.add_row(finding.what, state, escape(finding.found), escape(fix))
         output().print(table)
+        if rows:
+            _print_budgets(rows)
+        if rows and not figures:
+            messages().print(f"nothing measured yet: orion rehearse --preset {preset}", highlight=False)
     if any(finding.state == "missing" for finding in findings):
         raise typer.Exit(1)
-
-
-@command("build-tiny-base", epilog="Example: orion build-tiny-base --work /tmp/tiny")
-def build_tiny_base(
-    work: Annotated[Path, typer.Option(help="Folder for intermediate state (3 GB); a rerun goes on from it.")] = Path(
-        ".cache/tiny-base"
-    ),
-    out: Annotated[Path, typer.Option(help="Where the checkpoint goes.")] = Path("src/orion_triage/tiny_base/weights"),
-) -> None:
-    """Rebuild the shipped base model from nothing (about 90 minutes on 2 cores)."""
-    from tools.tiny_base.build import build
-
-    with progress_bar() as progress:
-        record = build(work, out, progress=progress)
-    typer.echo(json.dumps(record, indent=2))

@@ -94,7 +94,7 @@ def verify(
     folder: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="Run folder. Default: the newest.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare every file of a run with the receipt of the stage that made it."""
+    """Compare every file of a run with the manifest of the stage that made it."""
     from orion_triage.pipeline import verify
 
     checked = verify(finished_run(folder, "dataset"))
@@ -111,7 +111,7 @@ def verify(
 
 @command(epilog="Example: orion clean runs/tiny")
 def clean(folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]) -> None:
-    """Keep of a finished run the flight pair, the adapter, receipts and reports; delete the rest."""
+    """Keep of a finished run the flight pair, the adapter, manifests and reports; delete the rest."""
     from orion_triage.pipeline import clean
     from orion_triage.runs.run import open_run
 

@@ -144,16 +144,16 @@ def do_stage(stage: Any, run: Any, force: bool = False) -> None:
 
     stage = stage_named(stage, run.settings) if isinstance(stage, str) else stage
     with progress_bar() as progress:
-        receipt, skipped = run_stage(stage, run, progress=progress, force=force)
-    say(receipt, stage.folder(run), skipped=skipped)
+        stage_manifest, skipped = run_stage(stage, run, progress=progress, force=force)
+    say(stage_manifest, stage.folder(run), skipped=skipped)
 
 
-def say(receipt: Any, folder: Path, *, skipped: bool = False) -> None:
+def say(stage_manifest: Any, folder: Path, *, skipped: bool = False) -> None:
     """One line on a finished stage, and what its user should see."""
     console = messages()
-    state = "unchanged, skipped" if skipped else f"done in {receipt.seconds:,.1f} s"
-    console.print(f"{receipt.stage}: {state}  ->  {folder}", highlight=False, soft_wrap=True)
-    for line in () if skipped else notes(receipt.figures):
+    state = "unchanged, skipped" if skipped else f"done in {stage_manifest.seconds:,.1f} s"
+    console.print(f"{stage_manifest.stage}: {state}  ->  {folder}", highlight=False, soft_wrap=True)
+    for line in () if skipped else notes(stage_manifest.figures):
         console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
 
 

@@ -37,7 +37,7 @@ def push(
     catalogue_only: bool = False,
     private: bool = True,
 ) -> str:
-    """Push the dataset in `folder`; returns the commit's address. `figures` are its receipt's, `findings` its check's.
+    """Push the dataset in `folder`; returns the commit's address. `figures` are its manifest's, `findings` its check's.
 
     `licence` says under which terms pixels of an unknown origin may be handed on. Raises OrionError when they may not.
     """

@@ -61,5 +61,5 @@ def _without_seed(run: Run) -> dict[str, Any]:
 
 
 def _evaluated_dataset(run: Run) -> str | None:
-    receipt = read_manifest(run.evaluation("fine-tuned"))
-    return receipt.inputs.get("dataset") if receipt else None
+    stage_manifest = read_manifest(run.evaluation("fine-tuned"))
+    return stage_manifest.inputs.get("dataset") if stage_manifest else None

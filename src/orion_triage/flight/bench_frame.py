@@ -435,14 +435,14 @@ def _beside_accuracy(row: Row, run: "Run", setup: Setup, model: str = "") -> Row
 
 def _evaluated_frames(run: "Run") -> str | None:
     """The hash of the dataset that the run's flight pair was evaluated on."""
-    receipts = [manifest.read_manifest(run.evaluation(model)) for model in _FLOWN]
-    return next((receipt.inputs["dataset"] for receipt in receipts if receipt), None)
+    stage_manifests = [manifest.read_manifest(run.evaluation(model)) for model in _FLOWN]
+    return next((stage_manifest.inputs["dataset"] for stage_manifest in stage_manifests if stage_manifest), None)
 
 
 def _is_of_this_pair(run: "Run", model: str) -> bool:
     """Whether the evaluation has finished, and was of the files that are measured here."""
-    receipt = manifest.read_manifest(run.evaluation(model))
-    if receipt is None:
+    stage_manifest = manifest.read_manifest(run.evaluation(model))
+    if stage_manifest is None:
         return False
     hashed = manifest.hash_inputs({"gguf": run.gguf})["gguf"]
-    return hashed in (receipt.inputs.get("gguf"), receipt.inputs.get("F16"))
+    return hashed in (stage_manifest.inputs.get("gguf"), stage_manifest.inputs.get("F16"))

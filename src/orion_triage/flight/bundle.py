@@ -83,7 +83,7 @@ def run(run: "Run", out: Path, progress: Progress = silent) -> dict[str, Any]:
             "model": quantize.QUANTIZED,
             "mmproj": quantize.MMPROJ,
             "llama_cpp_build": toolchain.build,
-            "versions": {"orion-triage": __version__, **_receipt(run.gguf, "quantize").versions},
+            "versions": {"orion-triage": __version__, **_manifest(run.gguf, "quantize").versions},
             "made_on": platform.machine(),
             "operating_point": {"low_threshold": point[0], "temperature": point[1]} if point else None,
             "request": request,
@@ -99,11 +99,11 @@ def run(run: "Run", out: Path, progress: Progress = silent) -> dict[str, Any]:
     return record | {"bytes": size}
 
 
-def _receipt(folder: Path, stage: str) -> manifest.Manifest:
-    receipt = manifest.read_manifest(folder)
-    if receipt is None:
+def _manifest(folder: Path, stage: str) -> manifest.Manifest:
+    stage_manifest = manifest.read_manifest(folder)
+    if stage_manifest is None:
         raise OrionError(f"{folder} is not finished.", f"Run 'orion {stage}' first, or pass another run.")
-    return receipt
+    return stage_manifest
 
 
 def _evaluated(run: "Run") -> list[dict[str, Any]]:
@@ -111,8 +111,8 @@ def _evaluated(run: "Run") -> list[dict[str, Any]]:
     from orion_triage.evaluate.run import read_predictions
 
     folder = run.evaluation("quantized")
-    receipt = _receipt(folder, "evaluate --gguf")
-    if receipt.inputs.get("gguf") != manifest.hash_inputs({"gguf": run.gguf})["gguf"]:
+    stage_manifest = _manifest(folder, "evaluate --gguf")
+    if stage_manifest.inputs.get("gguf") != manifest.hash_inputs({"gguf": run.gguf})["gguf"]:
         raise OrionError(f"{folder} is the evaluation of another pair.", "Run 'orion evaluate --gguf' again.")
     return [row for row in read_predictions(folder) if row["condition"] == CONDITION]
 

@@ -268,8 +268,8 @@ def _measure(stage: str, words: list[str], run: Run) -> tuple[list[StageUse], st
         if status:
             last = " | ".join(said.strip().splitlines()[-4:])
             raise OrionError(f"the rehearsal's {stage} failed: {last}.", "Mend that, then rehearse again.")
-    receipt = read_manifest({"fine-tune": run.adapter, "quantize": run.gguf}.get(stage, run.folder))
-    figures = receipt.figures if receipt else {}
+    stage_manifest = read_manifest({"fine-tune": run.adapter, "quantize": run.gguf}.get(stage, run.folder))
+    figures = stage_manifest.figures if stage_manifest else {}
     tools = figures.get("tools", {})
     uses = [StageUse(name, tool["seconds"], tool["peak_memory_bytes"], most[0]) for name, tool in tools.items()]
     name = f"all of {stage}" if tools else stage

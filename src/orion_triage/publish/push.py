@@ -21,7 +21,7 @@ from orion_triage.train.fine_tune import read_losses
 _PAIR = (quantize.QUANTIZED, quantize.MMPROJ, quantize.PAIR)
 
 
-# Of the results: what was measured. Settings and receipts hold paths of this machine.
+# Of the results: what was measured. Settings and manifests hold paths of this machine.
 _PUBLISHED = (
     "schema_version", "preset", "split", "frames", "models", "deltas", "within", "linear_probe", "variants", "parity",
     "training_seeds", "baselines", "size_ranking", "operating_point", "seconds", "versions",
@@ -78,7 +78,7 @@ def _measured(run: Run, results: dict[str, Any]) -> dict[str, Path | bytes]:
 
 
 def _files(folder: Path) -> list[tuple[str, Path]]:
-    """What can be published: no receipt (it holds paths of this machine), no card (made anew), no hidden file."""
+    """What can be published: no manifest (it holds paths of this machine), no card (made anew), no hidden file."""
     return [
         (path.relative_to(folder).as_posix(), path)
         for path in sorted(folder.rglob("*"))

@@ -1,4 +1,4 @@
-"""A stage's receipt: what went in, what came out, with which settings and versions, in how many seconds.
+"""A stage's manifest: what went in, what came out, with which settings and versions, in how many seconds.
 
 `manifest.json` is written last into the stage's folder, so its presence means the stage finished. A later
 run compares settings and hashes with it and skips the stage, or does it again when anything changed.
@@ -17,7 +17,7 @@ from orion_triage.errors import OrionError
 from orion_triage.safe.files import (sha256_of_file, write_text)
 
 FILE_NAME = "manifest.json"
-_SHOWN = 200  # characters of what is wrong with a receipt
+_SHOWN = 200  # characters of what is wrong with a manifest
 _LIBRARIES = (
     "orion-triage",
     "torch",
@@ -61,7 +61,7 @@ def _hash_path(path: Path) -> str:
 
 
 def _outputs_of(folder: Path, manifest: Manifest | None) -> dict[str, str]:
-    """What is in the folder, and what its receipt says of files that were removed on purpose."""
+    """What is in the folder, and what its manifest says of files that were removed on purpose."""
     removed = {name: manifest.outputs[name] for name in manifest.removed} if manifest else {}
     return removed | hash_outputs(folder)
 
@@ -93,7 +93,7 @@ def write_manifest(
     seconds: float,
     figures: dict[str, Any] | None = None,
 ) -> Manifest:
-    """Hash everything in `folder` and write its receipt; the last act of a stage."""
+    """Hash everything in `folder` and write its manifest; the last act of a stage."""
     versions = {"python": platform.python_version()}
     for library in _LIBRARIES:
         try:
@@ -116,7 +116,7 @@ def write_manifest(
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The folder's receipt, or None when the stage has not finished there."""
+    """The folder's manifest, or None when the stage has not finished there."""
     path = folder / FILE_NAME
     try:
         return _checked(json.loads(path.read_text(encoding="utf-8")))
@@ -128,7 +128,7 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def _checked(value: Any) -> Manifest:
-    """Raises ValueError or TypeError where the value is no receipt; what stages measured is not looked into."""
+    """Raises ValueError or TypeError where the value is no manifest; what stages measured is not looked into."""
     manifest = Manifest(**value)
     maps = (manifest.settings, manifest.inputs, manifest.outputs, manifest.versions, manifest.figures)
     if not all(isinstance(each, dict) for each in maps) or not isinstance(manifest.removed, list):
@@ -154,7 +154,7 @@ def is_current(folder: Path, *, settings: dict[str, Any], inputs: dict[str, str]
 
 
 def damaged(folder: Path) -> list[str]:
-    """What is not as the folder's receipt says: one line a file; empty when all is well or there is no receipt."""
+    """What is not as the folder's manifest says: one line a file; empty when all is well or there is no manifest."""
     manifest = read_manifest(folder)
     if manifest is None:
         return []
@@ -173,7 +173,7 @@ def damaged(folder: Path) -> list[str]:
 
 
 def remove_outputs(folder: Path, unwanted: Callable[[str], bool]) -> int:
-    """Delete the outputs whose relative path is `unwanted` and note them in the receipt; returns the bytes freed.
+    """Delete the outputs whose relative path is `unwanted` and note them in the manifest; returns the bytes freed.
 
     The note is written first: what is deleted after it is never missed, and an interrupted removal can be repeated.
     """

@@ -312,11 +312,11 @@ def _prepare_work_folder(
         "processes": processes.count(),
     }
     fingerprint = sha256_of_text(json.dumps(inputs, sort_keys=True))
-    receipt, checkpoints = work_folder / "fingerprint.txt", work_folder / CHECKPOINTS
-    if not receipt.is_file() or receipt.read_text(encoding="utf-8") != fingerprint:
+    stage_manifest, checkpoints = work_folder / "fingerprint.txt", work_folder / CHECKPOINTS
+    if not stage_manifest.is_file() or stage_manifest.read_text(encoding="utf-8") != fingerprint:
         shutil.rmtree(checkpoints, ignore_errors=True)
         shutil.rmtree(work_folder / "tensorboard", ignore_errors=True)
-        write_text(receipt, fingerprint)
+        write_text(stage_manifest, fingerprint)
 
 
 def _checkpoints_in(checkpoints: Path) -> list[Path]:

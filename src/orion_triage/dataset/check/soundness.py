@@ -143,15 +143,15 @@ def require_sound(
 
 
 def _made_with(folder: Path) -> tuple[float, float]:
-    """The largest metres a pixel of frames.csv, and the distance between splits that the stage's receipt names."""
+    """The largest metres a pixel of frames.csv, and the distance between splits that the stage's manifest names."""
     metres = [0.0]
     with contextlib.suppress(OSError, ValueError, csv.Error):  # faults of these files are no faults of the data
         rows = csv.DictReader((folder / FRAMES_TABLE).read_text(encoding="utf-8").splitlines())
         metres += [float(row["metres_per_pixel"]) for row in rows if row.get("metres_per_pixel")]
     with contextlib.suppress(OrionError):
-        receipt = read_manifest(folder)
-        if receipt and receipt.figures.get("split_distance_km"):
-            return max(metres) or _METRES_PER_PIXEL, float(receipt.figures["split_distance_km"])
+        stage_manifest = read_manifest(folder)
+        if stage_manifest and stage_manifest.figures.get("split_distance_km"):
+            return max(metres) or _METRES_PER_PIXEL, float(stage_manifest.figures["split_distance_km"])
     return max(metres) or _METRES_PER_PIXEL, _SPLIT_DISTANCE_KM
 
 
@@ -241,12 +241,12 @@ def _balance(counts: Mapping[Split, Mapping[str, int]]) -> Iterator[Finding]:
 
 
 def _few(told: str, fewest: int) -> str:
-    from orion_triage.evaluate.statistics import wilson
+    from scipy.stats import binomtest
 
     right = (fewest + 1) // 2
-    low, high = wilson(right, fewest)
-    interval = f"{right} of {fewest} right has the 95 % interval {100 * low:.0f}..{100 * high:.0f} %"
-    return f"the test split has few pictures ({told}): {interval}."
+    interval = binomtest(right, fewest).proportion_ci(method="wilson")
+    bounds = f"{100 * interval.low:.0f}..{100 * interval.high:.0f} %"
+    return f"the test split has few pictures ({told}): {right} of {fewest} right has the 95 % interval {bounds}."
 
 
 def _twins(entries: Sequence[Entry]) -> Iterator[Finding]:
