@@ -7,7 +7,7 @@
 # make audit  ask the advisory service about every pinned library; a library that it does not know is a failure
 # make torture  kills, failing disks, hostile input, 10,000 frames: what docs/reliability.md shows (an hour)
 # make bench  set up and compare time and memory with the published recipe (on a machine that does nothing else)
-# make pins   write constraints.txt and constraints-dev.txt anew, from the ranges in pyproject.toml
+# make pins   write constraints.txt and constraints-dev.txt from the ranges in pyproject.toml
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -15,7 +15,7 @@ BIN    := $(VENV)/bin
 # What each of the two environments was made from: another set of pins makes it again.
 READY     := $(VENV)/.ready-$(shell cat constraints.txt pyproject.toml | sha256sum | cut -c1-16)
 READY_DEV := $(VENV)/.ready-dev-$(shell cat constraints*.txt pyproject.toml | sha256sum | cut -c1-16)
-PINS := --universal --python-version 3.11.5 --generate-hashes --no-header --quiet
+PINS := --universal --python-version 3.11.5 --generate-hashes --quiet --custom-compile-command "make pins"
 # Two tests beside each other
 SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -84,13 +84,10 @@ $(READY_DEV): $(READY) constraints-dev.txt
 	rm -f $(VENV)/.ready-dev-*
 	touch $@
 
+# Pins that still fit stay as they are; UPGRADE=--upgrade takes the newest.
 pins: setup
-	{ echo "# What 'orion' needs, at exact versions with hashes. Written by 'make pins'."; \
-		$(BIN)/uv pip compile $(PINS) pyproject.toml --extra imagery --group setup; } > constraints.new
-	mv constraints.new constraints.txt
-	{ echo "# What tests, lint and pages need beside constraints.txt. Written by 'make pins'."; \
-		$(BIN)/uv pip compile $(PINS) --group dev -c constraints.txt; } > constraints.new
-	mv constraints.new constraints-dev.txt
+	$(BIN)/uv pip compile $(PINS) pyproject.toml --extra imagery --group setup $(UPGRADE) -o constraints.txt
+	$(BIN)/uv pip compile $(PINS) --group dev -c constraints.txt $(UPGRADE) -o constraints-dev.txt
 
 clean:
 	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache
