@@ -27,6 +27,7 @@ from orion_triage.mission.verdict import Verdict
 from orion_triage.models.load import load_model, load_processor, resolve_base
 from orion_triage.settings import load_settings
 from orion_triage.train import fine_tune
+from orion_triage.train.trainer import collator
 
 
 def synchronize() -> None:
@@ -76,7 +77,7 @@ def main() -> None:
     for target in load_catalogue()[: settings.fine_tune.micro_batch_size]:
         records.append(Record(target.name, target.coordinates, Verdict(target.reason, target.category)))
         frames[target.name] = shrink(draw_tile(target.morphology, tile_seed(0, target.name)).image, size)
-    batch = fine_tune.collator(processor, frames)(records).to(device)
+    batch = collator(processor, frames)(records).to(device)
 
     def step() -> None:
         with torch.autocast(device.split(":")[0], getattr(torch, precision), enabled=precision != "float32"):

@@ -41,6 +41,7 @@ from orion_triage.runs.run import Run, prepare
 from orion_triage.safe.files import write_text
 from orion_triage.settings import Settings, load_settings
 from orion_triage.train import fine_tune
+from orion_triage.train.trainer import collator, make_trainer
 
 RESULTS = Path(__file__).parent / "results" / "faults.json"
 
@@ -129,12 +130,12 @@ def train(recipe: Recipe, run: Run, folder: Path) -> dict[str, Any]:
         model = add_unresolved_adapter(model, settings)
     else:
         model, _ = fine_tune.add_adapter(model, settings.fine_tune)
-    collate = fine_tune.collator(processor, frames)
+    collate = collator(processor, frames)
     if recipe.loss_everywhere:
         collate = loss_everywhere(collate, processor, frames)
     with warnings.catch_warnings():
         fine_tune._filter_warnings("cpu")
-        trainer = fine_tune.make_trainer(
+        trainer = make_trainer(
             model,
             collate,
             train_records,

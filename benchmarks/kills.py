@@ -33,7 +33,7 @@ from orion_triage.pipeline import stages
 from orion_triage.runs.manifest import read_manifest
 from orion_triage.runs.run import WORK_FOLDER, Run, open_run
 from orion_triage.safe.files import write_text
-from orion_triage.train.fine_tune import CHECKPOINTS, HASHES_FILE
+from orion_triage.train.checkpoints import CHECKPOINTS, HASHES_FILE
 
 RESULTS = Path(__file__).parent / "results" / "kills.json"
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)

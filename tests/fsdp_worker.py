@@ -20,6 +20,7 @@ from orion_triage.models.load import load_model, load_processor
 from orion_triage.progress import silent
 from orion_triage.settings import FineTuneSettings
 from orion_triage.train import fine_tune
+from orion_triage.train.trainer import collator
 
 
 def adapted(base: Path) -> Any:
@@ -39,7 +40,7 @@ def main() -> None:
     rank, count = torch.distributed.get_rank(), torch.distributed.get_world_size()
     records = read_split(dataset, "train")[: 2 * count]
     frames = fine_tune.decode_frames(dataset, records, 256, silent)
-    collate = fine_tune.collator(load_processor(base, 256), frames)
+    collate = collator(load_processor(base, 256), frames)
     batches = [collate(records[2 * number : 2 * number + 2]) for number in range(count)]
 
     whole = adapted(base)

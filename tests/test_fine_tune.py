@@ -13,6 +13,8 @@ from orion_triage.models.load import expand_four_bit, fingerprint, load_model, l
 from orion_triage.progress import silent
 from orion_triage.settings import FineTuneSettings
 from orion_triage.train import fine_tune
+from orion_triage.train.grouping import groupings
+from orion_triage.train.trainer import collator, make_trainer
 
 # Spoken by PEFT and by a CPU's paged optimizer; `run` filters them, its parts do not.
 pytestmark = [
@@ -114,9 +116,9 @@ def test_only_adapter_weights_move_and_all_of_them(
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     records = read_split(small_dataset, "train")[:16]
     frames = fine_tune.decode_frames(small_dataset, records, 256, silent)
-    collate = fine_tune.collator(load_processor(small_base, 256), frames)
+    collate = collator(load_processor(small_base, 256), frames)
     settings = QUICK.model_copy(update={"epochs": 1})
-    trainer = fine_tune.make_trainer(model, collate, records, records[:4], settings, "cpu", "float32", tmp_path, silent)
+    trainer = make_trainer(model, collate, records, records[:4], settings, "cpu", "float32", tmp_path, silent)
     trainer.train()
     assert trainer.state.global_step == 2
     moved = {name for name, value in model.named_parameters() if not value.equal(before[name])}
@@ -132,7 +134,7 @@ def test_gradients_cross_the_four_bit_layers_even_after_an_evaluation(small_base
     processor = load_processor(small_base, 256)
     records = read_split(small_dataset, "train")[:2]
     frames = fine_tune.decode_frames(small_dataset, records, 256, silent)
-    batch = fine_tune.collator(processor, frames)(records)
+    batch = collator(processor, frames)(records)
 
     def gradients(model: Any) -> dict[str, Any]:
         with torch.no_grad():
@@ -173,7 +175,7 @@ def test_loss_of_a_training_batch_is_the_loss_of_the_whole_rows(small_base: Path
         [record.verdict.to_json() for record in records],
     )
     model = load_model(small_base, dtype="float32")
-    cut = fine_tune.collator(processor, frames)(records)
+    cut = collator(processor, frames)(records)
     with torch.no_grad():
         first, second = model(**whole), model(**cut)
     assert float(second.loss) == pytest.approx(float(first.loss), abs=1e-5)
@@ -202,7 +204,7 @@ def test_gradients_are_those_of_the_plain_recipe(small_base: Path, small_dataset
             value.data.normal_(0, 0.02, generator=generator)
             other.data.copy_(value.data)
 
-    batch = fine_tune.collator(processor, frames)(records)
+    batch = collator(processor, frames)(records)
     assert len(batch["pixel_values"]) == 3  # of six rows
     (ours.train()(**batch).loss).backward()
     tokens = 0
@@ -277,10 +279,10 @@ def test_faster_dropout_has_the_distribution_of_torchs(small_base: Path) -> None
 def test_groupings_keep_the_records_of_a_step() -> None:
     settings = FineTuneSettings()  # 1 x 16 with checkpointing
     found = [(g.micro_batch_size, g.gradient_accumulation_steps, g.gradient_checkpointing)
-             for g in fine_tune.groupings(settings)]  # fmt: skip
+             for g in groupings(settings)]  # fmt: skip
     assert found == [(16, 1, False), (8, 2, False), (4, 4, False), (2, 8, False), (1, 16, False),
                      (16, 1, True), (8, 2, True), (4, 4, True), (2, 8, True), (1, 16, True)]  # fmt: skip
-    assert [g.gradient_checkpointing for g in fine_tune.groupings(QUICK)] == [False]
+    assert [g.gradient_checkpointing for g in groupings(QUICK)] == [False]
 
 
 def test_batch_two_by_one_equals_one_by_two(small_base: Path, small_dataset: Path, tmp_path: Path) -> None:
@@ -411,7 +413,7 @@ def test_every_line_of_the_file_is_trained_on(small_dataset: Path, small_base: P
     records = read_split(small_dataset, "train")
     lines = split_path(small_dataset, "train").read_text().splitlines()
     frames = fine_tune.decode_frames(small_dataset, records, 256, silent)
-    batch = fine_tune.collator(load_processor(small_base, 256), frames)(records)
+    batch = collator(load_processor(small_base, 256), frames)(records)
     tokenizer = load_processor(small_base, 256).tokenizer
     for line, ids in zip(lines, batch["input_ids"], strict=True):
         user, assistant = (turn["content"] for turn in json.loads(line)["conversations"])

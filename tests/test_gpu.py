@@ -15,7 +15,9 @@ from orion_triage.models.load import load_model, load_processor
 from orion_triage.progress import silent
 from orion_triage.settings import EvaluateSettings, FineTuneSettings, FuseSettings
 from orion_triage.train import fine_tune
+from orion_triage.train.checkpoints import CHECKPOINTS
 from orion_triage.train.preflight import preflight
+from orion_triage.train.trainer import collator, make_trainer
 
 
 def _has_gpu() -> bool:
@@ -73,7 +75,7 @@ def test_the_first_loss_is_the_cpus(small_base: Path, small_dataset: Path, tmp_p
     losses = {}
     records = read_split(small_dataset, "train")[:8]
     frames = fine_tune.decode_frames(small_dataset, records, 256, silent)
-    batch = fine_tune.collator(load_processor(small_base, 256), frames)(records)
+    batch = collator(load_processor(small_base, 256), frames)(records)
     for device, dtype in (("cpu", "float32"), ("cuda", "float16")):
         import torch
 
@@ -90,10 +92,8 @@ def test_the_optimizer_is_paged(small_base: Path, small_dataset: Path, tmp_path:
     model, _ = fine_tune.add_adapter(model, settings)
     records = read_split(small_dataset, "train")[:8]
     frames = fine_tune.decode_frames(small_dataset, records, 256, silent)
-    collate = fine_tune.collator(load_processor(small_base, 256), frames)
-    trainer = fine_tune.make_trainer(
-        model, collate, records, records[:4], settings, "cuda:0", "float16", tmp_path, silent
-    )
+    collate = collator(load_processor(small_base, 256), frames)
+    trainer = make_trainer(model, collate, records, records[:4], settings, "cuda:0", "float16", tmp_path, silent)
     trainer.train()
     optimizer = trainer.optimizer.optimizer
     assert type(optimizer).__module__.startswith("bitsandbytes")
@@ -120,7 +120,7 @@ def test_evaluation_answers_like_the_cpu(small_base: Path, small_frames: list[An
 
 def test_an_interrupted_training_goes_on(small_base: Path, small_dataset: Path, tmp_path: Path) -> None:
     first = fine_tune.run(small_base, small_dataset, tmp_path / "a", tmp_path / "work", SETTINGS, 256)
-    checkpoints = sorted((tmp_path / "work" / fine_tune.CHECKPOINTS).glob("checkpoint-*"))
+    checkpoints = sorted((tmp_path / "work" / CHECKPOINTS).glob("checkpoint-*"))
     state = json.loads((checkpoints[-1] / "trainer_state.json").read_text())
     assert state["global_step"] == first["steps"]
     second = fine_tune.run(small_base, small_dataset, tmp_path / "b", tmp_path / "work", SETTINGS, 256)

@@ -29,6 +29,8 @@ from orion_triage.runs import manifest
 from orion_triage.safe import files
 from orion_triage.settings import FineTuneSettings
 from orion_triage.train import fine_tune
+from orion_triage.train.checkpoints import HASHES_FILE
+from orion_triage.train.trainer import _watch
 
 WAIT_SECONDS = 30
 # A command that has begun to write into the run folder that it is given, and does not end by itself.
@@ -310,7 +312,7 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(
     again = fine_tune.run(small_base, small_dataset, tmp_path / "again", work, settings, 256)
     assert again["resumed_from_step"] == 6
     assert again["eval_losses"] == pytest.approx(straight["eval_losses"], rel=1e-4)
-    (work / "checkpoints" / names[-1] / fine_tune.HASHES_FILE).unlink()  # as a kill before the last write leaves it
+    (work / "checkpoints" / names[-1] / HASHES_FILE).unlink()  # as a kill before the last write leaves it
     assert fine_tune.run(small_base, small_dataset, tmp_path / "third", work, settings, 256)["resumed_from_step"] == 6
 
 
@@ -327,8 +329,8 @@ def test_a_loss_that_is_no_number_stops_training_and_names_the_last_good_checkpo
     checkpoints = tmp_path / "checkpoints"
     for step, whole in ((3, True), (6, False)):
         (checkpoints / f"checkpoint-{step}").mkdir(parents=True)
-        (checkpoints / f"checkpoint-{step}" / fine_tune.HASHES_FILE).write_text("{}" if whole else "")
-    watch = fine_tune._watch(lambda *_: None)
+        (checkpoints / f"checkpoint-{step}" / HASHES_FILE).write_text("{}" if whole else "")
+    watch = _watch(lambda *_: None)
     state = SimpleNamespace(global_step=7, max_steps=9)
     with pytest.raises(OrionError, match=r"eval_loss is nan at step 7 of 9; the last good checkpoint is .*-3\."):
         watch.on_log(SimpleNamespace(output_dir=str(checkpoints)), state, None, {"eval_loss": float("nan")})
@@ -345,13 +347,13 @@ from orion_triage.settings import FineTuneSettings
 from orion_triage.errors import OrionError
 base, dataset, out = map(Path, sys.argv[1:])
 settings = FineTuneSettings(micro_batch_size=8, gradient_accumulation_steps=1, epochs=1, gradient_checkpointing=False)
-make_trainer = fine_tune.make_trainer
+make_trainer = make_trainer
 def limited(*arguments):
     trainer = make_trainer(*arguments)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 20_000_000,) * 2)
     return trainer
-fine_tune.make_trainer = limited
+make_trainer = limited
 try:
     fine_tune.run(base, dataset, out / "out", out / "work", settings, 256)
 except OrionError as error:

@@ -4,13 +4,10 @@ import base64
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from orion_triage.errors import AnswerError, ServerError
 from orion_triage.safe.reading import parse_json, shown
-
-if TYPE_CHECKING:
-    pass
 
 _NOT_UTF8 = b"does not match the expected Content-only format"  # llama.cpp's word for an answer of broken bytes
 _NOT_TEXT = ("the answer is not UTF-8.", "Decode greedily, or under the grammar.")

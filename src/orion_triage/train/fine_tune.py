@@ -6,13 +6,8 @@ verdict's tokens only. The records are trained on as they stand in the file, wit
 
 import importlib.util
 import json
-import math
-import shutil
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from functools import cache
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +17,7 @@ from orion_triage.errors import OrionError
 from orion_triage.imagery.frames import read_frame
 from orion_triage.mission.prompt import render_prompt
 from orion_triage.models.adapter import BASE_FILE, Census, resolve_targets, tower_of
-from orion_triage.models.encode import IGNORED, EncodedImage, EncodedRow, check_template, encode_image, encode_row, pad
+from orion_triage.models.encode import check_template
 from orion_triage.models.generate import vision_features
 from orion_triage.models.licence import README
 from orion_triage.models.load import (
@@ -34,21 +29,20 @@ from orion_triage.models.load import (
     load_processor,
 )
 from orion_triage.progress import Progress, silent
-from orion_triage.runs.manifest import hash_inputs, hash_outputs
-from orion_triage.safe.files import naming, replaced_folder, require_free_space, sha256_of_text, write_text
+from orion_triage.safe.files import naming, replaced_folder, require_free_space, write_text
 from orion_triage.settings import FineTuneSettings
+from orion_triage.train.checkpoints import CHECKPOINTS, last_checkpoint, prepare_work_folder, remove_damaged
+from orion_triage.train.grouping import CPU_MEMORY_FULL, advice_for_less_memory, fill_gpu
 from orion_triage.train.preflight import preflight
+from orion_triage.train.trainer import collator, heard_once, losses_of, make_trainer, stop_charts
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
-    from transformers import BatchFeature, Trainer, TrainerCallback
     from transformers.models.lfm2_vl import Lfm2VlProcessor
 
 CENSUS_FILE = "census.json"
 LOSS_FILE = "loss_log.json"
-CHECKPOINTS = "checkpoints"
-HASHES_FILE = "sha256.json"  # of a checkpoint's files; it is written last
 PREFLIGHT_FRAMES = 8
 # An adapter of rank 16 is about 1 % of the model; a checkpoint adds two optimizer states and three are kept.
 _CHECKPOINT_SHARE = 0.15
@@ -82,7 +76,7 @@ def run(
     require_free_space(work_folder, int(weights * _CHECKPOINT_SHARE) + 50_000_000, "fine-tuning")
     base_sha256 = fingerprint(base)
     if processes.is_main():
-        _prepare_work_folder(work_folder, settings, frame_size, base_sha256, dataset, precision)
+        prepare_work_folder(work_folder, settings, frame_size, base_sha256, dataset, precision)
     processes.wait()
     checkpoints = work_folder / CHECKPOINTS
 
@@ -105,10 +99,10 @@ def run(
     if four_bit and device == "cpu":
         model = expand_four_bit(model)
 
-    _remove_damaged(checkpoints)
-    resume_from = _last_checkpoint(checkpoints)
+    remove_damaged(checkpoints)
+    resume_from = last_checkpoint(checkpoints)
     resumed_step = int(resume_from.name.rsplit("-", 1)[1]) if resume_from else 0
-    with warnings.catch_warnings(), naming(work_folder), _heard_once():
+    with warnings.catch_warnings(), naming(work_folder), heard_once():
         _filter_warnings(device)
         set_seed(settings.seed)
         model, census = add_adapter(model, settings)
@@ -123,13 +117,15 @@ def run(
         try:
             trained = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
         except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and _CPU_MEMORY_FULL not in str(error):
+            if not isinstance(error, torch.OutOfMemoryError) and CPU_MEMORY_FULL not in str(error):
                 raise
-            raise OrionError(f"fine-tuning: memory is full: {str(error).splitlines()[0]}", _smaller(settings)) from None
+            raise OrionError(
+                f"fine-tuning: memory is full: {str(error).splitlines()[0]}", advice_for_less_memory(settings)
+            ) from None
         finally:
-            _stop_charts(trainer)
+            stop_charts(trainer)
         weights_of_all = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # with FSDP, all put theirs together
-    log = _losses(trainer)
+    log = losses_of(trainer)
 
     # A name that means something elsewhere; PEFT puts in this machine's path.
     written = model.peft_config["default"]
@@ -186,82 +182,6 @@ def _look_once(
     return features
 
 
-def groupings(settings: FineTuneSettings) -> list[FineTuneSettings]:
-    """The settings with the same records a step in larger groups, the fastest first, as they are last.
-
-    Recomputing costs a third of the time, and a group of two or more fills a GPU, so all groups without checkpointing
-    come before those with it.
-    """
-    records = settings.micro_batch_size * settings.gradient_accumulation_steps
-    sizes = [size for size in range(records, settings.micro_batch_size - 1, -1) if records % size == 0]
-    kinds = (False, True) if settings.gradient_checkpointing else (False,)
-    return [
-        settings.model_copy(
-            update={
-                "micro_batch_size": size,
-                "gradient_accumulation_steps": records // size,
-                "gradient_checkpointing": checkpointing,
-            }
-        )
-        for checkpointing in kinds
-        for size in sizes
-    ]
-
-
-_LARGEST_GPU_SHARE = 0.85  # of its memory, in the trial; the optimizer's state comes on top, and fragments
-
-
-def fill_gpu(
-    model: Any,
-    collate: "Callable[[list[Record]], BatchFeature]",
-    records: list[Record],
-    settings: FineTuneSettings,
-    precision: str,
-) -> FineTuneSettings:
-    """The first of `groupings` whose forward and backward pass over the longest records fits the GPU, by trying."""
-    import torch
-
-    longest = sorted(records, key=lambda record: -len(record.prompt + record.verdict.to_json()))
-    total = torch.cuda.get_device_properties(model.device).total_memory
-    *larger, as_set = groupings(settings)
-    model.train()
-    for grouping in larger:
-        if grouping.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        torch.cuda.reset_peak_memory_stats(model.device)
-        try:
-            with torch.random.fork_rng([model.device]), torch.autocast("cuda", getattr(torch, precision)):
-                batch = collate(longest[: grouping.micro_batch_size]).to(model.device)
-                model(**batch).loss.backward()
-            fits = torch.cuda.max_memory_allocated(model.device) < _LARGEST_GPU_SHARE * total
-        except torch.cuda.OutOfMemoryError:
-            fits = False
-        finally:
-            model.zero_grad(set_to_none=True)
-            model.gradient_checkpointing_disable()
-            torch.cuda.empty_cache()
-        if fits:
-            return grouping
-    return as_set
-
-
-_CPU_MEMORY_FULL = "can't allocate memory"  # torch's word; on a GPU it has an error of its own
-
-
-def _smaller(settings: FineTuneSettings) -> str:
-    """Which setting takes less memory next, with the same records a step."""
-    size, count = settings.micro_batch_size, settings.gradient_accumulation_steps
-    if size > 1:
-        half = next(part for part in range(size // 2, 0, -1) if size % part == 0)
-        more = count * size // half
-        return (
-            f"Set fine_tune.micro_batch_size={half} and fine_tune.gradient_accumulation_steps={more}: the same steps."
-        )
-    if not settings.gradient_checkpointing:
-        return "Set fine_tune.gradient_checkpointing=true: a third more time, far less memory."
-    return "Set base.frame_size to 384 or 256, or take a GPU with more memory."
-
-
 def has_fast_convolution() -> bool:
     """Whether the package is there whose GPU kernel transformers takes for LFM2's short convolutions."""
     return importlib.util.find_spec("causal_conv1d") is not None
@@ -292,56 +212,6 @@ def _device_and_precision(settings: FineTuneSettings) -> tuple[str, str, str]:
     if settings.precision == "float32":
         return "cpu", "float32", ""
     return "cpu", "float32", f"no GPU: trained in float32 instead of {settings.precision}"
-
-
-def _prepare_work_folder(
-    work_folder: Path,
-    settings: FineTuneSettings,
-    frame_size: int,
-    base_sha256: str,
-    dataset: Path,
-    precision: str,
-) -> None:
-    """Empty the folder of the checkpoints unless they come from the same settings and inputs."""
-    inputs = {
-        "settings": settings.model_dump(mode="json"),
-        "frame_size": frame_size,
-        "base": base_sha256,
-        "dataset": hash_inputs({"dataset": dataset})["dataset"],
-        "precision": precision,
-        "processes": processes.count(),
-    }
-    fingerprint = sha256_of_text(json.dumps(inputs, sort_keys=True))
-    stage_manifest, checkpoints = work_folder / "fingerprint.txt", work_folder / CHECKPOINTS
-    if not stage_manifest.is_file() or stage_manifest.read_text(encoding="utf-8") != fingerprint:
-        shutil.rmtree(checkpoints, ignore_errors=True)
-        shutil.rmtree(work_folder / "tensorboard", ignore_errors=True)
-        write_text(stage_manifest, fingerprint)
-
-
-def _checkpoints_in(checkpoints: Path) -> list[Path]:
-    """Oldest first."""
-    return sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether every file has the hash that was written last."""
-    try:
-        hashes = json.loads((checkpoint / HASHES_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return bool(hashes == hash_outputs(checkpoint, without=HASHES_FILE))
-
-
-def _last_checkpoint(checkpoints: Path) -> Path | None:
-    return next((folder for folder in reversed(_checkpoints_in(checkpoints)) if _is_whole(folder)), None)
-
-
-def _remove_damaged(checkpoints: Path) -> None:
-    """A checkpoint that a kill cut, or whose bits changed: its steps are done again, into an empty folder."""
-    for folder in _checkpoints_in(checkpoints):
-        if not _is_whole(folder):
-            shutil.rmtree(folder)
 
 
 def decode_frames(
@@ -405,179 +275,6 @@ def _trainable_by_tower(model: Any) -> dict[str, int]:
             tower = tower_of(name) or "head"
             counts[tower] = counts.get(tower, 0) + parameter.numel()
     return counts
-
-
-def collator(
-    processor: "Lfm2VlProcessor",
-    frames: "dict[str, Image.Image]",
-    features: "Mapping[str, torch.Tensor] | None" = None,
-) -> "Callable[[list[Record]], BatchFeature]":
-    """Records -> one training batch: `vlm.pad`'s, without work that moves no gradient.
-
-    Each frame and text is encoded once and kept (0.8 MB a frame at 256 px, 3.1 MB at 512). Logits are computed from the
-    token before the first verdict on, and `labels` start there too: same loss, a fifth of the logits (float32 logits of
-    a whole row are 120 MB at 1.6B). No attention mask: the padding is on the right, where causal layers never look.
-    `features` [image tokens, text width] by image take the tower's place where it is not trained.
-    """
-
-    @cache
-    def image(name: str) -> EncodedImage:
-        encoded = encode_image(processor, frames[name])
-        if features is None:
-            return encoded
-        return EncodedImage(encoded.tokens, {"image_features": features[name].unsqueeze(0)})
-
-    @cache
-    def row(record: Record) -> EncodedRow:
-        return encode_row(processor, image(record.image), record.prompt, record.verdict.to_json())
-
-    def collate(records: list[Record]) -> "BatchFeature":
-        batch = pad(processor, [row(record) for record in records])
-        supervised = (batch["labels"] != IGNORED).any(dim=0)
-        first = int(supervised.nonzero()[0, 0]) - 1
-        batch["logits_to_keep"] = batch["labels"].shape[1] - first
-        batch["labels"] = batch["labels"][:, first:].contiguous()
-        del batch["attention_mask"]
-        return batch
-
-    return collate
-
-
-def make_trainer(
-    model: Any,
-    collate: "Callable[[list[Record]], BatchFeature]",
-    train_records: list[Record],
-    val_records: list[Record],
-    settings: FineTuneSettings,
-    device: str,
-    precision: str,
-    checkpoints: Path,
-    progress: Progress,
-) -> "Trainer":
-    from torch.utils.tensorboard import SummaryWriter
-    from transformers import Trainer, TrainingArguments
-    from transformers.integrations import TensorBoardCallback
-    from transformers.trainer_callback import PrinterCallback
-
-    steps_an_epoch = math.ceil(
-        math.ceil(len(train_records) / settings.micro_batch_size) / settings.gradient_accumulation_steps
-    )
-    arguments = TrainingArguments(
-        output_dir=str(checkpoints),
-        per_device_train_batch_size=settings.micro_batch_size,
-        per_device_eval_batch_size=settings.micro_batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        learning_rate=settings.learning_rate,
-        num_train_epochs=settings.epochs,
-        optim=settings.optimizer,
-        lr_scheduler_type=settings.learning_rate_schedule,
-        warmup_steps=math.ceil(settings.warmup_fraction * steps_an_epoch * settings.epochs),
-        fp16=device != "cpu" and precision == "float16",
-        bf16=device != "cpu" and precision == "bfloat16",
-        gradient_checkpointing=settings.gradient_checkpointing,
-        # The reentrant kind needs inputs that require gradients, which a frozen base does not have.
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-        seed=settings.seed,
-        data_seed=settings.seed,
-        use_cpu=device == "cpu",
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        save_total_limit=3,  # should the newest be damaged, there is one before it
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
-        prediction_loss_only=True,
-        logging_strategy="steps",
-        logging_steps=1,
-        logging_nan_inf_filter=False,  # it would replace a broken loss by the average; see _watch
-        remove_unused_columns=False,
-        label_names=["labels"],
-        dataloader_num_workers=0,
-        dataloader_pin_memory=device != "cpu",
-        ddp_find_unused_parameters=False,
-        disable_tqdm=True,
-        report_to="none",
-    )
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        data_collator=collate,
-        train_dataset=train_records,
-        eval_dataset=val_records,
-        callbacks=[
-            _watch(progress),
-            TensorBoardCallback(SummaryWriter(str(checkpoints.parent / "tensorboard"))),
-        ],
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-def _watch(progress: Progress) -> "TrainerCallback":
-    """Report each step, and stop at the first loss that is not a number."""
-    from transformers import TrainerCallback
-
-    def kept(args: Any) -> str:
-        folder = _last_checkpoint(Path(args.output_dir))
-        return f"; the last good checkpoint is {folder}" if folder else "; there is no checkpoint yet"
-
-    class Watch(TrainerCallback):  # type: ignore[misc]
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            progress("fine-tuning", state.global_step, state.max_steps)
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            progress("fine-tuning", state.global_step, state.max_steps)
-
-        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if processes.is_main():
-                folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-                write_text(folder / HASHES_FILE, json.dumps(hash_outputs(folder, without=HASHES_FILE), indent=1) + "\n")
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-            for name in ("loss", "eval_loss"):
-                value = (logs or {}).get(name)
-                if value is not None and not math.isfinite(value):
-                    raise OrionError(
-                        f"fine-tuning: {name} is {value} at step {state.global_step} of {state.max_steps}{kept(args)}.",
-                        "Lower fine_tune.learning_rate, or set fine_tune.precision=bfloat16 on a GPU.",
-                    )
-
-    return Watch()
-
-
-def _stop_charts(trainer: "Trainer") -> None:
-    """Let TensorBoard's thread end, which a training that broke off leaves running."""
-    for callback in trainer.callback_handler.callbacks:
-        if writer := getattr(callback, "tb_writer", None):
-            with suppress(OSError):  # what broke the training off is said
-                writer.close()
-
-
-@contextmanager
-def _heard_once() -> Iterator[None]:
-    """TensorBoard's thread keeps the OSError of a write, for our next one to raise: it need not print it as well."""
-    before = threading.excepthook
-
-    def speak(arguments: threading.ExceptHookArgs) -> None:
-        ours = type(arguments.thread).__module__.startswith("tensorboard.")
-        if not (ours and isinstance(arguments.exc_value, OSError)):
-            before(arguments)
-
-    threading.excepthook = speak
-    try:
-        yield
-    finally:
-        threading.excepthook = before
-
-
-def _losses(trainer: "Trainer") -> list[dict[str, float]]:
-    """The training loss of every step and the validation loss of every epoch, in order."""
-    kept = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm")
-    return [
-        {key: entry[key] for key in kept if key in entry}
-        for entry in trainer.state.log_history
-        if "loss" in entry or "eval_loss" in entry
-    ]
 
 
 def read_losses(adapter: Path) -> list[dict[str, float]]:

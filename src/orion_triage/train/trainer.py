@@ -1,0 +1,199 @@
+"""Records -> batches, and transformers' Trainer set up as the recipe says."""
+
+import json
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orion_triage import processes
+from orion_triage.dataset.records import Record
+from orion_triage.errors import OrionError
+from orion_triage.models.encode import IGNORED, EncodedImage, EncodedRow, encode_image, encode_row, pad
+from orion_triage.progress import Progress
+from orion_triage.runs.manifest import hash_outputs
+from orion_triage.safe.files import write_text
+from orion_triage.settings import FineTuneSettings
+from orion_triage.train.checkpoints import HASHES_FILE, last_checkpoint
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+    from transformers import BatchFeature, Trainer, TrainerCallback
+    from transformers.models.lfm2_vl import Lfm2VlProcessor
+
+
+def collator(
+    processor: "Lfm2VlProcessor",
+    frames: "dict[str, Image.Image]",
+    features: "Mapping[str, torch.Tensor] | None" = None,
+) -> "Callable[[list[Record]], BatchFeature]":
+    """Records -> one training batch: `vlm.pad`'s, without work that moves no gradient.
+
+    Each frame and text is encoded once and kept (0.8 MB a frame at 256 px, 3.1 MB at 512). Logits are computed from the
+    token before the first verdict on, and `labels` start there too: same loss, a fifth of the logits (float32 logits of
+    a whole row are 120 MB at 1.6B). No attention mask: the padding is on the right, where causal layers never look.
+    `features` [image tokens, text width] by image take the tower's place where it is not trained.
+    """
+
+    @cache
+    def image(name: str) -> EncodedImage:
+        encoded = encode_image(processor, frames[name])
+        if features is None:
+            return encoded
+        return EncodedImage(encoded.tokens, {"image_features": features[name].unsqueeze(0)})
+
+    @cache
+    def row(record: Record) -> EncodedRow:
+        return encode_row(processor, image(record.image), record.prompt, record.verdict.to_json())
+
+    def collate(records: list[Record]) -> "BatchFeature":
+        batch = pad(processor, [row(record) for record in records])
+        supervised = (batch["labels"] != IGNORED).any(dim=0)
+        first = int(supervised.nonzero()[0, 0]) - 1
+        batch["logits_to_keep"] = batch["labels"].shape[1] - first
+        batch["labels"] = batch["labels"][:, first:].contiguous()
+        del batch["attention_mask"]
+        return batch
+
+    return collate
+
+
+def make_trainer(
+    model: Any,
+    collate: "Callable[[list[Record]], BatchFeature]",
+    train_records: list[Record],
+    val_records: list[Record],
+    settings: FineTuneSettings,
+    device: str,
+    precision: str,
+    checkpoints: Path,
+    progress: Progress,
+) -> "Trainer":
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers import Trainer, TrainingArguments
+    from transformers.integrations import TensorBoardCallback
+    from transformers.trainer_callback import PrinterCallback
+
+    steps_an_epoch = math.ceil(
+        math.ceil(len(train_records) / settings.micro_batch_size) / settings.gradient_accumulation_steps
+    )
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        per_device_train_batch_size=settings.micro_batch_size,
+        per_device_eval_batch_size=settings.micro_batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        learning_rate=settings.learning_rate,
+        num_train_epochs=settings.epochs,
+        optim=settings.optimizer,
+        lr_scheduler_type=settings.learning_rate_schedule,
+        warmup_steps=math.ceil(settings.warmup_fraction * steps_an_epoch * settings.epochs),
+        fp16=device != "cpu" and precision == "float16",
+        bf16=device != "cpu" and precision == "bfloat16",
+        gradient_checkpointing=settings.gradient_checkpointing,
+        # The reentrant kind needs inputs that require gradients, which a frozen base does not have.
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        seed=settings.seed,
+        data_seed=settings.seed,
+        use_cpu=device == "cpu",
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=3,  # should the newest be damaged, there is one before it
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        prediction_loss_only=True,
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # it would replace a broken loss by the average; see _watch
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_num_workers=0,
+        dataloader_pin_memory=device != "cpu",
+        ddp_find_unused_parameters=False,
+        disable_tqdm=True,
+        report_to="none",
+    )
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        data_collator=collate,
+        train_dataset=train_records,
+        eval_dataset=val_records,
+        callbacks=[
+            _watch(progress),
+            TensorBoardCallback(SummaryWriter(str(checkpoints.parent / "tensorboard"))),
+        ],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _watch(progress: Progress) -> "TrainerCallback":
+    """Report each step, and stop at the first loss that is not a number."""
+    from transformers import TrainerCallback
+
+    def kept(args: Any) -> str:
+        folder = last_checkpoint(Path(args.output_dir))
+        return f"; the last good checkpoint is {folder}" if folder else "; there is no checkpoint yet"
+
+    class Watch(TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            progress("fine-tuning", state.global_step, state.max_steps)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            progress("fine-tuning", state.global_step, state.max_steps)
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if processes.is_main():
+                folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+                write_text(folder / HASHES_FILE, json.dumps(hash_outputs(folder, without=HASHES_FILE), indent=1) + "\n")
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+            for name in ("loss", "eval_loss"):
+                value = (logs or {}).get(name)
+                if value is not None and not math.isfinite(value):
+                    raise OrionError(
+                        f"fine-tuning: {name} is {value} at step {state.global_step} of {state.max_steps}{kept(args)}.",
+                        "Lower fine_tune.learning_rate, or set fine_tune.precision=bfloat16 on a GPU.",
+                    )
+
+    return Watch()
+
+
+def stop_charts(trainer: "Trainer") -> None:
+    """Let TensorBoard's thread end, which a training that broke off leaves running."""
+    for callback in trainer.callback_handler.callbacks:
+        if writer := getattr(callback, "tb_writer", None):
+            with suppress(OSError):  # what broke the training off is said
+                writer.close()
+
+
+@contextmanager
+def heard_once() -> Iterator[None]:
+    """TensorBoard's thread keeps the OSError of a write, for our next one to raise: it need not print it as well."""
+    before = threading.excepthook
+
+    def speak(arguments: threading.ExceptHookArgs) -> None:
+        ours = type(arguments.thread).__module__.startswith("tensorboard.")
+        if not (ours and isinstance(arguments.exc_value, OSError)):
+            before(arguments)
+
+    threading.excepthook = speak
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
+def losses_of(trainer: "Trainer") -> list[dict[str, float]]:
+    """The training loss of every step and the validation loss of every epoch, in order."""
+    kept = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm")
+    return [
+        {key: entry[key] for key in kept if key in entry}
+        for entry in trainer.state.log_history
+        if "loss" in entry or "eval_loss" in entry
+    ]
