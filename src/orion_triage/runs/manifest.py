@@ -14,7 +14,7 @@ from typing import Any
 
 from orion_triage import processes
 from orion_triage.errors import OrionError
-from orion_triage.safe.files import (sha256_of_file, write_text)
+from orion_triage.safe.files import sha256_of_file, write_text
 
 FILE_NAME = "manifest.json"
 _SHOWN = 200  # characters of what is wrong with a manifest

@@ -17,6 +17,7 @@ from PIL import Image
 from orion_triage.dataset.sources.source import Picture, Shot
 from orion_triage.dataset.sources.synthetic import landscapes, megastructures, settlements
 from orion_triage.dataset.sources.synthetic.canvas import Canvas, as_array
+from orion_triage.dataset.sources.synthetic.chokepoints import space_military_chokepoint
 from orion_triage.errors import OrionError
 from orion_triage.imagery.frames import CAMERA_SIZE
 from orion_triage.safe.children import workers
@@ -36,7 +37,7 @@ PAINTERS: dict[str, Callable[[Canvas], None]] = {
     "mega_airport": megastructures.mega_airport,
     "energy_dam": megastructures.energy_dam,
     "mega_mine_industry": megastructures.mega_mine_industry,
-    "space_military_chokepoint": megastructures.space_military_chokepoint,
+    "space_military_chokepoint": space_military_chokepoint,
 }
 
 # The scenes that a morphology comes as; one that comes as a single scene has its own name here.
