@@ -23,12 +23,13 @@ from pathlib import Path
 from PIL import Image
 
 from orion_triage.dataset.records import Record, image_path, read_split
-from orion_triage.evaluate.backends import Answer, LlamaCppBackend
+from orion_triage.evaluate.backends import LlamaCppBackend
 from orion_triage.evaluate.statistics import mcnemar
 from orion_triage.export import quantize
 from orion_triage.imagery.frames import noise_frame, read_frame
 from orion_triage.llama_cpp.server import Server
 from orion_triage.llama_cpp.toolchain import find_toolchain
+from orion_triage.mission.answer import Answer
 from orion_triage.mission.prompt import render_prompt
 from orion_triage.mission.verdict import Category, parse_verdict
 from orion_triage.runs.run import newest_run, open_run

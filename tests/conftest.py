@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import filelock
@@ -22,6 +22,7 @@ from PIL import Image
 from orion_triage.dataset.catalogue import COLUMNS, Target, load_catalogue
 from orion_triage.dataset.records import IMAGES_FOLDER, Record, write_split
 from orion_triage.imagery.frames import shrink
+from orion_triage.mission.answer import Answer
 from orion_triage.mission.prompt import Coordinates, render_prompt
 from orion_triage.mission.verdict import CATEGORIES, Category, Verdict
 from orion_triage.models.load import TINY_BASE_FOLDER
@@ -89,6 +90,18 @@ REASONS = {
     Category.MEDIUM: "Ordinary street grid beside checkerboard fields.",
     Category.LOW: "Unbroken dunes without any human infrastructure.",
 }
+
+
+class ConstantBackend:
+    """The same answer to everything: the smallest real Backend, where what answers is not the test's business."""
+
+    batch_size = 16
+
+    def __init__(self, answer: str) -> None:
+        self._answer = answer
+
+    def answer(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[Answer]:
+        return [Answer(self._answer)] * len(prompts)
 
 
 def places_of(*morphologies: str, count: int) -> list[Target]:

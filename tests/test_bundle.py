@@ -22,12 +22,12 @@ from PIL import Image
 
 from orion_triage.errors import OrionError
 from orion_triage.evaluate import threshold
-from orion_triage.evaluate.backends import Answer
 from orion_triage.export import quantize
 from orion_triage.flight import bundle, check_flight
 from orion_triage.llama_cpp.client import Client
 from orion_triage.llama_cpp.server import Server
 from orion_triage.llama_cpp.toolchain import WHEEL_SHA256, Toolchain, find_toolchain
+from orion_triage.mission.answer import Answer
 from orion_triage.mission.prompt import render_prompt
 from orion_triage.mission.verdict import (
     ANSWER_TOKENS,

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from orion_triage.errors import OrionError
-from orion_triage.evaluate.backends import Answer
 from orion_triage.flight.triage import appending, frames_in, left_to_do, triage_files
+from orion_triage.mission.answer import Answer
 from orion_triage.mission.decide import BLANK_REASON, Rules
 from orion_triage.mission.prompt import render_prompt
 from orion_triage.mission.verdict import Category, Verdict
@@ -39,7 +39,8 @@ def test_a_threshold_decides_by_the_scores_and_keeps_the_reason(tmp_path: Path) 
         backend = Saying(low, scores=(0.1, 0.3, 0.6))
         (outcome,) = triage_files([tmp_path / "a.png"], backend, 256, rules=Rules(threshold))
         assert outcome.verdict == Verdict("Long quays.", category)
-        assert outcome.scores == (0.1, 0.3, 0.6)
+        assert outcome.answer is not None
+        assert outcome.answer.scores == (0.1, 0.3, 0.6)
     (plain,) = triage_files([tmp_path / "a.png"], Saying(low, scores=(0.1, 0.3, 0.6)), 256)
     assert plain.verdict == Verdict("Long quays.", Category.LOW)
 

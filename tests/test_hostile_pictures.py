@@ -20,11 +20,11 @@ from PIL import Image
 
 from orion_triage.dataset.build import run as build_dataset
 from orion_triage.errors import FrameError, OrionError
-from orion_triage.evaluate.backends import ConstantBackend
 from orion_triage.flight.triage import triage_files
 from orion_triage.imagery.frames import Frame, decode_frame, read_frame
 from orion_triage.mission.verdict import Category, Verdict
 from orion_triage.settings import DatasetSettings
+from tests.conftest import ConstantBackend
 
 from .conftest import structured_picture
 from .hostile import mutated, outcome

@@ -511,7 +511,7 @@ def test_a_reply_is_an_answer_or_no_answer(client: Client, body: bytes) -> None:
 @example([{"top_logprobs": [{"id": 1, "logprob": 10**400}]}])
 @example({"0": 1})
 def test_probabilities_are_numbers_or_no_answer(listed: Any) -> None:
-    from orion_triage.evaluate.backends import Answer
+    from orion_triage.mission.answer import Answer
 
     found = outcome(first_log_probabilities, {"completion_probabilities": listed}, [1, 2, 3])
     if isinstance(found, OrionError) or found is None:

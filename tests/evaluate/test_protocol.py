@@ -10,14 +10,14 @@ import pytest
 from orion_triage.dataset.records import Record, read_split
 from orion_triage.errors import OrionError
 from orion_triage.evaluate import features
-from orion_triage.evaluate.backends import ConstantBackend
-from orion_triage.evaluate.baselines import LOGISTIC_REGRESSION, LogisticRegression, baselines
+from orion_triage.evaluate.baselines import LOGISTIC_REGRESSION, baselines, logistic_regression
 from orion_triage.evaluate.conditions import NOISE, OPPOSITE, conflict_pairs, questions
 from orion_triage.evaluate.metrics import Prediction, compare, summarize, wilson
 from orion_triage.evaluate.run import read_predictions, run
 from orion_triage.mission.prompt import Coordinates, render_prompt
 from orion_triage.mission.verdict import Category, Verdict
 from orion_triage.settings import EvaluateSettings
+from tests.conftest import ConstantBackend
 
 H, M, L = Category.HIGH, Category.MEDIUM, Category.LOW
 
@@ -173,20 +173,26 @@ def test_baselines_of_a_small_dataset(small_dataset: Path) -> None:
     assert result["coordinates k-NN"]["right"] == round(6 * neighbour.score(places["test"], labels["test"]))
 
 
-def test_logistic_regression_is_scikit_learns() -> None:
-    from sklearn.linear_model import LogisticRegression as Reference
+def test_logistic_regression_has_the_least_loss_with_its_penalty() -> None:
+    """No weights near the fitted ones have less mean negative log-likelihood plus half the penalty of their squares."""
+    from scipy.special import log_softmax
 
     random = np.random.default_rng(0)
     labels = random.integers(0, 3, 90)
     vectors = random.normal(0, 1, (90, 7)) * 5 + labels[:, None] + 3
-    unseen = random.normal(0, 1, (40, 7)) * 5 + 4
+    scaled = (vectors - vectors.mean(0)) / vectors.std(0)
+
+    def loss(weights: np.ndarray, intercepts: np.ndarray, penalty: float) -> float:
+        logarithms = log_softmax(scaled @ weights.T + intercepts, axis=1)
+        return float(-logarithms[np.arange(90), labels].mean() + penalty / 2 * np.sum(weights**2))
+
     for penalty in (0.01, 1.0):
-        ours = LogisticRegression.fit(vectors, labels, penalty)
-        scaled = (vectors - vectors.mean(0)) / vectors.std(0)
-        reference = Reference(C=1 / (penalty * len(vectors)), tol=1e-8, max_iter=5000).fit(scaled, labels)
-        # Only differences between classes are determined, by the intercepts at least.
-        assert ours.weights[:-1] == pytest.approx(reference.coef_.T, abs=1e-3)
-        assert ours.classes(unseen) == reference.predict((unseen - vectors.mean(0)) / vectors.std(0)).tolist()
+        fitted = logistic_regression(vectors, labels, penalty)[-1]
+        least = loss(fitted.coef_, fitted.intercept_, penalty)
+        for _ in range(50):
+            step = random.normal(0, 0.02, fitted.coef_.shape), random.normal(0, 0.02, 3)
+            assert loss(fitted.coef_ + step[0], fitted.intercept_ + step[1], penalty) > least
+        assert loss(fitted.coef_, fitted.intercept_, 10 * penalty) > least  # the penalty counts
 
 
 def test_a_linear_probe_is_a_baseline(small_dataset: Path, small_base: Path, tmp_path: Path) -> None:

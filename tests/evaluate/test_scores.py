@@ -7,11 +7,12 @@ import pytest
 from PIL import Image
 
 from orion_triage.errors import OrionError
-from orion_triage.evaluate.backends import Answer, LlamaCppBackend, TransformersBackend
+from orion_triage.evaluate.backends import LlamaCppBackend, TransformersBackend
 from orion_triage.export import quantize
 from orion_triage.imagery.frames import Frame
 from orion_triage.llama_cpp.server import Server
 from orion_triage.llama_cpp.toolchain import find_toolchain
+from orion_triage.mission.answer import Answer
 from orion_triage.mission.verdict import CATEGORIES, CATEGORY_CUE, Verdict, category_tokens, parse_verdict
 from orion_triage.models import generate
 from orion_triage.models.generate import answer_log_probabilities

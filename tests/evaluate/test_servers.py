@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 
 from orion_triage.errors import OrionError, ServerError
-from orion_triage.evaluate.backends import Answer, LlamaCppBackend
+from orion_triage.evaluate.backends import LlamaCppBackend
 from orion_triage.evaluate.servers import Connected, OpenAIBackend, SharedBackend, connect, share
 from orion_triage.export import quantize
 from orion_triage.llama_cpp.client import Client
 from orion_triage.llama_cpp.server import Server
 from orion_triage.llama_cpp.toolchain import find_toolchain
+from orion_triage.mission.answer import Answer
 from orion_triage.mission.verdict import parse_verdict
 
 TOKENS = 96

@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 from orion_triage.errors import OrionError
-from orion_triage.evaluate.backends import Answer
 from orion_triage.evaluate.metrics import Prediction
 from orion_triage.evaluate.results import as_flown
 from orion_triage.evaluate.threshold import decided, lowest_threshold, measurements, with_blank
 from orion_triage.flight.triage import triage_files
+from orion_triage.mission.answer import Answer
 from orion_triage.mission.decide import Rules, decide, in_words
 from orion_triage.mission.verdict import CATEGORIES, Category, Verdict, parse_verdict
 from orion_triage.settings import MissionSettings

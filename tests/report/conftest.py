@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from orion_triage.dataset.records import read_split
-from orion_triage.evaluate.backends import ConstantBackend
 from orion_triage.evaluate.run import run as evaluate
 from orion_triage.runs.manifest import write_manifest
 from orion_triage.runs.run import Run
 from orion_triage.settings import Settings, load_settings
+from tests.conftest import ConstantBackend
 
 
 @pytest.fixture

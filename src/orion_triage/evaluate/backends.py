@@ -1,11 +1,10 @@
 """Who answers: a transformers model in this process, or a llama.cpp server."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from orion_triage.errors import AnswerError
+from orion_triage.mission.answer import Answer
 from orion_triage.mission.verdict import (
     ANSWER_TOKENS,
     CATEGORIES,
@@ -27,46 +26,12 @@ if TYPE_CHECKING:
     from orion_triage.settings import EvaluateSettings
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What was said, and how likely each category was where the category begins.
-
-    The reason is generated first; then the three labels are scored by the token that each begins with. `scores` are
-    the three probabilities in the order of CATEGORIES, with a sum of 1; `label_mass` is what they had together before
-    that. None where the answer never comes to its category, or the one who answers gives no probabilities.
-    """
-
-    text: str
-    scores: tuple[float, ...] | None = None
-    label_mass: float | None = None
-
-    @classmethod
-    def scored(cls, text: str, log_probabilities: Sequence[float] | None) -> "Answer":
-        if log_probabilities is None:
-            return cls(text)
-        weights = [math.exp(value) for value in log_probabilities]
-        mass = sum(weights)
-        return cls(text, tuple(weight / mass for weight in weights), mass)
-
-
 class Backend(Protocol):
     """Answers a batch of (image, prompt) pairs; answers do not depend on the batch."""
 
     batch_size: int
 
     def answer(self, images: "Sequence[Image.Image]", prompts: Sequence[str]) -> list[Answer]: ...
-
-
-class ConstantBackend:
-    """The same answer to everything: a baseline, and the tests' stand-in for a model."""
-
-    batch_size = 16
-
-    def __init__(self, answer: str) -> None:
-        self._answer = answer
-
-    def answer(self, images: "Sequence[Image.Image]", prompts: Sequence[str]) -> list[Answer]:
-        return [Answer(self._answer)] * len(prompts)
 
 
 class TransformersBackend:

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +46,10 @@ def baselines(dataset: Path, split: Split, vision: Mapping[str, Vectors] | None 
         }
     if vision is not None:
         known, tried, scored = (_Features(r, [vision[record.image] for record in r]) for r in (train, val, asked))
-        fits = {penalty: LogisticRegression.fit(known.vectors, known.labels, penalty) for penalty in PENALTIES}
-        right_on_val = {penalty: _right(tried, fit.classes(tried.vectors)) for penalty, fit in fits.items()}
+        fits = {penalty: logistic_regression(known.vectors, known.labels, penalty) for penalty in PENALTIES}
+        right_on_val = {penalty: _right(tried, fit.predict(tried.vectors)) for penalty, fit in fits.items()}
         best_penalty = max(PENALTIES, key=lambda penalty: (right_on_val[penalty], penalty))
-        votes = fits[best_penalty].classes(scored.vectors)
+        votes = fits[best_penalty].predict(scored.vectors)
         result[LOGISTIC_REGRESSION] = _score(asked, [CATEGORIES[vote] for vote in votes]) | {
             "penalty": best_penalty,
             "val_accuracy": right_on_val[best_penalty],
@@ -58,41 +57,17 @@ def baselines(dataset: Path, split: Split, vision: Mapping[str, Vectors] | None 
     return result
 
 
-@dataclass(frozen=True)
-class LogisticRegression:
-    """Multinomial logistic regression on standardized vectors."""
+def logistic_regression(vectors: Vectors, labels: NDArray[np.int64], penalty: float) -> Any:
+    """Multinomial logistic regression on standardized vectors, fitted: `predict` gives a label a row.
 
-    mean: Vectors
-    spread: Vectors
-    weights: Vectors  # [width + 1, classes]; the last row is the intercept
+    `penalty` is half the weight of the squared coefficients beside the mean loss; scikit-learn weighs the summed loss.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
 
-    @classmethod
-    def fit(cls, vectors: Vectors, labels: NDArray[np.int64], penalty: float) -> "LogisticRegression":
-        """Least mean negative log-likelihood plus penalty / 2 of the squared weights, the intercept's left out."""
-        from scipy.optimize import minimize
-        from scipy.special import log_softmax
-
-        mean, spread = vectors.mean(axis=0), np.maximum(vectors.std(axis=0), 1e-9)
-        inputs = np.column_stack([(vectors - mean) / spread, np.ones(len(vectors))])
-        truth = np.eye(len(CATEGORIES))[labels]
-
-        def loss(flat: Vectors) -> tuple[float, Vectors]:
-            weights = flat.reshape(inputs.shape[1], -1)
-            logarithms = log_softmax(inputs @ weights, axis=1)
-            shrunk = weights.copy()
-            shrunk[-1] = 0
-            value = -np.sum(truth * logarithms) / len(inputs) + penalty / 2 * np.sum(shrunk**2)
-            gradient = inputs.T @ (np.exp(logarithms) - truth) / len(inputs) + penalty * shrunk
-            return float(value), gradient.ravel()
-
-        start = np.zeros(inputs.shape[1] * len(CATEGORIES))
-        found = minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 1000})
-        return cls(mean, spread, found.x.reshape(inputs.shape[1], -1))
-
-    def classes(self, vectors: Vectors) -> list[int]:
-        """The likeliest class of each row."""
-        inputs = np.column_stack([(vectors - self.mean) / self.spread, np.ones(len(vectors))])
-        return [int(label) for label in (inputs @ self.weights).argmax(axis=1)]
+    regression = LogisticRegression(C=1 / (penalty * len(vectors)), max_iter=1000)
+    return make_pipeline(StandardScaler(), regression).fit(vectors, labels)
 
 
 def colour_histogram(pixels: NDArray[np.uint8]) -> Vectors:
@@ -112,6 +87,7 @@ def nearest(known: Vectors, labels: NDArray[np.int64], asked: Vectors, k: int) -
     """The label that most of the k nearest in `known` have, per row of `asked`; a tie goes to the nearer one's.
 
     Rows are unit vectors, so the nearest by Hellinger or great-circle distance has the largest dot product.
+    scikit-learn's classifier gives a tie to the class that comes first, whatever is nearer.
     """
     order = np.argsort(-np.round(asked @ known.T, 12), axis=1, kind="stable")[:, :k]
     votes = []

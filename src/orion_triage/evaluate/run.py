@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 from orion_triage import processes
 from orion_triage.dataset.records import Record, image_path
 from orion_triage.errors import OrionError
-from orion_triage.evaluate.backends import Answer, Backend
+from orion_triage.evaluate.backends import Backend
 from orion_triage.evaluate.conditions import NOISE, Donor, Question, conflict_pairs, questions
 from orion_triage.evaluate.metrics import Prediction, summarize
 from orion_triage.imagery.frames import noise_frame, read_frame
-from orion_triage.mission.verdict import CATEGORIES, Category, parse_verdict
+from orion_triage.mission.answer import Answer
+from orion_triage.mission.verdict import CATEGORIES, Category
 from orion_triage.progress import Progress, silent
 from orion_triage.safe.files import naming, replaced_folder, sha256_of_text, write_text
 from orion_triage.settings import EvaluateSettings
@@ -143,7 +144,6 @@ def _key(fingerprint: str, asked: Sequence[Question], settings: EvaluateSettings
 
 
 def _row(question: Question, picture: "Image.Image", answer: Answer, seconds: float) -> Row:
-    verdict = parse_verdict(answer.text)
     donor = question.donor
     return {
         "id": question.id,
@@ -154,11 +154,7 @@ def _row(question: Question, picture: "Image.Image", answer: Answer, seconds: fl
         "coordinates": asdict(question.coordinates) if question.coordinates else None,
         "donor": {"name": donor.name, "category": donor.category} if donor else None,
         "prompt_sha256": sha256_of_text(question.prompt),
-        "answer": answer.text,
-        "category": verdict.category if verdict else None,
-        "reason": verdict.reason if verdict else None,
-        "scores": dict(zip(CATEGORIES, answer.scores, strict=True)) if answer.scores else None,
-        "label_mass": answer.label_mass,
+        **answer.to_json(),
         "truth": question.record.verdict.category,
         "seconds": round(seconds, 4),
     }

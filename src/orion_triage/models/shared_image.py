@@ -5,13 +5,10 @@ is half of a row's arithmetic (490 of 1,000 billion products). With `image_of_ro
 a row a question; without, this is transformers' own model.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
 
 
 class Lfm2VlForConditionalGeneration(transformers.Lfm2VlForConditionalGeneration):  # type: ignore[misc]
@@ -51,47 +48,18 @@ class Lfm2VlForConditionalGeneration(transformers.Lfm2VlForConditionalGeneration
             assert input_ids is not None
             seen = image_features if image_features is not None else self.look(**pixels)
             inputs_embeds, input_ids, pixels = self.embed(input_ids, seen, image_of_row), None, {}
-        with self._end_on(logits_to_keep) if labels is not None else nullcontext():
-            return super().forward(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                inputs_embeds=inputs_embeds,
-                labels=labels,
-                use_cache=use_cache,
-                logits_to_keep=logits_to_keep,
-                **pixels,
-                **others,
-            )
-
-    @contextmanager
-    def _end_on(self, tokens: int | torch.Tensor) -> Iterator[None]:
-        """Within the block, the last layer's feed-forward part computes the last `tokens` positions, and 0 elsewhere.
-
-        Nothing reads the others: no layer follows, and logits are wanted of these alone. Not with checkpointing, which
-        computes the layer again after the block.
-        """
-        last = self.model.language_model.layers[-1]
-        if not isinstance(tokens, int) or tokens == 0 or last.gradient_checkpointing:
-            yield
-            return
-        length = 0
-
-        def cut(_: Any, inputs: tuple[torch.Tensor]) -> torch.Tensor:
-            nonlocal length
-            length = inputs[0].shape[1]
-            return inputs[0][:, -tokens:]
-
-        def fill(_: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-            return nn.functional.pad(output, (0, 0, length - tokens, 0))
-
-        hooks = [last.feed_forward.register_forward_pre_hook(cut), last.feed_forward.register_forward_hook(fill)]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **pixels,
+            **others,
+        )
 
     def look(
         self, pixel_values: torch.Tensor, spatial_shapes: torch.Tensor, pixel_attention_mask: torch.Tensor
