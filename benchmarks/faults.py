@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from orion_triage.dataset.records import Record, read_split
+from orion_triage.dataset.dataset import Dataset
+from orion_triage.dataset.records import Record
 from orion_triage.evaluate import run as evaluate
 from orion_triage.evaluate.backends import TransformersBackend
 from orion_triage.export import fuse
@@ -121,9 +122,10 @@ def train(recipe: Recipe, run: Run, folder: Path) -> dict[str, Any]:
     from transformers import set_seed
 
     settings, base = run.settings, resolve_base(run.settings.base.model)
-    train_records, val_records = read_split(run.dataset, "train"), read_split(run.dataset, "val")
+    dataset = Dataset(run.dataset)
+    train_records, val_records = dataset.records("train"), dataset.records("val")
     processor = load_processor(base, settings.base.frame_size)
-    frames = fine_tune.decode_frames(run.dataset, [*train_records, *val_records], settings.base.frame_size, silent)
+    frames = fine_tune.decode_frames(dataset, [*train_records, *val_records], settings.base.frame_size, silent)
     model = load_blind(base) if recipe.blind else load_model(base, dtype="float32", four_bit=True)
     set_seed(settings.fine_tune.seed)
     if recipe.o_proj_unresolved:
@@ -164,15 +166,14 @@ def measure(recipe: Recipe, run: Run) -> dict[str, Any]:
     fuse.run(
         base,
         folder / "adapter",
-        run.dataset,
+        Dataset(run.dataset),
         folder / "merged",
         settings.fuse,
         settings.base.frame_size,
     )
     backend = TransformersBackend.load(folder / "merged", settings.evaluate, settings.base.frame_size)
-    records = read_split(run.dataset, "test")
     figures["metrics"] = evaluate.run(
-        records, run.dataset, backend, folder / "evaluation", settings.evaluate, settings.base.frame_size,
+        Dataset(run.dataset), "test", backend, folder / "evaluation", settings.evaluate, settings.base.frame_size,
         fingerprint=recipe.name,
     )  # fmt: skip
     write_text(finished, json.dumps(figures, indent=1) + "\n")

@@ -20,6 +20,7 @@ from hypothesis import HealthCheck
 from PIL import Image
 
 from orion_triage.dataset.catalogue import COLUMNS, Target, load_catalogue
+from orion_triage.dataset.dataset import Dataset
 from orion_triage.dataset.records import IMAGES_FOLDER, Record, write_split
 from orion_triage.imagery.frames import shrink
 from orion_triage.mission.answer import Answer
@@ -221,7 +222,7 @@ def small_adapter(tmp_path_factory: pytest.TempPathFactory, small_base: Path, sm
         learning_rate=1e-2,
         gradient_checkpointing=False,
     )
-    fine_tune.run(small_base, small_dataset, work / "adapter", work / "work", settings, 256)
+    fine_tune.run(small_base, Dataset(small_dataset), work / "adapter", work / "work", settings, 256)
     return work / "adapter"
 
 

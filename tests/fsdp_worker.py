@@ -15,6 +15,7 @@ import torch
 import torch.distributed
 from torch.distributed.fsdp import fully_shard
 
+from orion_triage.dataset.dataset import Dataset
 from orion_triage.dataset.records import read_split
 from orion_triage.models.load import load_model, load_processor
 from orion_triage.progress import silent
@@ -39,7 +40,7 @@ def main() -> None:
     torch.distributed.init_process_group("gloo")
     rank, count = torch.distributed.get_rank(), torch.distributed.get_world_size()
     records = read_split(dataset, "train")[: 2 * count]
-    frames = fine_tune.decode_frames(dataset, records, 256, silent)
+    frames = fine_tune.decode_frames(Dataset(dataset), records, 256, silent)
     collate = collator(load_processor(base, 256), frames)
     batches = [collate(records[2 * number : 2 * number + 2]) for number in range(count)]
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from orion_triage.dataset.dataset import Dataset
 from orion_triage.dataset.records import read_split, split_path
 from orion_triage.errors import OrionError
 from orion_triage.models.encode import IGNORED, encode
@@ -50,7 +51,7 @@ def test_a_run_leaves_an_adapter_with_its_papers(
         warnings.simplefilter("error", UserWarning)
         figures = fine_tune.run(
             small_base,
-            small_dataset,
+            Dataset(small_dataset),
             tmp_path / "adapter",
             tmp_path / "work",
             QUICK,
@@ -115,7 +116,7 @@ def test_only_adapter_weights_move_and_all_of_them(
     model = make_adapted(small_base, QUICK.model_copy(update={"scope": scope}))
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     records = read_split(small_dataset, "train")[:16]
-    frames = fine_tune.decode_frames(small_dataset, records, 256, silent)
+    frames = fine_tune.decode_frames(Dataset(small_dataset), records, 256, silent)
     collate = collator(load_processor(small_base, 256), frames)
     settings = QUICK.model_copy(update={"epochs": 1})
     trainer = make_trainer(model, collate, records, records[:4], settings, "cpu", "float32", tmp_path, silent)
@@ -133,7 +134,7 @@ def test_gradients_cross_the_four_bit_layers_even_after_an_evaluation(small_base
 
     processor = load_processor(small_base, 256)
     records = read_split(small_dataset, "train")[:2]
-    frames = fine_tune.decode_frames(small_dataset, records, 256, silent)
+    frames = fine_tune.decode_frames(Dataset(small_dataset), records, 256, silent)
     batch = collator(processor, frames)(records)
 
     def gradients(model: Any) -> dict[str, Any]:
@@ -167,7 +168,7 @@ def test_loss_of_a_training_batch_is_the_loss_of_the_whole_rows(small_base: Path
 
     processor = load_processor(small_base, 256)
     records = read_split(small_dataset, "train")[:6]  # rows of different lengths
-    frames = fine_tune.decode_frames(small_dataset, records, 256, silent)
+    frames = fine_tune.decode_frames(Dataset(small_dataset), records, 256, silent)
     whole = encode(
         processor,
         [frames[record.image] for record in records],
@@ -192,7 +193,7 @@ def test_gradients_are_those_of_the_plain_recipe(small_base: Path, small_dataset
     images = sorted({record.image for record in every})[:3]
     records = [record for record in every if record.image in images]  # each with and without coordinates
     assert len(records) == 6
-    frames = fine_tune.decode_frames(small_dataset, records, 256, silent)
+    frames = fine_tune.decode_frames(Dataset(small_dataset), records, 256, silent)
     settings = QUICK.model_copy(update={"dropout": 0.0})
     ours = make_adapted(small_base, settings)
     plain = Lfm2VlForConditionalGeneration.from_pretrained(small_base, dtype=torch.float32)
@@ -243,7 +244,7 @@ def test_a_tower_that_is_not_trained_is_asked_once_a_frame(
             monkeypatch.setattr(FineTuneSettings, "trains_tower", property(lambda self: True))
         looks.clear()
         figures = fine_tune.run(
-            small_base, small_dataset, tmp_path / f"{kept}", tmp_path / f"work-{kept}", settings, 256
+            small_base, Dataset(small_dataset), tmp_path / f"{kept}", tmp_path / f"work-{kept}", settings, 256
         )
         runs[kept] = (len(looks), figures["eval_losses"])
     images = {record.image for split in ("train", "val") for record in read_split(small_dataset, split)}
@@ -299,7 +300,7 @@ def test_batch_two_by_one_equals_one_by_two(small_base: Path, small_dataset: Pat
             }
         )
         out = tmp_path / f"adapter-{micro}"
-        fine_tune.run(small_base, small_dataset, out, tmp_path / f"work-{micro}", settings, 256)
+        fine_tune.run(small_base, Dataset(small_dataset), out, tmp_path / f"work-{micro}", settings, 256)
         results.append(tensors_of(out))
     assert largest_difference(*results) < 2e-4  # twelve steps of 1e-3 each
 
@@ -310,19 +311,24 @@ def test_gradient_checkpointing_changes_no_result(small_base: Path, small_datase
     for on in (False, True):
         settings = QUICK.model_copy(update={"gradient_checkpointing": on, "epochs": 1})
         out = tmp_path / f"adapter-{on}"
-        fine_tune.run(small_base, small_dataset, out, tmp_path / f"work-{on}", settings, 256)
+        fine_tune.run(small_base, Dataset(small_dataset), out, tmp_path / f"work-{on}", settings, 256)
         results.append(tensors_of(out))
     assert largest_difference(*results) < 1e-4
 
 
 def test_a_base_in_sixteen_bits_trains_too(small_base: Path, small_dataset: Path, tmp_path: Path) -> None:
     settings = QUICK.model_copy(update={"base_weights": "16-bit", "epochs": 1})
-    figures = fine_tune.run(small_base, small_dataset, tmp_path / "adapter", tmp_path / "work", settings, 256)
+    figures = fine_tune.run(small_base, Dataset(small_dataset), tmp_path / "adapter", tmp_path / "work", settings, 256)
     assert figures["preflight"]["smallest_vision_cosine"] == pytest.approx(1)
     assert figures["last_loss"] < figures["first_loss"]
     assert figures["trained_parameters"] == {"text": 28672, "vision": 24576}
     four_bit = fine_tune.run(
-        small_base, small_dataset, tmp_path / "b", tmp_path / "work-b", QUICK.model_copy(update={"epochs": 1}), 256
+        small_base,
+        Dataset(small_dataset),
+        tmp_path / "b",
+        tmp_path / "work-b",
+        QUICK.model_copy(update={"epochs": 1}),
+        256,
     )
     assert four_bit["first_loss"] != figures["first_loss"]
 
@@ -332,7 +338,7 @@ def test_shared_out_weights_need_an_optimizer_that_can_be(
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(OrionError, match="optimizer=paged_adamw_8bit cannot be shared out by FSDP"):
-        fine_tune.run(small_base, small_dataset, tmp_path / "adapter", tmp_path / "work", QUICK, 256)
+        fine_tune.run(small_base, Dataset(small_dataset), tmp_path / "adapter", tmp_path / "work", QUICK, 256)
 
 
 class InterruptionError(Exception):
@@ -341,7 +347,7 @@ class InterruptionError(Exception):
 
 @pytest.mark.slow
 def test_an_interrupted_run_ends_like_a_straight_one(small_base: Path, small_dataset: Path, tmp_path: Path) -> None:
-    straight = fine_tune.run(small_base, small_dataset, tmp_path / "a", tmp_path / "work-a", QUICK, 256)
+    straight = fine_tune.run(small_base, Dataset(small_dataset), tmp_path / "a", tmp_path / "work-a", QUICK, 256)
     assert straight["resumed_from_step"] == 0
 
     def stop_in_the_second_epoch(description: str, done: int, total: int) -> None:
@@ -350,27 +356,27 @@ def test_an_interrupted_run_ends_like_a_straight_one(small_base: Path, small_dat
 
     work = tmp_path / "work-b"
     with pytest.raises(InterruptionError):
-        fine_tune.run(small_base, small_dataset, tmp_path / "b", work, QUICK, 256, stop_in_the_second_epoch)
+        fine_tune.run(small_base, Dataset(small_dataset), tmp_path / "b", work, QUICK, 256, stop_in_the_second_epoch)
     assert not (tmp_path / "b").exists()
     half_written = work / "checkpoints" / "checkpoint-5"  # as if the power had gone while saving
     half_written.mkdir()
     (half_written / "adapter_model.safetensors").write_bytes(b"cut")
-    resumed = fine_tune.run(small_base, small_dataset, tmp_path / "b", work, QUICK, 256)
+    resumed = fine_tune.run(small_base, Dataset(small_dataset), tmp_path / "b", work, QUICK, 256)
     assert resumed["resumed_from_step"] == 3
     assert resumed["steps"] == straight["steps"] == 6
     assert resumed["eval_losses"] == pytest.approx(straight["eval_losses"], abs=1e-4)
     assert largest_difference(tensors_of(tmp_path / "a"), tensors_of(tmp_path / "b")) < 1e-4
 
     other = QUICK.model_copy(update={"learning_rate": 5e-3})
-    anew = fine_tune.run(small_base, small_dataset, tmp_path / "b", work, other, 256)
+    anew = fine_tune.run(small_base, Dataset(small_dataset), tmp_path / "b", work, other, 256)
     assert anew["resumed_from_step"] == 0
 
 
 @pytest.mark.slow
 def test_a_finished_run_is_not_trained_twice(small_base: Path, small_dataset: Path, tmp_path: Path) -> None:
     settings = QUICK.model_copy(update={"epochs": 1})
-    first = fine_tune.run(small_base, small_dataset, tmp_path / "a", tmp_path / "work", settings, 256)
-    again = fine_tune.run(small_base, small_dataset, tmp_path / "b", tmp_path / "work", settings, 256)
+    first = fine_tune.run(small_base, Dataset(small_dataset), tmp_path / "a", tmp_path / "work", settings, 256)
+    again = fine_tune.run(small_base, Dataset(small_dataset), tmp_path / "b", tmp_path / "work", settings, 256)
     assert again["resumed_from_step"] == first["steps"] == 3
     assert largest_difference(tensors_of(tmp_path / "a"), tensors_of(tmp_path / "b")) == 0
 
@@ -378,19 +384,19 @@ def test_a_finished_run_is_not_trained_twice(small_base: Path, small_dataset: Pa
 def test_a_loss_that_is_no_number_stops_the_run(small_base: Path, small_dataset: Path, tmp_path: Path) -> None:
     settings = QUICK.model_copy(update={"learning_rate": 1e30, "optimizer": "adamw_torch"})
     with pytest.raises(OrionError, match=r"loss is (nan|inf) at step \d of 6"):
-        fine_tune.run(small_base, small_dataset, tmp_path / "a", tmp_path / "work", settings, 256)
+        fine_tune.run(small_base, Dataset(small_dataset), tmp_path / "a", tmp_path / "work", settings, 256)
     assert not (tmp_path / "a").exists()
 
 
 def test_mistakes_are_named_before_a_model_is_loaded(small_base: Path, small_dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(OrionError, match=r"train_dataset\.jsonl does not exist"):
-        fine_tune.run(small_base, tmp_path, tmp_path / "a", tmp_path / "work", QUICK, 256)
+        fine_tune.run(small_base, Dataset(tmp_path), tmp_path / "a", tmp_path / "work", QUICK, 256)
     broken = tmp_path / "dataset"
     shutil.copytree(small_dataset, broken)
     record = read_split(broken, "val")[0]
     (broken / record.image).unlink()
     with pytest.raises(OrionError, match=rf"{record.name}\.png does not exist"):
-        fine_tune.run(small_base, broken, tmp_path / "a", tmp_path / "work", QUICK, 256)
+        fine_tune.run(small_base, Dataset(broken), tmp_path / "a", tmp_path / "work", QUICK, 256)
 
 
 def test_a_dataset_of_one_picture_is_refused(small_base: Path, small_dataset: Path, tmp_path: Path) -> None:
@@ -400,19 +406,19 @@ def test_a_dataset_of_one_picture_is_refused(small_base: Path, small_dataset: Pa
     for image in images[1:]:
         shutil.copy(images[0], image)
     with pytest.raises(OrionError, match="show the same picture"):
-        fine_tune.run(small_base, flat, tmp_path / "a", tmp_path / "work", QUICK, 256)
+        fine_tune.run(small_base, Dataset(flat), tmp_path / "a", tmp_path / "work", QUICK, 256)
 
 
 def test_an_unknown_target_is_refused(small_base: Path, small_dataset: Path, tmp_path: Path) -> None:
     settings = QUICK.model_copy(update={"target_modules": ("q_proj", "c_proj")})
     with pytest.raises(OrionError, match="c_proj matches no module"):
-        fine_tune.run(small_base, small_dataset, tmp_path / "a", tmp_path / "work", settings, 256)
+        fine_tune.run(small_base, Dataset(small_dataset), tmp_path / "a", tmp_path / "work", settings, 256)
 
 
 def test_every_line_of_the_file_is_trained_on(small_dataset: Path, small_base: Path) -> None:
     records = read_split(small_dataset, "train")
     lines = split_path(small_dataset, "train").read_text().splitlines()
-    frames = fine_tune.decode_frames(small_dataset, records, 256, silent)
+    frames = fine_tune.decode_frames(Dataset(small_dataset), records, 256, silent)
     batch = collator(load_processor(small_base, 256), frames)(records)
     tokenizer = load_processor(small_base, 256).tokenizer
     for line, ids in zip(lines, batch["input_ids"], strict=True):

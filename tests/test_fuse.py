@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from orion_triage.dataset.dataset import Dataset
 from orion_triage.dataset.records import image_path, read_split
 from orion_triage.errors import OrionError
 from orion_triage.export import fuse
@@ -21,7 +22,7 @@ SETTINGS = FuseSettings(check_records=20)
 
 
 def fused(base: Path, adapter: Path, dataset: Path, out: Path, **changes: Any) -> dict[str, Any]:
-    return fuse.run(base, adapter, dataset, out, SETTINGS.model_copy(update=changes), 256)
+    return fuse.run(base, adapter, Dataset(dataset), out, SETTINGS.model_copy(update=changes), 256)
 
 
 def log_probabilities(model: Any, base: Path, dataset: Path) -> Any:
@@ -188,7 +189,7 @@ def test_every_scope_fuses(small_base: Path, small_dataset: Path, tmp_path: Path
     settings = FineTuneSettings(
         scope=scope, micro_batch_size=8, gradient_accumulation_steps=1, epochs=1, learning_rate=1e-2
     )
-    fine_tune.run(small_base, small_dataset, tmp_path / "adapter", tmp_path / "work", settings, 256)
+    fine_tune.run(small_base, Dataset(small_dataset), tmp_path / "adapter", tmp_path / "work", settings, 256)
     figures = fused(small_base, tmp_path / "adapter", small_dataset, tmp_path / "merged", dtype="float16")
     assert figures["largest_difference"] <= figures["allowed_difference"]
     before, after = (load_file(folder / "model.safetensors") for folder in (small_base, tmp_path / "merged"))
@@ -256,7 +257,7 @@ def test_another_frame_size_is_refused(
     small_base: Path, small_adapter: Path, small_dataset: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(OrionError, match=r"trained on frames of 256 px; base\.frame_size is 512"):
-        fuse.run(small_base, small_adapter, small_dataset, tmp_path / "merged", SETTINGS, 512)
+        fuse.run(small_base, small_adapter, Dataset(small_dataset), tmp_path / "merged", SETTINGS, 512)
 
 
 def test_too_few_records_and_missing_files_are_named(

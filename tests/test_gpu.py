@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from orion_triage.dataset.dataset import Dataset
 from orion_triage.dataset.records import read_split
 from orion_triage.evaluate.backends import TransformersBackend
 from orion_triage.export import fuse
@@ -58,14 +59,19 @@ def test_training_learns_and_its_adapter_fuses(
     small_base: Path, small_dataset: Path, tmp_path: Path, precision: str
 ) -> None:
     settings = SETTINGS.model_copy(update={"precision": precision})
-    figures = fine_tune.run(small_base, small_dataset, tmp_path / "adapter", tmp_path / "work", settings, 256)
+    figures = fine_tune.run(small_base, Dataset(small_dataset), tmp_path / "adapter", tmp_path / "work", settings, 256)
     assert figures["precision_used"] == precision
     assert figures["precision_note"] == ""
     assert figures["last_loss"] < figures["first_loss"]
     assert figures["peak_vram_bytes"] > 0
     assert figures["short_convolution"] == ("causal-conv1d" if fine_tune.has_fast_convolution() else "PyTorch")
     merged = fuse.run(
-        small_base, tmp_path / "adapter", small_dataset, tmp_path / "merged", FuseSettings(check_records=20), 256
+        small_base,
+        tmp_path / "adapter",
+        Dataset(small_dataset),
+        tmp_path / "merged",
+        FuseSettings(check_records=20),
+        256,
     )
     assert merged["largest_difference"] <= merged["allowed_difference"]
 
@@ -74,7 +80,7 @@ def test_the_first_loss_is_the_cpus(small_base: Path, small_dataset: Path, tmp_p
     """Before any step, so that only precision and device differ; bfloat16 keeps three digits."""
     losses = {}
     records = read_split(small_dataset, "train")[:8]
-    frames = fine_tune.decode_frames(small_dataset, records, 256, silent)
+    frames = fine_tune.decode_frames(Dataset(small_dataset), records, 256, silent)
     batch = collator(load_processor(small_base, 256), frames)(records)
     for device, dtype in (("cpu", "float32"), ("cuda", "float16")):
         import torch
@@ -91,7 +97,7 @@ def test_the_optimizer_is_paged(small_base: Path, small_dataset: Path, tmp_path:
     model = load_model(small_base, dtype="float16", four_bit=True, device="cuda")
     model, _ = fine_tune.add_adapter(model, settings)
     records = read_split(small_dataset, "train")[:8]
-    frames = fine_tune.decode_frames(small_dataset, records, 256, silent)
+    frames = fine_tune.decode_frames(Dataset(small_dataset), records, 256, silent)
     collate = collator(load_processor(small_base, 256), frames)
     trainer = make_trainer(model, collate, records, records[:4], settings, "cuda:0", "float16", tmp_path, silent)
     trainer.train()
@@ -119,11 +125,11 @@ def test_evaluation_answers_like_the_cpu(small_base: Path, small_frames: list[An
 
 
 def test_an_interrupted_training_goes_on(small_base: Path, small_dataset: Path, tmp_path: Path) -> None:
-    first = fine_tune.run(small_base, small_dataset, tmp_path / "a", tmp_path / "work", SETTINGS, 256)
+    first = fine_tune.run(small_base, Dataset(small_dataset), tmp_path / "a", tmp_path / "work", SETTINGS, 256)
     checkpoints = sorted((tmp_path / "work" / CHECKPOINTS).glob("checkpoint-*"))
     state = json.loads((checkpoints[-1] / "trainer_state.json").read_text())
     assert state["global_step"] == first["steps"]
-    second = fine_tune.run(small_base, small_dataset, tmp_path / "b", tmp_path / "work", SETTINGS, 256)
+    second = fine_tune.run(small_base, Dataset(small_dataset), tmp_path / "b", tmp_path / "work", SETTINGS, 256)
     assert second["resumed_from_step"] == first["steps"]
     assert second["seconds_per_sample"] is None
 
@@ -136,7 +142,7 @@ def test_a_small_model_takes_a_whole_step_at_once_without_checkpointing(
     for fill in (True, False):
         out, work = tmp_path / f"adapter-{fill}", tmp_path / f"work-{fill}"
         figures = fine_tune.run(
-            small_base, small_dataset, out, work, settings.model_copy(update={"fill_gpu": fill}), 256
+            small_base, Dataset(small_dataset), out, work, settings.model_copy(update={"fill_gpu": fill}), 256
         )
         assert (figures["micro_batch_size"], figures["gradient_checkpointing"]) == ((16, False) if fill else (1, True))
         losses[fill] = figures["eval_losses"]

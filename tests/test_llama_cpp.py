@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from orion_triage.dataset.dataset import Dataset
 from orion_triage.dataset.records import image_path, read_split
 from orion_triage.errors import OrionError, ServerError
 from orion_triage.export import fuse, quantize
@@ -247,7 +248,7 @@ def test_an_adapted_tower_has_an_mmproj_of_its_own_and_refuses_the_bases(
     from gguf import GGUFReader
 
     merged, folder, of_base = tmp_path / "merged", tmp_path / "gguf", tmp_path / "base.gguf"
-    fuse.run(small_base, small_adapter, small_dataset, merged, FuseSettings(check_records=20), 256)
+    fuse.run(small_base, small_adapter, Dataset(small_dataset), merged, FuseSettings(check_records=20), 256)
     quantize.run(merged, folder, QuantizeSettings(), prompts=["one"])
     convert(toolchain, small_base, of_base, mmproj=True)
     own, theirs = (

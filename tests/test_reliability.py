@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
+from orion_triage.dataset.dataset import Dataset
 from orion_triage.errors import OrionError, ServerError, obstacle
 from orion_triage.evaluate.servers import SharedBackend, connect
 from orion_triage.export import quantize
@@ -302,18 +303,21 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(
         micro_batch_size=8, gradient_accumulation_steps=1, epochs=3, learning_rate=1e-2, gradient_checkpointing=False
     )
     work = tmp_path / "work"
-    straight = fine_tune.run(small_base, small_dataset, tmp_path / "straight", work, settings, 256)
+    straight = fine_tune.run(small_base, Dataset(small_dataset), tmp_path / "straight", work, settings, 256)
     names = ["checkpoint-3", "checkpoint-6", "checkpoint-9"]
     assert sorted(path.name for path in (work / "checkpoints").iterdir()) == names
     newest = work / "checkpoints" / names[-1] / "adapter_model.safetensors"
     data = bytearray(newest.read_bytes())
     data[-1] ^= 1
     newest.write_bytes(data)
-    again = fine_tune.run(small_base, small_dataset, tmp_path / "again", work, settings, 256)
+    again = fine_tune.run(small_base, Dataset(small_dataset), tmp_path / "again", work, settings, 256)
     assert again["resumed_from_step"] == 6
     assert again["eval_losses"] == pytest.approx(straight["eval_losses"], rel=1e-4)
     (work / "checkpoints" / names[-1] / HASHES_FILE).unlink()  # as a kill before the last write leaves it
-    assert fine_tune.run(small_base, small_dataset, tmp_path / "third", work, settings, 256)["resumed_from_step"] == 6
+    assert (
+        fine_tune.run(small_base, Dataset(small_dataset), tmp_path / "third", work, settings, 256)["resumed_from_step"]
+        == 6
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers:UserWarning")
@@ -323,7 +327,7 @@ def test_a_loss_that_is_no_number_stops_training_and_names_the_last_good_checkpo
     sound = FineTuneSettings(micro_batch_size=8, gradient_accumulation_steps=1, epochs=1, gradient_checkpointing=False)
     settings = sound.model_copy(update={"learning_rate": 1e30})
     with pytest.raises(OrionError, match=r"loss is (nan|inf) at step \d of 3; there is no checkpoint yet") as raised:
-        fine_tune.run(small_base, small_dataset, tmp_path / "out", tmp_path / "work", settings, 256)
+        fine_tune.run(small_base, Dataset(small_dataset), tmp_path / "out", tmp_path / "work", settings, 256)
     assert "Lower fine_tune.learning_rate" in raised.value.fix
     assert not (tmp_path / "out").exists()
     checkpoints = tmp_path / "checkpoints"
@@ -355,7 +359,7 @@ def limited(*arguments):
     return trainer
 make_trainer = limited
 try:
-    fine_tune.run(base, dataset, out / "out", out / "work", settings, 256)
+    fine_tune.run(base, Dataset(dataset), out / "out", out / "work", settings, 256)
 except OrionError as error:
     print(error.message, "|", error.fix)
 """

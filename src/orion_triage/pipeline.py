@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from orion_triage import hub, processes
+from orion_triage.dataset.dataset import Dataset
 from orion_triage.errors import OrionError
 from orion_triage.evaluate import variants
 from orion_triage.evaluate.variants import Variant
@@ -57,7 +58,7 @@ def _fine_tune(run: Run, progress: Progress) -> Figures:
     found = require_sound(run.dataset, progress=progress) if processes.is_main() else None
     work, settings = run.folder / WORK_FOLDER, run.settings
     size = settings.base.frame_size
-    figures = fine_tune.run(_base(run), run.dataset, run.adapter, work, settings.fine_tune, size, progress)
+    figures = fine_tune.run(_base(run), Dataset(run.dataset), run.adapter, work, settings.fine_tune, size, progress)
     return figures | {"warnings": found.summary() if found else []}
 
 
@@ -66,22 +67,20 @@ def _fuse(run: Run, progress: Progress) -> Figures:
 
     settings, adapter = run.settings, run.adapter_to_fuse
     size = settings.base.frame_size
-    return fuse.run(_base(run), adapter, run.dataset, run.merged, settings.fuse, size, progress)
+    return fuse.run(_base(run), adapter, Dataset(run.dataset), run.merged, settings.fuse, size, progress)
 
 
 def _quantize(run: Run, progress: Progress) -> Figures:
-    from orion_triage.dataset.records import read_split
     from orion_triage.export import quantize
-    from orion_triage.settings import SPLITS
 
-    prompts = sorted({record.prompt for split in SPLITS for record in read_split(run.dataset, split)})
+    prompts = sorted({record.prompt for record in Dataset(run.dataset).every_record()})
     return quantize.run(run.merged, run.gguf, run.settings.quantize, prompts=prompts, progress=progress)
 
 
 def _vision_features(run: Run, progress: Progress) -> Figures:
     from orion_triage.evaluate import features
 
-    return features.run(_base(run), run.dataset, run.vision_features, run.settings.base.frame_size, progress)
+    return features.run(_base(run), Dataset(run.dataset), run.vision_features, run.settings.base.frame_size, progress)
 
 
 def _base(run: Run) -> Path:

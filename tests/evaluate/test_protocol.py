@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from orion_triage.dataset.dataset import Dataset
 from orion_triage.dataset.records import Record, read_split
 from orion_triage.errors import OrionError
 from orion_triage.evaluate import features
@@ -117,7 +118,7 @@ class Interrupted(ConstantBackend):
 def test_an_interrupted_evaluation_goes_on_where_it_stopped(small_dataset: Path, tmp_path: Path) -> None:
     records = read_split(small_dataset, "test")
     answer = '{"reason": "r", "category": "LOW"}'
-    arguments = (records, small_dataset)
+    arguments = (Dataset(small_dataset), "test")
     rest = (EvaluateSettings(), 256)
     straight = run(*arguments, ConstantBackend(answer), tmp_path / "straight", *rest, fingerprint="f")
     total = -(-4 * len(records) // 5)
@@ -141,8 +142,8 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(small_dataset: Path,
 def test_unparsable_answers_are_kept_and_counted(small_dataset: Path, tmp_path: Path) -> None:
     records = read_split(small_dataset, "test")
     metrics = run(
-        records,
-        small_dataset,
+        Dataset(small_dataset),
+        "test",
         ConstantBackend("no"),
         tmp_path / "e",
         EvaluateSettings(),
@@ -158,7 +159,7 @@ def test_unparsable_answers_are_kept_and_counted(small_dataset: Path, tmp_path: 
 def test_baselines_of_a_small_dataset(small_dataset: Path) -> None:
     from sklearn.neighbors import KNeighborsClassifier
 
-    result = baselines(small_dataset, "test")
+    result = baselines(Dataset(small_dataset), "test")
     always = {f"always {category}" for category in "HIGH MEDIUM LOW".split()}
     assert set(result) == {"majority class", "colour k-NN", "coordinates k-NN", *always}
     assert all(result[name]["right"] == 2 for name in always)
@@ -196,15 +197,15 @@ def test_logistic_regression_has_the_least_loss_with_its_penalty() -> None:
 
 
 def test_a_linear_probe_is_a_baseline(small_dataset: Path, small_base: Path, tmp_path: Path) -> None:
-    figures = features.run(small_base, small_dataset, tmp_path / "features", 256)
+    figures = features.run(small_base, Dataset(small_dataset), tmp_path / "features", 256)
     assert figures == {"frames": 24, "width": 256}
     vision = features.read(tmp_path / "features")
-    result = baselines(small_dataset, "test", vision)[LOGISTIC_REGRESSION]
+    result = baselines(Dataset(small_dataset), "test", vision)[LOGISTIC_REGRESSION]
     assert result["count"] == 6
     assert result["penalty"] in (0.001, 0.01, 0.1, 1.0)
     test = {record.image: record.verdict.category for record in read_split(small_dataset, "test")}
     known = {image: vector + 100 * (test[image] == H) if image in test else vector for image, vector in vision.items()}
-    cheated = baselines(small_dataset, "test", known)[LOGISTIC_REGRESSION]
+    cheated = baselines(Dataset(small_dataset), "test", known)[LOGISTIC_REGRESSION]
     assert cheated["predictions"] != result["predictions"]  # it looks at the vectors it is given
     (tmp_path / "features" / "features.npz").write_bytes(b"")
     with pytest.raises(OrionError, match="is damaged"):

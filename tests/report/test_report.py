@@ -70,6 +70,12 @@ def test_another_decoding_is_compared_with_what_the_table_names() -> None:
     assert (last["change"]["B"]["gained"], last["change"]["B"]["lost"]) == (0, 2)
 
 
+def test_evaluations_are_compared_under_the_conditions_that_both_know() -> None:
+    older = [answer for answer in answers("HHHHHHHHHL") if answer.condition != "D"]
+    assert list(differences(older, answers("HHHHHHHHHH"))) == ["A", "B", "C"]
+    assert differences(older, answers("HHHHHHHHHH"))["A"]["holm_p"] == 1.0
+
+
 def test_a_blank_frame_is_low_by_rule_and_noise_is_none() -> None:
     ruled = as_flown(answers("HHHHHHHHHH", scores=True), ["f3"])
     changed = [(p.condition, p.predicted, p.scores) for p in ruled if p.predicted != H]

@@ -2,14 +2,14 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from orion_triage.dataset.records import Record, image_path, read_split
-from orion_triage.imagery.frames import CAMERA_SIZE, read_frame
+from orion_triage.dataset.dataset import Dataset
+from orion_triage.dataset.records import Record
+from orion_triage.imagery.frames import CAMERA_SIZE
 from orion_triage.mission.verdict import CATEGORIES
 from orion_triage.settings import Split
 
@@ -20,7 +20,7 @@ LOGISTIC_REGRESSION = "logistic regression on the base's vision features"
 Vectors = NDArray[np.float64]  # one row a record, each of unit length
 
 
-def baselines(dataset: Path, split: Split, vision: Mapping[str, Vectors] | None = None) -> dict[str, dict[str, Any]]:
+def baselines(dataset: Dataset, split: Split, vision: Mapping[str, Vectors] | None = None) -> dict[str, dict[str, Any]]:
     """Name -> accuracy, right, count, predictions (record name -> category), and what was chosen on val.
 
     "always HIGH" and so on, "majority class" of the training targets, "colour k-NN" and "coordinates k-NN" on them,
@@ -28,7 +28,7 @@ def baselines(dataset: Path, split: Split, vision: Mapping[str, Vectors] | None 
     among equals, so on val itself these are optimistic. Every target counts once, and only records with coordinates
     take part in the coordinates k-NN.
     """
-    train, val, asked = (_distinct(read_split(dataset, name)) for name in ("train", "val", split))
+    train, val, asked = (_distinct(dataset.records(name)) for name in ("train", "val", split))
     counts = Counter(record.verdict.category for record in train)
     majority = max(CATEGORIES, key=lambda category: counts[category])
     result = {"majority class": _score(asked, [majority] * len(asked))}
@@ -106,12 +106,12 @@ class _Features:
         self.labels = np.array([CATEGORIES.index(record.verdict.category) for record in records], dtype=np.int64)
 
 
-def _colours(dataset: Path, records: Sequence[Record]) -> _Features:
-    images = (read_frame(image_path(dataset, record), CAMERA_SIZE).image for record in records)
+def _colours(dataset: Dataset, records: Sequence[Record]) -> _Features:
+    images = (dataset.frame(record, CAMERA_SIZE) for record in records)
     return _Features(records, [colour_histogram(np.asarray(image)) for image in images])
 
 
-def _places(dataset: Path, records: Sequence[Record]) -> _Features:
+def _places(dataset: Dataset, records: Sequence[Record]) -> _Features:
     placed = [record for record in records if record.coordinates is not None]
     return _Features(placed, [unit_vector(r.coordinates.lon, r.coordinates.lat) for r in placed if r.coordinates])
 

@@ -6,17 +6,15 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from orion_triage.dataset.records import image_path, read_split
+from orion_triage.dataset.dataset import Dataset
 from orion_triage.errors import OrionError
-from orion_triage.imagery.frames import read_frame
 from orion_triage.progress import Progress, silent
 from orion_triage.safe.files import replaced_folder
-from orion_triage.settings import SPLITS
 
 FILE_NAME = "features.npz"
 
 
-def run(base: Path, dataset: Path, out_folder: Path, frame_size: int, progress: Progress = silent) -> dict[str, Any]:
+def run(base: Path, dataset: Dataset, out_folder: Path, frame_size: int, progress: Progress = silent) -> dict[str, Any]:
     """Write features.npz: `images` [frames] paths, `vectors` [frames, text width] float32. Returns their number.
 
     A vector is the mean over the image tokens of what the projector hands to the language model.
@@ -28,11 +26,10 @@ def run(base: Path, dataset: Path, out_folder: Path, frame_size: int, progress: 
     device = processes.local_device()
     model = load_model(base, dtype="float32" if device == "cpu" else "float16", device=device)
     processor = load_processor(base, frame_size)
-    records = {record.image: record for split in SPLITS for record in read_split(dataset, split)}
+    records = {record.image: record for record in dataset.every_record()}
     vectors = []
     for done, record in enumerate(records.values(), start=1):
-        image = read_frame(image_path(dataset, record), frame_size).image
-        vectors.append(vision_features(model, processor, [image])[0].mean(dim=0).numpy())
+        vectors.append(vision_features(model, processor, [dataset.frame(record, frame_size)])[0].mean(dim=0).numpy())
         progress("looking at frames", done, len(records))
     with replaced_folder(out_folder) as folder:
         np.savez(folder / FILE_NAME, images=np.array(list(records)), vectors=np.stack(vectors).astype(np.float32))

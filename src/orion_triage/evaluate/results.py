@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from orion_triage.dataset.records import image_path, read_split
+from orion_triage.dataset.dataset import Dataset
 from orion_triage.errors import OrionError
 from orion_triage.evaluate import features, threshold, variants
 from orion_triage.evaluate.baselines import LOGISTIC_REGRESSION, baselines
@@ -19,7 +19,6 @@ from orion_triage.evaluate.run import prediction_of, read_predictions
 from orion_triage.evaluate.seeds import over_training_seeds
 from orion_triage.evaluate.statistics import holm
 from orion_triage.evaluate.variants import Variant
-from orion_triage.imagery.frames import CAMERA_SIZE, is_blank, read_frame
 from orion_triage.mission.decide import Rules
 from orion_triage.mission.verdict import CATEGORIES, Category
 from orion_triage.runs.manifest import Manifest, read_manifest
@@ -43,13 +42,13 @@ def build_results(run: Run) -> dict[str, Any]:
     """The run's results on its split; stages that have not finished are named in `missing`. docs/results.md has the
     schema.
     """
-    settings = run.settings
+    settings, dataset = run.settings, Dataset(run.dataset)
     wanted = [variant.name for variant in variants.wanted(settings)]
     making = ["dataset", "fine-tune", "fuse", "quantize", *(["vision features"] if settings.variants.all else [])]
     manifests = {name: read_manifest(run.product(name)) for name in (*making, *(EVALUATE + name for name in wanted))}
     finished = {name: manifest for name, manifest in manifests.items() if manifest}
     vision = features.read(run.vision_features) if "vision features" in finished else None
-    of_frames = _of_frames(run, finished.get("dataset"), vision)
+    of_frames = _of_frames(run, dataset, finished.get("dataset"), vision)
     predictions = {
         name: [prediction_of(row) for row in read_predictions(run.evaluation(name))]
         for name in wanted
@@ -57,7 +56,7 @@ def build_results(run: Run) -> dict[str, Any]:
     }
     if "constrained" in predictions:
         predictions[FLIGHT] = as_flown(predictions["constrained"], of_frames["blank_frames"])
-    records = read_split(run.dataset, run.split) if predictions else []
+    records = dataset.records(run.split) if predictions else []
     places = {record.name: record.coordinates for record in records if record.coordinates}
     models = {model: summarize(rows) for model, rows in predictions.items()}
     for model, by_condition in models.items():
@@ -131,8 +130,12 @@ def as_flown(predictions: list[Prediction], blank_frames: list[str]) -> list[Pre
 
 
 def differences(first: list[Prediction], second: list[Prediction]) -> dict[str, dict[str, Any]]:
-    """Condition -> how `second` differs from `first`, paired by frame; `holm_p` is corrected for the conditions."""
-    return _corrected({c: compare(under(first, c), under(second, c)) for c in CONDITIONS})
+    """Condition -> how `second` differs from `first`, paired by frame; `holm_p` is corrected for the conditions.
+
+    Of the conditions under which both were asked: an evaluation made before there was a condition stays comparable.
+    """
+    both = {c: (under(first, c), under(second, c)) for c in CONDITIONS}
+    return _corrected({c: compare(*rows) for c, rows in both.items() if all(rows)})
 
 
 def between_conditions(predictions: list[Prediction]) -> dict[str, dict[str, Any]]:
@@ -195,30 +198,28 @@ def results_path(run: Run) -> Path:
     return run.folder / f"results{'' if run.split == 'test' else f'-{run.split}'}.json"
 
 
-def _of_frames(run: Run, dataset: Manifest | None, vision: Mapping[str, Any] | None) -> dict[str, Any]:
+def _of_frames(run: Run, dataset: Dataset, made: Manifest | None, vision: Mapping[str, Any] | None) -> dict[str, Any]:
     """What is counted from the frames themselves; where 'orion clean' has removed them, as the last report did."""
-    if dataset is None:
+    if made is None:
         return {"baselines": {}, "blank_frames": [], "size_ranking": None}
-    if dataset.removed:
+    if made.removed:
         return _of_last_report(run)
-    records = sorted(read_split(run.dataset, run.split), key=lambda record: record.name)
-    paths = [image_path(run.dataset, record) for record in records]
+    records = sorted(dataset.records(run.split), key=lambda record: record.name)
     truth = np.array([CATEGORIES.index(record.verdict.category) for record in records], dtype=np.int64)
-    ranking = np.array([path.stat().st_size for path in paths], dtype=np.float64)
+    ranking = np.array([dataset.path(record).stat().st_size for record in records], dtype=np.float64)
     return {
-        "baselines": baselines(run.dataset, run.split, vision),
-        "blank_frames": blank_frames(run),
+        "baselines": baselines(dataset, run.split, vision),
+        "blank_frames": dataset.blank_names(run.split),
         "size_ranking": value_figures(truth, ranking, run.settings.mission),  # the larger PNG first
     }
 
 
 def blank_frames(run: Run) -> list[str]:
     """The names of the split's frames that flight calls blank; of the last report where 'orion clean' removed them."""
-    dataset = read_manifest(run.dataset)
-    if dataset is not None and dataset.removed:
+    made = read_manifest(run.dataset)
+    if made is not None and made.removed:
         return list(_of_last_report(run)["blank_frames"])
-    records = sorted(read_split(run.dataset, run.split), key=lambda record: record.name)
-    return [r.name for r in records if is_blank(read_frame(image_path(run.dataset, r), CAMERA_SIZE).image)]
+    return Dataset(run.dataset).blank_names(run.split)
 
 
 def _of_last_report(run: Run) -> dict[str, Any]:

@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orion_triage import processes
-from orion_triage.dataset.records import Record, image_path
+from orion_triage.dataset.dataset import Dataset
 from orion_triage.errors import OrionError
 from orion_triage.evaluate.backends import Backend
 from orion_triage.evaluate.conditions import NOISE, Donor, Question, conflict_pairs, questions
 from orion_triage.evaluate.metrics import Prediction, summarize
-from orion_triage.imagery.frames import noise_frame, read_frame
+from orion_triage.imagery.frames import noise_frame
 from orion_triage.mission.answer import Answer
 from orion_triage.mission.verdict import CATEGORIES, Category
 from orion_triage.progress import Progress, silent
 from orion_triage.safe.files import naming, replaced_folder, sha256_of_text, write_text
-from orion_triage.settings import EvaluateSettings
+from orion_triage.settings import EvaluateSettings, Split
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -32,8 +32,8 @@ Row = dict[str, Any]
 
 
 def run(
-    records: Sequence[Record],
-    dataset: Path,
+    dataset: Dataset,
+    split: Split,
     backend: Backend,
     out_folder: Path,
     settings: EvaluateSettings,
@@ -48,6 +48,7 @@ def run(
     only under the same fingerprint, settings, frame size and questions. Raises OrionError for records that cannot
     be evaluated, and FrameError for a frame that cannot be read: a split is evaluated whole or not at all.
     """
+    records = dataset.records(split)
     pairs = conflict_pairs(records)
     asked = questions(records, pairs)
     key = _key(fingerprint, asked, settings, frame_size)
@@ -124,18 +125,12 @@ def prediction_of(row: Row) -> Prediction:
 class _Images:
     """Decoded frames by question; one object an image, so that a backend can encode it once."""
 
-    def __init__(self, dataset: Path, frame_size: int, noise: str) -> None:
+    def __init__(self, dataset: Dataset, frame_size: int, noise: str) -> None:
         self._dataset, self._size = dataset, frame_size
         self._noise = noise_frame(noise, frame_size)
-        self._last: tuple[str, Image.Image] | None = None
 
     def of(self, question: Question) -> "Image.Image":
-        if question.image == NOISE:
-            return self._noise
-        if self._last is None or self._last[0] != question.image:
-            frame = read_frame(image_path(self._dataset, question.record), self._size)
-            self._last = (question.image, frame.image)
-        return self._last[1]
+        return self._noise if question.image == NOISE else self._dataset.frame(question.record, self._size)
 
 
 def _key(fingerprint: str, asked: Sequence[Question], settings: EvaluateSettings, frame_size: int) -> str:

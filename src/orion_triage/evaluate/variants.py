@@ -289,19 +289,20 @@ def check_parity(run: "Run", client: "Client") -> Figures:
 
     Raises OrionError naming what differs: then no quantized result of this run means what it says.
     """
-    from orion_triage.dataset.records import image_path, read_split
+    from orion_triage.dataset.dataset import Dataset
     from orion_triage.export import parity
-    from orion_triage.imagery.frames import read_frame
+    from orion_triage.imagery.frames import Frame
     from orion_triage.models.load import float32_compute, load_model, load_processor
 
     size, count = run.settings.base.frame_size, run.settings.variants.parity_records
-    records = read_split(run.dataset, run.split)
+    dataset = Dataset(run.dataset)
+    records = dataset.records(run.split)
     spread = [records[index * len(records) // count] for index in range(min(count, len(records)))]
     processor, model = load_processor(run.merged, size), load_model(run.merged, dtype="auto")
     differences: dict[str, float] = {}
     with float32_compute(model):
         for record in spread:
-            frame = read_frame(image_path(run.dataset, record), size)
+            frame = Frame(dataset.frame(record, size), (size, size))
             for prompt in (record.prompt, record.without_coordinates().prompt):
                 difference = parity.largest_difference(model, processor, client, frame, prompt)
                 differences[record.name] = max(difference, differences.get(record.name, 0.0))
@@ -336,7 +337,7 @@ def ask(
     run: "Run", model: str, backend: "Backend", inputs: dict[str, Path], progress: Progress, variant: str = ""
 ) -> Figures:
     """All questions of the run's split to one model; `inputs` and `variant` say which bytes answer."""
-    from orion_triage.dataset.records import read_split
+    from orion_triage.dataset.dataset import Dataset
     from orion_triage.evaluate.run import run as evaluate
 
     settings = run.settings
@@ -347,8 +348,8 @@ def ask(
         progress(f"{description} the {model} model", done, total)
 
     return evaluate(
-        read_split(run.dataset, run.split),
-        run.dataset,
+        Dataset(run.dataset),
+        run.split,
         backend,
         run.evaluation(model),
         settings.evaluate,

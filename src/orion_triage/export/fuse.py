@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orion_triage.dataset.records import Record, image_path, read_split
+from orion_triage.dataset.dataset import Dataset
+from orion_triage.dataset.records import Record
 from orion_triage.errors import OrionError
-from orion_triage.imagery.frames import read_frame
 from orion_triage.models.adapter import BASE_FILE, attach_adapter, read_adapter
 from orion_triage.models.checkpoint import plain_name, write_tensors
 from orion_triage.models.generate import answer_log_probabilities
@@ -42,7 +42,7 @@ CHECK_FRAME_SIZE = 256
 def run(
     base: Path,
     adapter: Path,
-    dataset: Path,
+    dataset: Dataset,
     out_folder: Path,
     settings: FuseSettings,
     frame_size: int,
@@ -113,12 +113,12 @@ def run(
     }
 
 
-def _check_records(dataset: Path, count: int) -> list[Record]:
+def _check_records(dataset: Dataset, count: int) -> list[Record]:
     """`count` records spread over the training and validation splits, with and without coordinates."""
-    records = [*read_split(dataset, "train"), *read_split(dataset, "val")]
+    records = [*dataset.records("train"), *dataset.records("val")]
     if len(records) < count:
         raise OrionError(
-            f"{dataset} has {len(records)} training and validation records; the merge's check needs {count}.",
+            f"{dataset.folder} has {len(records)} training and validation records; the merge's check needs {count}.",
             "Add places to the dataset, or lower fuse.check_records.",
         )
     return [records[index * len(records) // count] for index in range(count)]
@@ -128,12 +128,10 @@ class _Samples:
     """The check's frames, prompts and verdicts, decoded once."""
 
     def __init__(
-        self, base: Path, dataset: Path, records: Sequence[Record], frame_size: int, progress: Progress
+        self, base: Path, dataset: Dataset, records: Sequence[Record], frame_size: int, progress: Progress
     ) -> None:
         self.processor, self.records, self.progress = load_processor(base, frame_size), records, progress
-        self.images: list[Image.Image] = [
-            read_frame(image_path(dataset, record), frame_size).image for record in records
-        ]
+        self.images: list[Image.Image] = [dataset.frame(record, frame_size) for record in records]
 
     def score(self, model: Any, description: str) -> "torch.Tensor":
         """Log-probabilities of all verdict tokens, one after the other: [tokens], float32."""

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orion_triage import __version__, templates
-from orion_triage.dataset.records import image_path, read_split
+from orion_triage.dataset.dataset import Dataset
 from orion_triage.errors import OrionError
 from orion_triage.evaluate import threshold
 from orion_triage.export import quantize
-from orion_triage.imagery.frames import CAMERA_SIZE, Frame, is_blank, read_frame, shrink
+from orion_triage.imagery.frames import CAMERA_SIZE, Frame, is_blank, shrink
 from orion_triage.llama_cpp.client import CANDIDATES, Client
 from orion_triage.llama_cpp.server import OPTIONS, Server
 from orion_triage.llama_cpp.toolchain import PINNED_BUILD, WHEEL, WHEEL_SHA256, Toolchain, find_toolchain
@@ -137,7 +137,8 @@ def _ask(
     client: Client, run: "Run", rows: list[dict[str, Any]], folder: Path, progress: Progress
 ) -> tuple[list[dict[str, Any]], dict[str, Any], list[float]]:
     """The golden images, written into the folder, with what the flight's requests give; those requests; seconds."""
-    records = {record.name: record for record in read_split(run.dataset, run.split)}
+    dataset = Dataset(run.dataset)
+    records = {record.name: record for record in dataset.records(run.split)}
     prompt, labels = render_prompt(None), category_tokens(client.tokenize)
     golden: list[dict[str, Any]] = []
     seconds: list[float] = []
@@ -145,10 +146,11 @@ def _ask(
         if len(golden) == GOLDEN_IMAGES:
             break
         progress("asking about golden images", len(golden), GOLDEN_IMAGES)
-        path = image_path(run.dataset, records[row["name"]])
+        record = records[row["name"]]
+        path = dataset.path(record)
         if not path.is_file():
             raise OrionError(f"{path} does not exist.", "'orion clean' removed it? Make it again: 'orion dataset'.")
-        image = read_frame(path, CAMERA_SIZE).image
+        image = dataset.frame(record, CAMERA_SIZE)
         if is_blank(image):
             continue  # LOW by rule in flight: it is never asked about
         image = shrink(image, run.settings.base.frame_size)

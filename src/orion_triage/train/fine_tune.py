@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orion_triage import processes
-from orion_triage.dataset.records import Record, image_path, read_split
+from orion_triage.dataset.dataset import Dataset
+from orion_triage.dataset.records import Record
 from orion_triage.errors import OrionError
-from orion_triage.imagery.frames import read_frame
 from orion_triage.mission.prompt import render_prompt
 from orion_triage.models.adapter import BASE_FILE, Census, resolve_targets, tower_of
 from orion_triage.models.encode import check_template
@@ -50,7 +50,7 @@ _CHECKPOINT_SHARE = 0.15
 
 def run(
     base: Path,
-    dataset: Path,
+    dataset: Dataset,
     out_folder: Path,
     work_folder: Path,
     settings: FineTuneSettings,
@@ -68,7 +68,7 @@ def run(
     import torch
     from transformers import set_seed
 
-    train_records, val_records = read_split(dataset, "train"), read_split(dataset, "val")
+    train_records, val_records = dataset.records("train"), dataset.records("val")
     if processes.are_sharded():
         _check_sharding(settings)
     device, precision, note = _device_and_precision(settings)
@@ -76,7 +76,7 @@ def run(
     require_free_space(work_folder, int(weights * _CHECKPOINT_SHARE) + 50_000_000, "fine-tuning")
     base_sha256 = fingerprint(base)
     if processes.is_main():
-        prepare_work_folder(work_folder, settings, frame_size, base_sha256, dataset, precision)
+        prepare_work_folder(work_folder, settings, frame_size, base_sha256, dataset.folder, precision)
     processes.wait()
     checkpoints = work_folder / CHECKPOINTS
 
@@ -215,13 +215,13 @@ def _device_and_precision(settings: FineTuneSettings) -> tuple[str, str, str]:
 
 
 def decode_frames(
-    dataset: Path, records: Sequence[Record], frame_size: int, progress: Progress
+    dataset: Dataset, records: Sequence[Record], frame_size: int, progress: Progress
 ) -> "dict[str, Image.Image]":
     """Every frame of the records, decoded once: 0.2 MB each at 256 px, 0.8 MB at 512."""
     frames: dict[str, Image.Image] = {}
     names = sorted({record.image: record for record in records}.items())
     for number, (name, record) in enumerate(names, start=1):
-        frames[name] = read_frame(image_path(dataset, record), frame_size).image
+        frames[name] = dataset.frame(record, frame_size)
         progress("decoding frames", number, len(names))
     return frames
 

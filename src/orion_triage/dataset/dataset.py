@@ -1,0 +1,49 @@
+"""A dataset that is opened once and passed on: its records by split, and its frames, decoded once."""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from orion_triage.dataset.records import Record, image_path, read_split
+from orion_triage.imagery.frames import CAMERA_SIZE, is_blank, read_frame
+from orion_triage.settings import SPLITS, Split
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+KEPT_FRAMES = 512  # decoded ones: 0.4 GB at 512 px, more than a run's 360; of larger datasets the last used
+
+
+class Dataset:
+    """The dataset in a folder. Each split is read when it is first asked for, and not again.
+
+    Errors are those of `read_split`, `image_path` and `read_frame`: they name the file and line.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._records: dict[Split, list[Record]] = {}
+        self._frame = lru_cache(KEPT_FRAMES)(lambda path, size: read_frame(path, size).image)
+
+    def records(self, split: Split) -> list[Record]:
+        """The split's records, in the file's order."""
+        if split not in self._records:
+            self._records[split] = read_split(self.folder, split)
+        return self._records[split]
+
+    def every_record(self) -> list[Record]:
+        """Those of train, val and test, in this order."""
+        return [record for split in SPLITS for record in self.records(split)]
+
+    def path(self, record: Record) -> Path:
+        """The record's image file."""
+        return image_path(self.folder, record)
+
+    def frame(self, record: Record, size: int) -> "Image.Image":
+        """RGB of `size` x `size` pixels; the same object each time, so do not change it."""
+        return self._frame(self.path(record), size)
+
+    def blank_names(self, split: Split) -> list[str]:
+        """The names of the split's frames that the blank rule calls blank, sorted."""
+        named = {record.name: record for record in self.records(split)}
+        return [name for name in sorted(named) if is_blank(self.frame(named[name], CAMERA_SIZE))]
