@@ -8,7 +8,7 @@ left out by name, and too many of them stop the build.
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 from orion_triage import hub
 from orion_triage.dataset.catalogue import Target, load_catalogue
@@ -107,30 +107,40 @@ def plan(settings: DatasetSettings) -> tuple[ImagerySource, Splits]:
 
 def _source(settings: DatasetSettings) -> ImagerySource:
     cache = cache_folder() / "imagery" / settings.source
-    if settings.source == "simsat":
-        return SimSat(cache=cache, altitude_km=settings.altitude_km, url=settings.url or SIMSAT_URL)
-    if settings.source == "sentinel2":
-        from orion_triage.dataset.sources.sentinel2 import STAC_URL, Sentinel2
+    match settings.source:
+        case "simsat":
+            return SimSat(cache=cache, altitude_km=settings.altitude_km, url=settings.url or SIMSAT_URL)
+        case "sentinel2":
+            from orion_triage.dataset.sources.sentinel2 import STAC_URL, Sentinel2
 
-        return Sentinel2(
-            cache=cache,
-            url=settings.url or STAC_URL,
-            start=settings.captured_from.isoformat(),
-            end=settings.captured_to.isoformat(),
-            max_cloud_share=settings.largest_cloud_share,
-        )
-    from orion_triage.dataset.sources.synthetic.draw import Synthetic
+            return Sentinel2(
+                cache=cache,
+                url=settings.url or STAC_URL,
+                start=settings.captured_from.isoformat(),
+                end=settings.captured_to.isoformat(),
+                max_cloud_share=settings.largest_cloud_share,
+            )
+        case "synthetic":
+            from orion_triage.dataset.sources.synthetic.draw import Synthetic
 
-    return Synthetic(settings.imagery_seed, settings.metres_per_pixel)
+            return Synthetic(settings.imagery_seed, settings.metres_per_pixel)
+        case "directory":
+            raise ValueError("a folder brings its own places")
+        case _:
+            assert_never(settings.source)
 
 
 def _footprint_km(settings: DatasetSettings) -> float:
     """The diagonal of a frame on the ground: two places closer than that can show the same."""
-    metres = settings.metres_per_pixel
-    if settings.source == "simsat":
-        metres = METRES_PER_PIXEL_AT_500_KM * settings.altitude_km / 500
-    if settings.source == "sentinel2":
-        metres = 10.0
+    match settings.source:
+        case "simsat":
+            metres = METRES_PER_PIXEL_AT_500_KM * settings.altitude_km / 500
+        case "sentinel2":
+            metres = 10.0
+        case "synthetic" | "directory":
+            metres = settings.metres_per_pixel
+        case _:
+            assert_never(settings.source)
     return CAMERA_SIZE * math.sqrt(2) * metres / 1000
 
 

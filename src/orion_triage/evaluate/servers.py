@@ -3,12 +3,13 @@
 import base64
 import queue
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
+
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_incrementing
 
 from orion_triage.errors import OrionError, ServerError
 from orion_triage.evaluate.backends import Backend, LlamaCppBackend
@@ -139,14 +140,13 @@ class SharedBackend:
                 return answers
 
     def _ask(self, server: Connected, image: "Image.Image", prompt: str) -> Answer:
-        for attempt in range(TRIES):
-            try:
-                (answer,) = server.backend.answer([image], [prompt])
-                break
-            except ServerError:
-                if attempt == TRIES - 1:
-                    raise
-                time.sleep(self._pause_seconds * attempt)
+        again = Retrying(
+            stop=stop_after_attempt(TRIES),
+            wait=wait_incrementing(start=0, increment=self._pause_seconds),
+            retry=retry_if_exception_type(ServerError),
+            reraise=True,
+        )
+        (answer,) = again(server.backend.answer, [image], [prompt])
         if server.now and server.now() != server.identity:
             raise ServerError(f"it no longer serves {server.model}.", "Its answers are not counted.")
         return answer

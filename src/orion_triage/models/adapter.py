@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, assert_never
 from warnings import catch_warnings, filterwarnings
 
 from orion_triage.errors import OrionError
@@ -47,7 +47,10 @@ def _count(names: Sequence[str], modules: Sequence[str]) -> tuple[dict[str, str]
     return matched, census
 
 
-def resolve_targets(model: Any, names: Sequence[str], scope: str = "attention") -> tuple[list[str], Census]:
+Scope = Literal["attention", "language-attention", "language-all"]
+
+
+def resolve_targets(model: Any, names: Sequence[str], scope: Scope = "attention") -> tuple[list[str], Census]:
     """The full names of the linear modules that `names` mean within `scope`, and {name: {tower: count}}.
 
     A name is a module's last component or a dotted end ("conv.in_proj"); `o_proj` is the attention's output. The
@@ -57,10 +60,16 @@ def resolve_targets(model: Any, names: Sequence[str], scope: str = "attention") 
     from torch import nn
 
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if scope.startswith("language"):
-        linear = [name for name in linear if tower_of(name) == "text"]
-    if scope == "language-all":
-        names = [*names, *_LANGUAGE_LAYERS]
+    match scope:
+        case "attention":
+            pass
+        case "language-attention":
+            linear = [name for name in linear if tower_of(name) == "text"]
+        case "language-all":
+            linear = [name for name in linear if tower_of(name) == "text"]
+            names = [*names, *_LANGUAGE_LAYERS]
+        case _:
+            assert_never(scope)
     matched, census = _count(names, linear)
     idle = [name for name, towers in census.items() if not any(towers.values())]
     if idle or not names:

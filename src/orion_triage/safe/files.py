@@ -166,7 +166,7 @@ def locked(folder: Path, purpose: str) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # filelock empties the file, which names its owner
         except BlockingIOError:
             file.seek(0)
             owner = file.read().strip() or "another process"

@@ -7,9 +7,7 @@ cut from the scene's own UTM grid without resampling; range requests fetch its b
 
 import io
 import math
-import random
 import re
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
@@ -226,8 +224,9 @@ class Sentinel2:
         The libraries' own retries see a status 503, but neither urllib3's nor GDAL's an answer that breaks off.
         """
         from pystac_client.exceptions import APIError
+        from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential, wait_random
 
-        for attempt in range(1, _ATTEMPTS + 1):
+        def asked() -> _Answer:
             try:
                 return ask()
             except APIError as error:
@@ -236,11 +235,17 @@ class Sentinel2:
                 if status and status < 500 and status != 429:
                     fix = "Check the address and the collection."
                     raise OrionError(f"{self.url} refuses a question: {failure}.", fix) from None
-            except (_AwayError, JSONDecodeError) as error:
-                failure = str(error)
-            if attempt < _ATTEMPTS:
-                time.sleep(self.retry_delay_seconds * 2 ** (attempt - 1) * random.uniform(0.75, 1.25))
-        raise _AwayError(failure)
+                raise _AwayError(failure) from None
+            except JSONDecodeError as error:
+                raise _AwayError(str(error)) from None
+
+        delay = self.retry_delay_seconds
+        return Retrying(
+            stop=stop_after_attempt(_ATTEMPTS),
+            wait=wait_exponential(multiplier=delay) + wait_random(0, delay / 2),
+            retry=retry_if_exception_type(_AwayError),
+            reraise=True,
+        )(asked)
 
 
 def look(scene: dict[str, Any], shot: Shot, timeout_seconds: float) -> _Chip:

@@ -5,7 +5,6 @@ announced as PNG, and a fault of Mapbox's looks like a place without imagery. So
 and only a picture that decodes to its last row is kept.
 """
 
-import fcntl
 import json
 import math
 import random
@@ -21,6 +20,8 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
+
+from filelock import FileLock, Timeout
 
 from orion_triage.dataset.sources.source import Absent, Outcome, Picture, Shot
 from orion_triage.errors import FrameError, OrionError, printable
@@ -320,16 +321,17 @@ def _checked(url: str) -> str:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """The cache for this process alone: two at a time would ask the server at twice the rate."""
+    lock = FileLock(folder / ".lock", timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
+        lock.acquire()
+    except Timeout:
+        raise OrionError(f"another run fetches into {folder}.", "Wait for its end, or stop it.") from None
     except OSError as error:
         raise OrionError(f"{folder} cannot hold SimSat's pictures: {error.strerror}.", "Give another folder.") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OrionError(f"another run fetches into {folder}.", "Wait for its end, or stop it.") from None
+    try:
         for unfinished in folder.glob(".lon*.jpeg.*"):  # of a process that was killed while it wrote
             unfinished.unlink()
         yield
+    finally:
+        lock.release()
