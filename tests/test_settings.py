@@ -1,4 +1,4 @@
-"""config.py, manifest.py and files.py."""
+"""settings.py, runs/run.py, runs/manifest.py and safe/files.py."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ import pytest
 
 from orion_triage.errors import OrionError
 from orion_triage.runs.manifest import hash_inputs, is_current, read_manifest, write_manifest
+from orion_triage.runs.run import SETTINGS_FILE, Run, open_run, with_its_dataset
 from orion_triage.safe.files import replaced_folder, require_free_space, write_text
 from orion_triage.settings import Settings, load_settings, overrides
 
@@ -102,3 +103,16 @@ def test_a_full_disk_is_refused_before_work(tmp_path: Path) -> None:
 def test_settings_survive_json() -> None:
     settings = load_settings("tiny")
     assert Settings.model_validate(json.loads(settings.model_dump_json())) == settings
+
+
+def test_a_run_of_another_version_is_named_and_its_dataset_kept(tmp_path: Path) -> None:
+    settings = load_settings("tiny", ["dataset.source=sentinel2", "dataset.captured_from=2023-05-01"])
+    older = settings.model_dump(mode="json") | {"ladder": {"enabled": True}}
+    (tmp_path / SETTINGS_FILE).write_text(json.dumps(older))
+    with pytest.raises(OrionError, match="written by another version of ORION triage, or changed: ladder: ") as caught:
+        open_run(tmp_path)
+    assert f"'orion run --run {tmp_path}' with version" in caught.value.fix
+    assert with_its_dataset(Run(tmp_path, load_settings("tiny"))).settings.dataset == settings.dataset
+    (tmp_path / SETTINGS_FILE).write_text(json.dumps(older | {"dataset": {"origin": "sentinel2"}}))
+    with pytest.raises(OrionError, match="does not say where the run's dataset comes from"):
+        with_its_dataset(Run(tmp_path, load_settings("tiny")))

@@ -1,3 +1,3 @@
 """ORION triage: the ground pipeline of an on-board image triage model."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

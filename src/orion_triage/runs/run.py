@@ -1,16 +1,18 @@
 """One run: its folder, its settings, and where each stage's product lies in it."""
 
+import json
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from orion_triage import hub, processes
+from orion_triage import __version__, hub, processes
 from orion_triage.errors import OrionError
 from orion_triage.runs import manifest
 from orion_triage.safe.files import locked, write_text
-from orion_triage.settings import Settings, Split
+from orion_triage.safe.reading import read_object
+from orion_triage.settings import DatasetSettings, Settings, Split
 
 SETTINGS_FILE = "settings.json"
 WORK_FOLDER = "fine_tune_work"
@@ -88,17 +90,25 @@ def prepare(run: Run) -> None:
 
 
 def with_its_dataset(run: Run) -> Run:
-    """The run with the dataset settings that its folder was last used with.
+    """The run with the dataset settings that its folder was last used with, whatever version wrote them.
 
-    Whoever built a dataset from imagery and goes on without naming it again does not want it drawn over.
+    Whoever built a dataset from imagery and goes on without naming it again does not want it drawn over. Raises
+    OrionError when the folder's dataset settings cannot be read.
     """
+    path = run.folder / SETTINGS_FILE
     try:
-        before = open_run(run.folder)
-    except OrionError:
+        before = read_object(path)
+        if before.get("preset") != run.settings.preset:
+            return run
+        dataset = DatasetSettings.model_validate_json(json.dumps(before["dataset"]))
+    except FileNotFoundError:
         return run
-    if before.settings.preset != run.settings.preset:
-        return run
-    return replace(run, settings=run.settings.model_copy(update={"dataset": before.settings.dataset}))
+    except (KeyError, ValidationError):
+        raise OrionError(
+            f"{path} does not say where the run's dataset comes from.",
+            "Name it (--dataset FOLDER, or --source NAME), or choose another folder with --run.",
+        ) from None
+    return replace(run, settings=run.settings.model_copy(update={"dataset": dataset}))
 
 
 def open_run(folder: Path, split: Split = "test") -> Run:
@@ -111,7 +121,11 @@ def open_run(folder: Path, split: Split = "test") -> Run:
     except ValidationError as error:
         problem = error.errors()[0]
         place = ".".join(str(part) for part in problem["loc"]) or "JSON"
-        raise OrionError(f"{path}: {place}: {problem['msg']}.", "Run 'orion run' with this version again.") from None
+        raise OrionError(
+            f"{path} was written by another version of ORION triage, or changed: {place}: {problem['msg']}.",
+            f"Run 'orion run --run {folder}' with version {__version__}: it keeps the dataset, and repeats only the stages "
+            "that no longer match.",
+        ) from None
     return Run(folder, settings, split)
 
 
