@@ -110,7 +110,7 @@ def test_the_table_fits_a_terminal_and_json_is_alone_on_standard_output(run: Run
     assert shown.returncode == 0, shown.stderr
     assert re.search(r"│ as it flies .*│ +\d/6 │ +\d/6 \* │", shown.stdout)
     assert max(len(line) for line in shown.stdout.splitlines() if line[:1] in "┏│└") <= 80
-    assert "'orion evaluate --variants verdict-only' evaluates it" in shown.stderr
+    assert "Run 'orion evaluate --variants verdict-only'." in shown.stderr
     printed = orion("bench-frame", run.folder, *options[2:], "--json")
     assert printed.returncode == 0, printed.stderr
     assert len(json.loads(printed.stdout)["rows"]) == 5

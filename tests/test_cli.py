@@ -15,6 +15,7 @@ import pytest
 from orion_triage.export import quantize
 from orion_triage.llama_cpp.server import Server
 from orion_triage.llama_cpp.toolchain import find_toolchain
+from orion_triage.models.load import TINY_BASE_FOLDER
 from orion_triage.pipeline import stages
 from orion_triage.runs.manifest import read_manifest
 from orion_triage.settings import Settings
@@ -125,7 +126,7 @@ def test_a_dataset_is_checked_and_looked_at(finished: Path, tmp_path: Path) -> N
     assert (report["errors"], report["findings"][0]["place"]) == (1, "test_dataset.jsonl:7")
     assert_refused(orion("dataset", "check", "nothing", cwd=tmp_path), "neither a folder nor a Hub id")
     refused = orion("dataset", "--source", "simsat", "--dataset", "dataset", cwd=tmp_path)
-    assert_refused(refused, "a folder has its own pictures", status=2)
+    assert_refused(refused, "cannot be combined with --dataset", status=2)
 
 
 def test_an_interrupted_command_says_so_and_leaves_nothing_half_done(tmp_path: Path) -> None:
@@ -145,7 +146,7 @@ def test_an_interrupted_command_says_so_and_leaves_nothing_half_done(tmp_path: P
     os.killpg(running.pid, signal.SIGINT)
     _, said = running.communicate(timeout=60)
     assert running.returncode == 130
-    assert "interrupted: the same command goes on from here" in said
+    assert "interrupted: run the same command again to resume" in said
     assert "Traceback" not in said
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "settings.json"]
 
@@ -168,6 +169,11 @@ def test_a_run_leaves_every_product_and_its_manifests(finished: Path) -> None:
         "report.png",
     ):
         assert (run / name).stat().st_size > 0
+    for folder, relation in (("orion_lora_weights", "adapter"), ("orion_merged", "finetune"), ("gguf", "quantized")):
+        card = (run / folder / "README.md").read_text()
+        assert f"base_model: orion-tiny\nbase_model_relation: {relation}" in card
+        assert "README.md" in read_manifest(run / folder).outputs  # type: ignore[union-attr]
+        assert (run / folder / "LICENSE").read_bytes() == (TINY_BASE_FOLDER / "LICENSE").read_bytes()
     results = json.loads((run / "results.json").read_text())
     assert results["missing"] == []
     steps = ["adapter-4bit", "adapter-16bit", "fine-tuned", "F16", "Q8_0", "quantized", "constrained", "flight"]
@@ -287,7 +293,8 @@ def test_variants_are_compared_and_the_grammar_always_parses(finished: Path, tmp
     assert "evaluate sampled: done" in repeated.stderr
     assert json.loads(repeated.stdout) == json.loads(result.stdout)  # a fixed seed
     shown = orion(*command[:-1], cwd=folder)
-    assert re.search(r"sampled +│ A .* against +│ change|sampled .*│ quantized │", shown.stdout), shown.stdout
+    assert re.search(r"┃ compared with ┃ change", shown.stdout), shown.stdout
+    assert re.search(r"│ sampled +│ A .*│ quantized +│", shown.stdout), shown.stdout
     assert_refused(
         orion("evaluate", *run_command()[1:], "--variants", "F17", cwd=folder), "'F17' is no variant", "Q8_0"
     )
@@ -325,7 +332,7 @@ def test_runs_are_compared_frame_by_frame(finished: Path, tmp_path: Path) -> Non
     assert "over 3 runs" not in shown.stdout
     assert "Accuracy over 3 runs" in orion("compare", "runs/small", other, other, cwd=finished).stdout
     assert_refused(orion("compare", "runs/small", other, "--file", "val", cwd=finished), "no model evaluated in both")
-    assert_refused(orion("compare", "runs/small", cwd=finished), "two runs or more", status=2)
+    assert_refused(orion("compare", "runs/small", cwd=finished), "at least two run folders", status=2)
     path.write_text("".join(json.dumps(row | {"prompt_sha256": "0"}) + "\n" for row in rows))
     assert_refused(orion("compare", "runs/small", other, cwd=finished), "24 of 24 questions differ", "A/")
 
@@ -422,7 +429,7 @@ def test_someone_elses_server_is_evaluated(finished: Path, tmp_path: Path) -> No
         key = str(server.client._http.headers["Authorization"]).removeprefix("Bearer ")
         result = orion(*command, cwd=folder, LLAMA_API_KEY=key)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("right") == 4
+    assert result.stdout.count("correct") == 4
     again = (folder / "runs" / "small" / "evaluation" / "test" / "quantized" / "predictions.jsonl").read_text()
     answers = [[json.loads(line)["answer"] for line in text.splitlines()] for text in (own, again)]
     assert answers[0] == answers[1]

@@ -253,30 +253,6 @@ def test_a_tower_that_is_not_trained_is_asked_once_a_frame(
     assert runs[True][1] == pytest.approx(runs[False][1], abs=1e-5)
 
 
-def test_faster_dropout_has_the_distribution_of_torchs(small_base: Path) -> None:
-    import torch
-
-    from orion_triage.train.cpu_dropout import CpuDropout
-
-    model = make_adapted(small_base, QUICK)
-    kinds = {type(module.lora_dropout["default"]) for module in model.modules() if hasattr(module, "lora_dropout")}
-    assert kinds == {CpuDropout}
-    dropout, values = CpuDropout(0.05), torch.ones(7, 1001, 33, requires_grad=True)
-    torch.manual_seed(1)
-    once, again = dropout(values), dropout(values)
-    assert once.unique().tolist() == [0.0, pytest.approx(1 / 0.95)]
-    zeros = (once == 0).float()
-    assert float(zeros.mean()) == pytest.approx(0.05, abs=0.002)  # 231,231 draws: three standard deviations are 0.0014
-    assert float(zeros.mean(0).std()) == pytest.approx((0.05 * 0.95 / 7) ** 0.5, rel=0.02)
-    assert float((zeros * (again == 0)).mean()) == pytest.approx(0.05**2, abs=0.0005)  # independent of the last draw
-    once.sum().backward()
-    assert values.grad is not None
-    assert torch.equal(values.grad, once.detach())
-    torch.manual_seed(1)
-    assert torch.equal(dropout(values), once)
-    assert dropout.eval()(values) is values
-
-
 def test_groupings_keep_the_records_of_a_step() -> None:
     settings = FineTuneSettings()  # 1 x 16 with checkpointing
     found = [(g.micro_batch_size, g.gradient_accumulation_steps, g.gradient_checkpointing)

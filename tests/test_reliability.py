@@ -227,7 +227,7 @@ cli.main()
     said, errors = process.communicate(timeout=WAIT_SECONDS)
     assert process.returncode == 128 + kill
     assert said == ("" if lost == "renamed" else "clean\n")
-    assert errors == "interrupted: the same command goes on from here\n"
+    assert errors == "interrupted: run the same command again to resume\n"
 
 
 def test_whoever_comes_next_clears_what_a_killed_run_left(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The command line: parse, load settings, call one function, print. The only package that prints or exits."""
+"""The command line: parse options, load settings, call one function, print. Only this package prints or exits."""
 
 import signal
 import sys
@@ -12,52 +12,52 @@ from orion_triage.errors import OrionError, obstacle
 
 __all__ = ["app", "dataset", "evaluation", "flight", "machine", "main", "remote", "stages"]
 
-_AGAIN_SECONDS = 5.0  # after which a command that was told to end, and has not heard, is told again
-_told: list[int] = []  # the signals that told this process to end
+_REPEAT_SECONDS = 5.0  # interval of the repeated interrupt: a library can swallow the first one
+_signals_received: list[int] = []  # SIGINT and SIGTERM signals of this process
 
 
 def main() -> None:
-    """Entry point: a user's mistake, a full disk or a lost file is one clear line and exit status 1, no traceback."""
+    """Entry point. An OrionError, a full disk or a missing file gives a short message and exit status 1."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _end)
-    signal.signal(signal.SIGALRM, _end_again)
-    sys.unraisablehook = _lost
+        signal.signal(number, _interrupt)
+    signal.signal(signal.SIGALRM, _interrupt_again)
+    sys.unraisablehook = _hide_lost_interrupt
     processes.sleep_while_waiting()
     try:
         app()
     except BaseException as error:
-        if _told:  # whatever a library made of it
+        if _signals_received:  # a library may have replaced the KeyboardInterrupt by another exception
             signal.setitimer(signal.ITIMER_REAL, 0)
-            messages().print("interrupted: the same command goes on from here", highlight=False)
-            sys.exit(128 + _told[0])
+            messages().print("interrupted: run the same command again to resume", highlight=False)
+            sys.exit(128 + _signals_received[0])
         known = error if isinstance(error, OrionError) else obstacle(error) if isinstance(error, Exception) else None
         if known is None:
             raise
-        _say(known)
+        _print_error(known)
         sys.exit(1)
 
 
-def _end(number: int, frame: Any) -> NoReturn:
-    """Ctrl-C and SIGTERM alike: what is half-written is deleted, servers are stopped."""
-    _told.append(number)
-    signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
+def _interrupt(number: int, frame: Any) -> NoReturn:
+    """Handle Ctrl-C and SIGTERM: the exception makes callers delete partial files and stop servers."""
+    _signals_received.append(number)
+    signal.setitimer(signal.ITIMER_REAL, _REPEAT_SECONDS)
     raise KeyboardInterrupt
 
 
-def _end_again(number: int, frame: Any) -> None:
-    """An exception out of a signal can be lost, in a library's clean-up or import; not while our own is under way."""
-    signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
+def _interrupt_again(number: int, frame: Any) -> None:
+    """Raise the interrupt again unless it is being handled: a library's clean-up or import can lose the first one."""
+    signal.setitimer(signal.ITIMER_REAL, _REPEAT_SECONDS)
     if not isinstance(sys.exception(), KeyboardInterrupt | SystemExit):
         raise KeyboardInterrupt
 
 
-def _lost(lost: "sys.UnraisableHookArgs") -> None:
-    """Of what Python cannot raise where it happens, all but our signals, which come again."""
-    if not isinstance(lost.exc_value, KeyboardInterrupt):
-        sys.__unraisablehook__(lost)
+def _hide_lost_interrupt(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Report exceptions that Python cannot raise, except our interrupt, which `_interrupt_again` repeats."""
+    if not isinstance(unraisable.exc_value, KeyboardInterrupt):
+        sys.__unraisablehook__(unraisable)
 
 
-def _say(error: OrionError) -> None:
+def _print_error(error: OrionError) -> None:
     messages().print(f"[bold red]error:[/] {escape(error.message)}", highlight=False, soft_wrap=True)
     if error.fix:
         messages().print(f"  [bold]fix:[/] {escape(error.fix)}", highlight=False, soft_wrap=True)

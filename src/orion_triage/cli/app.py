@@ -1,4 +1,4 @@
-"""The application that every command registers with, and the order in which the help names them."""
+"""The Typer application that every command registers with, and the order of the commands in the help."""
 
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -20,7 +20,7 @@ class _InOrder(TyperGroup):
         return [*COMMANDS, *(name for name in super().list_commands(ctx) if name not in COMMANDS)]
 
     def invoke(self, ctx: Any) -> Any:
-        """Of the options that are suggested for an unknown one, only those that it may be a misspelling of."""
+        """For an unknown option, suggest only options with a similar name."""
         try:
             return super().invoke(ctx)
         except Exception as error:
@@ -30,7 +30,7 @@ class _InOrder(TyperGroup):
 
 
 def alike(option: str, possible: Sequence[str]) -> list[str]:
-    """The options that are `option` but for a slip of the fingers: '--prset' is --preset, '--frames' is not."""
+    """The options that `option` is probably a misspelling of: --preset for '--prset', none for '--frames'."""
     found = get_close_matches(option.lstrip("-"), [name.lstrip("-") for name in possible], cutoff=0.85)
     return [name for name in possible if name.lstrip("-") in found]
 
@@ -42,4 +42,5 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Fine-tune, quantize and evaluate a vision-language model that triages satellite frames on board.",
+    epilog="Example: orion run\n\nExample: orion triage frames/ --out verdicts.jsonl\n\nExample: orion evaluate --help",
 )

@@ -1,4 +1,4 @@
-"""The dataset: build it, check it, look at it, share it."""
+"""Dataset commands: build, check, view, publish."""
 
 from itertools import groupby
 from pathlib import Path
@@ -11,6 +11,7 @@ from orion_triage.cli.terminal import (
     DatasetOption,
     ForceOption,
     JsonOption,
+    NewestRunOption,
     PresetOption,
     RunOption,
     SetOption,
@@ -25,12 +26,20 @@ from orion_triage.cli.terminal import (
 )
 
 dataset_app = typer.Typer(add_completion=False)
-app.add_typer(dataset_app, name="dataset", rich_help_panel="A run", epilog="Example: orion dataset --source sentinel2")
+app.add_typer(
+    dataset_app,
+    name="dataset",
+    rich_help_panel="Pipeline",
+    epilog="Example: orion dataset\n\n"
+    "Example: orion dataset --dataset my-frames --run runs/mine\n\n"
+    "Example: orion dataset --source sentinel2 --run runs/sentinel2",
+)
 
 FolderArgument = Annotated[
-    str, typer.Argument(metavar="[FOLDER|ID]", help="A dataset in the published layout. Default: the newest run's.")
+    str,
+    typer.Argument(metavar="[FOLDER|ID]", help="Dataset folder or Hub id. Default: the dataset of the newest run."),
 ]
-_PLACES_SHOWN = 5  # of one kind of finding; --json has them all
+_PLACES_SHOWN = 5  # findings printed of each kind; --json lists all
 
 
 @dataset_app.callback(invoke_without_command=True)
@@ -44,7 +53,11 @@ def dataset(
     test_size: TestSizeOption = 0,
     force: ForceOption = False,
 ) -> None:
-    """Make the frames and the three splits from a source, or check and copy a dataset that exists."""
+    """Build a dataset, or check and copy an existing one.
+
+    Writes the frames and the train, validation and test splits.
+    Use --dataset for your own images or an existing dataset.
+    """
     if context.invoked_subcommand is None:
         do_stage(
             "dataset", run_of(preset, assignments, folder, source=source, dataset=dataset, test_size=test_size), force
@@ -52,7 +65,7 @@ def dataset(
 
 
 def _located(name: str) -> tuple[Path, Path]:
-    """The dataset's folder, and the one that links in it may point into."""
+    """The dataset's folder, and the folder that its symbolic links may point into."""
     from orion_triage import hub
 
     folder = hub.locate(name, "dataset") if name else finished_run(None, "dataset").dataset
@@ -66,9 +79,17 @@ def _checked(folder: Path, root: Path) -> Any:
         return check_dataset(folder, root=root, progress=progress)
 
 
-@dataset_app.command(epilog="Example: orion dataset check runs/tiny/dataset --json")
+@dataset_app.command(
+    epilog="Example: orion dataset check\n\n"
+    "Example: orion dataset check OWNER/NAME\n\n"
+    "Example: orion dataset check runs/tiny/dataset --json"
+)
 def check(name: FolderArgument = "", as_json: JsonOption = False) -> None:
-    """Look for faults in a dataset before a GPU is rented: exit status 1 if there are errors."""
+    """Check a dataset for errors before training.
+
+    Prints a fix for each kind of error.
+    Exits with status 1 if there are errors.
+    """
     report = _checked(*_located(name))
     if as_json:
         typer.echo(report.to_json())
@@ -90,7 +111,7 @@ def _print_findings(report: Any) -> None:
         for finding in found[:_PLACES_SHOWN]:
             console.print(f"  {escape(finding.place)}: {escape(finding.message)}")
         if len(found) > _PLACES_SHOWN:
-            console.print(f"  and {len(found) - _PLACES_SHOWN} more")
+            console.print(f"  and {len(found) - _PLACES_SHOWN} more (--json lists all)")
         console.print(f"  [bold]fix:[/] {escape(found[0].fix)}")
     lines = ", ".join(f"{count} {split}" for split, count in report.lines.items())
     console.print(
@@ -99,12 +120,20 @@ def _print_findings(report: Any) -> None:
     )
 
 
-@dataset_app.command(epilog="Example: orion dataset view runs/tiny/dataset --out sheet.html")
+@dataset_app.command(
+    epilog="Example: orion dataset view\n\n"
+    "Example: orion dataset view OWNER/NAME\n\n"
+    "Example: orion dataset view runs/tiny/dataset --out sheet.html"
+)
 def view(
     name: FolderArgument = "",
-    out: Annotated[Path, typer.Option("--out", help="The page; it needs no other file.")] = Path("dataset.html"),
+    out: Annotated[Path, typer.Option("--out", help="HTML file to write.")] = Path("dataset.html"),
 ) -> None:
-    """Write a contact sheet: all frames, a map of their places, and what the check found, in one HTML file."""
+    """Write an HTML page that shows the frames of a dataset.
+
+    The page is one file. It also shows a map of the places and the findings of
+    'orion dataset check'.
+    """
     from orion_triage.dataset.view import render_view
     from orion_triage.safe.files import write_text
 
@@ -116,17 +145,29 @@ def view(
     messages().print(f"dataset view: {out} ({len(page) / 1e6:.1f} MB)", highlight=False, soft_wrap=True)
 
 
-@dataset_app.command(epilog="Example: orion dataset push OWNER/NAME --licence cc-by-4.0")
+@dataset_app.command(
+    epilog="Example: orion dataset push OWNER/NAME\n\n"
+    "Example: orion dataset push OWNER/NAME --licence cc-by-4.0 --public\n\n"
+    "Example: orion dataset push OWNER/NAME --run runs/simsat --catalogue-only"
+)
 def push(
-    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The Hub repository; created if need be.")],
-    folder: RunOption = None,
-    licence: Annotated[str, typer.Option("--licence", help="Of pixels whose origin the dataset does not know.")] = "",
+    repository: Annotated[
+        str, typer.Argument(metavar="OWNER/NAME", help="Hub repository. Created if it does not exist.")
+    ],
+    folder: NewestRunOption = None,
+    licence: Annotated[
+        str, typer.Option("--licence", help="Licence of images without a stated licence, such as cc-by-4.0.")
+    ] = "",
     catalogue_only: Annotated[
-        bool, typer.Option("--catalogue-only", help="Places, labels and splits without the pixels.")
+        bool, typer.Option("--catalogue-only", help="Publish places, labels and splits without images.")
     ] = False,
-    public: Annotated[bool, typer.Option("--public", help="A new repository is private otherwise.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public. Default: private.")] = False,
 ) -> None:
-    """Publish a run's dataset on the Hub, with card and Croissant metadata (token: HF_TOKEN)."""
+    """Publish the dataset of a run on the Hugging Face Hub.
+
+    Adds a dataset card and Croissant metadata.
+    Needs a token: run 'hf auth login' or set HF_TOKEN.
+    """
     from orion_triage.dataset import share
     from orion_triage.errors import OrionError
     from orion_triage.runs.manifest import read_manifest
@@ -134,13 +175,16 @@ def push(
     run = finished_run(folder, "dataset")
     stage_manifest = read_manifest(run.dataset)
     if stage_manifest is None or stage_manifest.removed:
-        raise OrionError(f"{run.dataset} is not there, or without its frames.", "Make it: 'orion dataset --force'.")
+        raise OrionError(
+            f"{run.dataset} does not exist, or 'orion clean' deleted its frames.",
+            "Build it again: 'orion dataset --force'.",
+        )
     report = _checked(run.dataset, run.dataset)
     if report.errors:
         raise OrionError(
-            f"{run.dataset} has {len(report.errors)} errors and is not published; {report.errors[0].place}: "
-            f"{report.errors[0].message}",
-            f"'orion dataset check {run.dataset}' lists them, each with its fix.",
+            f"{run.dataset} has {len(report.errors)} errors and cannot be published. "
+            f"First error: {report.errors[0].place}: {report.errors[0].message}",
+            f"Run 'orion dataset check {run.dataset}' and fix the errors it lists.",
         )
     address = share.push(
         run.dataset,

@@ -1,4 +1,4 @@
-"""Asking models and judging answers."""
+"""Evaluation commands: evaluate models, report and compare results, choose the threshold."""
 
 import json
 import re
@@ -13,8 +13,10 @@ from orion_triage import processes
 from orion_triage.cli.app import app
 from orion_triage.cli.terminal import (
     FileOption,
+    FinishedRunOption,
     ForceOption,
     JsonOption,
+    NewestRunOption,
     PresetOption,
     RunOption,
     SetOption,
@@ -28,10 +30,14 @@ from orion_triage.cli.terminal import (
     say,
 )
 
-command = partial(app.command, rich_help_panel="Judging models")
+command = partial(app.command, rich_help_panel="Evaluation")
 
 
-@command(epilog="Example: orion ablation --file val")
+@command(
+    epilog="Example: orion ablation\n\n"
+    "Example: orion ablation --file val\n\n"
+    "Example: orion ablation --preset lfm2.5-vl-450m --set evaluate.batch_size=8"
+)
 def ablation(
     preset: PresetOption = "tiny",
     assignments: SetOption = [],  # noqa: B006
@@ -39,32 +45,39 @@ def ablation(
     file: FileOption = SplitName.test,
     force: ForceOption = False,
 ) -> None:
-    """Evaluate the base model under the four conditions."""
+    """Evaluate the base model under the four conditions.
+
+    A: image with coordinates. B: image without coordinates. C: noise with
+    coordinates. D: image with the coordinates of a place of another category.
+    """
     current = run_of(preset, assignments, folder, file.value)
     do_stage("evaluate base", current, force)
     _print_rates(current, "evaluate base")
 
 
 @command(
-    epilog="Example: orion evaluate --gguf OWNER/NAME\n\nExample: orion evaluate --variants Q8_0,quantized --file val"
+    epilog="Example: orion evaluate\n\n"
+    "Example: orion evaluate --gguf OWNER/NAME\n\n"
+    "Example: orion evaluate --variants Q8_0,quantized --file val"
 )
 def evaluate(
     pair: Annotated[
-        str, typer.Argument(metavar="[FOLDER|ID]", help="With --gguf: another GGUF pair than the run's own.")
+        str,
+        typer.Argument(metavar="[FOLDER|ID]", help="GGUF pair for --gguf: folder or Hub id. Default: the run's pair."),
     ] = "",
     preset: PresetOption = "tiny",
     assignments: SetOption = [],  # noqa: B006
     folder: RunOption = None,
     file: FileOption = SplitName.test,
     quantized: Annotated[
-        bool, typer.Option("--gguf", help="The GGUF pair instead: a server is started and stopped here.")
+        bool, typer.Option("--gguf", help="Evaluate the GGUF pair. Starts and stops llama-server.")
     ] = False,
     servers: Annotated[
         list[str],
         typer.Option(
             "--quantized-model",
             metavar="URL",
-            help="A running server instead, llama.cpp's or OpenAI-compatible (key: LLAMA_API_KEY). Repeatable.",
+            help="Evaluate a running llama.cpp or OpenAI-compatible server (key: LLAMA_API_KEY). Repeatable.",
         ),
     ] = [],  # noqa: B006
     names: Annotated[
@@ -72,21 +85,25 @@ def evaluate(
         typer.Option(
             "--variants",
             metavar="NAME,NAME",
-            help="These variants instead, and a table of what each changed: base, adapter-4bit, adapter-16bit, "
-            "fine-tuned, F16, a quantization as Q8_0, quantized, constrained, sampled, sampled-constrained, "
-            "verdict-only; or all.",
+            help="Evaluate these variants and print the changes between them. Names: base, adapter-4bit, "
+            "adapter-16bit, fine-tuned, F16, a quantization such as Q8_0, quantized, constrained, sampled, "
+            "sampled-constrained, verdict-only; or all.",
         ),
     ] = "",
     as_json: JsonOption = False,
     force: ForceOption = False,
 ) -> None:
-    """Evaluate the fine-tuned model, the quantized one or any variant under the four conditions."""
+    """Evaluate the fine-tuned model under the four conditions.
+
+    Use --gguf, --quantized-model or --variants to evaluate another model.
+    'orion ablation --help' explains the conditions.
+    """
     from orion_triage.pipeline import evaluate_servers
 
     if pair and (servers or not quantized):
-        raise typer.BadParameter("goes with --gguf", param_hint=f"'{pair}'")
+        raise typer.BadParameter("use it with --gguf and without --quantized-model.", param_hint=f"'{pair}'")
     if names and (servers or quantized):
-        raise typer.BadParameter("goes without --gguf and --quantized-model", param_hint="--variants")
+        raise typer.BadParameter("cannot be combined with --gguf or --quantized-model.", param_hint="'--variants'")
     if names:
         _evaluate_variants(names, preset, assignments, folder, file, as_json, force)
         return
@@ -104,7 +121,7 @@ def evaluate(
 def _evaluate_variants(
     names: str, preset: str, assignments: list[str], folder: Path | None, file: SplitName, as_json: bool, force: bool
 ) -> None:
-    """Evaluate what is named, and print what each changed against the one it is compared with."""
+    """Evaluate the named variants, and print the change of each from the variant it is compared with."""
     from rich.table import Table
 
     from orion_triage.evaluate.results import compare_variants
@@ -126,10 +143,10 @@ def _evaluate_variants(
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return
-    table = Table("variant", "", title=escape(f"{current.folder}, {file.value} split"))
-    for heading in ("parse", "right"):
+    table = Table("variant", "", title=escape(f"{current.folder}, {file.value} split, conditions A to D"))
+    for heading in ("parsed", "correct"):
         table.add_column(heading, justify="right")
-    table.add_column("against")
+    table.add_column("compared with")
     table.add_column("change")
     for row in rows:
         for condition, counts in row["conditions"].items():
@@ -141,7 +158,7 @@ def _evaluate_variants(
 
 
 def _print_rates(run: Any, stage: str, as_json: bool = False) -> None:
-    """Accuracy by condition of one evaluation."""
+    """Print the accuracy of one evaluation, by condition."""
     from orion_triage.evaluate.conditions import CONDITIONS
     from orion_triage.runs.manifest import read_manifest
 
@@ -154,16 +171,22 @@ def _print_rates(run: Any, stage: str, as_json: bool = False) -> None:
         return
     for condition in CONDITIONS:
         rates = manifest.figures[condition]
-        typer.echo(f"{condition}: {rates['right']}/{rates['count']} right, {rates['unparsable']} unparsable")
+        typer.echo(f"{condition}: {rates['right']}/{rates['count']} correct, {rates['unparsable']} unparsable")
 
 
-@command(epilog="Example: orion report --json")
+@command(
+    epilog="Example: orion report\n\nExample: orion report --file val\n\nExample: orion report --run runs/tiny --json"
+)
 def report(
-    folder: Annotated[Path | None, typer.Option("--run", help="Run folder. Default: the newest.")] = None,
+    folder: NewestRunOption = None,
     file: FileOption = SplitName.test,
     as_json: JsonOption = False,
 ) -> None:
-    """Collect results.json, report.html, report.md and report.png from what has finished, and print the table."""
+    """Write the report of a run and print its tables.
+
+    Writes results.json, report.html, report.md and report.png.
+    Includes every evaluation that has finished.
+    """
     write_report(finished_run(folder, "dataset", file.value), as_json=as_json)
 
 
@@ -191,13 +214,23 @@ def write_report(run: Any, *, as_json: bool) -> None:
     console.print(f"report: {names}", highlight=False, soft_wrap=True)
 
 
-@command(epilog="Example: orion compare runs/tiny runs/other")
+@command(
+    epilog="Example: orion compare runs/tiny runs/other\n\n"
+    "Example: orion compare runs/seed-42 runs/seed-43 runs/seed-44\n\n"
+    "Example: orion compare runs/tiny runs/other --file val --json"
+)
 def compare(
-    folders: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders; the first is the measure.")],
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders. Each is compared with the first.")
+    ],
     file: FileOption = SplitName.test,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare runs on the same frames: what each gained and lost against the first, and what chance would."""
+    """Compare runs frame by frame with the first one (paired test).
+
+    All runs must have been evaluated on the same frames and prompts.
+    With three runs or more, also prints the lowest, median and highest accuracy.
+    """
     from rich.table import Table
 
     from orion_triage.evaluate.seeds import spread
@@ -207,7 +240,7 @@ def compare(
     from orion_triage.templates import percent
 
     if len(folders) < 2:
-        raise typer.BadParameter("give two runs or more", param_hint="'RUN RUN...'")
+        raise typer.BadParameter("give at least two run folders.", param_hint="'RUN RUN...'")
     first, *others = runs = [open_run(folder, file.value) for folder in folders]
     compared = {str(other.folder): compare_runs(first, other) for other in others}
     accuracies = spread(runs)
@@ -216,7 +249,7 @@ def compare(
         typer.echo(json.dumps(value, indent=2))
         return
     for name, models in compared.items():
-        table = Table("model", "", title=escape(f"{first.folder} against {name}, {file.value} split"))
+        table = Table("model", "", title=escape(f"{name} compared with {first.folder}, {file.value} split"))
         for heading in ("first", "second"):
             table.add_column(heading, justify="right")
         table.add_column("difference")
@@ -236,15 +269,29 @@ def compare(
         output().print(table)
 
 
-@command("threshold", epilog="Example: orion threshold --max-irrecoverable-loss 2%")
+@command(
+    "threshold",
+    epilog="Example: orion threshold\n\n"
+    "Example: orion threshold --max-irrecoverable-loss 2%\n\n"
+    "Example: orion threshold --max-irrecoverable-loss 0 --run runs/tiny --json",
+)
 def threshold_command(
     limit: Annotated[
-        str, typer.Option("--max-irrecoverable-loss", metavar="SHARE", help="Of the valuable frames, dropped as LOW.")
+        str,
+        typer.Option(
+            "--max-irrecoverable-loss",
+            metavar="SHARE",
+            help="Largest share of HIGH and MEDIUM frames that may be dropped: 5% or 0.05.",
+        ),
     ] = "5%",
-    folder: Annotated[Path | None, typer.Option("--run", help="Run folder. Default: the newest finished.")] = None,
+    folder: FinishedRunOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Choose on val how sure of LOW the model must be before a frame is dropped; 'orion triage' then keeps to it."""
+    """Choose the probability of LOW above which a frame is dropped.
+
+    Uses the validation split, and evaluates it if necessary.
+    'orion triage' applies the threshold.
+    """
     from orion_triage.evaluate import threshold
     from orion_triage.evaluate.results import blank_frames
 
@@ -256,11 +303,13 @@ def threshold_command(
         typer.echo(json.dumps(record, indent=2))
         return
     there, low_threshold = record["there"], record["low_threshold"]
-    dropped = f"P(LOW) of at least {low_threshold:.3f}" if low_threshold <= 1 else "no P(LOW): the scores drop nothing"
-    typer.echo(f"a frame is dropped at {dropped}")
+    if low_threshold <= 1:
+        typer.echo(f"threshold: a frame is dropped if P(LOW) is {low_threshold:.3f} or more")
+    else:
+        typer.echo("threshold: none; P(LOW) drops no frame")
     loss, recall, count = there["irrecoverable_loss"], there["high_recall"], record["chosen_on"]["frames"]
     typer.echo(
-        f"on the {count} val frames it was chosen on: {loss['count']} of {loss['total']} valuable frames lost, "
-        f"{recall['count']} of {recall['total']} HIGH found, {there['downlink']['dropped']:.0%} dropped"
+        f"validation split ({count} frames): {loss['count']} of {loss['total']} HIGH and MEDIUM frames dropped, "
+        f"{recall['count']} of {recall['total']} HIGH frames found, {there['downlink']['dropped']:.0%} of all dropped"
     )
-    typer.echo("its loss on other frames is larger than on these: 'orion report' gives it on test")
+    typer.echo("Expect a larger loss on other frames. 'orion report' shows it for the test split.")

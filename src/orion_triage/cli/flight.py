@@ -1,4 +1,4 @@
-"""Classifying frames as on board."""
+"""Flight commands: build the bundle, classify frames, measure one frame."""
 
 import json
 from collections import Counter
@@ -11,6 +11,7 @@ import typer
 from orion_triage.cli.app import app
 from orion_triage.cli.terminal import (
     FileOption,
+    FinishedRunOption,
     JsonOption,
     SplitName,
     escape,
@@ -20,16 +21,23 @@ from orion_triage.cli.terminal import (
     progress_bar,
 )
 
-command = partial(app.command, rich_help_panel="In flight")
-REST_COLUMNS = 45  # of a table of verdicts, beside the file's name: enough for a reason to be read
+command = partial(app.command, rich_help_panel="Flight")
+REST_COLUMNS = 45  # width of the table without the file column: enough to read a reason
 
 
-@command(epilog="Example: orion bundle runs/tiny --out bundle")
+@command(epilog="Example: orion bundle\n\nExample: orion bundle runs/tiny --out bundle")
 def bundle(
-    folder: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="Run folder. Default: the newest.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Default: bundle in the run's folder.")] = None,
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="Run folder. Default: the newest finished run.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder to write. Default: bundle in the run folder.")
+    ] = None,
 ) -> None:
-    """Put together what goes to the satellite: the pair, prompt, server line, golden images, a go/no-go checker."""
+    """Build the flight bundle of a run.
+
+    Contains GGUF pair, prompt, server command, golden images and go/no-go check.
+    """
     from orion_triage.flight import bundle
     from orion_triage.safe.files import sha256_of_file
 
@@ -44,23 +52,33 @@ def bundle(
     console.print(f"  sha256 of bundle.json: {sha256_of_file(where / 'bundle.json')}", highlight=False, soft_wrap=True)
 
 
-@command(epilog="Example: orion triage frames/ --out verdicts.jsonl")
+@command(
+    epilog="Example: orion triage frame.png\n\n"
+    "Example: orion triage frames/ --out verdicts.jsonl\n\n"
+    "Example: orion triage photo.jpg --resize --run runs/tiny --json"
+)
 def triage(
     files: Annotated[
-        list[Path], typer.Argument(help="Frames, or folders of them: PNG, JPEG, raw 512x512x3 RGB (.raw).")
+        list[Path], typer.Argument(help="Frames or folders of frames: PNG, JPEG, or raw 512x512x3 RGB (.raw).")
     ],
-    folder: Annotated[Path | None, typer.Option("--run", help="Run folder. Default: the newest finished.")] = None,
-    resize: Annotated[bool, typer.Option("--resize", help="Accept other sizes: cut to a square, scale.")] = False,
+    folder: FinishedRunOption = None,
+    resize: Annotated[
+        bool, typer.Option("--resize", help="Accept frames of other sizes: crop to a square and scale.")
+    ] = False,
     blank_rule: Annotated[
-        bool, typer.Option("--blank-rule/--no-blank-rule", help="Call a blank frame LOW without asking the model.")
+        bool, typer.Option("--blank-rule/--no-blank-rule", help="Classify blank frames as LOW without using the model.")
     ] = True,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Append a JSON line a frame as it is done; the same command goes on after a stop."),
+        typer.Option("--out", help="Append one JSON line per frame. Run the same command again to resume."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Classify frames with a run's quantized pair."""
+    """Classify frames with the GGUF pair of a run.
+
+    Applies the threshold from 'orion threshold', if there is one.
+    Exits with status 1 if a frame is refused.
+    """
     from orion_triage.evaluate import threshold
     from orion_triage.flight import triage
     from orion_triage.mission.decide import Rules
@@ -93,9 +111,9 @@ def triage(
                 shown.append(outcome)
             progress("classifying frames", done, len(paths))
     if out:
-        said = ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "nothing left to do"
-        skipped = f", {len(paths) - len(left)} done before" if len(left) < len(paths) else ""
-        messages().print(f"{said}{skipped}  ->  {out}", highlight=False, soft_wrap=True)
+        summary = ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "no new frames"
+        skipped = f", {len(paths) - len(left)} already done" if len(left) < len(paths) else ""
+        messages().print(f"{summary}{skipped}  ->  {out}", highlight=False, soft_wrap=True)
     elif as_json:
         typer.echo(json.dumps([triage.to_json(outcome) for outcome in shown], indent=2))
     else:
@@ -105,7 +123,7 @@ def triage(
 
 
 def _print_verdicts(outcomes: list[Any]) -> None:
-    """A table in which no file name is cut: a reason is folded before a name is, and a name before it is shortened."""
+    """Print the verdicts as a table. No file name is shortened: reasons wrap first, then names."""
     from rich.table import Table
 
     if not outcomes:
@@ -123,53 +141,54 @@ def _print_verdicts(outcomes: list[Any]) -> None:
     console.print(table)
 
 
-@command("bench-frame", epilog="Example: orion bench-frame runs/tiny --repeats 5")
+@command(
+    "bench-frame",
+    epilog="Example: orion bench-frame\n\n"
+    "Example: orion bench-frame runs/tiny runs/tiny-384 --repeats 5\n\n"
+    "Example: orion bench-frame --sizes 256 --quants Q3_K_M --reasons 10",
+)
 def bench_frame_command(
     folders: Annotated[
-        list[Path] | None, typer.Argument(metavar="RUN", help="Run folders. Default: the newest finished.")
+        list[Path] | None, typer.Argument(metavar="RUN", help="Run folders. Default: the newest finished run.")
     ] = None,
-    folder: Annotated[Path | None, typer.Option("--run", help="The same, for one run.")] = None,
+    folder: Annotated[Path | None, typer.Option("--run", help="Run folder: same as RUN, for one run.")] = None,
     sizes: Annotated[
         str,
         typer.Option(
             "--sizes",
             metavar="PX,PX",
-            help="Input sizes beside a run's own. Default: 512,384,256; of several runs: none.",
+            help="More input sizes to measure. Default: 512,384,256 for one run, none for several runs.",
         ),
     ] = "",
-    mmprojs: Annotated[str, typer.Option("--mmproj", metavar="TYPE,TYPE", help="Of the vision tower.")] = "F16,Q8_0",
+    mmprojs: Annotated[
+        str, typer.Option("--mmproj", metavar="TYPE,TYPE", help="Types of the vision tower: F16, Q8_0.")
+    ] = "F16,Q8_0",
     quantizations: Annotated[
         str,
         typer.Option(
             "--quants",
             metavar="TYPE,TYPE",
-            help="Beside what flies. Default: variants.quantizations of the run's settings.",
+            help="More quantizations to measure. Default: variants.quantizations in the run's settings.",
         ),
     ] = "",
     reasons: Annotated[
         str,
-        typer.Option(
-            "--reasons", metavar="TOKENS,TOKENS", help="Lengths of a reason, beside the model's own and none."
-        ),
+        typer.Option("--reasons", metavar="TOKENS,TOKENS", help="More lengths of the reason to measure, in tokens."),
     ] = "20,40",
-    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Frames of each row; the medians are printed.")] = 3,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Frames per row. Prints the median.")] = 3,
     file: FileOption = SplitName.test,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure what one frame costs on this machine: seconds by part, memory, beside what was evaluated to be right.
+    """Measure time and memory per frame on this machine.
 
-    What flies is measured, then one change at a time: input size with either
-    mmproj, quantization, flash attention, length of the reason, no reason.
-    Each has a server of its own, every frame is new to it, and answers are
-    cut to equal lengths.
-
-    An accuracy stands only where exactly that was evaluated. For a size, name
-    a run that was trained at it; for no reason, evaluate verdict-only first.
+    Measures the flight setup first, then one change at a time: input size,
+    mmproj, quantization, flash attention, length of the reason.
+    Shows accuracy only for setups that were evaluated.
     """
     from orion_triage.flight import bench_frame
 
     if folders and folder:
-        raise typer.BadParameter("name the runs one way", param_hint="'--run'")
+        raise typer.BadParameter("cannot be combined with the argument RUN. Remove one of them.", param_hint="'--run'")
     named = [folder] if folder else folders or []
     runs = [finished_run(one, "quantize", file.value) for one in named] or [finished_run(None, "quantize", file.value)]
     with progress_bar() as progress:
@@ -200,9 +219,9 @@ def _print_frames(measured: dict[str, Any]) -> None:
     for name, seconds in measured["in_flight_seconds_per_frame"].items():
         rows = [row for row in everything if row["run"] == name]
         flown = rows[0]
-        table = Table(title=escape(f"{name}, {flown['quantization']} at {flown['frame_size']} px: seconds a frame"))
-        table.add_column("asked")
-        for heading in ("encode", "prefill", "decode", "all", "MB", *conditions):
+        table = Table(title=escape(f"{name}, {flown['quantization']} at {flown['frame_size']} px: seconds per frame"))
+        table.add_column("setup")
+        for heading in ("encode", "prefill", "decode", "total", "MB", *conditions):
             table.add_column(heading, justify="right")
         for row in rows:
             parts = (row["encode_seconds"], row["prefill_seconds"], row["decode_seconds"], row["seconds_per_frame"])
@@ -216,23 +235,23 @@ def _print_frames(measured: dict[str, Any]) -> None:
             )
         console.print(table)
         console.print(
-            f"answers of {flown['answer_tokens']} tokens, verdict-only 1; "
-            f"asked as 'orion triage' asks: {seconds:.{digits}f} s",
+            f"Answer length: {flown['answer_tokens']} tokens (verdict-only: 1). "
+            f"'orion triage': {seconds:.{digits}f} s per frame.",
             highlight=False,
         )
     console.print(
-        f"medians of {measured['repeats']}, on {machine['cores']} cores ({machine['processor']}); "
-        f"{' and '.join(conditions)}: right, where exactly this was evaluated",
+        f"Medians of {measured['repeats']} frames on {machine['cores']} cores ({machine['processor']}). "
+        f"{' and '.join(conditions)}: correct answers, if this setup was evaluated.",
         highlight=False,
     )
     if any(row["best"] for row in everything):
-        console.print("* no other evaluated row is as fast and as often right without coordinates (B)", highlight=False)
-    notes = [f"left out: {note}" for note in measured["left_out"]]
+        console.print("* Pareto-optimal in seconds and B, among the evaluated rows.", highlight=False)
+    notes = [f"not measured: {note}" for note in measured["left_out"]]
     if not all(row["right"] for row in everything if row["change"] == VERDICT_ONLY):
-        notes.append("'orion evaluate --variants verdict-only' evaluates it.")
+        notes.append("verdict-only has no accuracy yet. Run 'orion evaluate --variants verdict-only'.")
     if not measured["same_frames"]:
-        notes.append("warning: the runs were evaluated on different frames: their accuracies do not compare.")
+        notes.append("warning: the runs were evaluated on different frames. Do not compare their accuracies.")
     if machine["busy_cores"] > BUSY:
-        notes.append(f"warning: other programs kept {machine['busy_cores']:g} cores busy: the seconds are too long.")
+        notes.append(f"warning: other programs used {machine['busy_cores']:g} cores. The measured times are too long.")
     for note in notes:
         messages().print(note, highlight=False, markup=False, soft_wrap=True)

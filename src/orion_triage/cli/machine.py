@@ -1,4 +1,4 @@
-"""This machine: tools, checks, rehearsals at full size, the shipped base."""
+"""Commands about this machine: llama.cpp tools, requirements, rehearsal at full size."""
 
 import json
 from functools import partial
@@ -23,7 +23,11 @@ command = partial(app.command, rich_help_panel="This machine")
 
 @command(epilog="Example: orion toolchain")
 def toolchain() -> None:
-    """Find or build llama.cpp's tools."""
+    """Find the llama.cpp tools, or build them.
+
+    Looks in ORION_LLAMA_CPP, then in PATH.
+    Otherwise builds the pinned version once, in the cache folder.
+    """
     from orion_triage.llama_cpp.toolchain import find_toolchain
 
     with progress_bar() as progress:
@@ -35,15 +39,29 @@ def toolchain() -> None:
     )
 
 
-@command(epilog="Example: orion rehearse --preset lfm2.5-vl-1.6b --steps 2")
+@command(
+    epilog="Example: orion rehearse\n\n"
+    "Example: orion rehearse --preset lfm2.5-vl-450m --steps 2\n\n"
+    "Example: orion rehearse --folder /data/rehearsal --keep --json"
+)
 def rehearse(
-    preset: Annotated[str, typer.Option("--preset", help="lfm2.5-vl-1.6b or lfm2.5-vl-450m.")] = "lfm2.5-vl-1.6b",
-    steps: Annotated[int, typer.Option("--steps", min=0, help="Optimizer steps; 0: a random adapter instead.")] = 0,
-    folder: Annotated[Path | None, typer.Option("--folder", help="Default: runs/rehearsal-PRESET.")] = None,
-    keep: Annotated[bool, typer.Option("--keep", help="Keep the files; they are deleted otherwise.")] = False,
+    preset: Annotated[
+        str, typer.Option("--preset", help="Preset: lfm2.5-vl-1.6b or lfm2.5-vl-450m.")
+    ] = "lfm2.5-vl-1.6b",
+    steps: Annotated[
+        int, typer.Option("--steps", min=0, help="Optimizer steps of the training. 0: use a random adapter.")
+    ] = 0,
+    folder: Annotated[
+        Path | None, typer.Option("--folder", help="Work folder. Default: runs/rehearsal-PRESET.")
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the models. Default: delete them at the end.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Run every stage at a preset's full size with random weights, and print what it took."""
+    """Measure the pipeline at full size with random weights.
+
+    Prints the time, memory and disk space of each stage.
+    Downloads no model.
+    """
     from orion_triage.machine import rehearse
 
     where = folder or Path("runs") / f"rehearsal-{preset}"
@@ -66,7 +84,8 @@ def _print_rehearsal(figures: dict[str, Any]) -> None:
     table = Table(
         title=f"{figures['preset']}, {figures['parameters']:,} parameters, on {machine['cores']} cores, "
         f"{machine['memory_bytes'] / 1e9:.0f} GB, {machine['gpu'] or 'no GPU'}",
-        caption="Peaks: of a process and its children, mapped files included; of the run folder, base not counted.",
+        caption="Memory: peak of the process and its children, with mapped files. Disk: peak of the run folder, "
+        "without the base.",
     )
     table.add_column("stage")
     for name in ("seconds", "memory GB", "disk GB", "GPU GB"):
@@ -78,9 +97,9 @@ def _print_rehearsal(figures: dict[str, Any]) -> None:
     console = output()
     console.print(table)
     if figures["training_seconds_per_sample"] is not None:
-        console.print(f"training, with its validation: {figures['training_seconds_per_sample']:.2f} s per sample")
-    console.print(f"llama.cpp F16 against transformers, next-token log-probabilities: {figures['parity']:.4f}")
-    console.print(f"all of it, random weights and parity included: {figures['seconds']:.0f} s", highlight=False)
+        console.print(f"training with validation: {figures['training_seconds_per_sample']:.2f} s per sample")
+    console.print(f"largest log-probability difference, llama.cpp F16 and transformers: {figures['parity']:.4f}")
+    console.print(f"total, including random weights and parity check: {figures['seconds']:.0f} s", highlight=False)
     if figures["preset"] == budgets.FULL_SIZE:
         _print_budgets(budgets.budgets(figures))
     else:
@@ -92,18 +111,26 @@ def _print_budgets(rows: list[Any]) -> None:
     from rich.table import Table
 
     table = Table("budget", title="Budgets at 1.6B")
-    for name in ("allowed GB", "measured GB", ""):
+    for name in ("limit GB", "measured GB", "result"):
         table.add_column(name, justify="right")
     for row in rows:
         measured = "-" if row.measured is None else f"{row.measured / 1e9:.3f}"
-        kept = {None: "", True: "kept", False: "[red]exceeded[/]"}[row.kept]
+        kept = {None: "", True: "ok", False: "[red]not met[/]"}[row.kept]
         table.add_row(row.what, f"{row.limit / 1e9:.3f}", measured, kept)
     output().print(table)
 
 
-@command(epilog="Example: orion doctor --preset lfm2.5-vl-1.6b")
+@command(
+    epilog="Example: orion doctor\n\n"
+    "Example: orion doctor --preset lfm2.5-vl-1.6b\n\n"
+    "Example: orion doctor --preset lfm2.5-vl-450m --set base.model=FOLDER --json"
+)
 def doctor(preset: PresetOption = "tiny", assignments: SetOption = [], as_json: JsonOption = False) -> None:  # noqa: B006
-    """Check GPU, memory, disk and tools against what a preset needs; for the 1.6B with the last rehearsal beside it."""
+    """Check GPU, memory, disk and tools for a preset.
+
+    For lfm2.5-vl-1.6b, also compares the last 'orion rehearse' with the budgets.
+    Exits with status 1 if something is missing.
+    """
     from dataclasses import asdict
 
     from rich.table import Table
@@ -123,7 +150,7 @@ def doctor(preset: PresetOption = "tiny", assignments: SetOption = [], as_json: 
         }
         typer.echo(json.dumps(value, indent=2))
     else:
-        table = Table("", "", "found", "what to do")
+        table = Table("check", "state", "found", "what to do")
         colours = {"ok": "green", "note": "yellow", "missing": "red"}
         for finding in findings:
             state = f"[{colours[finding.state]}]{finding.state}[/]"
@@ -133,6 +160,6 @@ def doctor(preset: PresetOption = "tiny", assignments: SetOption = [], as_json: 
         if rows:
             _print_budgets(rows)
         if rows and not figures:
-            messages().print(f"nothing measured yet: orion rehearse --preset {preset}", highlight=False)
+            messages().print(f"No measurements yet. Run 'orion rehearse --preset {preset}'.", highlight=False)
     if any(finding.state == "missing" for finding in findings):
         raise typer.Exit(1)

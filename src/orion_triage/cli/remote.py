@@ -1,4 +1,4 @@
-"""A training server: send the dataset, train there, fetch the adapter."""
+"""Remote training: send the dataset to a server, train there, fetch the adapter."""
 
 import os
 import sys
@@ -11,18 +11,27 @@ from orion_triage.cli.app import app
 from orion_triage.cli.terminal import PresetOption, RunOption, SetOption, messages, run_of
 
 remote_app = typer.Typer(add_completion=False, no_args_is_help=True)
-app.add_typer(remote_app, name="remote", rich_help_panel="A run", epilog="Example: orion remote train --server me@gpu")
+app.add_typer(
+    remote_app,
+    name="remote",
+    rich_help_panel="Pipeline",
+    epilog="Example: orion remote train --server me@gpu\n\nExample: orion remote train --help",
+)
 
 
 @remote_app.callback()
 def remote() -> None:
-    """Train on a server over ssh: send, start, follow, fetch, clean up."""
+    """Train on a server over ssh."""
 
 
-@remote_app.command(epilog="Example: orion remote train --server me@gpu --preset lfm2.5-vl-1.6b")
+@remote_app.command(
+    epilog="Example: orion remote train --server me@gpu\n\n"
+    "Example: orion remote train --server me@gpu --preset lfm2.5-vl-1.6b\n\n"
+    "Example: orion remote train --server me@gpu --run runs/mine --keep-remote"
+)
 def train(
     server: Annotated[
-        str, typer.Option("--server", metavar="HOST", envvar="SERVER", help="host or user@host, as ssh knows it.")
+        str, typer.Option("--server", metavar="HOST", envvar="SERVER", help="Server: host or user@host, as for ssh.")
     ] = "",
     preset: PresetOption = "tiny",
     assignments: SetOption = [],  # noqa: B006
@@ -30,21 +39,27 @@ def train(
     dataset: Annotated[
         Path | None,
         typer.Option(
-            "--dataset", metavar="FOLDER", envvar="ORION_LOCAL_DATA_DIR", help="To be sent. Default: the run's own."
+            "--dataset",
+            metavar="FOLDER",
+            envvar="ORION_LOCAL_DATA_DIR",
+            help="Dataset folder to send. Default: the run's dataset.",
         ),
     ] = None,
     keep_remote: Annotated[
-        bool, typer.Option("--keep-remote", help="Do not delete repository and dataset on the server at the end.")
+        bool, typer.Option("--keep-remote", help="Do not delete the repository and dataset on the server.")
     ] = False,
     again: Annotated[
-        bool, typer.Option("--again", help="Train anew although the server has a training that was not fetched.")
+        bool, typer.Option("--again", help="Train again, even if the server has a result that was not fetched.")
     ] = False,
 ) -> None:
-    """Send the dataset, train on the server, fetch the adapter, delete repository and dataset there.
+    """Train on a server over ssh and fetch the adapter.
 
-    The training goes on when the connection is lost; the same command follows it again, and fetches it once it has
-    ended. ORION_SERVER_HDD_PATH names the server's folder; scripts/upload_to_server.sh --help lists what else can be
-    set, and ORION_SERVER_SETUP is the command that makes .venv there (make setup).
+    Sends the repository and the dataset, and deletes both on the server at the
+    end. If the connection is lost, the training continues: run the same command
+    again to resume.
+
+    Set ORION_SERVER_HDD_PATH to a folder on the server.
+    docs/environment.md lists the other variables.
     """
     from orion_triage.train import remote
 

@@ -1,4 +1,4 @@
-"""Making a model: the whole run, its stages one by one, and what becomes of their products."""
+"""Pipeline commands: run all stages or one stage, then verify, clean or publish the results."""
 
 import json
 from enum import StrEnum
@@ -12,6 +12,7 @@ from orion_triage.cli.app import app
 from orion_triage.cli.evaluation import write_report
 from orion_triage.cli.terminal import (
     DatasetOption,
+    FinishedRunOption,
     ForceOption,
     JsonOption,
     PresetOption,
@@ -26,10 +27,14 @@ from orion_triage.cli.terminal import (
     run_of,
 )
 
-command = partial(app.command, rich_help_panel="A run")
+command = partial(app.command, rich_help_panel="Pipeline")
 
 
-@command(epilog="Example: orion run --preset lfm2.5-vl-1.6b --dataset OWNER/NAME")
+@command(
+    epilog="Example: orion run\n\n"
+    "Example: orion run --preset lfm2.5-vl-1.6b --dataset OWNER/NAME\n\n"
+    "Example: orion run --run runs/seed-43 --set fine_tune.seed=43"
+)
 def run(
     preset: PresetOption = "tiny",
     assignments: SetOption = [],  # noqa: B006
@@ -38,7 +43,10 @@ def run(
     dataset: DatasetOption = "",
     test_size: TestSizeOption = 0,
 ) -> None:
-    """Do all stages in order; finished ones are skipped."""
+    """Run all stages in order, from the dataset to the report.
+
+    Skips finished stages. Run the same command again to resume.
+    """
     from orion_triage.llama_cpp.toolchain import built_meanwhile, find_toolchain
     from orion_triage.pipeline import check_inputs, stages
     from orion_triage.safe.files import locked
@@ -47,7 +55,7 @@ def run(
     check_inputs(current)
     dataset_stage, *others = stages(current.settings)
     with locked(current.folder, "orion run"):
-        # The first stage alone shares the processor with a compiler: beside one, a training took 690 s instead of 560.
+        # llama.cpp is compiled only during the first stage: in parallel, a training took 690 s instead of 560 s.
         with built_meanwhile() as building:
             do_stage(dataset_stage, current)
             if building:
@@ -58,10 +66,11 @@ def run(
     write_report(current, as_json=False)
 
 
-def _single(name: str, help_text: str) -> None:
-    """Register a command that does one stage."""
+def _single(name: str, help_text: str, odd_example: str) -> None:
+    """Register a command that runs one stage."""
+    options = ("", " --preset lfm2.5-vl-1.6b", f" {odd_example}")
 
-    @command(name, help=help_text, epilog=f"Example: orion {name} --run runs/tiny")
+    @command(name, help=help_text, epilog="\n\n".join(f"Example: orion {name}{words}" for words in options))
     def stage_command(
         preset: PresetOption = "tiny",
         assignments: SetOption = [],  # noqa: B006
@@ -71,30 +80,42 @@ def _single(name: str, help_text: str) -> None:
         do_stage(name, run_of(preset, assignments, folder), force)
 
 
-_single("fine-tune", "Train the QLoRA adapter.")
-_single("quantize", "Convert to GGUF and quantize.")
+_single(
+    "fine-tune",
+    "Train the LoRA adapter on the dataset.\n\nResumes from the last complete checkpoint.",
+    "--run runs/seed-43 --set fine_tune.seed=43",
+)
+_single("quantize", "Convert the merged model to a GGUF pair and quantize it.", "--run runs/tiny --force")
 
 
-@command(epilog="Example: orion fuse --adapter OWNER/NAME")
+@command(
+    epilog="Example: orion fuse\n\n"
+    "Example: orion fuse --adapter OWNER/NAME\n\n"
+    "Example: orion fuse --run runs/tiny --set fuse.dtype=bfloat16"
+)
 def fuse(
     preset: PresetOption = "tiny",
     assignments: SetOption = [],  # noqa: B006
     folder: RunOption = None,
     adapter: Annotated[
-        str, typer.Option("--adapter", metavar="FOLDER|ID", help="Another adapter than the run's own.")
+        str,
+        typer.Option("--adapter", metavar="FOLDER|ID", help="Adapter to merge: folder or Hub id. Default: the run's."),
     ] = "",
     force: ForceOption = False,
 ) -> None:
-    """Merge the adapter into the 16-bit base."""
+    """Merge the adapter into the 16-bit base model."""
     do_stage("fuse", run_of(preset, assignments, folder, adapter_from=adapter), force)
 
 
-@command(epilog="Example: orion verify runs/tiny")
+@command(epilog="Example: orion verify\n\nExample: orion verify runs/tiny --json")
 def verify(
-    folder: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="Run folder. Default: the newest.")] = None,
+    folder: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="Run folder. Default: the newest run.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare every file of a run with the manifest of the stage that made it."""
+    """Check the files of a run against its manifests (sha256).
+
+    Exits with status 1 if a file was changed, added or deleted.
+    """
     from orion_triage.pipeline import verify
 
     checked = verify(finished_run(folder, "dataset"))
@@ -102,16 +123,19 @@ def verify(
         typer.echo(json.dumps(checked, indent=2))
     else:
         for stage, lines in checked.items():
-            typer.echo(f"{stage}: {'as written' if not lines else f'{len(lines)} differ'}")
+            typer.echo(f"{stage}: {'ok' if not lines else f'{len(lines)} files differ from the manifest'}")
             for line in lines:
                 typer.echo(f"  {line}")
     if any(checked.values()):
         raise typer.Exit(1)
 
 
-@command(epilog="Example: orion clean runs/tiny")
+@command(epilog="Example: orion clean runs/tiny\n\nExample: orion clean runs/seed-43")
 def clean(folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]) -> None:
-    """Keep of a finished run the flight pair, the adapter, manifests and reports; delete the rest."""
+    """Delete the large intermediate files of a finished run.
+
+    Keeps the GGUF pair, the adapter, manifests and reports.
+    """
     from orion_triage.pipeline import clean
     from orion_triage.runs.run import open_run
 
@@ -120,23 +144,31 @@ def clean(folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder
 
 
 class Product(StrEnum):
-    """What can be published of a run."""
+    """The products of a run that can be published."""
 
     adapter = "adapter"
     merged = "merged"
     gguf = "gguf"
 
 
-@command(epilog="Example: orion push OWNER/NAME --product adapter")
+@command(
+    epilog="Example: orion push OWNER/NAME\n\n"
+    "Example: orion push OWNER/NAME --product adapter\n\n"
+    "Example: orion push OWNER/NAME --product merged --run runs/tiny --public"
+)
 def push(
-    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The Hub repository; created if need be.")],
-    product: Annotated[Product, typer.Option("--product", help="The flight pair, the adapter or the merged model.")] = (
-        Product.gguf
-    ),
-    folder: Annotated[Path | None, typer.Option("--run", help="Run folder. Default: the newest finished.")] = None,
-    public: Annotated[bool, typer.Option("--public", help="A new repository is private otherwise.")] = False,
+    repository: Annotated[
+        str, typer.Argument(metavar="OWNER/NAME", help="Hub repository. Created if it does not exist.")
+    ],
+    product: Annotated[Product, typer.Option("--product", help="Adapter, merged model or GGUF pair.")] = Product.gguf,
+    folder: FinishedRunOption = None,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public. Default: private.")] = False,
 ) -> None:
-    """Publish a product of a run on the Hub, with its model card and the base's licence (token: HF_TOKEN)."""
+    """Publish a model of a run on the Hugging Face Hub.
+
+    Adds the model card and the base model's licence.
+    Needs a token: run 'hf auth login' or set HF_TOKEN.
+    """
     from orion_triage.publish import push
 
     stage = {"adapter": "fine-tune", "merged": "fuse", "gguf": "quantize"}[product.value]
@@ -144,9 +176,13 @@ def push(
     messages().print(f"pushed: {address}", highlight=False, soft_wrap=True)
 
 
-@command(epilog="Example: orion settings --preset tiny")
+@command(
+    epilog="Example: orion settings\n\n"
+    "Example: orion settings --preset lfm2.5-vl-1.6b\n\n"
+    "Example: orion settings --preset my-preset.toml --set fine_tune.epochs=5"
+)
 def settings(preset: PresetOption = "tiny", assignments: SetOption = []) -> None:  # noqa: B006
-    """Print every setting with its value."""
+    """Print all settings of a preset as JSON."""
     from orion_triage.settings import load_settings
 
     typer.echo(load_settings(preset, assignments).model_dump_json(indent=2))

@@ -1,5 +1,6 @@
-"""What the commands share: options, the run they work on, and how they speak. Results go to standard output,
-all else to standard error.
+"""Shared by the commands: options, opening a run, and printing.
+
+Results go to standard output. Messages and progress go to standard error.
 """
 
 import json
@@ -16,52 +17,57 @@ from orion_triage.progress import Progress
 
 
 class SplitName(StrEnum):
-    """The splits that an evaluation can ask about."""
+    """The splits that can be evaluated."""
 
     val = "val"
     test = "test"
 
 
 class SourceName(StrEnum):
-    """Where frames can be fetched from; a folder is named by --dataset."""
+    """The image sources. A folder of images is given with --dataset instead."""
 
     synthetic = "synthetic"
     simsat = "simsat"
     sentinel2 = "sentinel2"
 
 
-PresetOption = Annotated[str, typer.Option("--preset", help="A shipped preset, or a TOML file.")]
-SetOption = Annotated[list[str], typer.Option("--set", help="Change a setting: stage.key=value. Repeatable.")]
+PresetOption = Annotated[str, typer.Option("--preset", help="Name of a shipped preset, or path of a TOML file.")]
+SetOption = Annotated[list[str], typer.Option("--set", help="Change one setting: stage.key=value. Repeatable.")]
 RunOption = Annotated[Path | None, typer.Option("--run", help="Run folder. Default: runs/PRESET.")]
+NewestRunOption = Annotated[Path | None, typer.Option("--run", help="Run folder. Default: the newest run.")]
+FinishedRunOption = Annotated[Path | None, typer.Option("--run", help="Run folder. Default: the newest finished run.")]
 SourceOption = Annotated[
-    SourceName | None, typer.Option("--source", help="Whose pictures of the catalogue's places. Default: synthetic.")
+    SourceName | None, typer.Option("--source", help="Image source. Default: the run's last source, or synthetic.")
 ]
 DatasetOption = Annotated[
     str,
     typer.Option(
-        "--dataset", metavar="FOLDER|ID", help="Your own instead: a folder of pictures, or a dataset as published."
+        "--dataset",
+        metavar="FOLDER|ID",
+        help="Your own images or dataset instead of --source: a folder or a Hub id.",
     ),
 ]
 TestSizeOption = Annotated[
-    int, typer.Option("--test-size", min=0, help="Test frames; several tiles a place. Default: one a place.")
+    int,
+    typer.Option("--test-size", min=0, help="Number of test frames. 0: one per place. More needs synthetic images."),
 ]
-ForceOption = Annotated[bool, typer.Option("--force", help="Do the stage again even if nothing changed.")]
-FileOption = Annotated[SplitName, typer.Option("--file", help="The split that is evaluated.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Run the stage again even if nothing changed.")]
+FileOption = Annotated[SplitName, typer.Option("--file", help="Dataset split: val (validation) or test.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 def messages() -> Any:
-    """Standard error; of several launched processes, only the first one speaks."""
+    """Console for standard error. With several launched processes, only the first one prints."""
     from rich.console import Console
 
     return Console(stderr=True, quiet=not processes.is_main())
 
 
-WIDE = 10_000  # columns of what goes into a file or a pipe: nothing there has to fit a screen
+WIDE = 10_000  # columns of output to a file or a pipe, so that no line is wrapped
 
 
 def output() -> Any:
-    """Standard output for tables: as wide as the terminal; into a file or a pipe, as wide as the table."""
+    """Console for tables on standard output. In a file or a pipe, a table is never narrowed to a terminal's width."""
     from rich.console import Console
 
     console = Console()
@@ -76,7 +82,7 @@ def escape(text: str) -> str:
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """A bar with time left on a terminal, nothing otherwise."""
+    """Show a progress bar with the remaining time if standard error is a terminal."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -114,12 +120,12 @@ def run_of(
     test_size: int = 0,
     **sources: str,
 ) -> Any:
-    """The run that a command works on: its settings come from the preset and are written into its folder."""
+    """The run that a command changes. Its settings come from the preset and are saved in its folder."""
     from orion_triage.runs.run import Run, prepare, with_its_dataset
     from orion_triage.settings import load_settings
 
     if source and dataset:
-        raise typer.BadParameter("a folder has its own pictures", param_hint="--source with --dataset")
+        raise typer.BadParameter("cannot be combined with --dataset. Remove one of them.", param_hint="'--source'")
     named = [f"dataset.folder={json.dumps(dataset)}"] if dataset else []
     named += [f"dataset.source={source.value}"] if source else []
     named += [f"dataset.test_size={test_size}"] if test_size else []
@@ -132,14 +138,14 @@ def run_of(
 
 
 def finished_run(folder: Path | None, stage: str, split: Any = "test") -> Any:
-    """The run that a command reads: its settings are those it was made with."""
+    """The run that a command reads, with its saved settings. Default: the newest run that has finished `stage`."""
     from orion_triage.runs.run import newest_run, open_run
 
     return open_run(folder or newest_run(Path("runs"), stage), split)
 
 
 def do_stage(stage: Any, run: Any, force: bool = False) -> None:
-    """Run one stage, given itself or by its name, and say what came of it."""
+    """Run one stage (a Stage or its name) and print the result."""
     from orion_triage.pipeline import run_stage, stage_named
 
     stage = stage_named(stage, run.settings) if isinstance(stage, str) else stage
@@ -149,7 +155,7 @@ def do_stage(stage: Any, run: Any, force: bool = False) -> None:
 
 
 def say(stage_manifest: Any, folder: Path, *, skipped: bool = False) -> None:
-    """One line on a finished stage, and what its user should see."""
+    """Print one line about a finished stage, then its notes."""
     console = messages()
     state = "unchanged, skipped" if skipped else f"done in {stage_manifest.seconds:,.1f} s"
     console.print(f"{stage_manifest.stage}: {state}  ->  {folder}", highlight=False, soft_wrap=True)
@@ -158,14 +164,14 @@ def say(stage_manifest: Any, folder: Path, *, skipped: bool = False) -> None:
 
 
 def notes(figures: dict[str, Any]) -> Iterator[str]:
-    """What a stage found that its user should see: the adapter's modules, a precision it changed, warnings."""
+    """The notes of a stage for the user: matched modules, places, a changed precision, warnings."""
     for target, towers in figures.get("census", {}).items():
         counts = ", ".join(f"{count} in {tower}" for tower, count in towers.items() if count)
         yield f"{target}: {counts or 'no module'}"
     if account := figures.get("account"):
         yield "places: " + ", ".join(f"{count} {outcome}" for outcome, count in account.items())
     for tower, count in figures.get("trained_parameters", {}).items():
-        yield f"trained in {tower}: {count:,} parameters"
+        yield f"trained parameters in {tower}: {count:,}"
     if figures.get("precision_note"):
         yield figures["precision_note"]
     for warning in figures.get("warnings", []):

@@ -224,7 +224,8 @@ def _keep_gradients_on_cpu(model: Any) -> None:
 def expand_four_bit(model: Any) -> Any:
     """The same NF4 values held as floats: a CPU has no 4-bit arithmetic, and would widen them anew in every pass.
 
-    Takes eight times the memory of the language model's 4-bit layers, and 5 % less time at the shipped base's size.
+    Takes eight times the memory of the language model's 4-bit layers, and 12 % less time a step at the shipped base's
+    size (5 % of 'make run'); losses are the same to the last bit.
     """
     from transformers.utils import logging
 

@@ -123,8 +123,8 @@ def open_run(folder: Path, split: Split = "test") -> Run:
         place = ".".join(str(part) for part in problem["loc"]) or "JSON"
         raise OrionError(
             f"{path} was written by another version of ORION triage, or changed: {place}: {problem['msg']}.",
-            f"Run 'orion run --run {folder}' with version {__version__}: it keeps the dataset, and repeats only the stages "
-            "that no longer match.",
+            f"Run 'orion run --run {folder}' with version {__version__}: it keeps the dataset and repeats only "
+            "stages that no longer match.",
         ) from None
     return Run(folder, settings, split)
 

@@ -241,8 +241,6 @@ def add_adapter(model: Any, settings: FineTuneSettings) -> tuple[Any, Census]:
     """The model with fresh LoRA matrices on exactly the modules that the names mean; all else is frozen."""
     from peft import LoraConfig, TaskType, get_peft_model
 
-    from orion_triage.train.cpu_dropout import draw_faster
-
     names, census = resolve_targets(model, settings.target_modules, settings.scope)
     config = LoraConfig(
         r=settings.rank,
@@ -253,8 +251,6 @@ def add_adapter(model: Any, settings: FineTuneSettings) -> tuple[Any, Census]:
     )
     model.config.text_config.use_cache = False  # a cache of keys and values is of no use in training
     adapted = get_peft_model(model, config)
-    if model.device.type == "cpu":
-        draw_faster(adapted)
     wrapped = sorted(
         name.removeprefix("base_model.model.").removesuffix(".lora_A")
         for name, _ in adapted.named_modules()
