@@ -9,12 +9,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from matplotlib.collections import PathCollection
+from matplotlib.figure import Figure
 from PIL import Image
 
 from orion_triage.evaluate.results import build_results
 from orion_triage.mission.verdict import CATEGORIES
-from orion_triage.report import charts, html
+from orion_triage.report import html, plot
 from orion_triage.runs.manifest import write_manifest
 from orion_triage.runs.run import Run, prepare
 from tests.chromium import Chromium
@@ -22,7 +25,7 @@ from tests.conftest import orion
 
 HOSTILE = ("<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "' onload='alert(1)", "{{ 7 * 7 }}")
 BLOCKS = {"td", "th", "tr", "br", "div", "small", "p", "li", "dt", "dd", "caption"}  # apart from the text before them
-VOID = {"meta", "br", "img", "wbr", "path", "rect", "circle", "polyline"}
+VOID = {"meta", "br", "img", "wbr", "path", "rect", "use"}
 ADDRESSES = {"src", "href", "xlink:href", "srcset", "poster", "action", "formaction", "data", "background"}
 
 
@@ -90,8 +93,11 @@ def check(text: str) -> Document:
     assert [attributes["lang"] for tag, attributes in document.elements if tag == "html"] == ["en"]
     ids = document.attributes("id")
     assert len(set(ids)) == len(ids)
-    named = [name for value in document.attributes("aria-labelledby") for name in value.split()]
-    assert set(named) | {href[1:] for href in document.attributes("href")} <= set(ids)
+    named = {name for value in document.attributes("aria-labelledby") for name in value.split()}
+    used = {address[1:] for name in ("href", "xlink:href") for address in document.attributes(name)}
+    clipped = {re.fullmatch(r"url\(#(\w+)\)", value)[1] for value in document.attributes("clip-path")}
+    assert named | used | clipped <= set(ids)
+    assert [tag for tag, _ in document.elements].count("style") == 1
     return document
 
 
@@ -125,26 +131,25 @@ def _document(run: Run) -> Document:
     return check(html.of_run(run, build_results(run)))
 
 
-def test_the_headline_is_what_flies_without_coordinates_and_with_them(flown: Run) -> None:
+def test_the_summary_has_the_flight_model_without_coordinates_and_with_them(flown: Run) -> None:
     _say(flown, "B", "high_place_18", "LOW", 0.8)
     document = _document(flown)
-    headline = document.section("Headline")
-    assert "Not finished: fine-tune, fuse, quantize" in headline
-    assert 'blank frames ("flight")' in headline
-    assert "B vision only A full system HIGH recall 50.0 % 1 of 2 9 to 91 % 100.0 % 2 of 2 34 to 100 %" in headline
-    assert "Irrecoverable loss 25.0 % 1 of 4 5 to 70 % 0.0 % 0 of 4 0 to 49 %" in headline
-    assert "Accuracy 83.3 % 5 of 6 44 to 97 % 100.0 % 6 of 6 61 to 100 %" in headline
+    summary = document.section("Summary")
+    assert "Not finished: fine-tune, fuse, quantize" in summary
+    assert 'In flight (quantized model, no threshold, blank rule): the rates of "flight"' in summary
+    assert "B vision only A full system HIGH recall 50.0 % 1 of 2 9 to 91 % 100.0 % 2 of 2 34 to 100 %" in summary
+    assert "Irrecoverable loss 25.0 % 1 of 4 5 to 70 % 0.0 % 0 of 4 0 to 49 %" in summary
+    assert "Accuracy 83.3 % 5 of 6 44 to 97 % 100.0 % 6 of 6 61 to 100 %" in summary
     titles = document.all("h2")
     assert titles == [
-        "Headline", "The four conditions", "What is called what", "Where it is gained and lost",
-        "Value against budget", "How sure, and rightly so", "In orbit", "Worst errors",
-        "What these figures can show", "Provenance",
+        "Summary", "Accuracy by condition", "Confusion matrices", "Accuracy by step",
+        "Value against downlink budget", "Calibration", "Expected rates in orbit", "Worst errors",
+        "Significance and statistical power", "Provenance",
     ]  # fmt: skip
-    assert "the grammar resolved: no 100.0 % +4 \N{MINUS SIGN}0 83.3 % +4 \N{MINUS SIGN}1" in document.section(
-        "Where it is gained"
-    )
-    assert "flight 9.1 %" not in document.section("Value against budget")
-    assert "Under 300 frames a calibration error would be mostly" in document.section("How sure")
+    steps = document.section("Accuracy by step")
+    assert "the grammar significant: none 100.0 % +4 \N{MINUS SIGN}0 83.3 % +4 \N{MINUS SIGN}1" in steps
+    assert "flight 9.1 %" not in document.section("Value against downlink budget")
+    assert "with fewer than 300 frames it is mostly sampling noise" in document.section("Calibration")
     assert "fine_tune.learning_rate 0.0002 0.004" in document.section("Provenance")
 
 
@@ -162,9 +167,9 @@ def test_the_worst_errors_come_first(flown: Run) -> None:
         "medium_place_19, B vision only", "low_place_20, A full system",
     ]  # fmt: skip
     gallery = document.section("Worst errors")
-    assert "5 of the 12 answers of flight under A and B are wrong. The costliest" in gallery
-    assert "HIGH called LOW (lost) HIGH 0.20, MEDIUM 0.20, LOW 0.60; cost 10" in gallery
-    assert "HIGH called nothing: no verdict no scores; cost 10" in gallery
+    assert "5 of the 12 answers of flight under A and B are wrong. They are sorted by cost" in gallery
+    assert "HIGH labelled LOW (lost) HIGH 0.20, MEDIUM 0.20, LOW 0.60; cost 10" in gallery
+    assert "HIGH, answer without a verdict no scores; cost 10" in gallery
     assert "orion_dataset/images/high_place_18.png longitude 85.06, latitude 26.0" in gallery
     assert gallery.count("captured at Longitude: 85.06, Latitude: 26.0.") == 1  # under A, and not under B
     pictures = [attributes for tag, attributes in document.elements if tag == "img"]
@@ -182,13 +187,14 @@ def test_the_gallery_shows_at_most_twelve(flown: Run) -> None:
     results = build_results(flown)
     rows = [row | {"name": f"{row['name']}{copy}"} for copy in "ab" for row in _rows(flown.evaluation("constrained"))]
     document = check(html.render_html(results, rows, lambda image: None))
-    assert "24 of the 24 answers of flight under A and B are wrong; here are the worst 12." in document.section("Worst")
+    gallery = document.section("Worst errors")
+    assert "24 of the 24 answers of flight under A and B are wrong. The worst 12 are shown." in gallery
     assert len([title for title in document.all("h3") if "_place_" in title]) == 12
 
 
 def test_no_errors_are_said(flown: Run) -> None:
     gallery = _document(flown).section("Worst errors")
-    assert gallery == "Worst errors No errors: all 12 answers of flight under A and B are right."
+    assert gallery == "Worst errors No errors: all 12 answers of flight under A and B are correct."
 
 
 def test_frames_that_are_gone_are_said(flown: Run) -> None:
@@ -204,25 +210,26 @@ def test_a_blank_frame_is_low_by_rule_in_the_gallery_too(flown: Run) -> None:
     Image.new("RGB", (512, 512), (9, 9, 30)).save(flown.dataset / "orion_dataset/images/high_place_18.png")
     document = _document(flown)
     gallery = document.section("Worst errors")
-    assert gallery.count("HIGH called LOW (lost) HIGH 0.00, MEDIUM 0.00, LOW 1.00; cost 10") == 2
-    assert gallery.count("LOW by rule, whatever the model answers") == 2
+    assert gallery.count("HIGH labelled LOW (lost) HIGH 0.00, MEDIUM 0.00, LOW 1.00; cost 10") == 2
+    assert gallery.count("LOW by the blank rule, whatever the model answers") == 2
     shutil.rmtree(flown.evaluation("constrained"))
-    assert "LOW by rule" not in _document(flown).section("Worst errors")
+    assert "LOW by the blank rule" not in _document(flown).section("Worst errors")
 
 
 def test_a_run_says_what_it_has_not_evaluated(run: Run) -> None:
     document = _document(run)
-    assert "What is nearest to flying in this run: fine-tuned." in document.section("Headline")
-    assert "always HIGH 2/6 33.3 %" in document.section("The four conditions")
-    assert "No model's answers have scores" in document.section("Value against budget")
+    summary = document.section("Summary")
+    assert "The flight model has not been evaluated. The last evaluated step is fine-tuned." in summary
+    assert "always HIGH 2/6 33.3 %" in document.section("Accuracy by condition")
+    assert "No model has answers with scores" in document.section("Value against downlink budget")
     assert "8 of the 12 answers of fine-tuned under A and B are wrong" in document.section("Worst errors")
     shutil.rmtree(run.folder / "evaluation")
     document = _document(run)
-    assert "evaluate base" in document.section("Headline")
-    for section in ("Headline", "The four conditions", "What is called what", "In orbit", "Worst errors"):
+    assert "evaluate base" in document.section("Summary")
+    for section in ("Summary", "Accuracy by cond", "Confusion", "Expected rates", "Worst errors"):
         assert "No model has been evaluated on this split yet." in document.section(section)
     shutil.rmtree(run.dataset)
-    assert "Not finished: dataset" in _document(run).section("Headline")
+    assert "Not finished: dataset" in _document(run).section("Summary")
 
 
 def test_hostile_text_is_text(flown: Run) -> None:
@@ -255,10 +262,10 @@ def test_someone_elses_server_is_named(flown: Run) -> None:
         "server_build": "llama.cpp b1",
     }
     document = check(html.render_html(results, [], lambda image: None))
-    assert "came from the server at http://127.0.0.1:9 (other.gguf, llama.cpp b1)" in document.section("Headline")
+    assert "are from the server at http://127.0.0.1:9 (other.gguf, llama.cpp b1)" in document.section("Summary")
 
 
-def test_the_operating_point_has_its_section(flown: Run) -> None:
+def test_the_threshold_has_its_section(flown: Run) -> None:
     results = build_results(flown)
     rates = {"count": 1, "total": 2, "rate": 0.5, "low": 0.09, "high": 0.91}
     point = {
@@ -268,12 +275,16 @@ def test_the_operating_point_has_its_section(flown: Run) -> None:
         "cost": 0.5,
         "negative_log_likelihood": 0.33,
     }
-    for threshold, said in ((0.42, "drops a frame at P(LOW) of at least 0.42"), (2.0, "drops no frame")):
+    for threshold, said in ((0.42, "is dropped if P(LOW) is at least 0.42"), (2.0, "drops no frame")):
         results["operating_point"] = {"low_threshold": threshold, "temperature": 1.75, "A": point, "B": point}
         document = check(html.render_html(results, [], lambda image: None))
-        assert said in document.section("Operating point")
-        assert "dropped 12.5 % 12.5 % cost a frame 0.50 0.50" in document.section("Operating point")
-        assert "fits val best (1.75), the scores here have an NLL of 0.33 in B" in document.section("Operating point")
+        section = document.section("Threshold")
+        assert said in section
+        assert "dropped 12.5 % 12.5 % cost per frame 0.50 0.50" in section
+        assert re.search(r"scaling with 1\.75, fitted on val, changes the NLL in B from 0\.\d\d to 0\.33\.", section)
+        named = "threshold 0.42" if threshold < 1 else "no threshold"
+        summary = document.section("Summary")
+        assert f"In flight (quantized model, {named}, blank rule), condition B: HIGH recall 1/2 = 50.0 % (9-" in summary
 
 
 def test_confusions_show_what_is_lost_and_what_is_unparsable() -> None:
@@ -290,28 +301,62 @@ def test_confusions_show_what_is_lost_and_what_is_unparsable() -> None:
     assert [cell["answer"] for cell in html.matrix(confusion)[0][1]] == ["HIGH", "MEDIUM", "LOW", "unparsable"]
 
 
-def test_charts_stand_where_their_figures_are(flown: Run) -> None:
+def test_charts_show_the_values_of_the_results(flown: Run) -> None:
     _say(flown, "B", "high_place_18", "LOW", 0.8)
     results = build_results(flown)
-    bottom, height = charts.HEIGHT - charts.BOTTOM, charts.HEIGHT - charts.TOP - charts.BOTTOM
-    chart = charts.accuracies(results, ["base", "flight"])
-    assert [dot.y for dot in chart.dots] == [
-        round(bottom - height * results["models"][model][condition]["accuracy"], 1)
-        for condition in "ABCD"
-        for model in ("base", "flight")
-    ]
-    assert all(dot.high <= dot.y <= dot.low for dot in chart.dots)
-    assert {key.text for key in chart.keys} == {"base", "flight", "majority class", "colour k-NN", "coordinates k-NN"}
-    value = charts.value_against_budget(results, ["flight"]).lines[-1].points.split()
-    ends = [tuple(float(part) for part in point.split(",")) for point in (value[0], value[-1])]
-    assert ends == [(charts.LEFT, bottom), (charts.WIDTH - charts.RIGHT, charts.TOP)]
-    surer, less = charts.reliability(results, "flight").dots[::-1]
-    assert (surer.label, surer.y, less.label, less.y) == ("5", charts.TOP, "1", bottom)
-    assert surer.x > less.x
-    assert surer.radius > less.radius
-    kept = charts.risk_coverage(results, ["flight"])
-    assert [tick.lines[0] for tick in kept.up_ticks][-1] == "20"  # one of six wrong
-    assert [float(part) for part in kept.lines[0].points.split()[0].split(",")] == [charts.LEFT, bottom]
+    models = ["base", "fine-tuned", "flight"]
+    axes = Figure().subplots()
+    plot.accuracy(axes, results)
+    rates = [results["models"][model][condition] for model in models for condition in "ABCD"]
+    assert [bar.get_height() for bar in axes.patches] == [100 * rate["accuracy"] for rate in rates]
+    intervals = [segment[:, 1] for lines in axes.collections for segment in lines.get_segments()]
+    expected = [[100 * rate["accuracy_low"], 100 * rate["accuracy_high"]] for rate in rates]
+    assert np.array(intervals) == pytest.approx(np.array(expected))
+    baselines = ["majority class", "colour k-NN", "coordinates k-NN"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == models + baselines
+    level = {line.get_label(): list(line.get_ydata()) for line in axes.lines if line.get_label() in baselines}
+    assert level == {name: [100 * results["baselines"][name]["accuracy"]] * 2 for name in baselines}
+
+    axes = Figure().subplots()
+    plot.value_against_budget(axes, results, ["flight"])
+    curves = {line.get_label(): line.get_xydata() for line in axes.lines}
+    assert set(curves) == {"random order", "larger PNG first", "flight"}
+    curve = results["models"]["flight"]["B"]["value_curve"]
+    assert curves["flight"] == pytest.approx(100 * np.array([curve["budget"], curve["value"]]).T)
+    assert curves["flight"][[0, -1]].tolist() == [[0, 0], [100, 100]]
+
+    axes = Figure().subplots()
+    plot.reliability(axes, results, "flight")
+    discs = [disc for disc in axes.collections if isinstance(disc, PathCollection)]
+    less, surer = [(*disc.get_offsets()[0], disc.get_sizes()[0]) for disc in discs]
+    assert [text.get_text() for text in axes.texts] == ["1", "5"]
+    assert (less[1], surer[1]) == (0, 100)
+    assert surer[0] > less[0]
+    assert surer[2] == pytest.approx(5 * less[2])  # areas
+
+    axes = Figure().subplots()
+    plot.risk_coverage(axes, results, ["flight"])
+    assert axes.get_ylim() == (0, 20)  # one of six wrong
+    kept = axes.lines[0].get_xydata()
+    assert kept[0].tolist() == [0, 0]
+    assert kept[-1] == pytest.approx([100, 100 / 6])
+
+
+def test_charts_are_text_in_the_colours_of_the_page_and_the_same_each_time(flown: Run) -> None:
+    results = build_results(flown)
+    text = html.of_run(flown, results)
+    assert html.of_run(flown, results) == text
+    style = text[text.index("<style>") : text.index("</style>")]
+    charts = re.findall(r'<svg class="chart".*?</svg>', text, re.DOTALL)
+    assert len(charts) == 4  # accuracy, budget, reliability, coverage
+    for chart in charts:
+        assert 'role="img"' in chart
+        assert re.search(r"<title id=[^>]+>[^<]+</title>\s*<desc id=[^>]+>[^<]+</desc>", chart)
+        assert ">100</text>" in chart
+        assert set(re.findall(r"(?:fill|stroke): ([^;\"]+)", chart)) <= {"none", *(f"var(--{n})" for n in plot.COLOURS)}
+        assert not re.search(r"<(metadata|style|image)|20\d\d-\d\d", chart)
+    light = dict(re.findall(r"--([\w-]+): (#\w{6})", style.partition("@media")[0]))
+    assert {name: light[name] for name in plot.COLOURS} == plot.COLOURS
 
 
 def test_the_command_writes_it_for_each_split_and_names_it(flown: Run) -> None:
@@ -321,19 +366,22 @@ def test_the_command_writes_it_for_each_split_and_names_it(flown: Run) -> None:
         assert done.returncode == 0, done.stderr
         assert done.stdout.rstrip().splitlines()[-1].endswith(f" and {flown.folder / name}")
         assert f"{split} split" in check((flown.folder / name).read_text()).all("title")[0]
+    results = json.loads((flown.folder / "results.json").read_text())
+    assert html.of_run(flown, results) == (flown.folder / "report.html").read_text()  # of another process
 
 
 def test_colours_keep_their_contrast() -> None:
     """WCAG 2.2: 4.5 for text, 3 for what is drawn, in both modes."""
     style = (resources.files("orion_triage.report") / "report.html.j2").read_text()
-    light, dark = (dict(re.findall(r"--(\w+): (#\w{6})", block)) for block in re.findall(r":root \{\n([^}]+)\}", style))
+    blocks = re.findall(r":root \{\n([^}]+)\}", style)
+    light, dark = (dict(re.findall(r"--([\w-]+): (#\w{6})", block)) for block in blocks)
     assert set(light) == set(dark)
     for colours in (light, dark):
         for text in ("ink", "quiet", "link"):
             for ground in ("paper", "panel"):
                 assert contrast(colours[text], colours[ground]) >= 4.5, (text, ground)
         assert contrast(colours["ink"], colours["shade"]) >= 4.5
-        for drawn in ("base", "tuned", "quantized", "flight", "other", "plain", "lost"):
+        for drawn in ("base", "fine-tuned", "quantized", "flight", "other", "quiet", "lost"):
             assert contrast(colours[drawn], colours["panel"]) >= 3, drawn
         assert contrast(colours["lost"], colours["shade"]) >= 3
 

@@ -20,7 +20,7 @@ from orion_triage.evaluate.results import as_flown, build_results, differences, 
 from orion_triage.evaluate.variants import table
 from orion_triage.mission.verdict import CATEGORIES, Category
 from orion_triage.report import plot
-from orion_triage.report.render import accuracy_rows, render_markdown, resolved, sentences, terminal_tables
+from orion_triage.report.render import accuracy_rows, render_markdown, sentences, significant, terminal_tables
 from orion_triage.runs.manifest import remove_outputs, write_manifest
 from orion_triage.runs.run import Run, open_run, prepare
 from orion_triage.settings import load_settings
@@ -55,8 +55,8 @@ def test_each_variant_says_what_its_step_gained_and_lost() -> None:
     assert rows[0]["change"] is None
     changes = [(row["change"]["B"]["gained"], row["change"]["B"]["lost"]) for row in rows[1:]]
     assert changes == [(9, 0), (1, 0), (0, 0), (0, 2), (0, 0)]
-    assert resolved(rows[1]["change"]) == "A, B, C, D"  # nine of nine: p = 0.004, 0.016 corrected for four
-    assert resolved(rows[4]["change"]) == "no"
+    assert significant(rows[1]["change"]) == "A, B, C, D"  # nine of nine: p = 0.004, 0.016 corrected for four
+    assert significant(rows[4]["change"]) == "none"
     assert [row["compared_with"] for row in rows] == [
         None, "base", "adapter-4bit", "fine-tuned", "Q8_0", "quantized",
     ]  # fmt: skip
@@ -82,18 +82,19 @@ def test_a_blank_frame_is_low_by_rule_and_noise_is_none() -> None:
     assert changed == [(condition, L, (0.0, 0.0, 1.0)) for condition in "ABD"]
 
 
-def test_words_say_resolved_or_how_many_frames_it_would_take() -> None:
+def test_sentences_say_significant_or_how_many_frames_are_needed() -> None:
     results = {
+        "frames": {"count": 10},
         "linear_probe": None,
         "deltas": {"quantization": differences(answers("HHHHHHHHHH"), answers("HHHHHHHHLL"))},
         "within": {"quantized": differences(answers("LLLLLLLLLL"), answers("HHHHHHHHHH"))},
     }
     said = sentences(results)
-    assert said[0].startswith("quantization A: -20.0 points (0 gained, 2 lost), not to be told from chance (p = 1")
-    assert "about 37 frames would resolve" in said[0]
-    assert said[4] == "quantized, A: +100.0 points (10 gained, 0 lost), resolved (p = 0.0078)."
+    assert said[0].startswith("quantization, A: -20.0 points (0 gained, 2 lost), no significant difference (p = 1, mid")
+    assert said[0].endswith(", 10 frames); a difference of this size needs about 37 frames.")
+    assert said[4] == "quantized, A: +100.0 points (10 gained, 0 lost), significant (p = 0.0078)."
     results["deltas"]["quantization"] = differences(answers("HHHHH"), answers("HHHHH"))
-    assert sentences(results)[0] == "quantization A; B; C; D: the same frames are right."
+    assert sentences(results)[0] == "quantization, A; B; C; D: no change, the same frames are correct."
 
 
 def test_results_are_counted_from_predictions_and_name_what_is_missing(run: Run) -> None:
@@ -132,7 +133,8 @@ def test_tables_show_every_model_and_a_dash_for_what_is_missing(run: Run) -> Non
     assert "Not finished: fine-tune, fuse, quantize, vision features, evaluate adapter-4bit" in markdown
     assert "| A full system | 0.0 % | 33.3 % | - | +33.3 | - |" in markdown
     assert (
-        "- fine-tuning A: +33.3 points (2 gained, 0 lost), not to be told from chance (p = 1, mid-p 0.25)" in markdown
+        "- fine-tuning, A: +33.3 points (2 gained, 0 lost), no significant difference (p = 1, mid-p 0.25, 6 frames);"
+        in markdown
     )
     assert "6 frames at 6 places." in markdown
     assert "| fine-tuned | B | 2/2 = 100.0 % (34-100) | 0/4 = 0.0 % (0-49) |" in markdown
@@ -146,19 +148,10 @@ def test_tables_show_every_model_and_a_dash_for_what_is_missing(run: Run) -> Non
     assert "majority class" in shown
 
 
-def test_the_figure_shows_the_figures(run: Run, tmp_path: Path) -> None:
+def test_losses_are_drawn_and_the_png_is_written(run: Run, tmp_path: Path) -> None:
     results = build_results(run)
     axes = Figure().subplots()
-    plot.bars(axes, results)
-    heights = [round(bar.get_height(), 6) for bar in axes.patches]
-    wanted = [
-        results["models"][model][condition]["accuracy"] for model in ("base", "fine-tuned") for condition in "ABCD"
-    ]
-    assert heights == [round(100 * value, 6) for value in wanted]
-    named = axes.get_legend_handles_labels()[1]
-    assert set(named) == {"base", "fine-tuned", "majority class", "colour k-NN", "coordinates k-NN"}
-    axes = Figure().subplots()
-    plot.curves(axes, [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "eval_loss": 2.5}])
+    plot.loss(axes, [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "eval_loss": 2.5}])
     assert [list(line.get_ydata()) for line in axes.lines] == [[3.0, 2.0], [2.5]]
     for losses in ([], [{"step": 1, "loss": 3.0}]):
         plot.draw(results, losses, tmp_path / "report.png")
@@ -173,7 +166,7 @@ def test_a_pair_of_someone_elses_is_named(run: Run) -> None:
     for own, said in (({"pair": "team/pair"}, True), ({}, False)):
         write_manifest(folder, stage="evaluate quantized", settings={}, inputs={}, seconds=1, figures=own)
         markdown = render_markdown(build_results(run), "report.png")
-        assert ("came from the pair team/pair, not from this run's" in markdown) is said
+        assert ("are from the pair team/pair, not from that of this run" in markdown) is said
 
 
 def test_a_server_of_someone_elses_is_named(run: Run) -> None:
@@ -183,7 +176,7 @@ def test_a_server_of_someone_elses_is_named(run: Run) -> None:
     for own, said in ((figures, True), ({}, False)):
         write_manifest(folder, stage="evaluate quantized", settings={}, inputs={}, seconds=1, figures=own)
         markdown = render_markdown(build_results(run), "report.png")
-        assert ("came from the server at http://127.0.0.1:9 (other.gguf, llama.cpp b1)" in markdown) is said
+        assert ("are from the server at http://127.0.0.1:9 (other.gguf, llama.cpp b1)" in markdown) is said
 
 
 def test_the_report_says_when_a_linear_probe_is_better(run: Run) -> None:
@@ -197,9 +190,10 @@ def test_the_report_says_when_a_linear_probe_is_better(run: Run) -> None:
     results = build_results(run)
     assert results["baselines"][LOGISTIC_REGRESSION]["right"] == 6  # the vectors say it
     assert (results["linear_probe"]["gained"], results["linear_probe"]["lost"]) == (0, 4)  # the model always says HIGH
-    assert "vision features is better than the fine-tuned model without coordinates" in sentences(results)[0]
+    better = "(linear probe) has a higher accuracy than the fine-tuned model without coordinates"
+    assert sentences(results)[0].startswith(f"{LOGISTIC_REGRESSION} {better}")
     results["linear_probe"] |= {"gained": 4, "lost": 0}
-    assert "does not beat the fine-tuned model" in sentences(results)[0]
+    assert "does not have a higher accuracy than the fine-tuned model" in sentences(results)[0]
 
 
 def test_runs_that_differ_in_the_training_seed_only_are_reported_together(run: Run, tmp_path: Path) -> None:

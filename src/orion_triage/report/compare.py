@@ -1,4 +1,4 @@
-"""Answers of two runs to the same frames and prompts, variant by variant."""
+"""Compare the answers of two runs to the same frames and prompts, model by model."""
 
 from typing import Any
 
@@ -9,19 +9,19 @@ from orion_triage.evaluate.run import Row, prediction_of, read_predictions
 from orion_triage.evaluate.seeds import evaluated
 from orion_triage.runs.run import Run
 
-_ASKED = ("pixels_sha256", "prompt_sha256", "truth")  # what must be the same for an answer to be compared
+_ASKED = ("pixels_sha256", "prompt_sha256", "truth")  # must be equal in both runs
 
 
 def compare_runs(first: Run, second: Run) -> dict[str, dict[str, dict[str, Any]]]:
-    """Model -> condition -> right answers of each, frames, and the paired tests; of models evaluated in both.
+    """Model -> condition -> correct answers of each run, frames, and paired tests, for models evaluated in both.
 
-    Raises OrionError when no model was, or when the two were not asked the same.
+    Raises OrionError if there is no such model, or if the frames, prompts or labels differ.
     """
     both = [name for name in evaluated(first) if name in evaluated(second)]
     if not both:
         raise OrionError(
-            f"{first.folder} and {second.folder} have no model evaluated in both on {first.split}.",
-            "Evaluate both first: 'orion run', 'orion evaluate' or 'orion ablation'.",
+            f"no model evaluated in both {first.folder} and {second.folder} on the {first.split} split.",
+            "Evaluate both runs first: 'orion run', 'orion evaluate' or 'orion ablation'.",
         )
     compared = {}
     for model in both:
@@ -45,7 +45,7 @@ def _check_asked_alike(first: Run, second: Run, before: list[Row], after: list[R
     other = sorted(set(asked[0]) ^ set(asked[1])) or [name for name in asked[0] if asked[0][name] != asked[1][name]]
     if other:
         raise OrionError(
-            f"{first.folder} and {second.folder} were not asked the same: {len(other)} of "
-            f"{max(map(len, asked))} questions differ in frame, prompt or truth, {other[0]} first.",
-            "Only runs on the same dataset, split and frame size can be paired.",
+            f"{first.folder} and {second.folder} cannot be compared: {len(other)} of {max(map(len, asked))} questions "
+            f"differ in frame, prompt or label, the first is {other[0]}.",
+            "Compare runs on the same dataset, split and frame size.",
         )

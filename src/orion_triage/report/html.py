@@ -1,4 +1,4 @@
-"""results.json and the answers of what flies -> report.html, one file that needs nothing else; pure but for `of_run`.
+"""results.json and the answers of the flight model -> report.html, one file that needs no other; `of_run` reads files.
 
 Answers are a model's output and names come from a dataset: the template escapes every value.
 """
@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 from orion_triage.dataset.records import image_path, read_split
 from orion_triage.errors import printable
 from orion_triage.evaluate.conditions import CONDITIONS
+from orion_triage.evaluate.judgement import BUDGETS
 from orion_triage.evaluate.results import FLIGHT, as_flown
 from orion_triage.evaluate.run import Row, prediction_of, read_predictions
 from orion_triage.evaluate.variants import MODELS
 from orion_triage.imagery.frames import CAMERA_SIZE, read_frame, shrink
 from orion_triage.mission.prompt import Coordinates, format_degrees, render_prompt
 from orion_triage.mission.verdict import CATEGORIES, Category
-from orion_triage.report import charts
+from orion_triage.report import plot
 from orion_triage.report.render import against_linear_probe, from_template
 
 if TYPE_CHECKING:
@@ -29,12 +30,25 @@ if TYPE_CHECKING:
 
 THUMBNAIL_SIZE = 160  # pixels
 GALLERY = 12  # answers
-Thumbnail = Callable[[str], bytes | None]  # a row's `image` -> JPEG, None where the frame is gone
+Thumbnail = Callable[[str], bytes | None]  # a row's `image` -> JPEG; None if the file no longer exists
+
+
+@dataclass(frozen=True)
+class Chart:
+    """`name` is unique in the document; `drawing` is SVG elements, and `description` their text alternative."""
+
+    name: str
+    title: str
+    description: str
+    drawing: str
 
 
 @dataclass(frozen=True)
 class WrongAnswer:
-    """A card of the gallery. `predicted` is None for an answer without a verdict; `by_rule`: LOW because blank."""
+    """A card of the gallery. `predicted` is None for an answer without a verdict.
+
+    `by_rule`: the frame is blank, and so LOW whatever the model answers.
+    """
 
     condition: str
     name: str
@@ -51,8 +65,8 @@ class WrongAnswer:
 
 
 def of_run(run: "Run", results: dict[str, Any]) -> str:
-    """The report of a run with its frames, as far as they are still there."""
-    model = flown(results)
+    """The report of a run, with those of its frames that still exist."""
+    model = flight_model(results)
     if model is None:
         return render_html(results, [], lambda image: None)
     rows = read_predictions(run.evaluation("constrained" if model == FLIGHT else model))
@@ -61,7 +75,7 @@ def of_run(run: "Run", results: dict[str, Any]) -> str:
 
 
 def thumbnail(path: "Path") -> bytes | None:
-    """The frame as a JPEG of 160x160; None where 'orion clean' has removed it."""
+    """The frame as a JPEG of 160x160; None if 'orion clean' has removed it."""
     if not path.is_file():
         return None
     picture = io.BytesIO()
@@ -70,47 +84,90 @@ def thumbnail(path: "Path") -> bytes | None:
 
 
 def render_html(results: dict[str, Any], rows: Sequence[Row], thumbnail: Thumbnail) -> str:
-    """The document; `rows` are the lines of predictions.jsonl from which the answers of `flown` derive."""
-    model = flown(results)
+    """The document; `rows` are the lines of predictions.jsonl from which the answers of the flight model derive."""
+    model = flight_model(results)
     models = [name for name in (*MODELS, FLIGHT) if name in results["models"]]
     scored = [name for name in models if "brier" in results["models"][name]["B"]]
-    surest = [name for name in ("quantized", FLIGHT) if name in scored] or scored[-1:]
+    calibrated = [name for name in ("quantized", FLIGHT) if name in scored] or scored[-1:]
     wrong = wrong_answers(results, rows)
     return from_template(
         "report.html.j2",
         results=results,
         conditions=CONDITIONS,
         categories=[category.value for category in CATEGORIES],
-        flown=model,
+        flight_model=model,
         models=models,
         scored=scored,
-        headline=[(condition, headline(results["models"][model][condition])) for condition in "BA"] if model else [],
-        linear_probe=against_linear_probe(results["linear_probe"]),
-        accuracy_chart=charts.accuracies(results, models) if models else None,
-        budget_chart=charts.value_against_budget(results, scored) if scored else None,
-        sureness_charts=[charts.reliability(results, name) for name in surest]
-        + ([charts.risk_coverage(results, surest)] if surest else []),
+        rates=[(condition, main_rates(results["models"][model][condition])) for condition in "BA"] if model else [],
+        linear_probe=against_linear_probe(results),
+        size=(plot.WIDTH, plot.HEIGHT),
+        accuracy_chart=accuracy_chart(results, models) if models else None,
+        budget_chart=budget_chart(results, scored) if scored else None,
+        calibration_charts=[reliability_chart(results, name) for name in calibrated]
+        + ([coverage_chart(results, calibrated)] if calibrated else []),
         matrices=[
             (name, condition, matrix(results["models"][name][condition]["confusion"]))
             for name in models
             for condition in "BA"
         ],
-        shape_of=charts.shape_of,
-        parts=lambda name: re.split(r"(?<=[/_])|(?<=\.)(?=.*_)", name),  # where a long name may be broken
+        parts=lambda name: re.split(r"(?<=[/_])|(?<=\.)(?=.*_)", name),  # a long name can wrap between these
         wrong_count=len(wrong),
         asked_count=sum(row["condition"] in "AB" for row in rows),
         gallery=[(answer, _data_address(thumbnail(answer.image))) for answer in wrong[:GALLERY]],
-        figures=flat(results["figures"]),
+        measurements=flat(results["figures"]),
     )
 
 
-def flown(results: dict[str, Any]) -> str | None:
-    """The model that is nearest to what flies: the flight's, else the last step before it; None before any."""
+def accuracy_chart(results: dict[str, Any], models: Sequence[str]) -> Chart:
+    description = (
+        f"Bars: accuracy of {', '.join(models)} under conditions A to D, with 95 % intervals. Level lines: the "
+        "baselines. The tables beside the chart have the same values."
+    )
+    drawing = plot.svg("accuracy", plot.accuracy, results)
+    return Chart("accuracy-chart", "Accuracy with 95 % intervals", description, drawing)
+
+
+def budget_chart(results: dict[str, Any], models: Sequence[str]) -> Chart:
+    description = (
+        f"Curves for {', '.join(models)} under B: the share of all value that is received if only a share of the "
+        "frames is sent. A random order and an order by PNG size are drawn for comparison. The table beside the chart "
+        f"has the values at {', '.join(f'{budget:.0%}' for budget in BUDGETS)}."
+    )
+    drawing = plot.svg("budget", plot.value_against_budget, results, models)
+    return Chart("budget-chart", "Value received against frames sent", description, drawing)
+
+
+def reliability_chart(results: dict[str, Any], model: str) -> Chart:
+    bins = "; ".join(
+        f"{row['count']} frames with probability {row['confidence']:.0%}: {row['accuracy']:.0%} correct"
+        for row in results["models"][model]["B"]["reliability"]
+        if row["count"]
+    )
+    description = (
+        f"Accuracy of the frames in each bin of the probability of the predicted category. {bins}. A calibrated model "
+        "is on the diagonal."
+    )
+    drawing = plot.svg(f"reliability {model}", plot.reliability, results, model)
+    return Chart(f"reliability-chart-{model}", f"Reliability diagram: {model}, B", description, drawing)
+
+
+def coverage_chart(results: dict[str, Any], models: Sequence[str]) -> Chart:
+    description = (
+        f"Curves for {', '.join(models)} under B: the error rate of the most confident answers, against the share of "
+        "frames that is decided on board with them. The other frames are decided on the ground."
+    )
+    return Chart(
+        "coverage-chart", "Risk-coverage curve", description, plot.svg("coverage", plot.risk_coverage, results, models)
+    )
+
+
+def flight_model(results: dict[str, Any]) -> str | None:
+    """The last evaluated step from base to flight: "flight" if the run is complete. None before any evaluation."""
     return results["variants"][-1]["model"] if results["variants"] else None
 
 
-def headline(rates: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """The three rates of a mission, each {count, total, rate, low, high}."""
+def main_rates(rates: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The three main rates, each {count, total, rate, low, high}."""
     accuracy = {"count": rates["right"], "total": rates["count"], "rate": rates["accuracy"]}
     accuracy |= {"low": rates["accuracy_low"], "high": rates["accuracy_high"]}
     return [
@@ -121,9 +178,9 @@ def headline(rates: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def matrix(confusion: dict[str, dict[str, int]]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Truth -> cells {answer, count, share of the row, lost}; an answer's column stays out if it is unknown and never.
+    """Truth -> cells {answer, count, share of the row, lost}. The column "unparsable" is left out if it is empty.
 
-    Lost is what nothing brings back: a HIGH or MEDIUM frame called LOW.
+    Lost: a HIGH or MEDIUM frame labelled LOW. It is deleted on board.
     """
     unparsable = any(row["unparsable"] for row in confusion.values())
     return [
@@ -145,13 +202,13 @@ def matrix(confusion: dict[str, dict[str, int]]) -> list[tuple[str, list[dict[st
 
 
 def wrong_answers(results: dict[str, Any], rows: Sequence[Row]) -> list[WrongAnswer]:
-    """Wrong answers under A and B, the costliest first, then the surest; no verdict costs its truth's most.
+    """Wrong answers under A and B, by falling cost, then by falling confidence.
 
-    A blank frame's answer is LOW by rule where the flight's rule is part of the model.
+    An answer without a verdict has the largest cost of its truth. With the flight rule, a blank frame is LOW.
     """
     places = {row["name"]: row["coordinates"] for row in rows if row["condition"] == "A"}
     costs = dict(zip(CATEGORIES, results["settings"]["mission"]["costs"], strict=True))
-    blank = results["blank_frames"] if flown(results) == FLIGHT else []
+    blank = results["blank_frames"] if flight_model(results) == FLIGHT else []
     ruled = as_flown([prediction_of(row) for row in rows], blank)
     wrong = []
     for row, prediction in zip(rows, ruled, strict=True):
@@ -166,7 +223,7 @@ def wrong_answers(results: dict[str, Any], rows: Sequence[Row]) -> list[WrongAns
                 condition=prediction.condition,
                 name=prediction.name,
                 image=row["image"],
-                place=_in_words(places.get(prediction.name)),
+                place=_place(places.get(prediction.name)),
                 truth=prediction.truth,
                 predicted=predicted,
                 by_rule=prediction.name in blank,
@@ -180,10 +237,10 @@ def wrong_answers(results: dict[str, Any], rows: Sequence[Row]) -> list[WrongAns
     return sorted(wrong, key=lambda answer: (-answer.cost, -answer.confidence, answer.name, answer.condition))
 
 
-def flat(figures: dict[str, Any], above: str = "") -> list[tuple[str, str]]:
-    """Nested figures as (dotted name, value), lists in one line."""
+def flat(values: dict[str, Any], above: str = "") -> list[tuple[str, str]]:
+    """Nested values as (dotted name, text), a list in one line."""
     rows = []
-    for name, value in figures.items():
+    for name, value in values.items():
         if isinstance(value, dict):
             rows += flat(value, f"{above}{name}.")
         else:
@@ -192,7 +249,7 @@ def flat(figures: dict[str, Any], above: str = "") -> list[tuple[str, str]]:
     return rows
 
 
-def _in_words(place: dict[str, float] | None) -> str:
+def _place(place: dict[str, float] | None) -> str:
     if place is None:
         return "no coordinates"
     return f"longitude {format_degrees(place['lon'])}, latitude {format_degrees(place['lat'])}"

@@ -1,4 +1,4 @@
-"""results.json -> report.md and the terminal's tables; pure."""
+"""results.json -> report.md and the tables in the terminal; pure."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ SIGNIFICANT = 0.05
 
 
 def render_markdown(results: dict[str, Any], figure: str) -> str:
-    """The report; `figure` is the name of the picture beside it."""
+    """The report; `figure` is the file name of the chart in the same folder."""
     return from_template("report.md.j2", results=results, rows=accuracy_rows(results), figure=figure)
 
 
@@ -29,7 +29,7 @@ def from_template(name: str, **values: Any) -> str:
         "shown": shown,
         "notes": notes,
         "sentences": sentences,
-        "resolved": resolved,
+        "significant": significant,
         "error_rate_at": error_rate_at,
     }
     return templates.fill("report", name, filters=filters, **values)
@@ -40,7 +40,7 @@ def number(value: float | None) -> str:
 
 
 def rate(value: dict[str, Any]) -> str:
-    """A rate with its count and interval."""
+    """A rate with its counts and 95 % interval."""
     if value["rate"] is None:
         return "-"
     bounds = f"{100 * value['low']:.0f}-{100 * value['high']:.0f}"
@@ -54,7 +54,7 @@ def interval(value: dict[str, float | None]) -> str:
 
 
 def error_rate_at(rates: dict[str, Any], kept: float) -> float:
-    """The error rate of the surest answers, at the smallest coverage of at least `kept` (0 to 1)."""
+    """The error rate of the most confident answers, at the smallest coverage of at least `kept` (0 to 1)."""
     curve = rates["risk_coverage"]
     return next(
         error for coverage, error in zip(curve["coverage"], curve["error_rate"], strict=True) if coverage >= kept
@@ -62,22 +62,22 @@ def error_rate_at(rates: dict[str, Any], kept: float) -> float:
 
 
 def notes(results: dict[str, Any]) -> list[str]:
-    """What a reader must know before any figure: stages not finished, and answers that are not of this run's pair."""
-    said = []
+    """Warnings for the top of a report: unfinished stages, and answers that are not from the run's own pair."""
+    found = []
     if results["missing"]:
-        said.append(f'Not finished: {", ".join(results["missing"])}. Their figures are left out or "-".')
+        found.append(f'Not finished: {", ".join(results["missing"])}. Their values are left out or shown as "-".')
     if server := results["foreign_server"]:
-        said.append(
-            f"The quantized answers came from the server at {server['server']} ({server['served_model']}, "
-            f"{server['server_build']}), not from this run's GGUF pair."
+        found.append(
+            f"The quantized answers are from the server at {server['server']} ({server['served_model']}, "
+            f"{server['server_build']}), not from the GGUF pair of this run."
         )
     if results["foreign_pair"]:
-        said.append(f"The quantized answers came from the pair {results['foreign_pair']}, not from this run's.")
-    return said
+        found.append(f"The quantized answers are from the pair {results['foreign_pair']}, not from that of this run.")
+    return found
 
 
 def shown(results: dict[str, Any], conditions: str = "AB") -> list[tuple[str, str, dict[str, Any]]]:
-    """(model, condition, rates) of the models that a mission chooses between: the three, and what flies."""
+    """(model, condition, rates) of base, fine-tuned, quantized and flight, as far as they were evaluated."""
     models = results["models"]
     return [
         (model, condition, models[model][condition])
@@ -87,52 +87,58 @@ def shown(results: dict[str, Any], conditions: str = "AB") -> list[tuple[str, st
     ]
 
 
-def resolved(change: dict[str, dict[str, Any]]) -> str:
-    """The conditions under which a step changed more than chance would."""
+def significant(change: dict[str, dict[str, Any]]) -> str:
+    """The conditions under which a change is significant."""
     found = [condition for condition, difference in change.items() if difference["holm_p"] < SIGNIFICANT]
-    return ", ".join(found) if found else "no"
+    return ", ".join(found) if found else "none"
 
 
 def sentences(results: dict[str, Any]) -> list[str]:
-    """Each difference in words: resolved or not, and how many frames would resolve one of its size."""
+    """Each difference with its significance, and the number of frames that would make it significant."""
     named = dict(results["deltas"])
     for model in (*MODELS, FLIGHT):
         if model in results["within"]:
-            named[f"{model},"] = results["within"][model]
-    said = against_linear_probe(results["linear_probe"])
+            named[model] = results["within"][model]
+    frames = results["frames"]["count"]
+    found = against_linear_probe(results)
     for name, by_condition in named.items():
         same = [condition for condition, change in by_condition.items() if not change["gained"] + change["lost"]]
         if same:
-            said.append(f"{name} {'; '.join(same)}: {change_in_words(by_condition[same[0]])}.")
-        said += [f"{name} {c}: {change_in_words(change)}." for c, change in by_condition.items() if c not in same]
-    return said
+            found.append(f"{name}, {'; '.join(same)}: {change_in_words(by_condition[same[0]])}.")
+        different = ((c, change) for c, change in by_condition.items() if c not in same)
+        found += [f"{name}, {c}: {change_in_words(change, frames)}." for c, change in different]
+    return found
 
 
-def against_linear_probe(change: dict[str, Any] | None) -> list[str]:
-    """Whether the language model earns its place beside a regression on what its own tower sees."""
+def against_linear_probe(results: dict[str, Any]) -> list[str]:
+    """Whether the fine-tuned model is better than a linear probe on the vision features of its base."""
+    change = results["linear_probe"]
     if change is None:
         return []
-    beaten = change["lost"] > change["gained"]
-    words = change_in_words(change | {"holm_p": change["exact_p"]})
-    verdict = "is better than the fine-tuned model" if beaten else "does not beat the fine-tuned model"
-    return [f"{LOGISTIC_REGRESSION} {verdict} without coordinates; the model against it: {words}."]
+    verdict = "has a higher" if change["lost"] > change["gained"] else "does not have a higher"
+    words = change_in_words(change | {"holm_p": change["exact_p"]}, results["frames"]["count"])
+    return [
+        f"{LOGISTIC_REGRESSION} (linear probe) {verdict} accuracy than the fine-tuned model without coordinates (B). "
+        f"Change from the probe to the model: {words}."
+    ]
 
 
-def change_in_words(change: dict[str, Any]) -> str:
-    """What was gained and lost, and whether that is resolved."""
+def change_in_words(change: dict[str, Any], frames: int | None = None) -> str:
+    """Frames gained and lost, and the significance of the difference; `frames` is the number compared."""
     if not change["gained"] + change["lost"]:
-        return "the same frames are right"
+        return "no change, the same frames are correct"
     counts = f"{change['points']:+.1f} points ({change['gained']} gained, {change['lost']} lost)"
     if change["holm_p"] < SIGNIFICANT:
-        return f"{counts}, resolved (p = {change['holm_p']:.2g})"
+        return f"{counts}, significant (p = {change['holm_p']:.2g})"
+    compared = f", {frames:,} frames" if frames else ""
+    words = f"{counts}, no significant difference (p = {change['holm_p']:.2g}, mid-p {change['mid_p']:.2g}{compared})"
     if change["frames_to_resolve"] is None:
-        return f"{counts}: as many gained as lost"
-    needed = f"about {change['frames_to_resolve']:,} frames would resolve a difference of this size"
-    return f"{counts}, not to be told from chance (p = {change['holm_p']:.2g}, mid-p {change['mid_p']:.2g}); {needed}"
+        return words
+    return f"{words}; a difference of this size needs about {change['frames_to_resolve']:,} frames"
 
 
 def accuracy_rows(results: dict[str, Any]) -> list[list[str]]:
-    """Condition, one accuracy a model, one difference a delta; '-' where a model is missing."""
+    """Condition, accuracy of each model, change by each step; '-' if a model is missing."""
     rows = []
     for condition, meaning in CONDITIONS.items():
         cells = [f"{condition} {meaning}"]
@@ -147,10 +153,10 @@ def accuracy_rows(results: dict[str, Any]) -> list[list[str]]:
 
 
 def terminal_tables(results: dict[str, Any]) -> "list[Table]":
-    """Accuracy by condition and model, the baselines, and sizes and seconds."""
+    """Accuracy by condition and model; baselines; seconds of the stages and sizes of the files."""
     from rich.table import Table
 
-    accuracy = Table(title=f"Accuracy on {results['split']} (preset {results['preset']})")
+    accuracy = Table(title=f"Accuracy on the {results['split']} split (preset {results['preset']})")
     accuracy.add_column("condition")
     for name in (*MODELS, *(f"by {delta}" for delta in DELTAS)):
         accuracy.add_column(name, justify="right")
@@ -159,7 +165,7 @@ def terminal_tables(results: dict[str, Any]) -> "list[Table]":
     accuracy.add_section()
     for key, label in (
         ("trusted_coordinates", "D trusted coordinates"),
-        ("same_wrong_answer_in_b", "  same answer in B"),
+        ("same_wrong_answer_in_b", "  same wrong answer in B"),
     ):
         cells = [str(results["models"].get(m, {}).get("D", {}).get(key, "-")) for m in MODELS]
         accuracy.add_row(label, *cells, "", "")
@@ -168,12 +174,12 @@ def terminal_tables(results: dict[str, Any]) -> "list[Table]":
         for m in MODELS
     ]
     accuracy.add_row("unparsable answers", *unparsable, "", "")
-    simple = Table(title="Without a language model")
+    simple = Table(title="Baselines (no language model)")
     simple.add_column("baseline")
     simple.add_column("accuracy", justify="right")
     for name, baseline in results["baselines"].items():
         simple.add_row(name, percent(baseline["accuracy"]))
-    work = Table(title="Stages")
+    work = Table(title="Stages and files")
     work.add_column("stage")
     work.add_column("seconds", justify="right")
     for stage, seconds in results["seconds"].items():
