@@ -24,7 +24,7 @@ Figures = dict[str, Any]
 
 @dataclass(frozen=True)
 class Stage:
-    """`settings` and `inputs` decide whether the stage has to run again; `run` fills the run's folder for it.
+    """One stage: a change of `settings` or `inputs` makes it run again; `run` fills its folder.
 
     `card` writes the model card and the base's licence into that folder.
     """
@@ -34,7 +34,7 @@ class Stage:
     inputs: Callable[[Run], dict[str, Path]]
     run: Callable[[Run, Progress], Figures]
     card: Callable[[Run], None] | None = None
-    protocol: dict[str, Any] | None = None  # of an evaluation: what of the code decides the answers
+    protocol: dict[str, Any] | None = None  # of an evaluation: the parts of the code that determine the answers
     in_parallel: bool = False  # whether several launched processes can share the work
 
     def folder(self, run: Run) -> Path:
@@ -151,7 +151,7 @@ def evaluation(variant: Variant) -> Stage:
 
 
 def stages(settings: Settings) -> tuple[Stage, ...]:
-    """All stages of a run in order: what can be evaluated is evaluated as soon as it is there."""
+    """All stages of a run in order; each model is evaluated as soon as it exists."""
     evaluated = [evaluation(variant) for variant in variants.wanted(settings)]
     base, *others = evaluated
     of_the_adapter = [VISION_FEATURES] if settings.variants.all else []
@@ -159,21 +159,30 @@ def stages(settings: Settings) -> tuple[Stage, ...]:
 
 
 def stage_named(name: str, settings: Settings) -> Stage:
-    """A stage by its name; raises OrionError for an evaluation of no variant."""
+    """A stage by its name; raises OrionError for the evaluation of an unknown variant."""
     if name.startswith(EVALUATE):
         return evaluation(variants.named(settings, name.removeprefix(EVALUATE)))
     return next(stage for stage in MAKING if stage.name == name)
 
 
 def evaluate_servers(run: Run, urls: Sequence[str], progress: Progress = silent) -> manifest.Manifest:
-    """The quantized model's evaluation by servers that someone else started; their key is LLAMA_API_KEY.
+    """The evaluation of the quantized model on third-party servers; their key is LLAMA_API_KEY.
 
-    Its manifest names the servers instead of the run's GGUF pair, so `orion run` would evaluate the pair itself again.
+    Its manifest names the servers instead of the run's GGUF pair, so `orion run` would evaluate the pair again.
     """
     evaluate, identity = variants.through_servers(urls, run)
     inputs = {"server": identity, **manifest.hash_inputs({"dataset": run.dataset})}
     stage = stage_named("evaluate quantized", run.settings)
     return _do(replace(stage, run=lambda _, progress: evaluate(progress)), run, inputs, progress)
+
+
+def is_current(stage: Stage, run: Run) -> bool:
+    """Whether the stage is finished, and its product is unchanged and made from the run's current inputs."""
+    try:
+        inputs = manifest.hash_inputs(stage.inputs(run))
+    except OrionError:  # an input is missing
+        return False
+    return manifest.is_current(stage.folder(run), settings=stage.settings_of(run.settings), inputs=inputs)
 
 
 def run_stage(
@@ -184,18 +193,18 @@ def run_stage(
     settings = stage.settings_of(run.settings)
     inputs = manifest.hash_inputs(stage.inputs(run))
     current = not force and manifest.is_current(folder, settings=settings, inputs=inputs)
-    processes.wait()  # all have looked before the first one writes
+    processes.wait()  # every process must have read the manifest before rank 0 writes
     if current:
         stage_manifest = manifest.read_manifest(folder)
         assert stage_manifest is not None
         return stage_manifest, True
     if processes.count() > 1 and not stage.in_parallel:
         raise OrionError(
-            f"{stage.name} is for one process, and {processes.count()} were launched.",
-            "Launch only 'orion fine-tune', 'orion ablation' and 'orion evaluate' with several.",
+            f"stage {stage.name} runs in one process, but {processes.count()} were launched.",
+            "Launch several processes only for 'orion fine-tune', 'orion ablation' and 'orion evaluate'.",
         )
     for name, path in stage.inputs(run).items():
-        # Nothing reads the F16 backbone after the quantization, so a pair without it is whole.
+        # No stage reads the F16 backbone after the quantization, so a pair without it is complete.
         stage_manifest = manifest.read_manifest(path) if name != "gguf" and path.is_dir() else None
         if (
             stage_manifest
@@ -204,13 +213,13 @@ def run_stage(
         ):
             raise OrionError(
                 f"{stage.name} needs {path}, of which 'orion clean' removed {len(stage_manifest.removed)} files.",
-                f"Make it again first: 'orion {stage_manifest.stage} --force'.",
+                f"Run 'orion {stage_manifest.stage} --force' first to make it again.",
             )
     return _do(stage, run, inputs, progress), False
 
 
 def _do(stage: Stage, run: Run, inputs: dict[str, str], progress: Progress) -> manifest.Manifest:
-    """Run a stage and write its manifest; the old manifest goes first, so that an interruption leaves none."""
+    """Run a stage and write its manifest; deletes the old manifest first, so that an interruption leaves none."""
     folder = stage.folder(run)
     with held(run, stage.name):
         if processes.is_main():
@@ -231,7 +240,10 @@ def _do(stage: Stage, run: Run, inputs: dict[str, str], progress: Progress) -> m
 
 
 def check_inputs(run: Run) -> None:
-    """What a run needs from outside, looked at before the first stage spends minutes: the base and the places."""
+    """Check the external inputs (base and places) before the first stage, which takes minutes.
+
+    Raises OrionError.
+    """
     from orion_triage.dataset import build
 
     _base(run)
@@ -240,7 +252,7 @@ def check_inputs(run: Run) -> None:
 
 
 def verify(run: Run) -> dict[str, list[str]]:
-    """Finished stage -> what of its files is not as its manifest says; read anew from the disk."""
+    """Finished stage -> differences between its files and its manifest; reads all files from the disk."""
     every = (*MAKING, *(evaluation(variant) for variant in variants.table(run.settings)))
     return {
         stage.name: manifest.damaged(folder)
@@ -250,18 +262,18 @@ def verify(run: Run) -> dict[str, list[str]]:
 
 
 def clean(run: Run) -> int:
-    """Delete what a flight does not need and the stages can make again; returns the bytes freed.
+    """Delete large files that the flight does not need and that stages can make again; returns the bytes freed.
 
-    Gone: the frames, the merged weights, the F16 backbone, the training's checkpoints. The flight pair, the adapter,
-    every manifest, split, answer and report stay. A later run skips what is finished.
+    Deletes the frames, the merged weights, the F16 backbone and the training's checkpoints. Keeps the flight pair, the
+    adapter, and all manifests, splits, answers and reports. A later run skips finished stages.
     """
     from orion_triage.dataset.records import IMAGES_FOLDER
     from orion_triage.export import quantize
 
     if manifest.read_manifest(run.gguf) is None:
-        raise OrionError(f"{run.folder} has no finished flight pair.", "Run 'orion run' to its end before cleaning up.")
+        raise OrionError(f"{run.folder} has no finished flight pair.", "Run 'orion run' first.")
     quantize.check_pair(run.gguf)
-    # What needs no note in a manifest goes first: a disk may be too full for a note.
+    # First delete files that need no change of a manifest: the disk may be too full to write one.
     work = run.folder / WORK_FOLDER / "checkpoints"
     freed = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
     shutil.rmtree(work, ignore_errors=True)

@@ -125,8 +125,8 @@ def _evaluate_variants(
     from rich.table import Table
 
     from orion_triage.evaluate.results import compare_variants
-    from orion_triage.evaluate.variants import chosen
-    from orion_triage.pipeline import evaluation
+    from orion_triage.evaluate.variants import chosen, table
+    from orion_triage.pipeline import evaluation, is_current
     from orion_triage.report.render import change_in_words
     from orion_triage.templates import percent
 
@@ -139,22 +139,23 @@ def _evaluate_variants(
         do_stage(evaluation(variant), current, force)
     if not processes.is_main():
         return
-    rows = compare_variants(current, asked)
+    finished = [one for one in table(current.settings) if one in asked or is_current(evaluation(one), current)]
+    rows = compare_variants(current, asked, finished)
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return
-    table = Table("variant", "", title=escape(f"{current.folder}, {file.value} split, conditions A to D"))
+    shown = Table("variant", "", title=escape(f"{current.folder}, {file.value} split, conditions A to D"))
     for heading in ("parsed", "correct"):
-        table.add_column(heading, justify="right")
-    table.add_column("compared with")
-    table.add_column("change")
+        shown.add_column(heading, justify="right")
+    shown.add_column("compared with")
+    shown.add_column("change")
     for row in rows:
         for condition, counts in row["conditions"].items():
             shares = [percent(counts[key] / counts["count"]) for key in ("parsed", "right")]
             change = change_in_words(counts["change"]) if counts["change"] else ""
-            table.add_row(row["variant"], condition, *shares, row["compared_with"] or "", change)
-        table.add_section()
-    output().print(table)
+            shown.add_row(row["variant"], condition, *shares, row["compared_with"] or "", change)
+        shown.add_section()
+    output().print(shown)
 
 
 def _print_rates(run: Any, stage: str, as_json: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""results.json: everything a run measured, collected from its stages' manifests and predictions."""
+"""results.json: all measurements of a run, collected from the manifests and predictions of its stages."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -27,8 +27,8 @@ from orion_triage.settings import overrides
 
 SCHEMA_VERSION = 4
 DELTAS = {"fine-tuning": ("base", "fine-tuned"), "quantization": ("fine-tuned", "quantized")}
-FLIGHT = "flight"  # the constrained answers with the rule for blank frames: what `orion triage` does
-SERVER = ("server", "served_model", "server_build")  # in the manifest when someone else's server answered
+FLIGHT = "flight"  # constrained answers with the blank rule, as in `orion triage`
+SERVER = ("server", "served_model", "server_build")  # in the manifest if a third-party server answered
 ARTIFACTS = (
     "orion_lora_weights/adapter_model.safetensors",
     "orion_merged/*.safetensors",
@@ -39,9 +39,7 @@ ARTIFACTS = (
 
 
 def build_results(run: Run) -> dict[str, Any]:
-    """The run's results on its split; stages that have not finished are named in `missing`. docs/results.md has the
-    schema.
-    """
+    """The run's results on its split; `missing` lists unfinished stages. The schema is in docs/results.md."""
     settings, dataset = run.settings, Dataset(run.dataset)
     wanted = [variant.name for variant in variants.wanted(settings)]
     making = ["dataset", "fine-tune", "fuse", "quantize", *(["vision features"] if settings.variants.all else [])]
@@ -96,7 +94,7 @@ def build_results(run: Run) -> dict[str, Any]:
 
 
 def _against_linear_probe(baselines: dict[str, Any], predictions: list[Prediction] | None) -> dict[str, Any] | None:
-    """The fine-tuned model without coordinates (B) against the baseline on the base's frozen vision features."""
+    """The fine-tuned model without coordinates (B) against the linear probe on the base's frozen vision tower."""
     if LOGISTIC_REGRESSION not in baselines or not predictions:
         return None
     said = baselines[LOGISTIC_REGRESSION]["predictions"]
@@ -105,7 +103,7 @@ def _against_linear_probe(baselines: dict[str, Any], predictions: list[Predictio
 
 
 def _at_threshold(run: Run, predictions: list[Prediction] | None) -> dict[str, Any] | None:
-    """What the run's threshold does to this split's frames, by condition; None where none was chosen."""
+    """The effect of the run's threshold on this split's frames, by condition; None if none was chosen."""
     chosen = threshold.read(run.folder, run.gguf) if predictions else None
     if chosen is None or predictions is None:
         return None
@@ -120,7 +118,7 @@ def _at_threshold(run: Run, predictions: list[Prediction] | None) -> dict[str, A
 
 
 def as_flown(predictions: list[Prediction], blank_frames: list[str]) -> list[Prediction]:
-    """The answers as flight decides without a threshold; a blank frame is LOW by rule, and surely so."""
+    """The answers with the flight's decisions without a threshold; a blank frame is LOW with probability 1."""
     certain = tuple(float(category == Category.LOW) for category in CATEGORIES)
     marked = threshold.with_blank(predictions, blank_frames)
     return [
@@ -130,16 +128,16 @@ def as_flown(predictions: list[Prediction], blank_frames: list[str]) -> list[Pre
 
 
 def differences(first: list[Prediction], second: list[Prediction]) -> dict[str, dict[str, Any]]:
-    """Condition -> how `second` differs from `first`, paired by frame; `holm_p` is corrected for the conditions.
+    """Condition -> paired comparison of `second` with `first`; `holm_p` is corrected for the number of conditions.
 
-    Of the conditions under which both were asked: an evaluation made before there was a condition stays comparable.
+    Only conditions that both evaluations have are compared, so that older evaluations stay comparable.
     """
     both = {c: (under(first, c), under(second, c)) for c in CONDITIONS}
     return _corrected({c: compare(*rows) for c, rows in both.items() if all(rows)})
 
 
 def between_conditions(predictions: list[Prediction]) -> dict[str, dict[str, Any]]:
-    """What the coordinates (A against B) and a conflict (A, B against D) change for one model."""
+    """The effect of the coordinates (A against B) and of a conflict (A, B against D) on one model."""
     pairs = (("B", "A"), ("A", "D"), ("B", "D"))
     return _corrected({f"{a} to {b}": compare(under(predictions, a), under(predictions, b)) for a, b in pairs})
 
@@ -150,9 +148,9 @@ def _corrected(changes: Mapping[str, Change]) -> dict[str, dict[str, Any]]:
 
 
 def steps(predictions: dict[str, list[Prediction]], table: Sequence[Variant]) -> list[dict[str, Any]]:
-    """The variants that were evaluated, each with what it `changes` and what that did to the answers (`change`).
+    """The evaluated variants, each with what it `changes` and the effect on the answers (`change`).
 
-    `compared_with` is the one evaluated before it, unless the table names another; null on the first.
+    `compared_with` is the variant evaluated before it, unless the table names another; null for the first.
     """
     rows = [(variant.name, variant.changes, variant.compared_with) for variant in table]
     found: list[dict[str, Any]] = []
@@ -164,15 +162,14 @@ def steps(predictions: dict[str, list[Prediction]], table: Sequence[Variant]) ->
     return found
 
 
-def compare_variants(run: Run, asked: Sequence[Variant]) -> list[dict[str, Any]]:
-    """What these variants answer on the run's split: frames, answers that parse, right ones, and the paired change.
+def compare_variants(run: Run, asked: Sequence[Variant], finished: Sequence[Variant]) -> list[dict[str, Any]]:
+    """Frames, parsable answers, right answers and the paired change of these variants on the run's split.
 
-    Each is compared as in `steps`; null where the other was not evaluated.
+    Each is compared, as in `steps`, with one of `finished`: the variants with up-to-date answers, in the table's order.
+    The change is null without such a variant.
     """
-    table = variants.table(run.settings)
-    names = [variant.name for variant in table if read_manifest(run.evaluation(variant.name))]
-    predictions = {name: [prediction_of(row) for row in read_predictions(run.evaluation(name))] for name in names}
-    found = {row["model"]: row for row in steps(predictions, table)}
+    predictions = {v.name: [prediction_of(row) for row in read_predictions(run.evaluation(v.name))] for v in finished}
+    found = {row["model"]: row for row in steps(predictions, finished)}
     return [
         {
             "variant": variant.name,
@@ -194,12 +191,12 @@ def compare_variants(run: Run, asked: Sequence[Variant]) -> list[dict[str, Any]]
 
 
 def results_path(run: Run) -> Path:
-    """results.json, or results-val.json: one file a split."""
+    """The path of results.json or results-val.json: one file per split."""
     return run.folder / f"results{'' if run.split == 'test' else f'-{run.split}'}.json"
 
 
 def _of_frames(run: Run, dataset: Dataset, made: Manifest | None, vision: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What is counted from the frames themselves; where 'orion clean' has removed them, as the last report did."""
+    """The measurements made on the frames; from the last report if 'orion clean' removed the frames."""
     if made is None:
         return {"baselines": {}, "blank_frames": [], "size_ranking": None}
     if made.removed:
@@ -210,12 +207,12 @@ def _of_frames(run: Run, dataset: Dataset, made: Manifest | None, vision: Mappin
     return {
         "baselines": baselines(dataset, run.split, vision),
         "blank_frames": dataset.blank_names(run.split),
-        "size_ranking": value_figures(truth, ranking, run.settings.mission),  # the larger PNG first
+        "size_ranking": value_figures(truth, ranking, run.settings.mission),  # larger PNG files first
     }
 
 
 def blank_frames(run: Run) -> list[str]:
-    """The names of the split's frames that flight calls blank; of the last report where 'orion clean' removed them."""
+    """The names of the split's blank frames; from the last report if 'orion clean' removed the frames."""
     made = read_manifest(run.dataset)
     if made is not None and made.removed:
         return list(_of_last_report(run)["blank_frames"])
@@ -228,18 +225,18 @@ def _of_last_report(run: Run) -> dict[str, Any]:
         version = value["schema_version"]
         if version != SCHEMA_VERSION:
             raise OrionError(
-                f"{results_path(run)} has schema version {version}, not {SCHEMA_VERSION}: its figures are not read.",
-                "Make the frames again: 'orion dataset --force'.",
+                f"{results_path(run)} has schema version {version} instead of {SCHEMA_VERSION}.",
+                "Run 'orion dataset --force' to make the frames again.",
             )
         return {name: value[name] for name in ("baselines", "blank_frames", "size_ranking")}
     except FileNotFoundError:
         raise OrionError(
-            f"the baselines need the frames of {run.dataset}, which 'orion clean' removed before a report was made.",
-            "Make them again first: 'orion dataset --force'.",
+            f"the baselines need the frames in {run.dataset}, which 'orion clean' removed before the first report.",
+            "Run 'orion dataset --force' to make them again.",
         ) from None
     except (ValueError, KeyError, TypeError):
         raise OrionError(
-            f"{results_path(run)} is damaged.", "Make the frames again: 'orion dataset --force'."
+            f"{results_path(run)} is damaged.", "Run 'orion dataset --force' to make the frames again."
         ) from None
 
 
