@@ -63,7 +63,7 @@ COMMANDS = {
 }
 VERDICTS = "verdicts.jsonl"
 REPORTS = ("results.json", "report.md", "report.html", "report.png")
-SPOKEN = re.compile("No space left on device|Input/output error|the disk took no more, or failed")
+SPOKEN = re.compile("No space left on device|Input/output error|a write failed: the disk is full or faulty")
 
 
 # --- the disk -------------------------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ PARTS: dict[str, Script | Tests] = {
 
 
 def table(results: Path) -> str:
-    """The Markdown lines that say what was done and what came of it."""
+    """The Markdown table of the tests, their amounts and their results."""
     figures = {name: json.loads((results / f"{name}.json").read_text(encoding="utf-8")) for name in PARTS}
     kills, disk, long_haul = figures["kills"], figures["disk_faults"], figures["long_haul"]
     hostile, fuzz, servers = figures["hostile"], figures["fuzz"], figures["servers"]
@@ -101,24 +101,25 @@ def table(results: Path) -> str:
     growth = {name: max(0, long_haul["growth_bytes_per_thousand_frames"][name]) / 1e6 for name in memory}
     rows = [
         ("kills at random moments", f"{kills['kills']} in {len(kills['by_stage'])} steps ({signals})",
-         f"{kills['rounds_that_ended_as_undisturbed']} runs ended like the undisturbed one", kills),
+         f"{kills['rounds_that_ended_as_undisturbed']} runs gave the same results as the undisturbed one", kills),
         ("failing disks", f"{disk['faults']} of {disk['operations']:,} operations in {len(disk['by_stage'])} steps",
-         f"{disk['refused']} refused with a line, {disk['harmless']} harmless; "
+         f"{disk['refused']} reported in one line, {disk['harmless']} harmless; "
          f"{disk['recoveries']} reruns completed", disk),
-        ("hostile input, generated", f"{hostile['cases']:,} cases in {hostile['tests']} tests", "refused, or harmless",
+        ("hostile input, generated", f"{hostile['cases']:,} cases in {hostile['tests']} tests", "refused or harmless",
          hostile),
         ("hostile input, found by coverage",
          f"{sum(target['executions'] for target in fuzz['targets']):,} inputs to {len(fuzz['targets'])} "
-         "parsers", "refused, or harmless", fuzz),
-        ("lying servers, kills, bits, memory", f"{servers['cases']} tests", "told, kept, nothing guessed", servers),
+         "parsers", "refused or harmless", fuzz),
+        ("faulty servers, kills, changed bits, full memory", f"{servers['cases']} tests",
+         "reported; finished work kept; no wrong answer counted", servers),
         (f"{long_haul['frames']:,} frames through `orion triage`",
-         f"killed after {long_haul['killed_after_frames']:,}, then to the end",
-         f"{long_haul['seconds_per_frame'] * 1000:.0f} ms a frame; memory {memory['command']:.0f} MB and, the server, "
-         f"{memory['server']:.0f} (per thousand frames +{growth['command']:.1f} and +{growth['server']:.1f}); "
-         f"{long_haul['other_bytes_on_disk'] / 1000:.0f} kB on disk beside the results' "
-         f"{long_haul['results_bytes_per_frame']} bytes a frame", long_haul),
+         f"killed after {long_haul['killed_after_frames']:,}, then resumed to the end",
+         f"{long_haul['seconds_per_frame'] * 1000:.0f} ms per frame; peak memory {memory['command']:.0f} MB (command) "
+         f"and {memory['server']:.0f} MB (server), growth per thousand frames {growth['command']:.1f} and "
+         f"{growth['server']:.1f} MB; on disk {long_haul['results_bytes_per_frame']} bytes per frame of results and "
+         f"{long_haul['other_bytes_on_disk'] / 1000:.0f} kB of other files", long_haul),
     ]  # fmt: skip
-    lines = ["| what | how much | what came of it | losses | minutes |", "|---|---|---|---:|---:|"]
+    lines = ["| test | amount | result | losses | minutes |", "|---|---|---|---:|---:|"]
     for what, count, outcome, of_part in rows:
         lines.append(f"| {what} | {count} | {outcome} | {len(of_part['losses'])} | {of_part['seconds'] / 60:.0f} |")
     return "\n".join(lines) + "\n"

@@ -8,26 +8,27 @@ usage() {
     cat <<'HELP'
 Usage: download_weights.sh [--keep-remote] [--dry-run]
 
-Fetches orion_lora_weights from the training server over ssh, checks every file's sha256 with the server's manifest
-(manifest.json), and puts it in the place of the old weights, which stay beside it as orion_lora_weights.previous. Then
-it deletes the server's repository and dataset. Can be cut off at any point: the same command goes on.
+Fetches orion_lora_weights from the training server over ssh and checks the sha256 of every file against the server's
+manifest (manifest.json). Then it replaces the local weights; the old ones stay as orion_lora_weights.previous. Finally
+it deletes the repository and the dataset on the server. After an interruption, run the same command again to resume.
 
-Nothing is deleted that is not recognisably a checkout of ORION or one of its datasets, that is a home or holds one,
-that is reached through a link, that a process works in, or that has changes or weights that exist nowhere else.
+The script does not delete a folder that is not recognizably a checkout of ORION or one of its datasets, that is or
+contains a home folder, that is reached through a link, in which a process works, or that has changes or weights that
+exist nowhere else.
 
   --keep-remote   delete nothing on the server
-  --dry-run       print every command, run none, change nothing
-  --help          this text
+  --dry-run       print all commands without running them
+  --help          print this text
 
 SERVER                     the server: host or user@host
-ORION_SERVER_HDD_PATH      folder on the server that upload_to_server.sh filled; gives the next three their defaults
-ORION_SERVER_REPO_PATH     the repository there, to be deleted (default: $ORION_REPO_DIR, or
+ORION_SERVER_HDD_PATH      folder on the server that upload_to_server.sh filled; used in the next three defaults
+ORION_SERVER_REPO_PATH     the repository on the server, which is deleted (default: $ORION_REPO_DIR, or
                            $ORION_SERVER_HDD_PATH/orion-triage)
-ORION_SERVER_DATA_PATH     the dataset there, to be deleted (default: $ORION_SERVER_HDD_PATH/orion_data)
-ORION_SERVER_WEIGHTS_PATH  the weights there (default: runs/tiny/orion_lora_weights in the repository)
-ORION_LOCAL_WEIGHTS_DIR    the weights here (default: orion_lora_weights)
-ORION_SSH                  the ssh command with its options (default: ssh with keepalives); a ControlMaster in
-                           ~/.ssh/config saves logging in for each of the steps
+ORION_SERVER_DATA_PATH     the dataset on the server, which is deleted (default: $ORION_SERVER_HDD_PATH/orion_data)
+ORION_SERVER_WEIGHTS_PATH  the weights on the server (default: runs/tiny/orion_lora_weights in the repository)
+ORION_LOCAL_WEIGHTS_DIR    the local weights (default: orion_lora_weights)
+ORION_SSH                  the ssh command with its options (default: ssh with keepalives); with a ControlMaster in
+                           ~/.ssh/config, all steps share one login
 
 Example: SERVER=me@gpu ORION_SERVER_HDD_PATH=/data/me ORION_LOCAL_WEIGHTS_DIR=runs/tiny/orion_lora_weights \
          scripts/download_weights.sh
@@ -62,10 +63,11 @@ target=${ORION_LOCAL_WEIGHTS_DIR:-orion_lora_weights}
 target=${target%/}
 name=${target##*/}
 [[ $name && $name != . && $name != .. ]] ||
-    fail "ORION_LOCAL_WEIGHTS_DIR=$target names no folder." "Name the folder itself, such as runs/tiny/orion_lora_weights."
+    fail "ORION_LOCAL_WEIGHTS_DIR=$target is not the name of a folder." \
+        "Set it to a folder such as runs/tiny/orion_lora_weights."
 for folder in "$target" "$target.previous"; do
     [[ ! -e $folder || -f $folder/manifest.json || -f $folder/adapter_config.json ]] ||
-        fail "$folder is there, and holds no weights." "Move it away, or correct ORION_LOCAL_WEIGHTS_DIR."
+        fail "$folder exists and contains no weights." "Move it away, or correct ORION_LOCAL_WEIGHTS_DIR."
 done
 incoming=${target%/*}/.$name.incoming
 pending=${target%/*}/.$name.cleanup # says that weights which are safe here are to be deleted there
@@ -91,11 +93,11 @@ try:
     for name, expected in outputs.items():
         path = folder / name
         if not path.resolve().is_relative_to(folder.resolve()):
-            faults.append(f"{name} lies elsewhere")
+            faults.append(f"{name} is outside the folder")
         elif not path.is_file():
             faults.append(f"{name} is missing")
         elif hashlib.sha256(path.read_bytes()).hexdigest() != expected:
-            faults.append(f"{name} is not what the manifest says")
+            faults.append(f"{name} does not have the sha256 in the manifest")
 except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     sys.exit(f"manifest.json is damaged: {error!r}")
 sys.exit("; ".join(faults) or 0)
@@ -123,8 +125,8 @@ if [[ $DRY_RUN ]]; then
     on_server weights "$weights" "$repository" "$data" "$keep"
 else
     exec 9<"${target%/*}"
-    flock -n 9 || fail "another download to ${target%/*} is under way." "Wait for its end."
-    trap 'say "interrupted: the same command goes on from here"; exit 130' INT TERM
+    flock -n 9 || fail "another download to ${target%/*} is running." "Wait until it ends."
+    trap 'say "interrupted: run the same command again to resume"; exit 130' INT TERM
     rm -rf "$old"
     there=$(on_server weights "$weights" "$repository" "$data" "$keep")
     there=${there#manifest }
@@ -139,11 +141,11 @@ if [[ $there == absent ]]; then
             "Train first ('orion remote train'), or correct ORION_SERVER_WEIGHTS_PATH."
     verified=$here
     complaint=$(verify "$target" 2>&1) || fail "the weights in $target are damaged: $complaint." \
-        "They are deleted on the server: look for a copy, $target.previous included."
-    say "the weights are in $target already"
+        "Restore a copy, for example $target.previous: the weights on the server are already deleted."
+    say "the weights are already in $target"
 elif [[ $here == "$there" ]] && verify "$target" 2>/dev/null; then
     verified=$here
-    say "the weights are in $target already, and whole"
+    say "the weights are already in $target, and complete"
     [[ $keep ]] || note_cleanup "$there"
 else
     verified=$there
@@ -153,13 +155,14 @@ else
         declare -f verify | while IFS= read -r line; do printf '  | %s\n' "$line"; done
         swap
     else
-        complaint=$(verify "$incoming" 2>&1) || fail "the weights on the server are not whole: $complaint." \
-            "Nothing was deleted. Train them again there ('orion remote train --again'), or bring the files back."
+        complaint=$(verify "$incoming" 2>&1) ||
+            fail "the weights on the server are incomplete or damaged (nothing was deleted): $complaint." \
+                "Train again ('orion remote train --again'), or restore the files on the server."
         [[ $(manifest_of "$incoming") == "$there" ]] ||
-            fail "the weights on the server changed meanwhile." "Run the same command again."
+            fail "the weights on the server changed during the download." "Run the same command again."
         [[ $keep ]] || note_cleanup "$there"
         swap
-        say "the weights are in $target, every file as the server's manifest says"
+        say "the weights are in $target, and every file matches the server's manifest"
     fi
 fi
 

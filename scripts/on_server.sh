@@ -33,26 +33,26 @@ sha256_of() { # FILE
 require_own_place() { # VARIABLE PATH: its parent exists, no link leads there, it is no home and holds none
     parent=${2%/*}
     real=$(cd -P "${parent:-/}" 2>/dev/null && pwd -P && printf x) ||
-        refuse "$1=$2 lies in no folder of the server." "Create ${parent:-/} there, or correct $1."
+        refuse "$1=$2: the folder ${parent:-/} does not exist on the server." "Create it there, or correct $1."
     real=${real%?x}
     [ "$real" != / ] || real=
     [ "$real" = "$parent" ] ||
-        refuse "$1=$2 is reached through a link." "Name its real place: $1=$real/${2##*/}"
-    [ ! -L "$2" ] || refuse "$1=$2 is a link." "Name the folder itself: $1=$(readlink -f "$2")"
+        refuse "$1=$2 is reached through a link." "Set its real path: $1=$real/${2##*/}"
+    [ ! -L "$2" ] || refuse "$1=$2 is a link." "Set the folder itself: $1=$(readlink -f "$2")"
     {
         printf '%s\n' "${HOME:-}"
         (cd -P "${HOME:-/}" 2>/dev/null && pwd -P) || :
         { getent passwd || cat /etc/passwd; } 2>/dev/null | cut -d : -f 6
     } | while IFS= read -r home; do
         case "$home/" in
-            "$2"/*) refuse "$1=$2 is a home, or holds the home $home." "Name a folder of its own for it." ;;
+            "$2"/*) refuse "$1=$2 is or contains the home folder $home." "Set $1 to a separate folder." ;;
         esac
     done || exit 3
 }
 
 require_apart() { # VARIABLE PATH VARIABLE PATH
     case "$4/" in
-        "$2"/*) refuse "$1=$2 holds $3=$4." "Give each a folder of its own, side by side." ;;
+        "$2"/*) refuse "$1=$2 contains $3=$4." "Use two separate folders." ;;
     esac
 }
 
@@ -66,8 +66,8 @@ require_only() { # VARIABLE FOLDER PATTERN...: a folder with anything else in it
             # shellcheck disable=SC2254 # a pattern, not a word
             case "${entry##*/}" in $pattern) known=yes ;; esac
         done
-        [ "$known" ] || refuse "$variable=$folder holds more than a dataset: ${entry##*/}" \
-            "Move it away, or name the dataset's own folder."
+        [ "$known" ] || refuse "$variable=$folder contains more than a dataset: ${entry##*/}" \
+            "Move it away, or set $variable to the dataset's folder."
     done
 }
 
@@ -77,8 +77,9 @@ is_dataset() { # FOLDER
 }
 
 require_dataset() { # VARIABLE PATH
-    is_dataset "$2" || refuse "$1=$2 is not recognisably an ORION dataset." \
-        "It must hold train_, val_ and test_dataset.jsonl and orion_dataset/images; correct $1, or move that folder away."
+    is_dataset "$2" || refuse \
+        "$1=$2 is not an ORION dataset: it needs train_, val_ and test_dataset.jsonl and orion_dataset/images." \
+        "Correct $1, or move that folder away."
     require_only "$1" "$2" '*_dataset.jsonl' orion_dataset '*.csv' '*.json' '*.geojson' '*.md' 'LICENSE*' \
         .gitattributes .orion-sha256sums
     require_only "$1" "$2/orion_dataset" images '*_dataset.jsonl'
@@ -87,14 +88,14 @@ require_dataset() { # VARIABLE PATH
 require_checkout() { # VARIABLE PATH
     { [ -d "$2/.git" ] && [ ! -L "$2/.git" ] && [ -f "$2/pyproject.toml" ] &&
         grep -q -x 'name = "orion-triage"' "$2/pyproject.toml" && git -C "$2" rev-parse --git-dir >/dev/null; } ||
-        refuse "$1=$2 is not recognisably a checkout of ORION." \
-            "It must be a git repository whose pyproject.toml has name = \"orion-triage\"; correct $1."
+        refuse "$1=$2 is not a checkout of ORION: a git repository whose pyproject.toml has name = \"orion-triage\"." \
+            "Correct $1."
 }
 
 require_idle() { # VARIABLE PATH: no training that `start` started is at work there
     [ -e "$2/runs/training-job/lock" ] || return 0
     flock -n "$2/runs/training-job/lock" true ||
-        refuse "a training is running in $1=$2." "Wait for its end ('orion remote train' follows it)."
+        refuse "a training is running in $1=$2." "Wait until it ends ('orion remote train' follows it)."
 }
 
 busy() { # FOLDER: the working directory of a process there, if any
@@ -113,17 +114,18 @@ require_expendable() { # VARIABLE REPOSITORY WEIGHTS: nothing is in the checkout
     done
     directory=$(busy "$2")
     [ -z "$directory" ] || refuse "a process works in $directory." \
-        "Wait for its end (an rsync that was cut off ends within two minutes), or leave that folder."
-    changed=$(git -C "$2" --no-optional-locks status --porcelain) || refuse "git cannot read $1=$2." "Look at it on the server."
-    [ -z "$changed" ] || refuse "$1=$2 has changes that are committed nowhere: $(printf '%s' "$changed" | head -n 1)" \
-        "Commit and push them, or discard them; or keep everything: --keep-remote."
+        "Wait until it ends (an interrupted rsync ends within two minutes), or leave that folder."
+    changed=$(git -C "$2" --no-optional-locks status --porcelain) ||
+        refuse "git cannot read $1=$2." "Check the repository on the server."
+    [ -z "$changed" ] || refuse "$1=$2 has uncommitted changes: $(printf '%s' "$changed" | head -n 1)" \
+        "Commit and push them, discard them, or add --keep-remote."
     own=$(git -C "$2" rev-list -n 1 HEAD --branches "$(git -C "$2" rev-parse -q --verify refs/stash || echo HEAD)" \
         --not --remotes) || own=HEAD
-    [ -z "$own" ] || refuse "$1=$2 has commits that are only there: $own" "Push them; or keep everything: --keep-remote."
+    [ -z "$own" ] || refuse "$1=$2 has commits that exist nowhere else: $own" "Push them, or add --keep-remote."
     for manifest in "$2"/runs/*/orion_lora_weights/manifest.json; do
         [ ! -f "$manifest" ] || [ "$manifest" = "$3/manifest.json" ] ||
             refuse "$1=$2 has other finished weights: ${manifest%/manifest.json}" \
-                "Download them first (ORION_SERVER_WEIGHTS_PATH); or keep everything: --keep-remote."
+                "Download them first (ORION_SERVER_WEIGHTS_PATH), or add --keep-remote."
     done
 }
 
@@ -137,7 +139,8 @@ remove_folder() { # FOLDER: renamed first, so that a cut leaves nothing that loo
 # One operation at a time: after a cut, the server's half may still be at work when the next call comes.
 lock() { # FOLDER
     exec 9<"$1"
-    flock -w 120 9 || refuse "an earlier call is still at work in $1." "Wait for it, then run the same command again."
+    flock -w 120 9 ||
+        refuse "an earlier call is still running in $1." "Wait until it ends, then run the same command again."
 }
 
 # --- upload ----------------------------------------------------------------------------------------------------
@@ -145,7 +148,7 @@ lock() { # FOLDER
 prepare() { # DATA REPOSITORY SHA256_OF_LISTING: check both places, finish or forget what was cut off
     for tool in rsync tar gzip sha256sum git flock; do
         command -v "$tool" >/dev/null ||
-            refuse "the server has no $tool." "Install it there: apt install rsync tar gzip coreutils git util-linux"
+            refuse "the server has no $tool." "Run apt install rsync tar gzip coreutils git util-linux on the server."
     done
     mkdir -p "${1%/*}" "${2%/*}"
     require_own_place ORION_SERVER_DATA_PATH "$1"
@@ -162,7 +165,7 @@ prepare() { # DATA REPOSITORY SHA256_OF_LISTING: check both places, finish or fo
     require_idle ORION_REPO_DIR "$2"
     [ ! -e "$1" ] || rm -rf "$place"
     beside "$1" incoming
-    # What an earlier call left of the same dataset goes on; anything else is in the way.
+    # Keep what an earlier call left of the same dataset, to resume; delete anything else.
     [ "$(cat "$place/listing" 2>/dev/null)" = "$3" ] || rm -rf "$place"
     mkdir -p "$place"
     printf '%s' "$3" >"$place/listing"
@@ -180,10 +183,10 @@ unpack() { # DATA ARCHIVE SHA256: check the archive, unpack it beside the old da
     lock "${1%/*}"
     beside "$1" incoming
     cd "$place"
-    [ -f "$2" ] || refuse "the archive is gone from $place." "Run the same command again: it is sent anew."
+    [ -f "$2" ] || refuse "the archive is missing in $place." "Run the same command again to send it again."
     if [ "$(sha256_of "$2")" != "$3" ]; then
         rm -f "$2"
-        refuse "the archive arrived damaged: its sha256 is not $3." "Run the same command again: it is sent anew."
+        refuse "the archive arrived damaged: its sha256 is not $3." "Run the same command again to send it again."
     fi
     rm -rf unpacked
     mkdir unpacked
@@ -191,8 +194,8 @@ unpack() { # DATA ARCHIVE SHA256: check the archive, unpack it beside the old da
     if ! { tar -x -I "$program" --no-same-owner -f "$2" -C unpacked &&
         (cd unpacked && sha256sum --quiet -c .orion-sha256sums) && is_dataset unpacked; }; then
         rm -rf unpacked
-        refuse "the dataset could not be unpacked beside $1; what was there is untouched." \
-            "Mend what is said above (a full disk: df -h ${1%/*}), then run the same command again."
+        refuse "the dataset could not be unpacked beside $1; the old dataset is unchanged." \
+            "Fix the problem reported above (full disk? df -h ${1%/*}), then run the same command again."
     fi
     incoming=$place
     beside "$1" previous
@@ -227,7 +230,7 @@ checkout() { # DATA REPOSITORY ADDRESS REVISION: clone or pull; no address: from
     if [ ! -e "$2" ]; then
         folder=$place
         rm -rf "$folder"
-        git_or_refuse "Look at the server's disk." init -q "$folder"
+        git_or_refuse "Check the server's disk." init -q "$folder"
     else
         require_checkout ORION_REPO_DIR "$2"
         require_idle ORION_REPO_DIR "$2"
@@ -238,19 +241,21 @@ checkout() { # DATA REPOSITORY ADDRESS REVISION: clone or pull; no address: from
         rm -f "$folder/.git/index.lock"
     elif [ "$folder" = "$2" ]; then
         changed=$(git -C "$folder" --no-optional-locks status --porcelain --untracked-files=no)
-        [ -z "$changed" ] || refuse "$2 has changes that are not committed: $(printf '%s' "$changed" | head -n 1)" \
+        [ -z "$changed" ] || refuse "$2 has uncommitted changes: $(printf '%s' "$changed" | head -n 1)" \
             "Commit or discard them on the server, then run the same command again."
     fi
     if [ "$3" ] || [ -f "$address" ]; then
-        git_or_refuse "Correct ORION_REPO_URL or ORION_REPO_REF, or give the server access; then run this command again." \
+        git_or_refuse \
+            "Correct ORION_REPO_URL or ORION_REPO_REF, or give the server access. Then run the same command again." \
             -C "$folder" fetch -q --no-tags -- "$address" "+$4:refs/remotes/orion/fetched"
     fi
     if [ "$folder" = "$2" ] && [ ! -e "$place" ]; then
         own=$(git -C "$folder" rev-list -n 1 HEAD --not --remotes)
-        [ -z "$own" ] || refuse "$2 has commits that are only there: $own" "Push them, then run the same command again."
+        [ -z "$own" ] || refuse "$2 has commits that exist nowhere else: $own" \
+            "Push them, then run the same command again."
     fi
     : >"$place"
-    git_or_refuse "Look at $2 on the server." -C "$folder" reset -q --hard refs/remotes/orion/fetched
+    git_or_refuse "Check $2 on the server." -C "$folder" reset -q --hard refs/remotes/orion/fetched
     git -C "$folder" update-ref refs/remotes/orion/uploaded refs/remotes/orion/fetched
     require_checkout ORION_REPO_DIR "$folder"
     [ "$folder" = "$2" ] || mv -T "$folder" "$2"
@@ -280,12 +285,12 @@ require_deletable() { # WEIGHTS REPOSITORY DATA: what is there may be deleted; w
 }
 
 weights() { # WEIGHTS REPOSITORY DATA KEEP: the manifest's sha256, after a look at what will be deleted
-    command -v rsync >/dev/null || refuse "the server has no rsync." "Install it there: apt install rsync"
+    command -v rsync >/dev/null || refuse "the server has no rsync." "Run apt install rsync on the server."
     [ "$4" ] || require_deletable "$1" "$2" "$3"
     if [ -f "$1/manifest.json" ]; then
         answer manifest "$(sha256_of "$1/manifest.json")"
     elif [ -e "$1" ]; then
-        refuse "$1 is not finished: it has no manifest.json." "Wait for the end of 'orion fine-tune' on the server."
+        refuse "$1 is not finished: it has no manifest.json." "Wait until 'orion fine-tune' on the server ends."
     else
         answer manifest absent
     fi
@@ -297,7 +302,7 @@ scorch() { # WEIGHTS REPOSITORY DATA SHA256_OF_RECEIPT: delete dataset, then rep
     # whatever stands there by now is someone's new work.
     if [ -e "$1" ]; then
         [ "$(sha256_of "$1/manifest.json")" = "$4" ] ||
-            refuse "$1 has changed since it was downloaded." "Run the same command again to download what is there now."
+            refuse "$1 has changed since it was downloaded." "Run the same command again to download it again."
         require_deletable "$1" "$2" "$3"
         remove_folder "$3"
         remove_folder "$2"
@@ -349,7 +354,8 @@ start() { # JOB REPOSITORY SETUP COMMAND PRESET_FILE PRESET_TEXT ARGUMENT...: tr
     tries=0
     until [ -f "$job/pid" ]; do
         tries=$((tries + 1))
-        [ "$tries" -lt 100 ] || refuse "the training did not start in $repository." "See $job/log and the server's disk."
+        [ "$tries" -lt 100 ] ||
+            refuse "the training did not start in $repository." "Read $job/log and check the server's disk."
         sleep 0.1
     done
     answer pid "$(cat "$job/pid")"

@@ -13,7 +13,7 @@ fail() { # MESSAGE FIX
 }
 
 misuse() { # MESSAGE
-    printf 'error: %s\n  fix: see %s --help\n' "$1" "${0##*/}" >&2
+    printf 'error: %s\n  fix: Read %s --help\n' "$1" "${0##*/}" >&2
     exit 2
 }
 
@@ -37,22 +37,23 @@ run() { # COMMAND...
 
 require_tools() {
     local tool
-    command -v "${SSH[0]}" >/dev/null || fail "${SSH[0]} is not installed." "apt install openssh-client, or correct ORION_SSH."
+    command -v "${SSH[0]}" >/dev/null ||
+        fail "${SSH[0]} is not installed." "Run apt install openssh-client, or correct ORION_SSH."
     for tool; do
         command -v "$tool" >/dev/null ||
-            fail "$tool is not installed." "apt install rsync tar gzip zstd coreutils util-linux git python3"
+            fail "$tool is not installed." "Run apt install rsync tar gzip zstd coreutils util-linux git python3"
     done
 }
 
 require_server() {
-    [[ ${SERVER:-} ]] || fail "SERVER is not set." "Name the training server: SERVER=user@host"
+    [[ ${SERVER:-} ]] || fail "SERVER is not set." "Set it to the training server: SERVER=user@host"
     # Anything else could be taken for an option or a path; ~/.ssh/config gives every server such a name.
     [[ $SERVER =~ ^[A-Za-z0-9_][A-Za-z0-9_.@%+-]*$ ]] ||
-        fail "SERVER=$SERVER is not a host or user@host." "Give it a name in ~/.ssh/config if it needs more."
+        fail "SERVER=$SERVER is not a host or user@host." "Write other options of the connection into ~/.ssh/config."
 }
 
 require_server_path() { # VARIABLE PATH
-    [[ $2 ]] || fail "$1 is not set." "Name an absolute path on the server, or set ORION_SERVER_HDD_PATH."
+    [[ $2 ]] || fail "$1 is not set." "Set it to an absolute path on the server, or set ORION_SERVER_HDD_PATH."
     [[ $2 == /* ]] || fail "$1=$2 is not an absolute path on the server." "Begin it with /; ~ is not expanded there."
     [[ $2 != */ && $2 != *//* && $2/ != */./* && $2/ != */../* ]] ||
         fail "$1=$2 is not a plain path." "Write it without //, . and .., and without / at its end."
@@ -80,7 +81,7 @@ on_server() { # OPERATION ARGUMENT...: run it there; prints its answers as "KEY 
     call=${call%x}
     if [[ $DRY_RUN ]]; then
         show "${SSH[@]}" "$SERVER" "sh -s"
-        printf '  with %s and this call of it:\n' "$ON_SERVER"
+        printf '  standard input: %s and this call of it:\n' "$ON_SERVER"
         printf '%s\n' "$call" | without_passwords | sed 's/^/  | /'
         show_function "$1"
         return
@@ -90,11 +91,11 @@ on_server() { # OPERATION ARGUMENT...: run it there; prints its answers as "KEY 
         status=$?
     case $status in
         0) ;;
-        3) exit 1 ;; # the server has said why
-        255) fail "the connection to $SERVER failed or was cut." \
-            "See that '${SSH[*]} $SERVER true' works, then run the same command again: it goes on from here." ;;
-        *) fail "the server could not do '$1' (exit status $status)." \
-            "Mend what is said above, then run the same command again: it goes on from here." ;;
+        3) exit 1 ;; # the server has printed the reason
+        255) fail "the connection to $SERVER failed or was lost." \
+            "Check that '${SSH[*]} $SERVER true' works, then run the same command again to resume." ;;
+        *) fail "the operation '$1' failed on the server (exit status $status)." \
+            "Fix the problem reported above, then run the same command again to resume." ;;
     esac
 }
 
@@ -107,5 +108,5 @@ over_rsync() { # OPTION... SOURCE TARGET
     [[ ! -t 2 ]] || command=("${command[0]}" --info=progress2 "${command[@]:1}")
     run "${command[@]}" || status=$?
     ((status == 0)) || fail "rsync failed (exit status $status)." \
-        "Mend what is said above, then run the same command again: it goes on from here."
+        "Fix the problem reported above, then run the same command again to resume."
 }

@@ -8,25 +8,25 @@ usage() {
     cat <<'HELP'
 Usage: upload_to_server.sh [--dry-run]
 
-Sends the dataset to the training server over ssh, checks every file's sha256 there, puts it in the place of the old
-dataset once it is complete, and clones or updates the repository. Can be cut off at any point: the same command goes
-on, and until the new dataset is complete the old one stays.
+Sends the dataset to the training server over ssh and checks the sha256 of every file there. When the new dataset is
+complete, it replaces the old one. Then clones or updates the repository. After an interruption, run the same command
+again to resume. The old dataset stays until the new one is complete.
 
-  --dry-run   print every command, run none, change nothing
-  --help      this text
+  --dry-run   print all commands without running them
+  --help      print this text
 
 SERVER                  the server: host or user@host
-ORION_SERVER_HDD_PATH   folder on the server that gets the dataset and the repository; created if need be
-ORION_LOCAL_DATA_DIR    the dataset here: train_, val_ and test_dataset.jsonl and orion_dataset/images
-ORION_ARCHIVE_NAME      the archive's name while it travels; .gz or .zst says how it is compressed
-                        (default: orion_data.tar.zst, or .gz where a side has no zstd)
+ORION_SERVER_HDD_PATH   folder on the server for the dataset and the repository; created if missing
+ORION_LOCAL_DATA_DIR    the local dataset: train_, val_ and test_dataset.jsonl and orion_dataset/images
+ORION_ARCHIVE_NAME      file name of the transferred archive; the suffix .gz or .zst selects the compression
+                        (default: orion_data.tar.zst, or .gz if one side has no zstd)
 ORION_REPO_DIR          the repository on the server (default: $ORION_SERVER_HDD_PATH/orion-triage)
 ORION_SERVER_DATA_PATH  the dataset on the server (default: $ORION_SERVER_HDD_PATH/orion_data)
-ORION_REPO_URL          the repository to send: an address that the server can reach, or a folder or git bundle here,
-                        which is sent (default: the one that this script is in)
+ORION_REPO_URL          the repository to send: a URL that the server can reach, or a local folder or git bundle
+                        (default: the repository of this script)
 ORION_REPO_REF          its branch or tag (default: HEAD)
-ORION_SSH               the ssh command with its options (default: ssh with keepalives); a ControlMaster in
-                        ~/.ssh/config saves logging in for each of the steps
+ORION_SSH               the ssh command with its options (default: ssh with keepalives); with a ControlMaster in
+                        ~/.ssh/config, all steps share one login
 
 Example: SERVER=me@gpu ORION_SERVER_HDD_PATH=/data/me ORION_LOCAL_DATA_DIR=runs/tiny/dataset \
          scripts/upload_to_server.sh
@@ -53,26 +53,29 @@ require_server_path ORION_REPO_DIR "$repository_there"
 require_tools rsync tar gzip sha256sum flock git
 
 data=${ORION_LOCAL_DATA_DIR:-}
-[[ $data ]] || fail "ORION_LOCAL_DATA_DIR is not set." "Name the dataset's folder: 'orion dataset' makes runs/tiny/dataset."
+[[ $data ]] || fail "ORION_LOCAL_DATA_DIR is not set." \
+    "Set it to the dataset's folder ('orion dataset' makes runs/tiny/dataset)."
 [[ $data == /* ]] || data=$PWD/$data
 for part in train_dataset.jsonl val_dataset.jsonl test_dataset.jsonl orion_dataset/images; do
     [[ -e $data/$part ]] || fail "$data has no $part." \
-        "Make the dataset with 'orion dataset', or correct ORION_LOCAL_DATA_DIR."
+        "Run 'orion dataset' to make it, or correct ORION_LOCAL_DATA_DIR."
 done
 [[ $(find "$data/orion_dataset/images" -mindepth 1 -print -quit) ]] ||
-    fail "$data/orion_dataset/images is empty." "'orion clean' removes frames: make them again with 'orion dataset --force'."
+    fail "$data/orion_dataset/images is empty (removed by 'orion clean'?)." \
+        "Run 'orion dataset --force' to make the frames again."
 
 archive_name=${ORION_ARCHIVE_NAME:-}
 [[ $archive_name != */* && $archive_name != -* ]] ||
-    fail "ORION_ARCHIVE_NAME=$archive_name is not a file name." "Leave out the folders and a leading dash."
+    fail "ORION_ARCHIVE_NAME=$archive_name is not a file name." "Write it without folders and leading dash."
 [[ $archive_name =~ ^(|.+\.(gz|zst))$ ]] ||
-    fail "ORION_ARCHIVE_NAME=$archive_name does not say how to compress." "End it in .gz or .zst."
+    fail "ORION_ARCHIVE_NAME=$archive_name does not end in .gz or .zst." "Add .gz or .zst."
 
 source=${ORION_REPO_URL:-$(git -C "$SCRIPTS" rev-parse --show-toplevel 2>/dev/null || true)}
 revision=${ORION_REPO_REF:-HEAD}
-[[ $source ]] || fail "there is no repository around this script." "Set ORION_REPO_URL."
+[[ $source ]] || fail "this script is not in a git repository." "Set ORION_REPO_URL."
 [[ $source != -* && $revision != -* && $revision != *:* ]] ||
-    fail "ORION_REPO_URL and ORION_REPO_REF must not begin with a dash." "Write ./ before a folder's name."
+    fail "ORION_REPO_URL or ORION_REPO_REF begins with a dash, or ORION_REPO_REF contains a colon." \
+        "Write ./ before a folder's name, and correct ORION_REPO_REF."
 
 # --- archive ---------------------------------------------------------------------------------------------------
 
@@ -81,9 +84,9 @@ work=${ORION_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/orion-triage}/upload
 if [[ ! $DRY_RUN ]]; then
     mkdir -p "$work"
     exec 9<"$work"
-    flock -n 9 || fail "another upload is under way on this machine." "Wait for its end."
+    flock -n 9 || fail "another upload is running on this machine." "Wait until it ends."
     trap 'rm -rf "$work"' EXIT
-    trap 'say "interrupted: the same command goes on from here"; exit 130' INT TERM
+    trap 'say "interrupted: run the same command again to resume"; exit 130' INT TERM
     find "$work" -mindepth 1 -delete
 fi
 
@@ -95,7 +98,7 @@ for part in "$data"/*; do
         train_dataset.jsonl | val_dataset.jsonl | test_dataset.jsonl | orion_dataset | frames.csv | absent.csv | README.md)
             parts+=("$part") ;;
         manifest.json | .orion-sha256sums) ;; # manifests of this place
-        *) say "not part of a dataset, and not sent: $part" ;;
+        *) say "not sent, because it is not part of a dataset: $part" ;;
     esac
 done
 
@@ -115,7 +118,7 @@ fi
 
 incoming_there=${data_there%/*}/.${data_there##*/}.orion-incoming
 if [[ $answers == *'dataset current'* ]]; then
-    say "the dataset is there already, and whole"
+    say "the server already has the complete dataset"
 else
     if [[ ! $archive_name ]]; then
         archive_name=orion_data.tar.gz
@@ -124,7 +127,7 @@ else
     case $archive_name in *.zst) compress='zstd -T0' ;; *) compress='gzip -n' ;; esac
     require_tools "${compress%% *}"
     [[ $archive_name != *.zst || $answers == *'zstd yes'* ]] ||
-        fail "the server has no zstd." "Install it there (apt install zstd), or end ORION_ARCHIVE_NAME in .gz."
+        fail "the server has no zstd." "Run apt install zstd on the server, or end ORION_ARCHIVE_NAME in .gz."
     say "compressing $(du -shL "$data" | cut -f 1)"
     # The same dataset gives the same bytes, so that a transfer can go on with an archive that was made anew.
     run tar --create --dereference --sort=name --format=gnu --mtime=@0 --owner=0 --group=0 --numeric-owner \
@@ -145,7 +148,7 @@ fi
 
 if [[ -d $source ]]; then
     [[ -z $(git -C "$source" status --porcelain 2>/dev/null) ]] ||
-        say "$source has changes that are not committed, and not sent"
+        say "$source has uncommitted changes, which are not sent"
     # A bundle holds what the server has not got yet.
     commit=$(git -C "$source" rev-parse --verify "$revision^{commit}") ||
         fail "$source has no $revision." "Correct ORION_REPO_URL or ORION_REPO_REF."

@@ -88,4 +88,6 @@ def test_census_of_a_finished_adapter_names_what_was_never_trained() -> None:
     census, warnings = adapter_census(RECIPE, tensors)
     assert census["q_proj"] == {"text": 3, "vision": 3, "projector": 0}
     assert census["o_proj"] == {"text": 0, "vision": 0, "projector": 0}
-    assert warnings == ["the adapter's target 'o_proj' changed no module: it was asked for and never trained"]
+    assert warnings == [
+        "the adapter's target 'o_proj' has no tensors: it is listed in target_modules but was not trained"
+    ]

@@ -59,16 +59,16 @@ def test_each_row_is_one_change_and_has_an_accuracy_where_that_was_evaluated(run
     measured = bench_frame.run([run], sizes=[384], reason_tokens=[20], repeats=1)
     rows = by_change(measured)
     assert list(rows) == [
-        "as it flies", "verdict-only", "reason of 20 tokens", "mmproj Q8_0", "384 px", "384 px, mmproj Q8_0", "Q8_0",
-        "flash attention",
+        "flight configuration", "verdict-only", "reason of 20 tokens", "mmproj Q8_0", "384 px", "384 px, mmproj Q8_0",
+        "Q8_0", "flash attention",
     ]  # fmt: skip
     evaluations = {change: row["evaluation"] for change, row in rows.items() if row["evaluation"]}
-    assert evaluations == {"as it flies": "constrained", "verdict-only": VERDICT_ONLY, "Q8_0": "Q8_0"}
+    assert evaluations == {"flight configuration": "constrained", "verdict-only": VERDICT_ONLY, "Q8_0": "Q8_0"}
     for change, model in evaluations.items():
         metrics = json.loads((run.evaluation(model) / "metrics.json").read_text())
         assert rows[change]["right"] == {condition: metrics[condition]["right"] for condition in "AB"}
-    assert rows["384 px"]["prompt_tokens"] - rows["as it flies"]["prompt_tokens"] == 12 * 12 - 8 * 8
-    flown, without = rows["as it flies"], rows["verdict-only"]
+    assert rows["384 px"]["prompt_tokens"] - rows["flight configuration"]["prompt_tokens"] == 12 * 12 - 8 * 8
+    flown, without = rows["flight configuration"], rows["verdict-only"]
     assert (without["answer_tokens"], without["reason_tokens"]) == (1, 0)
     assert rows["reason of 20 tokens"]["reason_tokens"] == 20
     assert {rows[change]["answer_tokens"] for change in ("384 px", "Q8_0")} == {flown["answer_tokens"]}
@@ -94,11 +94,13 @@ def test_what_a_cleaned_run_lacks_is_said_and_the_rest_measured(run: Run) -> Non
     (folder / manifest.FILE_NAME).write_text(json.dumps(stage_manifest))
     measured = bench_frame.run([run], sizes=[256], quantizations=["Q8_0"], reason_tokens=[], repeats=1)
     rows = by_change(measured)
-    assert list(rows) == ["as it flies", "verdict-only", "flash attention"]
-    assert rows["as it flies"]["evaluation"] == "quantized"  # the other of this pair
+    assert list(rows) == ["flight configuration", "verdict-only", "flash attention"]
+    assert rows["flight configuration"]["evaluation"] == "quantized"  # the other of this pair
     assert [note.partition(": ")[2] for note in measured["left_out"]] == [
-        "mmproj Q8_0: orion_merged has no weights ('orion clean'?); 'orion fuse --force' makes them again.",
-        "Q8_0: orion-f16.gguf is not there ('orion clean'?); 'orion quantize --force' makes it again.",
+        "mmproj Q8_0: orion_merged has no weights (removed by 'orion clean'?). Run 'orion fuse --force' to make them "
+        "again.",
+        "Q8_0: orion-f16.gguf does not exist (removed by 'orion clean'?). Run 'orion quantize --force' to make it "
+        "again.",
     ]
 
 
@@ -108,7 +110,7 @@ def test_the_table_fits_a_terminal_and_json_is_alone_on_standard_output(run: Run
     options = ("--run", run.folder, "--sizes", "256", "--mmproj", "F16", "--quants", "Q4_K_M", "--repeats", "1")
     shown = orion("bench-frame", *options, COLUMNS="80")
     assert shown.returncode == 0, shown.stderr
-    assert re.search(r"│ as it flies .*│ +\d/6 │ +\d/6 \* │", shown.stdout)
+    assert re.search(r"│ flight configuration .*│ +\d/6 │ +\d/6 \* │", shown.stdout)
     assert max(len(line) for line in shown.stdout.splitlines() if line[:1] in "┏│└") <= 80
     assert "Run 'orion evaluate --variants verdict-only'." in shown.stderr
     printed = orion("bench-frame", run.folder, *options[2:], "--json")
@@ -160,7 +162,7 @@ def test_an_image_out_of_the_cache_is_not_taken_for_an_encoded_one(finished: Pat
         assert 0.001 < encode_seconds(log, 0) < 60
         logged = log.stat().st_size
         server.client.completion(prompt, png, 1, cache_prompt=True)
-        with pytest.raises(ServerError, match="encoded 0 images where one was sent"):
+        with pytest.raises(ServerError, match="encoded 0 images instead of one"):
             encode_seconds(log, logged)
         assert server.peak_memory_bytes() > 20e6
 
@@ -221,7 +223,7 @@ def test_what_flies_comes_first_and_each_setup_once() -> None:
     flown = Setup(256, "Q4_K_M")
     assert setups[0] == flown
     assert [changed(flown, setup) for setup in setups] == [
-        "as it flies", "mmproj Q8_0", "512 px", "512 px, mmproj Q8_0", "Q8_0", "flash attention",
+        "flight configuration", "mmproj Q8_0", "512 px", "512 px, mmproj Q8_0", "Q8_0", "flash attention",
     ]  # fmt: skip
     assert plan(run, (), (), ()) == [flown, replace(flown, flash_attention=True)]
 
@@ -229,10 +231,10 @@ def test_what_flies_comes_first_and_each_setup_once() -> None:
 @pytest.mark.parametrize(
     ("text", "what", "message"),
     [
-        ("512,300", "input size", "'300' is no input size"),
-        ("Q4_0", "mmproj", "'Q4_0' is no mmproj"),
-        ("q8", "quantization", "'q8' is no quantization"),
-        ("0", "length", "'0' is no length"),
+        ("512,300", "input size", "'300' is not a valid input size"),
+        ("Q4_0", "mmproj", "'Q4_0' is not a valid mmproj"),
+        ("q8", "quantization", "'q8' is not a valid quantization"),
+        ("0", "length", "'0' is not a valid length"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(text: str, what: str, message: str) -> None:

@@ -153,7 +153,7 @@ def test_a_bundle_has_all_that_flies_and_says_what_it_is(made: Path, small_run: 
     readme = (made / "README.txt").read_text()
     assert "build 10605" in readme
     assert WHEEL_SHA256 in readme
-    assert "No operating point was chosen" in readme
+    assert "No threshold was chosen" in readme
 
 
 @pytest.mark.llama_cpp
@@ -189,7 +189,7 @@ def test_a_half_made_bundle_is_never_left(
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("all of it")
-    with pytest.raises(OrionError, match="exists and is no bundle"):
+    with pytest.raises(OrionError, match="exists and is not a bundle"):
         bundle.run(small_run, mine)
     run = Run(shutil.copytree(small_run.folder, tmp_path / "run"), small_run.settings)
     data = bytearray((run.gguf / quantize.MMPROJ).read_bytes())
@@ -281,7 +281,7 @@ def test_go_with_a_server_that_runs(copied: Path, running: Client, tmp_path: Pat
     result = check(copied, "--url", running.base_url + "/", "--key-file", key)
     assert (result.returncode, result.stdout.splitlines()[-1]) == (0, "GO"), result.stdout
     assert check(copied, "--url", running.base_url, LLAMA_API_KEY=key_of(running)).returncode == 0
-    assert_no_go(check(copied, "--url", running.base_url), "refuses the key (401)")
+    assert_no_go(check(copied, "--url", running.base_url), "refused the key (401)")
 
 
 @pytest.mark.llama_cpp
@@ -398,7 +398,7 @@ def test_another_model_is_noticed_by_its_file_and_by_its_answers(
         assert_no_go(result, "has loaded", "which is not the bundle's orion-q4_k_m.gguf")
     # Behind a name that cannot be seen from here, only the answers tell. The base calls all of these LOW unseen.
     backbone_alone, mmproj_alone = (pair[0], copied / quantize.MMPROJ), (copied / quantize.QUANTIZED, pair[1])
-    for (model, mmproj), words in ((pair, ""), (backbone_alone, ""), (mmproj_alone, "reasons are in other words")):
+    for (model, mmproj), words in ((pair, ""), (backbone_alone, ""), (mmproj_alone, "reasons differ in their words")):
         hidden = tmp_path / "hidden.gguf"
         shutil.copyfile(model, hidden)
         with Server(toolchain, hidden, mmproj, log=tmp_path / "log", threads=1) as server:
@@ -616,15 +616,15 @@ def test_other_words_are_scored_after_the_words_of_the_ground(for_stub: Path) ->
         ("503", "503"),
         ("500", "500"),
         ("404", "404"),
-        ("401", "refuses the key"),
-        ("hangs up", "/completion gives no reply"),
-        ("no HTTP", "it broke off (BadStatusLine)"),
-        ("cut", "it broke off, 4986 bytes too early"),
+        ("401", "refused the key"),
+        ("hangs up", "/completion gave no reply"),
+        ("no HTTP", "the reply was cut or is not HTTP (BadStatusLine)"),
+        ("cut", "the reply was cut 4986 bytes before its end"),
         ("moved", "answered 302"),
-        ("html", "no JSON object: '<html>"),
-        ("half", "no JSON object"),
-        ("nested", "no JSON object"),
-        ("empty", "never comes to its category"),
+        ("html", "did not answer with a JSON object: '<html>"),
+        ("half", "did not answer with a JSON object"),
+        ("nested", "did not answer with a JSON object"),
+        ("empty", "the answer has no category"),
     ],
 )
 def test_a_broken_server_is_no_go_within_the_limit(for_stub: Path, how: str, words: str) -> None:
@@ -650,8 +650,11 @@ def test_nobody_there_is_no_go(for_stub: Path) -> None:
     ("says", "words"),
     [
         ({"answer": '{"reason": "Sand.", "category": "HIGH"}'}, "golden/1-low.png: HIGH instead of LOW (and 4 more)"),
-        ({"answer": '{"reason": "Sand.", "category": "LOW'}, "golden/1-low.png: the answer is no verdict"),
-        ({"log_probabilities": -1.06}, "log-probability of LOW is -1.0600 instead of -1.0000; 0.05 off is allowed"),
+        ({"answer": '{"reason": "Sand.", "category": "LOW'}, "golden/1-low.png: the answer is not a verdict"),
+        (
+            {"log_probabilities": -1.06},
+            "log-probability of LOW is -1.0600 instead of -1.0000; a difference of 0.05 is allowed",
+        ),
         ({"log_probabilities": "many"}, "the reply has no log-probabilities"),
         ({"log_probabilities": float("nan")}, "the reply has no log-probabilities"),
     ],

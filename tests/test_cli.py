@@ -52,7 +52,7 @@ def test_a_run_folder_keeps_where_its_dataset_comes_from(tmp_path: Path) -> None
         return json.loads((tmp_path / "runs" / "tiny" / "settings.json").read_text())["dataset"]
 
     (tmp_path / "own").mkdir()
-    assert_refused(orion("dataset", "--dataset", "own", cwd=tmp_path), "is no dataset")
+    assert_refused(orion("dataset", "--dataset", "own", cwd=tmp_path), "is not a dataset")
     assert (kept()["source"], kept()["folder"]) == ("directory", "own")
     assert_refused(orion("fine-tune", "--set", "fine_tune.epochs=1", cwd=tmp_path), "dataset does not exist")
     assert (kept()["source"], kept()["folder"]) == ("directory", "own")
@@ -92,7 +92,7 @@ def test_mistakes_are_one_line_and_a_fix(tmp_path: Path) -> None:
     )
     assert_refused(orion("triage", "x.png", cwd=tmp_path), "no run with a finished quantize stage")
     assert_refused(orion("report", "--run", "gone", cwd=tmp_path), "gone/settings.json does not exist")
-    assert_refused(orion("fuse", cwd=tmp_path), "does not exist", "Run the stage that makes it first")
+    assert_refused(orion("fuse", cwd=tmp_path), "does not exist", "First, run the stage that makes it")
     shutil.rmtree(tmp_path / "runs")
     assert not list(tmp_path.iterdir())
 
@@ -425,7 +425,7 @@ def test_someone_elses_server_is_evaluated(finished: Path, tmp_path: Path) -> No
     with Server(tools, gguf / quantize.QUANTIZED, gguf / quantize.MMPROJ, log=tmp_path / "log") as server:
         command = ["evaluate", "--run", "runs/small", *run_command()[3:], "--quantized-model", server.client.base_url]
         wrong_key = orion(*command, cwd=folder, LLAMA_API_KEY="wrong")
-        assert_refused(wrong_key, "refuses the key (401)", "LLAMA_API_KEY")
+        assert_refused(wrong_key, "refused the key (401)", "LLAMA_API_KEY")
         key = str(server.client._http.headers["Authorization"]).removeprefix("Bearer ")
         result = orion(*command, cwd=folder, LLAMA_API_KEY=key)
     assert result.returncode == 0, result.stderr

@@ -96,8 +96,8 @@ def _changed(**changes: object) -> str:
     [
         ("{", "not JSON"),
         ("[]", "not an object"),
-        (_changed(image="../secret.png"), "leaves the dataset folder"),
-        (_changed(image="/etc/passwd"), "leaves the dataset folder"),
+        (_changed(image="../secret.png"), "is outside the dataset folder"),
+        (_changed(image="/etc/passwd"), "is outside the dataset folder"),
         (_changed(conversations=[]), "not one user turn"),
         (LINE.replace('\\"HIGH\\"', '\\"URGENT\\"'), "category 'URGENT' is not one of HIGH, MEDIUM, LOW"),
         (LINE.replace('\\"Pads.\\", ', '\\"Pads.\\",'), "exact form"),

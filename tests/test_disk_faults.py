@@ -235,7 +235,7 @@ def test_a_library_s_words_for_a_full_disk_become_the_system_s() -> None:
         assert "Free some space" in raised.value.fix
     known = obstacle(RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 576 vs 534\nframe #0"))
     assert known is not None
-    assert known.message.startswith("the disk took no more, or failed ([enforce fail at")
+    assert known.message.startswith("a write failed: the disk is full or faulty ([enforce fail at")
     assert "frame" not in known.message
     copying = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "from", None, "to")
     known = obstacle(copying)

@@ -381,7 +381,7 @@ def test_a_dataset_of_one_picture_is_refused(small_base: Path, small_dataset: Pa
     images = sorted((flat / "orion_dataset" / "images").glob("*.png"))
     for image in images[1:]:
         shutil.copy(images[0], image)
-    with pytest.raises(OrionError, match="show the same picture"):
+    with pytest.raises(OrionError, match="have the same picture"):
         fine_tune.run(small_base, Dataset(flat), tmp_path / "a", tmp_path / "work", QUICK, 256)
 
 

@@ -85,7 +85,7 @@ def test_a_control_token_is_taught_to_no_model(token: str, tmp_path: Path) -> No
         parse_record(line)
     path = tmp_path / "places.jsonl"
     path.write_text(json.dumps(PLACE | {"reason": f"Quays. {token}"}))
-    with pytest.raises(OrionError, match=r"places\.jsonl: line 1: the reason holds the model's control token"):
+    with pytest.raises(OrionError, match=r"places\.jsonl: line 1: the reason contains the model's control token"):
         load_catalogue(path)
 
 
@@ -99,11 +99,11 @@ def as_line(**parts: Any) -> str:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        *((as_line(image=way), "leaves the dataset folder") for way in WAYS_OUT),
+        *((as_line(image=way), "is outside the dataset folder") for way in WAYS_OUT),
         (as_line(image="\x1b[2J.png"), "unprintable"),
         (as_line(image="\ud800.png"), "unprintable"),
-        (as_line(image="a" * 300), "longer than a path can be"),
-        (as_line(image="a/" * 600), "longer than a path can be"),
+        (as_line(image="a" * 300), "is longer than 1024 characters or 255 bytes per component"),
+        (as_line(image="a/" * 600), "is longer than 1024 characters or 255 bytes per component"),
         (as_line(image=10**4000), "image is 1000"),
         (as_line(assistant='{"reason": "x", "category": "LOW", "category": "HIGH"}'), "exact form"),
         (as_line(assistant='{"reason": "x", "category": ' + DEEP), "not a verdict"),
@@ -112,12 +112,12 @@ def as_line(**parts: Any) -> str:
         (as_line(assistant=Verdict("a\nb", Category.LOW).to_json()), r"unprintable character '\\n'"),
         (as_line(assistant=Verdict("a\ud800b", Category.LOW).to_json()), r"unprintable character '\\ud800'"),
         *((as_line(user=f"<image>\n{render_prompt(None)}".replace("image captured", n)), "") for n in NUMBERS[:1]),
-        ('{"image": "a.png", ' + LINE[1:], "the key 'image' stands there twice"),
+        ('{"image": "a.png", ' + LINE[1:], "the key 'image' appears twice"),
         ("\ufeff" + LINE, "BOM"),
         (DEEP, "nested too deeply"),
         ('{"image": ' * 50_000, "nested too deeply"),
         ("9" * 100_000, "Exceeds the limit"),
-        ("NaN", "NaN is no number"),
+        ("NaN", "NaN is not a JSON number"),
         ("[1e999]", "not an object"),
         (LINE.replace(":", "\0", 1), "not JSON"),
     ],
@@ -157,7 +157,11 @@ def test_links_out_of_the_folder_are_not_followed(tmp_path: Path) -> None:
     (tmp_path / "secret.png").write_bytes(b"secret")
     for name, target in (("out.png", tmp_path / "secret.png"), ("up", tmp_path), ("round.png", dataset / "round.png")):
         (dataset / name).symlink_to(target)
-    for image, said in (("out.png", "leads out"), ("up/secret.png", "leads out"), ("round.png", "no path to a file")):
+    for image, said in (
+        ("out.png", "is outside"),
+        ("up/secret.png", "is outside"),
+        ("round.png", "is not a valid path"),
+    ):
         with pytest.raises(RecordError, match=said):
             image_path(dataset, Record(image, None, SAID))
 
@@ -185,13 +189,13 @@ def test_a_table_that_is_no_file_is_refused_at_once(name: str, what: str, tmp_pa
             path.symlink_to(path)
     read: Any = {"train_dataset.jsonl": read_records, "own.toml": lambda path: load_settings(str(path))}
     found = outcome(read.get(name, load_catalogue), path, named=path)
-    said = {"huge": "more than the", "not UTF-8": "is not UTF-8", "link to itself": "cannot be read"}
-    assert said.get(what, "is no regular file") in found.message
+    said = {"huge": "the limit is", "not UTF-8": "is not UTF-8", "link to itself": "cannot be read"}
+    assert said.get(what, "is not a regular file") in found.message
 
 
 def test_a_file_in_proc_is_read_to_its_bound() -> None:
     """Sizes are 0 there, so only reading shows what there is."""
-    with pytest.raises(OrionError, match="more than the 10 bytes"):
+    with pytest.raises(OrionError, match="more than 10 bytes, the limit"):
         read_text(Path("/proc/self/status"), 10)
 
 
@@ -201,7 +205,7 @@ def test_json_is_read_as_it_was_written(value: Any) -> None:
     """Or refused, when it is more than JSON: NaN, infinities."""
     text = json.dumps(value)
     if re.search("NaN|Infinity", re.sub(r'"(?:[^"\\]|\\.)*"', "", text)):
-        with pytest.raises(ValueError, match="is no number in JSON"):
+        with pytest.raises(ValueError, match="is not a JSON number"):
             parse_json(text)
     else:
         assert parse_json(text) == value
@@ -252,19 +256,19 @@ def check_places(path: Path, data: bytes) -> None:
         ("a.csv", ",".join(COLUMNS) + "\n../../a,HIGH,mega_port,1,2,Quays.", "characters other than a-z"),
         ("a.csv", ",".join(COLUMNS) + "\na,HIGH,mega_port,nan,inf,Quays.", "lon 'nan' is not a number"),
         ("a.csv", ",".join(COLUMNS) + "\na,HIGH,mega_port,1,2,Qu\x1bays.", r"unprintable character '\\x1b'"),
-        ("a.csv", ",".join(COLUMNS) + 2 * ("\n" + "x" * 9999 + ",HIGH"), "name 'x{79}... is already on line 2"),
+        ("a.csv", ",".join(COLUMNS) + 2 * ("\n" + "x" * 9999 + ",HIGH"), "name 'x{79}... is already used on line 2"),
         ("a.csv", "", "no places"),
         ("a.csv", "\0", "no places|has no column"),
         ("a.jsonl", DEEP, "line 1: not JSON: nested too deeply"),
-        ("a.jsonl", '{"name": "a", "name": "b"}', "the key 'name' stands there twice"),
+        ("a.jsonl", '{"name": "a", "name": "b"}', "the key 'name' appears twice"),
         ("a.jsonl", '{"lon": ' + "9" * 5000 + "}", "Exceeds the limit"),
-        ("a.jsonl", json.dumps(PLACE | {"lon": math.nan}), "NaN is no number"),
-        ("a.jsonl", json.dumps(PLACE | {"lon": 0}).replace("0", "1e999"), "lon 'inf' is not a number"),
+        ("a.jsonl", json.dumps(PLACE | {"lon": math.nan}), "NaN is not a JSON number"),
+        ("a.jsonl", json.dumps(PLACE | {"lon": 0}).replace("0", "1e999"), "lon 'inf' is outside -180..180"),
         ("a.jsonl", json.dumps(PLACE | {"reason": ["Quays."]}), "the reason is empty"),
         ("a.jsonl", json.dumps(PLACE | {"name": json.loads("[" * 900 + "]" * 900)}), "name '' has"),
-        ("a.geojson", "[]", "no GeoJSON"),
+        ("a.geojson", "[]", "is not a GeoJSON"),
         ("a.geojson", DEEP, "nested too deeply"),
-        ("a.geojson", '{"features": [null]}', "feature 1 is no point"),
+        ("a.geojson", '{"features": [null]}', "feature 1 is not a Point"),
     ],
 )
 def test_each_of_these_catalogues_is_refused_by_name(name: str, data: str, said: str, tmp_path: Path) -> None:
@@ -325,7 +329,7 @@ def check_settings(found: Any) -> None:
     [
         ("x = " + DEEP, "is not TOML"),
         ("x = " + "9" * 5000, "is not TOML"),
-        ("[fine_tune]\nrank = 0x" + "f" * 5000, r"fine_tune\.rank: .*that cannot be written out"),
+        ("[fine_tune]\nrank = 0x" + "f" * 5000, r"fine_tune\.rank: .*that cannot be printed"),
         ("[fine_tune]\nlearning_rate = inf", r"fine_tune\.learning_rate: input should be a finite number"),
         ("[fine_tune]\ndropout = nan", r"fine_tune\.dropout: input should be a finite number"),
         ("[mission]\nprior = [nan, 0.5, 0.5]", r"mission\.prior\.0: input should be a finite number"),
@@ -418,7 +422,7 @@ def test_a_manifest_names_nothing_outside_its_folder(name: str, tmp_path: Path) 
     run.mkdir()
     fields = {"stage": "fuse", "settings": {}, "inputs": {}, "versions": {}, "seconds": 1.0}
     (run / manifest.FILE_NAME).write_text(json.dumps(fields | {"outputs": {name: "0"}}))
-    with pytest.raises(OrionError, match="leads out of the folder"):
+    with pytest.raises(OrionError, match="is outside the folder"):
         manifest.remove_outputs(run, lambda output: True)
     assert (tmp_path / "x").read_text() == "keep"
 
@@ -525,10 +529,10 @@ def test_probabilities_are_numbers_or_no_answer(listed: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"tokens": [1.5]}, "no list of token numbers"),
-        ({"tokens": [True]}, "no list of token numbers"),
-        ({"tokens": [2**40]}, "no list of token numbers"),
-        ({"tokens": {"0": 1}}, "no list of token numbers"),
+        ({"tokens": [1.5]}, "has no list of token ids"),
+        ({"tokens": [True]}, "has no list of token ids"),
+        ({"tokens": [2**40]}, "has no list of token ids"),
+        ({"tokens": {"0": 1}}, "has no list of token ids"),
     ],
 )
 def test_token_numbers_are_numbers(client: Client, change: dict[str, Any], said: str) -> None:
@@ -546,7 +550,7 @@ def test_token_numbers_are_numbers(client: Client, change: dict[str, Any], said:
         ({"tokens_predicted": 1e300}, "no tokens_predicted"),
         ({"content": ["x"]}, "no content"),
         ({"content": "\ud800"}, "not UTF-8"),
-        ({"completion_probabilities": [{}]}, "no log-probabilities"),
+        ({"completion_probabilities": [{}]}, "no valid log-probabilities"),
     ],
 )
 def test_each_of_these_replies_is_no_answer(client: Client, change: dict[str, Any], said: str) -> None:
@@ -562,7 +566,7 @@ def test_packed_replies_are_not_unpacked(client: Client, encoding: str, monkeypa
     """Twice packed, 64 kB become 64 GB, in one piece."""
     monkeypatch.setattr(Parrot, "encoding", encoding)
     Parrot.body = to_bytes(REPLY)
-    with pytest.raises(ServerError, match="packed bytes"):
+    with pytest.raises(ServerError, match="is compressed"):
         client.props()
 
 

@@ -94,18 +94,18 @@ def test_announced_sizes_are_not_believed(folder: Path, fields: int, kind: int, 
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (b"", "announces 4 bytes where 0 are left"),
-        (gguf(WIDTH, magic=b"GGML"), "does not begin with GGUF"),
+        (b"", "the header claims 4 bytes, but 0 remain"),
+        (gguf(WIDTH, magic=b"GGML"), "the first four bytes are not GGUF"),
         (gguf(WIDTH, version=1), "version is 1"),
         (gguf(WIDTH, version=3 << 24), "version is"),  # big-endian
-        (gguf(WIDTH, count=HUGE), "announces 1,152,921,504,606,846,976 fields"),
-        (gguf(text(b"a", HUGE)), "bytes where"),
-        (gguf(text(b"a") + struct.pack("<IIQ", 9, 0, HUGE)), "bytes where"),  # the gguf package fills the memory
+        (gguf(WIDTH, count=HUGE), "claims 1,152,921,504,606,846,976 fields"),
+        (gguf(text(b"a", HUGE)), "bytes, but"),
+        (gguf(text(b"a") + struct.pack("<IIQ", 9, 0, HUGE)), "bytes, but"),  # the gguf package fills the memory
         (gguf(text(b"a") + struct.pack("<IIQ", 9, 8, HUGE)), "is an array of"),
-        (gguf(text(b"a") + struct.pack("<IIQ", 9, 8, 3_000_000)), "bytes where"),
+        (gguf(text(b"a") + struct.pack("<IIQ", 9, 8, 3_000_000)), "bytes, but"),
         (gguf(text(b"a") + struct.pack("<IIQ", 9, 9, 1)), "is an array of 1 values of type 9"),  # of arrays
         (gguf(text(b"a") + struct.pack("<I", 99)), "unknown type 99"),
-        (gguf(WIDTH, WIDTH), "stands there twice"),
+        (gguf(WIDTH, WIDTH), "appears twice"),
     ],
 )
 def test_each_of_these_ggufs_is_refused_by_name(data: bytes, said: str, tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_a_pair_of_strangers_is_judged_by_its_headers(tmp_path: Path) -> None:
     os.mkfifo(mmproj)
     found = outcome(quantize.find_pair, tmp_path)
     assert isinstance(found, OrionError)
-    assert "is no regular file" in found.message
+    assert "is not a regular file" in found.message
 
 
 @given(replaced({"files": {quantize.QUANTIZED: "0", quantize.MMPROJ: "1"}}))
@@ -251,7 +251,7 @@ def test_an_index_names_safetensors_of_its_folder(name: Any, small_base: Path, m
     base = copied(small_base, tmp_path / "base")
     (base / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": Bomb(marker)}))
     (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"weight": name}}))
-    with pytest.raises(OrionError, match=r"index\.json names .* which is no SafeTensors file in"):
+    with pytest.raises(OrionError, match=r"index\.json names .* which is not a SafeTensors file in"):
         resolve_base(str(base))
     assert not marker.exists()
 
@@ -261,7 +261,7 @@ def test_weights_that_are_no_file_are_refused_at_once(small_base: Path, tmp_path
     os.mkfifo(base / "more.safetensors")
     found = outcome(resolve_base, str(base))
     assert isinstance(found, OrionError)
-    assert "more.safetensors is no regular file" in found.message
+    assert "more.safetensors is not a regular file" in found.message
 
 
 # Model folders
@@ -447,15 +447,18 @@ def changed(part: str, change: Callable[[Any], Any]) -> Callable[[dict[str, Any]
     [
         (changed("lora_A", lambda t: t * float("nan")), "not finite"),
         (changed("lora_B", lambda t: t / 0), "not finite"),
-        (changed("lora_A", lambda t: t.int()), "no matrix of floats"),
-        (changed("lora_A", lambda t: t.bool()), "no matrix of floats"),
-        (changed("lora_A", lambda t: t.sum()), r"shape \(\), no matrix"),
-        (changed("lora_A", lambda t: t[None]), "no matrix of floats"),
-        (changed("lora_A", lambda t: t[:0].contiguous()), "no matrix of floats"),
+        (changed("lora_A", lambda t: t.int()), "not a matrix of floats"),
+        (changed("lora_A", lambda t: t.bool()), "not a matrix of floats"),
+        (changed("lora_A", lambda t: t.sum()), r"shape \(\), not a matrix"),
+        (changed("lora_A", lambda t: t[None]), "not a matrix of floats"),
+        (changed("lora_A", lambda t: t[:0].contiguous()), "not a matrix of floats"),
         (changed("lora_A", lambda t: t[:, :-1].contiguous()), r"has shape \(2, \d+\); the base's module needs"),
         (changed("lora_B", lambda t: t.T.contiguous()), "the base's module needs"),
         (changed("lora_A", lambda t: t[:1].contiguous()), "the base's module needs"),
-        (lambda tensors: tensors | {"base_model.model.lm_head.weight": tensors[f"{MODULE}.lora_A.weight"]}, "no LoRA"),
+        (
+            lambda tensors: tensors | {"base_model.model.lm_head.weight": tensors[f"{MODULE}.lora_A.weight"]},
+            "is not a LoRA matrix",
+        ),
         (lambda tensors: tensors | {"x.lora_A.weight": tensors[f"{MODULE}.lora_A.weight"]}, "matches no module"),
         (lambda tensors: tensors | {".lora_A.weight": tensors[f"{MODULE}.lora_A.weight"]}, "matches no module"),
         (

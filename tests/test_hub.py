@@ -107,11 +107,11 @@ def test_every_refusal_says_what_to_do(hub: Hub, folder: Path, tmp_path: Path) -
     home = tmp_path / "hf"
     assert "is gated" in (answer := locate(hub, home, "team/gated", HF_TOKEN=TOKEN))
     assert f"Accept its terms at {hub.url}/team/gated" in answer
-    assert "neither a folder here nor a repository" in (answer := locate(hub, home, "team/private"))
+    assert "neither a local folder nor a repository" in (answer := locate(hub, home, "team/private"))
     assert "set HF_TOKEN" in answer
     assert locate(hub, home, "team/private", HF_TOKEN=TOKEN).startswith("team/private")
     assert "no revision 'v9'" in locate(hub, home, "team/base@v9")
-    assert "neither a folder here nor a repository" in locate(hub, home, "team/nothing", HF_TOKEN=TOKEN)
+    assert "neither a local folder nor a repository" in locate(hub, home, "team/nothing", HF_TOKEN=TOKEN)
     wrong = locate(hub, home, "team/base", HF_TOKEN="hf_wrong")
     assert "answered 401" in wrong
     assert "hf_wrong" not in wrong
@@ -215,7 +215,7 @@ def test_a_base_without_a_licence_gives_nothing_to_publish(small_adapter: Path, 
     write_card("adapter", small_adapter, "base", tmp_path)
     assert "Not known" in (tmp_path / README).read_text()
     (tmp_path / "README.md").write_text("---\n: [\n---\n")
-    with pytest.raises(OrionError, match="its header is not YAML"):
+    with pytest.raises(OrionError, match="the header is not YAML"):
         licence_of(tmp_path)
 
 
@@ -235,7 +235,7 @@ def test_a_dataset_is_checked_before_it_is_taken(small_dataset: Path, tmp_path: 
     outside = tmp_path / "outside.png"
     structured_picture(5).save(outside)
     first.symlink_to(outside)
-    with pytest.raises(OrionError, match="leads out of"):
+    with pytest.raises(OrionError, match="is outside"):
         build.run(tmp_path / "out", DatasetSettings(folder=str(source)))
 
 
@@ -244,7 +244,7 @@ def test_two_files_that_are_no_pair_are_refused(tmp_path: Path) -> None:
         quantize.find_pair(tmp_path)
     for name in ("mmproj-x.gguf", "model-Q4_K_M.gguf"):
         (tmp_path / name).write_bytes(b"GGUX" + bytes(64))
-    with pytest.raises(OrionError, match="is no GGUF file"):
+    with pytest.raises(OrionError, match="is not a valid GGUF file"):
         quantize.find_pair(tmp_path)
 
 

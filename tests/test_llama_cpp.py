@@ -81,10 +81,10 @@ def test_an_old_build_of_the_user_is_refused(
         (tmp_path / name).write_text("#!/bin/sh\necho 'version: 9000 (abc)'\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("ORION_LLAMA_CPP", str(tmp_path))
-    with pytest.raises(OrionError, match="is build 9000, below 10605"):
+    with pytest.raises(OrionError, match="is build 9000; 10605 or newer is needed"):
         find_toolchain()
     monkeypatch.setenv("ORION_LLAMA_CPP", str(tmp_path / "empty"))
-    with pytest.raises(OrionError, match="has no llama-quantize and llama-server"):
+    with pytest.raises(OrionError, match="does not contain llama-quantize and llama-server"):
         find_toolchain()
     monkeypatch.delenv("ORION_LLAMA_CPP")
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
@@ -124,11 +124,11 @@ def server() -> Iterator[ThreadingHTTPServer]:
 @pytest.mark.parametrize(
     ("replies", "message"),
     [
-        ([(401, b"")], "refuses the key"),
+        ([(401, b"")], "refused the key"),
         ([(500, b"broken")], "answered 500: 'broken'"),
-        ([(200, b'{"tokens": [1')], "no JSON object"),
-        ([(200, b"<html>login</html>")], "no JSON object"),
-        ([(200, b"[]")], "no JSON object"),
+        ([(200, b'{"tokens": [1')], "instead of a JSON object"),
+        ([(200, b"<html>login</html>")], "instead of a JSON object"),
+        ([(200, b"[]")], "instead of a JSON object"),
     ],
 )
 def test_a_bad_reply_is_an_error_not_an_answer(
@@ -150,7 +150,7 @@ def test_loading_is_waited_for_and_nobody_there_is_said(server: ThreadingHTTPSer
     _Handler.replies = [(503, b""), (503, b""), (200, b"{}")]
     client.ready(5)
     _Handler.replies = [(503, b"")]
-    with pytest.raises(ServerError, match="still loads its model"):
+    with pytest.raises(ServerError, match="is still loading its model"):
         client.ready(0.3)
     _Handler.replies = [(404, b"")]
     with pytest.raises(ServerError, match="answered 404"):

@@ -365,9 +365,10 @@ except OrionError as error:
 """
     command = [sys.executable, "-c", code, str(small_base), str(small_dataset), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert "fine-tuning: memory is full: " in done.stdout, done.stderr[-2000:]
+    assert "fine-tuning ran out of memory: " in done.stdout, done.stderr[-2000:]
     assert (
-        "| Set fine_tune.micro_batch_size=4 and fine_tune.gradient_accumulation_steps=2: the same steps." in done.stdout
+        "| Set fine_tune.micro_batch_size=4 and fine_tune.gradient_accumulation_steps=2 (same records per step)."
+        in done.stdout
     )
 
 
@@ -392,7 +393,7 @@ def test_what_the_operating_system_refuses_is_one_line(tmp_path: Path) -> None:
     assert rust.message == "No space left on device."
     torch_ = obstacle(RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed"))
     assert torch_ is not None
-    assert "the disk took no more" in torch_.message
+    assert "a write failed: the disk is full or faulty" in torch_.message
     assert obstacle(ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")) is None
     assert obstacle(ValueError("ours")) is None
 
@@ -528,20 +529,20 @@ def liar(how: str) -> Iterator[str]:
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ("login page", "no JSON object but text/html: '<html>Sign in"),
-        ("cut JSON", "no JSON object"),
-        ("reset", "broke off"),
-        ("reset in the middle", "broke off"),
+        ("login page", "answered text/html instead of a JSON object: '<html>Sign in"),
+        ("cut JSON", "instead of a JSON object"),
+        ("reset", "the connection to .* broke"),
+        ("reset in the middle", "the connection to .* broke"),
         ("gigabytes", "more than 20 MB"),
-        ("drip", "has not finished its answer after 1 s"),
-        ("drip of headers", "has not finished its answer after 1 s"),
-        ("stall", "has not finished its answer after 1 s"),
+        ("drip", "did not finish its reply within 1 s"),
+        ("drip of headers", "did not finish its reply within 1 s"),
+        ("stall", "did not finish its reply within 1 s"),
         ("no content", "no content"),
-        ("deep", "no JSON object"),
-        ("another's answer", "the server's reply is to another prompt: .*Another question"),
-        ("swapped", r"it no longer serves a\.gguf"),
+        ("deep", "instead of a JSON object"),
+        ("another's answer", "the server's reply belongs to another prompt: .*Another question"),
+        ("swapped", r"the server no longer serves a\.gguf"),
         ("400", "answered 400"),
-        ("401", r"refuses the key \(401\)"),
+        ("401", r"refused the key \(401\)"),
         ("429", "answered 429"),
         ("500", "answered 500"),
     ],
@@ -554,7 +555,7 @@ def test_no_lie_of_a_server_is_counted_as_an_answer(
     monkeypatch.setattr(Client.__init__, "__kwdefaults__", {"timeout_seconds": 1.0})
     with liar(how) as url:
         shared = SharedBackend([connect(url, "", 96)], pause_seconds=0)
-        with pytest.raises(ServerError, match=f"no server is left: {url}: .*{said}.*go on with the same command"):
+        with pytest.raises(ServerError, match=f"no server is left: {url}: .*{said}.*run the same command again"):
             shared.answer(images, prompts)
         # The image and the question, once, where that is noticed after them; else three tries of what goes wrong.
         assert Liar.asked == {"swapped": 2, "another's answer": 4}.get(how, 3)
@@ -563,7 +564,7 @@ def test_no_lie_of_a_server_is_counted_as_an_answer(
 def test_a_server_that_drips_before_it_is_asked_is_hung_up_on_too() -> None:
     with liar("/health") as url, pytest.raises(ServerError, match="no server answers"):
         Client(url).ready(1)
-    with liar("/props") as url, pytest.raises(ServerError, match="/props has not finished its answer after 1 s"):
+    with liar("/props") as url, pytest.raises(ServerError, match="/props did not finish its reply within 1 s"):
         Client(url, timeout_seconds=1).props()
 
 

@@ -162,11 +162,10 @@ def test_the_page_has_a_table_of_the_figures(tmp_path: Path, monkeypatch: pytest
     assert "stale" not in text
     assert text.startswith("before\n")
     assert text.endswith("after\n")
-    assert (
-        "| kills at random moments | 5 in 1 steps (5 SIGKILL) | 1 runs ended like the undisturbed one | 1 | 2 |" in text
-    )
-    assert "| 7 of 90 operations in 1 steps | 6 refused with a line, 1 harmless; 1 reruns completed | 0 |" in text
+    kills = "5 in 1 steps (5 SIGKILL) | 1 runs gave the same results as the undisturbed one"
+    assert f"| kills at random moments | {kills} | 1 | 2 |" in text
+    assert "| 7 of 90 operations in 1 steps | 6 reported in one line, 1 harmless; 1 reruns completed | 0 |" in text
     assert "42 inputs to 2 parsers" in text
-    assert "(per thousand frames +0.0 and +1.0); 2 kB on disk beside the results' 300 bytes a frame" in text
+    assert "growth per thousand frames 0.0 and 1.0 MB; on disk 300 bytes per frame of results and 2 kB of other" in text
     torture.write_page(torture.table(tmp_path))
     assert page.read_text() == text

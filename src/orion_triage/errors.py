@@ -1,4 +1,4 @@
-"""The errors that reach a user: one sentence on what is wrong, one on what to do."""
+"""The errors that reach a user: one sentence states what is wrong, one states what to do."""
 
 import errno
 import os
@@ -6,23 +6,23 @@ from collections.abc import Iterator
 
 
 def printable(text: str) -> str:
-    """`text` with escapes for what a terminal would obey or could not encode; line ends stay."""
+    """`text` with control characters and characters that a terminal cannot encode escaped; line ends are kept."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def one_line(text: str) -> str:
-    """`printable`, with line ends as escapes too: file names and what stands in files can hold any."""
+    """`printable`, with line ends escaped too: file names and file contents can contain any character."""
     return printable(text).replace("\n", "\\n")
 
 
 class OrionError(Exception):
-    """A mistake or an obstacle that the user can act on.
+    """An error that the user can act on.
 
-    `message` names the file, line and value; `fix` says what to do about it. The command line prints
-    both and exits with status 1; library callers catch this one class. What files and servers of others put into
-    it is made printable, so that no terminal obeys it.
+    `message` names the file, line and value; `fix` states what to do. The command line prints both and exits with
+    status 1; library callers catch this one class. Control characters are escaped, because messages quote
+    third-party files and servers.
     """
 
     def __init__(self, message: str, fix: str = "") -> None:
@@ -33,59 +33,59 @@ class OrionError(Exception):
 
 
 class FrameError(OrionError):
-    """A frame that cannot be used: missing, damaged or of another size. Callers refuse it and go on."""
+    """A frame that cannot be used: missing, damaged or of the wrong size. Callers report it and continue."""
 
 
 class RecordError(OrionError):
-    """A dataset line that breaks the record format."""
+    """A dataset line that does not follow the record format."""
 
 
 class AnswerError(OrionError):
-    """The server has an answer that it cannot hand over: its bytes are no UTF-8. The next question may go well."""
+    """The model's answer is not valid UTF-8, so the server cannot return it. The next question may succeed."""
 
 
 class ServerError(OrionError):
-    """The llama.cpp server did not answer as it must."""
+    """The llama.cpp server is unreachable or its reply is invalid."""
 
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
-DISK_FIX = "Free some space, or look at the disk's health; then the same command goes on."
-# How torch (twice), C++ and Python tell of a write that failed without the system's words for it.
+DISK_FIX = "Free some space or check the disk, then run the same command again to resume."
+# Messages of torch (two), C++ and Python about a failed write, which do not contain the system's error message.
 _DISK_WORDS = ("PytorchStreamWriter failed", ". unexpected pos ", "iostream error", "No usable temporary directory")
 
 
 def words_of_disk(text: str) -> str:
-    """What a library or a program says of a disk in trouble, in the system's words if they are there; else empty."""
+    """The disk error that a library's or program's output reports, as the system's message if possible; else empty."""
     for number in DISK_ERRORS:
-        if f"(os error {number})" in text or os.strerror(number) in text:  # the first is Rust's
+        if f"(os error {number})" in text or os.strerror(number) in text:  # the first form is Rust's
             return os.strerror(number)
     line = next((line for line in text.splitlines() if any(word in line for word in _DISK_WORDS)), "")
-    return f"the disk took no more, or failed ({line.strip().rstrip('.')})" if line else ""
+    return f"a write failed: the disk is full or faulty ({line.strip().rstrip('.')})" if line else ""
 
 
 def disk_words_of(error: BaseException) -> str:
-    """`words_of_disk` of an error and those that led to it."""
+    """`words_of_disk` for an error and its causes."""
     return words_of_disk("\n".join(str(one) for one in _chain(error)))
 
 
 def obstacle(error: BaseException) -> OrionError | None:
-    """What the operating system refused, in the user's words; None for an error that is not of its making."""
+    """An operating system error as an OrionError; None for any other error."""
     chain = list(_chain(error))
     for one in chain:
         if not isinstance(one, OSError) or one.errno is None:
             continue
         disk = one.errno in DISK_ERRORS
-        file = one.filename if one.filename2 is None else one.filename2  # the second one is what was to be written
-        if disk or file is not None:  # without a file it is a connection's or a program's
+        file = one.filename if one.filename2 is None else one.filename2  # the second is the target of a write
+        if disk or file is not None:  # an error without a file comes from a connection or a program
             place = f"{os.fsdecode(file)}: " if file is not None and not isinstance(file, int) else ""
             what = one.strerror or os.strerror(one.errno)
             return OrionError(f"{place}{what}.", DISK_FIX if disk else "Check the path and its permissions.")
-    said = disk_words_of(error)
-    return OrionError(f"{said}.", DISK_FIX) if said else None
+    reason = disk_words_of(error)
+    return OrionError(f"{reason}.", DISK_FIX) if reason else None
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and those that led to it."""
+    """The error and its causes."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

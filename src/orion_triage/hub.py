@@ -1,7 +1,7 @@
-"""Hub ids: models, adapters, GGUF pairs and datasets, fetched into the user's own Hugging Face cache, and pushed.
+"""Fetch models, adapters, GGUF pairs and datasets by Hub id into the user's Hugging Face cache, and push them.
 
-Everything goes through huggingface_hub, so HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE mean what they mean
-everywhere. Only data is fetched: SafeTensors, GGUF, JSON, text and pictures, never pickles or code.
+All requests use huggingface_hub, so HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE have their usual meaning. Only
+data is fetched: SafeTensors, GGUF, JSON, text and pictures, never pickles or code.
 """
 
 import functools
@@ -27,10 +27,10 @@ _ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
 
 def locate(name: str, kind: Kind) -> Path:
-    """The folder that `name` means: a local folder, or the cached snapshot of "owner/name" or "owner/name@revision".
+    """The folder of `name`: a local folder, or the cached snapshot of "owner/name" or "owner/name@revision".
 
-    The revision is a branch, a tag or a commit; without one it is the newest state of `main`, looked up once a process.
-    Raises OrionError when it is neither, cannot be reached, is gated, or has no such revision.
+    The revision is a branch, a tag or a commit; without one, it is the newest commit of `main`, looked up once per
+    process. Raises OrionError if `name` is invalid, cannot be reached, is gated, or has no such revision.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -52,7 +52,7 @@ def id_of(folder: Path) -> str | None:
 
 
 def root_of(folder: Path) -> Path:
-    """The folder that links in `folder` may point into: a snapshot's files are links to its repository's blobs."""
+    """The folder that links in `folder` may point into; the files of a snapshot are links to the repository's blobs."""
     return folder.parent.parent if id_of(folder) else folder
 
 
@@ -73,9 +73,9 @@ def _snapshot(repository: str, revision: str, kind: Kind) -> Path:
 def push(
     files: dict[str, Path | bytes], repository: str, *, message: str, private: bool = True, kind: Kind = "model"
 ) -> str:
-    """Upload {name in the repository: a file, or its bytes} as one commit; returns the commit's address.
+    """Upload {name in the repository: a file, or its bytes} as one commit; returns the commit's URL.
 
-    The repository is created, private unless told otherwise, if need be.
+    Creates the repository if it does not exist, by default private.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -89,17 +89,17 @@ def push(
 
 @contextmanager
 def _explained(repository: str, revision: str, kind: Kind) -> Iterator[None]:
-    """Turn huggingface_hub's errors into one line that says what to do."""
+    """Convert huggingface_hub's errors to an OrionError with a fix."""
     from huggingface_hub import constants, errors
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
     if not sys.stderr.isatty():
         disable_progress_bars()
-    # The HTTP library's own error; which library it is depends on huggingface_hub's version.
+    # The error class of the HTTP library, which depends on huggingface_hub's version.
     http_error: type[BaseException] = errors.HfHubHTTPError.__bases__[0]
     endpoint = constants.ENDPOINT
     what = f"{kind} {repository!r}"
-    elsewhere = f"Where there is a network: 'hf download {repository} --local-dir FOLDER'; then pass FOLDER."
+    elsewhere = f"Or run 'hf download {repository} --local-dir FOLDER' on a connected machine, and pass FOLDER."
     unreachable = OrionError(
         f"{what}: {endpoint} cannot be reached.", f"Check the network and HF_ENDPOINT. {elsewhere}"
     )
@@ -110,16 +110,16 @@ def _explained(repository: str, revision: str, kind: Kind) -> Iterator[None]:
     except errors.GatedRepoError:
         raise OrionError(
             f"{what} is gated, and this account has no access to it.",
-            f"Accept its terms at {endpoint}/{repository}, then 'hf auth login' or set HF_TOKEN.",
+            f"Accept its terms at {endpoint}/{repository}, then run 'hf auth login' or set HF_TOKEN.",
         ) from None
     except errors.RevisionNotFoundError:
         raise OrionError(
-            f"{what} has no revision {revision!r}.", f"See {endpoint}/{repository}/commits/main."
+            f"{what} has no revision {revision!r}.", f"Choose one from {endpoint}/{repository}/commits/main."
         ) from None
     except errors.RepositoryNotFoundError:
         raise OrionError(
-            f"{what} is neither a folder here nor a repository that {endpoint} shows to this account.",
-            "Check the spelling; for a private one, 'hf auth login' or set HF_TOKEN.",
+            f"{what} is neither a local folder nor a repository at {endpoint} that this account can access.",
+            "Check the spelling. For a private repository, run 'hf auth login' or set HF_TOKEN.",
         ) from None
     except errors.LocalEntryNotFoundError:
         if constants.HF_HUB_OFFLINE:
@@ -131,12 +131,12 @@ def _explained(repository: str, revision: str, kind: Kind) -> Iterator[None]:
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
         fix = {
-            401: "The token is not valid: 'hf auth login', or set HF_TOKEN.",
-            403: "The token may not do this: use one with write access to that account.",
+            401: "Run 'hf auth login' or set HF_TOKEN: the token is not valid.",
+            403: "Use a token with write access to that account.",
         }.get(status, "Try again later.")
         reason = (error.server_message or "no reason given").splitlines()[0]
         raise OrionError(f"{what}: {endpoint} answered {status} ({reason}).", fix) from None
     except errors.OfflineModeIsEnabled:
         raise OrionError(f"{what}: HF_HUB_OFFLINE is set.", "Unset HF_HUB_OFFLINE.") from None
-    except (http_error, ConnectionError):  # the second is the upload library's
+    except (http_error, ConnectionError):  # the upload library raises ConnectionError
         raise unreachable from None

@@ -1,10 +1,10 @@
-"""Several processes of one command (accelerate launch, torchrun): who writes, and waiting for each other."""
+"""Several processes of one command (accelerate launch, torchrun): rank, number of processes, barrier, device."""
 
 import os
 
 
 def count() -> int:
-    """How many processes work on this command together; 1 without a launcher."""
+    """Number of processes that run this command together; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -13,7 +13,7 @@ def rank() -> int:
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes and speaks."""
+    """Whether this is rank 0, the process that writes files and prints."""
     return rank() == 0
 
 
@@ -21,29 +21,30 @@ WAIT_POLICY = "OMP_WAIT_POLICY"
 
 
 def sleep_while_waiting() -> None:
-    """Have torch's threads sleep while they wait for each other, unless the environment says how they wait.
+    """Let torch's threads sleep while they wait for each other, unless the environment sets a wait policy.
 
-    They spin otherwise, which takes the core from whatever else runs: beside one busy core of two, a training took
-    122 s instead of 72 s (alone: 51 and 53 s). Must be called before torch is loaded. Results do not depend on it.
+    By default they spin and take the core from other programs: with one of two cores busy, a training took 122 s
+    with spinning and 72 s with sleeping (alone: 51 s and 53 s). Call it before torch is imported. Results do not
+    depend on it.
     """
     if not {WAIT_POLICY, "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
         os.environ[WAIT_POLICY] = "PASSIVE"
 
 
 def local_device() -> str:
-    """This process's GPU, or the CPU."""
+    """The torch device of this process: its GPU, or the CPU."""
     import torch
 
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
 def are_sharded() -> bool:
-    """Whether the launcher asked for FSDP: every process then holds a part of each weight."""
+    """Whether the launcher configured FSDP: each process then holds a part of every weight."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def wait() -> None:
-    """Return when every process is here."""
+    """Barrier: return when every process has called it."""
     if count() > 1:
         import torch
         from accelerate import PartialState

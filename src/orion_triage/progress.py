@@ -1,13 +1,13 @@
-"""How long work reports itself: stages call, the command line draws."""
+"""Progress of long work: stages report it, the command line draws it."""
 
 from typing import Protocol
 
 
 class Progress(Protocol):
-    """Called with what is being done, the steps done so far and the total."""
+    """Called with a description of the work, the steps done so far and the total number of steps."""
 
     def __call__(self, description: str, done: int, total: int) -> None: ...
 
 
 def silent(description: str, done: int, total: int) -> None:
-    """For library callers and scripts."""
+    """A Progress that shows nothing: for library callers and scripts."""

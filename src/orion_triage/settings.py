@@ -1,7 +1,7 @@
 """Settings: one strict model per stage, filled from a preset's TOML file and `--set stage.key=value`.
 
-The defaults are the mission document's two tables for the 1.6B model. A preset that departs from them
-gives the reason beside the value, and `overrides` lists the departures for the report.
+The defaults are the mission document's two tables for the 1.6B model. A preset with other values gives the reason
+beside each value, and `overrides` lists the differences for the report.
 """
 
 import tomllib
@@ -23,7 +23,7 @@ from pydantic import (
 from orion_triage.errors import OrionError
 from orion_triage.safe.reading import LARGEST_JSON_BYTES, read_text, shown
 
-# Beyond these nothing can be computed, and a number may have more digits than Python writes out.
+# Limits: larger values cannot be computed, and numbers can have more digits than Python prints.
 Count = Annotated[int, Field(gt=0, lt=2**31)]
 CountOrZero = Annotated[int, Field(ge=0, lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -33,7 +33,7 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
 class Section(BaseModel):
-    """Unknown keys are mistakes, and so are nan and inf; settings do not change."""
+    """A frozen model; unknown keys, nan and inf are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -49,29 +49,29 @@ class BaseSettings(Section):
 class DatasetSettings(Section):
     """The places, their split and the imagery."""
 
-    # Where the frames come from: drawn tiles, a SimSat server, a STAC catalogue of Sentinel-2, or `folder`.
+    # Image source: synthetic tiles, a SimSat server, a STAC catalogue of Sentinel-2, or `folder`.
     source: Literal["synthetic", "simsat", "sentinel2", "directory"] = "synthetic"
     folder: str = ""  # of pictures with a table, or a dataset in the published layout: a folder or a Hub id
     catalogue: str = ""  # CSV, JSONL or GeoJSON of places; empty: the shipped one
-    url: str = ""  # of the SimSat or STAC server; empty: the source's own default
-    metres_per_pixel: PositiveFloat = 10.0  # ground sample distance of a drawn frame (Sentinel-2: 10)
-    altitude_km: PositiveFloat = 500.0  # of SimSat's satellite: higher sees more, coarser
-    # Sentinel-2 scenes between these days: a fixed period gives the same scenes again.
+    url: str = ""  # of the SimSat or STAC server; empty: the source's default
+    metres_per_pixel: PositiveFloat = 10.0  # ground sample distance of a synthetic frame (Sentinel-2: 10)
+    altitude_km: PositiveFloat = 500.0  # of SimSat's satellite; higher: more ground per frame, coarser pixels
+    # Sentinel-2 scenes between these days; a fixed period gives the same scenes again.
     captured_from: date = date(2023, 1, 1)
     captured_to: date = date(2024, 12, 31)
-    largest_cloud_share: float = Field(default=0.1, ge=0, le=1)  # of a Sentinel-2 frame; less drops more places
-    largest_missing_share: float = Field(default=0.05, ge=0, le=1)  # of places without a picture; more stops the build
+    largest_cloud_share: float = Field(default=0.1, ge=0, le=1)  # of a Sentinel-2 frame; lower drops more places
+    largest_missing_share: float = Field(default=0.05, ge=0, le=1)  # of places without a picture; more stop the build
     split_seed: Seed = 42
     imagery_seed: Seed = 7
     split_distance_km: PositiveFloat = 100.0  # no two splits have places closer than this
-    # Test frames; 0: one a place. With synthetic imagery more draws several tiles a place, which says less than as many
-    # other places would.
+    # Number of test frames; 0: one per place. With synthetic imagery, a larger number draws several tiles per place,
+    # which is less informative than more places.
     test_size: CountOrZero = 0
 
     @model_validator(mode="before")
     @classmethod
     def _folder_is_a_directory_source(cls, values: Any) -> Any:
-        """A folder says by itself where the frames come from."""
+        """A folder without a source implies source=directory."""
         if isinstance(values, dict) and values.get("folder") and "source" not in values:
             return values | {"source": "directory"}
         return values
@@ -79,22 +79,23 @@ class DatasetSettings(Section):
     @model_validator(mode="after")
     def _source_and_folder_agree(self) -> Self:
         if (self.source == "directory") != bool(self.folder):
-            raise ValueError("source is directory exactly when a folder is given (--dataset FOLDER)")
+            raise ValueError("a folder (--dataset FOLDER) needs source=directory, and source=directory needs a folder")
         return self
 
 
 class FineTuneSettings(Section):
-    """QLoRA, as the mission document's tables give it."""
+    """QLoRA, with the values of the mission document's tables."""
 
     rank: Count = 16
     alpha: Count = 32
     dropout: float = Field(default=0.05, ge=0, lt=1)
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-    # Where: "attention" is target_modules in language model and vision tower; "language-attention" leaves the tower
-    # alone; "language-all" adds the language model's short-conv and feed-forward layers (four times the parameters).
+    # Which modules get LoRA: "attention" is target_modules in language model and vision tower; "language-attention"
+    # excludes the tower; "language-all" adds the language model's short-conv and feed-forward layers (four times the
+    # parameters).
     scope: Literal["attention", "language-attention", "language-all"] = "attention"
-    # How the base is held: "nf4" in 4 bits (QLoRA); "16-bit" as it is (LoRA), which takes three times the language
-    # model's memory, loses nothing to rounding, and is what several GPUs can share out among them (FSDP).
+    # Weights of the base in training: "nf4" is 4 bits (QLoRA); "16-bit" is unquantized (LoRA), which takes three times
+    # the memory of the language model, has no rounding, and can be sharded over several GPUs (FSDP).
     base_weights: Literal["nf4", "16-bit"] = "nf4"
     micro_batch_size: Count = 1
     gradient_accumulation_steps: Count = 16
@@ -103,10 +104,10 @@ class FineTuneSettings(Section):
     optimizer: str = "paged_adamw_8bit"
     learning_rate_schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_fraction: float = Field(default=0.0, ge=0, lt=1)
-    precision: Literal["float16", "bfloat16", "float32"] = "float16"  # CPUs train in float32 and say so
+    precision: Literal["float16", "bfloat16", "float32"] = "float16"  # a CPU trains in float32, with a warning
     gradient_checkpointing: bool = True
-    # On one GPU: as many records at once as its memory takes, up to the records of a step, and no checkpointing where
-    # that fits too. The sums are the same, grouped otherwise; the two settings above are the floor.
+    # On one GPU: use the largest micro batch that fits the memory, up to the records of a step, and no gradient
+    # checkpointing if that also fits. The records per step stay the same; micro_batch_size is the minimum.
     fill_gpu: bool = True
     seed: Seed = 42
 
@@ -119,7 +120,7 @@ class FuseSettings(Section):
     """Merging the adapter into the 16-bit base."""
 
     dtype: Literal["float16", "bfloat16"] = "float16"
-    check_records: Count = 24  # records on which the merge is compared with the adapter; fewer than 20 prove little
+    check_records: Count = 24  # records on which the merge is compared with the adapter; fewer than 20 are too few
 
 
 class QuantizeSettings(Section):
@@ -131,40 +132,41 @@ class QuantizeSettings(Section):
 class EvaluateSettings(Section):
     """The four-condition protocol."""
 
-    noise: Literal["gaussian", "uniform"] = "gaussian"  # condition C's picture
-    max_new_tokens: Count = 96  # longer than every reason of the catalogue; an answer cut here is unparsable
+    noise: Literal["gaussian", "uniform"] = "gaussian"  # image of condition C
+    max_new_tokens: Count = 96  # longer than every reason of the catalogue; a longer answer is cut and unparsable
     batch_size: Count = 32  # answers generated at once; more is faster and takes more memory
-    threads: Count | None = None  # llama.cpp's; empty: its own choice
-    # llama.cpp servers of our own that share the questions, a thread each unless `threads` says more. Empty: as many as
-    # the cores have room for with a pair under 0.1 GB, whose threads would wait for each other; one otherwise.
+    threads: Count | None = None  # of llama.cpp; empty: its default
+    # Number of llama.cpp servers that share the questions, with one thread each unless `threads` is set. Empty: one per
+    # core for a pair below 0.1 GB, whose threads would wait for each other; otherwise one.
     servers: Count | None = None
 
 
 class VariantSettings(Section):
-    """The models between the base and what flies, each evaluated too: this shows which step loses accuracy."""
+    """Evaluations of the models between the base and the flight pair, to show which step loses accuracy."""
 
-    all: bool = True  # five more evaluations; the report names what each step costs
-    # Between F16 and the flight's: any that llama-quantize knows.
+    all: bool = True  # five more evaluations; the report shows the effect of each step
+    # Quantizations between F16 and that of the flight: any type of llama-quantize.
     quantizations: tuple[Annotated[str, Field(pattern=r"^(I|T)?Q[0-9][A-Z0-9_]*$")], ...] = ("Q8_0",)
-    parity_records: Count = 4  # on which llama.cpp's F16 must give transformers' probabilities
+    parity_records: Count = 4  # records on which llama.cpp's F16 must give the same probabilities as transformers
 
 
 class MissionSettings(Section):
-    """What frames are worth and mistakes cost, for judging answers; nothing is trained or asked differently."""
+    """Values of frames and costs of mistakes, for metrics only; they do not affect training or prompts."""
 
-    # What a HIGH, a MEDIUM and a LOW frame are worth on the ground.
+    # Value of a HIGH, a MEDIUM and a LOW frame on the ground.
     values: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = (10.0, 1.0, 0.0)
-    # A row a truth (HIGH, MEDIUM, LOW), a column what was done (sent, stored, dropped). A dropped HIGH frame is gone.
+    # Costs: rows are truths (HIGH, MEDIUM, LOW), columns decisions (sent, stored, dropped). A dropped frame is lost.
     costs: tuple[tuple[float, float, float], tuple[float, float, float], tuple[float, float, float]] = (
         (0.0, 2.0, 10.0),
         (1.0, 0.0, 3.0),
         (1.0, 0.2, 0.0),
     )
-    prior: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = (0.005, 0.095, 0.90)  # in orbit, same order
+    # Shares of HIGH, MEDIUM and LOW frames in orbit.
+    prior: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = (0.005, 0.095, 0.90)
 
 
 class Settings(Section):
-    """Everything a run depends on."""
+    """All settings of a run."""
 
     preset: str = "tiny"
     base: BaseSettings = BaseSettings()
@@ -188,7 +190,7 @@ def preset_names() -> list[str]:
 def load_settings(preset: str = "tiny", assignments: tuple[str, ...] | list[str] = ()) -> Settings:
     """The settings of a preset (a shipped name or a TOML file) with `stage.key=value` assignments applied.
 
-    Raises OrionError listing every mistake at once: unknown keys, wrong types, values out of range.
+    Raises OrionError that lists all mistakes: unknown keys, wrong types, values out of range.
     """
     values, source = _read_preset(preset)
     values.setdefault("preset", Path(preset).stem if preset.endswith(".toml") else preset)
@@ -204,7 +206,7 @@ def load_settings(preset: str = "tiny", assignments: tuple[str, ...] | list[str]
         more = f"; and {len(lines) - 20} more" if len(lines) > 20 else ""
         raise OrionError(
             f"{source} has {len(lines)} mistake{'s' if len(lines) > 1 else ''}: {'; '.join(lines[:20])}{more}.",
-            "'orion settings' lists every key with its value.",
+            "Run 'orion settings' to list every key with its value.",
         ) from None
 
 
@@ -221,7 +223,7 @@ def _read_preset(preset: str) -> tuple[dict[str, Any], str]:
         try:
             text, source = read_text(Path(preset), LARGEST_JSON_BYTES), preset
         except FileNotFoundError:
-            raise OrionError(f"{preset} does not exist.", "Pass a preset's name or a TOML file.") from None
+            raise OrionError(f"{preset} does not exist.", "Pass the name of a preset or a TOML file.") from None
     elif preset in preset_names():
         text = (resources.files("orion_triage.presets") / f"{preset}.toml").read_text(encoding="utf-8")
         source = f"preset {preset}"
@@ -231,7 +233,7 @@ def _read_preset(preset: str) -> tuple[dict[str, Any], str]:
         )
     try:
         return tomllib.loads(text), source
-    except (ValueError, RecursionError) as error:  # TOMLDecodeError, or a number of too many digits
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, or a number with too many digits
         raise OrionError(f"{source} is not TOML: {error}.", "Correct the line.") from None
 
 
@@ -239,10 +241,12 @@ def _assign(values: dict[str, Any], assignment: str) -> None:
     key, equals, text = assignment.partition("=")
     parts = key.strip().split(".")
     if not equals or len(parts) != 2 or not all(parts):
-        raise OrionError(f"--set {shown(assignment)} is not stage.key=value.", "For example --set fine_tune.epochs=4.")
+        raise OrionError(f"--set {shown(assignment)} is not stage.key=value.", "Write it like --set fine_tune.epochs=4")
     section = values.setdefault(parts[0], {})
     if not isinstance(section, dict):
-        raise OrionError(f"--set {shown(assignment)}: {parts[0]} is not a stage.", "See 'orion settings'.")
+        raise OrionError(
+            f"--set {shown(assignment)}: {parts[0]} is not a stage.", "Run 'orion settings' to list the stages."
+        )
     text = text.strip()
     if parts[1] in ("target_modules", "quantizations"):
         section[parts[1]] = [name.strip() for name in text.split(",") if name.strip()]
@@ -254,7 +258,7 @@ def _assign(values: dict[str, Any], assignment: str) -> None:
 
 
 def overrides(settings: Settings) -> dict[str, tuple[Any, Any]]:
-    """`stage.key` -> (default, value) for every setting that departs from the mission's defaults."""
+    """`stage.key` -> (default, value) for every setting that differs from the mission's defaults."""
     default, actual = Settings().model_dump(), settings.model_dump()
     return {
         f"{stage}.{key}": (default[stage][key], value)

@@ -1,4 +1,4 @@
-"""Text from templates: Jinja, with every value that a template misses an error."""
+"""Text from Jinja templates; a missing value is an error."""
 
 import statistics
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ def fill(
     finalize: Callable[[Any], Any] | None = None,
     **values: Any,
 ) -> str:
-    """The template `name` in the folder of `orion_triage.<package>`, filled in; only HTML is escaped.
+    """The rendered template `name` from the folder of `orion_triage.<package>`; only HTML is escaped.
 
     `finalize` is applied to each value before it is written.
     """
@@ -39,5 +39,5 @@ def fill(
 
 
 def percent(value: float | None) -> str:
-    """A share as a percentage; "-" where there is none."""
+    """A share as a percentage; "-" for None."""
     return "-" if value is None else f"{100 * value:.1f} %"

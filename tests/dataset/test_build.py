@@ -40,7 +40,7 @@ def test_several_tiles_a_place_are_all_different_and_only_in_test(places: Path, 
     with pytest.raises(OrionError, match="test_size=2 is less than the 3 test places"):
         build.run(tmp_path / "fewer", settings.model_copy(update={"test_size": 2}))
     copied = DatasetSettings(folder=str(tmp_path / "plain"), test_size=4)
-    with pytest.raises(OrionError, match="has 3 test records"):
+    with pytest.raises(OrionError, match="has only 3 test records"):
         build.run(tmp_path / "copied", copied)
 
 

@@ -63,7 +63,7 @@ def test_all_mistakes_are_named_with_their_lines(tmp_path: Path) -> None:
         load_catalogue(path)
     message = str(caught.value)
     for part in (
-        "line 3: name 'ok' is already on line 2",
+        "line 3: name 'ok' is already used on line 2",
         "line 4: name 'Bad Name'",
         "'town'",
         "lon '400'",

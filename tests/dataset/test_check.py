@@ -729,8 +729,8 @@ def test_the_published_splits_leak() -> None:
     assert sorted(close) == [
         f"{place}" for place in ("test_dataset.jsonl:48", "test_dataset.jsonl:49", "val_dataset.jsonl:44")
     ]
-    assert "18 of 60 places of the val split lie within 100 km of the train split" in close["val_dataset.jsonl:44"]
-    assert "10 of 60 places of the test split lie within 100 km of the train split" in close["test_dataset.jsonl:49"]
+    assert "18 of 60 places of the val split are within 100 km of the train split" in close["val_dataset.jsonl:44"]
+    assert "10 of 60 places of the test split are within 100 km of the train split" in close["test_dataset.jsonl:49"]
     assert "med_town_alpine.png, 10.4 km from" in close["test_dataset.jsonl:49"]
     others = Counter(f.check for f in report.warnings if f.check != "close-places")
     assert others == {"reason-names-answer": 35, "reason-names-place": 3, "reason-characters": 1}

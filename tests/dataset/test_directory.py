@@ -143,10 +143,10 @@ def test_split_folders_with_hugging_face_metadata_keep_their_splits(tmp_path: Pa
 
 def test_a_half_given_split_is_refused(tmp_path: Path) -> None:
     table = [row | {"split": "train"} for row in rows()]
-    with pytest.raises(OrionError, match="there is no val and no test"):
+    with pytest.raises(OrionError, match="no place is in val or test"):
         built(write(tmp_path / "a", table), tmp_path / "out")
     table[3]["split"] = ""
-    with pytest.raises(OrionError, match="csv line 5 names none"):
+    with pytest.raises(OrionError, match="csv line 5 has none"):
         built(write(tmp_path / "b", table), tmp_path / "out")
 
 
@@ -166,10 +166,10 @@ def test_every_mistake_of_a_table_is_named_with_its_line(tmp_path: Path) -> None
     with pytest.raises(OrionError) as caught:
         built(folder, tmp_path / "out")
     for part in (
-        "metadata.csv line 7: there is no picture 'pictures/p5.png'",
-        "metadata.csv line 10: 'pictures/p8.png' leads out",
-        "metadata.csv line 4: file_name '../outside.png' is no path",
-        "metadata.csv line 13: file_name '/etc/passwd' is no path",
+        "metadata.csv line 7: picture 'pictures/p5.png' does not exist",
+        "metadata.csv line 10: 'pictures/p8.png' is outside",
+        "metadata.csv line 4: file_name '../outside.png' is not a path",
+        "metadata.csv line 13: file_name '/etc/passwd' is not a path",
     ):
         assert part in caught.value.message
     table = [row | {"category": "URGENT"} if n == 1 else row for n, row in enumerate(rows())]
@@ -179,8 +179,8 @@ def test_every_mistake_of_a_table_is_named_with_its_line(tmp_path: Path) -> None
         built(write(tmp_path / "second", table), tmp_path / "out")
     for part in (
         "metadata.csv line 3: category 'URGENT'",
-        "metadata.csv line 6: lat '120.5' is not a number within -90..90 (lon and lat may be swapped)",
-        "metadata.csv line 8: lon '200' is not a number within -180..180 (write -160 for 200 degrees east)",
+        "metadata.csv line 6: lat '120.5' is outside -90..90 (are lon and lat swapped?)",
+        "metadata.csv line 8: lon '200' is outside -180..180 (for 200 degrees east, write -160)",
     ):
         assert part in caught.value.message
     assert not (tmp_path / "out").exists()
@@ -246,11 +246,11 @@ def test_a_geotiff_takes_its_position_from_the_file(tmp_path: Path) -> None:
 
 def test_a_folder_with_nothing_known_in_it_is_refused(tmp_path: Path) -> None:
     (tmp_path / "own").mkdir()
-    with pytest.raises(OrionError, match=r"neither train_dataset\.jsonl, nor a table, nor folders"):
+    with pytest.raises(OrionError, match=r"no train_dataset\.jsonl, no table, and no folders"):
         built(tmp_path / "own", tmp_path / "out")
     write(tmp_path / "own", rows())
     (tmp_path / "own" / "more.csv").write_text("a,b\n")
-    with pytest.raises(OrionError, match=r"2 tables: metadata.csv, more.csv"):
+    with pytest.raises(OrionError, match=r"2 tables instead of one: metadata.csv, more.csv"):
         built(tmp_path / "own", tmp_path / "out")
 
 
@@ -274,6 +274,6 @@ def test_the_real_frames_load_with_their_labels(tmp_path: Path) -> None:
     figures = built(SHARED / "frames", tmp_path / "out")
     assert sum(figures["targets"].values()) == figures["account"]["fetched"] == 25
     assert [warning.split(":")[0] for warning in figures["warnings"]] == [
-        "25 of 25 frames have no reason and got their category's standard sentence",
+        "25 of 25 frames have no reason and get the standard sentence of their category",
         "25 of 25 frames have no position",
     ]

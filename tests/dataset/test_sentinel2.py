@@ -180,7 +180,7 @@ def test_a_scene_without_cloud_cover_comes_last(stac: Stac) -> None:
 
 def test_gaps_in_the_data_refuse_a_scene(stac: Stac) -> None:
     stac.add("gap", PRAGUE, epsg=UTM33N, scl=part(0.03, 0), cloud_cover=0.0)
-    assert "gap has data on 96.9% of the chip (scl)" in why(stac)
+    assert "gap has data for only 96.9% of the chip (scl)" in why(stac)
     stac.add("small_gap", PRAGUE, epsg=UTM33N, scl=part(0.015, 0), cloud_cover=1.0)
     assert item_of(picture(stac)) == "small_gap"
 
@@ -192,7 +192,7 @@ def test_a_black_picture_is_refused_although_scl_has_data(stac: Stac) -> None:
     stac.add("whole", PRAGUE, epsg=UTM33N, cloud_cover=1.0)
     assert item_of(picture(stac)) == "whole"
     stac.items.pop()
-    assert "black has data on 94.1% of the chip (visual)" in why(stac, start="2024-02-01")
+    assert "black has data for only 94.1% of the chip (visual)" in why(stac, start="2024-02-01")
 
 
 @pytest.mark.parametrize("shift", [(280, 0), (-280, 0), (0, 280), (0, -280), (66, 0), (0, -66)])
@@ -213,7 +213,9 @@ def test_a_chip_that_just_fits_is_taken(stac: Stac, shift: tuple[int, int]) -> N
 def test_clouds_everywhere(stac: Stac) -> None:
     stac.add("a", PRAGUE, epsg=UTM33N, scl=part(0.5, 9), cloud_cover=0.0)
     stac.add("b", PRAGUE, epsg=UTM33N, scl=part(0.25, 10), cloud_cover=60.0)
-    said = "none of 2 scenes between 2024-01-01 and 2025-12-31 will do: b, the clearest of those left, has 25% cloud"
+    said = (
+        "none of 2 scenes between 2024-01-01 and 2025-12-31 is usable: b, the least cloudy of the others, has 25% cloud"
+    )
     assert said in why(stac)
     assert item_of(picture(stac, max_cloud_share=0.3)) == "b"
     assert sorted(path.name[:6] for path in (stac.folder.parent / "cache").iterdir()) == ["prague"]
@@ -224,7 +226,7 @@ def test_no_scene(stac: Stac) -> None:
     stac.add("too_old", PRAGUE, epsg=UTM33N, when="2023-12-31T23:59:59.000Z")
     stac.add("too_new", PRAGUE, epsg=UTM33N, when="2026-01-01T00:00:00.000Z")
     stac.add("another", PRAGUE, epsg=UTM33N)["collection"] = "sentinel-2-l1c"
-    assert "no scene between 2024-01-01 and 2025-12-31 shows longitude 14.42, latitude 50.08" in why(stac)
+    assert "no scene between 2024-01-01 and 2025-12-31 contains longitude 14.42, latitude 50.08" in why(stac)
     stac.add("last_day", PRAGUE, epsg=UTM33N, when="2025-12-31T23:59:58.000Z")
     assert item_of(picture(stac)) == "last_day"
 
@@ -321,7 +323,7 @@ def test_one_failed_place_does_not_stop_the_others(stac: Stac) -> None:
     answers = list(source(stac).pictures(shots))
     assert [type(answer) for answer in answers] == [Absent, Absent, Picture, Absent, Absent]
     stac.faults["GET /s2/scl.tif"] = itertools.repeat("503")
-    with pytest.raises(OrionError, match=r"failed for 3 places in a row \(p0, p1, p2\); at last: http.*s2/scl.tif"):
+    with pytest.raises(OrionError, match=r"failed for 3 places in a row \(p0, p1, p2\); last error: http.*s2/scl.tif"):
         list(source(stac, start="2024-02-01").pictures(shots))
 
 
@@ -348,17 +350,17 @@ def test_a_server_that_is_no_stac_api(stac: Stac, tmp_path: Path) -> None:
         (stac.folder / name).write_text(text)
         with pytest.raises(OrionError, match=f"/{name} does not answer as a STAC API"):
             one(stac, url=f"{stac.url}/{name}")
-    with pytest.raises(OrionError, match=r"/nothing refuses a question: status 404"):
+    with pytest.raises(OrionError, match=r"/nothing refused a request: status 404"):
         one(stac, url=f"{stac.url}/nothing")
     for missing, ability in (("item-search", "ITEM_SEARCH"), ("#sort", "SORT")):
         stac.conformance = [uri for uri in CONFORMANCE if missing not in uri]
-        with pytest.raises(OrionError, match=f"does not offer {ability}"):
+        with pytest.raises(OrionError, match=f"does not support {ability}"):
             one(stac)
 
 
 def test_a_search_that_is_refused_stops_the_build(stac: Stac) -> None:
     stac.faults["POST /search"] = itertools.repeat("403")
-    with pytest.raises(OrionError, match="refuses a question: status 403"):
+    with pytest.raises(OrionError, match="refused a request: status 403"):
         one(stac)
     assert stac.requests.count("POST /search") == 1
 
@@ -371,12 +373,12 @@ def test_scenes_that_cannot_be_used_are_named(stac: Stac) -> None:
     del stac.add("s4", PRAGUE, epsg=UTM33N, cloud_cover=4.0)["assets"]["visual"]
     stac.add("s5", PRAGUE, epsg=UTM33N, cloud_cover=5.0)["properties"]["datetime"] = None
     expected = [
-        f"s0 is at file://{secret}, which is not http",
-        f"s1 is at {secret}, which is not http",
-        "s2 is at s3://bucket/x.tif, which is not http",
+        f"s0 is at file://{secret}, which is not an http URL",
+        f"s1 is at {secret}, which is not an http URL",
+        "s2 is at s3://bucket/x.tif, which is not an http URL",
         f"s3 has no file at {stac.url}/gone.tif (HTTP response code: 404)",
-        "s4 lacks its time or picture ('visual')",
-        "s5 lacks its time or picture",
+        "s4 has no time or no picture ('visual')",
+        "s5 has no time or no picture",
     ]
     every = why(stac)
     assert "none of 6 scenes" in every
@@ -423,17 +425,17 @@ def test_a_raster_cannot_point_to_files_of_this_machine(stac: Stac) -> None:
 
 
 def test_what_is_refused_before_any_question(stac: Stac, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(OrionError, match="prague~2: Sentinel-2 gives one picture a place"):
+    with pytest.raises(OrionError, match="prague~2: Sentinel-2 has one picture per place"):
         list(source(stac).pictures([place(), Shot(place().target, 2)]))
     with pytest.raises(OrionError, match="end is before the start"):
         source(stac, start="2025-01-01", end="2024-12-31")
     with pytest.raises(OrionError, match="dates 2025 to 2025-12-31: Invalid"):
         source(stac, start="2025")
-    with pytest.raises(OrionError, match="no address of a STAC API"):
+    with pytest.raises(OrionError, match="not the URL of a STAC API"):
         source(stac, url="/etc/catalogue.json")
     # An installation without the extra.
     monkeypatch.setitem(sys.modules, "rasterio", None)
-    with pytest.raises(OrionError, match=r"rasterio, which is not installed. pip install 'orion-triage\[imagery\]'"):
+    with pytest.raises(OrionError, match=r"rasterio, which is not installed\. Run pip install 'orion-tri"):
         one(stac)
     assert stac.requests == []
 

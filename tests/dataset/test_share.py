@@ -65,7 +65,7 @@ def test_a_pushed_dataset_loads_with_datasets_and_runs_again(
 
     refused = push(hub, run)
     assert refused.returncode == 1
-    assert "nobody knows the terms of 18 of 18 frames" in refused.stderr
+    assert "the licence of 18 of 18 frames is unknown" in refused.stderr
     assert not hub.repositories
     result = push(hub, run, "--licence", "cc-by-4.0")
     assert result.returncode == 0, result.stderr
@@ -104,7 +104,7 @@ def test_card_and_croissant_say_what_is_in_it(hub: Hub, run: Run, tmp_path: Path
         "| train | 4 | 4 | 4 |",
         "| validation | 1 | 1 | 1 |",
         "| 18 | directory | unknown |",
-        "connected by steps under 100 km stay in one split",
+        "places less than 100 km apart are in the same split",
         "warning: few-test-frames",
     ):
         assert part in card.text, part

@@ -60,29 +60,29 @@ def table(path: Path) -> list[dict[str, str]]:
 
 @pytest.mark.slow
 def test_a_catalogue_through_every_fault(server: SimSatServer, cache: Path, tmp_path: Path) -> None:
-    """The account of 180 places, twelve of every morphology, to the last request."""
-    targets = places_of(count=12)
+    """The account of 90 places, six of every morphology, to the last request."""
+    targets = places_of(count=6)
     places = str(write_catalogue(tmp_path / "places.csv", targets))
     mix: dict[str, tuple[int, str, int]] = {  # fault: places, outcome, requests of each
-        "empty": (6, "fetched", 2),
-        "500": (6, "fetched", 2),
-        "429 after 0": (4, "fetched", 2),
-        "stall": (2, "fetched", 2),
+        "empty": (3, "fetched", 2),
+        "500": (3, "fetched", 2),
+        "429 after 0": (2, "fetched", 2),
+        "stall": (1, "fetched", 2),
         "drip": (1, "fetched", 2),
-        "announces more": (4, "fetched", 2),
-        "announces less": (3, "fetched", 2),
-        "reset": (4, "fetched", 2),
-        "reset midway": (4, "fetched", 2),
-        "truncated": (4, "fetched", 2),
-        "empty, empty": (3, "fetched", 3),
-        "empty forever": (3, "failed", ATTEMPTS),
-        "500 forever": (3, "failed", ATTEMPTS),
-        "truncated forever": (2, "failed", ATTEMPTS),
+        "announces more": (2, "fetched", 2),
+        "announces less": (2, "fetched", 2),
+        "reset": (2, "fetched", 2),
+        "reset midway": (2, "fetched", 2),
+        "truncated": (2, "fetched", 2),
+        "empty, empty": (2, "fetched", 3),
+        "empty forever": (2, "failed", ATTEMPTS),
+        "500 forever": (2, "failed", ATTEMPTS),
+        "truncated forever": (1, "failed", ATTEMPTS),
         "stall forever": (1, "failed", ATTEMPTS),
         "reset forever": (1, "failed", ATTEMPTS),
-        "404": (2, "failed", 1),
-        "not visible": (3, "not visible", 1),
-        "white": (2, "blank", 1),
+        "404": (1, "failed", 1),
+        "not visible": (2, "not visible", 1),
+        "white": (1, "blank", 1),
     }
     faulty = random.Random(5).sample(
         [target for target in targets if target.category != Category.LOW], sum(count for count, _, _ in mix.values())
@@ -95,9 +95,9 @@ def test_a_catalogue_through_every_fault(server: SimSatServer, cache: Path, tmp_
             server.scripts[where(target)] = repeat(kind) if kind != name else iter(kind.split(", "))
             expected[target.name] = outcome, requests
 
-    figures = build.run(tmp_path / "out", settings(server, catalogue=places, largest_missing_share=0.1))
+    figures = build.run(tmp_path / "out", settings(server, catalogue=places, largest_missing_share=0.15))
     assert figures["account"] == Counter(outcome for outcome, _ in expected.values())
-    assert figures["account"] == {"fetched": 163, "failed": 12, "not visible": 3, "blank": 2}
+    assert figures["account"] == {"fetched": 79, "failed": 8, "not visible": 2, "blank": 1}
     requests = server.counts()
     assert {target.name: requests[where(target)] for target in targets} == {
         name: count for name, (_, count) in expected.items()
@@ -107,9 +107,9 @@ def test_a_catalogue_through_every_fault(server: SimSatServer, cache: Path, tmp_
         name: outcome for name, (outcome, _) in expected.items() if outcome != "fetched"
     }
     assert all(row["why"] for row in absent.values())
-    assert "17 places have no picture and are left out" in figures["warnings"][0]
+    assert "11 places have no picture and are left out" in figures["warnings"][0]
     frames = table(tmp_path / "out" / FRAMES_TABLE)
-    assert len(frames) == 163
+    assert len(frames) == 79
     named = {record.image for split in SPLITS for record in read_split(tmp_path / "out", split)}
     assert named == {row["image"] for row in frames}
     assert named == {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.png")}
@@ -122,7 +122,7 @@ def test_a_catalogue_through_every_fault(server: SimSatServer, cache: Path, tmp_
     # The same again asks only for what is missing, and a smaller share stops it: what is there stays.
     asked = len(server.requests)
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    with pytest.raises(OrionError, match=r"10 of 180 places have no picture, more than .*largest_missing_share=0.05"):
+    with pytest.raises(OrionError, match=r"5 of 90 places have no picture, more than .*largest_missing_share=0.05"):
         build.run(tmp_path / "out", settings(server, catalogue=places))
     assert not {request.place for request in server.requests[asked:]} & {
         where(target) for target in targets if expected[target.name][0] == "fetched"
@@ -138,7 +138,7 @@ def test_a_permanent_outage_stops_the_build_and_the_next_goes_on(
     server.scripts[where(order[20])] = iter(["stop"])
     with pytest.raises(OrionError, match=r"SimSat at http://127.0.0.1:\d+ does not answer") as caught:
         build.run(tmp_path / "out", asked)
-    assert "it goes on from" in caught.value.fix
+    assert "it resumes from" in caught.value.fix
     assert not (tmp_path / "out").exists()
     assert len(list(cache.glob("*.jpeg"))) == 20
     server.start()

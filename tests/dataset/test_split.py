@@ -71,7 +71,7 @@ def test_a_catalogue_may_name_its_splits_for_all_places_or_for_none() -> None:
     splits = given_splits(named)
     assert splits is not None
     assert [[t.name for t in splits[split]] for split in ("train", "val", "test")] == [["p0", "p3"], ["p1"], ["p2"]]
-    with pytest.raises(OrionError, match="4 of 5 places name their split, but extra names none"):
+    with pytest.raises(OrionError, match="4 of 5 places have a split, but extra has none"):
         given_splits([*named, target("extra", 9, 9)])
-    with pytest.raises(OrionError, match="there is no val"):
+    with pytest.raises(OrionError, match="no place is in val"):
         given_splits([t for t in named if t.split != "val"])

@@ -74,12 +74,12 @@ def test_it_counts_every_frame_once_and_shows_it(dataset: Path) -> None:
     assert document.all("title")[0] == "Dataset run/dataset"
     counts = document.section("Counts")
     assert "train 4 4 4 12 val 2 2 2 6 test 2 2 2 6 all 8 8 8 24" in counts
-    assert "36 lines make them" in counts
-    assert "12 lines have none." in counts
+    assert "36 lines: most training frames have two" in counts
+    assert "12 lines have no coordinates." in counts
     assert len(document.cards()) == len(document.attributes("src")) == 24
     assert Counter(card["data-split"] for card in document.cards().values()) == {"train": 12, "val": 6, "test": 6}
     assert "train, HIGH 4 frames" in document.all("h3")
-    assert "The check found nothing." in document.section("Findings")
+    assert "The check has no findings." in document.section("Findings")
     card = next(text for text in document.all("li") if "high_place_00" in text and "HIGH train" in text)
     assert "Dense geometric port infrastructure with long quays. lon -170.0, lat -55.0" in card
     assert "train_dataset.jsonl, lines 1, 2" in card
@@ -139,7 +139,7 @@ def test_a_long_list_of_one_check_is_cut_and_said(dataset: Path, monkeypatch: py
     monkeypatch.setattr(view, "LISTED", 3)
     document = page(dataset, [warning(f"train_dataset.jsonl:{n}") for n in range(1, 11)] + [error("a.png")])
     assert len([i for i in document.attributes("id") if i.startswith("finding-")]) == 4
-    assert "The first 3 of 10; 'orion dataset check' has them all." in document.section("Findings")
+    assert "The first 3 of 10 are listed. 'orion dataset check' lists all." in document.section("Findings")
     assert "#finding-4" not in document.links()
     assert sum("data-findings" in card for card in document.cards().values()) == 5  # of two lines each
 
@@ -159,16 +159,16 @@ def test_frames_that_are_missing_damaged_or_elsewhere_have_a_placeholder(dataset
     os.mkfifo(images / "low_place_05.png")
     Image.new("RGB", (700, 600), "red").save(images / "high_place_06.png")  # of another size: shown all the same
     document = page(dataset)
-    assert "6 frames have no picture that can be shown; the placeholder says why." in document.section("Counts")
-    gone = [text for text in document.all("button") if text.startswith("No picture")]
+    assert "6 frames cannot be shown. The placeholder gives the reason." in document.section("Counts")
+    gone = [text for text in document.all("button") if text.startswith("No image")]
     assert len(gone) == 6
     for said in (
-        "No picture orion_dataset/images/high_place_00.png does not exist.",
+        "No image orion_dataset/images/high_place_00.png does not exist.",
         "medium_place_01.png is damaged",
         "low_place_02.png is neither PNG nor JPEG.",
-        "high_place_03.png leads out of",
-        "medium_place_04.png is no path to a file",
-        "low_place_05.png is no regular file",
+        "high_place_03.png is outside",
+        "medium_place_04.png is not a valid path",
+        "low_place_05.png is not a regular file",
     ):
         assert [text for text in gone if said in text], (said, gone)
     assert len([tag for tag, _ in document.elements if tag == "img"]) == 18
@@ -181,14 +181,14 @@ def test_lines_that_are_no_record_are_counted(dataset: Path) -> None:
     split_path(dataset, "val").unlink()
     document = page(dataset, [error("test_dataset.jsonl:7", "not JSON.", check="schema")])
     counts = document.section("Counts")
-    assert "2 lines of test_dataset.jsonl are no record and cannot be shown." in counts
+    assert "2 lines of test_dataset.jsonl are not valid and not shown." in counts
     assert "The val split cannot be read: No such file or directory." in counts
     assert "test 2 2 2 6" in counts
     assert "val 0 0 0 0" in counts
     assert "test_dataset.jsonl:7: not JSON." in document.section("Findings")
     for split in ("train", "test"):
         split_path(dataset, split).write_text("[]\n")
-    assert "No line of the dataset is a record." in page(dataset).section("Frames")
+    assert "The dataset has no valid line." in page(dataset).section("Frames")
     for split in ("train", "test"):
         split_path(dataset, split).unlink()
     with pytest.raises(RecordError, match=r"has no train_dataset\.jsonl"):
@@ -201,7 +201,7 @@ def test_a_large_dataset_is_sampled_evenly_and_says_so(dataset: Path, monkeypatc
     done: list[tuple[int, int]] = []
     findings = [error(f"train_dataset.jsonl:{n}") for n in range(1, 25)]
     document = page(dataset, findings[:6])  # frames 0 to 2, first of their categories and so in the sample
-    assert "A sample: 12 of 24 frames are shown, spread evenly over every split" in document.section("Counts")
+    assert "Sample: 12 of 24 frames are shown, evenly from every split" in document.section("Counts")
     assert "more that have findings" not in document.section("Counts")
     assert "all 8 8 8 24" in document.section("Counts")
     groups = Counter((card["data-split"], card["data-category"]) for card in document.cards().values())
@@ -209,7 +209,7 @@ def test_a_large_dataset_is_sampled_evenly_and_says_so(dataset: Path, monkeypatc
     assert "train, HIGH 2 frames of 4" in document.all("h3")
     text = view.render_view(dataset, findings, progress=lambda told, at, total: done.append((at, total)))
     document = Page(text)
-    assert "A sample: 12 of 24 frames are shown" in document.section("Counts")
+    assert "Sample: 12 of 24 frames are shown" in document.section("Counts")
     assert "and 6 more that have findings." in document.section("Counts")
     assert len(document.cards()) == 18
     assert done == [(n, 18) for n in range(1, 19)]
@@ -240,7 +240,7 @@ def test_frames_without_coordinates_are_not_on_the_map_and_counted(dataset: Path
     for name in ("high_place_00", "low_place_20"):
         rewrite(dataset, name, coordinates=None)
     document = page(dataset)
-    assert "2 frames have no coordinates and are not on it." in document.section("Map")
+    assert "2 frames have no coordinates and are not on the map." in document.section("Map")
     points = [a for _, a in document.elements if a.get("class", "").startswith("point")]
     assert len(points) == 22
     assert not {document.cards()[name]["id"] for name in ("high_place_00", "low_place_20")} & {
@@ -249,8 +249,8 @@ def test_frames_without_coordinates_are_not_on_the_map_and_counted(dataset: Path
     for split in ("train", "val", "test"):
         write_split(dataset, split, [r.without_coordinates() for r in read_split(dataset, split)])
     document = page(dataset)
-    assert "24 frames have no coordinates and are not on it." in document.section("Map")
-    assert "map-told" not in document.attributes("id")
+    assert "24 frames have no coordinates and are not on the map." in document.section("Map")
+    assert "map-description" not in document.attributes("id")
 
 
 def test_points_lie_where_the_places_are(dataset: Path) -> None:

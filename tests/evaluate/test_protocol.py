@@ -97,7 +97,7 @@ def test_published_statistics_are_reproduced() -> None:
     assert change.mid_p == pytest.approx(0.125)
     same = compare(wrong_then_right[0], wrong_then_right[0])
     assert (same.exact_p, same.frames_to_resolve) == (1.0, None)
-    with pytest.raises(OrionError, match="not of the same frames"):
+    with pytest.raises(OrionError, match="are of different frames"):
         compare(wrong_then_right[0], wrong_then_right[1][:2])
 
 

@@ -31,9 +31,9 @@ def test_scores_are_shares_of_what_the_labels_have_together() -> None:
 
 def test_labels_are_told_apart_by_their_first_token() -> None:
     assert category_tokens(lambda text: list(text.encode())) == [ord("H"), ord("M"), ord("L")]
-    with pytest.raises(OrionError, match="does not tell the three labels apart"):
+    with pytest.raises(OrionError, match="does not give the three labels different first tokens"):
         category_tokens(lambda text: [sum(word.encode()) for word in text.split(" ")])  # one token for '"HIGH'
-    with pytest.raises(OrionError, match="does not tell the three labels apart"):
+    with pytest.raises(OrionError, match="does not give the three labels different first tokens"):
         category_tokens(lambda text: [0 if chr(byte) in "HML" else byte for byte in text.encode()])
 
 

@@ -117,7 +117,7 @@ def test_servers_of_different_models_do_not_share(servers: list[Server], monkeyp
 
     # Servers of our own have a key each; `share` takes one for all, as a user has it.
     monkeypatch.setattr(module, "connect", lambda url, key, tokens: connect(url, by_url[url], tokens))
-    with pytest.raises(OrionError, match=r"orion-f16\.gguf.*must serve the same model"):
+    with pytest.raises(OrionError, match=r"orion-f16\.gguf.*Load the same model"):
         share(urls, "", TOKENS)
     backend, first = share(urls[:1], "", TOKENS)
     assert isinstance(backend, SharedBackend)

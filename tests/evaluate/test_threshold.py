@@ -90,7 +90,7 @@ def test_frames_that_no_threshold_saves_count_in_its_choice() -> None:
 def test_thresholds_that_mean_nothing_are_refused() -> None:
     rows = rows_of([H, L], lows(0.1, 0.2))
     for limit in (-0.01, 1.01, float("nan")):
-        with pytest.raises(OrionError, match="is not within 0"):
+        with pytest.raises(OrionError, match=r"is outside 0\.\.1"):
             lowest_threshold(rows, limit)
     with pytest.raises(OrionError, match="no frame is HIGH or MEDIUM"):
         lowest_threshold(rows_of([L, L], lows(0.1, 0.2)), 0.1)
@@ -155,8 +155,8 @@ def test_flight_and_report_decide_alike_frame_by_frame(threshold: float | None, 
 def test_the_rules_in_words_name_every_step() -> None:
     assert in_words(Rules()) == [
         "A blank frame is LOW. The model is not asked about it.",
-        "An answer that is no verdict decides nothing: keep the frame, and count it.",
-        "Else the category that the answer names. No threshold was chosen.",
+        "An answer without a valid verdict decides nothing: keep the frame and count it.",
+        "Otherwise, use the category in the answer. No threshold was chosen.",
     ]
     assert "at least 0.25 (the threshold" in " ".join(in_words(Rules(0.25)))
     assert not any("blank" in sentence for sentence in in_words(Rules(blank_is_low=False)))

@@ -128,7 +128,7 @@ def test_a_real_training_survives_a_killed_client_and_a_cut_wire(place: Place) -
         wait_for(place.here / "said", "trying again in 1 s")
         place.server.trust("host")
         assert second.wait(_SECONDS) == 0, (place.here / "said").read_text()
-    assert "has this training already: it runs" in (place.here / "said").read_text()
+    assert "already has this training: it is running" in (place.here / "said").read_text()
     log = (outside / "log").read_text()
     assert (place.here / "output").read_text() == log  # every byte once, over two connections
     assert "fine-tune: done in" in log
@@ -164,9 +164,9 @@ def test_a_training_that_vanishes_is_started_again(prepared: Place) -> None:
     os.killpg(int(job_file(prepared, "pid").read_text()), signal.SIGKILL)
     _, said = process.communicate(timeout=_SECONDS)
     assert process.returncode == 1
-    assert "is gone without an exit status" in said
+    assert "ended without an exit status" in said
     _, said = train(prepared, setup=setup, status=1)
-    assert "goes on from its last checkpoint" in said
+    assert "resuming from its last checkpoint" in said
     assert "failed with exit status 7" in said
 
 
@@ -175,7 +175,7 @@ def test_one_training_at_a_time_and_an_interrupted_command_says_that_it_goes_on(
     wait_for(job_file(prepared, "log"), "begun")
     _, said = train(prepared, "--set", "fine_tune.epochs=9", setup="echo begun; sleep 100", status=1)
     pid = int(job_file(prepared, "pid").read_text())
-    assert "another training runs on 127.0.0.1: --preset tiny" in said
+    assert "another training is running on 127.0.0.1: --preset tiny" in said
     assert f"kill -- -{pid}" in said
     for script in ("upload_to_server.sh", "download_weights.sh"):
         make_weights(prepared.weights, 1)
@@ -186,7 +186,7 @@ def test_one_training_at_a_time_and_an_interrupted_command_says_that_it_goes_on(
     os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=_SECONDS)
     assert process.returncode == 130
-    assert "the training goes on on 127.0.0.1" in said
+    assert "the training on 127.0.0.1 continues" in said
     os.kill(pid, 0)
     os.killpg(pid, signal.SIGKILL)
 
@@ -199,10 +199,10 @@ def test_a_training_that_ended_meanwhile_is_fetched_and_kept_ones_are_trained_an
     process.communicate()
     wait_for(job_file(prepared, "status"))
     _, said = train(prepared, "--set", "fine_tune.epochs=9", setup=setup, status=1)
-    assert "has the weights of another training, which were not fetched" in said
+    assert "has weights of another training that were not fetched" in said
     output, said = train(prepared, "--keep-remote", setup=setup)
     assert output == "setting up\n"
-    assert "it has ended" in said
+    assert "already has this training: it has ended" in said
     assert (prepared.here / "setups").read_text() == "\n"
     weights = prepared.here / "runs" / "tiny" / "orion_lora_weights"
     assert tree(weights) == tree(prepared.weights)
@@ -259,7 +259,7 @@ def test_the_server_gets_the_settings_and_a_preset_of_ones_own(prepared: Place) 
 
 def test_mistakes_are_named_before_anything_is_sent(prepared: Place) -> None:
     prepared.variables["SERVER"] = "-oProxyCommand=touch x"
-    assert "names no server" in train(prepared, status=1)[1]
+    assert "is not a host or user@host" in train(prepared, status=1)[1]
     prepared.variables["SERVER"] = prepared.server.address
     assert "there is no preset 'huge'" in train(prepared, "--preset", "huge", status=1)[1]
     prepared.variables["ORION_SSH"] = prepared.server.ssh_with("other")

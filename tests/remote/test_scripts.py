@@ -68,7 +68,7 @@ def test_an_upload_brings_dataset_and_repository_and_leaves_nothing_else(place: 
     make_repository(place.source)
     make_dataset(place.local_data, 1)
     (place.local_data / "notes.txt").write_text("mine")
-    assert "not part of a dataset, and not sent: notes.txt" in place.upload()
+    assert "not sent, because it is not part of a dataset: notes.txt" in place.upload()
     (place.local_data / "notes.txt").unlink()
     assert tree(place.data) == tree(place.local_data)
     head = git(place.source, "rev-parse", "HEAD")
@@ -77,7 +77,7 @@ def test_an_upload_brings_dataset_and_repository_and_leaves_nothing_else(place: 
     place.assert_nothing_partial()
 
     sent = place.server.wire.bytes
-    assert "there already, and whole" in place.upload()
+    assert "already has the complete dataset" in place.upload()
     assert place.server.wire.bytes - sent < sent - 40_000  # no frame travelled again
     make_dataset(place.local_data, 2)
     head = commit(place.source, "second")
@@ -162,7 +162,7 @@ def limit_file_size(folder: Path, tool: str, size_bytes: int) -> None:
     path.chmod(0o755)
 
 
-@pytest.mark.parametrize(("tool", "says"), [("rsync", "rsync failed"), ("tar", "what was there is untouched")])
+@pytest.mark.parametrize(("tool", "says"), [("rsync", "rsync failed"), ("tar", "the old dataset is unchanged")])
 def test_a_full_disk_on_the_server_leaves_the_old_dataset(place: Place, tool: str, says: str) -> None:
     make_repository(place.source)
     old = tree(make_dataset(place.local_data, 1))
@@ -222,7 +222,7 @@ def test_the_servers_half_of_a_cut_upload_is_waited_for(place: Place) -> None:
     (place.here / "go").touch()
     output = second.communicate(timeout=60)[0]
     assert second.returncode == 0, output
-    assert "there already, and whole" in output  # the first one's work was done by then
+    assert "already has the complete dataset" in output  # the first one's work was done by then
     assert tree(place.data) == new
     place.assert_nothing_partial()
 
@@ -279,10 +279,10 @@ def test_commits_and_changes_on_the_server_are_not_overwritten(place: Place) -> 
     place.upload()
     commit(place.source, "newer")
     (place.repository / "pyproject.toml").write_text('name = "orion-triage"\n')
-    place.refused("upload_to_server.sh", "changes that are not committed", "pyproject.toml")
+    place.refused("upload_to_server.sh", "uncommitted changes", "pyproject.toml")
     commit(place.repository, "made there")
     before = tree(place.repository)
-    place.refused("upload_to_server.sh", "commits that are only there")
+    place.refused("upload_to_server.sh", "commits that exist nowhere else")
     assert {name for name in tree(place.repository).items() ^ before.items() if not name[0].startswith(".git")} == set()
 
 
@@ -338,7 +338,7 @@ def test_a_download_fetches_keeps_the_previous_and_scorches(place: Place) -> Non
     assert "kept on the server" in place.download("--keep-remote")
     assert tree(place.local_weights) == new
     assert place.data.is_dir()
-    assert "already, and whole" in place.download()
+    assert ", and complete" in place.download()
     assert tree(place.local_weights) == new
     assert not place.local_weights.with_name("orion_lora_weights.previous").exists()
     assert list(place.there.iterdir()) == []
@@ -436,7 +436,10 @@ def test_a_full_disk_here_keeps_the_old_weights_and_the_server(place: Place) -> 
     ("damage", "says"),
     [
         (lambda weights: (weights / "adapter_config.json").unlink(), "adapter_config.json is missing"),
-        (lambda weights: (weights / "adapter_model.safetensors").write_bytes(b"x"), "is not what the manifest says"),
+        (
+            lambda weights: (weights / "adapter_model.safetensors").write_bytes(b"x"),
+            "does not have the sha256 in the manifest",
+        ),
         (lambda weights: (weights / "manifest.json").unlink(), "is not finished"),
         (lambda weights: (weights / "manifest.json").write_text("{"), "manifest.json is damaged"),
         (
@@ -528,30 +531,30 @@ REFUSALS: list[tuple[str, str, Callable[[Place], str], str]] = [
             ("homes", "/home", ""),
         )
     ),
-    ("repository is a home", REPOSITORY, _in_a_home, "is a home"),
-    ("dataset is a home", DATA, lambda p: _also_a_dataset(p, p.server.home), "is a home"),
-    ("dataset holds a home", DATA, lambda p: _also_a_dataset(p, p.server.folder), "holds the home"),
+    ("repository is a home", REPOSITORY, _in_a_home, "is or contains the home folder"),
+    ("dataset is a home", DATA, lambda p: _also_a_dataset(p, p.server.home), "is or contains the home"),
+    ("dataset holds a home", DATA, lambda p: _also_a_dataset(p, p.server.folder), "contains the home"),
     ("repository is a link", REPOSITORY, lambda p: _link(p, "r", p.repository), "is a link"),
     ("dataset is a link", DATA, lambda p: _link(p, "d", p.data), "is a link"),
     ("repository through a link", REPOSITORY, lambda p: _link(p, "l", p.there) + "/orion-triage", "through a link"),
     ("dataset through a link", DATA, lambda p: _link(p, "l", p.there) + "/orion_data", "through a link"),
-    ("repository is a dataset", REPOSITORY, lambda p: str(p.data), "not recognisably a checkout"),
-    ("dataset is a repository", DATA, lambda p: str(p.repository), "not recognisably an ORION dataset"),
+    ("repository is a dataset", REPOSITORY, lambda p: str(p.data), "not a checkout of ORION"),
+    ("dataset is a repository", DATA, lambda p: str(p.repository), "not an ORION dataset"),
     ("no git", REPOSITORY, lambda p: (p.repository / ".git").rename(p.there / "git") and str(p.repository), "checkout"),
-    ("another project", REPOSITORY, lambda p: _dirty(p, "pyproject.toml", 'name = "orion"\n'), "not recognisably"),
-    ("changed", REPOSITORY, lambda p: _dirty(p, "pyproject.toml", 'name = "orion-triage"\n#'), "committed nowhere"),
-    ("untracked", REPOSITORY, lambda p: _dirty(p, "notes.txt", "mine"), "committed nowhere"),
-    ("unpublished", REPOSITORY, lambda p: commit(p.repository, "mine") and str(p.repository), "only there"),
-    ("stashed", REPOSITORY, _stashed, "only there"),
+    ("another project", REPOSITORY, lambda p: _dirty(p, "pyproject.toml", 'name = "orion"\n'), "not a checkout"),
+    ("changed", REPOSITORY, lambda p: _dirty(p, "pyproject.toml", 'name = "orion-triage"\n#'), "uncommitted changes"),
+    ("untracked", REPOSITORY, lambda p: _dirty(p, "notes.txt", "mine"), "uncommitted changes"),
+    ("unpublished", REPOSITORY, lambda p: commit(p.repository, "mine") and str(p.repository), "exist nowhere else"),
+    ("stashed", REPOSITORY, _stashed, "exist nowhere else"),
     ("other weights", REPOSITORY, _other_weights, "other finished weights"),
-    ("half a dataset", DATA, lambda p: (p.data / "val_dataset.jsonl").unlink() or str(p.data), "not recognisably"),
-    ("no frames", DATA, lambda p: shutil.rmtree(p.data / "orion_dataset") or str(p.data), "not recognisably"),
+    ("half a dataset", DATA, lambda p: (p.data / "val_dataset.jsonl").unlink() or str(p.data), "not an ORION dataset"),
+    ("no frames", DATA, lambda p: shutil.rmtree(p.data / "orion_dataset") or str(p.data), "not an ORION dataset"),
     ("more than a dataset", DATA, lambda p: (p.data / "thesis.tex").write_text("x") and str(p.data), "thesis.tex"),
     ("hidden in a dataset", DATA, lambda p: (p.data / ".ssh").mkdir() or str(p.data), ".ssh"),
-    ("dataset holds the repository", REPOSITORY, lambda p: _moved_into(p.repository, _images(p)), "holds"),
-    ("repository holds the dataset", DATA, lambda p: _moved_into(p.data, p.repository / "runs"), "holds"),
-    ("dataset holds the weights", WEIGHTS, lambda p: _moved_into(p.weights, _images(p)), "holds"),
-    ("weights hold the repository", WEIGHTS, lambda p: str(p.there), "holds"),
+    ("dataset holds the repository", REPOSITORY, lambda p: _moved_into(p.repository, _images(p)), "contains"),
+    ("repository holds the dataset", DATA, lambda p: _moved_into(p.data, p.repository / "runs"), "contains"),
+    ("dataset holds the weights", WEIGHTS, lambda p: _moved_into(p.weights, _images(p)), "contains"),
+    ("weights hold the repository", WEIGHTS, lambda p: str(p.there), "contains"),
 ]  # fmt: skip
 
 
@@ -599,12 +602,12 @@ def test_an_upload_replaces_only_a_dataset(place: Place) -> None:
     place.data.mkdir(parents=True)
     (place.data / "thesis.tex").write_text("x")
     before = tree(place.there)
-    place.refused("upload_to_server.sh", "ORION_SERVER_DATA_PATH", "not recognisably an ORION dataset")
+    place.refused("upload_to_server.sh", "ORION_SERVER_DATA_PATH", "not an ORION dataset")
     assert tree(place.there) == before
     place.variables = {"ORION_SERVER_DATA_PATH": str(place.server.home)}
-    place.refused("upload_to_server.sh", "is a home")
+    place.refused("upload_to_server.sh", "is or contains the home")
     place.variables = {"ORION_REPO_DIR": str(place.data)}
-    place.refused("upload_to_server.sh", "holds")
+    place.refused("upload_to_server.sh", "contains")
     place.variables = {"ORION_SERVER_HDD_PATH": _link(place, "link", place.there)}
     place.refused("upload_to_server.sh", "reached through a link", str(place.data))
 
@@ -614,10 +617,10 @@ def test_folders_here_that_are_no_weights_are_left_alone(place: Place) -> None:
     for name in ("orion_lora_weights", "orion_lora_weights.previous"):
         (place.here / name).mkdir()
         (place.here / name / "mine.txt").write_text("x")
-        place.refused("download_weights.sh", f"{name} is there, and holds no weights")
+        place.refused("download_weights.sh", f"{name} exists and contains no weights")
         shutil.rmtree(place.here / name)
     place.variables["ORION_LOCAL_WEIGHTS_DIR"] = "/"
-    place.refused("download_weights.sh", "names no folder")
+    place.refused("download_weights.sh", "is not the name of a folder")
 
 
 @pytest.mark.parametrize("script", ["upload_to_server.sh", "download_weights.sh"])
@@ -717,7 +720,11 @@ def test_a_dataset_that_is_not_whole_is_not_sent(place: Place) -> None:
     place.refused("upload_to_server.sh", "is empty")
     (place.local_data / "test_dataset.jsonl").unlink()
     place.refused("upload_to_server.sh", "has no test_dataset.jsonl")
-    for name, says in (("a/b.gz", "is not a file name"), ("-x.gz", "is not a file name"), ("x.tar", "how to compress")):
+    for name, says in (
+        ("a/b.gz", "is not a file name"),
+        ("-x.gz", "is not a file name"),
+        ("x.tar", "does not end in .gz or .zst"),
+    ):
         make_dataset(place.local_data, 1)
         place.variables["ORION_ARCHIVE_NAME"] = name
         place.refused("upload_to_server.sh", says)

@@ -1,8 +1,8 @@
 """STAGE dataset: places -> split -> pictures from a source -> frames and records.
 
-Every place gets one 512x512 PNG. Training places appear twice, with and without coordinates (coordinate dropout), so
-that neither prompt is new to the model in flight; val and test always carry coordinates. A place without a picture is
-left out by name, and too many of them stop the build.
+Every place gets one 512x512 PNG. Training places have two records, with and without coordinates (coordinate dropout),
+so that the model has seen both prompts before the flight. Val and test records always have coordinates. A place
+without a picture is left out and listed; too many of them stop the build.
 """
 
 import math
@@ -32,10 +32,10 @@ Splits = dict[Split, list[Target]]
 
 
 def run(out_folder: Path, settings: DatasetSettings, *, progress: Progress = silent) -> dict[str, Any]:
-    """Build the dataset folder: three JSONL splits, the frames, `frames.csv` and, if need be, `absent.csv`.
+    """Build the dataset folder: three JSONL splits, the frames, `frames.csv`, and `absent.csv` if places are missing.
 
-    A folder in the published layout is checked and copied instead. Returns counts, the account of all places, and
-    what is wrong with the catalogue or missing.
+    A folder in the published layout is checked and copied instead. Returns counts, the outcomes of all places, and
+    warnings. Raises OrionError for a mistake in the catalogue or the settings, and if too many places are missing.
     """
     if published := published_folder(settings):
         return _copy(published, out_folder, settings.test_size, progress)
@@ -51,7 +51,7 @@ def run(out_folder: Path, settings: DatasetSettings, *, progress: Progress = sil
         for split in SPLITS:
             records = [record for shot in taken[split] for record in records_of(shot, split)]
             if not records:
-                raise OrionError(f"no place of the {split} split has a picture.", "Give the catalogue more places.")
+                raise OrionError(f"no place of the {split} split has a picture.", "Add places to the catalogue.")
             write_split(folder, split, records)
             counts[split] = len(records)
         collected.write_tables(folder)
@@ -67,7 +67,7 @@ def run(out_folder: Path, settings: DatasetSettings, *, progress: Progress = sil
             *_close_places(splits, _footprint_km(settings)),
             *_far_out(splits),
             *getattr(source, "warnings", []),
-            *_told(collected.absent),
+            *_missing_in_words(collected.absent),
         ],
     }
 
@@ -81,9 +81,9 @@ def published_folder(settings: DatasetSettings) -> Path | None:
 
 
 def plan(settings: DatasetSettings) -> tuple[ImagerySource, Splits]:
-    """The source that the settings ask for, and the places by split; nothing is fetched yet.
+    """The source that the settings name, and the places by split; fetches nothing.
 
-    Raises OrionError for every mistake that can be seen before: in the catalogue, in the split, in the options.
+    Raises OrionError for mistakes in the catalogue, the split or the options.
     """
     source: ImagerySource
     if settings.source == "directory":
@@ -100,7 +100,7 @@ def plan(settings: DatasetSettings) -> tuple[ImagerySource, Splits]:
         raise OrionError(
             f"dataset.split_distance_km={settings.split_distance_km:g} is less than a frame's diagonal of "
             f"{footprint:.1f} km: two splits could show the same ground.",
-            f"Give at least {math.ceil(footprint)}.",
+            f"Set it to at least {math.ceil(footprint)}.",
         )
     return source, split_targets(targets, seed=settings.split_seed, distance_km=settings.split_distance_km)
 
@@ -125,13 +125,13 @@ def _source(settings: DatasetSettings) -> ImagerySource:
 
             return Synthetic(settings.imagery_seed, settings.metres_per_pixel)
         case "directory":
-            raise ValueError("a folder brings its own places")
+            raise ValueError("plan() handles a folder: its places come with it")
         case _:
             assert_never(settings.source)
 
 
 def _footprint_km(settings: DatasetSettings) -> float:
-    """The diagonal of a frame on the ground: two places closer than that can show the same."""
+    """The diagonal of a frame on the ground, in km: two places closer than that can show the same ground."""
     match settings.source:
         case "simsat":
             metres = METRES_PER_PIXEL_AT_500_KM * settings.altitude_km / 500
@@ -145,20 +145,20 @@ def _footprint_km(settings: DatasetSettings) -> float:
 
 
 def _close_places(splits: Splits, footprint_km: float) -> list[str]:
-    """Pairs of places that share ground, in words."""
+    """A warning about pairs of places that share ground."""
     placed = [target for split in SPLITS for target in splits[split] if target.coordinates]
     pairs = pairs_within([target.coordinates for target in placed if target.coordinates], footprint_km)
     if not len(pairs):
         return []
     first, second = (placed[index] for index in pairs[0])
     return [
-        f"{len(pairs)} pairs of places are closer than a frame's diagonal ({footprint_km:.1f} km) and show the same "
-        f"ground: {first.name} ({first.origin}) and {second.name} ({second.origin}) first"
+        f"{len(pairs)} pairs of places are closer than a frame's diagonal ({footprint_km:.1f} km) and can show the "
+        f"same ground, for example {first.name} ({first.origin}) and {second.name} ({second.origin})"
     ]
 
 
 def _far_out(splits: Splits) -> list[str]:
-    """Places of people far out at sea that would lie on land if longitude and latitude changed places, in words."""
+    """A warning about HIGH and MEDIUM places at sea that would be on land with longitude and latitude swapped."""
     built = [
         (target, target.coordinates)
         for split in SPLITS
@@ -169,51 +169,53 @@ def _far_out(splits: Splits) -> list[str]:
     if not found:
         return []
     return [
-        f"{len(found)} of {len(built)} HIGH and MEDIUM places lie far out at sea, and on land with longitude and "
-        f"latitude exchanged: {found[0].name} ({found[0].origin}) first"
+        f"{len(found)} of {len(built)} HIGH and MEDIUM places are far out at sea, but on land if longitude and "
+        f"latitude are swapped, for example {found[0].name} ({found[0].origin})"
     ]
 
 
 def _repeated(targets: list[Target], settings: DatasetSettings) -> list[Shot]:
-    """The test frames beyond one a place, as evenly as they go."""
+    """The test frames in addition to one per place, spread evenly over the places."""
     size = settings.test_size
     if size and size < len(targets):
         raise OrionError(
             f"dataset.test_size={size} is less than the {len(targets)} test places.",
-            "Give more, or 0 for one frame a place.",
+            f"Set it to {len(targets)} or more, or to 0 for one frame per place.",
         )
     if size > len(targets) and settings.source != "synthetic":
         raise OrionError(
-            f"dataset.test_size={size}: the catalogue gives {len(targets)} test places.",
-            f"Only drawn tiles can be made at will: give a catalogue of about {6 * size} places.",
+            f"dataset.test_size={size}, but the catalogue has only {len(targets)} test places, and only synthetic "
+            "tiles can repeat a place.",
+            f"Use a catalogue of about {6 * size} places.",
         )
     return [Shot(targets[n % len(targets)], n // len(targets) + 1) for n in range(len(targets), size)]
 
 
-def _told(absent: list[dict[str, Any]]) -> list[str]:
+def _missing_in_words(absent: list[dict[str, Any]]) -> list[str]:
     if not absent:
         return []
     named = "; ".join(row["why"] for row in absent[:3])
-    return [f"{len(absent)} places have no picture and are left out ({ABSENT_TABLE} has them all): {named}"]
+    return [f"{len(absent)} places have no picture and are left out ({ABSENT_TABLE} lists them): {named}"]
 
 
 def _copy(source: Path, out_folder: Path, test_size: int, progress: Progress) -> dict[str, Any]:
-    """Copy a finished dataset after decoding every one of its frames; the first bad line or frame stops it.
+    """Decode every frame of a finished dataset and copy it; raises OrionError for the first bad line or frame.
 
-    A picture of another size than 512x512 (the published generator saved 2560x2560) is cut and scaled as in flight.
+    A picture that is not 512x512 (the published generator saved 2560x2560) is cropped and scaled as in flight.
     """
     records = {split: read_split(source, split) for split in SPLITS}
     if test_size > len(records["test"]):
         raise OrionError(
-            f"dataset.test_size={test_size}: {source} has {len(records['test'])} test records.",
-            "Only drawn tiles can be made at will: use a dataset with as many test frames.",
+            f"dataset.test_size={test_size}, but {source} has only {len(records['test'])} test records.",
+            "Lower it, or use a dataset with more test frames.",
         )
     root = hub.root_of(source)
     paths = {record.image: image_path(source, record, root) for split in SPLITS for record in records[split]}
     if missing := [image for image, path in paths.items() if not path.is_file()]:
         raise OrionError(
-            f"{source} lacks {len(missing)} of the {len(paths)} pictures that its records name, {missing[0]} first.",
-            f"Put them at these paths, relative to {source}.",
+            f"{source}: {len(missing)} of the {len(paths)} pictures that the records name are missing, for example "
+            f"{missing[0]}.",
+            f"Copy them to these paths, relative to {source}.",
         )
     require_free_space(out_folder, sum(path.stat().st_size for path in paths.values()), "the dataset")
     resized = 0
@@ -235,12 +237,12 @@ def _copy(source: Path, out_folder: Path, test_size: int, progress: Progress) ->
         "targets": {split: len({record.image for record in records[split]}) for split in SPLITS},
         "records": {split: len(records[split]) for split in SPLITS},
         "source": hub.id_of(source) or str(source),
-        "warnings": [f"{resized} of {len(paths)} pictures were not 512x512: cut and scaled"] if resized else [],
+        "warnings": [f"{resized} of {len(paths)} pictures were not 512x512: cropped and scaled"] if resized else [],
     }
 
 
 def records_of(shot: Shot, split: Split) -> Iterator[Record]:
-    """The place's line with its coordinates, and in training a second one without."""
+    """The record of a shot with its coordinates; for training, also one without."""
     target = shot.target
     record = Record(image_name(shot), target.coordinates, Verdict(target.reason, target.category))
     yield record

@@ -1,4 +1,4 @@
-"""Pictures from a source -> frames in a folder, their table, and the account of every place."""
+"""Fetch pictures from a source and write the frames, their table, and the outcome of every place."""
 
 import csv
 import hashlib
@@ -24,7 +24,7 @@ FRAME_COLUMNS = (
     "metres_per_pixel", "captured_at", "licence", "attribution", "redistributable", "sha256",
 )  # fmt: skip
 ABSENT_COLUMNS = ("name", "split", "category", "outcome", "why")
-_FEWEST_MISSING = 3  # fewer never stop a build: of 20 places one is already 5 %
+_FEWEST_MISSING = 3  # fewer missing places never stop a build: one of 20 places is already 5 %
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 Row = dict[str, Any]
@@ -32,7 +32,7 @@ Row = dict[str, Any]
 
 @dataclass
 class Collected:
-    """`taken` are the shots that have a frame, `rows` say where each frame comes from, `absent` why others have none.
+    """`taken` are the shots with a frame, `rows` the origin of each frame, `absent` the reasons of missing frames.
 
     `account` counts the outcomes: fetched, cached, not visible, blank, failed.
     """
@@ -55,7 +55,7 @@ def collect(
     largest_missing_share: float,
     progress: Progress,
 ) -> Collected:
-    """Ask the source for every shot and write its frame into `folder`.
+    """Request every shot from the source and write its frame into `folder`.
 
     Raises OrionError as soon as more than `largest_missing_share` of the shots have no usable picture.
     """
@@ -77,22 +77,22 @@ def collect(
             collected.absent.append(dict(zip(ABSENT_COLUMNS, cells, strict=True)))
             collected.account[frame.outcome] += 1
             if len(collected.absent) > most:
-                told = ", ".join(f"{count} {outcome}" for outcome, count in collected.account.items())
+                outcomes = ", ".join(f"{count} {outcome}" for outcome, count in collected.account.items())
                 raise OrionError(
                     f"{len(collected.absent)} of {len(asked)} places have no picture, more than "
-                    f"dataset.largest_missing_share={largest_missing_share:g} allows, after {done}: {told}. "
-                    f"The last: {frame.why}",
-                    "See to the source and run it again: what was fetched is kept. Or allow a larger share.",
+                    f"dataset.largest_missing_share={largest_missing_share:g} allows. Outcomes of the first {done} "
+                    f"places: {outcomes}. Last reason: {frame.why}",
+                    "Fix the source and run the same command again; fetched pictures are kept. Or raise the setting.",
                 )
         progress(f"{verb} frames", done, len(asked))
     return collected
 
 
 def _usable(answer: Picture | Absent, shot: Shot, blank_pixels: set[str]) -> Frame | Absent:
-    """The frame of an answer, or why there is none.
+    """The frame of an answer, or the reason for its absence.
 
-    A blank frame teaches nothing under HIGH or MEDIUM. Under LOW it may be open water; the same blank pixels a second
-    time are a server's tile for "no imagery". `blank_pixels` collects the hashes of those that were seen.
+    A blank frame labelled HIGH or MEDIUM is useless. Labelled LOW, it may be open water, but the same blank pixels a
+    second time are a server's tile for "no imagery". `blank_pixels` collects the hashes of blank LOW frames.
     """
     if isinstance(answer, Absent):
         return answer
@@ -110,12 +110,12 @@ def _usable(answer: Picture | Absent, shot: Shot, blank_pixels: set[str]) -> Fra
 
 
 def _is_frame_already(picture: Picture, frame: Frame) -> bool:
-    """Whether the picture's bytes can be kept: then synthetic tiles and others' PNGs stay as they were made."""
+    """Whether the picture's bytes can be stored unchanged, as for synthetic tiles and 512x512 RGB PNGs."""
     return picture.data.startswith(_PNG) and frame.native_size == (CAMERA_SIZE, CAMERA_SIZE)
 
 
 def image_name(shot: Shot) -> str:
-    """The record's image path; the category's prefix keeps files of one class together, as published."""
+    """The record's image path; its prefix is the category, as published."""
     return f"{IMAGES_FOLDER}/{shot.target.category.lower()}_{shot.name}.png"
 
 
@@ -142,7 +142,7 @@ def _row(split: Split, shot: Shot, source: ImagerySource, frame: Frame, picture:
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Row]) -> str:
-    """A table with a header, in the columns' order."""
+    """Write a CSV table with a header, in the order of the columns."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()

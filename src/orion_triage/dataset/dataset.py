@@ -1,4 +1,4 @@
-"""A dataset that is opened once and passed on: its records by split, and its frames, decoded once."""
+"""An opened dataset: its records by split and its frames, each read and decoded once."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -11,13 +11,13 @@ from orion_triage.settings import SPLITS, Split
 if TYPE_CHECKING:
     from PIL import Image
 
-KEPT_FRAMES = 512  # decoded ones: 0.4 GB at 512 px, more than a run's 360; of larger datasets the last used
+KEPT_FRAMES = 512  # decoded frames in the cache (least recently used go): 0.4 GB at 512 px; a run has 360
 
 
 class Dataset:
-    """The dataset in a folder. Each split is read when it is first asked for, and not again.
+    """The dataset in a folder. Each split is read at its first use and cached.
 
-    Errors are those of `read_split`, `image_path` and `read_frame`: they name the file and line.
+    Raises the errors of `read_split`, `image_path` and `read_frame`, which name the file and line.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -32,7 +32,7 @@ class Dataset:
         return self._records[split]
 
     def every_record(self) -> list[Record]:
-        """Those of train, val and test, in this order."""
+        """The records of train, val and test, in this order."""
         return [record for split in SPLITS for record in self.records(split)]
 
     def path(self, record: Record) -> Path:
@@ -40,10 +40,10 @@ class Dataset:
         return image_path(self.folder, record)
 
     def frame(self, record: Record, size: int) -> "Image.Image":
-        """RGB of `size` x `size` pixels; the same object each time, so do not change it."""
+        """The RGB frame of `size` x `size` pixels; cached, so do not modify it."""
         return self._frame(self.path(record), size)
 
     def blank_names(self, split: Split) -> list[str]:
-        """The names of the split's frames that the blank rule calls blank, sorted."""
+        """The sorted names of the split's frames that are blank by the blank rule."""
         named = {record.name: record for record in self.records(split)}
         return [name for name in sorted(named) if is_blank(self.frame(named[name], CAMERA_SIZE))]

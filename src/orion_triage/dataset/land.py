@@ -1,6 +1,6 @@
-"""Land and sea, coarsely: enough to notice that longitude and latitude were exchanged.
+"""A coarse land outline, to detect swapped longitude and latitude.
 
-The outline is Natural Earth's at 1:110 million, rounded to 0.1 degrees; islands under some 20 km are not in it.
+The outline is Natural Earth's at 1:110 million, rounded to 0.1 degrees. It has no islands below about 20 km.
 """
 
 import json
@@ -14,31 +14,31 @@ from numpy.typing import NDArray
 from orion_triage.mission.prompt import Coordinates
 
 OUTLINE = "coastline.json"
-_MARGIN_DEGREES = 2.0  # ports, platforms and small islands lie off the outline; 220 km of sea on all sides does not
+_MARGIN_DEGREES = 2.0  # ports, platforms and small islands can be off the outline, but not 220 km on all sides
 
 
 @cache
 def outline() -> list[list[list[float]]]:
-    """Closed rings of [longitude, latitude], cut at the antimeridian."""
+    """Closed rings of [longitude, latitude] in degrees, cut at the antimeridian."""
     rings: list[list[list[float]]] = json.loads((resources.files("orion_triage.dataset") / OUTLINE).read_text())
     return rings
 
 
 def on_land(lon: NDArray[np.float64], lat: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Whether points (arrays of one shape [n], degrees) lie within the outline."""
+    """Whether points (two arrays of shape [n], degrees) are inside the outline."""
     from matplotlib.path import Path
 
     points = np.stack([lon, lat], axis=1)
     inside = np.zeros(len(points), dtype=np.bool_)
     for ring in outline():
-        inside ^= Path(np.array(ring)).contains_points(points)  # a ring within a ring is a sea
+        inside ^= Path(np.array(ring)).contains_points(points)  # a ring inside a ring is a sea
     return inside
 
 
 def perhaps_swapped(places: Sequence[Coordinates]) -> list[int]:
-    """Indices of places that lie far out at sea, and on land if longitude and latitude change places.
+    """Indices of places that are far out at sea, but on land if longitude and latitude are swapped.
 
-    Ask it of places that show something built: of open sea, a third would be on land when swapped.
+    Use it only for places that show something built: a third of the open sea would be on land when swapped.
     """
     if not places:
         return []

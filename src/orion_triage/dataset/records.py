@@ -1,11 +1,11 @@
-"""One line of a dataset split: an image, a prompt and the right verdict, in the published layout.
+"""One line of a dataset split in the published layout: an image, a prompt and the right verdict.
 
 {"image": "orion_dataset/images/NAME.png",
  "conversations": [{"role": "user", "content": "<image>\\n" + prompt},
                    {"role": "assistant", "content": verdict as JSON}]}
 
-A dataset folder holds `train_dataset.jsonl`, `val_dataset.jsonl`, `test_dataset.jsonl` and the images
-at the paths that the lines name.
+A dataset folder contains `train_dataset.jsonl`, `val_dataset.jsonl`, `test_dataset.jsonl`, and the images at the paths
+that the lines name.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ from orion_triage.safe.reading import LARGEST_TABLE_BYTES, parse_json, read_text
 from orion_triage.settings import Split
 
 IMAGES_FOLDER = "orion_dataset/images"
-_LONGEST_PATH, _LONGEST_NAME = 1024, 255  # characters, and bytes of one part: what file systems take
-FRAMES_TABLE = "frames.csv"  # where every frame comes from; datasets of others may have none
+_LONGEST_PATH, _LONGEST_NAME = 1024, 255  # characters, and bytes of one component: limits of file systems
+FRAMES_TABLE = "frames.csv"  # origin of every frame; third-party datasets may not have it
 
 
 @dataclass(frozen=True)
@@ -65,15 +65,15 @@ def split_path(dataset: Path, split: Split) -> Path:
 
 
 def parse_record(line: str) -> Record:
-    """The record in one line; raises RecordError with what is wrong and how to mend it."""
+    """The record in one line; raises RecordError that states what is wrong and how to correct it."""
     try:
         value = parse_json(line)
     except ValueError as error:
-        raise RecordError(f"not JSON: {error}.", "One JSON object a line.") from None
+        raise RecordError(f"not JSON: {error}.", "Write one JSON object per line.") from None
     if not isinstance(value, dict) or set(value) != {"image", "conversations"}:
         raise RecordError(
             "the line is not an object with exactly the keys image and conversations.",
-            "See the published layout in docs/dataset.md.",
+            "Use the published layout in docs/dataset.md.",
         )
     image = _checked_image(value["image"])
     user, assistant = _turns(value["conversations"])
@@ -88,16 +88,19 @@ def parse_record(line: str) -> Record:
 
 def _checked_image(image: Any) -> str:
     if not isinstance(image, str) or not image:
-        raise RecordError(f"image is {shown(image)}.", "Give the path of a file in the dataset folder.")
+        raise RecordError(f"image is {shown(image)}, not a path.", "Use the path of a file in the dataset folder.")
     path = PurePosixPath(image)
     if path.is_absolute() or ".." in path.parts or "\\" in image or "\0" in image:
         raise RecordError(
-            f"image {shown(image)} leaves the dataset folder.", "Use a path relative to the folder, without '..'."
+            f"image {shown(image)} is outside the dataset folder.", "Use a path relative to the folder, without '..'."
         )
-    if not image.isprintable():  # a terminal would obey some of it, and half a surrogate pair names no file
+    if not image.isprintable():  # terminals interpret control characters; half a surrogate pair is not a file name
         raise RecordError(f"image {shown(image)} has unprintable characters.", "Rename the file.")
     if len(image) > _LONGEST_PATH or max(len(part.encode()) for part in path.parts or ("",)) > _LONGEST_NAME:
-        raise RecordError(f"image {shown(image)} is longer than a path can be.", "Rename the file.")
+        raise RecordError(
+            f"image {shown(image)} is longer than {_LONGEST_PATH} characters or {_LONGEST_NAME} bytes per component.",
+            "Rename the file.",
+        )
     return image
 
 
@@ -109,7 +112,7 @@ def _turns(conversations: Any) -> tuple[str, str]:
     if shape != [("user", True), ("assistant", True)]:
         raise RecordError(
             "conversations is not one user turn followed by one assistant turn, each with role and content.",
-            "See the published layout in docs/dataset.md.",
+            "Use the published layout in docs/dataset.md.",
         )
     return conversations[0]["content"], conversations[1]["content"]
 
@@ -125,21 +128,21 @@ def _checked_verdict(answer: str) -> Verdict:
         raise RecordError(f"the answer is not a verdict: {answer[:80]!r}.", 'Write {"reason": ..., "category": ...}.')
     if verdict.to_json() != answer:
         raise RecordError(
-            f"the answer is not in the verdict's exact form: {answer[:80]!r}.",
+            f"the answer is not in the exact form of a verdict: {answer[:80]!r}.",
             f"Write {verdict.to_json()[:80]}... (reason first, one space after each colon and comma).",
         )
     if fault := reason_fault(verdict.reason):
-        raise RecordError(f"the reason {shown(verdict.reason)} {fault}.", "Take it out.")
+        raise RecordError(f"the reason {shown(verdict.reason)} {fault}.", "Remove it from the reason.")
     return verdict
 
 
 def read_records(path: Path) -> list[Record]:
-    """All records of one split file; the first bad line is named as `file:line`."""
+    """All records of one split file; raises RecordError that names the first bad line as `file:line`."""
     try:
         text = read_text(path, LARGEST_TABLE_BYTES)
     except FileNotFoundError:
         raise RecordError(
-            f"{path} does not exist.", "Build a dataset with 'orion dataset', or pass the right folder."
+            f"{path} does not exist.", "Build a dataset with 'orion dataset', or pass the folder of a dataset."
         ) from None
     except OrionError as error:
         raise RecordError(error.message, error.fix) from None
@@ -165,12 +168,12 @@ def write_split(dataset: Path, split: Split, records: Iterable[Record]) -> None:
 
 
 def image_path(dataset: Path, record: Record, root: Path | None = None) -> Path:
-    """The record's file; raises RecordError when a link leads out of `root` (the dataset folder), or in a circle."""
+    """The record's file; raises RecordError for a circular link or one out of `root` (default: the dataset folder)."""
     path = dataset / record.image
     try:
         inside = path.resolve().is_relative_to((root or dataset).resolve())
     except (OSError, RuntimeError, ValueError) as error:
-        raise RecordError(f"{path} is no path to a file: {error}.", "Put the image itself there.") from None
+        raise RecordError(f"{path} is not a valid path: {error}.", "Replace it by the image file.") from None
     if not inside:
-        raise RecordError(f"{path} leads out of {dataset}.", "Copy the image into the dataset folder.")
+        raise RecordError(f"{path} is outside {dataset}.", "Copy the image into the dataset folder.")
     return path

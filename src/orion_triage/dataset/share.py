@@ -1,8 +1,11 @@
-"""A dataset on the Hub: a folder a split with its pictures and a metadata.jsonl, so that `load_dataset` and the Hub's
-viewer show them; the published splits beside them, so that `orion run --dataset OWNER/NAME` takes it; card, Croissant.
+"""Share a dataset on the Hub.
 
-Pixels are handed on only where every frame's terms allow it. Mapbox's do not: then the places can be shared, and
-whoever has access to the imagery makes the dataset from them.
+The repository has one folder per split with its pictures and a metadata.jsonl, for `load_dataset` and the Hub's
+viewer. It also has the published split files, for `orion run --dataset OWNER/NAME`, a dataset card and Croissant
+metadata.
+
+Pixels are shared only if the terms of every frame allow redistribution. Mapbox's do not. The places can then be
+shared instead; users with access to the imagery can build the dataset from them.
 """
 
 import csv
@@ -37,9 +40,10 @@ def push(
     catalogue_only: bool = False,
     private: bool = True,
 ) -> str:
-    """Push the dataset in `folder`; returns the commit's address. `figures` are its manifest's, `findings` its check's.
+    """Push the dataset in `folder` to the Hub; returns the commit's URL.
 
-    `licence` says under which terms pixels of an unknown origin may be handed on. Raises OrionError when they may not.
+    `figures` are those of its manifest, `findings` those of its check. `licence` is the licence of pixels of unknown
+    origin. Raises OrionError if the pixels must not be redistributed.
     """
     frames = read_frames(folder)
     if not catalogue_only:
@@ -59,7 +63,7 @@ def push(
 
 
 def read_frames(folder: Path) -> list[Frame]:
-    """One entry a frame: its record's fields, and what frames.csv knows of it ("" where that is not there)."""
+    """One entry per frame: the fields of its record and of frames.csv ("" if missing there)."""
     table: dict[str, dict[str, str]] = {}
     if (folder / FRAMES_TABLE).is_file():
         with (folder / FRAMES_TABLE).open(encoding="utf-8", newline="") as file:
@@ -68,38 +72,39 @@ def read_frames(folder: Path) -> list[Frame]:
     for split in SPLITS:
         for record in read_split(folder, split):
             known = table.get(record.image, {})
-            frame = frames.setdefault(record.image, {"record": record, "split": split, **_told(known)})
+            frame = frames.setdefault(record.image, {"record": record, "split": split, **_origin(known)})
             if record.coordinates:
                 frame["record"] = record
     return list(frames.values())
 
 
-def _told(row: Mapping[str, str]) -> Frame:
+def _origin(row: Mapping[str, str]) -> Frame:
     keys = ("name", "morphology", "source", "metres_per_pixel", "captured_at", "licence", "attribution")
     return {key: row.get(key, "") for key in keys} | {"redistributable": row.get("redistributable", "unknown")}
 
 
 def _licence(frames: Sequence[Frame], given: str) -> str:
-    """The licence of the pixels; raises OrionError when a frame's terms forbid handing it on, or nobody knows them."""
+    """The licence of the pixels; raises OrionError if a frame's terms forbid redistribution or are unknown."""
     forbidden = [frame for frame in frames if frame["redistributable"] == "no"]
     if forbidden:
         raise OrionError(
             f"{len(forbidden)} of {len(frames)} frames come from {forbidden[0]['source']} ({forbidden[0]['licence']}), "
-            "whose terms forbid handing on the pixels.",
-            "Share the places: --catalogue-only.",
+            "whose terms forbid redistribution of the pixels.",
+            "Share only the places: --catalogue-only.",
         )
     unknown = sum(frame["redistributable"] != "yes" for frame in frames)
     if unknown and not given:
         raise OrionError(
-            f"nobody knows the terms of {unknown} of {len(frames)} frames.",
-            "If you may hand them on, name their licence: --licence cc-by-4.0; or share the places: --catalogue-only.",
+            f"the licence of {unknown} of {len(frames)} frames is unknown.",
+            "If they may be redistributed, add their licence (--licence cc-by-4.0). Else share only the places "
+            "(--catalogue-only).",
         )
     found = sorted({frame["licence"].lower() for frame in frames if frame["redistributable"] == "yes"})
     return given or (found[0] if len(found) == 1 else "other")
 
 
 def picture_files(folder: Path, frames: Sequence[Frame]) -> Files:
-    """name in the repository -> picture, metadata or split file."""
+    """Name in the repository -> picture, metadata or split file."""
     root = hub.root_of(folder)
     moved = {frame["record"].image: _name(frame) for frame in frames}
     files: Files = {_name(frame): image_path(folder, frame["record"], root) for frame in frames}
@@ -116,12 +121,12 @@ def picture_files(folder: Path, frames: Sequence[Frame]) -> Files:
 
 
 def catalogue_files(frames: Sequence[Frame]) -> Files:
-    """The places with their labels, and their splits; `orion dataset --set dataset.catalogue=...` takes it."""
+    """The places with labels and splits, as a catalogue for `orion dataset --set dataset.catalogue=...`."""
     rows = []
     for frame in frames:
         record: Record = frame["record"]
         if record.coordinates is None:
-            raise OrionError(f"{record.image} has no coordinates.", "Only places can be shared without pixels.")
+            raise OrionError(f"{record.image} has no coordinates, so its place cannot be shared.", "Add them.")
         rows.append(
             {
                 "name": frame["name"] or record.name.lower(),
@@ -142,7 +147,7 @@ def _name(frame: Frame) -> str:
 
 
 def _metadata(frame: Frame) -> Frame:
-    """A row of metadata.jsonl: Hugging Face's ImageFolder pairs it with the picture by `file_name`."""
+    """A row of metadata.jsonl; Hugging Face's ImageFolder matches it to the picture by `file_name`."""
     record: Record = frame["record"]
     return {
         "file_name": Path(record.image).name,
@@ -195,7 +200,7 @@ def _card(frames: Sequence[Frame], about: Mapping[str, Any]) -> str:
 
 
 def croissant(files: Files, frames: Sequence[Frame], about: Mapping[str, Any]) -> dict[str, Any]:
-    """Croissant 1.0 (JSON-LD) of the repository: its tables as files, and one record set a split or of the places."""
+    """Croissant 1.0 (JSON-LD) of the repository: its tables as files, and one record set per split or of the places."""
     tables = sorted(name for name in files if name.endswith(("metadata.jsonl", "catalogue.csv")))
     columns = {"category": "sc:Text", "reason": "sc:Text", "lon": "sc:Float", "lat": "sc:Float"}
     columns = {"name" if about["catalogue_only"] else "file_name": "sc:Text", **columns}

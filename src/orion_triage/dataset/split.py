@@ -1,4 +1,4 @@
-"""The geographic split: places closer than a distance stay together, so that no two splits show the same ground."""
+"""The geographic split: places closer than a distance are in the same split, so no two splits show the same ground."""
 
 import math
 import random
@@ -19,7 +19,7 @@ _ATTEMPTS = 2000
 
 
 def great_circle_km(a: Coordinates, b: Coordinates) -> float:
-    """Distance on a sphere (haversine), within 0.6 % of the ellipsoid."""
+    """Distance in km on a sphere (haversine), within 0.6 % of the ellipsoid."""
     lat_a, lat_b = math.radians(a.lat), math.radians(b.lat)
     half = (
         math.sin((lat_b - lat_a) / 2) ** 2
@@ -29,7 +29,7 @@ def great_circle_km(a: Coordinates, b: Coordinates) -> float:
 
 
 def unit_vectors(places: Sequence[Coordinates]) -> NDArray[np.float64]:
-    """Points on a sphere of radius 1, of shape (places, 3): chords know no pole and no antimeridian."""
+    """Points on the unit sphere, of shape (places, 3): distances need no special case at poles and antimeridian."""
     lon, lat = np.radians([(place.lon, place.lat) for place in places]).T
     return np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], axis=1)
 
@@ -37,7 +37,7 @@ def unit_vectors(places: Sequence[Coordinates]) -> NDArray[np.float64]:
 def pairs_within(places: Sequence[Coordinates], distance_km: float) -> NDArray[np.int64]:
     """All pairs (i < j) of places closer than `distance_km`, as an array of shape (pairs, 2), sorted.
 
-    Neighbours are sought among points on a sphere, so the antimeridian and the poles are places like any other.
+    The search uses points on a sphere, so the antimeridian and the poles need no special case.
     """
     from scipy.spatial import KDTree
 
@@ -50,9 +50,9 @@ def pairs_within(places: Sequence[Coordinates], distance_km: float) -> NDArray[n
 
 
 def clusters(targets: list[Target], distance_km: float) -> list[list[Target]]:
-    """Groups of places connected by steps shorter than `distance_km`, in order of their first name.
+    """Groups of places connected by steps shorter than `distance_km`, in the order of their first name.
 
-    A target without a position is a group of its own.
+    A target without a position forms a group with one member.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -70,24 +70,27 @@ def clusters(targets: list[Target], distance_km: float) -> list[list[Target]]:
 
 
 def given_splits(targets: list[Target]) -> dict[Split, list[Target]] | None:
-    """The splits that the catalogue itself names, or None where it names none; raises OrionError for half of them."""
+    """The splits that the catalogue names, or None if it names none.
+
+    Raises OrionError if some places or some of the three splits are missing.
+    """
     unnamed = [target for target in targets if target.split is None]
     if len(unnamed) == len(targets):
         return None
     splits: dict[Split, list[Target]] = {split: [t for t in targets if t.split == split] for split in SPLITS}
     empty = [split for split in SPLITS if not splits[split]]
     if unnamed or empty:
-        missing = f"there is no {' and no '.join(empty)}"
-        what = f"{unnamed[0].origin or unnamed[0].name} names none" if unnamed else missing
+        missing = f"no place is in {' or '.join(empty)}"
+        what = f"{unnamed[0].origin or unnamed[0].name} has none" if unnamed else missing
         raise OrionError(
-            f"{len(targets) - len(unnamed)} of {len(targets)} places name their split, but {what}.",
-            "Name one in every row and all three of train, val and test, or none to have the places divided here.",
+            f"{len(targets) - len(unnamed)} of {len(targets)} places have a split, but {what}.",
+            "Set train, val or test in every row and use all three, or leave all empty for an automatic split.",
         )
     return splits
 
 
 def _goals(targets: list[Target]) -> dict[Split, dict[str, int]]:
-    """Split -> morphology -> places: a sixth each for val and test, and one each from three places on."""
+    """Split -> morphology -> number of places: a sixth each for val and test, at least one if there are three."""
     totals = Counter(target.morphology for target in targets)
     held_out = {name: max(count // 6, int(count >= 3)) for name, count in totals.items()}
     train = {name: count - 2 * held_out[name] for name, count in totals.items()}
@@ -97,8 +100,8 @@ def _goals(targets: list[Target]) -> dict[Split, dict[str, int]]:
 def split_targets(targets: list[Target], *, seed: int = 42, distance_km: float = 100.0) -> dict[Split, list[Target]]:
     """Train, val and test in the proportion 4:1:1 within every morphology, sorted by name.
 
-    Deterministic for `seed` and independent of the order of `targets`. Raises OrionError when the distance
-    leaves no exact division.
+    Deterministic for `seed` and independent of the order of `targets`. Raises OrionError if no exact division keeps
+    the distance.
     """
     groups = clusters(targets, distance_km)
     goal = _goals(targets)
@@ -106,7 +109,7 @@ def split_targets(targets: list[Target], *, seed: int = 42, distance_km: float =
         source = random.Random(f"{seed}/{attempt}")
         shuffled = groups[:]
         source.shuffle(shuffled)
-        shuffled.sort(key=len, reverse=True)  # the ones that are hard to place go first
+        shuffled.sort(key=len, reverse=True)  # large groups are hard to place, so they go first
         room = {split: dict(goal[split]) for split in SPLITS}
         result: dict[Split, list[Target]] = {split: [] for split in SPLITS}
         for members in shuffled:
@@ -123,7 +126,7 @@ def split_targets(targets: list[Target], *, seed: int = 42, distance_km: float =
             return {split: sorted(result[split], key=lambda target: target.name) for split in SPLITS}
     largest = max(groups, key=len)
     raise OrionError(
-        f"no split keeps places {distance_km:g} km apart; the largest cluster has {len(largest)} "
+        f"no split keeps places {distance_km:g} km apart; the largest cluster has {len(largest)} places "
         f"({', '.join(target.name for target in largest[:4])}...).",
         "Lower dataset.split_distance_km, or spread the places.",
     )

@@ -1,6 +1,6 @@
-"""A dataset and the findings of its check -> one HTML page that needs nothing else: counts, map, contact sheet.
+"""A self-contained HTML page about a dataset and the findings of its check: counts, map, contact sheet.
 
-Reasons, names and findings are whatever someone's files say: the template escapes every value.
+Reasons, names and findings come from third-party files, so the template escapes every value.
 """
 
 import base64
@@ -28,37 +28,37 @@ from orion_triage.mission.verdict import CATEGORIES, Category
 from orion_triage.progress import Progress, silent
 from orion_triage.settings import SPLITS, Split
 
-SAMPLE = 2000  # cards; a page of so many weighs some 14 MB
-MORE_WITH_FINDINGS = 500  # cards beside the sample, so that a finding's frame can be looked at
-LISTED = 200  # findings of one check
+SAMPLE = 2000  # cards; a page with this many has about 14 MB
+MORE_WITH_FINDINGS = 500  # cards in addition to the sample, so that the frames of findings are shown
+LISTED = 200  # findings per check
 
-TABLES = ("frames.csv", "targets.csv")  # the first that is there names the morphologies
+TABLES = ("frames.csv", "targets.csv")  # the first existing one contains the morphologies
 _LINE = re.compile(r"\b(train|val|test)_dataset\.jsonl:(\d+)\b")
 
 
 @dataclass
 class Card:
-    """A frame as one split labels it: in training mostly two lines. Two labels of one frame are two cards."""
+    """A frame with its label in one split, in training usually from two lines; two labels give two cards."""
 
     split: Split
     record: Record  # of its first line
     lines: list[int] = field(default_factory=list)
-    reasons: list[str] = field(default_factory=list)  # without repetitions, as are the places
+    reasons: list[str] = field(default_factory=list)  # without repetitions, like the places
     places: list[Coordinates] = field(default_factory=list)
     morphology: str = ""
     findings: list["Found"] = field(default_factory=list)
-    number: int = 0  # in the order of the page, of all frames
+    number: int = 0  # position among all frames, in the order of the page
     shown: bool = False
-    picture: str = ""  # a data address; empty when there is no picture to show, and then
-    absent: str = ""  # why
+    picture: str = ""  # a data URL; empty if there is no picture to show
+    absent: str = ""  # the reason, if `picture` is empty
 
 
 @dataclass(frozen=True)
 class Found:
-    """A finding, and the card of each place that it names: in `place` and, as text to link, in its message."""
+    """A finding and the cards that it names, in `place` and in the text of its message (as links)."""
 
     number: int
-    listed: bool  # whether the list of findings has it: of one check it has the first LISTED
+    listed: bool  # whether it is in the list of findings, which has the first LISTED of each check
     finding: Finding
     place: list[tuple[str, Card | None]]
     message: list[tuple[str, Card | None]]
@@ -66,13 +66,13 @@ class Found:
 
 @dataclass
 class Contents:
-    """What the splits of a folder hold: cards in the page's order, lines, and what cannot be shown."""
+    """The content of a folder's splits: cards in the order of the page, numbers of lines, and faults."""
 
     cards: list[Card]
     lines: int
     without_coordinates: int  # lines
     bad_lines: Counter[str]  # by file
-    faults: list[str]  # of whole files, in words
+    faults: list[str]  # messages about whole files
 
 
 def render_view(
@@ -83,10 +83,11 @@ def render_view(
     thumbnail_pixels: int = 128,
     progress: Progress = silent,
 ) -> str:
-    """The document, some 6 kB a frame with thumbnails of 128x128.
+    """The HTML document, about 6 kB per frame with thumbnails of 128x128.
 
-    Of more than SAMPLE frames an even sample is shown, and said to be one. Bad lines and frames that are missing,
-    damaged or outside `root` (the folder, if not given) do not end it; raises RecordError when no split is there.
+    Of more than SAMPLE frames, an even sample is shown, and the page states this. Bad lines, and frames that are
+    missing, damaged or outside `root` (default: the folder), are reported on the page. Raises RecordError if the
+    folder has no split.
     """
     contents = read_contents(folder)
     found = linked(folder, contents.cards, findings)
@@ -99,7 +100,7 @@ def render_view(
         "view.html.j2",
         filters={"sha256": lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()},
         finalize=lambda value: printable(value) if type(value) is str else value,
-        name="/".join(folder.resolve().parts[-2:]),  # mostly RUN/dataset
+        name="/".join(folder.resolve().parts[-2:]),  # usually RUN/dataset
         contents=contents,
         splits=SPLITS,
         categories=[category.value for category in CATEGORIES],
@@ -115,12 +116,12 @@ def render_view(
         checks=_checks(found),
         marked=sum(bool(card.findings) for card in shown),
         listed=LISTED,
-        parts=lambda name: re.split(r"(?<=[/_])", name),  # where a long name may be broken
+        parts=lambda name: re.split(r"(?<=[/_])", name),  # where a long name can wrap
     )
 
 
 def read_contents(folder: Path) -> Contents:
-    """Every line of the three splits; a line that is no record is counted, not raised."""
+    """Read every line of the three splits; an invalid line is counted and raises nothing."""
     if not any(split_path(folder, split).is_file() for split in SPLITS):
         names = ", ".join(split_path(Path(), split).name for split in SPLITS)
         raise RecordError(f"{folder} has no {names}.", "Pass a dataset folder, or build one with 'orion dataset'.")
@@ -154,14 +155,14 @@ def _group(card: Card) -> tuple[int, int]:
 
 
 def _names(record: Record) -> Iterator[str]:
-    """The names under which a table may have it: the file's, the place's, and the place's of a repeated tile."""
+    """The names that a table may use for an image: of the file, of the place, and of the place of a repeated tile."""
     for name in (record.name, record.name.removeprefix(f"{record.verdict.category.lower()}_")):
         yield name
         yield name.rpartition("~")[0]
 
 
 def _morphologies(folder: Path) -> dict[str, str]:
-    """Name -> morphology; nothing where no table is there, or one without these columns."""
+    """Name -> morphology; empty without a table that has these columns."""
     path = next((folder / name for name in TABLES if (folder / name).is_file()), None)
     if path is None:
         return {}
@@ -170,7 +171,7 @@ def _morphologies(folder: Path) -> dict[str, str]:
 
 
 def linked(folder: Path, cards: Sequence[Card], findings: Sequence[Finding]) -> list[Found]:
-    """The findings, errors first, then by check; every card that one names gets it."""
+    """The findings, errors first, then by check; also attaches each finding to the cards that it names."""
     lines: dict[tuple[str, int], Card] = {(card.split, number): card for card in cards for number in card.lines}
     images: dict[str, list[Card]] = defaultdict(list)
     for card in cards:
@@ -187,7 +188,7 @@ def linked(folder: Path, cards: Sequence[Card], findings: Sequence[Finding]) -> 
     of_check: Counter[tuple[str, str]] = Counter()
     for number, finding in enumerate(sorted(findings, key=lambda f: (f.severity != "error", f.check))):
         where = places(finding.place)
-        if pictures := images.get(finding.place.removeprefix(f"{folder}/")):  # a picture can be in several splits
+        if pictures := images.get(finding.place.removeprefix(f"{folder}/")):  # an image can be in several splits
             where = [(finding.place, pictures[0]), *((f" {card.split}", card) for card in pictures[1:])]
         listed = of_check[finding.severity, finding.check] < LISTED
         of_check[finding.severity, finding.check] += 1
@@ -200,15 +201,15 @@ def linked(folder: Path, cards: Sequence[Card], findings: Sequence[Finding]) -> 
 
 
 def _checks(found: Iterable[Found]) -> list[tuple[str, str, list[Found]]]:
-    """(severity, check, its findings), as they come."""
+    """(severity, check, its findings), in the given order."""
     grouped = groupby(found, key=lambda one: (one.finding.severity, one.finding.check))
     return [(severity, check, list(members)) for (severity, check), members in grouped]
 
 
 def sampled(cards: Sequence[Card]) -> tuple[list[Card], int]:
-    """The cards to show, and how many of them only for their findings.
+    """The cards to show, and how many of them are shown only because of their findings.
 
-    Of more than SAMPLE every split and category gives its share, evenly spaced in the page's order.
+    Of more than SAMPLE cards, every split and category contributes its share, evenly spaced in the order of the page.
     """
     if len(cards) <= SAMPLE:
         return list(cards), 0
@@ -224,7 +225,7 @@ def sampled(cards: Sequence[Card]) -> tuple[list[Card], int]:
 
 
 def _with_pictures(folder: Path, cards: Sequence[Card], root: Path | None, pixels: int) -> Iterator[Card]:
-    """The cards with their thumbnails, in order. Threads, because Pillow decodes outside the interpreter's lock."""
+    """Yield the cards with their thumbnails, in order. Uses threads: Pillow releases the GIL while it decodes."""
 
     def draw(card: Card) -> Card:
         try:
@@ -232,7 +233,7 @@ def _with_pictures(folder: Path, cards: Sequence[Card], root: Path | None, pixel
             frame = read_frame(path, CAMERA_SIZE, resize=True)
         except OrionError as error:
             card.absent = error.message.replace(f"{folder}/", "")
-        except (OSError, ValueError) as error:  # a name that this file system cannot have
+        except (OSError, ValueError) as error:  # a name that is invalid in this file system
             card.absent = f"{card.record.image} cannot be read: {error}."
         else:
             buffer = io.BytesIO()
@@ -251,7 +252,7 @@ def _groups(cards: Sequence[Card]) -> list[tuple[str, str, list[Card]]]:
 
 
 def _morphology_table(cards: Iterable[Card]) -> list[tuple[str, str, dict[str, int]]]:
-    """(category, morphology, frames by split); empty when no morphology is known."""
+    """(category, morphology, frames by split); empty if no morphology is known."""
     counts: dict[tuple[int, str], Counter[str]] = defaultdict(Counter)
     for card in cards:
         counts[_group(card)[1], card.morphology][card.split] += 1
@@ -261,9 +262,10 @@ def _morphology_table(cards: Iterable[Card]) -> list[tuple[str, str, dict[str, i
 
 
 def world(cards: Sequence[Card]) -> dict[str, Any]:
-    """The map in degrees, y down: its `box` (x, y, width, height), the `land` as a path and the `points`.
+    """The map in degrees, y down: its `box` (x, y, width, height), the `land` as an SVG path, and the `points`.
 
-    Commonest first, so that the rarer lie on top; the far south is left out where no place is.
+    The most frequent category comes first, so that rarer ones are drawn on top. The far south is omitted if it has no
+    place.
     """
     points = [(place.lon, -place.lat, card) for card in cards for place in card.places]
     common = Counter(_group(card) for card in cards)

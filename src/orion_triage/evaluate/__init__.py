@@ -1,1 +1,1 @@
-"""The four-condition evaluation: what is asked, who answers, how it is counted."""
+"""The four-condition evaluation: questions, models and metrics."""

@@ -1,4 +1,4 @@
-"""Who answers: a transformers model in this process, or a llama.cpp server."""
+"""Backends that answer questions: a transformers model in this process, or a llama.cpp server."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Backend(Protocol):
-    """Answers a batch of (image, prompt) pairs; answers do not depend on the batch."""
+    """Answers a batch of (image, prompt) pairs; the answers do not depend on the batch."""
 
     batch_size: int
 
@@ -35,7 +35,7 @@ class Backend(Protocol):
 
 
 class TransformersBackend:
-    """The base, an adapted or the fused model through transformers, greedily."""
+    """The base, the base with an adapter, or the fused model in transformers, with greedy decoding."""
 
     def __init__(self, model: Any, processor: Any, *, max_new_tokens: int, batch_size: int) -> None:
         self.batch_size = batch_size
@@ -54,9 +54,9 @@ class TransformersBackend:
         four_bit: bool = False,
         change: "Callable[[Any], Any] | None" = None,
     ) -> "TransformersBackend":
-        """The checkpoint in `folder`: in float16 on a GPU, in float32 on a CPU, which is no faster in 16 bits.
+        """The checkpoint in `folder`: in float16 on a GPU, in float32 on a CPU, which is not faster in 16 bits.
 
-        With `four_bit` on NF4 weights, as in training; `change` is done to the model before it is asked.
+        With `four_bit`, the weights are NF4, as in training. `change` is applied to the model after loading.
         """
         from orion_triage import processes
         from orion_triage.models.load import load_model, load_processor
@@ -75,7 +75,7 @@ class TransformersBackend:
         from orion_triage.models.encode import encode_image, encode_row
         from orion_triage.models.generate import generate_and_score, look
 
-        # The tower sees each image once, and alone: its features do not depend on the batch.
+        # The tower encodes each image once and separately, so its features do not depend on the batch.
         distinct = {id(image): image for image in images}
         self._seen = {
             key: self._seen.get(key) or (image, look(self._model, encode_image(self._processor, image)))
@@ -94,10 +94,10 @@ class TransformersBackend:
 class LlamaCppBackend:
     """A GGUF pair behind llama.cpp's HTTP server, one request at a time.
 
-    `constrained` answers are under the flight's grammar; `options` are llama.cpp's sampling settings, greedy without.
-    With `primed`, the image is read once for all prompts about it; it pays from the second prompt on. The numbers are
-    not those of a cold request to the last digit (0.02 in log-probability with repacked Q4_K), so an evaluation primes
-    every image, also where it goes on after an interruption.
+    `constrained` answers follow the flight's grammar; `options` are llama.cpp's sampling settings (default: greedy).
+    With `primed`, the server encodes the image once for all prompts about it, which saves time from the second prompt
+    on. The log-probabilities differ slightly from those of a cold request (0.02 with repacked Q4_K), so an evaluation
+    primes every image, also when it resumes.
     """
 
     batch_size = 1
@@ -136,7 +136,7 @@ class LlamaCppBackend:
                 options=self._options,
                 primed=self._primed,
             )
-        except AnswerError as error:  # an outcome of the model's, counted as unparsable
+        except AnswerError as error:  # an outcome of the model, counted as unparsable
             return Answer(f"[{error.message}]")
         return Answer.scored(text, log_probabilities)
 
@@ -144,8 +144,8 @@ class LlamaCppBackend:
 class VerdictOnlyBackend:
     """The category without a reason, from a GGUF pair behind llama.cpp's HTTP server: one token instead of an answer.
 
-    The answer is begun for the model up to its category, with an empty reason; under the grammar its next letter
-    decides, so one token is all that is asked for.
+    The request contains the beginning of the answer, up to the category, with an empty reason. With the grammar, the
+    first letter of the category decides, so one token is enough.
     """
 
     batch_size = 1
@@ -172,7 +172,7 @@ class VerdictOnlyBackend:
 
 
 def ask_for_category(client: "Client", prompt: str, image_png: bytes, *, cache_prompt: bool = False) -> dict[str, Any]:
-    """The server's reply to a frame whose answer is begun up to the category: the token that decides."""
+    """The server's reply with the token that decides the category, after a given beginning of the answer."""
     from orion_triage.llama_cpp.client import CANDIDATES
 
     more = {"n_probs": CANDIDATES, "grammar": CATEGORY_GRAMMAR, "cache_prompt": cache_prompt}

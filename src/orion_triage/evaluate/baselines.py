@@ -1,4 +1,4 @@
-"""What can be had without a language model: the majority class, colour alone, coordinates alone."""
+"""Baselines without a language model: majority class, colour, coordinates, and vision features."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,16 +17,16 @@ NEIGHBOURS = (1, 3, 5, 9, 25)
 PENALTIES = (0.001, 0.01, 0.1, 1.0)
 LOGISTIC_REGRESSION = "logistic regression on the base's vision features"
 
-Vectors = NDArray[np.float64]  # one row a record, each of unit length
+Vectors = NDArray[np.float64]  # one row per record, each of unit length
 
 
 def baselines(dataset: Dataset, split: Split, vision: Mapping[str, Vectors] | None = None) -> dict[str, dict[str, Any]]:
-    """Name -> accuracy, right, count, predictions (record name -> category), and what was chosen on val.
+    """Name -> accuracy, right, count, predictions (record name -> category), and the hyperparameter chosen on val.
 
-    "always HIGH" and so on, "majority class" of the training targets, "colour k-NN" and "coordinates k-NN" on them,
-    and with `vision` (image path -> vector) LOGISTIC_REGRESSION. k and the penalty are chosen on val, the smallest
-    among equals, so on val itself these are optimistic. Every target counts once, and only records with coordinates
-    take part in the coordinates k-NN.
+    Baselines: "always HIGH" and so on; "majority class", "colour k-NN" and "coordinates k-NN" of the training targets;
+    and LOGISTIC_REGRESSION with `vision` (image path -> vector). k and the penalty are chosen on val, the smallest of
+    equals, so the results on val are optimistic. Every target counts once. The coordinates k-NN uses only records with
+    coordinates.
     """
     train, val, asked = (_distinct(dataset.records(name)) for name in ("train", "val", split))
     counts = Counter(record.verdict.category for record in train)
@@ -58,9 +58,10 @@ def baselines(dataset: Dataset, split: Split, vision: Mapping[str, Vectors] | No
 
 
 def logistic_regression(vectors: Vectors, labels: NDArray[np.int64], penalty: float) -> Any:
-    """Multinomial logistic regression on standardized vectors, fitted: `predict` gives a label a row.
+    """A fitted multinomial logistic regression on standardized vectors; `predict` returns one label per row.
 
-    `penalty` is half the weight of the squared coefficients beside the mean loss; scikit-learn weighs the summed loss.
+    The objective is the mean loss plus `penalty` times half the sum of squared coefficients; scikit-learn's C weights
+    the summed loss instead.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -71,28 +72,28 @@ def logistic_regression(vectors: Vectors, labels: NDArray[np.int64], penalty: fl
 
 
 def colour_histogram(pixels: NDArray[np.uint8]) -> Vectors:
-    """Square roots of the 8x8x8 RGB histogram of [height, width, 3] pixels: (512,), of unit length."""
+    """Square roots of the 8x8x8 RGB histogram of [height, width, 3] pixels: shape (512,), unit length."""
     bins = (pixels >> 5).reshape(-1, 3).astype(np.int64) @ np.array([64, 8, 1])
     counts = np.bincount(bins, minlength=512)
     return np.sqrt(counts / counts.sum())
 
 
 def unit_vector(lon: float, lat: float) -> Vectors:
-    """The place, in degrees, on the unit sphere: (3,)."""
+    """The point of a place (in degrees) on the unit sphere: shape (3,)."""
     lon, lat = np.radians(lon), np.radians(lat)
     return np.array([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)])
 
 
 def nearest(known: Vectors, labels: NDArray[np.int64], asked: Vectors, k: int) -> list[int]:
-    """The label that most of the k nearest in `known` have, per row of `asked`; a tie goes to the nearer one's.
+    """The most frequent label of the k nearest rows in `known`, per row of `asked`; in a tie, that of the nearest.
 
-    Rows are unit vectors, so the nearest by Hellinger or great-circle distance has the largest dot product.
-    scikit-learn's classifier gives a tie to the class that comes first, whatever is nearer.
+    Rows are unit vectors, so the nearest row by Hellinger or great-circle distance has the largest dot product.
+    scikit-learn's classifier resolves a tie by the order of the classes, not by distance.
     """
     order = np.argsort(-np.round(asked @ known.T, 12), axis=1, kind="stable")[:, :k]
     votes = []
     for row in labels[order]:
-        counts = Counter(row.tolist())  # in order of first appearance, which is by distance
+        counts = Counter(row.tolist())  # in order of first appearance, that is by distance
         votes.append(max(counts, key=lambda label: counts[label]))
     return votes
 
@@ -117,7 +118,7 @@ def _places(dataset: Dataset, records: Sequence[Record]) -> _Features:
 
 
 def _distinct(records: Sequence[Record]) -> list[Record]:
-    """One record an image, by name; of a target's two training records the one with coordinates."""
+    """One record per image, by name; of a target's two training records, the one with coordinates."""
     first: dict[str, Record] = {}
     for record in sorted(records, key=lambda record: (record.name, record.coordinates is None)):
         first.setdefault(record.image, record)

@@ -1,4 +1,4 @@
-"""The four conditions of the protocol, as questions; pure, and independent of who answers.
+"""The questions of the four conditions of the protocol; pure functions, independent of the backend.
 
 A full: image and coordinates. B vision only: the image. C blind: noise and coordinates. D conflict: the image
 and the coordinates of a place of the opposite category.
@@ -22,7 +22,7 @@ CONDITIONS: dict[Condition, str] = {
     "C": "blind on noise",
     "D": "sensor conflict",
 }
-# Whose coordinates a frame gets under D.
+# The category whose coordinates a frame gets under D.
 OPPOSITE = {Category.HIGH: Category.LOW, Category.LOW: Category.HIGH, Category.MEDIUM: Category.HIGH}
 NOISE = "noise"  # the image key of condition C
 
@@ -56,10 +56,10 @@ class Question:
 
 
 def conflict_pairs(records: Sequence[Record], seed: int = 42) -> dict[str, Donor]:
-    """Record name -> donor; no donor is used more than once oftener than another of its category.
+    """Record name -> donor; within a category, the numbers of uses of the donors differ by at most one.
 
-    Depends on the records and the seed only, not on their order. Raises OrionError when a category has no
-    donors or a record is not usable.
+    Depends only on the records and the seed, not on the order. Raises OrionError if a category has no donors, if a
+    record has no coordinates, or if two records have the same name.
     """
     ordered = _usable(records)
     pairs = {}
@@ -72,11 +72,11 @@ def conflict_pairs(records: Sequence[Record], seed: int = 42) -> dict[str, Donor
         ]
         if takers and not donors:
             raise OrionError(
-                f"condition D needs {category} records to give {takers[0].name} their coordinates, and the "
-                "split has none.",
+                f"condition D needs coordinates of a {category} record for {takers[0].name}, but the split has no "
+                f"{category} record.",
                 "Evaluate a split with all three categories.",
             )
-        # Strings seed by their bytes, so the shuffle is the same in every process.
+        # A string seed is hashed by its bytes, so the shuffle is the same in every process.
         random.Random(f"{seed}/{category}").shuffle(donors)
         for index, taker in enumerate(takers):
             pairs[taker.name] = donors[index % len(donors)]
@@ -84,7 +84,7 @@ def conflict_pairs(records: Sequence[Record], seed: int = 42) -> dict[str, Donor
 
 
 def questions(records: Sequence[Record], pairs: dict[str, Donor]) -> list[Question]:
-    """All questions, image by image (A, B, D), and condition C last: its one image is encoded once."""
+    """All questions: image by image (A, B, D), then condition C, whose only image is encoded once."""
     ordered = _usable(records)
     asked = []
     for record in ordered:
@@ -98,17 +98,18 @@ def questions(records: Sequence[Record], pairs: dict[str, Donor]) -> list[Questi
 
 
 def _usable(records: Sequence[Record]) -> list[Record]:
-    """The records by name; raises OrionError for one without coordinates, or two of one name."""
+    """The records sorted by name; raises OrionError for missing coordinates and repeated names."""
     ordered = sorted(records, key=lambda record: record.name)
     for record in ordered:
         if record.coordinates is None:
             raise OrionError(
-                f"record {record.name} has no coordinates.", "Evaluate val or test: training records drop them."
+                f"record {record.name} has no coordinates.",
+                "Evaluate val or test: half of the training records have no coordinates.",
             )
     name, count = Counter(record.name for record in ordered).most_common(1)[0] if ordered else ("", 0)
     if count != 1:
         raise OrionError(
-            f"record {name} is there {count} times." if count else "there are no records to evaluate.",
-            "Give every record of the split an image with a name of its own.",
+            f"the split has {count} records with the name {name}." if count else "the split has no records.",
+            "Write one record per image in the split, with unique image names.",
         )
     return ordered

@@ -1,4 +1,4 @@
-"""STAGE vision features: what the base's frozen tower says of every frame, for a baseline without a language model."""
+"""STAGE vision features: the features of every frame from the base's frozen tower, for the linear-probe baseline."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ FILE_NAME = "features.npz"
 def run(base: Path, dataset: Dataset, out_folder: Path, frame_size: int, progress: Progress = silent) -> dict[str, Any]:
     """Write features.npz: `images` [frames] paths, `vectors` [frames, text width] float32. Returns their number.
 
-    A vector is the mean over the image tokens of what the projector hands to the language model.
+    A vector is the mean of the projector's output over the image tokens.
     """
     from orion_triage import processes
     from orion_triage.models.generate import vision_features
@@ -30,17 +30,17 @@ def run(base: Path, dataset: Dataset, out_folder: Path, frame_size: int, progres
     vectors = []
     for done, record in enumerate(records.values(), start=1):
         vectors.append(vision_features(model, processor, [dataset.frame(record, frame_size)])[0].mean(dim=0).numpy())
-        progress("looking at frames", done, len(records))
+        progress("encoding frames", done, len(records))
     with replaced_folder(out_folder) as folder:
         np.savez(folder / FILE_NAME, images=np.array(list(records)), vectors=np.stack(vectors).astype(np.float32))
     return {"frames": len(records), "width": len(vectors[0])}
 
 
 def read(folder: Path) -> dict[str, np.ndarray]:
-    """Image path -> vector; raises OrionError when the file is damaged."""
+    """Image path -> vector; raises OrionError if the file is damaged."""
     path = folder / FILE_NAME
     try:
         with np.load(path, allow_pickle=False) as file:
             return dict(zip(file["images"].tolist(), file["vectors"].astype(np.float64), strict=True))
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-        raise OrionError(f"{path} is damaged: {error}.", "Delete its folder; the next run makes it again.") from None
+        raise OrionError(f"{path} is damaged: {error}.", "Delete its folder and run the command again.") from None

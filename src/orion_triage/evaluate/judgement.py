@@ -1,4 +1,4 @@
-"""One model under one condition, judged as a mission would: what is sent, what is lost, how sure it was; pure."""
+"""Metrics of one model under one condition for a mission: frames sent and lost, calibration; pure functions."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -28,11 +28,11 @@ _SEED = 42
 def judge(
     predictions: Sequence[Prediction], places: Mapping[str, Coordinates], mission: MissionSettings
 ) -> dict[str, Any]:
-    """The figures of one model under one condition; `places` has each frame's own coordinates, by name.
+    """The metrics of one model under one condition; `places` has the true coordinates of each frame, by name.
 
-    Intervals of macro-F1 and balanced accuracy are bootstrapped over blocks of 10 degrees, since frames of one region
-    are not independent. Where places have several frames, so are those of the rates, over places: Wilson's would take
-    every frame for a place of its own. An answer without scores counts as one third each.
+    Intervals of macro-F1 and balanced accuracy are bootstrapped over blocks of 10 degrees, because frames of one region
+    are not independent. If places have several frames, the intervals of the rates are bootstrapped over places, because
+    Wilson's interval assumes independent frames. An answer without scores counts as one third for each category.
     """
     truth = truth_of(predictions)
     guess = guess_of([p.predicted for p in predictions])
@@ -86,17 +86,17 @@ def _by_place(hits: NDArray[np.bool_], places: Sequence[str]) -> tuple[float | N
 
 
 def truth_of(predictions: Sequence[Prediction]) -> Integers:
-    """[frames], as indices into CATEGORIES."""
+    """The true categories [frames], as indices into CATEGORIES."""
     return np.array([CATEGORIES.index(p.truth) for p in predictions], dtype=np.int64)
 
 
 def guess_of(categories: "Sequence[Category | None]") -> Integers:
-    """[frames], as indices into CATEGORIES; NO_VERDICT for None."""
+    """The answered categories [frames], as indices into CATEGORIES; NO_VERDICT for None."""
     return np.array([NO_VERDICT if c is None else CATEGORIES.index(c) for c in categories], dtype=np.int64)
 
 
 def scores_of(predictions: Sequence[Prediction]) -> value.Floats:
-    """[frames, 3]; one third each where an answer has none."""
+    """The scores [frames, 3]; one third each for an answer without scores."""
     even = (1 / len(CATEGORIES),) * len(CATEGORIES)
     return np.array([p.scores or even for p in predictions], dtype=np.float64)
 

@@ -1,4 +1,4 @@
-"""Counts and rates of the four conditions, from predictions alone; pure."""
+"""Counts and rates of the four conditions, computed from predictions; pure functions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ UNPARSABLE = "unparsable"
 
 @dataclass(frozen=True)
 class Prediction:
-    """One counted answer; `predicted` is None when the answer had no verdict, `blank` says what flight's rule says."""
+    """One answer; `predicted` is None if it has no verdict, `blank` is the result of the blank rule."""
 
     condition: str
     name: str
@@ -26,11 +26,11 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Change:
-    """Two sets of answers to the same frames: frames gained and lost, percentage points, McNemar's p-values.
+    """Comparison of two sets of answers to the same frames: frames gained and lost, percentage points, p-values.
 
-    A p-value (two-sided) answers: had neither the edge, how often would the frames on which they differ split at least
-    this unevenly? The exact one is cautious on few frames, mid-p less so. `frames_to_resolve` is how many frames a
-    difference of this size would need; None where there is none.
+    McNemar's p-values are two-sided: the probability of a split of the differing frames at least this uneven if both
+    sets were equally good. The exact test is conservative on few frames, mid-p less so. `frames_to_resolve` is the
+    number of frames at which a difference of this size would be significant; None without a difference.
     """
 
     gained: int
@@ -42,15 +42,15 @@ class Change:
 
 
 def compare(first: Sequence[Prediction], second: Sequence[Prediction]) -> Change:
-    """How often `second` is right where `first` is not, and the reverse; each is of one model and condition.
+    """Compare two sets of predictions frame by frame, each of one model and condition.
 
-    Raises OrionError unless both saw the same frames.
+    Raises OrionError unless both are of the same frames.
     """
     before, after = ({p.name: p.predicted == p.truth for p in predictions} for predictions in (first, second))
     if set(before) != set(after) or not before:
         raise OrionError(
-            "the two models' predictions under one condition are not of the same frames.",
-            "Evaluate both again on one split.",
+            "the predictions of the two models under one condition are of different frames.",
+            "Evaluate both again on the same split.",
         )
     gained = sum(after[name] and not before[name] for name in before)
     lost = sum(before[name] and not after[name] for name in before)
@@ -60,14 +60,14 @@ def compare(first: Sequence[Prediction], second: Sequence[Prediction]) -> Change
 
 
 def under(predictions: Sequence[Prediction], condition: str) -> list[Prediction]:
-    """Those under one condition, by the frame's name."""
+    """The predictions under one condition, by the frame's name."""
     return sorted((p for p in predictions if p.condition == condition), key=lambda p: p.name)
 
 
 def summarize(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """Condition -> accuracy, Wilson interval, per-class figures, confusion; D also whom the model trusted.
+    """Condition -> accuracy, Wilson interval, per-class metrics, confusion matrix; for D also the trusted source.
 
-    An unparsable answer is an outcome of its own in the confusion and wrong in every rate; none is left out.
+    An unparsable answer is a separate column of the confusion matrix and counts as wrong in every rate.
     """
     summary: dict[str, Any] = {}
     for condition in sorted({prediction.condition for prediction in predictions}):
@@ -106,7 +106,7 @@ def _rates(predictions: Sequence[Prediction]) -> dict[str, Any]:
 
 
 def _class_rates(confusion: dict[str, dict[str, int]], name: str) -> dict[str, float | None]:
-    """Recall, precision and F1 of one class; None where nothing is there to count."""
+    """Recall, precision and F1 of one class; None if the denominator is 0."""
     hit = confusion[name][name]
     actual = sum(confusion[name].values())
     called = sum(row[name] for row in confusion.values())
@@ -117,10 +117,10 @@ def _class_rates(confusion: dict[str, dict[str, int]], name: str) -> dict[str, f
 
 
 def _trust(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """Under D: right in spite of the coordinates, wrong as the coordinates suggest, or anything else.
+    """Outcomes under D: right despite the coordinates, wrong as the coordinates suggest, or another answer.
 
-    `same_wrong_answer_in_b` counts the frames that get the donor's category without any coordinates already: a
-    vision error, not trust. `moved_to_coordinates` are those that give it under D but not under B.
+    `same_wrong_answer_in_b` counts the frames that also get the donor's category without coordinates: a vision error,
+    not trust in the coordinates. `moved_to_coordinates` counts the frames that get it under D but not under B.
     """
     conflicts = [p for p in predictions if p.condition == "D"]
     without = {p.name: p.predicted for p in predictions if p.condition == "B"}

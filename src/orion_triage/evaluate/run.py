@@ -1,7 +1,7 @@
-"""STAGE evaluate: ask one model all questions of a split, keep every answer, count.
+"""STAGE evaluate: ask one model all questions of a split, store every answer, compute metrics.
 
-`predictions.jsonl` has one line an inference. Answers are kept in a work file beside the folder as they come, so
-an interrupted evaluation goes on where it stopped.
+`predictions.jsonl` has one line per inference. Answers are appended to a work file beside the folder, so an interrupted
+evaluation resumes where it stopped.
 """
 
 import hashlib
@@ -44,15 +44,15 @@ def run(
 ) -> dict[str, Any]:
     """Write predictions.jsonl, conflict_pairs.json and metrics.json into `out_folder`; returns the metrics.
 
-    `fingerprint` names the model's and the frames' bytes. Answers of an interrupted evaluation are used again
-    only under the same fingerprint, settings, frame size and questions. Raises OrionError for records that cannot
-    be evaluated, and FrameError for a frame that cannot be read: a split is evaluated whole or not at all.
+    `fingerprint` is a hash of the model and the frames. Answers of an interrupted evaluation are reused only with the
+    same fingerprint, settings, frame size and questions. Raises OrionError for records that cannot be evaluated, and
+    FrameError for a frame that cannot be read: a split is never evaluated partially.
     """
     records = dataset.records(split)
     pairs = conflict_pairs(records)
     asked = questions(records, pairs)
     key = _key(fingerprint, asked, settings, frame_size)
-    # With several processes, each has a work file and every so-manieth batch; the first puts them together.
+    # Each process writes every n-th batch to its own file; rank 0 merges them.
     works = [out_folder.with_name(f".{out_folder.name}.work-{number}.jsonl") for number in range(processes.count())]
     work = works[processes.rank()]
     rows = _kept(work, key)
@@ -62,8 +62,8 @@ def run(
     with naming(work), work.open("a", encoding="utf-8") as file:
         if file.tell() == 0:
             file.write(json.dumps({"key": key}) + "\n")
-        # Batches are cut from all questions, not from those left: a resumed run asks in the same company, so it
-        # adds up the same numbers in the same order.
+        # Batches are cut from all questions, not only the remaining ones. A resumed run therefore has the same batches
+        # and adds the same numbers in the same order.
         for number, start in enumerate(range(0, len(asked), backend.batch_size)):
             batch = asked[start : start + backend.batch_size]
             if number % processes.count() != processes.rank() or all(question.id in rows for question in batch):
@@ -80,7 +80,7 @@ def run(
             progress("asking", len(rows), len(asked))
     processes.wait()
     rows = {name: row for own in works for name, row in _kept(own, key).items()}
-    processes.wait()  # all have read before the first one deletes
+    processes.wait()  # every process must have read the files before rank 0 deletes them
     ordered = [rows[question.id] for question in asked]
     metrics = summarize([prediction_of(row) for row in ordered])
     if not processes.is_main():
@@ -95,7 +95,7 @@ def run(
 
 
 def read_predictions(folder: Path) -> list[Row]:
-    """The rows of a finished evaluation."""
+    """The rows of a finished evaluation; raises OrionError if the file is missing or damaged."""
     path = folder / "predictions.jsonl"
     rows: list[Row] = []
     try:
@@ -104,7 +104,7 @@ def read_predictions(folder: Path) -> list[Row]:
             prediction_of(row)
             rows.append(row)
     except FileNotFoundError:
-        raise OrionError(f"{path} does not exist.", "Run the evaluation first.") from None
+        raise OrionError(f"{path} does not exist.", "Run 'orion evaluate' first.") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise OrionError(f"{path}:{len(rows) + 1} is damaged: {error!r}.", "Run the evaluation again.") from None
     return rows
@@ -123,7 +123,7 @@ def prediction_of(row: Row) -> Prediction:
 
 
 class _Images:
-    """Decoded frames by question; one object an image, so that a backend can encode it once."""
+    """Decoded frames by question; one object per image, so that a backend can encode it once."""
 
     def __init__(self, dataset: Dataset, frame_size: int, noise: str) -> None:
         self._dataset, self._size = dataset, frame_size
@@ -156,7 +156,7 @@ def _row(question: Question, picture: "Image.Image", answer: Answer, seconds: fl
 
 
 def _kept(work: Path, key: str) -> dict[str, Row]:
-    """Answers of the same evaluation, interrupted; what a cut left of a last line is dropped from the file."""
+    """Answers of the same evaluation before an interruption; an incomplete last line is removed from the file."""
     try:
         *whole, _ = work.read_bytes().split(b"\n")
         header, *kept = [json.loads(line) for line in whole]
@@ -166,7 +166,7 @@ def _kept(work: Path, key: str) -> dict[str, Row]:
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError, RecursionError):
-        work.unlink()  # another evaluation's, or damaged: it can only be done again
+        work.unlink()  # of another evaluation, or damaged: its questions are asked again
         return {}
     with work.open("r+b") as file:
         file.truncate(sum(len(line) + 1 for line in whole))

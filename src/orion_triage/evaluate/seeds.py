@@ -1,4 +1,4 @@
-"""How far the same recipe lands from itself: accuracies over runs, and which runs differ in the training seed only."""
+"""Variation between training seeds: accuracies over runs that differ only in the seed."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,13 +13,13 @@ from orion_triage.runs.run import SETTINGS_FILE, Run, open_run
 
 
 def evaluated(run: Run) -> list[str]:
-    """The variants whose evaluation on the run's split has finished, in the table's order."""
+    """The variants whose evaluation on the run's split has finished, in the order of the table."""
     names = [variant.name for variant in variants.table(run.settings)]
     return [name for name in names if read_manifest(run.evaluation(name)) is not None]
 
 
 def spread(runs: Sequence[Run]) -> dict[str, dict[str, list[float]]]:
-    """Model -> condition -> accuracy of every run, in their order: of models that all of them evaluated."""
+    """Model -> condition -> accuracies in the order of the runs, for models that all runs evaluated."""
     common = [name for name in evaluated(runs[0]) if all(name in evaluated(run) for run in runs[1:])]
     found: dict[str, dict[str, list[float]]] = {}
     for model in common:
@@ -32,10 +32,10 @@ def spread(runs: Sequence[Run]) -> dict[str, dict[str, list[float]]]:
 
 
 def over_training_seeds(run: Run) -> dict[str, Any] | None:
-    """`seeds` and their `accuracies` of this run and the runs beside it that differ in `fine_tune.seed` only.
+    """`seeds` and `accuracies` of this run and of the runs beside it that differ only in `fine_tune.seed`.
 
-    Such a run lies in the same folder, has the same settings but for the seed, and was evaluated on the same dataset;
-    None where there is none.
+    Such a run is in the same parent folder, has the same settings except for the seed, and was evaluated on the same
+    dataset. None if there is no other run.
     """
     dataset = _evaluated_dataset(run)
     by_seed = {run.settings.fine_tune.seed: run}
@@ -43,14 +43,14 @@ def over_training_seeds(run: Run) -> dict[str, Any] | None:
         try:
             other = open_run(path.parent, run.split)
         except OrionError:
-            continue  # of another version: its settings cannot be compared
+            continue  # written by another version: its settings cannot be compared
         if _without_seed(other) == _without_seed(run) and _evaluated_dataset(other) == dataset:
             by_seed.setdefault(other.settings.fine_tune.seed, other)
     if len(by_seed) < 2:
         return None
     seeds = sorted(by_seed)
     accuracies = spread([by_seed[seed] for seed in seeds])
-    # The base and its frozen features know no training seed.
+    # The base and its frozen features do not depend on the training seed.
     return {"seeds": seeds, "accuracies": {model: rows for model, rows in accuracies.items() if model != "base"}}
 
 

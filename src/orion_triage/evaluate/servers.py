@@ -1,4 +1,4 @@
-"""Servers that somebody else started: llama.cpp's own interface, or OpenAI's with images; several share the work."""
+"""Third-party servers with llama.cpp's interface or an OpenAI-compatible one with images; several share the work."""
 
 import base64
 import queue
@@ -20,27 +20,27 @@ from orion_triage.runs import manifest
 if TYPE_CHECKING:
     from PIL import Image
 
-TRIES = 3  # of one question at one server, before the others get it
+TRIES = 3  # of one question at one server, before another server gets it
 PAUSE_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
 class Connected:
-    """A server that answers; `identity` is a hash of what it says it serves."""
+    """A connected server; `identity` is a hash of the properties of its model."""
 
     url: str
     backend: Backend
     identity: str
     model: str
     build: str
-    now: Callable[[], str] | None = None  # its identity at this moment
+    now: Callable[[], str] | None = None  # returns its current identity
 
 
 def connect(url: str, key: str, max_new_tokens: int) -> Connected:
-    """Wait until the server has loaded its model, and find out which interface it speaks.
+    """Wait until the server has loaded its model, and detect its interface.
 
-    Without llama.cpp's /props it is taken for an OpenAI-compatible one (vLLM, LM Studio, Ollama): answers without
-    scores. Raises ServerError when nobody answers, or it is neither.
+    A server without llama.cpp's /props is used as an OpenAI-compatible one (vLLM, LM Studio, Ollama): answers without
+    scores. Raises ServerError if no server answers, or if it has neither interface.
     """
     client = Client(url, key)
     if props := client.props_or_none():
@@ -71,7 +71,7 @@ def _served(props: dict[str, Any]) -> dict[str, str]:
 
 
 class OpenAIBackend:
-    """A server with /v1/chat/completions that takes images; it gives no probabilities, so no scores."""
+    """A server with /v1/chat/completions that accepts images; it returns no probabilities, so there are no scores."""
 
     batch_size = 1
 
@@ -89,7 +89,7 @@ class OpenAIBackend:
 
     @staticmethod
     def _messages(png: bytes, prompt: str) -> list[dict[str, Any]]:
-        """One image, then one text that starts with the newline between them, as the model was trained."""
+        """One image and one text that starts with the newline between them, as in training."""
         address = f"data:image/png;base64,{base64.b64encode(png).decode()}"
         content = [
             {"type": "image_url", "image_url": {"url": address}},
@@ -99,22 +99,22 @@ class OpenAIBackend:
 
 
 class SharedBackend:
-    """One server or several of one model; whichever is free takes the next question.
+    """One or several servers of the same model; a free server takes the next questions.
 
-    One that fails is asked again a few times, then left out, and its question goes to another. Answers do not depend on
-    who gave them, as far as the servers compute alike.
+    A question to a failing server is retried; then the server is left out, and another one gets the question. Answers
+    do not depend on the server if all servers compute alike.
     """
 
     def __init__(self, servers: Sequence[Connected], *, pause_seconds: float = PAUSE_SECONDS) -> None:
-        # Two frames a server, with three questions each; a single server's answers are kept one by one.
+        # Two frames per server, with three questions each; the answers of a single server are stored one by one.
         self.batch_size = 6 * len(servers) if len(servers) > 1 else 1
-        self._free: queue.SimpleQueue[Connected | None] = queue.SimpleQueue()  # None: nobody is left
+        self._free: queue.SimpleQueue[Connected | None] = queue.SimpleQueue()  # None: no server is left
         for server in servers:
             self._free.put(server)
         self._left = len(servers)
         self._lock = threading.Lock()
         self._pause_seconds = pause_seconds
-        self.lost: list[str] = []  # why each server was left out
+        self.lost: list[str] = []  # the reason for each server that was left out
 
     def answer(self, images: "Sequence[Image.Image]", prompts: Sequence[str]) -> list[Answer]:
         asked = list(zip(images, prompts, strict=True))
@@ -123,14 +123,16 @@ class SharedBackend:
             return list(chain.from_iterable(pool.map(self._ask_all, pieces(asked, -(-len(asked) // servers)))))
 
     def _ask_all(self, asked: "Sequence[tuple[Image.Image, str]]") -> list[Answer]:
-        """By one server as long as it answers, since it has read the image for the first of them."""
+        """Ask one server as long as it answers, because it has encoded the image for the first question."""
         answers: list[Answer] = []
         while True:
             server = self._free.get()
             if server is None:
-                self._free.put(None)  # for the next who waits
+                self._free.put(None)  # for the next waiting thread
                 lost = "; ".join(self.lost)
-                raise ServerError(f"no server is left: {lost}", "Start one, and go on with the same command.")
+                raise ServerError(
+                    f"no server is left: {lost}", "Start a server, then run the same command again to resume."
+                )
             try:
                 answers += (self._ask(server, image, prompt) for image, prompt in asked[len(answers) :])
             except ServerError as error:
@@ -148,7 +150,7 @@ class SharedBackend:
         )
         (answer,) = again(server.backend.answer, [image], [prompt])
         if server.now and server.now() != server.identity:
-            raise ServerError(f"it no longer serves {server.model}.", "Its answers are not counted.")
+            raise ServerError(f"the server no longer serves {server.model}.", f"Load {server.model} again.")
         return answer
 
     def _leave_out(self, server: Connected, failure: ServerError) -> None:
@@ -160,7 +162,7 @@ class SharedBackend:
 
 
 def pieces(asked: "Sequence[tuple[Image.Image, str]]", most: int) -> "list[list[tuple[Image.Image, str]]]":
-    """The questions in order, cut where the image changes and after every `most`."""
+    """The questions in order, split where the image changes and after every `most` questions."""
     cut: list[list[tuple[Image.Image, str]]] = []
     for image, prompt in asked:
         if not cut or cut[-1][-1][0] is not image or len(cut[-1]) == most:
@@ -170,7 +172,7 @@ def pieces(asked: "Sequence[tuple[Image.Image, str]]", most: int) -> "list[list[
 
 
 def share_own(clients: Sequence[Client], backend: Callable[[Client], Backend]) -> Backend:
-    """Servers of our own with one model, each behind a backend; one that dies is left out."""
+    """Servers that this process started with one model, each with a backend; a server that dies is left out."""
     if len(clients) == 1:
         return backend(clients[0])
     return SharedBackend([Connected(client.base_url, backend(client), "", "", "") for client in clients])
@@ -182,8 +184,8 @@ def share(urls: Sequence[str], key: str, max_new_tokens: int) -> tuple[Backend, 
     for server in servers[1:]:
         if server.identity != servers[0].identity:
             raise OrionError(
-                f"{server.url} serves {server.model} ({server.build}), {servers[0].url} {servers[0].model} "
-                f"({servers[0].build}).",
-                "Servers that share an evaluation must serve the same model.",
+                f"{server.url} serves {server.model} ({server.build}), but {servers[0].url} serves "
+                f"{servers[0].model} ({servers[0].build}).",
+                "Load the same model with the same build on all servers.",
             )
     return SharedBackend(servers), servers[0]

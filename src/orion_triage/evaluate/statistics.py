@@ -1,4 +1,4 @@
-"""What a split of this size can tell apart: intervals, tests of paired answers, rates over three classes; pure.
+"""Statistics: intervals, tests of paired answers, statistical power, rates over three classes; pure functions.
 
 Answers are integer arrays [frames]: the index into CATEGORIES, or NO_VERDICT.
 """
@@ -14,7 +14,7 @@ from orion_triage.mission.verdict import CATEGORIES
 
 Integers = NDArray[np.int64]
 
-NO_VERDICT = -1  # as an index it is the confusion's last column
+NO_VERDICT = -1  # as an index, the last column of the confusion matrix
 _FEWEST_FRAMES = 6  # 2 * 0.5**6 = 0.03 < 0.05 < 2 * 0.5**5
 
 
@@ -35,11 +35,11 @@ class McNemar:
 
 
 def mcnemar(gained: int, lost: int) -> McNemar:
-    """Had neither model the edge, how often would the frames on which they differ split at least this unevenly?
+    """McNemar's p-values: the probability of a split of the differing frames at least this uneven between equal models.
 
-    The exact test never errs more often than it says, and on few frames far less often. Mid-p counts the splits as
-    uneven as the one seen by half, which keeps closer to 5 % (Fagerland, Lydersen and Laake 2013). Both are 1
-    when no frame differs.
+    The exact test never exceeds its nominal error rate, and is far below it on few frames. Mid-p counts splits as
+    uneven as the observed one by half, which is closer to the nominal 5 % (Fagerland, Lydersen and Laake 2013). Both
+    are 1 if no frame differs.
     """
     from scipy.stats import binom, binomtest
 
@@ -48,14 +48,14 @@ def mcnemar(gained: int, lost: int) -> McNemar:
         return McNemar(1.0, 1.0)
     exact = float(binomtest(gained, differing).pvalue)
     seen = float(binom.pmf(gained, differing, 0.5))
-    # The mirrored split is as likely and as uneven, so half of both is one; an even split is its own mirror.
+    # The mirrored split is as likely and as uneven, so half of both is one of them; an even split is its own mirror.
     return McNemar(exact, exact - (seen / 2 if gained == lost else seen))
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Name -> p-value adjusted for the number of tests (Holm 1979), in the order given.
+    """Name -> p-value adjusted for the number of tests (Holm 1979), in the given order.
 
-    Calling those under 0.05 findings errs in at most one family of tests in twenty, however many tests it has.
+    With a level of 0.05, at most 5 % of families of tests have a false positive, whatever the number of tests.
     """
     adjusted: dict[str, float] = {}
     largest = 0.0
@@ -66,10 +66,10 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 
 
 def frames_to_resolve(gained: int, lost: int, total: int, power: float = 0.8) -> int | None:
-    """How many frames McNemar's test needs to find a difference of the size seen on `total`, at p < 0.05, two-sided.
+    """The number of frames at which McNemar's test finds the difference observed on `total` (p < 0.05, two-sided).
 
-    `power` is the share of such splits on which it would. The shares seen are taken for the true ones (Connor
-    1987), and they are as uncertain as the difference itself: an order of magnitude. None when gained == lost.
+    `power` is the probability that it does. The observed shares are used as the true ones (Connor 1987). They are as
+    uncertain as the difference itself, so the result is an order of magnitude. None if gained == lost.
     """
     from scipy.stats import norm
 
@@ -82,18 +82,18 @@ def frames_to_resolve(gained: int, lost: int, total: int, power: float = 0.8) ->
 
 
 def smallest_detectable_points(count: int) -> float | None:
-    """The least difference of accuracy on `count` frames that McNemar's test can tell from chance.
+    """The smallest significant difference of accuracy on `count` frames by McNemar's test (p < 0.05).
 
-    In percentage points at p < 0.05, in the best case that every frame with another answer changed the same
-    way: six frames. Two models that also differ the other way need more. None when `count` is under six.
+    In percentage points, for the best case that all changed frames changed in the same direction: six frames. Models
+    that also differ in the other direction need more. None if `count` is below six.
     """
     return 100 * _FEWEST_FRAMES / count if count >= _FEWEST_FRAMES else None
 
 
 def geographic_block(lon: float, lat: float, degrees: float = 10.0) -> str:
-    """The name of the place's cell: its south-west corner, cells of `degrees` in both directions from 180 W, 90 S.
+    """The name of the place's cell: its south-west corner. Cells have `degrees` in both directions from 180 W, 90 S.
 
-    180 E is 180 W, and the north pole is in the northernmost cells.
+    180 E counts as 180 W, and the north pole belongs to the northernmost cells.
     """
     west = (lon + 180) % 360 // degrees * degrees - 180
     south = min((lat + 90) // degrees, math.ceil(180 / degrees) - 1) * degrees - 90
@@ -103,13 +103,12 @@ def geographic_block(lon: float, lat: float, degrees: float = 10.0) -> str:
 def cluster_bootstrap(
     statistic: Callable[[Integers], float], clusters: Sequence[str], *, seed: int, resamples: int = 2000
 ) -> tuple[float, float]:
-    """The 95 % percentile interval of a statistic whose rows are alike within a cluster.
+    """The 95 % percentile interval of a statistic by a bootstrap over clusters of dependent rows.
 
-    `clusters` has a label a row, such as geographic_block. Whole clusters are drawn with replacement, as many as
-    there are, and `statistic` gets the drawn rows' indices. Resamples on which it is NaN are left out; the
-    interval is (NaN, NaN) when none remains. A handful of clusters gives an interval that is too narrow, and one
-    cluster gives none at all: both its ends are the estimate. Depends on the seed and on which rows are together,
-    not on the order of the rows.
+    `clusters` has one label per row, such as geographic_block. Each resample draws as many whole clusters as there are,
+    with replacement; `statistic` gets the indices of their rows. Resamples with a result of NaN are ignored; the
+    interval is (NaN, NaN) if none remains. With few clusters, the interval is too narrow; with one, both its ends are
+    the estimate. The result depends on the seed and the clusters, not on the order of the rows.
     """
     members: dict[str, list[int]] = {}
     for row, label in enumerate(clusters):
@@ -128,9 +127,9 @@ def cluster_bootstrap(
 
 
 def confusion(truth: Integers, guess: Integers) -> Integers:
-    """Counts [3, 4] of frames: a row a truth, a column an answer, in the order of CATEGORIES; last, no verdict.
+    """The confusion matrix [3, 4]: rows are truths, columns answers, in the order of CATEGORIES; last no verdict.
 
-    Bootstraps count 2,000 times a condition and variant: 0.01 ms each time, and 4 ms with scikit-learn (60 frames).
+    Bootstraps compute it 2,000 times per condition and variant: 0.01 ms each, and 4 ms with scikit-learn (60 frames).
     """
     counts = np.zeros((len(CATEGORIES), len(CATEGORIES) + 1), dtype=np.int64)
     np.add.at(counts, (truth, guess), 1)
@@ -138,9 +137,9 @@ def confusion(truth: Integers, guess: Integers) -> Integers:
 
 
 def macro_f1(truth: Integers, guess: Integers) -> float:
-    """The mean F1 of the classes that are there as truth or answer; NaN without frames.
+    """The mean F1 of the classes that occur as truth or answer; NaN without frames.
 
-    An answer without a verdict is a miss of its frame's class and no class of its own.
+    An answer without a verdict is a miss of its frame's class, not a separate class.
     """
     counts = confusion(truth, guess)
     both = counts.sum(axis=1) + counts.sum(axis=0)[:-1]
@@ -149,7 +148,7 @@ def macro_f1(truth: Integers, guess: Integers) -> float:
 
 
 def balanced_accuracy(truth: Integers, guess: Integers) -> float:
-    """The mean recall of the classes that are there as truth; NaN without frames. No verdict is a miss."""
+    """The mean recall of the classes that occur as truth; NaN without frames. No verdict counts as a miss."""
     counts = confusion(truth, guess)
     frames = counts.sum(axis=1)
     there = frames > 0

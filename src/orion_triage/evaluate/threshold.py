@@ -1,4 +1,4 @@
-"""How sure of LOW a model must be before a frame is dropped: chosen on val, kept with the run, used in flight."""
+"""The probability of LOW from which a frame is dropped: chosen on val, stored with the run, used in flight."""
 
 import json
 import math
@@ -25,27 +25,28 @@ from orion_triage.safe.reading import read_object
 from orion_triage.settings import MissionSettings
 
 FILE_NAME = "operating_point.json"
-CONDITION = "B"  # in flight a frame is asked about without coordinates
-_NEVER = 2.0  # above 1 by more than rounding: the scores drop no frame
+CONDITION = "B"  # in flight, the prompt has no coordinates
+_NEVER = 2.0  # above 1 by more than rounding: scores drop no frame
 
 
 def parse_share(text: str) -> float:
-    """ "5%" or "0.05"; raises OrionError unless it is a share of 0 to 1."""
+    """The share in a text such as "5%" or "0.05"; raises OrionError unless it is from 0 to 1."""
     number, percent, rest = text.strip().partition("%")
     try:
         share = float(number) / (100 if percent else 1)
     except ValueError:
         share = -1
     if rest or not 0 <= share <= 1:
-        raise OrionError(f"{text!r} is no share of the frames.", "Write it as 5% or 0.05.")
+        raise OrionError(f"{text!r} is not a share from 0 to 1 (0% to 100%).", "Write it as 5% or 0.05.")
     return share
 
 
 def choose(run: Run, max_irrecoverable_loss: float, blank_frames: Sequence[str]) -> dict[str, Any]:
     """Choose the threshold on the val evaluation of `run` (a Run of that split) and write it into the run's folder.
 
-    Returns what was written: the threshold, what it does to the frames it was chosen on, and the temperature that fits
-    the scores there best (it changes no order, so no decision). `blank_frames` are the names of those of the split.
+    Returns the written values: the threshold, its effect on the frames of val, and the temperature that calibrates the
+    scores best (it keeps their order, so it changes no decision). `blank_frames` are the names of the split's blank
+    frames.
     """
     answered = [prediction_of(row) for row in read_predictions(run.evaluation(CONSTRAINED))]
     rows = under(with_blank(answered, blank_frames), CONDITION)
@@ -53,7 +54,7 @@ def choose(run: Run, max_irrecoverable_loss: float, blank_frames: Sequence[str])
     record = {
         "max_irrecoverable_loss": max_irrecoverable_loss,
         "low_threshold": rules.low_threshold,
-        "temperature": value.fit_temperature(truth_of(rows), scores_of(rows)),  # that would make the scores honest
+        "temperature": value.fit_temperature(truth_of(rows), scores_of(rows)),  # calibrates the scores
         "chosen_on": {"split": run.split, "condition": CONDITION, "frames": len(rows)},
         "pair_sha256": _pair(run.gguf),
         "there": measurements(rows, rules, run.settings.mission),
@@ -63,27 +64,27 @@ def choose(run: Run, max_irrecoverable_loss: float, blank_frames: Sequence[str])
 
 
 def with_blank(rows: Sequence[Prediction], blank_frames: Sequence[str]) -> list[Prediction]:
-    """The answers with the blank frames marked; noise (C) is not blank."""
+    """The answers, with `blank` set for blank frames; the noise image of condition C is not blank."""
     blank = set(blank_frames)
     return [replace(row, blank=row.name in blank and row.condition != "C") for row in rows]
 
 
 def decided(rows: Sequence[Prediction], rules: Rules) -> list[Category | None]:
-    """What happens to each frame under the rules."""
+    """The decision for each frame under the rules."""
     return [decide(row.predicted, row.scores, blank=row.blank, rules=rules) for row in rows]
 
 
 def lowest_threshold(rows: Sequence[Prediction], max_irrecoverable_loss: float) -> float:
-    """The threshold that drops most frames with at most this irrecoverable loss (a share) on these frames.
+    """The threshold that drops the most frames with at most this irrecoverable loss (a share) on these frames.
 
-    The loss is of the valuable frames (HIGH or MEDIUM) that are decided LOW. Choose it on val: on the frames it was
-    chosen on the loss looks smaller than it is. Raises OrionError for a limit outside 0..1, when no frame is valuable,
-    or when no threshold keeps the limit.
+    The loss is the share of valuable frames (HIGH or MEDIUM) that are decided LOW. Choose the threshold on val, because
+    the loss is underestimated on the frames used for the choice. Raises OrionError for a limit outside 0..1, if no
+    frame is valuable, or if no threshold keeps the limit.
     """
     if not 0 <= max_irrecoverable_loss <= 1:
         raise OrionError(
-            f"the largest irrecoverable loss {max_irrecoverable_loss} is not within 0..1.",
-            "Give it as a share: 0.02 lets two of a hundred valuable frames be dropped.",
+            f"--max-irrecoverable-loss {max_irrecoverable_loss} is outside 0..1.",
+            "Write it as a share: 0.02 allows the loss of two of a hundred valuable frames.",
         )
     valuable = [row for row in rows if row.truth != Category.LOW]
     if not valuable:
@@ -100,14 +101,15 @@ def lowest_threshold(rows: Sequence[Prediction], max_irrecoverable_loss: float) 
     place = bisect_left(thresholds, True, key=lambda threshold: loss(threshold) <= max_irrecoverable_loss)
     if place == len(thresholds):
         raise OrionError(
-            f"{loss(_NEVER):.1%} of the valuable frames are LOW at any threshold: blank, or called LOW without scores.",
-            "Allow a larger --max-irrecoverable-loss, or look at those frames.",
+            f"{loss(_NEVER):.1%} of the valuable frames are LOW at any threshold, because they are blank or have a LOW "
+            "answer without scores.",
+            "Set a larger --max-irrecoverable-loss, or inspect these frames.",
         )
     return thresholds[place]
 
 
 def measurements(rows: Sequence[Prediction], rules: Rules, mission: MissionSettings) -> dict[str, Any]:
-    """What deciding by the rules does to frames of one condition: headline, downlink and cost."""
+    """The effect of the rules on the frames of one condition: headline, downlink and cost."""
     truth, guess = truth_of(rows), guess_of(decided(rows, rules))
     return {
         **value.headline(truth, guess),
@@ -117,7 +119,7 @@ def measurements(rows: Sequence[Prediction], rules: Rules, mission: MissionSetti
 
 
 def tempered(rows: Sequence[Prediction], temperature: float) -> dict[str, float]:
-    """Negative log-likelihood and Brier score of one condition's scores, softened by the temperature of val."""
+    """Negative log-likelihood and Brier score of one condition's scores, scaled by the temperature chosen on val."""
     truth, scores = truth_of(rows), value.temper(scores_of(rows), temperature)
     return {
         "negative_log_likelihood": value.negative_log_likelihood(truth, scores),
@@ -126,7 +128,7 @@ def tempered(rows: Sequence[Prediction], temperature: float) -> dict[str, float]
 
 
 def read(folder: Path, gguf: Path) -> tuple[float, float] | None:
-    """The run's threshold and temperature, None if none was chosen; raises OrionError for one of another pair."""
+    """The run's threshold and temperature, or None; raises OrionError if it is damaged or of another GGUF pair."""
     path = folder / FILE_NAME
     try:
         record = read_object(path)
@@ -137,10 +139,10 @@ def read(folder: Path, gguf: Path) -> tuple[float, float] | None:
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
-        raise OrionError(f"{path} is damaged: {error!r}.", "Choose it again: 'orion threshold'.") from None
+        raise OrionError(f"{path} is damaged: {error!r}.", "Run 'orion threshold' again.") from None
     if pair != _pair(gguf):
         raise OrionError(
-            f"{path} was chosen for another GGUF pair.", "Choose it again ('orion threshold'), or delete it."
+            f"{path} was chosen for another GGUF pair.", "Run 'orion threshold' again, or delete the file."
         )
     return threshold, temperature
 

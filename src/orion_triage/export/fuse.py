@@ -1,8 +1,8 @@
-"""STAGE: adapter + base -> a 16-bit Hugging Face folder, proven to answer like the adapter.
+"""STAGE: adapter + base -> a 16-bit Hugging Face folder, checked to answer like base + adapter.
 
-The base's files are read tensor by tensor: what the adapter changes is added in float32 and rounded once, to the
-output's type, and the rest is only cast. So the whole model is never in memory twice, and names and layout stay the
-Hub's. The written folder is then read back and its verdict log-probabilities are compared with base + adapter.
+The base's files are read tensor by tensor. The adapter's changes are added in float32 and rounded once, to the output
+type; other tensors are only cast. The model is therefore never in memory twice, and names and layout stay those of the
+Hub. The written folder is then read back, and its verdict log-probabilities are compared with base + adapter.
 """
 
 import gc
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-# Rounding the merged weights to 16 bits may move a verdict token's log-probability by this much, or by this
-# share of what the adapter itself moves on average, whichever is more. Measured at 1.6B: 0.0025 in float16.
+# Rounding the merged weights to 16 bits may change a verdict token's log-probability by this much, or by this share of
+# the adapter's mean effect, whichever is larger. Measured at 1.6B: 0.0025 in float16.
 LARGEST_DIFFERENCE = 0.005
 LARGEST_SHARE = 0.05
 ENOUGH_RECORDS = 20
-# Pixels of the check's frames, at most: every weight is used at any size, and the 1.6B takes 15 s at 512 on 2 cores
-# and 7 s at 256, three times a record.
+# Largest frame size of the check, in pixels. Every weight is used at any size. On 2 cores, the 1.6B model takes 15 s at
+# 512 and 7 s at 256, three times per record.
 CHECK_FRAME_SIZE = 256
 
 
@@ -48,16 +48,16 @@ def run(
     frame_size: int,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Write the merged model, processor and chat template into `out_folder`; returns the check's figures.
+    """Write the merged model, processor and chat template into `out_folder`; returns the measurements of the check.
 
-    Raises OrionError for an adapter of another base, values that are not finite, an adapter without effect,
-    or a merge that does not answer like base + adapter; `out_folder` is untouched then. Computes in float32 on
-    weights that stay in 16 bits.
+    Computes in float32 with weights stored in 16 bits. Raises OrionError for an adapter of another base, values that
+    are not finite, an adapter without effect, or a merge that does not answer like base + adapter; `out_folder` is
+    then unchanged.
     """
     import torch
 
     records = _check_records(dataset, settings.check_records)
-    few = [f"the merge was checked on {len(records)} records only"] if len(records) < ENOUGH_RECORDS else []
+    few = [f"the merge was checked on only {len(records)} records"] if len(records) < ENOUGH_RECORDS else []
     weights = sum(path.stat().st_size for path in base.glob("*.safetensors"))
     require_free_space(out_folder, weights + 20_000_000, "the merged model")
     warnings = _check_base(base, adapter, frame_size)
@@ -74,12 +74,13 @@ def run(
     effect = (adapted - plain).abs()
     if not float(effect.max()) > 0:
         raise OrionError(
-            f"the adapter {adapter} changes no log-probability of {len(records)} verdicts.",
-            "It was not trained, or on other modules: fine-tune again.",
+            f"the adapter {adapter} changes no log-probability of {len(records)} verdicts: it was not trained, or only "
+            "on modules without effect.",
+            "Fine-tune again.",
         )
     changes = _changes(model)
     del model
-    gc.collect()  # modules and hooks refer to each other: without this, the base stays mapped beside the result
+    gc.collect()  # modules and hooks reference each other; without this, the base stays mapped in memory
     with replaced_folder(out_folder) as folder:
         parameters = _write_weights(base, changes, settings.dtype, folder, progress)
         _write_config(base, settings.dtype, folder)
@@ -93,9 +94,9 @@ def run(
         if not difference <= limit:
             raise OrionError(
                 "the merged model's verdict log-probabilities differ from base + adapter by up to "
-                f"{difference:.4f}; {limit:.4f} is allowed (the adapter's own mean effect is "
+                f"{difference:.4f}; {limit:.4f} is allowed (the adapter's mean effect is "
                 f"{float(effect.mean()):.4f}).",
-                "Use fuse.dtype=float16, or fine-tune again if the adapter's weights are extreme.",
+                "Set fuse.dtype=float16, or fine-tune again if the adapter's weights are extreme.",
             )
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     return {
@@ -114,18 +115,21 @@ def run(
 
 
 def _check_records(dataset: Dataset, count: int) -> list[Record]:
-    """`count` records spread over the training and validation splits, with and without coordinates."""
+    """`count` records spread over the training and validation splits, with and without coordinates.
+
+    Raises OrionError if the dataset has fewer.
+    """
     records = [*dataset.records("train"), *dataset.records("val")]
     if len(records) < count:
         raise OrionError(
-            f"{dataset.folder} has {len(records)} training and validation records; the merge's check needs {count}.",
+            f"{dataset.folder} has {len(records)} training and validation records; the merge check needs {count}.",
             "Add places to the dataset, or lower fuse.check_records.",
         )
     return [records[index * len(records) // count] for index in range(count)]
 
 
 class _Samples:
-    """The check's frames, prompts and verdicts, decoded once."""
+    """The frames, prompts and verdicts of the check, decoded once."""
 
     def __init__(
         self, base: Path, dataset: Dataset, records: Sequence[Record], frame_size: int, progress: Progress
@@ -134,7 +138,7 @@ class _Samples:
         self.images: list[Image.Image] = [dataset.frame(record, frame_size) for record in records]
 
     def score(self, model: Any, description: str) -> "torch.Tensor":
-        """Log-probabilities of all verdict tokens, one after the other: [tokens], float32."""
+        """Log-probabilities of the tokens of all verdicts, concatenated: [tokens], float32."""
         import torch
 
         scores = []
@@ -146,13 +150,13 @@ class _Samples:
 
 
 def _check_base(base: Path, adapter: Path, frame_size: int) -> list[str]:
-    """Warnings about where the adapter comes from; raises OrionError when it was trained on another base."""
+    """Warnings about the adapter's origin; raises OrionError if it was trained on another base or frame size."""
     path = adapter / BASE_FILE
     try:
         made_from = read_object(path)
         sha256, trained_size = made_from["sha256"], made_from["frame_size"]
     except FileNotFoundError:
-        return [f"{adapter} has no {BASE_FILE}: only the shapes show that it belongs to {base_name(base)}"]
+        return [f"{adapter} has no {BASE_FILE}: only the shapes were compared with {base_name(base)}"]
     except KeyError as error:
         raise OrionError(f"{path} is damaged: {error!r}.", "Fine-tune again.") from None
     if sha256 != fingerprint(base):
@@ -170,7 +174,7 @@ def _check_base(base: Path, adapter: Path, frame_size: int) -> list[str]:
 
 
 def _changes(model: Any) -> "dict[str, Callable[[], torch.Tensor]]":
-    """Module name -> what PEFT adds to its weight, computed in float32 when it is asked for; the base is let go."""
+    """Module name -> a function that computes PEFT's change of its weight in float32; releases the base's weights."""
     import torch
     from peft.tuners.lora import Linear
 
@@ -178,7 +182,7 @@ def _changes(model: Any) -> "dict[str, Callable[[], torch.Tensor]]":
     for name, module in model.named_modules():
         if isinstance(module, Linear):
             changes[plain_name(name.removeprefix("base_model.model."))] = partial(module.get_delta_weight, "default")
-            module.base_layer = None  # one bias alone keeps the whole file of the base mapped
+            module.base_layer = None  # a single bias would keep the whole file of the base mapped
     return changes
 
 
@@ -187,7 +191,7 @@ def _write_weights(
 ) -> int:
     """Write the merged tensors; returns the number of parameters.
 
-    Raises OrionError when a value is not finite or does not fit `dtype`, or when a change finds no tensor.
+    Raises OrionError if a value is not finite or does not fit `dtype`, or if a change has no matching tensor.
     """
     import torch
     from safetensors import safe_open
@@ -196,7 +200,7 @@ def _write_weights(
     shapes: dict[str, list[int]] = {}
     for path in sorted(base.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 - it is no dictionary
+            for name in file.keys():  # noqa: SIM118 - not a dictionary
                 if name != "lm_head.weight":  # tied to the token embedding; llama.cpp's converter does not read it
                     files[name] = path
                     shapes[name] = file.get_slice(name).get_shape()
@@ -213,26 +217,29 @@ def _write_weights(
                 raise OrionError(f"merged {name} has values that are not finite.", "Fine-tune again.")
         rounded: torch.Tensor = tensor.to(getattr(torch, dtype))
         if not bool(torch.isfinite(rounded).all()):
-            raise OrionError(f"merged {name} has values beyond {dtype}'s range.", "Use fuse.dtype=bfloat16.")
+            raise OrionError(f"merged {name} has values beyond {dtype}'s range.", "Set fuse.dtype=bfloat16.")
         return rounded
 
     parameters = write_tensors(folder, shapes, dtype, merged, description="merging", progress=progress)
     if left:
         raise OrionError(
-            f"the adapter changes {next(iter(left))}, which {base} has no weight for.",
-            "Use the base it was trained on.",
+            f"the adapter changes {next(iter(left))}, but {base} has no such weight.",
+            "Use the base that it was trained on.",
         )
     return parameters
 
 
 def _write_config(base: Path, dtype: str, folder: Path) -> None:
-    """The base's configuration with the merged weights' type; llama.cpp's converter asks for the architecture."""
+    """Write the base's configuration with the type of the merged weights and the architecture.
+
+    llama.cpp's converter needs the architecture.
+    """
     config = read_object(base / "config.json")
     for section in (config, config["text_config"], config["vision_config"]):
         section.pop("torch_dtype", None)
         section.pop("auto_map", None)  # see _drop_code_names
         section["dtype"] = dtype
-    # The base's own word is not taken: for some architectures the converter runs code that a folder brings along.
+    # Do not copy the base's value: for some architectures, the converter runs code from the model's folder.
     config["architectures"] = ["Lfm2VlForConditionalGeneration"]
     config["text_config"]["architectures"] = ["Lfm2ForCausalLM"]
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
@@ -242,7 +249,7 @@ def _write_config(base: Path, dtype: str, folder: Path) -> None:
 
 
 def _drop_code_names(folder: Path) -> None:
-    """Take out where the base's author would have code fetched from: whoever uses this folder is not to be asked."""
+    """Remove references to remote code, so that users of this folder are not asked to run it."""
     for path in folder.glob("*_config.json"):
         value = read_object(path)
         if value.pop("auto_map", None) is not None:

@@ -1,4 +1,4 @@
-"""How far llama.cpp is from transformers on the same weights: next-token log-probabilities of one frame."""
+"""Compare llama.cpp with transformers on the same weights by next-token log-probabilities of one frame."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -14,27 +14,29 @@ CANDIDATES = 5
 
 
 def largest_difference(model: Any, processor: Any, client: "Client", frame: Frame, prompt: str) -> float:
-    """The largest difference of the server's five likeliest next tokens from the model's own figures.
+    """The largest difference of log-probabilities between server and model over the server's five most likely tokens.
 
-    Raises OrionError when the two render the prompt differently or read a different number of tokens: then they do not
-    see the same prompt or image.
+    Raises OrionError if the two render the prompt differently or read a different number of tokens, because then their
+    prompt or image differs.
     """
     import torch
 
     rendered = render_turn(processor, prompt).removeprefix(processor.tokenizer.bos_token or "")
     if rendered != (sent := client.chat(prompt, processor.image_token)):
         raise OrionError(
-            f"the chat template renders {rendered[:60]!r}..., and llama.cpp is sent {sent[:60]!r}....",
+            f"the chat template renders {rendered[:60]!r}..., but llama.cpp gets {sent[:60]!r}....",
             "Use a base model with the LFM2 chat template.",
         )
-    # The grammar keeps a random model's answer printable (anything else is a 500); probabilities are from before it.
+    # The grammar keeps the answer of an untrained model printable (else the server replies 500). It does not affect
+    # the probabilities, which are computed before it.
     reply = client.completion(prompt, frame.png(), 1, n_probs=CANDIDATES, grammar="root ::= [a-z]+")
     batch = encode(processor, [frame.image], [prompt]).to(model.device)
     length = batch["input_ids"].shape[1]
     if reply["tokens_evaluated"] != length:
         raise OrionError(
-            f"llama.cpp reads {reply['tokens_evaluated']} tokens where transformers reads {length}.",
-            "The prompt or the frame's size differs between them; this pair must not fly.",
+            f"llama.cpp reads {reply['tokens_evaluated']} tokens, but transformers reads {length}: the prompt or the "
+            "frame size differs.",
+            "Do not deploy this pair; report the base and the versions.",
         )
     with torch.inference_mode():
         logits = model(**batch, logits_to_keep=1, use_cache=False).logits[0, -1]

@@ -1,4 +1,4 @@
-"""STAGE quantize: merged model -> F16 GGUF, F16 mmproj and Q4_K_M, checked against the model they came from."""
+"""STAGE quantize: merged model -> F16 GGUF, F16 mmproj and Q4_K_M, checked against the merged model."""
 
 import json
 from collections import Counter
@@ -24,7 +24,7 @@ from orion_triage.settings import QuantizeSettings
 F16, MMPROJ, QUANTIZED = "orion-f16.gguf", "orion-mmproj-f16.gguf", "orion-q4_k_m.gguf"
 PAIR = "pair.json"
 _STEPS = 3
-# What Q4_K_M may hold: matrices as Q4_K or Q6_K, norms, biases and short-conv kernels in full.
+# Allowed in Q4_K_M: matrices as Q4_K or Q6_K; norms, biases and short-conv kernels unquantized.
 _MATRIX_TYPES = {"Q4_K", "Q6_K"}
 
 
@@ -38,8 +38,8 @@ def run(
 ) -> dict[str, Any]:
     """Write the three files and `pair.json` into `out_folder`; returns sizes, tensor types and the build.
 
-    Raises OrionError when a tool fails, when a file is not what it should be, or when llama.cpp splits any of
-    `prompts` into other tokens than the model's own tokenizer.
+    Raises OrionError if a tool fails, if a file has unexpected content, or if llama.cpp splits one of `prompts` into
+    other tokens than the model's tokenizer.
     """
     weights = sum(path.stat().st_size for path in merged.glob("*.safetensors"))
     if not weights:
@@ -47,7 +47,7 @@ def run(
     require_free_space(out_folder, int(1.5 * weights) + 50_000_000, "quantizing")
     toolchain = find_toolchain(progress)
     with replaced_folder(out_folder) as folder:
-        with ThreadPoolExecutor(1) as beside:  # each converter is busy on one core, and waits for the disk
+        with ThreadPoolExecutor(1) as beside:  # in parallel: each converter uses one core and waits for the disk
             tower = beside.submit(convert, toolchain, merged, folder / MMPROJ, mmproj=True)
             progress("converting", 0, _STEPS)
             converted = convert(toolchain, merged, folder / F16, mmproj=False)
@@ -78,7 +78,7 @@ def run(
 
 
 def check_file(path: Path, merged: Path) -> dict[str, int]:
-    """Count the tensor types of one of the three files; raises OrionError when it is not what its name says."""
+    """Count the tensor types of one of the three files; raises OrionError if its content does not match its name."""
     from gguf import GGUFReader
 
     reader = GGUFReader(path)
@@ -92,20 +92,23 @@ def check_file(path: Path, merged: Path) -> dict[str, int]:
         template = reader.get_field("tokenizer.chat_template")
         own = (merged / "chat_template.jinja").read_text(encoding="utf-8")
         if template is None or template.contents() != own:
-            raise OrionError(f"{path.name} has not the model's chat template.", "Fuse and quantize again.")
+            raise OrionError(f"{path.name} does not have the model's chat template.", "Fuse and quantize again.")
     if path.name == QUANTIZED:
         for tensor in reader.tensors:
             is_matrix = len(tensor.shape) == 2 and "shortconv.conv" not in tensor.name
             if is_matrix and tensor.tensor_type.name not in _MATRIX_TYPES:
                 raise OrionError(
                     f"{path.name}: {tensor.name} is {tensor.tensor_type.name}, not one of {sorted(_MATRIX_TYPES)}.",
-                    "K-quants need rows that are multiples of 256.",
+                    "Use a base with rows that are multiples of 256, which K-quants need.",
                 )
     return dict(sorted(types.items()))
 
 
 def check_tokenization(client: Client, merged: Path, prompts: Sequence[str]) -> int:
-    """Compare the chat turn of every prompt between llama.cpp and transformers; returns how many were."""
+    """Compare the tokens of every prompt between llama.cpp and transformers; returns the number of prompts.
+
+    Raises OrionError at the first difference.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(merged, trust_remote_code=False)
@@ -116,17 +119,18 @@ def check_tokenization(client: Client, merged: Path, prompts: Sequence[str]) -> 
             place = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), 0)
             pieces = [tokenizer.decode(tokens[place : place + 3]) for tokens in (theirs, ours)]
             raise OrionError(
-                f"llama.cpp splits a prompt differently from token {place}: {pieces[0]!r} against {pieces[1]!r}.",
-                "The tokenizer is not LFM2's; this pair must not fly.",
+                f"llama.cpp splits a prompt differently from token {place} on: {pieces[0]!r} instead of "
+                f"{pieces[1]!r}. The tokenizer is not LFM2's.",
+                "Do not deploy this pair; use a base of the LFM2-VL family.",
             )
     return len(prompts)
 
 
 def find_pair(folder: Path) -> tuple[Path, Path]:
-    """(backbone, mmproj) of a folder: ours, proven by pair.json, or the two GGUF files that somebody published.
+    """(backbone, mmproj) of a folder: made by this project and checked by pair.json, or two third-party GGUF files.
 
-    Without pair.json only the sizes can be compared: the projector's output must be as wide as the backbone's input.
-    Raises OrionError when it is not a pair.
+    Without pair.json, only the widths can be compared: the projector's output must be as wide as the backbone's input.
+    Raises OrionError if the files are not a pair.
     """
     if (folder / PAIR).exists():
         check_pair(folder)
@@ -140,7 +144,7 @@ def find_pair(folder: Path) -> tuple[Path, Path]:
         found = ", ".join(path.name for path in files) or "no *.gguf"
         raise OrionError(
             f"{folder} has {found}, not one Q4_K_M backbone and one mmproj.",
-            "Run 'orion quantize' first, or pass a folder or a Hub id with the two files.",
+            "Run 'orion quantize', or pass a folder or a Hub id with the two files.",
         )
     width, projected = (
         read_integers(backbones[0]).get("lfm2.embedding_length"),
@@ -148,14 +152,14 @@ def find_pair(folder: Path) -> tuple[Path, Path]:
     )
     if width is None or width != projected:
         raise OrionError(
-            f"{projectors[0].name} projects to {projected} values and {backbones[0].name} takes {width}.",
-            "Backbone and mmproj must come from the same model.",
+            f"{projectors[0].name} projects to {projected} values, but {backbones[0].name} takes {width}.",
+            "Use a backbone and an mmproj of the same model.",
         )
     return backbones[0], projectors[0]
 
 
 def check_pair(folder: Path) -> None:
-    """Raise OrionError unless backbone and mmproj are the unaltered files of one conversion."""
+    """Raise OrionError unless backbone and mmproj are the unchanged files of one conversion."""
     path = folder / PAIR
     try:
         files = read_object(path).get("files")
@@ -164,10 +168,10 @@ def check_pair(folder: Path) -> None:
     if not isinstance(files, dict):
         raise OrionError(f"{path} is damaged: it lists no files.", "Run 'orion quantize' again.")
     for name in (QUANTIZED, MMPROJ):
-        if not (folder / name).is_file():  # a pipe would be read for ever
+        if not (folder / name).is_file():  # reading a pipe would never end
             raise OrionError(f"{folder / name} does not exist.", "Run 'orion quantize' again.")
         if sha256_of_file(folder / name) != files.get(name):
             raise OrionError(
-                f"{folder / name} is not the file of this conversion (another run's, or altered).",
-                "Backbone and mmproj must come from the same fuse: run 'orion quantize' again.",
+                f"{folder / name} is not the file of this conversion: it was changed, or it belongs to another run.",
+                "Run 'orion quantize' again.",
             )

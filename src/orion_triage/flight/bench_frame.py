@@ -1,7 +1,8 @@
-"""The frame in orbit: what one frame costs a run's GGUF pair on this machine, part by part, beside what it gets right.
+"""Benchmark one frame with a run's GGUF pair on this machine: time of each part, peak memory, and accuracy.
 
-What flies is measured, and then one thing is changed at a time: input size (with either mmproj), quantization, flash
-attention, length of the reason. Each has a llama-server of its own, so that its peak memory is its own.
+First the flight configuration is measured. Then one thing is changed at a time: input size (with either mmproj),
+quantization, flash attention, length of the reason. Each has a separate llama-server, so peak memory is measured per
+configuration.
 """
 
 import io
@@ -42,30 +43,31 @@ if TYPE_CHECKING:
 
 SIZES = (512, 384, 256)
 MMPROJS = ("F16", "Q8_0")
-REASON_TOKENS = (20, 40)  # beside the model's own length; the catalogue's reasons have 11 to 21
+REASON_TOKENS = (20, 40)  # in addition to the model's median length; the catalogue's reasons have 11 to 21
 REPEATS = 3
-CONDITIONS = ("A", "B")  # with and, as in flight, without coordinates
-_WORDS = {  # what may be asked for, and how it is said
-    "input size": (r"256|384|512", "Sizes are 256, 384 and 512 pixels."),
-    "mmproj": (r"F16|Q8_0", "The vision tower is converted to F16 or Q8_0."),
-    "quantization": (r"F16|[IT]?Q\d[A-Z0-9_]*", "Name F16 or a type of llama-quantize, as Q8_0 or Q3_K_M."),
-    "length": (r"[1-9]\d?\d?", "Lengths are tokens of a reason, 1 to 999."),
+CONDITIONS = ("A", "B")  # with coordinates, and without (as in flight)
+_WORDS = {  # option -> allowed values, and the fix in an error
+    "input size": (r"256|384|512", "Use 256, 384 or 512 (pixels)."),
+    "mmproj": (r"F16|Q8_0", "Use F16 or Q8_0."),
+    "quantization": (r"F16|[IT]?Q\d[A-Z0-9_]*", "Use F16 or a type of llama-quantize, such as Q8_0 or Q3_K_M."),
+    "length": (r"[1-9]\d?\d?", "Use 1 to 999 (tokens of a reason)."),
 }
-BUSY = 0.5  # cores that other programs keep busy, from which on the seconds are theirs too
-# The level at which the server's log has a time stamp before and after each image is encoded.
+FLIGHT = "flight configuration"  # the change of the first row
+BUSY = 0.5  # busy cores of other programs from which the measured times are unreliable
+# At this level, the server's log has a time stamp before and after each image is encoded.
 _VERBOSITY = "4"
 _STAMP = r"^(\d+)\.(\d\d)\.(\d\d\d)\.(\d\d\d) \S .*"  # minutes.seconds.milliseconds.microseconds
 _ENCODING, _ENCODED = (re.compile(_STAMP + what) for what in ("encoding mtmd batch", "decoding image batch 1/"))
-# As many tokens of an answer as are asked for: its beginning, then a reason that does not end.
+# Allows any number of tokens: the beginning of an answer, then a reason that does not end.
 _OPEN_GRAMMAR = 'root ::= "{\\"reason\\": \\"" [ !#-\\[\\]-~]*\n'
-USUAL_REASON_TOKENS = 20  # where no evaluation says how long the model's own are
-_FLOWN = (CONSTRAINED, "quantized")  # under the grammar, as in flight; else free
+USUAL_REASON_TOKENS = 20  # without an evaluation that shows the model's median length
+_FLOWN = (CONSTRAINED, "quantized")  # with the grammar, as in flight; else without
 LOG = "bench-frame-server.log"
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What is served, and the size of the frames that it is shown."""
+    """The configuration of a server, and the size of the frames that it gets."""
 
     frame_size: int
     quantization: str
@@ -75,14 +77,14 @@ class Setup:
 
 @dataclass(frozen=True)
 class Row:
-    """One way of asking about a frame: medians of its parts, and how often it is right where that was evaluated.
+    """One measured configuration: medians of the parts of a frame, and its accuracy if it was evaluated.
 
-    `prefill_seconds` is what is left of the frame beside encoding and decoding: reading the image's tokens and the
-    text's, the PNG, the request. `reason_tokens` is 0 for the verdict alone.
+    `prefill_seconds` is the time of a frame without encoding and decoding: reading the tokens of image and text, the
+    PNG, the request. `reason_tokens` is 0 for the verdict alone.
     """
 
     run: str
-    change: str  # from what flies, in words
+    change: str  # against the flight configuration, as text
     frame_size: int
     quantization: str
     mmproj: str
@@ -96,23 +98,26 @@ class Row:
     seconds_per_frame: float
     decode_seconds_per_token: float | None
     peak_memory_bytes: int
-    evaluation: str | None = None  # the model's name in the run's evaluations; None: this was not evaluated
+    evaluation: str | None = None  # the variant's name in the run's evaluations; None: not evaluated
     right: dict[str, int] | None = None  # by condition
     count: dict[str, int] | None = None
-    best: bool = False  # no other evaluated row is as fast and as often right (B), and better in one of them
+    best: bool = False  # no other evaluated row is at least as fast and as accurate (B), and better in one of both
 
     @property
     def accuracy(self) -> float | None:
-        """Under B, without coordinates, as in flight."""
+        """The accuracy under B, without coordinates, as in flight; None if not evaluated."""
         return self.right["B"] / self.count["B"] if self.right and self.count else None
 
 
 def parse_list(text: str, what: str) -> list[str]:
-    """The words of "a,b,c", each an "input size", "mmproj", "quantization" or "length"; raises OrionError otherwise."""
+    """The values of "a,b,c"; `what` is "input size", "mmproj", "quantization" or "length".
+
+    Raises OrionError for an invalid value.
+    """
     words = [word.strip() for word in text.split(",") if word.strip()]
     pattern, fix = _WORDS[what]
     if unknown := [word for word in words if not re.fullmatch(pattern, word)]:
-        raise OrionError(f"{unknown[0]!r} is no {what}.", fix)
+        raise OrionError(f"{unknown[0]!r} is not a valid {what}.", fix)
     return words
 
 
@@ -126,13 +131,13 @@ def run(
     repeats: int = REPEATS,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Measure the runs' pairs; returns `rows` (see Row), what was `left_out` and why, and the `machine`.
+    """Measure the runs' pairs; returns `rows` (see Row), the skipped configurations (`left_out`), and the `machine`.
 
-    `same_frames` is false when the runs were evaluated on different ones, so that their accuracies do not compare.
+    `same_frames` is false if the runs were evaluated on different frames, so that their accuracies are not comparable.
 
-    What flies of each run is always measured. Without `sizes`, one run is shown all of SIZES and several are shown
-    their own; without `quantizations`, those of the run's `variants.quantizations` are made. Raises OrionError for a
-    pair that is unfinished or altered, and ServerError when a frame was not encoded exactly once.
+    The flight configuration of each run is always measured. Without `sizes`, a single run is measured at all of SIZES,
+    and several runs at their own size. Without `quantizations`, the run's `variants.quantizations` are made. Raises
+    OrionError for a pair that is incomplete or changed, and ServerError if a frame was not encoded exactly once.
     """
     for one in runs:
         quantize.check_pair(one.gguf)
@@ -181,7 +186,7 @@ def run(
 
 
 def plan(run: "Run", sizes: Sequence[int], mmprojs: Sequence[str], quantizations: Sequence[str]) -> list[Setup]:
-    """What is served for one run, what flies first; each once."""
+    """The distinct configurations to measure for one run, the flight configuration first."""
     flown = Setup(run.settings.base.frame_size, run.settings.quantize.type)
     of_images = [
         replace(flown, frame_size=size, mmproj=mmproj)
@@ -193,18 +198,18 @@ def plan(run: "Run", sizes: Sequence[int], mmprojs: Sequence[str], quantizations
 
 
 def changed(flown: Setup, setup: Setup) -> str:
-    """In words, what of `setup` is not as it flies."""
+    """The differences between `setup` and the flight configuration `flown`, as text."""
     parts = [
         f"{setup.frame_size} px" if setup.frame_size != flown.frame_size else "",
         setup.quantization if setup.quantization != flown.quantization else "",
         f"mmproj {setup.mmproj}" if setup.mmproj != flown.mmproj else "",
         "flash attention" if setup.flash_attention != flown.flash_attention else "",
     ]
-    return ", ".join(filter(None, parts)) or "as it flies"
+    return ", ".join(filter(None, parts)) or FLIGHT
 
 
 def mark_best(rows: Sequence[Row]) -> list[Row]:
-    """The rows with the Pareto set marked: seconds a frame against accuracy under B, among what was evaluated."""
+    """The rows with `best` set for the Pareto set of seconds per frame and accuracy under B, of the evaluated rows."""
 
     def beaten(row: Row, by: Row) -> bool:
         assert row.accuracy is not None
@@ -217,7 +222,7 @@ def mark_best(rows: Sequence[Row]) -> list[Row]:
 
 
 def _busy_cores(seconds: float) -> float:
-    """The mean over the next `seconds`; the load average would count what has just ended."""
+    """The mean number of busy cores over the next `seconds`; the load average would include ended programs."""
 
     def ticks() -> tuple[int, int]:
         first, *_ = Path("/proc/stat").read_text(encoding="utf-8").splitlines()
@@ -234,9 +239,9 @@ def _busy_cores(seconds: float) -> float:
 
 
 class _Files:
-    """The GGUF files of one run; what it has not is made in a temporary folder, once.
+    """The GGUF files of one run; missing ones are made once, in a temporary folder.
 
-    Raises FileNotFoundError with a sentence when that needs what 'orion clean' has removed.
+    Raises FileNotFoundError with a message if this needs files that 'orion clean' has removed.
     """
 
     def __init__(self, run: "Run", toolchain: "Toolchain", temporary: Path) -> None:
@@ -248,7 +253,7 @@ class _Files:
         f16 = self._run.gguf / quantize.F16
         if not f16.is_file():
             raise FileNotFoundError(
-                f"{f16.name} is not there ('orion clean'?); 'orion quantize --force' makes it again."
+                f"{f16.name} does not exist (removed by 'orion clean'?). Run 'orion quantize --force' to make it again."
             )
         return f16 if kind == "F16" else self._made(kind, lambda path: self._quantize(f16, path, kind))
 
@@ -257,7 +262,9 @@ class _Files:
             return self._run.gguf / quantize.MMPROJ
         if not any(self._run.merged.glob("*.safetensors")):
             merged = self._run.merged.name
-            raise FileNotFoundError(f"{merged} has no weights ('orion clean'?); 'orion fuse --force' makes them again.")
+            raise FileNotFoundError(
+                f"{merged} has no weights (removed by 'orion clean'?). Run 'orion fuse --force' to make them again."
+            )
         return self._made(f"mmproj-{kind}", lambda path: self._convert(path, kind))
 
     def _made(self, name: str, make: Callable[[Path], object]) -> Path:
@@ -270,7 +277,7 @@ class _Files:
         quantize_file(self._toolchain, f16, path, kind)
 
     def _convert(self, path: Path, kind: str) -> None:
-        fetch_source()  # the converter's; the tools may be a user's own
+        fetch_source()  # for the converter; the tools may be the user's
         convert(self._toolchain, self._run.merged, path, mmproj=True, outtype=kind.lower())
 
 
@@ -278,13 +285,13 @@ class _Files:
 
 
 def _serve(run: "Run", toolchain: "Toolchain", backbone: Path, mmproj: Path, setup: Setup) -> "Server":
-    """A server as in flight, but for what `setup` changes; its log says when each image was encoded."""
+    """A server with the flight options and the changes of `setup`; its log has time stamps of the image encoding."""
     log, threads = run.folder / "logs" / LOG, run.settings.evaluate.threads
     return Server(toolchain, backbone, mmproj, log=log, threads=threads, options=_options(setup))
 
 
 def _options(setup: Setup) -> list[str]:
-    """llama-server's, with time stamps."""
+    """The options of llama-server, with time stamps in the log."""
     options = [*OPTIONS, "--log-timestamps", "--log-prefix"]
     options[options.index("--flash-attn") + 1] = "on" if setup.flash_attention else "off"
     options[options.index("--log-verbosity") + 1] = _VERBOSITY
@@ -292,7 +299,7 @@ def _options(setup: Setup) -> list[str]:
 
 
 class _Asked:
-    """One server, asked about frames that it has never seen, so that each is encoded."""
+    """Measurements on one server; every frame is new to it, so each is encoded."""
 
     def __init__(self, server: "Server", run: "Run", setup: Setup, repeats: int) -> None:
         self._server, self._run, self._setup, self._repeats = server, run, setup, repeats
@@ -300,20 +307,20 @@ class _Asked:
         self._prompt = render_prompt(None)
         self.frame_tokens = _tokens(server.client, Verdict("", Category.HIGH).to_json())
         self._peak_memory_bytes = 0
-        self._complete(next(self._frames), 4)  # the first frame pays for what is read and set up once
+        self._complete(next(self._frames), 4)  # warm-up: the first frame includes one-time costs
 
     def with_reason(self, change: str, answer_tokens: int, *, own: bool = False) -> Row:
-        """As many tokens as are asked for, whatever the model would say: equal work for all."""
+        """Measure answers of exactly `answer_tokens` tokens, so that all rows have equal work."""
         row = self._measure(change, answer_tokens, lambda png: self._complete(png, answer_tokens))
         return _beside_accuracy(row, self._run, self._setup) if own else row
 
     def without_reason(self) -> Row:
-        """The category alone."""
+        """Measure answers with only the category."""
         row = self._measure(VERDICT_ONLY, 1, lambda png: ask_for_category(self._server.client, self._prompt, png))
         return _beside_accuracy(row, self._run, self._setup, VERDICT_ONLY)
 
     def in_flight(self) -> float:
-        """Seconds a frame as 'orion triage' asks: under the grammar, reasons as long as the model makes them."""
+        """Seconds per frame as in 'orion triage': with the grammar and reasons of the model's own length."""
         backend = LlamaCppBackend(self._server.client, max_new_tokens=ANSWER_TOKENS, constrained=True)
         seconds = []
         for _ in range(self._repeats):
@@ -336,12 +343,12 @@ class _Asked:
             whole = time.monotonic() - began
             if reply["tokens_predicted"] != answer_tokens:
                 raise ServerError(
-                    f"llama-server gave {reply['tokens_predicted']} tokens where {answer_tokens} were to be measured.",
-                    f"See {log}.",
+                    f"llama-server generated {reply['tokens_predicted']} tokens instead of {answer_tokens}.",
+                    f"Read {log}.",
                 )
             encode, decode = encode_seconds(log, logged), reply["timings"]["predicted_ms"] / 1000
             parts.append((encode, whole - encode - decode, decode, whole))
-        # After equally many frames of each server: its cache of images makes later ones seem larger.
+        # Measured after the same number of frames on each server, because its cache of images grows.
         self._peak_memory_bytes = self._peak_memory_bytes or self._server.peak_memory_bytes()
         encode, prefill, decode, whole = (round(statistics.median(part), 4) for part in zip(*parts, strict=True))
         return Row(
@@ -355,19 +362,19 @@ class _Asked:
             prefill_seconds=prefill,
             decode_seconds=decode,
             seconds_per_frame=whole,
-            # The first token comes with the prompt.
+            # The first token is part of the prefill.
             decode_seconds_per_token=round(decode / (answer_tokens - 1), 5) if answer_tokens > 1 else None,
             peak_memory_bytes=self._peak_memory_bytes,
         )
 
 
 def encode_seconds(log: Path, start: int) -> float:
-    """How long the server encoded the image that it was sent since its log had `start` bytes.
+    """Seconds for the encoding of the image that the server logged after the first `start` bytes of its log.
 
-    Raises ServerError unless it was one image, once: a cached one would cost nothing, and one in tiles too much.
+    Raises ServerError unless exactly one image was encoded: a cached image takes no time, and a tiled one too much.
     """
     deadline = time.monotonic() + 2
-    while True:  # the server's log is written by a thread of its own, which may be late
+    while True:  # a separate thread writes the server's log, possibly with a delay
         lines = log.read_bytes()[start:].decode("utf-8", "replace").splitlines()
         began, ended = (
             [_seconds(match) for line in lines if (match := what.match(line))] for what in (_ENCODING, _ENCODED)
@@ -376,8 +383,8 @@ def encode_seconds(log: Path, start: int) -> float:
             return ended[0] - began[0]
         if len(ended) > 1 or time.monotonic() > deadline:
             raise ServerError(
-                f"llama-server encoded {len(ended)} images where one was sent, by its log.",
-                f"See {log}. A build that logs otherwise cannot be measured: use the pinned one ('orion toolchain').",
+                f"llama-server encoded {len(ended)} images instead of one, according to its log {log}.",
+                "Use the pinned build ('orion toolchain'): other builds may have another log format.",
             )
         time.sleep(0.01)
 
@@ -388,7 +395,7 @@ def _seconds(match: "re.Match[str]") -> float:
 
 
 def _frames(size: int) -> Iterator[bytes]:
-    """PNGs of drawn tiles, all different. What is on a frame costs nothing: the encoder sees every pixel alike."""
+    """Distinct PNGs of synthetic tiles. Their content does not affect the time of the encoder."""
     from orion_triage.dataset.sources.synthetic.draw import draw_tile
 
     for seed in itertools.count():
@@ -410,7 +417,7 @@ def _tokens(client: "Client", text: str) -> int:
 
 
 def _own_answer_tokens(run: "Run", client: "Client") -> int:
-    """Tokens of the median answer of what flies, as evaluated without coordinates; a usual length without that."""
+    """Tokens of the flight pair's median answer under condition B; a usual length if it was not evaluated."""
     from orion_triage.evaluate.run import read_predictions
 
     if model := next((name for name in _FLOWN if _is_of_this_pair(run, name)), ""):
@@ -420,7 +427,7 @@ def _own_answer_tokens(run: "Run", client: "Client") -> int:
 
 
 def _beside_accuracy(row: Row, run: "Run", setup: Setup, model: str = "") -> Row:
-    """The row with its accuracy, where the run's evaluations have exactly that: nothing is inferred from another."""
+    """The row with its accuracy if the run has an evaluation of exactly this configuration; else unchanged."""
     flown = Setup(run.settings.base.frame_size, run.settings.quantize.type)
     if replace(setup, quantization=flown.quantization) != flown:
         return row
@@ -434,13 +441,13 @@ def _beside_accuracy(row: Row, run: "Run", setup: Setup, model: str = "") -> Row
 
 
 def _evaluated_frames(run: "Run") -> str | None:
-    """The hash of the dataset that the run's flight pair was evaluated on."""
+    """The hash of the dataset on which the run's flight pair was evaluated; None without an evaluation."""
     stage_manifests = [manifest.read_manifest(run.evaluation(model)) for model in _FLOWN]
     return next((stage_manifest.inputs["dataset"] for stage_manifest in stage_manifests if stage_manifest), None)
 
 
 def _is_of_this_pair(run: "Run", model: str) -> bool:
-    """Whether the evaluation has finished, and was of the files that are measured here."""
+    """Whether the evaluation has finished and used the files that are measured here."""
     stage_manifest = manifest.read_manifest(run.evaluation(model))
     if stage_manifest is None:
         return False

@@ -1,4 +1,4 @@
-"""What goes to the satellite: the GGUF pair, its launch script, golden images and a checker that says go or no-go."""
+"""The flight bundle: the GGUF pair, its launch script, golden images and a go/no-go checker."""
 
 import json
 import platform
@@ -42,24 +42,26 @@ SCHEMA_VERSION = 1
 LIST, LIST_HASH = "bundle.json", "bundle.json.sha256"
 CHECKER = "check_flight.py"
 GOLDEN_IMAGES = 5
-CONDITION = "B"  # in flight a frame is asked about without coordinates
-# Measured on the tiny preset's test frames. Rounding: threads change nothing; flash attention, batches and the layout
-# of weights up to 0.008 in the category's log-probability, 0.054 in the two others' and 6 of 60 reasons; an emulated
-# Cortex-A76 (half-precision sums) 0.002, 0.045 and 2 of 37. What must be noticed, on the five golden images: Q8_0
-# weights 0.003 and 0.21; an adapter 5 % weaker 0.005 and 0.36. A clear category's own log-probability is near 0 in any
-# model, so the others tell models apart; and the words do, when a model decides without looking.
+CONDITION = "B"  # in flight, the prompt has no coordinates
+# Measured on the tiny preset's test frames. Differences by rounding: threads change nothing; flash attention, batches
+# and the layout of weights change the category's log-probability by up to 0.008, those of the two others by up to
+# 0.054, and 6 of 60 reasons; an emulated Cortex-A76 (half-precision sums) 0.002, 0.045 and 2 of 37. Differences that
+# must be detected, on the five golden images: Q8_0 weights 0.003 and 0.21; an adapter 5 % weaker 0.005 and 0.36. The
+# log-probability of a clear category is near 0 in any model, so those of the others distinguish models. The words of
+# the reason also do, if a model decides without the image.
 TOLERANCES = {"category_nats": 0.05, "other_labels_nats": 0.1, "other_words": GOLDEN_IMAGES // 2}
 
 
 def run(run: "Run", out: Path, progress: Progress = silent) -> dict[str, Any]:
     """Write the bundle of a run's GGUF pair into the folder `out`; returns its bundle.json and its size in bytes.
 
-    The golden images are frames of the test split, asked here through the server that flies. Raises OrionError when
-    the pair is unfinished, altered or not evaluated, when the frames are gone, or when `out` is something else's.
+    The golden images are frames of the test split; their expected answers come from a server with the flight options.
+    Raises OrionError if the pair is incomplete, changed or not evaluated, if the frames are missing, or if `out` is a
+    folder that is not a bundle.
     """
     out = out.resolve()
     if out.exists() and not (out / LIST).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise OrionError(f"{out} exists and is no bundle.", "Choose another folder with --out.")
+        raise OrionError(f"{out} exists and is not a bundle.", "Choose another folder with --out.")
     quantize.check_pair(run.gguf)
     point = threshold.read(run.folder, run.gguf)
     rows = clearest_first(_evaluated(run))
@@ -107,7 +109,7 @@ def _manifest(folder: Path, stage: str) -> manifest.Manifest:
 
 
 def _evaluated(run: "Run") -> list[dict[str, Any]]:
-    """The answers of this very pair to the test frames as they are asked in flight."""
+    """The answers of exactly this pair to the test frames with the flight prompt; raises OrionError without them."""
     from orion_triage.evaluate.run import read_predictions
 
     folder = run.evaluation("quantized")
@@ -118,9 +120,10 @@ def _evaluated(run: "Run") -> list[dict[str, Any]]:
 
 
 def clearest_first(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Right answers, the categories in turn, each by falling margin of its score over the next best; then wrong ones.
+    """Candidates for golden images: right answers, alternating between categories, by falling margin; then wrong ones.
 
-    A clear answer stays the same through the rounding of another processor. Answers without scores are left out.
+    The margin is that of the score over the second best: a clear answer is stable under the rounding of another
+    processor. Answers without scores are excluded.
     """
 
     def place(row: dict[str, Any]) -> tuple[float, str]:
@@ -136,7 +139,7 @@ def clearest_first(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 def _ask(
     client: Client, run: "Run", rows: list[dict[str, Any]], folder: Path, progress: Progress
 ) -> tuple[list[dict[str, Any]], dict[str, Any], list[float]]:
-    """The golden images, written into the folder, with what the flight's requests give; those requests; seconds."""
+    """Write the golden images into the folder; returns them with their expected answers, the requests, and seconds."""
     dataset = Dataset(run.dataset)
     records = {record.name: record for record in dataset.records(run.split)}
     prompt, labels = render_prompt(None), category_tokens(client.tokenize)
@@ -145,14 +148,14 @@ def _ask(
     for row in rows:
         if len(golden) == GOLDEN_IMAGES:
             break
-        progress("asking about golden images", len(golden), GOLDEN_IMAGES)
+        progress("answering golden images", len(golden), GOLDEN_IMAGES)
         record = records[row["name"]]
         path = dataset.path(record)
         if not path.is_file():
-            raise OrionError(f"{path} does not exist.", "'orion clean' removed it? Make it again: 'orion dataset'.")
+            raise OrionError(f"{path} does not exist.", "Run 'orion dataset' to make it again.")
         image = dataset.frame(record, CAMERA_SIZE)
         if is_blank(image):
-            continue  # LOW by rule in flight: it is never asked about
+            continue  # LOW by the blank rule: in flight, the model is not asked
         image = shrink(image, run.settings.base.frame_size)
         png = Frame(image, image.size).png()
         began = time.monotonic()
@@ -161,7 +164,7 @@ def _ask(
         )
         took, verdict = time.monotonic() - began, parse_verdict(answer)
         if found is None or verdict is None or verdict.category != row["category"]:
-            continue  # clear only without the grammar
+            continue  # with the grammar, the category is another one
         scored = Answer.scored(answer, found).to_json()
         name = f"golden/{len(golden) + 1}-{verdict.category.lower()}.png"
         write_bytes(folder / name, png)
@@ -177,7 +180,9 @@ def _ask(
         )
         seconds.append(round(took, 3))
     if not golden:
-        raise OrionError("the pair gives no verdict for any test frame.", "Evaluate the run: its answers should parse.")
+        raise OrionError(
+            "the pair gives no verdict for any test frame.", "Run 'orion evaluate' and read the invalid answers."
+        )
     request = {
         "chat": client.chat("{prompt}", "{image}"),
         "cue": CATEGORY_CUE,
@@ -194,11 +199,11 @@ def _ask(
 def _notes(golden: list[dict[str, Any]]) -> Iterator[str]:
     missing = [category for category in CATEGORIES if category not in {image["category"] for image in golden}]
     if missing:
-        yield f"No golden image is called {' or '.join(missing)}: the model calls no such frame of the test split so."
+        yield f"No golden image is answered {' or '.join(missing)}: the test split has no such right answer."
     if wrong := [image["image"] for image in golden if image["category"] != image["truth"]]:
-        yield f"The model is wrong about {', '.join(wrong)}: too few right answers. They still show how it computes."
+        yield f"The answers to {', '.join(wrong)} are wrong: too few are right. They still check the computation."
     if len(golden) < GOLDEN_IMAGES:
-        yield f"{len(golden)} golden images instead of {GOLDEN_IMAGES}: the test split has no more with a verdict."
+        yield f"{len(golden)} golden images instead of {GOLDEN_IMAGES}: the test split has no more verdicts."
 
 
 def _write_texts(folder: Path, run: "Run", toolchain: Toolchain, rules: Rules) -> None:

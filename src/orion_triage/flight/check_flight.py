@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Go or no-go: whether this machine answers a bundle's golden images as the ground did.
+"""Go or no-go: check that this machine answers a bundle's golden images like the ground.
 
-`orion bundle` copies this file into every bundle. It needs Python 3.9 or newer and nothing else, and it writes nothing.
-Exit status: 0 for GO, 1 for NO-GO (the last line says why), 2 for a wrong command line.
+`orion bundle` copies this file into every bundle. It needs only Python 3.9 or newer, and writes no files.
+Exit status: 0 for GO, 1 for NO-GO (the last line gives the reason), 2 for a wrong command line.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from typing import Any, Iterator  # noqa: UP035 - Python 3.9
 
 LIST, LIST_HASH = "bundle.json", "bundle.json.sha256"
 SERVE = "serve.sh"
-LARGEST_REPLY_BYTES = 16_000_000  # a reply with 500 candidates a token has 0.1 MB
+LARGEST_REPLY_BYTES = 16_000_000  # a reply with 500 candidates per token has 0.1 MB
 
 
 class NoGoError(Exception):
-    """Why this machine must not fly the bundle, in one line."""
+    """The reason for NO-GO, in one line."""
 
 
 @contextmanager
 def time_limit(seconds: float, what: str) -> Iterator[None]:
-    """Raise NoGoError when the block takes longer, whatever it waits for: a socket's own limit is per read."""
+    """Raise NoGoError if the block takes longer than `seconds`; a socket's timeout would apply to each read only."""
 
     def expired(number: int, frame: Any) -> None:
         raise NoGoError(f"{what} took longer than {seconds:g} s")
@@ -58,7 +58,7 @@ def time_limit(seconds: float, what: str) -> Iterator[None]:
 
 
 def read_bundle(folder: Path) -> dict[str, Any]:
-    """bundle.json, once every file of the bundle is as it was made; raises NoGoError naming those that are not."""
+    """bundle.json, after a check of all files; raises NoGoError that names changed and missing files."""
     try:
         data, listed = (folder / LIST).read_bytes(), (folder / LIST_HASH).read_bytes()
     except OSError as error:
@@ -70,7 +70,7 @@ def read_bundle(folder: Path) -> dict[str, Any]:
         expected: dict[str, str] = bundle["files"]
         changed = [name for name, sha256 in expected.items() if _sha256(folder / name) != sha256]
     except (ValueError, KeyError, AttributeError, TypeError):
-        raise NoGoError(f"{LIST} is not a bundle's list") from None
+        raise NoGoError(f"{LIST} is not the list of a bundle") from None
     if changed:
         states = [f"{name} {'was changed' if (folder / name).exists() else 'is missing'}" for name in changed]
         raise NoGoError(", ".join(states))
@@ -92,14 +92,14 @@ def _sha256(path: Path) -> str:
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """llama-server never redirects; whoever does would get the key."""
+    """Follow no redirects: llama-server never redirects, and another server would get the key."""
 
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         return None
 
 
 class Connection:
-    """A llama.cpp server at `url`; no proxy of the environment comes between."""
+    """A llama.cpp server at `url`; proxies of the environment are not used."""
 
     def __init__(self, url: str, key: str) -> None:
         self.url = url.rstrip("/")
@@ -107,7 +107,7 @@ class Connection:
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect())
 
     def status(self) -> int:
-        """What /health answers: 200 when ready, 503 while loading; 0 when nobody does."""
+        """The status of /health: 200 if ready, 503 while loading; 0 without a reply."""
         try:
             return self._request("/health", None)[0]
         except OSError:
@@ -117,9 +117,9 @@ class Connection:
         try:
             status, data = self._request(path, body)
         except OSError as error:
-            raise NoGoError(f"{self.url}{path} gives no reply: {getattr(error, 'reason', error)}") from None
+            raise NoGoError(f"{self.url}{path} gave no reply: {getattr(error, 'reason', error)}") from None
         if status == 401:
-            raise NoGoError("the server refuses the key (401): pass its own with --key-file or LLAMA_API_KEY")
+            raise NoGoError("the server refused the key (401): pass its key with --key-file or LLAMA_API_KEY")
         text = data.decode("utf-8", "replace")
         if status != 200:
             raise NoGoError(f"{path} answered {status}: {_short(text)}")
@@ -128,7 +128,7 @@ class Connection:
         except (ValueError, RecursionError):
             value = None
         if not isinstance(value, dict):
-            raise NoGoError(f"{path} answered no JSON object: {_short(text)}")
+            raise NoGoError(f"{path} did not answer with a JSON object: {_short(text)}")
         return value
 
     def _request(self, path: str, body: dict[str, Any] | None) -> tuple[int, bytes]:
@@ -138,13 +138,13 @@ class Connection:
             with self._opener.open(request) as reply:
                 answer = reply.read(LARGEST_REPLY_BYTES)
                 if reply.length:
-                    raise ConnectionError(f"it broke off, {reply.length} bytes too early")
+                    raise ConnectionError(f"the reply was cut {reply.length} bytes before its end")
                 return int(reply.status), answer
         except urllib.error.HTTPError as error:
             with error:
                 return int(error.code), error.read(LARGEST_REPLY_BYTES)
-        except http.client.HTTPException as error:  # a reply cut short, or no HTTP
-            raise ConnectionError(f"it broke off ({type(error).__name__})") from None
+        except http.client.HTTPException as error:  # a truncated reply, or not HTTP
+            raise ConnectionError(f"the reply was cut or is not HTTP ({type(error).__name__})") from None
 
 
 def _short(text: str) -> str:
@@ -152,7 +152,7 @@ def _short(text: str) -> str:
 
 
 class OwnServer:
-    """The bundle's serve.sh with the program `llama_server`, for the length of a `with` block."""
+    """The bundle's serve.sh with the program `llama_server`; it runs during a `with` block."""
 
     def __init__(self, folder: Path, llama_server: Path) -> None:
         with socket.socket() as probe:
@@ -187,7 +187,7 @@ class OwnServer:
             raise NoGoError(f"llama-server ended ({self._process.returncode}): {' | '.join(lines)}")
 
     def peak_bytes(self) -> int | None:
-        """The server's largest resident memory so far, mapped files included; serve.sh has become it by `exec`."""
+        """The server's peak resident memory so far, including mapped files; serve.sh became the server by `exec`."""
         try:
             status = Path(f"/proc/{self._process.pid}/status").read_text(encoding="utf-8")
         except OSError:
@@ -197,25 +197,30 @@ class OwnServer:
 
 
 def wait_until_ready(connection: Connection, own: OwnServer | None) -> None:
-    """Return when the model is loaded; raises NoGoError when it never will be. Call it under a time limit."""
+    """Return when the model is loaded; raises NoGoError if the server ended or is absent. Use it in a time limit."""
     while (status := connection.status()) != 200:
         if own:
             own.check_alive()
         elif status != 503:
-            raise NoGoError(f"no llama.cpp server at {connection.url}" + (f": /health {status}" if status else ""))
+            raise NoGoError(
+                f"no llama.cpp server at {connection.url}" + (f": /health answered {status}" if status else "")
+            )
         time.sleep(0.2)
 
 
 def check_server(connection: Connection, folder: Path, bundle: dict[str, Any]) -> tuple[str, list[str]]:
-    """What stands for the image in this server's prompts, and what is unlike the ground without being wrong."""
+    """The image marker of this server's prompts, and notes about acceptable differences from the ground.
+
+    Raises NoGoError if the server has loaded another model.
+    """
     props, notes = connection.ask("/props"), []
     match = re.match(r"b(\d+)", str(props.get("build_info")))
     build = int(match[1]) if match else None
     if build != bundle["llama_cpp_build"]:
-        notes.append(f"warning: llama.cpp build {build}, and the bundle was made with {bundle['llama_cpp_build']}")
+        notes.append(f"warning: llama.cpp build {build}, but the bundle was made with {bundle['llama_cpp_build']}")
     served, own = Path(str(props.get("model_path"))), folder / bundle["model"]
     if not served.is_absolute() or not served.is_file():
-        notes.append(f"note: the served file {served} is not to be seen from here; only its answers were checked")
+        notes.append(f"note: the served file {served} is not on this machine; only its answers were checked")
     elif not served.samefile(own) and _sha256(served) != bundle["files"][bundle["model"]]:
         raise NoGoError(f"the server has loaded {served}, which is not the bundle's {bundle['model']}")
     return str(props.get("media_marker") or "<__media__>"), notes
@@ -225,7 +230,7 @@ def check_server(connection: Connection, folder: Path, bundle: dict[str, Any]) -
 
 
 class Questions:
-    """The requests of the flight: the same bodies as orion_triage's own client sends."""
+    """The requests of the flight, with the same bodies as those of orion_triage's client."""
 
     def __init__(self, connection: Connection, folder: Path, bundle: dict[str, Any], marker: str) -> None:
         self._connection, self._folder, self._request = connection, folder, bundle["request"]
@@ -235,21 +240,21 @@ class Questions:
         self._grammars = [(folder / name).read_text(encoding="utf-8") for name in self._request["grammars"]]
 
     def ask(self, image: str) -> tuple[str, dict[str, float]]:
-        """The answer to one image, and the log-probability of each label where its category begins."""
+        """The answer to one image, and the log-probability of each label at the first token of its category."""
         cue, most = self._request["cue"], self._request["answer_tokens"]
         first = self._completion(image, "", most, {"stop": [cue], "grammar": self._grammars[0]})
         start, used = str(first.get("content")), first.get("tokens_predicted")
         if first.get("stopping_word") != cue or not isinstance(used, int):
-            raise NoGoError(f"{image}: the answer never comes to its category: {_short(start)}")
+            raise NoGoError(f"{image}: the answer has no category: {_short(start)}")
         if first.get("tokens_evaluated") != self._request["prompt_tokens"]:
             raise NoGoError(
                 f"{image}: the server reads {first.get('tokens_evaluated')} tokens instead of "
-                f"{self._request['prompt_tokens']}: another model, or other settings for images"
+                f"{self._request['prompt_tokens']}: the model or the image settings differ"
             )
         return self._category(image, start + cue, most - used)
 
     def score_after(self, image: str, answer: str) -> dict[str, float]:
-        """The log-probability of each label after the words of an answer that was given elsewhere."""
+        """The log-probability of each label after the reason of the ground's answer."""
         cue = self._request["cue"]
         return self._category(image, answer.partition(cue)[0] + cue, 1)[1]
 
@@ -260,7 +265,7 @@ class Questions:
             listed = {int(c["id"]): float(c["logprob"]) for c in reply["completion_probabilities"][0]["top_logprobs"]}
             if not all(math.isfinite(value) for value in listed.values()):
                 raise ValueError
-            least = min(listed.values())  # a label beyond the list is no likelier than its last
+            least = min(listed.values())  # the upper bound of a label that is not listed
             found = {label: listed.get(token, least) for label, token in self._labels.items()}
         except (KeyError, IndexError, TypeError, ValueError):
             raise NoGoError(f"{image}: the reply has no log-probabilities") from None
@@ -281,7 +286,7 @@ class Questions:
 
 
 def check_image(questions: Questions, golden: dict[str, Any], tolerances: dict[str, float]) -> dict[str, Any]:
-    """One golden image: what it should say, what it says, how far the log-probabilities are off, and `why` if no-go."""
+    """The result for one golden image: expected and found answer, differences of log-probabilities, `why` if NO-GO."""
     image, expected = golden["image"], golden["log_probabilities"]
     began = time.monotonic()
     answer, found = questions.ask(image)
@@ -289,10 +294,10 @@ def check_image(questions: Questions, golden: dict[str, Any], tolerances: dict[s
     try:
         category = json.loads(answer)["category"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise NoGoError(f"{image}: the answer is no verdict: {_short(answer)}") from None
+        raise NoGoError(f"{image}: the answer is not a verdict: {_short(answer)}") from None
     same = answer == golden["answer"]
     if category == golden["category"] and not same:
-        found = questions.score_after(image, golden["answer"])  # comparable only after the same words
+        found = questions.score_after(image, golden["answer"])  # only comparable after the same reason
     off = {label: abs(found[label] - expected[label]) for label in expected}
     largest = max(off, key=lambda label: off[label] / _allowed(label, golden, tolerances))
     why = ""
@@ -301,7 +306,7 @@ def check_image(questions: Questions, golden: dict[str, Any], tolerances: dict[s
     elif off[largest] > _allowed(largest, golden, tolerances):
         why = (
             f"{image}: the log-probability of {largest} is {found[largest]:.4f} instead of {expected[largest]:.4f}; "
-            f"{_allowed(largest, golden, tolerances):g} off is allowed"
+            f"a difference of {_allowed(largest, golden, tolerances):g} is allowed"
         )
     return {
         "image": image,
@@ -325,7 +330,7 @@ def _allowed(label: str, golden: dict[str, Any], tolerances: dict[str, float]) -
 
 
 def check(options: argparse.Namespace, report: dict[str, Any]) -> None:
-    """Fill in `report` as far as the check comes; raises NoGoError at the first thing that cannot fly."""
+    """Run the checks and fill in `report`; raises NoGoError at the first failure."""
     folder = options.bundle.resolve()
     with ExitStack() as stack:
         with time_limit(options.limit, "reading the bundle's files"):
@@ -344,7 +349,7 @@ def check(options: argparse.Namespace, report: dict[str, Any]) -> None:
             except NoGoError:
                 if own:
                     time.sleep(1)  # a dying process closes its socket first
-                    own.check_alive()  # its last words say more
+                    own.check_alive()  # its log gives a better reason
                 raise
         report["peak_bytes"] = own.peak_bytes() if own else None
     failures = [image["why"] for image in report["images"] if image["why"]]
@@ -353,14 +358,14 @@ def check(options: argparse.Namespace, report: dict[str, Any]) -> None:
     other_words, most = sum(not image["same_answer"] for image in report["images"]), bundle["tolerances"]["other_words"]
     if other_words > most:
         raise NoGoError(
-            f"{other_words} of {len(report['images'])} reasons are in other words; {most} may be by rounding"
+            f"{other_words} of {len(report['images'])} reasons differ in their words; {most} may differ by rounding"
         )
 
 
 def lines_of(report: dict[str, Any]) -> Iterator[str]:
-    """The report for a reader: the table of golden images, notes, and the verdict last."""
+    """The lines of the printed report: table of golden images, notes, and GO or NO-GO last."""
     if report["files"]:
-        yield f"{report['files']} files are as they were made; {LIST} has sha256 {report['bundle_sha256']}"
+        yield f"{report['files']} files are unchanged; {LIST} has sha256 {report['bundle_sha256']}"
     if report["images"]:
         width = max(len(image["image"]) for image in report["images"])
         yield f"{'image':{width}}  expected  answered  off, category  off, others  same words  seconds"
@@ -380,23 +385,23 @@ def lines_of(report: dict[str, Any]) -> Iterator[str]:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line; a wrong one ends the program with status 2."""
+    """The parsed command line; an invalid one ends the program with status 2."""
     parser = argparse.ArgumentParser(description="Check a flight bundle on this machine: GO or NO-GO.")
     parser.add_argument("--bundle", type=Path, default=Path(__file__).parent, help="the bundle (default: beside this)")
     parser.add_argument("--url", default="http://127.0.0.1:8080", help="a running server (default: %(default)s)")
     parser.add_argument("--key-file", type=Path, help="file with the running server's key (default: LLAMA_API_KEY)")
     parser.add_argument("--llama-server", type=Path, metavar="PATH", help="start serve.sh with this program instead")
-    parser.add_argument("--limit", type=float, default=300, metavar="SECONDS", help="of each step (default: 300)")
+    parser.add_argument("--limit", type=float, default=300, metavar="SECONDS", help="limit per step (default: 300)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     options = parser.parse_args(arguments)
     if urllib.parse.urlsplit(options.url).scheme not in ("http", "https"):
-        parser.error(f"--url {options.url} is not http://...")
+        parser.error(f"--url {options.url} is not an http:// URL")
     if not 0 < options.limit <= 86_400:
-        parser.error(f"--limit {options.limit:g} is not within 0..86400 seconds")
+        parser.error(f"--limit {options.limit:g} is outside 0..86400 seconds")
     if options.llama_server:
         options.llama_server = options.llama_server.resolve()
         if not os.access(options.llama_server, os.X_OK) or options.llama_server.is_dir():
-            parser.error(f"--llama-server {options.llama_server} is no program")
+            parser.error(f"--llama-server {options.llama_server} is not a program")
     try:
         key = options.key_file.read_text(encoding="utf-8") if options.key_file else os.environ.get("LLAMA_API_KEY", "")
     except (OSError, ValueError) as error:
@@ -415,14 +420,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Check, print the report, return the exit status."""
     options = parse(arguments)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, _stopped)  # so that a server of ours is stopped too
+        signal.signal(number, _stopped)  # so that a started server is stopped too
     report: dict[str, Any] = {"go": False, "why": "", "files": 0, "images": [], "notes": [], "peak_bytes": None}
     try:
         check(options, report)
         report["go"] = True
     except NoGoError as error:
         report["why"] = " ".join(str(error).split())
-    except Exception as error:  # a gate that breaks must not open
+    except Exception as error:  # an error in the check is a NO-GO
         report["why"] = f"the check itself failed: {type(error).__name__} {error}"
     text = json.dumps(report, indent=2) if options.json else "\n".join(lines_of(report))
     sys.stdout.write(text + "\n")

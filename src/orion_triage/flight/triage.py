@@ -1,4 +1,4 @@
-"""Classifying real frames with the quantized pair of a run, as on board: no coordinates, one frame at a time."""
+"""Classify frames with the quantized pair of a run, as on board: without coordinates, one frame at a time."""
 
 import json
 import os
@@ -23,15 +23,15 @@ from orion_triage.mission.verdict import ANSWER_TOKENS, Verdict, parse_verdict
 from orion_triage.progress import Progress, silent
 from orion_triage.safe.files import naming, sha256_of_file, sha256_of_text
 
-RULES = Rules()  # a blank frame is LOW, and an answer's category counts
+RULES = Rules()  # a blank frame is LOW; otherwise the answer's category counts
 PICTURES = (".png", ".jpg", ".jpeg", ".raw")
 
 
 @dataclass(frozen=True)
 class FrameVerdict:
-    """One file's outcome: the `verdict` that was decided, or `error` when the file was refused or nothing was decided.
+    """The outcome for one file: the decided `verdict`, or `error` if the file was refused or nothing was decided.
 
-    `answer` is the model's; None where it was not asked.
+    `answer` is the model's; None if the model was not asked.
     """
 
     file: str
@@ -44,21 +44,21 @@ class FrameVerdict:
 
 
 def frames_in(paths: Iterable[Path]) -> Iterator[Path]:
-    """The files themselves, and for a folder the pictures in it by name; raises OrionError for a folder without any."""
+    """The files, and the pictures of each folder sorted by name; raises OrionError for a folder without pictures."""
     for path in paths:
         if not path.is_dir():
             yield path
             continue
         names = sorted(entry.name for entry in os.scandir(path) if entry.name.lower().endswith(PICTURES))
         if not names:
-            raise OrionError(f"{path} has no picture ({', '.join(PICTURES)}).", "Name the files, or another folder.")
+            raise OrionError(f"{path} has no picture ({', '.join(PICTURES)}).", "Pass picture files or another folder.")
         yield from (path / name for name in names)
 
 
 def to_json(outcome: FrameVerdict) -> dict[str, Any]:
-    """One frame's outcome as it is printed and kept: the answer, with the category that was decided.
+    """The printed and stored outcome of one frame: the answer, with the decided category.
 
-    `category` is null where the file was refused or nothing was decided.
+    `category` is null if the file was refused or nothing was decided.
     """
     verdict = outcome.verdict
     return {
@@ -71,15 +71,15 @@ def to_json(outcome: FrameVerdict) -> dict[str, Any]:
 
 
 def asked_by(gguf: Path, frame_size: int, rules: Rules, resize: bool) -> str:
-    """A short hash of what answers and how: all lines of one file of results are by the same."""
+    """A short hash of the model and its settings; it must be the same for all lines of a results file."""
     parts = [sha256_of_file(gguf / quantize.PAIR), frame_size, rules.low_threshold, resize, rules.blank_is_low]
     return sha256_of_text(json.dumps(parts))[:12]
 
 
 def left_to_do(paths: Iterable[Path], out: Path, pair: str) -> list[Path]:
-    """The frames that an interrupted triage has no line for in `out`; a file that is named twice has two lines.
+    """The frames without a line in `out`, the results of an interrupted triage; a file named twice has two lines.
 
-    Raises OrionError when another pair wrote them, or the file is something else.
+    Raises OrionError if another pair wrote `out`, or if it is not a results file.
     """
     before = _finished_before(out, pair)
     left = []
@@ -92,7 +92,7 @@ def left_to_do(paths: Iterable[Path], out: Path, pair: str) -> list[Path]:
 
 @contextmanager
 def appending(out: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Appends a line at once, so that a stop loses the frame in hand only; without a file, nothing."""
+    """Appends and flushes one line per frame, so an interruption loses only the current frame; no-op without a file."""
     if out is None:
         yield lambda row: None
         return
@@ -107,9 +107,9 @@ def appending(out: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
 
 
 def _finished_before(out: Path, pair: str) -> Counter[str]:
-    """How often each file stands in the results of an interrupted triage; what a cut left of a last line is dropped.
+    """The number of lines per file in the results of an interrupted triage; removes an incomplete last line.
 
-    Raises OrionError when another pair wrote them, or the file is something else.
+    Raises OrionError if another pair wrote `out`, or if it is not a results file.
     """
     files: Counter[str] = Counter()
     if not out.exists():
@@ -123,11 +123,13 @@ def _finished_before(out: Path, pair: str) -> Counter[str]:
                 row = json.loads(line)
                 name, other = row["file"], row["pair"]
             except (ValueError, TypeError, KeyError, RecursionError):
-                raise OrionError(f"{out}:{number} is no line of a triage.", "Name another file with --out.") from None
+                raise OrionError(
+                    f"{out}:{number} is not a result of 'orion triage'.", "Choose another file with --out."
+                ) from None
             if other != pair:
                 raise OrionError(
-                    f"{out}:{number} was answered by another pair or otherwise ({other}, now {pair}).",
-                    "Name another file with --out.",
+                    f"{out}:{number} was made by another pair or with other settings ({other}, now {pair}).",
+                    "Choose another file with --out.",
                 )
             files[name] += 1
             whole += len(line)
@@ -143,10 +145,10 @@ def triage_files(
     rules: Rules = RULES,
     resize: bool = False,
 ) -> Iterator[FrameVerdict]:
-    """Verdicts in the order of `paths`; a refused file becomes an outcome with `error`, and work goes on.
+    """Yield outcomes in the order of `paths`; a refused file gives an outcome with `error`.
 
-    The category is what `decide` makes of the answer under the rules; the reason stays the model's. A frame that is LOW
-    because it is blank is not asked about.
+    `decide` determines the category from the answer and the rules; the reason is the model's. The model is not asked
+    about a frame that is LOW by the blank rule.
     """
     prompt = render_prompt(None)
     for path in paths:
@@ -165,7 +167,7 @@ def triage_files(
         said = parse_verdict(answer.text)
         category = decide(said.category if said else None, answer.scores, blank=blank, rules=rules)
         said = Verdict(said.reason, category) if said and category else None
-        error_text = "" if said else f"{path}: the model gave no verdict. Evaluate the run: its answers should parse."
+        error_text = "" if said else f"{path}: the model gave no verdict. Run 'orion evaluate' to check the run."
         seconds = time.monotonic() - began
         yield FrameVerdict(str(path), said, seconds, frame.native_size, error=error_text, answer=answer)
 
@@ -180,7 +182,7 @@ def triage_with_pair(
     resize: bool = False,
     progress: Progress = silent,
 ) -> Iterator[FrameVerdict]:
-    """`triage_files` with the GGUF pair in the folder `gguf`, behind a server that lives as long as the iteration."""
+    """`triage_files` with the GGUF pair in the folder `gguf`, on a server that runs during the iteration."""
     quantize.check_pair(gguf)
     toolchain = find_toolchain(progress)
     with Server(toolchain, gguf / quantize.QUANTIZED, gguf / quantize.MMPROJ, log=log) as server:

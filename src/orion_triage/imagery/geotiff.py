@@ -18,7 +18,7 @@ GEOTIFF_SUFFIXES = (".tif", ".tiff")
 
 @dataclass(frozen=True)
 class GeoTiff:
-    """`pixels` are RGB, uint8, of shape (height, width, 3); `metres_per_pixel` is that of the file's own grid."""
+    """`pixels` are RGB, uint8, of shape (height, width, 3); `metres_per_pixel` is that of the file's grid."""
 
     pixels: NDArray[np.uint8]
     centre: Coordinates
@@ -26,27 +26,31 @@ class GeoTiff:
 
     @classmethod
     def read(cls, path: Path) -> "GeoTiff":
-        """Raises OrionError without rasterio, and FrameError for a file that has no position or no 8-bit RGB."""
+        """Raises OrionError if rasterio is missing, and FrameError for a file without a position or 8-bit RGB."""
         try:
             import rasterio
             from rasterio.errors import CRSError, RasterioError
             from rasterio.warp import transform
         except ImportError:
             raise OrionError(
-                f"{path} needs rasterio.", "pip install 'orion-triage[imagery]', or convert it to PNG."
+                f"{path} is a GeoTIFF; reading it needs rasterio, which is not installed.",
+                "Run pip install 'orion-triage[imagery]', or convert the file to PNG.",
             ) from None
         try:
-            # No other driver: a table of sources (VRT) under this name could point to other files and addresses.
+            # Only the GTiff driver: a VRT file with this suffix could refer to other files and URLs.
             with rasterio.open(path, driver="GTiff") as raster:
                 if raster.crs is None or raster.transform.is_identity:
-                    raise FrameError(f"{path} has no position.", "Give lon and lat in the table.")
+                    raise FrameError(f"{path} has no position.", "Add the columns lon and lat to the table.")
                 if raster.count < 3 or raster.dtypes[0] != "uint8":
                     raise FrameError(
                         f"{path} has {raster.count} bands of {raster.dtypes[0]}, not three of uint8.",
-                        "Convert it to 8-bit RGB: the stretch is yours to choose.",
+                        "Convert it to 8-bit RGB with a contrast stretch of your choice.",
                     )
                 if raster.width * raster.height > LARGEST_PIXELS:
-                    raise FrameError(f"{path} is {raster.width}x{raster.height}.", "Cut it to a sensible size.")
+                    raise FrameError(
+                        f"{path} is {raster.width}x{raster.height}; the limit is {LARGEST_PIXELS / 1e6:g} megapixels.",
+                        "Crop it.",
+                    )
                 x, y = raster.xy(raster.height / 2, raster.width / 2, offset="ul")
                 (lon,), (lat,) = transform(raster.crs, "EPSG:4326", [x], [y])
                 metres = math.hypot(raster.transform.a, raster.transform.d)
@@ -57,7 +61,7 @@ class GeoTiff:
         except FrameError:
             raise
         except OrionError as error:
-            raise FrameError(f"{path}: {error.message}.", "Give lon and lat in the table.") from None
+            raise FrameError(f"{path}: {error.message}.", "Add the columns lon and lat to the table.") from None
         except (RasterioError, CRSError, ValueError) as error:
             raise FrameError(f"{path} is damaged: {error}.", "Fetch the file again.") from None
         return cls(pixels, centre, metres)

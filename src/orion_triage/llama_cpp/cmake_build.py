@@ -1,7 +1,7 @@
-"""Compiling llama.cpp's two tools from the pinned source, for one kind of processor.
+"""Compile llama.cpp's two tools from the pinned source for one kind of processor.
 
-A build is named after the processor features it uses, and lies in a folder of that name: a home folder or an image
-that moves to another processor gets another build there, instead of an illegal instruction.
+The folder of a build is named after the processor features that the build uses. If the cache moves to another
+processor, that processor gets its own build instead of an illegal instruction.
 """
 
 import os
@@ -20,11 +20,11 @@ from orion_triage.safe.children import tied
 from orion_triage.safe.files import replaced_folder, sha256_of_text, write_text
 
 TOOLS = ("llama-quantize", "llama-server")
-COMPILER_HINT = "Install a C++ compiler ('apt install g++ make'), or point ORION_LLAMA_CPP at a folder with a build."
-BUILD_BYTES = 300_000_000  # of object files, deleted at the end
+COMPILER_HINT = "Install a C++ compiler ('apt install g++ make'), or set ORION_LLAMA_CPP to a folder with a build."
+BUILD_BYTES = 300_000_000  # of object files, deleted after the build
 LOG = "build.log"
 
-# ggml's option -> what /proc/cpuinfo must list for it.
+# ggml's option -> the features that /proc/cpuinfo must list for it.
 _X86_OPTIONS = {
     "SSE42": ("sse4_2",),
     "AVX": ("avx",),
@@ -41,22 +41,22 @@ _X86_OPTIONS = {
     "AMX_INT8": ("amx_int8",),
     "AMX_BF16": ("amx_bf16",),
 }
-_EITHER = {"AVX512_VBMI"}  # the kernel has had two spellings
+_EITHER = {"AVX512_VBMI"}  # the kernel has used two spellings
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a build is for: `name` lists the processor features it uses, `options` are ggml's."""
+    """The processor of a build: `name` lists the features that the build uses, `options` are ggml's."""
 
     name: str
     options: dict[str, str]
 
 
 def target(features: frozenset[str] | None = None, machine: str = "") -> Target:
-    """The build that this processor gets; `features` and `machine` stand in for what the system says of it.
+    """The build for this processor; `features` and `machine` override what the system reports.
 
-    On x86 every feature is named to ggml, so that the name says all that the build needs. Elsewhere ggml looks at the
-    processor itself (GGML_NATIVE), and the name holds a hash of all its features.
+    On x86, every ggml option is set explicitly, so the name lists all features that the build needs. On other
+    machines, ggml detects the features (GGML_NATIVE), and the name contains a hash of all features.
     """
     machine = machine or platform.machine()
     features = processor_features() if features is None else features
@@ -72,9 +72,10 @@ def target(features: frozenset[str] | None = None, machine: str = "") -> Target:
 
 
 def processor_features() -> frozenset[str]:
-    """What the system lists of this processor; with ORION_CPU_FEATURES, those of them that it names.
+    """The features of this processor that the system reports, limited to ORION_CPU_FEATURES if it is set.
 
-    The variable makes a build that an older machine runs too, and results as that machine has them.
+    The variable gives a build that also runs on an older machine, and that machine's numeric results.
+    Raises OrionError if it names a feature that this processor does not have.
     """
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
@@ -87,23 +88,23 @@ def processor_features() -> frozenset[str]:
         if unknown := sorted(named - found):
             raise OrionError(
                 f"ORION_CPU_FEATURES names {', '.join(unknown)}, which this processor does not have.",
-                "Name features that /proc/cpuinfo lists, or unset it.",
+                "Use only features that /proc/cpuinfo lists, or unset the variable.",
             )
         return found & named
     return found
 
 
 def tools_in(folder: Path) -> tuple[Path, Path] | None:
-    """llama-quantize and llama-server in a folder, if both are there."""
+    """The paths of llama-quantize and llama-server in a folder; None unless both exist and are executable."""
     paths = tuple(folder / name for name in TOOLS)
     return (paths[0], paths[1]) if all(os.access(path, os.X_OK) for path in paths) else None
 
 
 def build(source: Path, binaries: Path, wanted: Target, number: int, progress: Progress) -> None:
-    """Compile into `binaries`; what an interrupted build has compiled is used again.
+    """Compile into the folder `binaries`; object files of an interrupted build are reused.
 
-    `number` is the build number that the tools will say of themselves. The compiler's output goes into build.log
-    beside the source.
+    `number` is the build number that the tools will print. The compiler's output goes into build.log beside the
+    source. Raises OrionError if a program is missing or the build fails.
     """
     cmake, ninja = _programs()
     log = source.parent / LOG
@@ -114,7 +115,7 @@ def build(source: Path, binaries: Path, wanted: Target, number: int, progress: P
         "CMAKE_BUILD_TYPE": "Release",
         "CMAKE_MAKE_PROGRAM": ninja,
         "BUILD_SHARED_LIBS": "OFF",
-        "LLAMA_BUILD_NUMBER": str(number),  # otherwise that of whatever git tree the cache lies in
+        "LLAMA_BUILD_NUMBER": str(number),  # the default is that of any git repository around the cache
         "LLAMA_BUILD_COMMIT": "pinned",
         **dict.fromkeys(
             ("LLAMA_CURL", "LLAMA_OPENSSL", "LLAMA_BUILD_TESTS", "LLAMA_BUILD_EXAMPLES", "LLAMA_BUILD_UI"), "OFF"
@@ -135,7 +136,7 @@ def build(source: Path, binaries: Path, wanted: Target, number: int, progress: P
                     progress("building llama.cpp", int(step[1]), int(step[2]))
             if process.wait():
                 last = " | ".join(log.read_text(encoding="utf-8").strip().splitlines()[-3:])
-                raise OrionError(f"llama.cpp did not build: {last} (all of it: {log}).", COMPILER_HINT)
+                raise OrionError(f"building llama.cpp failed: {last} (log: {log}).", COMPILER_HINT)
     with replaced_folder(binaries) as new:
         for name in TOOLS:
             shutil.copy2(folder / "bin" / name, new / name)
@@ -143,7 +144,7 @@ def build(source: Path, binaries: Path, wanted: Target, number: int, progress: P
 
 
 def last_step(folder: Path) -> tuple[int, int]:
-    """How far the build that writes build.log in `folder` has come: files compiled, and of how many."""
+    """Progress of the build that writes build.log in `folder`: (files compiled, files in total)."""
     try:
         text = (folder / LOG).read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -153,14 +154,17 @@ def last_step(folder: Path) -> tuple[int, int]:
 
 
 def _programs() -> tuple[str, str]:
-    """cmake and ninja, the environment's own first; raises OrionError where they or the compiler are missing."""
+    """The paths of cmake and ninja, those of the environment first.
+
+    Raises OrionError if one of them or the compiler is missing.
+    """
     beside = str(Path(sys.executable).parent)
     cmake, ninja = (shutil.which(name, path=beside) or shutil.which(name) for name in ("cmake", "ninja"))
     name = os.environ.get("CXX") or "c++"
     if shutil.which(name) is None:
-        raise OrionError(f"there is no C++ compiler ({name}) to build llama.cpp with.", COMPILER_HINT)
+        raise OrionError(f"building llama.cpp needs a C++ compiler; {name} was not found.", COMPILER_HINT)
     if not cmake or not ninja:
-        raise OrionError("cmake or ninja is missing.", "pip install cmake ninja")
+        raise OrionError("building llama.cpp needs cmake and ninja.", "Run pip install cmake ninja")
     return cmake, ninja
 
 

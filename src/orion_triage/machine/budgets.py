@@ -1,4 +1,4 @@
-"""What the mission allows at full size, beside what the last rehearsal on this machine took."""
+"""The mission's budgets at full size, compared with the last rehearsal on this machine."""
 
 import json
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ FULL_SIZE = "lfm2.5-vl-1.6b"
 
 @dataclass(frozen=True)
 class Budget:
-    """`limit` in bytes; a size may differ from it by `tolerance` either way, a need may not exceed it."""
+    """`limit` in bytes; a size may differ from it by `tolerance` in both directions, a need must not exceed it."""
 
     what: str
     limit: int
@@ -29,7 +29,7 @@ class Budget:
         return abs(self.measured / self.limit - 1) <= self.tolerance
 
 
-# The mission document's figures for the 1.6B model: file sizes, and what a stage may need.
+# The mission document's values for the 1.6B model: file sizes, and limits for each stage.
 _SIZES = {
     "base": (int(3.2 * GB), 0.02),
     "merged": (int(3.2 * GB), 0.02),
@@ -38,12 +38,12 @@ _SIZES = {
 }
 _MEMORY = {"fuse": 6 * GB, "convert": 2 * GB, "convert mmproj": 2 * GB, "quantize": 2 * GB}
 _ANY_STAGE_MEMORY = 8 * GB
-_DISK = int(7.5 * GB)  # beside the base; 11 GB with it
+_DISK = int(7.5 * GB)  # without the base; 11 GB with it
 _VRAM = 8 * GB
 
 
 def budgets(figures: dict[str, Any] | None) -> list[Budget]:
-    """The table's rows for the 1.6B model; `figures` are a rehearsal's."""
+    """The rows of the table for the 1.6B model; `figures` are the measurements of a rehearsal."""
     sizes = figures["bytes"] if figures else {}
     stages = {stage["stage"]: stage for stage in figures["stages"]} if figures else {}
     rows = [Budget(f"{name}, file", limit, sizes.get(name), tolerance) for name, (limit, tolerance) in _SIZES.items()]
@@ -58,12 +58,12 @@ def budgets(figures: dict[str, Any] | None) -> list[Budget]:
 
 
 def last_rehearsal(preset: str) -> dict[str, Any] | None:
-    """The figures that the last rehearsal of the preset left; None if there was none."""
+    """The measurements of the preset's last rehearsal; None if there was none."""
     path = figures_path(preset)
     try:
         value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise OrionError(f"{path} is damaged: {error}.", "Rehearse again.") from None
+        raise OrionError(f"{path} is damaged: {error}.", "Run 'orion rehearse' again.") from None
     return value

@@ -1,4 +1,4 @@
-"""Whether this machine has what a preset needs, looked at before anything is downloaded or trained."""
+"""Check whether this machine has what a preset needs, before anything is downloaded or trained."""
 
 import importlib.metadata
 import os
@@ -16,7 +16,7 @@ GB = 1_000_000_000
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at; `fix` says what to do when it is not "ok"."""
+    """The result of one check; `fix` states what to do if it is not "ok"."""
 
     what: str
     state: State
@@ -26,20 +26,20 @@ class Finding:
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes: the largest memory of a stage on a CPU, the disk of a run with its base, the GPU's memory."""
+    """In bytes: the largest memory of a stage on a CPU, the disk of a run with its base, the GPU's memory."""
 
     memory: int
     disk: int
     gpu_memory: int | None
 
 
-# 1.6B: the mission document's table. 450M: in proportion to its weights. Small presets run on a laptop's CPU.
+# 1.6B: the mission document's table. 450M: scaled by its weights. Small presets run on a laptop's CPU.
 _NEEDS = {"lfm2.5-vl-1.6b": Needs(8 * GB, 11 * GB, 8 * GB), "lfm2.5-vl-450m": Needs(4 * GB, 4 * GB, 4 * GB)}
 _SMALL = Needs(3 * GB, 1 * GB, None)
 
 
 def examine(settings: Settings, folder: Path) -> list[Finding]:
-    """What was found; `folder` is where runs are written."""
+    """The findings of all checks; `folder` is where runs are written."""
     needs = _NEEDS.get(settings.preset, _SMALL)
     return [*_gpu(needs), _bitsandbytes(), *_tools(), _memory(needs), _disk(needs, folder), _base(settings)]
 
@@ -49,13 +49,13 @@ def _gpu(needs: Needs) -> list[Finding]:
 
     if not torch.cuda.is_available():
         if needs.gpu_memory is None:
-            return [Finding("GPU", "ok", "none, and this preset needs none")]
+            return [Finding("GPU", "ok", "none; this preset does not need one")]
         return [
             Finding(
                 "GPU",
                 "note",
-                "none: training falls back to float32 on the CPU, which takes days at this size",
-                "Train on a machine with a CUDA GPU; fusing, quantizing and serving run here.",
+                "none: training would run in float32 on the CPU, which takes days at this size",
+                "Train on a machine with a CUDA GPU. Fusing, quantizing and serving run here.",
             )
         ]
     free, total = torch.cuda.mem_get_info()
@@ -77,12 +77,12 @@ def _short_convolution() -> Finding:
         return Finding("causal-conv1d", "ok", "installed: the language model's short convolutions use it")
     return Finding(
         "causal-conv1d", "note", "not installed: short convolutions run in PyTorch, with the same results",
-        "For speed: pip install --no-build-isolation causal-conv1d (it compiles, and needs nvcc).",
+        "For speed, run pip install --no-build-isolation causal-conv1d (compiles; needs nvcc).",
     )  # fmt: skip
 
 
 def _bitsandbytes() -> Finding:
-    """4-bit and back, on the device that would train."""
+    """Quantize to 4 bits and back on the device that would train."""
     import torch
 
     from orion_triage.models.load import hush_kernel_advice
@@ -98,7 +98,7 @@ def _bitsandbytes() -> Finding:
         error = float((again - values).abs().max())
     except Exception as problem:
         return Finding(
-            "bitsandbytes", "missing", f"{version} fails on {device}: {problem}", "pip install -U bitsandbytes"
+            "bitsandbytes", "missing", f"{version} fails on {device}: {problem}", "Run pip install -U bitsandbytes"
         )
     return Finding("bitsandbytes", "ok" if error < 0.2 else "missing", f"{version}, NF4 on {device}")
 
@@ -108,8 +108,8 @@ def _tools() -> list[Finding]:
     if tools:
         return [Finding("llama.cpp", "ok", f"build {tools.build} ({tools.origin})")]
     compiler = shutil.which(os.environ.get("CXX") or "c++")
-    found = "not built yet" + ("" if compiler else ", and there is no C++ compiler")
-    fix = "orion toolchain" if compiler else "apt install g++ make, then orion toolchain"
+    found = "not built yet" + ("" if compiler else ", and no C++ compiler was found")
+    fix = "Run orion toolchain" if compiler else "Run apt install g++ make, then orion toolchain"
     return [Finding("llama.cpp", "note" if compiler else "missing", found, fix)]
 
 
@@ -129,7 +129,7 @@ def _disk(needs: Needs, folder: Path) -> Finding:
 
 
 def _base(settings: Settings) -> Finding:
-    """Where the base is; nothing is fetched here."""
+    """The location of the base; nothing is fetched."""
     from orion_triage.models.load import TINY_BASE
 
     model = settings.base.model

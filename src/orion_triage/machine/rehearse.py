@@ -1,7 +1,7 @@
-"""The whole pipeline on this machine at a preset's published shapes, with random weights: does the real run fit?
+"""Run the whole pipeline on this machine at a preset's published shapes with random weights: does the real run fit?
 
-Every stage is the real command in a process of its own, so that its peak memory is the operating system's figure
-(mapped files included). Nothing is learned from the answers; everything from seconds, memory, disk and file sizes.
+Every stage is the real command in a separate process, so its peak memory is the operating system's value (including
+mapped files). Only seconds, memory, disk and file sizes matter, not the answers.
 """
 
 import json
@@ -29,7 +29,7 @@ from orion_triage.runs.run import Run
 from orion_triage.safe.files import cache_folder, replaced_folder, require_free_space, write_text
 from orion_triage.settings import load_settings
 
-# As published, read from the configurations on the Hub. Of the feed-forward width, two thirds are used.
+# From the published configurations on the Hub. Two thirds of the feed-forward width are used.
 _ATTENTION_LAYERS = frozenset({2, 5, 8, 10, 12, 14})
 _FAMILY: dict[str, Any] = {
     "layer_types": tuple("full_attention" if layer in _ATTENTION_LAYERS else "conv" for layer in range(16)),
@@ -47,13 +47,13 @@ SHAPES: dict[str, dict[str, Any]] = {
     | {"vision_width": 768, "vision_layers": 12, "vision_heads": 12, "vision_feed_forward": 3072}
     | {"projector_width": 2560},
 }
-CHECK_RECORDS = 2  # of the fused model: a real run takes 24, half a minute each on two cores at 1.6B
-_TRAINING_FRAMES = 2  # of each category
+CHECK_RECORDS = 2  # of the fused model; a real run checks 24, half a minute each on two cores at 1.6B
+_TRAINING_FRAMES = 2  # per category
 
 
 @dataclass(frozen=True)
 class StageUse:
-    """What one stage took; disk is the most that the run folder held, beside the base, while it ran."""
+    """The cost of one stage; disk is the peak size of the run folder, without the base, during the stage."""
 
     stage: str
     seconds: float
@@ -63,18 +63,18 @@ class StageUse:
 
 
 def run(preset: str, folder: Path, *, steps: int = 0, progress: Progress = silent) -> dict[str, Any]:
-    """Rehearse `preset` in `folder`; returns and keeps what was measured.
+    """Rehearse `preset` in `folder`; returns and stores the measurements.
 
-    With `steps`, as many optimizer steps of the fine-tuning are run; without, the adapter is random. Raises OrionError
-    for a preset without published shapes, too little disk, or a stage that fails.
+    `steps` is the number of optimizer steps of the fine-tuning; with 0, the adapter is random. Raises OrionError for a
+    preset without published shapes, too little disk, or a stage that fails.
     """
     if preset not in SHAPES:
-        raise OrionError(f"{preset!r} has no published shapes.", f"Rehearse one of {', '.join(SHAPES)}.")
+        raise OrionError(f"preset {preset!r} has no published shapes.", f"Use one of {', '.join(SHAPES)}.")
     began = time.monotonic()
     settings = load_settings(preset)
     require_free_space(folder, 5 * _parameters(preset) * 2, "a rehearsal")
     base, rehearsal = folder / "base", Run(folder / "run", settings)
-    shutil.rmtree(rehearsal.folder, ignore_errors=True)  # what is finished would be skipped, and not measured
+    shutil.rmtree(rehearsal.folder, ignore_errors=True)  # finished stages would be skipped and not measured
     parameters = _parameters(preset)
     if not base.exists():
         make_base(preset, base, progress)
@@ -127,12 +127,12 @@ def run(preset: str, folder: Path, *, steps: int = 0, progress: Progress = silen
 
 
 def figures_path(preset: str) -> Path:
-    """Where the last rehearsal's figures lie: the user's cache, since they belong to the machine."""
+    """The path of the last rehearsal's measurements: in the user's cache, since they belong to the machine."""
     return cache_folder() / "rehearsals" / f"{preset}.json"
 
 
 def machine() -> dict[str, Any]:
-    """This machine and its GPU."""
+    """Description of this machine and its GPU."""
     import torch
 
     return {**describe(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
@@ -164,7 +164,7 @@ def _empty_model(config: Any) -> Any:
 
 
 def _config(preset: str) -> tuple[Any, Any]:
-    """(tokenizer, configuration): a tokenizer of our own, in the published vocabulary's place."""
+    """(tokenizer, configuration); the tokenizer is trained here and replaces the published vocabulary."""
     from orion_triage.dataset.catalogue import load_catalogue
     from orion_triage.mission.prompt import render_prompt
     from orion_triage.models.lfm2_vl import make_config, train_tokenizer
@@ -204,7 +204,7 @@ def make_base(preset: str, folder: Path, progress: Progress = silent) -> None:
 
 
 def make_dataset(folder: Path, train_records: int) -> None:
-    """Drawn tiles under the catalogue's prompts and reasons: enough records for a rehearsal."""
+    """A dataset of synthetic tiles with the catalogue's prompts and reasons: enough records for a rehearsal."""
     from orion_triage.dataset.build import records_of
     from orion_triage.dataset.catalogue import Target, load_catalogue
     from orion_triage.dataset.collect import image_name
@@ -259,7 +259,7 @@ def make_adapter(base: Path, folder: Path, settings: Any) -> None:
 
 
 def _measure(stage: str, words: list[str], run: Run) -> tuple[list[StageUse], str]:
-    """Run one command; returns what each of llama.cpp's tools in it and all of it took, and what it printed."""
+    """Run one command; returns the cost of each llama.cpp tool in it and of the whole command, and its output."""
     command = [sys.executable, "-m", "orion_triage.cli", *words]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output, _disk(run.folder) as most:
         status, use = run_measured(command, dict(os.environ), output)
@@ -267,7 +267,7 @@ def _measure(stage: str, words: list[str], run: Run) -> tuple[list[StageUse], st
         said = output.read()
         if status:
             last = " | ".join(said.strip().splitlines()[-4:])
-            raise OrionError(f"the rehearsal's {stage} failed: {last}.", "Mend that, then rehearse again.")
+            raise OrionError(f"stage {stage} of the rehearsal failed: {last}.", "Fix this, then rehearse again.")
     stage_manifest = read_manifest({"fine-tune": run.adapter, "quantize": run.gguf}.get(stage, run.folder))
     figures = stage_manifest.figures if stage_manifest else {}
     tools = figures.get("tools", {})
@@ -279,7 +279,7 @@ def _measure(stage: str, words: list[str], run: Run) -> tuple[list[StageUse], st
 
 @contextmanager
 def _disk(folder: Path) -> Iterator[list[int]]:
-    """The most bytes that the folder held, looked at twice a second."""
+    """The peak size of a folder in bytes, measured twice per second."""
     most, stop = [0], threading.Event()
 
     def look() -> None:
@@ -288,7 +288,7 @@ def _disk(folder: Path) -> Iterator[list[int]]:
             for path in folder.rglob("*"):
                 try:
                     total += path.stat().st_size if path.is_file() else 0
-                except FileNotFoundError:  # renamed meanwhile
+                except FileNotFoundError:  # the file was renamed
                     continue
             most[0] = max(most[0], total)
             if stop.wait(0.5):
@@ -304,7 +304,7 @@ def _disk(folder: Path) -> Iterator[list[int]]:
 
 
 def _parity(run: Run, frame: Path) -> float:
-    """The F16 pair against transformers in float32, on one frame."""
+    """Compare the F16 pair with transformers in float32 on one frame."""
     from orion_triage.export import parity
     from orion_triage.imagery.frames import read_frame
     from orion_triage.mission.prompt import render_prompt
@@ -323,6 +323,6 @@ def _parity(run: Run, frame: Path) -> float:
 
 
 def remove(folder: Path) -> None:
-    """Delete what a rehearsal left, the figures excepted."""
+    """Delete the files of a rehearsal, except its measurements."""
     for name in ("base", "run"):
         shutil.rmtree(folder / name, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""One answer of a model to one frame, and its one form in JSON."""
+"""One answer of a model to one frame, and its JSON form."""
 
 import math
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ from orion_triage.mission.verdict import CATEGORIES, parse_verdict
 
 @dataclass(frozen=True)
 class Answer:
-    """What was said, and how likely each category was where the category begins.
+    """The text of an answer, and the probability of each category at the place of the category.
 
-    The reason is generated first; then the three labels are scored by the token that each begins with. `scores` are
-    the three probabilities in the order of CATEGORIES, with a sum of 1; `label_mass` is what they had together before
-    that. None where the answer never comes to its category, or the one who answers gives no probabilities.
+    The reason is generated first. Then the three labels are scored by their first tokens. `scores` are the three
+    probabilities in the order of CATEGORIES, normalized to a sum of 1; `label_mass` is their sum before. Both are None
+    if the answer has no category or the backend returns no probabilities.
     """
 
     text: str
@@ -30,10 +30,10 @@ class Answer:
         return cls(text, tuple(weight / mass for weight in weights), mass)
 
     def to_json(self) -> dict[str, Any]:
-        """As predictions.jsonl, the flight's log and a bundle's golden images hold it.
+        """The form in predictions.jsonl, the flight's log and a bundle's golden images.
 
         `answer` (the text), `category` and `reason` (null without a verdict), `scores` by category and `label_mass`
-        (null where there are none).
+        (null without probabilities).
         """
         verdict = parse_verdict(self.text)
         return {

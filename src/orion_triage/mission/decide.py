@@ -1,4 +1,4 @@
-"""What happens to a frame: the one decision that flight, report, threshold and bundle share."""
+"""The decision about a frame, shared by flight, report, threshold and bundle."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ BLANK_REASON = "Blank frame: no image content to judge."
 
 @dataclass(frozen=True)
 class Rules:
-    """How a mission decides. Without any, an answer's own category counts.
+    """The decision rules of a mission. Without rules, the answer's category counts.
 
-    `blank_is_low`: a blank frame is LOW, whatever a model says of it: it would cost downlink and shows nothing.
-    `low_threshold`: a frame is dropped when its P(LOW) is at least this; above 1 the scores drop none.
+    `blank_is_low`: a blank frame is LOW, whatever the model answers, because it shows nothing and would cost downlink.
+    `low_threshold`: a frame is dropped if its P(LOW) is at least this value; above 1, scores drop no frame.
     """
 
     low_threshold: float | None = None
@@ -21,15 +21,15 @@ class Rules:
 
 
 def decide(said: Category | None, scores: Sequence[float] | None, *, blank: bool, rules: Rules) -> Category | None:
-    """The frame's category, or None: then the frame is neither sent nor dropped, and counts as without a verdict.
+    """The frame's category. With None, the frame is neither sent nor dropped, and counts as without a verdict.
 
-    `said` is the category that the answer names, None where the answer has no verdict; `scores` are the probabilities
-    of HIGH, MEDIUM and LOW, None where the answer has none. In this order:
+    `said` is the answer's category, None without a verdict; `scores` are the probabilities of HIGH, MEDIUM and LOW, or
+    None. Steps in this order:
 
-    1. A blank frame is LOW, if the rules say so.
+    1. A blank frame is LOW if `blank_is_low` is set.
     2. An answer without a verdict decides nothing, whatever its scores.
-    3. With a threshold, scores decide: LOW from the threshold on, else HIGH or MEDIUM, whichever is likelier (HIGH of
-       equals). An answer without scores keeps its own category.
+    3. With a threshold, the scores decide: LOW at or above the threshold, else the more likely of HIGH and MEDIUM (HIGH
+       if equal). An answer without scores keeps its category.
     """
     if blank and rules.blank_is_low:
         return Category.LOW
@@ -42,17 +42,17 @@ def decide(said: Category | None, scores: Sequence[float] | None, *, blank: bool
 
 
 def in_words(rules: Rules) -> list[str]:
-    """The rules for whoever writes or checks flight software: one sentence a step, in the order of `decide`."""
+    """The rules as text for developers of flight software, one sentence per step, in the order of `decide`."""
     words = []
     if rules.blank_is_low:
         words.append("A blank frame is LOW. The model is not asked about it.")
-    words.append("An answer that is no verdict decides nothing: keep the frame, and count it.")
+    words.append("An answer without a valid verdict decides nothing: keep the frame and count it.")
     if rules.low_threshold is None:
-        words.append("Else the category that the answer names. No threshold was chosen.")
+        words.append("Otherwise, use the category in the answer. No threshold was chosen.")
     else:
         words.append(
-            f"With scores: LOW when the score of LOW is at least {rules.low_threshold} (the threshold, chosen on val); "
-            "else HIGH or MEDIUM, whichever scores higher (HIGH of equals)."
+            f"With scores: LOW if the score of LOW is at least {rules.low_threshold} (the threshold, chosen on val); "
+            "otherwise HIGH or MEDIUM, whichever has the higher score (HIGH if equal)."
         )
-        words.append("Without scores: the category that the answer names.")
+        words.append("Without scores: use the category in the answer.")
     return words

@@ -1,7 +1,7 @@
-"""The contract between ground and flight: categories, prompt, coordinate format, verdict.
+"""The contract between ground and flight: prompt and coordinate format.
 
-Datasets, adapters and flight software in the field use these exact bytes, so this module is their only
-owner. Prompts are rendered from fields; nothing in the project edits a finished prompt.
+Datasets, adapters and deployed flight software use these exact bytes. Only this module defines them. Prompts are
+rendered from fields; no other code edits a rendered prompt.
 """
 
 import math
@@ -21,7 +21,7 @@ checkerboard agriculture, or localized infrastructure (malls, regional strips).
 or purely natural geological formations (craters, natural cliffs).
 You MUST output your response as a valid JSON object. To ensure accurate visual reasoning, you must output \
 the "reason" key FIRST, followed by the "category" key."""
-# The published splits and the reference's flight software put one newline between image and prompt.
+# The published splits and the reference's flight software have one newline between image and prompt.
 IMAGE_PLACEHOLDER = "<image>\n"
 
 
@@ -61,7 +61,7 @@ _WITH_COORDINATES = re.compile(
 
 
 def parse_prompt(prompt: str) -> Coordinates | None:
-    """The fields of a rendered prompt; raises OrionError unless rendering them gives the same bytes."""
+    """The fields of a rendered prompt; raises OrionError unless they render to the same bytes."""
     if prompt == render_prompt(None):
         return None
     match = _WITH_COORDINATES.fullmatch(prompt)

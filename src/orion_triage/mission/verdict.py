@@ -1,7 +1,6 @@
-"""The contract between ground and flight: categories, prompt, coordinate format, verdict.
+"""The contract between ground and flight: categories, verdict and grammar.
 
-Datasets, adapters and flight software in the field use these exact bytes, so this module is their only
-owner. Prompts are rendered from fields; nothing in the project edits a finished prompt.
+Datasets, adapters and deployed flight software use these exact bytes. Only this module defines them.
 """
 
 import json
@@ -14,7 +13,7 @@ from orion_triage.errors import OrionError
 
 
 class Category(StrEnum):
-    """What happens to a frame: HIGH is sent now, MEDIUM stored and sent in bulk, LOW dropped."""
+    """The action for a frame: HIGH is sent now, MEDIUM is stored and sent in bulk, LOW is dropped."""
 
     HIGH = "HIGH"
     MEDIUM = "MEDIUM"
@@ -26,7 +25,7 @@ CATEGORIES: tuple[Category, ...] = (Category.HIGH, Category.MEDIUM, Category.LOW
 
 @dataclass(frozen=True)
 class Verdict:
-    """The model's answer for one frame."""
+    """The model's verdict on one frame."""
 
     reason: str
     category: Category
@@ -36,49 +35,50 @@ class Verdict:
         return json.dumps({"reason": self.reason, "category": self.category.value})
 
 
-CATEGORY_CUE = '"category": "'  # after it, an answer's next letter decides
-# What an answer without a reason begins with: the model reads it as its own, and is asked for the category alone.
+CATEGORY_CUE = '"category": "'  # the next letter of the answer determines the category
+# The beginning of an answer without a reason; the model continues it with the category.
 VERDICT_START = Verdict("", Category.HIGH).to_json().partition(CATEGORY_CUE)[0] + CATEGORY_CUE
 
 
 def category_tokens(tokenize: Callable[[str], list[int]]) -> list[int]:
-    """The token that each of CATEGORIES begins with after the cue, in their order.
+    """The first token of each of CATEGORIES after the cue, in their order.
 
-    `tokenize` adds no special tokens. Raises OrionError when a label's first token runs into the cue, or two labels
-    begin alike: then one token cannot say which of them an answer means.
+    `tokenize` adds no special tokens. Raises OrionError if a label's first token merges with the cue, or if two labels
+    have the same first token: one token would then not determine the category.
     """
     head = Verdict("x", Category.HIGH).to_json().partition(CATEGORY_CUE)[0] + CATEGORY_CUE
     start, tokens = tokenize(head), [tokenize(head + category) for category in CATEGORIES]
     if any(ids[: len(start)] != start for ids in tokens) or len({ids[len(start)] for ids in tokens}) < len(CATEGORIES):
         raise OrionError(
-            "the model's tokenizer does not tell the three labels apart by their first token.",
-            "Class scores need an LFM2 tokenizer; use a base of the LFM2-VL family.",
+            "the model's tokenizer does not give the three labels different first tokens, so they cannot be scored.",
+            "Use a base of the LFM2-VL family.",
         )
     return [ids[len(start)] for ids in tokens]
 
 
 LONGEST_REASON = 160  # characters; the catalogue's longest has 88
-# No token is shorter than a character, and the rest of a verdict has 36: an answer under the grammar is never cut.
+# A token has at least one character, and a verdict has 36 characters besides the reason, so an answer that follows the
+# grammar is never cut.
 ANSWER_TOKENS = LONGEST_REASON + 40
-# llama.cpp's form. Exactly the bytes of a verdict, so the answer stays on the tokens of training: one space after
-# colon and comma, printable ASCII without quote and backslash.
+# In llama.cpp's GBNF. Exactly the bytes of a verdict, so the answer has the tokens of training: one space after colon
+# and comma, printable ASCII without quote and backslash.
 _LABELS = " | ".join(f'"{category}"' for category in CATEGORIES)
 GRAMMAR = (
     f'root ::= "{{\\"reason\\": \\"" reason "\\", \\"category\\": \\"" category "\\"}}"\n'
     f"reason ::= [ !#-\\[\\]-~]{{1,{LONGEST_REASON}}}\n"
     f"category ::= {_LABELS}\n"
 )
-CATEGORY_GRAMMAR = f'root ::= category "\\"}}"\ncategory ::= {_LABELS}\n'  # of what comes after the cue
-# What the tokenizer reads as the end of a turn, an image or a thought, and never as text.
+CATEGORY_GRAMMAR = f'root ::= category "\\"}}"\ncategory ::= {_LABELS}\n'  # for the text after the cue
+# The tokenizer reads these as the end of a turn, an image or a thought, not as text.
 _CONTROL = re.compile(r"<\|[^<>|]*\|>|<image>|</?think>")
 
 
 def reason_fault(reason: str) -> str:
-    """Why a reason must not be taught, in words; empty when nothing stands against it."""
+    """The fault of a reason that must not be used in training, as text; empty if it has none."""
     if found := _CONTROL.search(reason):
-        return f"holds the model's control token {found[0][:40]!r}"
+        return f"contains the model's control token {found[0][:40]!r}"
     if odd := next((character for character in reason if not character.isprintable()), ""):
-        return f"holds the unprintable character {odd!a}"
+        return f"contains the unprintable character {odd!a}"
     return ""
 
 
@@ -86,15 +86,15 @@ _FENCE = "```"
 
 
 def parse_verdict(answer: str) -> Verdict | None:
-    """The verdict in a model's answer, or None when it has none.
+    """The verdict in a model's answer, or None.
 
-    Accepted: one JSON object with a string `reason` and a `category` that is exactly one of the three
-    labels, alone or in a Markdown code fence (instruction-tuned bases like to add one). A verdict-only answer has
-    the empty reason; of a key given twice the last counts, as everywhere in JSON. Everything else, a cut-off object
-    included, is unparsable and counted as such by the evaluation.
+    Accepted: one JSON object with a string `reason` and a `category` that is exactly one of the three labels, alone or
+    in a Markdown code fence, which instruction-tuned bases often add. A verdict-only answer has an empty reason. If a
+    key appears twice, the last value counts, as usual in JSON. Any other text, including a truncated object, is
+    unparsable and counted as such by the evaluation.
     """
     text = answer.strip()
-    # By hand: the pattern for it takes time by the square of the blanks that somebody's server may send.
+    # Not a regular expression: its time would grow with the square of the number of blanks in a server's answer.
     if len(text) >= 2 * len(_FENCE) and text.startswith(_FENCE) and text.endswith(_FENCE):
         text = text[len(_FENCE) : -len(_FENCE)].removeprefix("json").strip()
     try:

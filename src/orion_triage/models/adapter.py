@@ -1,4 +1,4 @@
-"""LoRA adapters: which modules a target name means, and a finished adapter put back on a base."""
+"""LoRA adapters: the modules that a target name matches, and attaching a finished adapter to a base."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -15,22 +15,22 @@ if TYPE_CHECKING:
     import torch
 
 _TOWERS = {"language_model": "text", "vision_tower": "vision", "multi_modal_projector": "projector"}
-# LFM2 and SigLIP2 call the attention's output `out_proj`, and so do LFM2's short-conv blocks: the recipe's
-# `o_proj` means the first two only.
+# The attention output is called `out_proj` in LFM2 and SigLIP2, and so is a module of LFM2's short-conv blocks. The
+# recipe's `o_proj` means only the attention output.
 _MEANING = {"o_proj": "self_attn.out_proj"}
 
-# What the scope "language-all" adds to the attention's names.
+# Target names that the scope "language-all" adds.
 _LANGUAGE_LAYERS = ("conv.in_proj", "conv.out_proj", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
 
-_LARGEST_NUMBER = 1e6  # of an adapter's settings
+_LARGEST_NUMBER = 1e6  # in an adapter's settings
 
-BASE_FILE = "base.json"  # beside an adapter: which base it was trained on, and at which frame size
+BASE_FILE = "base.json"  # beside an adapter: the base and the frame size that it was trained with
 
-Census = dict[str, dict[str, int]]
+Census = dict[str, dict[str, int]]  # matched modules: {target name: {tower: count}}
 
 
 def tower_of(module: str) -> str | None:
-    """text, vision or projector; None outside them (the tied head)."""
+    """ "text", "vision" or "projector"; None for a module outside them (the tied head)."""
     return next((tower for part, tower in _TOWERS.items() if part in module.split(".")), None)
 
 
@@ -51,11 +51,11 @@ Scope = Literal["attention", "language-attention", "language-all"]
 
 
 def resolve_targets(model: Any, names: Sequence[str], scope: Scope = "attention") -> tuple[list[str], Census]:
-    """The full names of the linear modules that `names` mean within `scope`, and {name: {tower: count}}.
+    """The full names of the linear modules that `names` match within `scope`, and {name: {tower: count}}.
 
-    A name is a module's last component or a dotted end ("conv.in_proj"); `o_proj` is the attention's output. The
-    scopes that start with "language" leave vision tower and projector alone; see FineTuneSettings.
-    Raises OrionError when any name matches nothing: an adapter would silently leave it out.
+    A name is a module's last component or a dotted suffix ("conv.in_proj"); `o_proj` is the attention output. The
+    scopes that start with "language" exclude the vision tower and the projector; see FineTuneSettings.
+    Raises OrionError if a name matches nothing: the adapter would silently omit it.
     """
     from torch import nn
 
@@ -76,22 +76,22 @@ def resolve_targets(model: Any, names: Sequence[str], scope: Scope = "attention"
         ends = sorted({".".join(name.split(".")[-2:]) for name in linear if tower_of(name)})
         raise OrionError(
             f"fine_tune.target_modules: {', '.join(idle) or 'an empty list'} matches no module of the model.",
-            f"Its linear modules end in {', '.join(ends)}.",
+            f"Use suffixes of its linear modules: {', '.join(ends)}.",
         )
     return sorted(matched), census
 
 
 def adapter_census(names: Sequence[str], tensors: Mapping[str, Any]) -> tuple[Census, list[str]]:
-    """{name: {tower: count}} of a finished adapter's tensors, and a warning per requested name without any.
+    """The matched modules {name: {tower: count}} of a finished adapter, and a warning per target without a tensor.
 
-    `names` are adapter_config.json's target_modules, where full module names count as their last two parts;
-    `tensors` is the adapter's state, by key.
+    `names` are adapter_config.json's target_modules; a full module name counts as its last two components.
+    `tensors` is the adapter's state by key.
     """
     names = sorted({".".join(name.split(".")[-2:]) if tower_of(name) else name for name in names})
     modules = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
     _, census = _count(names, modules)
     warnings = [
-        f"the adapter's target {name!r} changed no module: it was asked for and never trained"
+        f"the adapter's target {name!r} has no tensors: it is listed in target_modules but was not trained"
         for name, towers in census.items()
         if not any(towers.values())
     ]
@@ -99,7 +99,7 @@ def adapter_census(names: Sequence[str], tensors: Mapping[str, Any]) -> tuple[Ce
 
 
 def read_adapter(adapter: Path) -> "dict[str, torch.Tensor]":
-    """The adapter's tensors by key; raises OrionError unless it is a finite, plain LoRA in SafeTensors."""
+    """The adapter's tensors by key; raises OrionError unless it is a plain LoRA in SafeTensors with finite values."""
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -108,8 +108,8 @@ def read_adapter(adapter: Path) -> "dict[str, torch.Tensor]":
     if not (adapter / "adapter_config.json").is_file() or not path.is_file():
         found = "; adapter_model.bin can run code when opened" if (adapter / "adapter_model.bin").is_file() else ""
         raise OrionError(
-            f"{adapter} needs adapter_config.json and adapter_model.safetensors{found}.",
-            "Fine-tune with 'orion fine-tune', or pass the right folder.",
+            f"{adapter} must contain adapter_config.json and adapter_model.safetensors{found}.",
+            "Run 'orion fine-tune', or pass the folder of an adapter.",
         )
     try:
         tensors: dict[str, torch.Tensor] = load_file(path)
@@ -117,15 +117,15 @@ def read_adapter(adapter: Path) -> "dict[str, torch.Tensor]":
         raise OrionError(f"{path} is damaged: {error}.", "Fetch it again.") from None
     for key, tensor in tensors.items():
         if not key.endswith((".lora_A.weight", ".lora_B.weight")):
-            raise OrionError(f"{path}: {shown(key)} is no LoRA matrix.", "Only plain LoRA adapters can be merged.")
+            raise OrionError(f"{path}: {shown(key)} is not a LoRA matrix.", "Use a plain LoRA adapter.")
         if (
             tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
             or tensor.ndim != 2
             or not tensor.numel()
         ):
             raise OrionError(
-                f"{path}: {key} is {tensor.dtype} of shape {tuple(tensor.shape)}, no matrix of floats.",
-                "Only plain LoRA adapters can be merged.",
+                f"{path}: {key} is {tensor.dtype} of shape {tuple(tensor.shape)}, not a matrix of floats.",
+                "Use a plain LoRA adapter.",
             )
         if not bool(torch.isfinite(tensor).all()):
             raise OrionError(f"{path}: {key} has values that are not finite.", "Fine-tune again.")
@@ -134,8 +134,8 @@ def read_adapter(adapter: Path) -> "dict[str, torch.Tensor]":
     return tensors
 
 
-# What adapter_config.json says beside the arithmetic: where the adapter comes from, how it was trained and begun.
-_SAID_ONLY = {
+# Keys of adapter_config.json without effect on the merged weights: origin, training and initialization.
+_WITHOUT_EFFECT = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules", "inference_mode",
     "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core",
     "peft_version", "qalora_group_size", "revision", "runtime_config",
@@ -145,7 +145,7 @@ _PLAIN_NAME = re.compile(r"\^?[\w.]{1,200}")
 
 @dataclass(frozen=True)
 class _Arithmetic:
-    """What of adapter_config.json decides what the matrices do; `asked` are the target names, for the census."""
+    """The values of adapter_config.json that determine the merged weights; `asked` are the target names."""
 
     rank: int
     alpha: float
@@ -157,46 +157,46 @@ class _Arithmetic:
 
 
 def _read_config(adapter: Path) -> _Arithmetic:
-    """PEFT's own reader is not asked: options of a stranger can name modules to import and regular expressions.
+    """Read adapter_config.json without PEFT, because its options can name modules to import and regular expressions.
 
-    Raises OrionError for every option by which this would not be plain LoRA.
+    Raises OrionError for every option that is not plain LoRA.
     """
     from peft import LoraConfig
 
     path = adapter / "adapter_config.json"
-    said = read_object(path)
+    config = read_object(path)
     plain = LoraConfig().to_dict()
-    kept = {
-        "peft_type": said.get("peft_type") == "LORA",
-        "task_type": said.get("task_type") in (None, "CAUSAL_LM"),
-        "r": _is_number(said.get("r")) and isinstance(said["r"], int) and said["r"] > 0,
-        "lora_alpha": _is_number(said.get("lora_alpha")),
-        "use_rslora": isinstance(said.get("use_rslora", False), bool),
-        "rank_pattern": isinstance(said.get("rank_pattern") or {}, dict),
-        "alpha_pattern": _is_pattern(said.get("alpha_pattern") or {}),
-        "target_modules": _is_names(said.get("target_modules")),
-        # Other ways to begin change the base as well.
-        "init_lora_weights": said.get("init_lora_weights") in (None, True, False, "gaussian", "eva"),
+    supported = {
+        "peft_type": config.get("peft_type") == "LORA",
+        "task_type": config.get("task_type") in (None, "CAUSAL_LM"),
+        "r": _is_number(config.get("r")) and isinstance(config["r"], int) and config["r"] > 0,
+        "lora_alpha": _is_number(config.get("lora_alpha")),
+        "use_rslora": isinstance(config.get("use_rslora", False), bool),
+        "rank_pattern": isinstance(config.get("rank_pattern") or {}, dict),
+        "alpha_pattern": _is_pattern(config.get("alpha_pattern") or {}),
+        "target_modules": _is_names(config.get("target_modules")),
+        # Other initializations also change the base.
+        "init_lora_weights": config.get("init_lora_weights") in (None, True, False, "gaussian", "eva"),
     }
-    wrong = [name for name, good in kept.items() if not good]
+    wrong = [name for name, good in supported.items() if not good]
     wrong += [
         name
-        for name, value in said.items()
-        if name not in kept and name not in _SAID_ONLY and value and value != plain.get(name)
+        for name, value in config.items()
+        if name not in supported and name not in _WITHOUT_EFFECT and value and value != plain.get(name)
     ]
     if wrong:
-        value = f" ({shown(said[wrong[0]])})" if wrong[0] in said else ""
+        value = f" ({shown(config[wrong[0]])})" if wrong[0] in config else ""
         raise OrionError(
-            f"{path}: {shown(wrong[0])}{value} is not plain LoRA's.", "Only plain LoRA adapters can be merged."
+            f"{path}: {shown(wrong[0])}{value} is not an option of plain LoRA.", "Use a plain LoRA adapter."
         )
-    names = said.get("target_modules") or ()
+    names = config.get("target_modules") or ()
     return _Arithmetic(
-        said["r"],
-        said["lora_alpha"],
-        said.get("alpha_pattern") or {},
-        said.get("use_rslora", False),
-        bool(said.get("rank_pattern")),
-        said.get("task_type"),
+        config["r"],
+        config["lora_alpha"],
+        config.get("alpha_pattern") or {},
+        config.get("use_rslora", False),
+        bool(config.get("rank_pattern")),
+        config.get("task_type"),
         [names] if isinstance(names, str) else sorted(names),
     )
 
@@ -206,7 +206,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_pattern(value: Any) -> bool:
-    """Module names with numbers; PEFT takes the names for regular expressions, and some of those never end."""
+    """Whether keys are plain module names: PEFT matches them as regular expressions, some of which never finish."""
     return isinstance(value, dict) and all(_PLAIN_NAME.fullmatch(k) and _is_number(v) for k, v in value.items())
 
 
@@ -217,14 +217,14 @@ def _is_names(value: Any) -> bool:
 
 
 def attach_adapter(model: Any, adapter: Path, tensors: "dict[str, torch.Tensor]") -> tuple[Any, Census, list[str]]:
-    """The model with the adapter on, its census, and a warning per requested name that changed nothing.
+    """The model with the adapter attached, its matched modules, and a warning per target without a tensor.
 
-    Modules are taken from the tensors' keys, not from name patterns, so that every tensor lands somewhere.
-    transformers dropped `vision_model.` from the tower's module names: both forms are understood.
+    Modules are found by the tensors' keys, not by name patterns, so every tensor is used. transformers removed
+    `vision_model.` from the tower's module names; both forms are accepted. Raises OrionError if a tensor does not fit.
     """
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
-    said = _read_config(adapter)
+    arithmetic = _read_config(adapter)
     linear = {name: module for name, module in model.named_modules() if hasattr(module, "in_features")}
     called = {plain_name(name): name for name in linear}
     state: dict[str, torch.Tensor] = {}
@@ -235,28 +235,28 @@ def attach_adapter(model: Any, adapter: Path, tensors: "dict[str, torch.Tensor]"
         module = called.get(plain_name(asked_module))
         if module is None:
             raise OrionError(
-                f"the adapter's {shown(key)} matches no module of the base.", "Use the base it was trained on."
+                f"the adapter's {shown(key)} matches no module of the base.", "Use the base that it was trained on."
             )
         is_a = matrix == "lora_A"
-        rank = ranks.setdefault(module, tensor.shape[0 if is_a else -1]) if said.ranks_differ else said.rank
+        rank = ranks.setdefault(module, tensor.shape[0 if is_a else -1]) if arithmetic.ranks_differ else arithmetic.rank
         wanted = (rank, linear[module].in_features) if is_a else (linear[module].out_features, rank)
         if tuple(tensor.shape) != wanted:
             raise OrionError(
                 f"the adapter's {key} has shape {tuple(tensor.shape)}; the base's module needs {wanted}.",
-                "Use the base it was trained on.",
+                "Use the base that it was trained on.",
             )
         own_key = f"base_model.model.{module}.{matrix}.weight"
         if own_key in state:
-            raise OrionError(f"the adapter has two tensors for {own_key}, {key} the second.", "Fetch it again.")
+            raise OrionError(f"the adapter has two tensors for {own_key}; the second is {key}.", "Fetch it again.")
         targets.add(module)
         state[own_key] = tensor
     config = LoraConfig(
-        task_type=said.task,
-        r=said.rank,
-        lora_alpha=said.alpha,
-        use_rslora=said.by_root_of_rank,
+        task_type=arithmetic.task,
+        r=arithmetic.rank,
+        lora_alpha=arithmetic.alpha,
+        use_rslora=arithmetic.by_root_of_rank,
         rank_pattern={re.escape(module): rank for module, rank in ranks.items()},
-        alpha_pattern=said.alpha_pattern,
+        alpha_pattern=arithmetic.alpha_pattern,
         target_modules=targets,
         inference_mode=True,
     )
@@ -267,8 +267,8 @@ def attach_adapter(model: Any, adapter: Path, tensors: "dict[str, torch.Tensor]"
     missing = [key for key in loaded.missing_keys if ".lora_" in key]
     if loaded.unexpected_keys or missing:
         raise OrionError(
-            f"the adapter does not fit: {(*loaded.unexpected_keys, *missing)[0]} has no counterpart.",
+            f"the adapter does not fit the base: {(*loaded.unexpected_keys, *missing)[0]} has no counterpart.",
             "Fine-tune again.",
         )
-    census, warnings = adapter_census(said.asked, state)
+    census, warnings = adapter_census(arithmetic.asked, state)
     return adapted.eval(), census, warnings

@@ -1,7 +1,7 @@
-"""Chat templates of strangers: small programs, tried out in a process of their own before this one renders them.
+"""Check third-party chat templates, which are small programs, in a separate process with limits.
 
-transformers renders in Jinja's sandbox, which keeps a template from files, modules and attributes with underscores,
-but not from using up all time and memory. So an unknown template is rendered once under limits first.
+transformers renders them in Jinja's sandbox. It blocks files, modules and attributes with underscores, but does not
+limit time and memory. An unknown template is therefore first rendered once with limits.
 """
 
 import functools
@@ -12,10 +12,10 @@ import sys
 from orion_triage.errors import OrionError
 
 LARGEST_TEMPLATE = 100_000  # characters; LFM2's have up to 3,000
-LONGEST_TEXT = 1_000_000  # characters that one turn may become
-LIMIT_SECONDS = 10  # of computing, importing transformers' renderer included (0.7 s)
-LIMIT_BYTES = 1_000_000_000  # of address space; the renderer takes 0.3 GB of it
-_OUT_OF_PATIENCE_SECONDS = 120  # of waiting, on a machine that is busy with other things
+LONGEST_TEXT = 1_000_000  # characters of one rendered turn
+LIMIT_SECONDS = 10  # of CPU time, including 0.7 s to import transformers' renderer
+LIMIT_BYTES = 1_000_000_000  # of address space; the renderer takes 0.3 GB
+_TIMEOUT_SECONDS = 120  # of wall time, for a busy machine
 
 _CHILD = """
 import json, resource, sys
@@ -30,7 +30,7 @@ try:
         conversations=[given["messages"]], chat_template=given["template"], add_generation_prompt=True,
         bos_token="<|startoftext|>", eos_token="<|im_end|>", pad_token="<|pad|>",
     )
-    answer = "" if len(text) <= longest else f"it makes {len(text):,} characters of one turn"
+    answer = "" if len(text) <= longest else f"one turn has {len(text):,} characters; the limit is {longest:,}"
 except BaseException as error:
     answer = f"{type(error).__name__}: {str(error)[:200]}"
 sys.stdout.write(json.dumps(answer))
@@ -39,9 +39,9 @@ sys.stdout.write(json.dumps(answer))
 
 @functools.cache
 def check(template: str, place: str) -> None:
-    """Raise OrionError unless the template renders a turn within seconds, a gigabyte and without an error.
+    """Raise OrionError unless the template renders one turn within LIMIT_SECONDS and LIMIT_BYTES.
 
-    `place` is named in the error. A template that is text for text the shipped base's is not tried: it is known.
+    The error names `place`. The shipped base's template is not rendered, because it is known.
     """
     from orion_triage.models.lfm2_vl import CHAT_TEMPLATE
 
@@ -49,16 +49,20 @@ def check(template: str, place: str) -> None:
         return
     fix = "Copy chat_template.jinja from the base model."
     if len(template) > LARGEST_TEMPLATE:
-        raise OrionError(f"{place}: the chat template has {len(template):,} characters.", fix)
+        raise OrionError(
+            f"{place}: the chat template has {len(template):,} characters; the limit is {LARGEST_TEMPLATE:,}.", fix
+        )
     content = [{"type": "image"}, {"type": "text", "text": "\nWhat is there?"}]
     given = json.dumps({"template": template, "messages": [{"role": "user", "content": content}]})
     command = [sys.executable, "-I", "-c", _CHILD, str(LIMIT_SECONDS), str(LIMIT_BYTES), str(LONGEST_TEXT)]
     try:
         child = subprocess.run(
-            command, input=given, capture_output=True, text=True, timeout=_OUT_OF_PATIENCE_SECONDS, check=False
+            command, input=given, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
-        raise OrionError(f"{place}: the chat template does not come to an end.", fix) from None
+        raise OrionError(
+            f"{place}: the chat template did not finish rendering a turn within {_TIMEOUT_SECONDS} s.", fix
+        ) from None
     if child.returncode < 0:
         raise OrionError(f"{place}: the chat template takes more than {LIMIT_SECONDS} s to render a turn.", fix)
     try:

@@ -1,4 +1,4 @@
-"""Checkpoints in the Hub's layout, written tensor by tensor: a large model is never in memory as a whole."""
+"""Checkpoints in the Hub's layout, written tensor by tensor, so that a large model is never completely in memory."""
 
 import json
 import re
@@ -14,8 +14,8 @@ from orion_triage.safe.reading import read_object, shown
 if TYPE_CHECKING:
     import torch
 
-FILE_BYTES = 1_000_000_000  # of one file: it is in memory while it is written
-# One tensor of each part, as the published checkpoints name it and llama.cpp's converter expects it.
+FILE_BYTES = 1_000_000_000  # of one file, which is in memory while it is written
+# One tensor of each part, with the name that the published checkpoints use and llama.cpp's converter expects.
 _LANDMARKS = (
     "model.language_model.embed_tokens.weight",
     "model.vision_tower.vision_model.embeddings.patch_embedding.weight",
@@ -32,9 +32,9 @@ def write_tensors(
     description: str,
     progress: Progress = silent,
 ) -> int:
-    """Write the tensors named in `shapes` as SafeTensors, with an index when there are several files.
+    """Write the tensors named in `shapes` as SafeTensors, with an index if there are several files.
 
-    `tensor_of` makes a tensor of `dtype` when its turn comes. Returns the number of values.
+    `tensor_of(name)` returns one tensor of `dtype`; it is called once per name. Returns the number of values.
     """
     import torch
     from huggingface_hub import split_torch_state_dict_into_shards
@@ -61,15 +61,15 @@ def write_tensors(
 
 
 def check_names(folder: Path) -> None:
-    """Raise OrionError unless the tensors of `folder` are named as in the published checkpoints."""
+    """Raise OrionError unless the tensors in `folder` have the names of the published checkpoints."""
     from safetensors import SafetensorError, safe_open
 
     names: set[str] = set()
     for path in folder.glob("*.safetensors"):
-        if not path.is_file():  # a pipe would be waited for
-            raise OrionError(f"{path} is no regular file.", "Fetch it again.")
+        if not path.is_file():  # opening a pipe would wait for a writer
+            raise OrionError(f"{path} is not a regular file.", "Fetch it again.")
         try:
-            with safe_open(path, "np") as file:  # the header only: "pt" would import torch before anything needs it
+            with safe_open(path, "np") as file:  # reads only the header; "pt" would import torch
                 names.update(file.keys())
         except (SafetensorError, OSError) as error:
             raise OrionError(f"{path} is damaged: {error}.", "Fetch it again.") from None
@@ -77,37 +77,35 @@ def check_names(folder: Path) -> None:
     for landmark in _LANDMARKS:
         if landmark not in names:
             end = ".".join(landmark.split(".")[-2:])
-            instead = next(
-                (f"{name!r} in its place" for name in sorted(names) if name.endswith(end)), "nothing like it"
-            )
+            instead = next((f"found {name!r}" for name in sorted(names) if name.endswith(end)), "found no similar name")
             raise OrionError(
-                f"{folder} has no tensor {landmark!r}; there is {instead}.",
-                "Use the published checkpoint: llama.cpp's converter knows no other names. One that transformers saved "
-                "itself may have been renamed by its version; the tested ones are in constraints.txt.",
+                f"{folder} has no tensor {landmark!r}; {instead}. llama.cpp's converter needs the published names.",
+                "Use the published checkpoint. If transformers saved this one, save it with the version in "
+                "constraints.txt: others rename tensors.",
             )
 
 
 def _check_index(folder: Path) -> None:
-    """Raise OrionError when the index of the shards names anything but SafeTensors files of the folder."""
+    """Raise OrionError if the index of the shards names anything but SafeTensors files in the folder."""
     path = folder / "model.safetensors.index.json"
     try:
         files = read_object(path).get("weight_map")
     except FileNotFoundError:
         return
     for name in files.values() if isinstance(files, dict) else [files]:
-        # transformers would open a file of another kind by unpickling it, and one of another folder too
+        # transformers would unpickle a file of another format, and would open a file in another folder
         if (
             not isinstance(name, str)
             or not re.fullmatch(r"[\w.-]+\.safetensors", name)
             or not (folder / name).is_file()
         ):
             raise OrionError(
-                f"{path} names {shown(name)}, which is no SafeTensors file in {folder}.", "Fetch the model again."
+                f"{path} names {shown(name)}, which is not a SafeTensors file in {folder}.", "Fetch the model again."
             )
 
 
 def plain_name(name: str) -> str:
-    """One name for a module or tensor that the Hub, older adapters and transformers 5.1 call by a longer one."""
+    """The short name of a module or tensor; the Hub, older adapters and transformers 5.1 use a longer one."""
     return name.replace("vision_tower.vision_model.", "vision_tower.")
 
 

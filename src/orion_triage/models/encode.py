@@ -1,7 +1,6 @@
-"""The vision-language model: load it, render one chat turn, encode batches, generate, score.
+"""Render one chat turn and encode images, turns and answers as batches.
 
-One owner for everything that training, fusing and evaluation must do alike: the bytes of a turn, the
-processor that neither resizes nor tiles, the labels, greedy answers and verdict log-probabilities.
+Training, fusing and evaluation share this module, so that they get the same bytes, tokens and labels.
 """
 
 from collections.abc import Sequence
@@ -18,13 +17,13 @@ if TYPE_CHECKING:
     from transformers.models.lfm2_vl import Lfm2VlProcessor
 from orion_triage.models.load import END_OF_TURN
 
-IGNORED = -100  # torch's cross entropy leaves these labels out
+IGNORED = -100  # torch's cross entropy ignores these labels
 
 
 def render_turn(processor: "Lfm2VlProcessor", prompt: str) -> str:
-    """The text of one user turn with an image, and the prefix of the answer, by the model's chat template.
+    """The text of one user turn with an image and the prefix of the answer, rendered by the model's chat template.
 
-    The template puts nothing between image and text, so the published `<image>\\n` + prompt is an image part
+    The template adds nothing between image and text. The published `<image>\\n` + prompt is therefore an image part
     and a text part that starts with the newline.
     """
     text = IMAGE_PLACEHOLDER.removeprefix(processor.image_token) + prompt
@@ -33,10 +32,10 @@ def render_turn(processor: "Lfm2VlProcessor", prompt: str) -> str:
 
 
 def _rendered(processor: "Lfm2VlProcessor", messages: list[dict[str, Any]], **options: bool) -> str:
-    """The conversation as the template writes it; whatever the template stumbles over is an OrionError."""
+    """The conversation rendered by the template; raises OrionError for any error of the template."""
     try:
         text: str = processor.apply_chat_template(messages, tokenize=False, **options)
-    except Exception as error:  # a template is a program of the base's author: its errors are of any kind
+    except Exception as error:  # a template is a program, which can raise any error
         raise OrionError(
             f"the chat template cannot be rendered: {type(error).__name__}: {str(error)[:200]}.",
             "Use a base model with the LFM2 chat template.",
@@ -45,7 +44,7 @@ def _rendered(processor: "Lfm2VlProcessor", messages: list[dict[str, Any]], **op
 
 
 def check_template(processor: "Lfm2VlProcessor", prompt: str, answer: str) -> None:
-    """Raise OrionError unless a finished conversation is user's turn + answer + <|im_end|> + white space."""
+    """Raise OrionError unless a conversation renders as user turn + answer + <|im_end|> + white space."""
     turn = render_turn(processor, prompt)
     text = IMAGE_PLACEHOLDER.removeprefix(processor.image_token) + prompt
     whole = _rendered(
@@ -57,18 +56,18 @@ def check_template(processor: "Lfm2VlProcessor", prompt: str, answer: str) -> No
     )
     if whole.rstrip() != turn + answer + END_OF_TURN:
         raise OrionError(
-            f"the chat template ends a conversation with {whole[-60:]!r}, not with answer + {END_OF_TURN}.",
+            f"the chat template ends a conversation with {whole[-60:]!r} instead of the answer and {END_OF_TURN}.",
             "Use a base model with the LFM2 chat template.",
         )
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedImage:
-    """One image as the model takes it; rows that hold the same object share one look of the tower.
+    """One image as model input; rows with the same object share one pass of the vision tower.
 
-    `tokens` stand for it in a text: start, one placeholder an image token, end. `inputs` are pixel_values [1, patches,
-    3 * 16 * 16], pixel_attention_mask [1, patches] and spatial_shapes [1, 2], or the image_features [1, image tokens,
-    text width] of a tower that does not change.
+    `tokens` represent it in a text: start, one placeholder per image token, end. `inputs` are pixel_values [1, patches,
+    3 * 16 * 16], pixel_attention_mask [1, patches] and spatial_shapes [1, 2], or image_features [1, image tokens,
+    text width] of a frozen tower.
     """
 
     tokens: list[int]
@@ -77,7 +76,7 @@ class EncodedImage:
 
 @dataclass(frozen=True, eq=False)
 class EncodedRow:
-    """An image, the ids of its turn, and those of the answer + <|im_end|>; empty without one."""
+    """An image, the token ids of its turn, and those of answer + <|im_end|> (empty without an answer)."""
 
     image: EncodedImage
     turn: list[int]
@@ -85,12 +84,12 @@ class EncodedRow:
 
 
 def encode_image(processor: "Lfm2VlProcessor", image: "Image.Image") -> EncodedImage:
-    """Raises OrionError for a picture of another size than the processor was set to."""
+    """Preprocess one RGB image; raises OrionError unless it has the size that the processor is set to."""
     frame_size = processor.image_processor.tile_size
     if image.size != (frame_size, frame_size) or image.mode != "RGB":
         raise OrionError(
-            f"a {image.mode} picture of {image.size[0]}x{image.size[1]} reached the model, which was set "
-            f"to RGB of {frame_size}x{frame_size}.",
+            f"the model needs RGB images of {frame_size}x{frame_size}, and got {image.mode} of "
+            f"{image.size[0]}x{image.size[1]}.",
             "Decode frames with orion_triage.imagery.frames at the preset's size.",
         )
     batch = processor(images=[[image]], text=[processor.image_token], add_special_tokens=False)
@@ -98,9 +97,10 @@ def encode_image(processor: "Lfm2VlProcessor", image: "Image.Image") -> EncodedI
 
 
 def encode_row(processor: "Lfm2VlProcessor", image: EncodedImage, prompt: str, answer: str | None = None) -> EncodedRow:
-    """The answer is tokenized by itself, so the ids before it are exactly those that generation starts from.
+    """Tokenize one turn, and its answer if there is one.
 
-    So are the texts before and after the image: special tokens part them, across which no token reaches.
+    The answer is tokenized separately, so the ids before it are exactly those that generation starts from. The texts
+    before and after the image are tokenized separately too; no token crosses the special tokens between them.
     """
     before, after = render_turn(processor, prompt).split(processor.image_token)
     texts = [before, after, *([answer + END_OF_TURN] if answer is not None else [])]
@@ -109,10 +109,10 @@ def encode_row(processor: "Lfm2VlProcessor", image: EncodedImage, prompt: str, a
 
 
 def pad(processor: "Lfm2VlProcessor", rows: Sequence[EncodedRow]) -> "BatchFeature":
-    """Rows -> one batch on the CPU.
+    """Combine rows into one batch on the CPU.
 
-    Rows without answers are padded on the left, ready to generate. Rows with answers are padded on the right, and
-    `labels` holds the ids of answer + <|im_end|>, and -100 everywhere else.
+    Rows without answers are padded on the left, for generation. Rows with answers are padded on the right; their
+    `labels` are the ids of answer + <|im_end|>, and -100 everywhere else.
 
     Keys: input_ids, attention_mask, labels [rows, tokens]; image_of_row [rows]; and the inputs of each distinct image
     (see EncodedImage), in the order of their first rows.
@@ -147,7 +147,7 @@ def encode_rows(
     prompts: Sequence[str],
     answers: Sequence[str] | None = None,
 ) -> list[EncodedRow]:
-    """One row per image and prompt; an image object that appears several times is encoded once."""
+    """One row per pair of image and prompt; an image object that appears several times is encoded once."""
     distinct = {id(image): image for image in images}
     encoded = {key: encode_image(processor, image) for key, image in distinct.items()}
     return [
@@ -162,7 +162,7 @@ def encode(
     prompts: Sequence[str],
     answers: Sequence[str] | None = None,
 ) -> "BatchFeature":
-    """`encode_rows` as one batch: see `pad`."""
+    """`encode_rows` as one batch; see `pad`."""
     return pad(processor, encode_rows(processor, images, prompts, answers))
 
 

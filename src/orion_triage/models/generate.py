@@ -1,8 +1,4 @@
-"""The vision-language model: load it, render one chat turn, encode batches, generate, score.
-
-One owner for everything that training, fusing and evaluation must do alike: the bytes of a turn, the
-processor that neither resizes nor tiles, the labels, greedy answers and verdict log-probabilities.
-"""
+"""Greedy answers, log-probabilities and image features of a loaded model."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,10 +12,10 @@ from orion_triage.models.load import END_OF_TURN
 
 
 def vision_features(model: Any, processor: "Lfm2VlProcessor", images: "Sequence[Image.Image]") -> "torch.Tensor":
-    """What the language model gets to see: [images, image tokens, text width], float32 on the CPU."""
+    """The image features that the language model receives: [images, image tokens, text width], float32 on the CPU."""
     import torch
 
-    # One at a time: only a few images are asked for, and a large tower needs its memory for weights.
+    # One image at a time: callers pass only a few, and a large tower leaves little memory for activations.
     features = []
     with torch.inference_mode():
         for image in images:
@@ -29,7 +25,7 @@ def vision_features(model: Any, processor: "Lfm2VlProcessor", images: "Sequence[
 
 
 def look(model: Any, image: EncodedImage) -> EncodedImage:
-    """The image after the tower, for prompts that are asked later; on the model's device."""
+    """The image after the vision tower, on the model's device, for several prompts about it."""
     import torch
 
     with torch.inference_mode():
@@ -44,10 +40,10 @@ def generate(
     prompts: Sequence[str],
     max_new_tokens: int,
 ) -> list[str]:
-    """Greedy answers, one per image and prompt, without the <|im_end|> that stops them.
+    """Greedy answers, one per pair of image and prompt, without the final <|im_end|>.
 
-    Rows are independent of the batch they are in, up to rounding: padding on the left is masked in attention and
-    short-conv layers alike.
+    A row does not depend on the rest of its batch, except for rounding: left padding is masked in the attention and
+    the short-conv layers.
     """
     rows = encode_rows(processor, images, prompts)
     return [text for text, _ in generate_and_score(model, processor, rows, max_new_tokens)]
@@ -62,15 +58,14 @@ def generate_and_score(
     cue: str = "",
     tokens: Sequence[int] = (),
 ) -> "list[tuple[str, list[float] | None]]":
-    """`generate`'s answers, each with the log-probabilities of `tokens` right after its first `cue`.
+    """The answers of `generate`, each with the log-probabilities of `tokens` right after its first `cue`.
 
-    None in their place where the answer never says the cue, or ends with it.
+    The log-probabilities are None if the answer does not contain the cue or ends with it.
     """
     import torch
 
-    steps: list[
-        torch.Tensor
-    ] = []  # of each token generated, [rows, len(tokens)]: all logits of a batch would be 0.3 GB
+    # One [rows, len(tokens)] per generated token; all logits of a batch would take 0.3 GB.
+    steps: list[torch.Tensor] = []
 
     def remember(_: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         if tokens:
@@ -103,7 +98,7 @@ def generate_and_score(
 
 
 def _tokens_up_to(tokenizer: Any, ids: list[int], cue: str) -> int | None:
-    """How many tokens it takes until the text ends with the first `cue`; None when no token ends there."""
+    """The number of tokens whose text ends with the first `cue`; None if no token ends there."""
     if cue not in tokenizer.decode(ids):
         return None
     for count in range(1, len(ids) + 1):
@@ -120,7 +115,7 @@ def answer_log_probabilities(
     prompts: Sequence[str],
     answers: Sequence[str],
 ) -> "list[torch.Tensor]":
-    """Per record, the log-probability of each token of answer + <|im_end|>: float32 on the CPU."""
+    """Per record, the log-probability of each token of answer + <|im_end|>: [tokens], float32 on the CPU."""
     import torch
 
     result = []

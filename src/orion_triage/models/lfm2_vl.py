@@ -1,7 +1,7 @@
-"""The small base's shape: LFM2-VL's own classes at about 7 M parameters, with a tokenizer to match.
+"""The shape of the small base: LFM2-VL's classes with about 7 M parameters, and a matching tokenizer.
 
-Short-conv and attention layers, a SigLIP2 NaFlex tower, the pixel-unshuffle projector, a byte-level BPE
-tokenizer with LFM2's special tokens and chat template. Only the sizes differ from LFM2.5-VL.
+Short-conv and attention layers, a SigLIP2 NaFlex tower, the pixel-unshuffle projector, and a byte-level BPE tokenizer
+with LFM2's special tokens and chat template. Only the sizes differ from LFM2.5-VL.
 """
 
 from collections.abc import Iterable
@@ -30,13 +30,13 @@ SPECIAL_TOKENS = [
     "<|img_thumbnail|>",
 ]
 
-# LFM2 splits text as Llama 3 does; llama.cpp knows this pre-tokenizer as `lfm2`.
+# LFM2 splits text like Llama 3; llama.cpp calls this pre-tokenizer `lfm2`.
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# ChatML with the image token where the image part stands, and nothing between the parts.
+# ChatML with the image token in the place of the image part, and nothing between the parts.
 CHAT_TEMPLATE = (
     "{{- bos_token -}}"
     "{%- for message in messages -%}"
@@ -54,15 +54,15 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
 )
 
-# Four of seven layers attend, where LFM2.5-VL-1.6B has 6 of 16: LoRA adapts attention only, and two such layers of six
-# left fine-tuning at 3.7 nats a token (with poorer texts, so not by themselves).
+# Four of seven layers are attention; in LFM2.5-VL-1.6B, 6 of 16 are. LoRA adapts only attention. With two attention
+# layers of six, fine-tuning ended at 3.7 nats per token (the training texts were also poorer: docs/log.md).
 LAYER_TYPES = ("conv", "conv", "full_attention", "conv", "full_attention", "full_attention", "full_attention")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
-    """A byte-level BPE tokenizer over `texts` with LFM2's pre-tokenizer and special tokens.
+    """A byte-level BPE tokenizer trained on `texts`, with LFM2's pre-tokenizer and special tokens.
 
-    `vocab_size` counts special tokens; multiples of 64 suit the kernels. Deterministic for the same texts.
+    `vocab_size` includes the special tokens; multiples of 64 suit the kernels. The same texts give the same tokenizer.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -105,11 +105,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
 
 
 def make_processor(tokenizer: "PreTrainedTokenizerFast", frame_size: int) -> "Lfm2VlProcessor":
-    """The image processor for square frames of exactly `frame_size` pixels: no resize, no tiles, no padding."""
+    """The processor for square frames of exactly `frame_size` pixels: no resizing, tiling or padding."""
     from transformers.models import lfm2_vl
 
     image_tokens = (frame_size // 32) ** 2
-    # In older transformers 5 the same class has the longer name.
+    # Older versions of transformers 5 use the longer name.
     kind = getattr(lfm2_vl, "Lfm2VlImageProcessor", None) or lfm2_vl.Lfm2VlImageProcessorFast
     image_processor = kind(
         do_image_splitting=False,
@@ -140,14 +140,14 @@ def make_config(
 ) -> "Lfm2VlConfig":
     """LFM2-VL's configuration; K-quants need text widths that are multiples of 256.
 
-    The published configurations give a feed-forward width of which two thirds are used, and a vocabulary that may be
-    larger than the tokenizer's.
+    `two_thirds_of_feed_forward`: as in the published configurations, only two thirds of `text_feed_forward` are used.
+    `vocabulary` can be larger than the tokenizer's.
     """
     from transformers import Lfm2VlConfig
 
     text: dict[str, Any] = {
         "model_type": "lfm2",
-        "architectures": ["Lfm2ForCausalLM"],  # llama.cpp's converter asks for it
+        "architectures": ["Lfm2ForCausalLM"],  # llama.cpp's converter needs it
         "vocab_size": vocabulary or len(tokenizer),
         "hidden_size": text_width,
         "intermediate_size": text_feed_forward,
@@ -186,14 +186,14 @@ def make_config(
 
 
 def save_base(model: Any, processor: "Lfm2VlProcessor", folder: Path) -> None:
-    """Write the checkpoint in the Hub's layout, 16-bit."""
+    """Write the checkpoint in the Hub's layout, in float16."""
     import torch
 
     tensors = {hub_name(name): tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(
         folder,
-        {name: tensor.shape for name, tensor in tensors.items()},  # without the head, tied to the token embedding
+        {name: tensor.shape for name, tensor in tensors.items()},  # without the head: tied to the token embedding
         "float16",
         lambda name: tensors[name].detach().to("cpu", torch.float16),
         description="saving",
@@ -202,7 +202,7 @@ def save_base(model: Any, processor: "Lfm2VlProcessor", folder: Path) -> None:
 
 
 def save_settings(model: Any, processor: "Lfm2VlProcessor", dtype: str, folder: Path) -> None:
-    """Write everything of a checkpoint but its tensors."""
+    """Write all files of a checkpoint except its tensors."""
     from transformers import GenerationConfig
 
     model.config.architectures = ["Lfm2VlForConditionalGeneration"]

@@ -1,6 +1,6 @@
-"""The base's licence, which holds for the adapter, the merged model and the GGUF pair made from it.
+"""The licence of the base, which also applies to the adapter, the merged model and the GGUF pair made from it.
 
-A model folder in the Hub's layout names its licence in README.md's header and has its text in LICENSE.
+A model folder in the Hub's layout names its licence in the header of README.md and has the text in LICENSE.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ README = "README.md"
 
 @dataclass(frozen=True)
 class Licence:
-    """A card's fields `license` (an identifier, "other" for one of the owner's own), `license_name`, `license_link`."""
+    """A model card's fields `license` (an identifier; "other" for a custom licence), `license_name`, `license_link`."""
 
     identifier: str
     name: str | None = None
@@ -22,7 +22,7 @@ class Licence:
 
 
 def licence_of(folder: Path) -> Licence | None:
-    """The licence that the folder's card names, or the text beside it; None when there is neither."""
+    """The licence that the folder's card names, or "other" for a LICENSE file without a name; None without both."""
     fields = _header(folder)
     if isinstance(fields.get("license"), str):
         return Licence(fields["license"], fields.get("license_name"), fields.get("license_link"))
@@ -30,7 +30,7 @@ def licence_of(folder: Path) -> Licence | None:
 
 
 def base_of(folder: Path) -> str | None:
-    """The base model that the folder's card names."""
+    """The base model that the folder's card names; None if it names none."""
     name = _header(folder).get("base_model")
     return name if isinstance(name, str) else None
 
@@ -43,7 +43,7 @@ def _header(folder: Path) -> dict[str, Any]:
     try:
         return (metadata_load(path) if path.is_file() else None) or {}
     except (YAMLError, ValueError) as error:
-        raise OrionError(f"{path}: its header is not YAML: {error}.", "Correct it, or fetch the model again.") from None
+        raise OrionError(f"{path}: the header is not YAML: {error}.", "Correct it, or fetch the model again.") from None
 
 
 def licence_files(folder: Path) -> list[Path]:

@@ -1,8 +1,4 @@
-"""The vision-language model: load it, render one chat turn, encode batches, generate, score.
-
-One owner for everything that training, fusing and evaluation must do alike: the bytes of a turn, the
-processor that neither resizes nor tiles, the labels, greedy answers and verdict log-probabilities.
-"""
+"""Find and load a base model and its processor, which neither resizes nor tiles."""
 
 import logging
 from contextlib import contextmanager
@@ -25,15 +21,15 @@ if TYPE_CHECKING:
 TINY_BASE = "orion-tiny"
 TINY_BASE_FOLDER = Path(__file__).parents[1] / "tiny_base" / "weights"
 END_OF_TURN = "<|im_end|>"
-# Names are matched from the start of the module path since transformers 5, so "vision_tower" alone skips
-# nothing; without "lm_head" the tied head becomes 4-bit too.
+# Since transformers 5, names are matched from the start of the module path, so "vision_tower" alone matches nothing.
+# Without "lm_head", the tied head would become 4-bit too.
 KEPT_IN_16_BIT = ["lm_head", "model.vision_tower", "model.multi_modal_projector"]
 
 
 def resolve_base(model: str) -> Path:
-    """The folder of a base model in the Hub's layout: the shipped one for "orion-tiny", a local one, or a Hub id's.
+    """The folder of a base model in the Hub's layout: the shipped one for "orion-tiny", a local folder, or a Hub id.
 
-    Raises OrionError unless it is an LFM2-VL checkpoint with SafeTensors weights under their published names.
+    Raises OrionError unless it is an LFM2-VL checkpoint with SafeTensors weights and the published tensor names.
     """
     if model != TINY_BASE:
         folder = hub.locate(model, "model")
@@ -44,12 +40,12 @@ def resolve_base(model: str) -> Path:
         model_type = read_object(config_path).get("model_type")
     except FileNotFoundError:
         raise OrionError(
-            f"{folder} has no config.json.", "Point base.model at a model folder in the Hub's layout."
+            f"{folder} has no config.json.", "Set base.model to a model folder in the Hub's layout."
         ) from None
     if model_type != "lfm2_vl":
         raise OrionError(
             f"{config_path}: model_type is {shown(model_type)}, not 'lfm2_vl'.",
-            "The pipeline fine-tunes LFM2-VL models only.",
+            "Use an LFM2-VL model as base.model.",
         )
     if not list(folder.glob("*.safetensors")):
         pickles = [path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pt"))]
@@ -60,14 +56,14 @@ def resolve_base(model: str) -> Path:
 
 
 def base_name(folder: Path) -> str:
-    """A name that means something on another machine, for adapter_config.json and the report."""
+    """A name of the base that is valid on other machines, for adapter_config.json and the report."""
     if folder.resolve() == TINY_BASE_FOLDER.resolve():
         return TINY_BASE
     return hub.id_of(folder) or folder.resolve().name
 
 
 def fingerprint(folder: Path) -> str:
-    """sha256 of `model.safetensors`; of the listing of all shards when there are several."""
+    """sha256 of `model.safetensors`, or of the listing of all shards if there are several."""
     shards = sorted(folder.glob("*.safetensors"))
     if len(shards) == 1:
         return sha256_of_file(shards[0])
@@ -77,8 +73,8 @@ def fingerprint(folder: Path) -> str:
 def load_processor(folder: Path, frame_size: int) -> "Lfm2VlProcessor":
     """The folder's processor, set to frames of exactly `frame_size` x `frame_size` pixels.
 
-    One tile, no resize, no padding patches: (frame_size / 32)^2 image tokens. The padding matters: with
-    splitting on, a 256x256 frame is padded to 1024 patches and costs as much as 512x512.
+    One tile, no resizing, no padding patches: (frame_size / 32)^2 image tokens. With splitting on, a 256x256 frame
+    would be padded to 1024 patches and cost as much as 512x512. Raises OrionError for an unusable processor.
     """
     hush_kernel_advice()
     from transformers.models.lfm2_vl import Lfm2VlProcessor
@@ -86,14 +82,16 @@ def load_processor(folder: Path, frame_size: int) -> "Lfm2VlProcessor":
     if frame_size % 32:
         raise OrionError(f"frame size {frame_size} is not a multiple of 32.", "Use 256, 384 or 512.")
     try:
-        # Not left to its default, which asks on the terminal whether code that the folder names may run.
+        # The default of trust_remote_code asks on the terminal whether the folder's code may run.
         processor = Lfm2VlProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises bare Exception, and a wrong type anywhere in these files a TypeError
+    except Exception as error:  # tokenizers raises a bare Exception; a wrong type in these files raises TypeError
         raise OrionError(f"{folder} has no usable processor: {error}.", "Fetch the model again.") from error
     if not processor.chat_template:
         raise OrionError(f"{folder} has no chat template.", "Copy chat_template.jinja from the base model.")
     if not isinstance(processor.chat_template, str):
-        raise OrionError(f"{folder} has several chat templates.", "Copy chat_template.jinja from the base model.")
+        raise OrionError(
+            f"{folder} has several chat templates instead of one.", "Copy chat_template.jinja from the base model."
+        )
     chat_template.check(processor.chat_template, str(folder))
     image_tokens = (frame_size // 32) ** 2
     images = processor.image_processor
@@ -109,13 +107,13 @@ def load_processor(folder: Path, frame_size: int) -> "Lfm2VlProcessor":
 def load_model(
     folder: Path, *, dtype: str, four_bit: bool = False, device: str = "cpu", float_storage: bool = False
 ) -> Any:
-    """The model in evaluation mode on `device`; `dtype` is "float16", "bfloat16", "float32", or "auto": as stored.
+    """The model in evaluation mode on `device`; `dtype` is "float16", "bfloat16", "float32", or "auto" (as stored).
 
-    As stored, a CPU maps the file into memory instead of copying it.
+    With "auto", a CPU maps the file into memory instead of copying it.
 
-    With `four_bit`, the language model's linear layers are NF4 with double quantization and compute in
-    `dtype`; tower, projector and head stay in `dtype`. `float_storage` keeps the packed values in tensors of `dtype`,
-    which FSDP can cut up as it cannot cut up bytes. Raises OrionError when weights are missing or left over.
+    With `four_bit`, the language model's linear layers are NF4 with double quantization and compute in `dtype`;
+    tower, projector and head stay in `dtype`. `float_storage` stores the packed values in tensors of `dtype`, because
+    FSDP cannot shard tensors of bytes. Raises OrionError if weights are missing or unexpected.
     """
     hush_kernel_advice()
     import torch
@@ -148,10 +146,11 @@ def load_model(
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(str(name) for name in loading.get(kind, ())):
             raise OrionError(
-                f"{folder}: {len(names)} {kind.replace('_', ' ')} in the weights, {names[0]} first.",
-                "The checkpoint does not fit its config.json: fetch it again.",
+                f"{folder}: the weights do not match config.json: {len(names)} {kind.replace('_', ' ')}, "
+                f"for example {names[0]}.",
+                "Fetch the checkpoint again.",
             )
-    own = model.generation_config  # sampling settings left in place would change greedy answers
+    own = model.generation_config  # its sampling settings would change greedy answers
     model.generation_config = GenerationConfig(
         bos_token_id=own.bos_token_id,
         eos_token_id=own.eos_token_id,
@@ -165,10 +164,10 @@ def load_model(
 
 @contextmanager
 def float32_compute(model: Any) -> "Iterator[None]":
-    """Compute in float32 on weights that stay in 16 bits: a block's are widened while it runs, and no longer.
+    """Compute in float32 with weights stored in 16 bits: the weights of a block are float32 only while it runs.
 
-    The results are those of the model loaded in float32, to the bit, at half its memory: what is widened at once is
-    one layer, or the token embedding (0.5 GB at 1.6B).
+    The results are bit-identical to those of the model loaded in float32, with half the memory. Only one layer, or
+    the token embedding (0.5 GB at 1.6B), is in float32 at a time.
     """
     import torch
 
@@ -197,7 +196,7 @@ def float32_compute(model: Any) -> "Iterator[None]":
 
 
 def _blocks(model: Any) -> "Iterator[Any]":
-    """The layers, and every module with parameters outside them; whole, since some read a child's weight themselves."""
+    """The layers, and every module with parameters outside them; not split, as some read a child's weight directly."""
     from torch import nn
 
     for child in model.children():
@@ -210,11 +209,11 @@ def _blocks(model: Any) -> "Iterator[Any]":
 
 
 def _keep_gradients_on_cpu(model: Any) -> None:
-    """Stop bitsandbytes from packing 4-bit weights for its inference kernel.
+    """Prevent bitsandbytes from packing 4-bit weights for its inference kernel.
 
-    On CPUs with AVX512-BF16, the first forward pass in evaluation mode (the preflight, or an epoch's
-    validation) packs a Linear4bit for good for a kernel without a backward pass: from then on no gradient
-    crosses the layer, with one warning and a loss that still falls (bitsandbytes 0.50, Linear4bit.forward).
+    On CPUs with AVX512-BF16, the first forward pass in evaluation mode (the preflight, or an epoch's validation)
+    packs a Linear4bit permanently for a kernel without a backward pass. After that, no gradient passes the layer.
+    There is only one warning, and the loss still falls (bitsandbytes 0.50, Linear4bit.forward).
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -222,15 +221,15 @@ def _keep_gradients_on_cpu(model: Any) -> None:
 
 
 def expand_four_bit(model: Any) -> Any:
-    """The same NF4 values held as floats: a CPU has no 4-bit arithmetic, and would widen them anew in every pass.
+    """Store the same NF4 values as floats: a CPU has no 4-bit arithmetic and would expand them in every pass.
 
-    Takes eight times the memory of the language model's 4-bit layers, and 12 % less time a step at the shipped base's
-    size (5 % of 'make run'); losses are the same to the last bit.
+    Takes eight times the memory of the language model's 4-bit layers, and 12 % less time per step at the shipped
+    base's size (5 % of 'make run'). Losses are bit-identical.
     """
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it says which type it widens to
+    logging.set_verbosity_error()  # it logs the type that it expands to
     try:
         return model.dequantize()
     finally:
@@ -238,9 +237,9 @@ def expand_four_bit(model: Any) -> Any:
 
 
 def hush_kernel_advice() -> None:
-    """Drop two notes that advise packages which fetch or build kernels; everything else is still logged.
+    """Suppress two log messages that recommend packages which fetch or build kernels; all others are still logged.
 
-    Call it before the first import of transformers' models: bitsandbytes speaks while it is imported.
+    Call it before the first import of transformers' models: bitsandbytes logs during its import.
     """
     advice = {
         "transformers.integrations.hub_kernels": "causal_conv1d",
@@ -263,7 +262,7 @@ class _Without(logging.Filter):
 
 @contextmanager
 def no_progress_bars() -> "Iterator[None]":
-    """transformers draws bars while it loads and saves; progress goes through orion_triage.progress."""
+    """Turn off transformers' progress bars for loading and saving; progress goes through orion_triage.progress."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

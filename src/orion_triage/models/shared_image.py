@@ -1,8 +1,8 @@
-"""LFM2-VL whose rows may share an image: the tower looks at each image once, whoever asks about it.
+"""LFM2-VL with rows that share images: the vision tower runs once per image, not once per row.
 
-Both records of a training target and three of the four conditions ask about one image. On the 1.6B's shapes the tower
-is half of a row's arithmetic (490 of 1,000 billion products). With `image_of_row`, pixels are a row an image instead of
-a row a question; without, this is transformers' own model.
+Both records of a training target, and three of the four conditions, use the same image. At the 1.6B model's shapes,
+the tower is half of a row's arithmetic (490 of 1,000 billion products). With `image_of_row`, the pixels have one row
+per image instead of one per question. Without it, the model is transformers' own.
 """
 
 from typing import Any
@@ -12,12 +12,12 @@ import transformers
 
 
 class Lfm2VlForConditionalGeneration(transformers.Lfm2VlForConditionalGeneration):  # type: ignore[misc]
-    """The published model with one more way to say what rows look at.
+    """The published model with an additional way to assign images to rows.
 
-    It has the published name, by which transformers chooses the loss and others read what it saves.
+    It keeps the published class name: transformers chooses the loss by it, and saved configurations contain it.
     """
 
-    def forward(  # generation looks at these names
+    def forward(  # generation inspects these parameter names
         self,
         input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
@@ -34,10 +34,10 @@ class Lfm2VlForConditionalGeneration(transformers.Lfm2VlForConditionalGeneration
         image_features: torch.Tensor | None = None,
         **others: Any,
     ) -> Any:
-        """transformers' arguments, and two more.
+        """transformers' forward with two more arguments.
 
-        `image_of_row` [rows] says which image each row asks about; all images have one size. `image_features` [images,
-        image tokens, text width] are `look`'s, in the place of the pixels.
+        `image_of_row` [rows] is the index of each row's image; all images have the same size. `image_features` [images,
+        image tokens, text width] is the result of `look` and replaces the pixels.
         """
         pixels: dict[str, Any] = {
             "pixel_values": pixel_values,
@@ -64,14 +64,14 @@ class Lfm2VlForConditionalGeneration(transformers.Lfm2VlForConditionalGeneration
     def look(
         self, pixel_values: torch.Tensor, spatial_shapes: torch.Tensor, pixel_attention_mask: torch.Tensor
     ) -> torch.Tensor:
-        """What the language model gets to see of each image: [images, image tokens, text width]."""
+        """The features of each image for the language model: [images, image tokens, text width]."""
         features = self.get_image_features(
             pixel_values=pixel_values, spatial_shapes=spatial_shapes, pixel_attention_mask=pixel_attention_mask
         )
         return torch.stack(list(features.pooler_output))
 
     def embed(self, input_ids: torch.Tensor, seen: torch.Tensor, image_of_row: torch.Tensor) -> torch.Tensor:
-        """Token embeddings [rows, tokens, text width] with `seen` where the image tokens are."""
+        """Token embeddings [rows, tokens, text width], with `seen` in the places of the image tokens."""
         embeddings = self.get_input_embeddings()(input_ids)
         is_image = (input_ids == self.config.image_token_id).unsqueeze(-1)
         return embeddings.masked_scatter(is_image, seen[image_of_row].to(embeddings.dtype))

@@ -1,4 +1,4 @@
-"""Model cards: every product says what it was made from, and carries the base's licence along."""
+"""Model cards: every product states its origin and includes the licence of the base."""
 
 import shutil
 from collections.abc import Mapping
@@ -16,10 +16,10 @@ _LIBRARY: dict[Product, str] = {"adapter": "peft", "merged": "transformers", "gg
 
 
 def write_card(product: Product, source: Path, base: str, folder: Path) -> None:
-    """Put the card and the licence's text into a product's folder; `source` is what it was made from.
+    """Write the card and the licence's text into a product's folder; `source` is the folder that it was made from.
 
-    `base` is the base model's Hub id or name. A source without a licence gives a card that says so, and `orion push`
-    refuses to publish it.
+    `base` is the base model's Hub id or name. Without a licence in `source`, the card states this, and `orion push`
+    refuses to publish the product.
     """
     for path in licence_files(source):
         shutil.copyfile(path, folder / path.name)
@@ -33,7 +33,7 @@ def render_card(
     results: dict[str, Any] | None = None,
     hashes: Mapping[str, str] | None = None,
 ) -> str:
-    """The card's text: YAML header and Markdown; with `results`, what was measured, and `hashes` of the files."""
+    """The text of the card: YAML header and Markdown, with the measurements in `results` and `hashes` of the files."""
     from huggingface_hub import ModelCardData
 
     from orion_triage.report.render import accuracy_rows, rate, sentences, shown
@@ -64,7 +64,7 @@ def render_card(
 
 
 def _model_index(product: Product, results: dict[str, Any]) -> dict[str, Any]:
-    """The Hub's form of the product's own figures: accuracy, HIGH recall and irrecoverable loss by condition."""
+    """The product's metrics in the Hub's format: accuracy, HIGH recall and irrecoverable loss by condition."""
     from huggingface_hub import EvalResult
 
     from orion_triage.evaluate.conditions import CONDITIONS

@@ -1,4 +1,4 @@
-"""A run's products to the Hub: the adapter, the merged model or the flight pair, with card, licence and results."""
+"""Publish a run's products on the Hub: adapter, merged model or flight pair, with card, licence and results."""
 
 import json
 from pathlib import Path
@@ -17,11 +17,11 @@ from orion_triage.runs.run import Run
 from orion_triage.safe.files import sha256_of_file
 from orion_triage.train.fine_tune import read_losses
 
-# The F16 backbone stays here: it can be made again from the merged model, and is three times the pair's size.
+# The F16 backbone is not published: it can be made from the merged model, and has three times the pair's size.
 _PAIR = (quantize.QUANTIZED, quantize.MMPROJ, quantize.PAIR)
 
 
-# Of the results: what was measured. Settings and manifests hold paths of this machine.
+# Only measurements of the results are published: settings and manifests contain paths of this machine.
 _PUBLISHED = (
     "schema_version", "preset", "split", "frames", "models", "deltas", "within", "linear_probe", "variants", "parity",
     "training_seeds", "baselines", "size_ranking", "operating_point", "seconds", "versions",
@@ -29,9 +29,9 @@ _PUBLISHED = (
 
 
 def push(run: Run, product: card.Product, repository: str, *, private: bool = True) -> str:
-    """Push one finished product of the run; returns the commit's address.
+    """Push one finished product of the run; returns the commit's URL.
 
-    Raises OrionError when the product is not finished, or when nobody can tell under which licence the base stands.
+    Raises OrionError if the product is not finished or the base's licence is unknown.
     """
     folder = {"adapter": run.adapter, "merged": run.merged, "gguf": run.gguf}[product]
     if read_manifest(folder) is None:
@@ -41,8 +41,8 @@ def push(run: Run, product: card.Product, repository: str, *, private: bool = Tr
     licence = licence_of(folder)
     if licence is None:
         raise OrionError(
-            f"{folder} says nothing about the base's licence, which holds for its derivatives.",
-            "Put the base's README.md and LICENSE into its folder, and make the product again.",
+            f"{folder} does not state the base's licence, which also applies to this product.",
+            "Copy the base's README.md and LICENSE into its folder, and make the product again.",
         )
     base = base_of(folder) or "its base"
     results = build_results(run)
@@ -65,11 +65,11 @@ def push(run: Run, product: card.Product, repository: str, *, private: bool = Tr
 
 
 def _measured(run: Run, results: dict[str, Any]) -> dict[str, Path | bytes]:
-    """What the card links to: all figures, every answer, and the picture of the last report."""
+    """The files that the card links to: all measurements, all answers, and the chart of the last report."""
     published = {name: results[name] for name in _PUBLISHED}
     files: dict[str, Path | bytes] = {"evaluation/results.json": (json.dumps(published, indent=2) + "\n").encode()}
     for model in results["models"]:
-        if model != FLIGHT:  # counted from the constrained answers
+        if model != FLIGHT:  # FLIGHT is computed from the constrained answers
             files[f"evaluation/{model}.jsonl"] = run.evaluation(model) / "predictions.jsonl"
     picture = run.folder / "report.png"
     if not picture.is_file():
@@ -78,7 +78,7 @@ def _measured(run: Run, results: dict[str, Any]) -> dict[str, Path | bytes]:
 
 
 def _files(folder: Path) -> list[tuple[str, Path]]:
-    """What can be published: no manifest (it holds paths of this machine), no card (made anew), no hidden file."""
+    """The files to publish: no manifest (contains paths of this machine), no card (written again), no hidden files."""
     return [
         (path.relative_to(folder).as_posix(), path)
         for path in sorted(folder.rglob("*"))

@@ -1,7 +1,7 @@
-"""A stage's manifest: what went in, what came out, with which settings and versions, in how many seconds.
+"""A stage's manifest: inputs, outputs, settings, library versions and duration.
 
-`manifest.json` is written last into the stage's folder, so its presence means the stage finished. A later
-run compares settings and hashes with it and skips the stage, or does it again when anything changed.
+The stage writes `manifest.json` last, so its presence means that the stage finished. A later run compares settings
+and hashes with the manifest. It skips the stage if they match, and repeats the stage if anything changed.
 """
 
 import importlib.metadata
@@ -17,7 +17,7 @@ from orion_triage.errors import OrionError
 from orion_triage.safe.files import sha256_of_file, write_text
 
 FILE_NAME = "manifest.json"
-_SHOWN = 200  # characters of what is wrong with a manifest
+_SHOWN = 200  # characters of the reason in an error message
 _LIBRARIES = (
     "orion-triage",
     "torch",
@@ -32,9 +32,9 @@ _LIBRARIES = (
 
 @dataclass(frozen=True)
 class Manifest:
-    """`inputs` and `outputs` map a name or relative path to a sha256; `figures` are what the stage measured.
+    """`inputs` and `outputs` map a name or relative path to a sha256; `figures` are the stage's measurements.
 
-    `removed` are outputs that `orion clean` deleted: they count as unchanged, since only their hashes are needed.
+    `removed` lists outputs that `orion clean` deleted. They count as unchanged, since only their hashes are needed.
     """
 
     stage: str
@@ -48,7 +48,10 @@ class Manifest:
 
 
 def hash_inputs(inputs: dict[str, Path]) -> dict[str, str]:
-    """name -> sha256 of a file, or of a folder's finished content (its manifest's outputs, or its files)."""
+    """Name -> sha256 of the file, or of the listing of the folder's files and of the outputs that were removed.
+
+    Raises OrionError for a path that does not exist.
+    """
     return {name: _hash_path(path) for name, path in inputs.items()}
 
 
@@ -56,25 +59,25 @@ def _hash_path(path: Path) -> str:
     if path.is_file():
         return sha256_of_file(path)
     if not path.is_dir():
-        raise OrionError(f"{path} does not exist.", "Run the stage that makes it first.")
+        raise OrionError(f"{path} does not exist.", "First, run the stage that makes it.")
     return sha256_of_listing(_outputs_of(path, read_manifest(path)))
 
 
 def _outputs_of(folder: Path, manifest: Manifest | None) -> dict[str, str]:
-    """What is in the folder, and what its manifest says of files that were removed on purpose."""
+    """{relative path: sha256} of the files in the folder and of those that the manifest lists as removed."""
     removed = {name: manifest.outputs[name] for name in manifest.removed} if manifest else {}
     return removed | hash_outputs(folder)
 
 
 def sha256_of_listing(hashes: dict[str, str]) -> str:
-    """One hash for a folder's {relative path: sha256}."""
+    """One sha256 of a folder's {relative path: sha256}."""
     import hashlib
 
     return hashlib.sha256(json.dumps(sorted(hashes.items())).encode()).hexdigest()
 
 
 def hash_outputs(folder: Path, without: str = FILE_NAME) -> dict[str, str]:
-    """Relative POSIX path -> sha256 of every file in `folder`, hidden files and those called `without` excepted."""
+    """Relative POSIX path -> sha256 of every file in `folder`, except hidden files and files named `without`."""
     return {
         path.relative_to(folder).as_posix(): sha256_of_file(path)
         for path in sorted(folder.rglob("*"))
@@ -93,7 +96,10 @@ def write_manifest(
     seconds: float,
     figures: dict[str, Any] | None = None,
 ) -> Manifest:
-    """Hash everything in `folder` and write its manifest; the last act of a stage."""
+    """Hash all files in `folder` and write its manifest; the last step of a stage.
+
+    `seconds` is the duration of the stage. Only rank 0 writes; every process gets the manifest.
+    """
     versions = {"python": platform.python_version()}
     for library in _LIBRARIES:
         try:
@@ -116,7 +122,7 @@ def write_manifest(
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The folder's manifest, or None when the stage has not finished there."""
+    """The folder's manifest, or None if the stage has not finished there; raises OrionError if it is damaged."""
     path = folder / FILE_NAME
     try:
         return _checked(json.loads(path.read_text(encoding="utf-8")))
@@ -124,26 +130,26 @@ def read_manifest(folder: Path) -> Manifest | None:
         return None
     except (ValueError, TypeError, KeyError, RecursionError, OSError) as error:
         why = str(error)[:_SHOWN]
-        raise OrionError(f"{path} is damaged: {why}.", "Delete the folder; the next run makes it again.") from None
+        raise OrionError(f"{path} is damaged: {why}.", "Delete the folder and run the command again.") from None
 
 
 def _checked(value: Any) -> Manifest:
-    """Raises ValueError or TypeError where the value is no manifest; what stages measured is not looked into."""
+    """Raises ValueError or TypeError if the value is not a valid manifest; the content of `figures` is not checked."""
     manifest = Manifest(**value)
     maps = (manifest.settings, manifest.inputs, manifest.outputs, manifest.versions, manifest.figures)
     if not all(isinstance(each, dict) for each in maps) or not isinstance(manifest.removed, list):
-        raise ValueError("a field is of another kind")
-    # `orion clean` deletes what these name
+        raise ValueError("a field has the wrong type")
+    # `orion clean` deletes these paths
     for name in (*manifest.outputs, *manifest.removed):
         if not isinstance(name, str) or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise ValueError(f"{name!r} leads out of the folder")
+            raise ValueError(f"{name!r} is outside the folder")
     if strange := [name for name in manifest.removed if name not in manifest.outputs]:
-        raise ValueError(f"{strange[0]!r} was removed and never made")
+        raise ValueError(f"{strange[0]!r} is listed as removed but not as an output")
     return manifest
 
 
 def is_current(folder: Path, *, settings: dict[str, Any], inputs: dict[str, str]) -> bool:
-    """Whether the stage's outputs are complete, unchanged, and were made from these settings and inputs."""
+    """Whether the stage's outputs are complete and unchanged, and were made from these settings and inputs."""
     manifest = read_manifest(folder)
     return (
         manifest is not None
@@ -154,7 +160,7 @@ def is_current(folder: Path, *, settings: dict[str, Any], inputs: dict[str, str]
 
 
 def damaged(folder: Path) -> list[str]:
-    """What is not as the folder's manifest says: one line a file; empty when all is well or there is no manifest."""
+    """Differences between the folder and its manifest, one line per file; empty without a manifest."""
     manifest = read_manifest(folder)
     if manifest is None:
         return []
@@ -164,7 +170,7 @@ def damaged(folder: Path) -> list[str]:
         if expected == actual:
             continue
         if expected is None:
-            lines.append(f"{folder / name} was not there when the stage finished")
+            lines.append(f"{folder / name} was added after the stage finished")
         elif actual is None:
             lines.append(f"{folder / name} is missing")
         else:
@@ -173,9 +179,9 @@ def damaged(folder: Path) -> list[str]:
 
 
 def remove_outputs(folder: Path, unwanted: Callable[[str], bool]) -> int:
-    """Delete the outputs whose relative path is `unwanted` and note them in the manifest; returns the bytes freed.
+    """Delete the outputs whose relative path is `unwanted` and list them in the manifest; returns the bytes freed.
 
-    The note is written first: what is deleted after it is never missed, and an interrupted removal can be repeated.
+    The manifest is written first, so that an interrupted removal can be repeated and no file counts as missing.
     """
     manifest = read_manifest(folder)
     if manifest is None:

@@ -1,4 +1,4 @@
-"""One run: its folder, its settings, and where each stage's product lies in it."""
+"""One run: its folder, its settings, and the location of each stage's product in it."""
 
 import json
 from contextlib import AbstractContextManager, nullcontext
@@ -20,9 +20,9 @@ WORK_FOLDER = "fine_tune_work"
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder, its settings, the split that is evaluated, and where each stage's product lies.
+    """A run folder, its settings, the split that is evaluated, and the location of each stage's product.
 
-    `adapter_from` and `pair_from` stand in for the run's own adapter or GGUF pair: a folder or a Hub id.
+    `adapter_from` and `pair_from` (a folder or a Hub id) replace the run's adapter or GGUF pair.
     """
 
     folder: Path
@@ -63,7 +63,7 @@ class Run:
         return self.folder / "evaluation" / self.split / variant
 
     def product(self, stage: str) -> Path:
-        """The folder that a stage fills, by the stage's name; "evaluate NAME" is the evaluation of a variant."""
+        """The output folder of a stage, by the stage's name; "evaluate NAME" is the evaluation of a variant."""
         if stage.startswith(EVALUATE):
             return self.evaluation(stage.removeprefix(EVALUATE))
         return {
@@ -75,25 +75,25 @@ class Run:
         }[stage]
 
 
-EVALUATE = "evaluate "  # what the name of an evaluation's stage begins with
+EVALUATE = "evaluate "  # prefix of an evaluation stage's name
 
 
 def held(run: Run, name: str) -> AbstractContextManager[None]:
-    """The run's folder, for this command alone; of processes launched together, the first one holds it for all."""
+    """Lock the run's folder for this command; of processes launched together, rank 0 holds the lock."""
     return locked(run.folder, f"orion {name}") if processes.is_main() else nullcontext()
 
 
 def prepare(run: Run) -> None:
-    """Create the run folder and write down the settings."""
+    """Create the run folder and write the settings."""
     with held(run, "prepare"):
         write_text(run.folder / SETTINGS_FILE, run.settings.model_dump_json(indent=2) + "\n")
 
 
 def with_its_dataset(run: Run) -> Run:
-    """The run with the dataset settings that its folder was last used with, whatever version wrote them.
+    """The run with the dataset settings stored in its folder, whatever version wrote them.
 
-    Whoever built a dataset from imagery and goes on without naming it again does not want it drawn over. Raises
-    OrionError when the folder's dataset settings cannot be read.
+    A dataset that was built from imagery must not be replaced because a later command does not name it again.
+    Raises OrionError if the folder's dataset settings cannot be read.
     """
     path = run.folder / SETTINGS_FILE
     try:
@@ -105,32 +105,32 @@ def with_its_dataset(run: Run) -> Run:
         return run
     except (KeyError, ValidationError):
         raise OrionError(
-            f"{path} does not say where the run's dataset comes from.",
-            "Name it (--dataset FOLDER, or --source NAME), or choose another folder with --run.",
+            f"{path} has no valid dataset settings, so the source of the run's dataset is unknown.",
+            "Add --dataset FOLDER or --source NAME, or choose another folder with --run.",
         ) from None
     return replace(run, settings=run.settings.model_copy(update={"dataset": dataset}))
 
 
 def open_run(folder: Path, split: Split = "test") -> Run:
-    """A run that exists, with the settings it was made with."""
+    """An existing run with its stored settings; raises OrionError if they are missing or invalid."""
     path = folder / SETTINGS_FILE
     try:
-        settings = Settings.model_validate_json(path.read_bytes())  # which need not be UTF-8
+        settings = Settings.model_validate_json(path.read_bytes())  # bytes: pydantic reports invalid UTF-8
     except FileNotFoundError:
         raise OrionError(f"{path} does not exist.", "Pass the folder of a run: --run FOLDER.") from None
     except ValidationError as error:
         problem = error.errors()[0]
         place = ".".join(str(part) for part in problem["loc"]) or "JSON"
         raise OrionError(
-            f"{path} was written by another version of ORION triage, or changed: {place}: {problem['msg']}.",
-            f"Run 'orion run --run {folder}' with version {__version__}: it keeps the dataset and repeats only "
+            f"{path} was changed or written by another version of ORION triage: {place}: {problem['msg']}.",
+            f"Run 'orion run --run {folder}' with version {__version__}. It keeps the dataset and repeats only "
             "stages that no longer match.",
         ) from None
     return Run(folder, settings, split)
 
 
 def newest_run(runs: Path, stage: str) -> Path:
-    """The folder in `runs` in which `stage` was finished last."""
+    """The run in `runs` whose `stage` finished last; raises OrionError if there is none."""
     product = Run(Path(), Settings()).product(stage)
     finished = [
         (stage_manifest.stat().st_mtime, folder)
@@ -138,5 +138,5 @@ def newest_run(runs: Path, stage: str) -> Path:
         if (stage_manifest := folder / product / manifest.FILE_NAME).is_file()
     ]
     if not finished:
-        raise OrionError(f"{runs} has no run with a finished {stage} stage.", "Run 'orion run' first, or pass --run.")
+        raise OrionError(f"{runs} has no run with a finished {stage} stage.", "Run 'orion run', or pass --run FOLDER.")
     return max(finished)[1]

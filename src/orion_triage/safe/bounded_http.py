@@ -1,4 +1,4 @@
-"""HTTP replies that end: over after so many seconds, in the head or in the body, however slowly they drip."""
+"""HTTP requests with a limit on the total time of the reply, headers and body, however slowly the bytes arrive."""
 
 import socket
 import threading
@@ -11,10 +11,10 @@ import httpx
 
 
 class BoundedHttp:
-    """An httpx client that is asked one thing at a time.
+    """An httpx client for one request at a time.
 
-    httpx bounds the wait for each piece of a reply, of which a head alone can have thousands; so all of it is cut from
-    outside, from another thread, and raises httpx.ReadTimeout.
+    httpx limits only the wait for each piece of a reply, and the headers alone can arrive in thousands of pieces. A
+    timer thread therefore closes the socket at the deadline; the request then raises httpx.ReadTimeout.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -27,8 +27,11 @@ class BoundedHttp:
 
     @contextmanager
     def stream(self, method: str, url: str, seconds: float, **options: Any) -> Iterator[httpx.Response]:
-        """A reply as httpx streams it; `options` are those of httpx.Client.stream."""
-        late = httpx.ReadTimeout(f"no whole reply in {seconds:g} s")
+        """The streamed reply, limited to `seconds` in total; `options` are those of httpx.Client.stream.
+
+        Raises httpx.TransportError, and httpx.ReadTimeout after `seconds`.
+        """
+        late = httpx.ReadTimeout(f"the reply was not complete after {seconds:g} s")
         deadline = time.monotonic() + seconds
         cut = threading.Timer(seconds, self._hang_up)
         cut.daemon = True
@@ -42,14 +45,14 @@ class BoundedHttp:
             raise
         finally:
             cut.cancel()
-        if time.monotonic() >= deadline:  # a body without a length ends where it is cut
+        if time.monotonic() >= deadline:  # a cut body without Content-Length looks complete to httpx
             raise late
 
-    def _remember_socket(self, event: str, told: dict[str, Any]) -> None:
+    def _remember_socket(self, event: str, info: dict[str, Any]) -> None:
         if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
-            self._socket = told["return_value"].get_extra_info("socket")
+            self._socket = info["return_value"].get_extra_info("socket")
 
     def _hang_up(self) -> None:
         if self._socket is not None:
-            with suppress(OSError):  # closed already
-                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # TLS's own would end the reader otherwise
+            with suppress(OSError):  # already closed
+                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # SSLSocket.shutdown would break the reader

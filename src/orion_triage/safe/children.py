@@ -1,4 +1,4 @@
-"""Programs that we start end when we do, whatever ends us: also when this process is killed."""
+"""Child processes that end with this process, even if it is killed (Linux)."""
 
 import ctypes
 import os
@@ -9,8 +9,8 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
 
-# Linux sends the signal when the parent is gone; another system leaves the program to the parent's own clean-up. The
-# parent may have died before the request was made, so it is looked at again. Then this interpreter becomes the program.
+# Linux sends SIGKILL to the child when its parent ends. On other systems, only the parent's clean-up stops the child.
+# The parent may have died before prctl was called, so its id is checked afterwards. Then exec starts the program.
 _TIE = """
 import os, sys
 parent, program = int(sys.argv[1]), sys.argv[2:]
@@ -24,9 +24,9 @@ os.execv(program[0], program)
 
 
 def tied(command: Sequence[str]) -> list[str]:
-    """The command line that runs `command` (an absolute program and its words) and dies with the calling process.
+    """The command line that runs `command` (absolute path and arguments) and ends with the calling process.
 
-    The request belongs to the thread that starts it: start it from one that lives as long as the program.
+    The kernel watches the thread that starts the command, so start it from a thread that lives as long as the command.
     """
     return [sys.executable, "-I", "-S", "-c", _TIE, str(os.getpid()), *command]
 
@@ -37,7 +37,7 @@ _PR_SET_PDEATHSIG = 1
 
 @contextmanager
 def workers() -> Iterator[ProcessPoolExecutor]:
-    """A process for each core, at most MOST_WORKERS; they end with this process, however that ends."""
+    """One worker process per core, at most MOST_WORKERS. They end with this process, even if it is killed."""
     count = min(len(os.sched_getaffinity(0)), MOST_WORKERS)
     pool = ProcessPoolExecutor(
         count, mp_context=get_context("spawn"), initializer=end_with_parent, initargs=(os.getpid(),)
@@ -45,11 +45,11 @@ def workers() -> Iterator[ProcessPoolExecutor]:
     try:
         yield pool
     finally:
-        pool.shutdown(cancel_futures=True)  # after an error, nobody waits for what has not begun
+        pool.shutdown(cancel_futures=True)  # after an error, do not wait for tasks that have not started
 
 
 def end_with_parent(parent: int) -> None:
-    """In a worker process: end when the process `parent`, which has started it, does."""
+    """Let the calling worker process end when the process `parent`, which started it, ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     if os.getppid() != parent:

@@ -1,6 +1,6 @@
-"""Writing without half-written results: temporary file, flush, rename.
+"""Atomic writes: temporary file, flush, rename.
 
-What is temporary has a hidden name that ends in `.partial`, so that what a kill leaves behind can be told apart.
+Temporary files and folders have a hidden name that ends in `.partial`, so leftovers of a killed process can be found.
 """
 
 import ctypes
@@ -19,18 +19,19 @@ from orion_triage.errors import DISK_ERRORS, DISK_FIX, OrionError, disk_words_of
 
 
 def cache_folder() -> Path:
-    """ORION_CACHE, or the user's cache folder: what can be fetched or built again."""
+    """ORION_CACHE, or the user's cache folder; everything in it can be fetched or built again."""
     if chosen := os.environ.get("ORION_CACHE"):
         return Path(chosen).resolve()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "orion-triage"
 
 
 _hashes: dict[tuple[int, ...], str] = {}
-_SETTLED_NANOSECONDS = 50_000_000  # file times may stand still for 10 ms: what was just written can change unseen
+# File times can have a resolution of 10 ms: a file written within the last 50 ms may change without a new time.
+_SETTLED_NANOSECONDS = 50_000_000
 
 
 def sha256_of_file(path: Path) -> str:
-    """Read once in a process: a run asks for the same files' hashes many times, and a merged model has 3 GB."""
+    """The file's sha256, cached per process: a run needs the same hashes many times, and a merged model has 3 GB."""
     with path.open("rb") as file:
         status = os.fstat(file.fileno())
         changed = max(status.st_mtime_ns, status.st_ctime_ns)
@@ -45,12 +46,12 @@ def sha256_of_text(text: str) -> str:
 
 
 PARTIAL = ".partial"
-_PROBE_BYTES = 1_000_000  # more than what is left when a write of less has just failed
+_PROBE_BYTES = 1_000_000  # larger than the free space that a failed small write can leave
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let a disk's trouble in the block be told of `path`: the errors of writes, and of libraries, name no file."""
+    """Add `path` to disk errors raised in the block: errors of write() and of libraries do not name the file."""
     try:
         yield
     except OrionError:
@@ -61,13 +62,13 @@ def naming(path: Path) -> Iterator[None]:
             error.filename, error.filename2 = str(path), None
         raise
     except Exception as error:
-        if said := disk_words_of(error):
-            raise OrionError(f"{path}: {said}.", DISK_FIX) from error
+        if reason := disk_words_of(error):
+            raise OrionError(f"{path}: {reason}.", DISK_FIX) from error
         raise
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Replace `path` by `data` in one step; a reader sees the old bytes or the new ones."""
+    """Replace the content of `path` by `data` in one step; a reader sees either the old bytes or the new ones."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with naming(path):
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
@@ -89,13 +90,13 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its place when the block ends without an error.
+    """A temporary folder beside `folder` that replaces it when the block ends without an error.
 
-    After an error, `folder` is as it was.
+    After an error, `folder` is unchanged.
     """
     temporary, old = (folder.with_name(f".{folder.name}{suffix}") for suffix in (PARTIAL, ".old"))
     shutil.rmtree(temporary, ignore_errors=True)
-    if old.exists() and not folder.exists():  # ended between the two renames below
+    if old.exists() and not folder.exists():  # an earlier process ended between the two renames below
         os.replace(old, folder)
     shutil.rmtree(old, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -109,10 +110,10 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         if old.exists() and not folder.exists():
-            with suppress(OSError):  # what has gone wrong already is said; the next one puts it back
+            with suppress(OSError):  # the first error is reported; the next call restores the folder
                 os.replace(old, folder)
         raise
-    shutil.rmtree(temporary, ignore_errors=True)  # what was there, after an exchange
+    shutil.rmtree(temporary, ignore_errors=True)  # after an exchange, this is the old folder
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -120,7 +121,7 @@ _WORKING_FOLDER, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE
 
 
 def _exchanged(one: Path, other: Path) -> bool:
-    """Let two folders take each other's place in one step; False where the system or the file system cannot."""
+    """Swap two folders atomically; False if the system or the file system does not support it."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except AttributeError:
@@ -135,13 +136,13 @@ def _exchanged(one: Path, other: Path) -> bool:
 
 @contextmanager
 def temporary_folder(parent: Path, name: str) -> Iterator[Path]:
-    """A folder in `parent` for the length of the block."""
+    """A folder in `parent` that is deleted when the block ends."""
     with tempfile.TemporaryDirectory(dir=parent, prefix=f".{name}-", suffix=PARTIAL) as folder:
         yield Path(folder)
 
 
 def _clear_leftovers(folder: Path) -> None:
-    """Delete what killed owners of the folder were writing; nobody else may be writing there now."""
+    """Delete the temporary files of killed processes; the caller must hold the folder's lock."""
     for path in [path for path in folder.rglob(f".*{PARTIAL}") if not path.is_symlink()]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -154,10 +155,10 @@ _held: set[Path] = set()
 
 @contextmanager
 def locked(folder: Path, purpose: str) -> Iterator[None]:
-    """Have the folder to ourselves for the length of the block; the lock goes with its process, however that ends.
+    """Hold an exclusive lock on the folder during the block; the system releases it when the process ends.
 
-    What an owner before us left half-written is deleted first. Blocks of one process may stand inside each other.
-    Raises OrionError when another process has the folder.
+    Deletes the temporary files of earlier owners first. Blocks of one process can be nested.
+    Raises OrionError when another process holds the lock.
     """
     path = folder.resolve() / ".lock"
     if path in _held:
@@ -166,14 +167,14 @@ def locked(folder: Path, purpose: str) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # filelock empties the file, which names its owner
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not filelock: it empties the file with the owner's name
         except BlockingIOError:
             file.seek(0)
             owner = file.read().strip() or "another process"
             raise OrionError(
-                f"{folder} is in use by {owner}.", "Wait for it, stop it, or take another folder with --run."
+                f"{folder} is in use by {owner}.", "Wait until it ends, or choose another folder with --run."
             ) from None
-        with suppress(OSError):  # it only tells others who we are: a full disk must not keep 'orion clean' away
+        with suppress(OSError):  # the owner's name is only information: 'orion clean' must work on a full disk
             os.truncate(path, 0)
             os.write(file.fileno(), f"{purpose} (process {os.getpid()})\n".encode())
         _held.add(path)
@@ -185,7 +186,7 @@ def locked(folder: Path, purpose: str) -> Iterator[None]:
 
 
 def refusal_of_disk(folder: Path) -> str:
-    """What the system says when a little is written into `folder` now; empty when it goes well."""
+    """The system's error message for a write of 1 MB into `folder`; empty if it succeeds."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(_PROBE_BYTES))
@@ -197,13 +198,13 @@ def refusal_of_disk(folder: Path) -> str:
 
 
 def require_free_space(folder: Path, needed_bytes: int, purpose: str) -> None:
-    """Raise OrionError when the disk of `folder` cannot take `needed_bytes`; asked before work starts."""
+    """Raise OrionError when the disk of `folder` has less than `needed_bytes` free; call it before the work starts."""
     existing = folder
     while not existing.exists():
         existing = existing.parent
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
         raise OrionError(
-            f"{purpose} needs {needed_bytes / 1e6:,.0f} MB in {folder}, but {free / 1e6:,.0f} MB are free.",
+            f"{purpose} needs {needed_bytes / 1e6:,.0f} MB in {folder}, but only {free / 1e6:,.0f} MB are free.",
             "Free some space, or choose another run folder with --run.",
         )

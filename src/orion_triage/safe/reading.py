@@ -1,4 +1,4 @@
-"""Reading what strangers made: regular files of bounded size, and JSON that says one thing."""
+"""Reading third-party files: regular files of limited size, and unambiguous JSON."""
 
 import json
 import os
@@ -11,15 +11,15 @@ from typing import IO, Any
 
 from orion_triage.errors import OrionError
 
-LARGEST_TABLE_BYTES = 1_000_000_000  # of records or places: the published train split has 0.6 MB
-LARGEST_JSON_BYTES = 64_000_000  # of a configuration; the tokenizer's, the largest, has 5 MB
+LARGEST_TABLE_BYTES = 1_000_000_000  # of a table of records or places; the published train split has 0.6 MB
+LARGEST_JSON_BYTES = 64_000_000  # of a configuration file; the largest, the tokenizer's, has 5 MB
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[IO[bytes]]:
-    """A regular file, open for reading; a pipe, a device or a folder is refused and never waited for.
+    """A regular file, open for reading; pipes, devices and folders are refused without waiting.
 
-    Raises FileNotFoundError, whose fix only the caller knows, and OrionError for everything else that is in the way.
+    Raises FileNotFoundError, since only the caller knows the fix, and OrionError for every other obstacle.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # opening a pipe would wait for a writer
@@ -28,10 +28,10 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
     except OSError as error:
         raise OrionError(f"{path} cannot be read: {error.strerror}.", "Check the path.") from None
     except ValueError as error:  # a name with NUL, or with half of a surrogate pair
-        raise OrionError(f"{str(path)!r} is no path: {error}.", "Check the path.") from None
+        raise OrionError(f"{str(path)!r} is not a valid path: {error}.", "Check the path.") from None
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OrionError(f"{path} is no regular file.", "Name a file, not a folder, pipe or device.")
+            raise OrionError(f"{path} is not a regular file.", "Pass a file, not a folder, pipe or device.")
         with open(descriptor, "rb", closefd=False) as file:
             yield file
     finally:
@@ -39,28 +39,31 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
 
 
 def read_bytes(path: Path, most: int) -> bytes:
-    """The bytes of a file, `opened` as above, of at most `most` bytes; raises OrionError for a larger one."""
+    """The content of a regular file of at most `most` bytes.
+
+    Raises FileNotFoundError, and OrionError for a larger or unreadable file.
+    """
     try:
         with opened(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size > most:
                 raise OrionError(
-                    f"{path} has {size:,} bytes, more than the {most:,} that are read.", "Is it the right file?"
+                    f"{path} has {size:,} bytes; the limit is {most:,}.", "Check that it is the right file."
                 )
             data = file.read(most + 1)
     except FileNotFoundError:
         raise
     except OSError as error:
         raise OrionError(f"{path} cannot be read: {error.strerror}.", "Check the path.") from None
-    if len(data) > most:  # it grows, or lies in /proc, where sizes are 0
-        raise OrionError(f"{path} has more than the {most:,} bytes that are read.", "Is it the right file?")
+    if len(data) > most:  # the file is growing, or it is in /proc, where sizes are 0
+        raise OrionError(f"{path} has more than {most:,} bytes, the limit.", "Check that it is the right file.")
     return data
 
 
 def read_text(path: Path, most: int, encoding: str = "utf-8") -> str:
-    """The text of a file as `read_bytes` reads it, with every line end as a newline; OrionError where it is not UTF-8.
+    """The text of a file with every line end as a newline; raises as `read_bytes`, and OrionError if it is not UTF-8.
 
-    With "utf-8-sig" a byte order mark is passed over.
+    "utf-8-sig" skips a byte order mark.
     """
     data = read_bytes(path, most)
     try:
@@ -71,10 +74,10 @@ def read_text(path: Path, most: int, encoding: str = "utf-8") -> str:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value that JSON text means; raises ValueError for everything that is none, or could mean several things.
+    """The value of a JSON text; raises ValueError for invalid or ambiguous JSON.
 
-    Refused beyond json.loads: a key twice in one object, NaN and Infinity, and nesting that the interpreter cannot
-    follow.
+    Stricter than json.loads: refuses duplicate keys in an object, NaN and Infinity, and nesting beyond the
+    interpreter's recursion limit.
     """
     try:
         return json.loads(text, object_pairs_hook=_keys_once, parse_constant=_no_number)
@@ -86,29 +89,29 @@ def _keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         (key, _), *_ = (Counter(key for key, _ in pairs) - Counter(found.keys())).items()
-        raise ValueError(f"the key {key[:40]!r} stands there twice")
+        raise ValueError(f"the key {key[:40]!r} appears twice")
     return found
 
 
 def _no_number(word: str) -> Any:
-    raise ValueError(f"{word} is no number in JSON")
+    raise ValueError(f"{word} is not a JSON number")
 
 
 def shown(value: Any, most: int = 80) -> str:
-    """`value` for an error text: its first characters, printable, whatever a stranger put there."""
+    """The first `most` characters of the repr of an untrusted value, printable, for an error message."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # a number of more digits than Python writes out; nested too deeply
-        return f"a {type(value).__name__} that cannot be written out"
+    except (ValueError, RecursionError):  # a number with more digits than Python prints; nested too deeply
+        return f"a {type(value).__name__} that cannot be printed"
     return text if len(text) <= most else f"{text[:most]}..."
 
 
 def read_object(path: Path, most: int = LARGEST_JSON_BYTES) -> dict[str, Any]:
-    """The JSON object in a file; raises FileNotFoundError, and OrionError for everything that is none."""
+    """The JSON object in a file; raises FileNotFoundError, and OrionError for any other content."""
     try:
         value = parse_json(read_text(path, most))
     except ValueError as error:
         raise OrionError(f"{path} is not JSON: {error}.", "Fetch it again.") from None
     if not isinstance(value, dict):
-        raise OrionError(f"{path} is no JSON object.", "Fetch it again.")
+        raise OrionError(f"{path} is not a JSON object.", "Fetch it again.")
     return value

@@ -1,4 +1,4 @@
-"""A training's checkpoints: whole ones are gone on from, damaged ones are removed."""
+"""The checkpoints of a training: resume from a complete one, remove damaged ones."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ from orion_triage.safe.files import sha256_of_text, write_text
 from orion_triage.settings import FineTuneSettings
 
 CHECKPOINTS = "checkpoints"
-HASHES_FILE = "sha256.json"  # of a checkpoint's files; it is written last
+HASHES_FILE = "sha256.json"  # hashes of a checkpoint's files; written last
 
 
 def prepare_work_folder(
@@ -21,7 +21,7 @@ def prepare_work_folder(
     dataset: Path,
     precision: str,
 ) -> None:
-    """Empty the folder of the checkpoints unless they come from the same settings and inputs."""
+    """Delete the checkpoints in the folder unless they come from the same settings and inputs."""
     inputs = {
         "settings": settings.model_dump(mode="json"),
         "frame_size": frame_size,
@@ -39,12 +39,12 @@ def prepare_work_folder(
 
 
 def _checkpoints_in(checkpoints: Path) -> list[Path]:
-    """Oldest first."""
+    """The checkpoint folders, oldest first."""
     return sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    """Whether every file has the hash that was written last."""
+    """Whether every file has the hash in HASHES_FILE, which was written last."""
     try:
         hashes = json.loads((checkpoint / HASHES_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -57,7 +57,7 @@ def last_checkpoint(checkpoints: Path) -> Path | None:
 
 
 def remove_damaged(checkpoints: Path) -> None:
-    """A checkpoint that a kill cut, or whose bits changed: its steps are done again, into an empty folder."""
+    """Delete incomplete checkpoints and those with changed bits; their steps are trained again."""
     for folder in _checkpoints_in(checkpoints):
         if not _is_whole(folder):
             shutil.rmtree(folder)

@@ -1,7 +1,7 @@
 """STAGE: QLoRA fine-tuning of the base on the dataset -> adapter.
 
-The base is loaded in NF4, LoRA matrices go beside the attention projections, and the loss falls on the
-verdict's tokens only. The records are trained on as they stand in the file, with and without coordinates.
+The base is loaded in NF4, LoRA matrices are added to the attention projections, and only the verdict's tokens
+contribute to the loss. The records are used as they are in the file, with and without coordinates.
 """
 
 import importlib.util
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 CENSUS_FILE = "census.json"
 LOSS_FILE = "loss_log.json"
 PREFLIGHT_FRAMES = 8
-# An adapter of rank 16 is about 1 % of the model; a checkpoint adds two optimizer states and three are kept.
+# An adapter of rank 16 has about 1 % of the model's size. A checkpoint adds two optimizer states; three are kept.
 _CHECKPOINT_SHARE = 0.15
 
 
@@ -57,12 +57,12 @@ def run(
     frame_size: int,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Train and write the adapter with its processor, census, base fingerprint and losses into `out_folder`.
+    """Train, and write the adapter with its processor, matched modules, base fingerprint and losses to `out_folder`.
 
-    `work_folder` keeps one checkpoint an epoch: an interrupted run with the same settings and inputs goes on
-    from the last one. The adapter of the epoch with the lowest validation loss is kept. Returns the figures.
-    Raises OrionError for a bad dataset, a base that cannot see, a target that matches nothing, or a loss
-    that is not finite.
+    `work_folder` has one checkpoint per epoch: an interrupted run with the same settings and inputs resumes from the
+    last one. The adapter of the epoch with the lowest validation loss is kept. Returns the measurements.
+    Raises OrionError for an invalid dataset, a base that ignores images, a target that matches nothing, a loss that is
+    not finite, or full memory.
     """
     hush_kernel_advice()
     import torch
@@ -120,21 +120,21 @@ def run(
             if not isinstance(error, torch.OutOfMemoryError) and CPU_MEMORY_FULL not in str(error):
                 raise
             raise OrionError(
-                f"fine-tuning: memory is full: {str(error).splitlines()[0]}", advice_for_less_memory(settings)
+                f"fine-tuning ran out of memory: {str(error).splitlines()[0]}", advice_for_less_memory(settings)
             ) from None
         finally:
             stop_charts(trainer)
-        weights_of_all = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # with FSDP, all put theirs together
+        weights_of_all = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # with FSDP, gathers all shards
     log = losses_of(trainer)
 
-    # A name that means something elsewhere; PEFT puts in this machine's path.
+    # A name that is valid on other machines; PEFT writes a local path.
     written = model.peft_config["default"]
     written.base_model_name_or_path = base_name(base)
-    written.target_modules = sorted(written.target_modules)  # a set's order is another in every process
+    written.target_modules = sorted(written.target_modules)  # the order of a set differs between processes
     if processes.is_main():
         with replaced_folder(out_folder) as folder:
             model.save_pretrained(folder, state_dict=weights_of_all, save_embedding_layers=False)
-            (folder / README).unlink()  # PEFT's unfilled form
+            (folder / README).unlink()  # PEFT's empty model card
             processor.save_pretrained(folder)
             for name, value in (
                 (CENSUS_FILE, census),
@@ -174,37 +174,37 @@ def run(
 def _look_once(
     model: Any, processor: "Lfm2VlProcessor", frames: "dict[str, Image.Image]", progress: Progress
 ) -> "dict[str, torch.Tensor]":
-    """What a tower that is not trained shows of every frame: [image tokens, text width] each, on the CPU."""
+    """The features of every frame from a frozen tower: [image tokens, text width] each, on the CPU."""
     features = {}
     for done, (name, frame) in enumerate(frames.items(), start=1):
         features[name] = vision_features(model, processor, [frame])[0].to(model.dtype)
-        progress("looking at frames", done, len(frames))
+        progress("encoding frames", done, len(frames))
     return features
 
 
 def has_fast_convolution() -> bool:
-    """Whether the package is there whose GPU kernel transformers takes for LFM2's short convolutions."""
+    """Whether causal-conv1d is installed, whose GPU kernel transformers uses for LFM2's short convolutions."""
     return importlib.util.find_spec("causal_conv1d") is not None
 
 
 def _seconds_per_sample(seconds: float, state: Any, resumed_step: int, settings: FineTuneSettings) -> float | None:
-    """Training with its validations, by record trained on; None when nothing was left to train."""
+    """Seconds of training and validation per trained record; None if no steps were left."""
     steps = state.global_step - resumed_step
     records = steps * settings.micro_batch_size * settings.gradient_accumulation_steps * processes.count()
     return round(seconds / records, 4) if records else None
 
 
 def _check_sharding(settings: FineTuneSettings) -> None:
-    """What FSDP cannot cut up is refused before a model is loaded."""
+    """Raise OrionError for an optimizer that FSDP cannot shard, before a model is loaded."""
     if "8bit" in settings.optimizer or "paged" in settings.optimizer:
         raise OrionError(
-            f"fine_tune.optimizer={settings.optimizer} cannot be shared out by FSDP (bitsandbytes' state).",
-            "Set fine_tune.optimizer=adamw_torch_fused; see docs/accelerate/fsdp.yaml.",
+            f"fine_tune.optimizer={settings.optimizer}: FSDP cannot shard the optimizer state of bitsandbytes.",
+            "Set fine_tune.optimizer=adamw_torch_fused, as in docs/accelerate/fsdp.yaml.",
         )
 
 
 def _device_and_precision(settings: FineTuneSettings) -> tuple[str, str, str]:
-    """(device, precision, note): 16-bit training needs a GPU; a CPU trains in float32 and the run says so."""
+    """(device, precision, note): 16-bit training needs a GPU; a CPU trains in float32, and the note states this."""
     import torch
 
     if torch.cuda.is_available():
@@ -217,7 +217,7 @@ def _device_and_precision(settings: FineTuneSettings) -> tuple[str, str, str]:
 def decode_frames(
     dataset: Dataset, records: Sequence[Record], frame_size: int, progress: Progress
 ) -> "dict[str, Image.Image]":
-    """Every frame of the records, decoded once: 0.2 MB each at 256 px, 0.8 MB at 512."""
+    """All frames of the records, each decoded once: 0.2 MB per frame at 256 px, 0.8 MB at 512."""
     frames: dict[str, Image.Image] = {}
     names = sorted({record.image: record for record in records}.items())
     for number, (name, record) in enumerate(names, start=1):
@@ -227,18 +227,21 @@ def decode_frames(
 
 
 def _distinct_frames(records: Sequence[Record], frames: "dict[str, Image.Image]") -> "list[Image.Image]":
-    """The first frames that differ in their pixels, for the preflight's swaps."""
+    """The first frames with different pixels, which the preflight swaps."""
     distinct = {frames[record.image].tobytes(): frames[record.image] for record in records}
     if len(distinct) < 2:
         raise OrionError(
-            f"all {len(records)} training records show the same picture.",
+            f"all {len(records)} training records have the same picture.",
             "Build the dataset again with 'orion dataset'.",
         )
     return list(distinct.values())[:PREFLIGHT_FRAMES]
 
 
 def add_adapter(model: Any, settings: FineTuneSettings) -> tuple[Any, Census]:
-    """The model with fresh LoRA matrices on exactly the modules that the names mean; all else is frozen."""
+    """The model with new LoRA matrices on exactly the modules that the names match; all other weights are frozen.
+
+    Raises OrionError if a name matches nothing.
+    """
     from peft import LoraConfig, TaskType, get_peft_model
 
     names, census = resolve_targets(model, settings.target_modules, settings.scope)
@@ -249,7 +252,7 @@ def add_adapter(model: Any, settings: FineTuneSettings) -> tuple[Any, Census]:
         target_modules=names,
         task_type=TaskType.CAUSAL_LM,
     )
-    model.config.text_config.use_cache = False  # a cache of keys and values is of no use in training
+    model.config.text_config.use_cache = False  # training does not use a cache of keys and values
     adapted = get_peft_model(model, config)
     wrapped = sorted(
         name.removeprefix("base_model.model.").removesuffix(".lora_A")
@@ -258,7 +261,7 @@ def add_adapter(model: Any, settings: FineTuneSettings) -> tuple[Any, Census]:
     )
     if wrapped != names:
         raise OrionError(
-            f"PEFT adapted {len(wrapped)} modules instead of the {len(names)} that were resolved.",
+            f"PEFT adapted {len(wrapped)} modules instead of the {len(names)} matched ones.",
             "Report this with the versions of peft and transformers.",
         )
     return adapted, census
@@ -274,15 +277,15 @@ def _trainable_by_tower(model: Any) -> dict[str, int]:
 
 
 def read_losses(adapter: Path) -> list[dict[str, float]]:
-    """The losses written beside an adapter, in order; empty if it has none, as one made elsewhere."""
+    """The losses stored with an adapter, in order; empty if it has none, as for a third-party adapter."""
     path = adapter / LOSS_FILE
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
 def _filter_warnings(device: str) -> None:
-    """Hide notes that change nothing for a user; make one that voids the training an error."""
+    """Hide warnings that do not matter to the user; turn one that invalidates the training into an error."""
     warnings.filterwarnings("ignore", message=".*checkpointing.* is deprecated", category=FutureWarning)
-    warnings.filterwarnings("ignore", message="mtime may not be reliable")  # checkpoints are told apart by number
-    if device == "cpu":  # there, the paged optimizer is not paged
+    warnings.filterwarnings("ignore", message="mtime may not be reliable")  # checkpoints are ordered by number
+    if device == "cpu":  # on a CPU, the paged optimizer is not paged
         warnings.filterwarnings("ignore", message=".*[Pp]aged.*")
     warnings.filterwarnings("error", message=".*autograd kernel was not registered.*")

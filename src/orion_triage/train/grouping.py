@@ -1,4 +1,4 @@
-"""The same records a step in larger or smaller groups: what fills a GPU, and what takes less memory."""
+"""Group the same records per step in larger micro batches to fill a GPU, or in smaller ones to save memory."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 
 def groupings(settings: FineTuneSettings) -> list[FineTuneSettings]:
-    """The settings with the same records a step in larger groups, the fastest first, as they are last.
+    """The settings with the same records per step in larger groups: the fastest first, the given settings last.
 
-    Recomputing costs a third of the time, and a group of two or more fills a GPU, so all groups without checkpointing
-    come before those with it.
+    Gradient checkpointing costs a third of the time, and a group of two or more records fills a GPU, so all groups
+    without checkpointing come before those with it.
     """
     records = settings.micro_batch_size * settings.gradient_accumulation_steps
     sizes = [size for size in range(records, settings.micro_batch_size - 1, -1) if records % size == 0]
@@ -32,7 +32,7 @@ def groupings(settings: FineTuneSettings) -> list[FineTuneSettings]:
     ]
 
 
-_LARGEST_GPU_SHARE = 0.85  # of its memory, in the trial; the optimizer's state comes on top, and fragments
+_LARGEST_GPU_SHARE = 0.85  # of the GPU's memory in the trial; the rest is for optimizer state and fragmentation
 
 
 def fill_gpu(
@@ -42,7 +42,7 @@ def fill_gpu(
     settings: FineTuneSettings,
     precision: str,
 ) -> FineTuneSettings:
-    """The first of `groupings` whose forward and backward pass over the longest records fits the GPU, by trying."""
+    """The first of `groupings` whose forward and backward pass over the longest records fits the GPU; tries each."""
     import torch
 
     longest = sorted(records, key=lambda record: -len(record.prompt + record.verdict.to_json()))
@@ -69,18 +69,19 @@ def fill_gpu(
     return as_set
 
 
-CPU_MEMORY_FULL = "can't allocate memory"  # torch's word; on a GPU it has an error of its own
+CPU_MEMORY_FULL = "can't allocate memory"  # torch's message on a CPU; on a GPU it raises OutOfMemoryError
 
 
 def advice_for_less_memory(settings: FineTuneSettings) -> str:
-    """Which setting takes less memory next, with the same records a step."""
+    """The next setting that uses less memory with the same records per step."""
     size, count = settings.micro_batch_size, settings.gradient_accumulation_steps
     if size > 1:
         half = next(part for part in range(size // 2, 0, -1) if size % part == 0)
         more = count * size // half
         return (
-            f"Set fine_tune.micro_batch_size={half} and fine_tune.gradient_accumulation_steps={more}: the same steps."
+            f"Set fine_tune.micro_batch_size={half} and fine_tune.gradient_accumulation_steps={more} (same records "
+            "per step)."
         )
     if not settings.gradient_checkpointing:
-        return "Set fine_tune.gradient_checkpointing=true: a third more time, far less memory."
-    return "Set base.frame_size to 384 or 256, or take a GPU with more memory."
+        return "Set fine_tune.gradient_checkpointing=true (a third more time, much less memory)."
+    return "Set base.frame_size to 384 or 256, or use a GPU with more memory."

@@ -1,4 +1,4 @@
-"""The proof, before any training, that the loaded model sees its images."""
+"""Check before the training that the loaded model uses its images."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from PIL import Image
     from transformers.models.lfm2_vl import Lfm2VlProcessor
 
-SMALLEST_COSINE = 0.99  # of an image's features against the 16-bit base; blind training gives 0.06
-SMALLEST_MOVE = 1e-3  # of any logit when the image is swapped; exactly 0 when the image is ignored
+SMALLEST_COSINE = 0.99  # between an image's features and those of the 16-bit base; a quantized tower gives 0.06
+SMALLEST_MOVE = 1e-3  # change of any logit if the image is swapped; exactly 0 if the model ignores the image
 
 
 def preflight(
@@ -25,18 +25,18 @@ def preflight(
     frames: "Sequence[Image.Image]",
     prompt: str,
 ) -> dict[str, Any]:
-    """Prove that the model to be trained sees: three checks, before any training.
+    """Three checks that the model to be trained uses its images.
 
-    `reference` is `vision_features` of the 16-bit base for the same frames. SigLIP2's patch embedding is a
-    linear layer: loaded in 4 bits it casts pixels in [-1, 1] to bytes, silently, and training goes on blind.
-    Raises OrionError naming the check and its figure; returns the figures.
+    `reference` is `vision_features` of the 16-bit base for the same frames. SigLIP2's patch embedding is a linear
+    layer: loaded in 4 bits, it casts pixels in [-1, 1] to bytes without an error, and the training would ignore the
+    images. Raises OrionError that names the check and its value; returns the values.
     """
     import torch
 
-    fix = f"Load it with vlm.load_model, which keeps {', '.join(KEPT_IN_16_BIT)} out of the 4-bit layers."
+    fix = f"Load it with models.load.load_model, which excludes {', '.join(KEPT_IN_16_BIT)} from quantization."
     if quantized := _quantized_vision_modules(model):
         raise OrionError(
-            f"preflight: {len(quantized)} vision or head modules are quantized, {quantized[0]} first: pixels "
+            f"preflight: {len(quantized)} vision or head modules are quantized, for example {quantized[0]}: pixels "
             "would be cast to integers.",
             fix,
         )
@@ -45,8 +45,8 @@ def preflight(
     if not min(cosines) >= SMALLEST_COSINE:
         worst = cosines.index(min(cosines))
         raise OrionError(
-            f"preflight: the vision features of frame {worst + 1} have cosine {min(cosines):.3f} with the "
-            f"16-bit base's, under {SMALLEST_COSINE}.",
+            f"preflight: the vision features of frame {worst + 1} have a cosine of {min(cosines):.3f} with those of "
+            f"the 16-bit base; {SMALLEST_COSINE} is needed.",
             fix,
         )
     last_logits = []
@@ -60,8 +60,8 @@ def preflight(
     if not min(moves) > SMALLEST_MOVE:
         still = moves.index(min(moves))
         raise OrionError(
-            f"preflight: swapping frame {still + 1} for the next one moves no logit by more than "
-            f"{min(moves):.2g} (floor {SMALLEST_MOVE}): the model does not look at the image.",
+            f"preflight: replacing frame {still + 1} by the next one changes no logit by more than "
+            f"{min(moves):.2g} ({SMALLEST_MOVE} is needed): the model ignores the image.",
             "Check that the frames differ and that the base was trained with images.",
         )
     return {
@@ -72,14 +72,14 @@ def preflight(
 
 
 def _quantized_vision_modules(model: Any) -> list[str]:
-    """Modules that must compute on real numbers and do not, the patch embedding first."""
+    """The vision and head modules that are quantized, the patch embedding first."""
     from torch import nn
 
     bad = []
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear) or tower_of(name) == "text":
             continue
-        # Linear4bit can hide its bytes in a floating dtype (bnb_4bit_quant_storage): the type decides.
+        # Linear4bit can store its bytes in a floating dtype (bnb_4bit_quant_storage), so check the module's type.
         if type(module).__module__.startswith("bitsandbytes") or not module.weight.dtype.is_floating_point:
             bad.append(name)
     return sorted(bad, key=lambda name: "patch_embedding" not in name)

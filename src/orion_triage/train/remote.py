@@ -1,8 +1,9 @@
 """Training on a server over ssh: upload, start, follow, download, clean up.
 
-Both directions are scripts/upload_to_server.sh and scripts/download_weights.sh, which also work by themselves. What
-runs on the server is scripts/on_server.sh, sent anew with every call. The training is a session of its own there, so a
-lost connection does not end it; its folder runs/training-job in the repository holds log, pid and exit status.
+The transfers are scripts/upload_to_server.sh and scripts/download_weights.sh, which can also be used alone. The
+server's part is scripts/on_server.sh, which is sent with every call. On the server, the training runs in a separate
+session, so a lost connection does not end it. Its folder runs/training-job in the repository contains log, pid and
+exit status.
 """
 
 import io
@@ -25,8 +26,8 @@ Write = Callable[[bytes], None]  # takes a piece of the training's log
 
 SETUP = "make setup"
 _SSH = "ssh -o ServerAliveInterval=15 -o ServerAliveCountMax=4 -o ConnectTimeout=30"
-_REFUSED = 3  # exit status of on_server.sh when it has named the reason
-_NO_CONNECTION = 255  # ssh's own exit status
+_REFUSED = 3  # exit status of on_server.sh after it printed the reason
+_NO_CONNECTION = 255  # ssh's exit status without a connection
 _RETRY_SECONDS = (1, 5, 15, 30, 60, 60, 60, 60, 60)  # a router restarts in two minutes; six cover most cuts
 _HOST = re.compile(r"\w[\w.@%+-]*", re.ASCII)
 _ANSWER = "orion: "
@@ -34,16 +35,16 @@ _LOG_BEGINS = b"orion: log begins\n"
 
 
 class ScriptError(OrionError):
-    """One of the scripts failed, and has said why on standard error."""
+    """One of the scripts failed and printed the reason on standard error."""
 
 
 class ConnectionLostError(OrionError):
-    """The server cannot be reached, or no longer."""
+    """The server cannot be reached, or the connection was lost."""
 
 
 @dataclass(frozen=True)
 class Server:
-    """`host` and the words of the `ssh` command that reaches it; absolute paths there; `setup` makes .venv."""
+    """The host, the ssh command as arguments, absolute paths on the server, and the command that makes .venv."""
 
     host: str
     ssh: tuple[str, ...]
@@ -58,7 +59,7 @@ class Server:
 
 @dataclass(frozen=True)
 class Training:
-    """What is trained: a preset (a shipped name, or the path and text of a TOML file), settings, and the run's name."""
+    """A training: a preset (a shipped name, or the path and text of a TOML file), settings, and the run's name."""
 
     preset: str
     assignments: tuple[str, ...]
@@ -66,18 +67,18 @@ class Training:
     preset_text: str = ""
 
     def preset_file(self, server: Server) -> str:
-        """Where the server keeps a preset that it does not have; empty for a shipped one."""
+        """The path of a TOML preset on the server; empty for a shipped one."""
         return f"{server.job}/{Path(self.preset).name}" if self.preset_text else ""
 
     def arguments(self, server: Server) -> list[str]:
-        """Of `orion dataset` and `orion fine-tune` on the server."""
-        folder = json.dumps(server.data, ensure_ascii=False)  # as TOML reads it
+        """The arguments of `orion dataset` and `orion fine-tune` on the server."""
+        folder = json.dumps(server.data, ensure_ascii=False)  # a TOML string
         sets = [*self.assignments, "dataset.source=directory", f"dataset.folder={folder}"]
         preset = self.preset_file(server) or self.preset
         return ["--preset", preset, "--run", f"runs/{self.run_name}", *(word for s in sets for word in ("--set", s))]
 
     def identity(self, server: Server) -> str:
-        """One line that tells this training from another one."""
+        """One line that identifies this training."""
         return json.dumps([*self.arguments(server), self.preset_text])
 
     def weights(self, server: Server) -> str:
@@ -86,7 +87,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Job:
-    """The server's training: "lost" means that it is gone without an exit status, as after a restart."""
+    """The training on the server; "lost" means that it ended without an exit status, for example by a restart."""
 
     state: Literal["none", "running", "ended", "lost"]
     identity: str = ""
@@ -95,27 +96,32 @@ class Job:
 
 
 def scripts_folder() -> Path:
-    """scripts/ of the clone that this package runs from."""
+    """The folder scripts/ of the clone that this package runs from; raises OrionError outside a clone."""
     folder = Path(__file__).parents[3] / "scripts"
     if not (folder / "on_server.sh").is_file():
         raise OrionError(
             f"{folder} does not exist: this installation is not a clone of the repository.",
-            "Clone it, run 'make setup' there, and use its .venv/bin/orion.",
+            "Clone the repository, run 'make setup' in it, and use its .venv/bin/orion.",
         )
     return folder
 
 
 def server_of(host: str, environment: Mapping[str, str]) -> Server:
-    """The server `host` with the paths that the environment gives, by the scripts' variables and defaults."""
-    if not _HOST.fullmatch(host):  # ssh would take others for options
-        raise OrionError(f"{host!r} names no server.", "Pass --server user@host, or set SERVER.")
+    """The server `host` with the paths from the environment; same variables and defaults as in the scripts."""
+    if not _HOST.fullmatch(host):  # ssh would read other forms as options
+        raise OrionError(f"{host!r} is not a host or user@host.", "Pass --server user@host, or set SERVER.")
     root = environment.get("ORION_SERVER_HDD_PATH", "")
     repository = environment.get("ORION_SERVER_REPO_PATH") or environment.get("ORION_REPO_DIR")
     data = environment.get("ORION_SERVER_DATA_PATH")
+    if not root:
+        raise OrionError(
+            "no folder on the server given: ORION_SERVER_HDD_PATH is not set.",
+            "Set it to a folder on the server for dataset and repository: ORION_SERVER_HDD_PATH=/path",
+        )
     if not root.startswith("/"):
         raise OrionError(
-            f"ORION_SERVER_HDD_PATH={root} is not an absolute path.",
-            "Set it to the server's folder for dataset and repository.",
+            f"ORION_SERVER_HDD_PATH={root} is not an absolute path on the server.",
+            "Begin it with /; ~ is not expanded there.",
         )
     return Server(
         host,
@@ -127,7 +133,7 @@ def server_of(host: str, environment: Mapping[str, str]) -> Server:
 
 
 def training_of(preset: str, assignments: Sequence[str], run_name: str) -> Training:
-    """The training with these settings; a TOML file's text travels along."""
+    """The training with these settings; includes the text of a TOML preset."""
     text = Path(preset).read_text(encoding="utf-8") if preset.endswith(".toml") else ""
     return Training(preset, tuple(assignments), run_name, text)
 
@@ -143,10 +149,10 @@ def train(
     report: Report,
     write: Write,
 ) -> None:
-    """Bring `dataset` to the server, train there, and put the adapter into `weights`; goes on wherever it was cut off.
+    """Send `dataset` to the server, train there, and fetch the adapter into `weights`; resumes after an interruption.
 
-    A training that runs already is followed, one that has ended is fetched; `again` starts a new one instead of
-    fetching. Raises OrionError when another training is in the way, when it fails, or when a script does (ScriptError).
+    A running training is followed, and a finished one is fetched; `again` starts a new one instead of fetching.
+    Raises OrionError if the server has another training, if the training fails, or if a script fails (ScriptError).
     """
     environment = {
         **os.environ,
@@ -160,19 +166,19 @@ def train(
         "ORION_LOCAL_WEIGHTS_DIR": str(weights.absolute()),
     }
     if weights.with_name(f".{weights.name}.cleanup").exists() and not keep_remote:
-        report(f"the last training's weights are here, and {server.host} is not cleaned up yet")
+        report(f"the weights of the last training are on this machine, but {server.host} is not cleaned up yet")
         _run_script("download_weights.sh", environment)
-        report("the same command trains anew")
+        report("run the same command again to start a new training")
         return
     job = job_on(server)
     if _is_ours(job, server, training, again):
-        report(f"{server.host} has this training already: {'it runs' if job.state == 'running' else 'it has ended'}")
+        report(f"{server.host} already has this training: it {'is running' if job.state == 'running' else 'has ended'}")
     else:
         if job.state == "lost":
-            report("the last training is gone without an exit status; it goes on from its last checkpoint")
+            report("the last training ended without an exit status; resuming from its last checkpoint")
         _run_script("upload_to_server.sh", environment)
         pid = start(server, training)
-        report(f"training on {server.host} (to stop it there: kill -- -{pid})")
+        report(f"training on {server.host} (to stop it, run on the server: kill -- -{pid})")
     _end_of(server, report, write)
     _run_script("download_weights.sh", environment, *(["--keep-remote"] if keep_remote else []))
     if keep_remote:
@@ -180,30 +186,33 @@ def train(
 
 
 def _is_ours(job: Job, server: Server, training: Training, again: bool) -> bool:
-    """Whether the server's job is the one to follow; raises OrionError when it is another one, and worth keeping."""
+    """Whether the server's job is this training.
+
+    Raises OrionError if it is another one that is running or has weights that were not fetched.
+    """
     if job.state == "running" or (job.state == "ended" and not again):
         if job.identity == training.identity(server):
             return True
         words = shlex.join(json.loads(job.identity)[:-1])
         if job.state == "running":
             raise OrionError(
-                f"another training runs on {server.host}: {words}",
-                f"Wait for it, or stop it there: kill -- -{job.pid}",
+                f"another training is running on {server.host}: {words}",
+                f"Wait until it ends, or stop it on the server: kill -- -{job.pid}",
             )
         if job.status == 0:
             raise OrionError(
-                f"{server.host} has the weights of another training, which were not fetched: {words}",
-                "Run this command with its settings to fetch them, or with --again to train anew.",
+                f"{server.host} has weights of another training that were not fetched: {words}",
+                "Run this command with those settings to fetch them, or add --again to discard them.",
             )
     return False
 
 
 def _end_of(server: Server, report: Report, write: Write) -> None:
-    """Follow the log to the end of the training; raises OrionError unless that was a success."""
+    """Follow the log until the training ends; raises OrionError unless it succeeded."""
     try:
         follow(server, report, write)
     except KeyboardInterrupt:
-        report(f"the training goes on on {server.host}; the same command follows it again")
+        report(f"the training on {server.host} continues; run the same command again to follow it")
         raise
     job = job_on(server)
     if job.state == "ended" and job.status == 0:
@@ -212,23 +221,23 @@ def _end_of(server: Server, report: Report, write: Write) -> None:
         _call(server, "forget", server.job)
         raise OrionError(
             f"the training on {server.host} failed with exit status {job.status}; its last lines are above.",
-            "Mend what they say; the same command starts it again.",
+            "Fix the reported problem, then run the same command again.",
         )
     raise OrionError(
-        f"the training on {server.host} is gone without an exit status: killed, or the server restarted.",
-        "The same command starts it again; it goes on from its last checkpoint.",
+        f"the training on {server.host} ended without an exit status: it was killed, or the server restarted.",
+        "Run the same command again; it resumes from the last checkpoint.",
     )
 
 
 def job_on(server: Server) -> Job:
-    """The training that the server has, if any."""
+    """The training on the server; its state is "none" if there is none."""
     answers = _call(server, "job", server.job)
     state: Any = answers.get("state", "none")
     return Job(state, answers.get("command", ""), int(answers.get("status") or 0), int(answers.get("pid") or 0))
 
 
 def start(server: Server, training: Training) -> int:
-    """Start the training in a session of its own on the server; returns its process id there."""
+    """Start the training in a separate session on the server; returns its process id there."""
     answers = _call(
         server,
         "start",
@@ -244,7 +253,10 @@ def start(server: Server, training: Training) -> int:
 
 
 def follow(server: Server, report: Report, write: Write) -> None:
-    """Hand on the log, each byte once, until the training has ended; a lost connection is taken up again."""
+    """Write the log, each byte once, until the training has ended; reconnects after a lost connection.
+
+    Raises ConnectionLostError if the server stays unreachable.
+    """
     received, failures = 0, 0
     while True:
         try:
@@ -257,16 +269,16 @@ def follow(server: Server, report: Report, write: Write) -> None:
         except ConnectionLostError:
             if failures == len(_RETRY_SECONDS):
                 raise ConnectionLostError(
-                    f"{server.host} cannot be reached any more; the training goes on there.",
-                    "The same command follows it again.",
+                    f"{server.host} is no longer reachable; the training there continues.",
+                    "Run the same command again to follow it.",
                 ) from None
-            report(f"no connection to {server.host}: trying again in {_RETRY_SECONDS[failures]} s")
+            report(f"no connection to {server.host}: next attempt in {_RETRY_SECONDS[failures]} s")
             time.sleep(_RETRY_SECONDS[failures])
             failures += 1
 
 
 def _follow_once(server: Server, received: int, write: Write) -> tuple[int, bool]:
-    """Hand on the log after `received` bytes; returns how many those were, and whether the connection held."""
+    """Write the log after `received` bytes; returns the number of bytes, and whether the connection was kept."""
     process = subprocess.Popen([*server.ssh, server.host, "sh -s"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdin is not None
     assert isinstance(process.stdout, io.BufferedReader)
@@ -288,7 +300,7 @@ def _follow_once(server: Server, received: int, write: Write) -> tuple[int, bool
 
 
 def _call(server: Server, operation: str, *arguments: str) -> dict[str, str]:
-    """Do one operation of on_server.sh there; returns its answers."""
+    """Run one operation of on_server.sh on the server; returns its answers. Raises OrionError if it fails."""
     result = subprocess.run(
         [*server.ssh, server.host, "sh -s"],
         input=_program(operation, *arguments),
@@ -299,23 +311,23 @@ def _call(server: Server, operation: str, *arguments: str) -> dict[str, str]:
     if result.returncode == _NO_CONNECTION:
         reason = said.splitlines()[-1] if said else "no reason given"
         raise ConnectionLostError(
-            f"the connection to {server.host} failed or was cut: {reason}",
-            f"See that '{shlex.join(server.ssh)} {server.host} true' works, then run the same command again.",
+            f"the connection to {server.host} failed or was lost: {reason}",
+            f"Check that '{shlex.join(server.ssh)} {server.host} true' works, then run the same command again.",
         )
     if result.returncode == _REFUSED:
         message, _, fix = said.partition("\n  fix: ")
         raise OrionError(message.partition("error: ")[2], fix)
     if result.returncode:
         raise OrionError(
-            f"{server.host} could not do {operation!r} (exit status {result.returncode}): {said}",
-            "Mend that there, then run the same command again.",
+            f"the operation {operation!r} failed on {server.host} (exit status {result.returncode}): {said}",
+            "Fix the problem on the server, then run the same command again.",
         )
     lines = result.stdout.decode(errors="replace").splitlines()
     return dict(line.removeprefix(_ANSWER).split(" ", 1) for line in lines if line.startswith(_ANSWER))
 
 
 def _program(operation: str, *arguments: str) -> bytes:
-    """on_server.sh and one call of it, for `sh -s`: no login shell has to understand any quoting."""
+    """on_server.sh and one call of it, for `sh -s`, so that the login shell does not parse any quoting."""
     call = shlex.join(["operate", operation, *arguments])
     return (scripts_folder() / "on_server.sh").read_bytes() + os.fsencode(f"{call} </dev/null\n")
 
@@ -323,4 +335,7 @@ def _program(operation: str, *arguments: str) -> bytes:
 def _run_script(name: str, environment: dict[str, str], *options: str) -> None:
     status = subprocess.run([scripts_folder() / name, *options], env=environment, check=False).returncode
     if status:
-        raise ScriptError(f"{name} ended with exit status {status}.", "Do what it says, then run the same command.")
+        raise ScriptError(
+            f"{name} ended with exit status {status}.",
+            "Fix the problem that it reports, then run the same command again.",
+        )

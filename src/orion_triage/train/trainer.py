@@ -1,4 +1,4 @@
-"""Records -> batches, and transformers' Trainer set up as the recipe says."""
+"""Training batches from records, and transformers' Trainer with the settings of the recipe."""
 
 import json
 import math
@@ -31,12 +31,12 @@ def collator(
     frames: "dict[str, Image.Image]",
     features: "Mapping[str, torch.Tensor] | None" = None,
 ) -> "Callable[[list[Record]], BatchFeature]":
-    """Records -> one training batch: `vlm.pad`'s, without work that moves no gradient.
+    """A function from records to one training batch: that of `encode.pad`, without work that has no gradient.
 
-    Each frame and text is encoded once and kept (0.8 MB a frame at 256 px, 3.1 MB at 512). Logits are computed from the
-    token before the first verdict on, and `labels` start there too: same loss, a fifth of the logits (float32 logits of
-    a whole row are 120 MB at 1.6B). No attention mask: the padding is on the right, where causal layers never look.
-    `features` [image tokens, text width] by image take the tower's place where it is not trained.
+    Each frame and text is encoded once and cached (0.8 MB per frame at 256 px, 3.1 MB at 512). Logits and `labels`
+    start at the token before the first verdict: same loss, a fifth of the logits (float32 logits of a whole row are
+    120 MB at 1.6B). There is no attention mask: the padding is on the right, which causal layers do not attend to.
+    `features` [image tokens, text width] by image replace a frozen tower.
     """
 
     @cache
@@ -94,21 +94,21 @@ def make_trainer(
         fp16=device != "cpu" and precision == "float16",
         bf16=device != "cpu" and precision == "bfloat16",
         gradient_checkpointing=settings.gradient_checkpointing,
-        # The reentrant kind needs inputs that require gradients, which a frozen base does not have.
+        # Reentrant checkpointing needs inputs that require gradients, which a frozen base does not have.
         gradient_checkpointing_kwargs={"use_reentrant": False},
         seed=settings.seed,
         data_seed=settings.seed,
         use_cpu=device == "cpu",
         eval_strategy="epoch",
         save_strategy="epoch",
-        save_total_limit=3,  # should the newest be damaged, there is one before it
+        save_total_limit=3,  # if the newest is damaged, the one before it is used
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
         prediction_loss_only=True,
         logging_strategy="steps",
         logging_steps=1,
-        logging_nan_inf_filter=False,  # it would replace a broken loss by the average; see _watch
+        logging_nan_inf_filter=False,  # the filter would replace NaN and infinite losses by the average; see _watch
         remove_unused_columns=False,
         label_names=["labels"],
         dataloader_num_workers=0,
@@ -133,7 +133,7 @@ def make_trainer(
 
 
 def _watch(progress: Progress) -> "TrainerCallback":
-    """Report each step, and stop at the first loss that is not a number."""
+    """Report each step; raise OrionError at the first loss that is not finite."""
     from transformers import TrainerCallback
 
     def kept(args: Any) -> str:
@@ -165,16 +165,16 @@ def _watch(progress: Progress) -> "TrainerCallback":
 
 
 def stop_charts(trainer: "Trainer") -> None:
-    """Let TensorBoard's thread end, which a training that broke off leaves running."""
+    """Stop TensorBoard's thread, which otherwise runs on after an interrupted training."""
     for callback in trainer.callback_handler.callbacks:
         if writer := getattr(callback, "tb_writer", None):
-            with suppress(OSError):  # what broke the training off is said
+            with suppress(OSError):  # the error that stopped the training is already reported
                 writer.close()
 
 
 @contextmanager
 def heard_once() -> Iterator[None]:
-    """TensorBoard's thread keeps the OSError of a write, for our next one to raise: it need not print it as well."""
+    """Do not print the OSError of a write in TensorBoard's thread: the next write of this process raises it."""
     before = threading.excepthook
 
     def speak(arguments: threading.ExceptHookArgs) -> None:
@@ -190,7 +190,7 @@ def heard_once() -> Iterator[None]:
 
 
 def losses_of(trainer: "Trainer") -> list[dict[str, float]]:
-    """The training loss of every step and the validation loss of every epoch, in order."""
+    """The training loss of each step and the validation loss of each epoch, in order."""
     kept = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm")
     return [
         {key: entry[key] for key in kept if key in entry}

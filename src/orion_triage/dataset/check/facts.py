@@ -1,6 +1,6 @@
-"""What is known of a dataset folder: its lines and its pictures, read once, and the faults found on the way.
+"""The facts of a dataset folder: its lines and pictures, read once, and the faults found while reading.
 
-Of a picture only some numbers are kept (0.7 kB), so that memory does not grow with the pixels.
+Only 0.7 kB of numbers are kept per picture, so memory does not grow with the pixels.
 """
 
 import hashlib
@@ -20,12 +20,12 @@ from orion_triage.settings import SPLITS, Split
 
 Severity = Literal["error", "warning"]
 THUMBNAIL_SIZE = 16
-_FEWEST_FOR_WORKERS = 64  # starting two workers takes as long as looking at so many pictures (1 s)
+_FEWEST_FOR_WORKERS = 64  # starting two workers takes as long as reading this many pictures (1 s)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One fault: `check` is its kind, `place` a split file, a line of it (`train_dataset.jsonl:12`) or a picture."""
+    """One fault: `check` is its kind, `place` a split file, a line in it (`train_dataset.jsonl:12`) or a picture."""
 
     severity: Severity
     check: str
@@ -56,7 +56,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Picture:
-    """What is kept of a decoded frame of 512x512.
+    """The facts kept of a decoded 512x512 frame.
 
     `pixels` is the SHA-256 of its RGB bytes, `perceptual_hash` 64 bits, `thumbnail` the bytes of float16 [256]: grey
     levels of 16x16 with mean 0 and length 1 (all 0 for a single colour). `native_size` is (width, height) in the file.
@@ -71,7 +71,7 @@ class Picture:
 
 
 def read_entries(folder: Path) -> tuple[list[Entry], list[Finding]]:
-    """Every good line of the three splits; every bad one is a finding, and so is a file that is not there or empty."""
+    """Every valid line of the three splits; an invalid line, a missing file and an empty file are findings."""
     entries: list[Entry] = []
     findings: list[Finding] = []
     for split in SPLITS:
@@ -92,7 +92,7 @@ def read_entries(folder: Path) -> tuple[list[Entry], list[Finding]]:
                         findings.append(Finding("error", "schema", f"{path.name}:{number}", error.message, error.fix))
         except OSError as error:
             message = f"the {split} split cannot be read: {error.strerror}."
-            findings.append(Finding("error", "missing-file", path.name, message, "A dataset has all three splits."))
+            findings.append(Finding("error", "missing-file", path.name, message, "Add it: all three are needed."))
         else:
             if not lines:
                 message, fix = f"the {split} split has no records.", "Build the dataset again."
@@ -103,7 +103,7 @@ def read_entries(folder: Path) -> tuple[list[Entry], list[Finding]]:
 def read_pictures(
     folder: Path, entries: Sequence[Entry], *, root: Path | None, resize: bool, progress: Progress
 ) -> tuple[dict[str, Picture], list[Finding]]:
-    """Image -> what is known of it, decoded once each; one that cannot be used is a finding at its first line."""
+    """Image -> its facts, each decoded once; an unusable image is a finding at its first line."""
     paths, findings = _paths(folder, entries, root)
     found: dict[str, Picture] = {}
     looks = _looks([str(path) for _, path in paths])
@@ -118,7 +118,7 @@ def read_pictures(
 
 
 def _paths(folder: Path, entries: Sequence[Entry], root: Path | None) -> tuple[list[tuple[Entry, Path]], list[Finding]]:
-    """(first line that names it, file) of every picture that is there; the others are one finding a split."""
+    """(first line that names it, file) of every existing picture; the missing ones are one finding per split."""
     paths: list[tuple[Entry, Path]] = []
     findings: list[Finding] = []
     missing: dict[Split, dict[str, Entry]] = {split: {} for split in SPLITS}
@@ -133,21 +133,21 @@ def _paths(folder: Path, entries: Sequence[Entry], root: Path | None) -> tuple[l
             except RecordError as error:
                 there[entry.image] = True
                 findings.append(entry.finding("error", "image-outside", error.message, error.fix))
-            except (OSError, ValueError, RuntimeError):  # a name too long or not encodable, links in a circle
+            except (OSError, ValueError, RuntimeError):  # a name too long or not encodable, circular links
                 there[entry.image] = False
         if not there[entry.image]:
             missing[entry.split].setdefault(entry.image, entry)
     for lost in missing.values():
         if lost:
             first = next(iter(lost.values()))
-            message = f"{len(lost)} of the {first.split} split's pictures are not there, {first.image} first."
-            fix = "Put them at the paths that the records name, relative to the dataset folder."
+            message = f"{len(lost)} pictures of the {first.split} split are missing, for example {first.image}."
+            fix = "Copy them to the paths that the records name, relative to the dataset folder."
             findings.append(first.finding("error", "missing-image", message, fix))
     return paths, findings
 
 
 def _looks(paths: list[str]) -> Iterator[Picture | tuple[str, str]]:
-    """`_look` at each, in order; a worker holds one picture at a time."""
+    """`_look` at each picture, in order; a worker holds one picture at a time."""
     if len(paths) < _FEWEST_FOR_WORKERS:
         yield from map(_look, paths)
         return
@@ -156,7 +156,7 @@ def _looks(paths: list[str]) -> Iterator[Picture | tuple[str, str]]:
 
 
 def _look(path: str) -> Picture | tuple[str, str]:
-    """The picture's numbers, or what is wrong with it and the fix."""
+    """The picture's facts, or the fault and its fix."""
     import imagehash
 
     try:
@@ -180,14 +180,14 @@ def _form_findings(entry: Entry, picture: Picture, resize: bool) -> Iterator[Fin
     if picture.native_size != (CAMERA_SIZE, CAMERA_SIZE):
         width, height = picture.native_size
         size = f"{entry.image} is {width}x{height}, not {CAMERA_SIZE}x{CAMERA_SIZE}"
-        fix = "Give the folder as dataset.folder: the dataset stage cuts its central square and scales it."
+        fix = "Set dataset.folder to this folder: the dataset stage crops the central square and scales it."
         if resize:
-            yield entry.finding("warning", "image-size", f"{size}: it will be cut and scaled.", fix)
+            yield entry.finding("warning", "image-size", f"{size}: it will be cropped and scaled.", fix)
         else:
             yield entry.finding("error", "image-size", f"{size}.", fix)
     if picture.mode != "RGB":
-        message = f"{entry.image} has the mode {picture.mode} and is turned into RGB."
-        yield entry.finding("warning", "image-mode", message, "Save it as RGB, so that nothing is lost unseen.")
+        message = f"{entry.image} has the mode {picture.mode} and is converted to RGB."
+        yield entry.finding("warning", "image-mode", message, "Save it as RGB to control the conversion.")
 
 
 def unused_pictures(folder: Path, entries: Sequence[Entry]) -> list[Finding]:
@@ -197,6 +197,6 @@ def unused_pictures(folder: Path, entries: Sequence[Entry]) -> list[Finding]:
     unused = sorted(path for path in files if path not in named and path.name[0] != "." and path.is_file())
     if not unused:
         return []
-    message = f"{len(unused)} pictures are in no record, this one first."
+    message = f"{len(unused)} pictures are in no record, for example this one."
     place = unused[0].relative_to(folder).as_posix()
-    return [Finding("warning", "unused-image", place, message, "Delete them, or write their records.")]
+    return [Finding("warning", "unused-image", place, message, "Delete them, or write records for them.")]

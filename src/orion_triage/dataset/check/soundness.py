@@ -1,4 +1,4 @@
-"""The check of a finished dataset folder: every fault at once, with its file and line and what to do about it.
+"""Check a finished dataset folder and report all faults together, each with its file, line and fix.
 
 Errors stop training, warnings do not.
 """
@@ -32,18 +32,18 @@ from orion_triage.progress import Progress, silent
 from orion_triage.runs.manifest import read_manifest
 from orion_triage.settings import SPLITS, Split
 
-_FEWEST_TEST_FRAMES = 10  # a class
-_LARGEST_RATIO = 3.0  # of the commonest category to the rarest
+_FEWEST_TEST_FRAMES = 10  # per class
+_LARGEST_RATIO = 3.0  # of the most frequent category to the rarest
 _NAMED_IN_ERROR = 3
-_METRES_PER_PIXEL, _SPLIT_DISTANCE_KM = 10.0, 100.0  # of a dataset that does not say
+_METRES_PER_PIXEL, _SPLIT_DISTANCE_KM = 10.0, 100.0  # for a dataset that does not specify them
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the check found, errors first, in the order of the files.
+    """The findings of the check, errors first, in the order of the files.
 
-    `lines` counts the good records by split, `pictures` the different pictures that they name by split and category,
-    `frames` those that could be decoded.
+    `lines` counts the valid records by split, `pictures` the distinct pictures that they name by split and category,
+    `frames` the pictures that could be decoded.
     """
 
     folder: str
@@ -61,12 +61,12 @@ class Report:
         return [finding for finding in self.findings if finding.severity == "warning"]
 
     def summary(self) -> list[str]:
-        """The warnings in a line, if there are any."""
+        """One line that counts the warnings; empty without warnings."""
         if not self.warnings:
             return []
         counts = Counter(finding.check for finding in self.warnings)
-        told = ", ".join(f"{count} {check}" for check, count in counts.items())
-        return [f"the dataset check warns: {told} ('orion dataset check {self.folder}')"]
+        listed = ", ".join(f"{count} {check}" for check, count in counts.items())
+        return [f"the dataset check warns: {listed} (details: 'orion dataset check {self.folder}')"]
 
     def to_json(self) -> str:
         totals = {"errors": len(self.errors), "warnings": len(self.warnings)}
@@ -84,10 +84,10 @@ def check_dataset(
 ) -> Report:
     """Check every line and every picture of a dataset in the published layout; each picture is decoded once.
 
-    A frame's footprint is 512 * `metres_per_pixel`. That and the distance between splits are as the dataset's own
-    tables say, 10 m and 100 km where they say nothing. `root` is as in records.image_path. With `resize`, pictures of
-    another size than 512x512 are warnings, as the dataset stage scales them; without, they are errors. Raises
-    OrionError only when `folder` is no dataset at all: no folder, or none of the three splits in it.
+    The width of a frame on the ground is 512 * `metres_per_pixel`. Without arguments, this value and the distance
+    between splits come from the dataset's tables, else they are 10 m and 100 km. `root` is as in records.image_path.
+    With `resize`, pictures that are not 512x512 are warnings, because the dataset stage scales them; without, they
+    are errors. Raises OrionError only if `folder` is not a folder with at least one of the three splits.
     """
     if not any(split_path(folder, split).is_file() for split in SPLITS):
         raise OrionError(
@@ -96,7 +96,7 @@ def check_dataset(
         )
     known_metres, known_distance = _made_with(folder)
     entries, findings = read_entries(folder)
-    # A bad line takes its picture's name with it: what then looks unused or without a twin need not be.
+    # The picture of an invalid line is unknown, so pictures may only seem to be unused or to have no second record.
     of_all_lines = [] if findings else [*unused_pictures(folder, entries), *_twins(entries)]
     pictures, more = read_pictures(folder, entries, root=root, resize=resize, progress=progress)
     counts = _counts(entries)
@@ -129,7 +129,7 @@ def require_sound(
     root: Path | None = None,
     progress: Progress = silent,
 ) -> Report:
-    """The report of a dataset that may be trained on; raises OrionError that names its first errors."""
+    """The report of a dataset without errors; raises OrionError that names the first errors."""
     report = check_dataset(folder, root=root, resize=False, progress=progress)
     if report.errors:
         named = [f"{finding.place}: {finding.message}" for finding in report.errors[:_NAMED_IN_ERROR]]
@@ -137,15 +137,15 @@ def require_sound(
             named.append(f"And {rest} more.")
         raise OrionError(
             f"{folder} has {len(report.errors)} errors. {' '.join(named)}",
-            f"'orion dataset check {folder}' lists them, each with its fix.",
+            f"Run 'orion dataset check {folder}' to list all of them, each with its fix.",
         )
     return report
 
 
 def _made_with(folder: Path) -> tuple[float, float]:
-    """The largest metres a pixel of frames.csv, and the distance between splits that the stage's manifest names."""
+    """The largest metres per pixel in frames.csv, and the distance between splits (km) in the stage's manifest."""
     metres = [0.0]
-    with contextlib.suppress(OSError, ValueError, csv.Error):  # faults of these files are no faults of the data
+    with contextlib.suppress(OSError, ValueError, csv.Error):  # faults in these files are not faults of the data
         rows = csv.DictReader((folder / FRAMES_TABLE).read_text(encoding="utf-8").splitlines())
         metres += [float(row["metres_per_pixel"]) for row in rows if row.get("metres_per_pixel")]
     with contextlib.suppress(OrionError):
@@ -156,7 +156,7 @@ def _made_with(folder: Path) -> tuple[float, float]:
 
 
 def _order(finding: Finding) -> tuple[bool, int, int, str]:
-    """Errors first, then by file, line and kind."""
+    """Sort key: errors first, then by file, line and kind."""
     match = re.fullmatch(rf"({'|'.join(SPLITS)})_dataset\.jsonl(?::(\d+))?", finding.place)
     file, line = (SPLITS.index(match[1]), int(match[2] or 0)) if match else (len(SPLITS), 0)
     return finding.severity != "error", file, line, finding.check
@@ -182,15 +182,15 @@ def _repeated_lines(entries: Sequence[Entry]) -> Iterator[Finding]:
         if first is entry:
             continue
         if entry.split == "train":
-            message = f"the record of line {first.line} again: it weighs twice in training."
-            yield entry.finding("warning", "repeated-line", message, "Delete the line, unless that is the purpose.")
+            message = f"the line repeats the record of line {first.line}: training weights it twice."
+            yield entry.finding("warning", "repeated-line", message, "Delete the line, unless this is intended.")
         else:
-            message = f"the record of line {first.line} again: intervals come out narrower than they are."
+            message = f"the line repeats the record of line {first.line}: confidence intervals become too narrow."
             yield entry.finding("error", "repeated-line", message, "Delete the line.")
 
 
 def _contradictions(entries: Sequence[Entry]) -> Iterator[Finding]:
-    """One picture, or one pair of coordinates, with two answers; one picture in two places."""
+    """One picture or one pair of coordinates with two answers, and one picture at two positions."""
     by_place: dict[Coordinates, dict[str, Entry]] = defaultdict(dict)
     for image, (first, *others) in _by_image(entries).items():
         verdict = first.record.verdict
@@ -206,7 +206,7 @@ def _contradictions(entries: Sequence[Entry]) -> Iterator[Finding]:
             home, there = located[0]
             by_place[where].setdefault(image, entry)
             if where != there:
-                message = f"{image} lies at {_text(where)} here and at {_text(there)} in {home.place}"
+                message = f"{image} is at {_text(where)} here and at {_text(there)} in {home.place}"
                 message += ": swapped." if (where.lon, where.lat) == (there.lat, there.lon) else "."
                 yield entry.finding("error", "image-coordinates", message, "Correct the wrong one.")
     for where, named in by_place.items():
@@ -214,7 +214,7 @@ def _contradictions(entries: Sequence[Entry]) -> Iterator[Finding]:
         for other in (e for e in rest if e.record.verdict.category != home.record.verdict.category):
             message = (
                 f"{_text(where)} is {other.record.verdict.category} here and {home.record.verdict.category} in "
-                f"{home.place}: one prompt, two answers."
+                f"{home.place}: the same prompt has two answers."
             )
             yield other.finding("error", "place-labels", message, "Correct the category or the coordinates.")
 
@@ -226,59 +226,59 @@ def _text(where: Coordinates) -> str:
 def _balance(counts: Mapping[Split, Mapping[str, int]]) -> Iterator[Finding]:
     for split, by_category in counts.items():
         name = split_path(Path(), split).name
-        if not sum(by_category.values()):  # already an error of its own
+        if not sum(by_category.values()):  # reported as another error
             continue
-        told = ", ".join(f"{count} {category}" for category, count in by_category.items())
+        counted = ", ".join(f"{count} {category}" for category, count in by_category.items())
         if missing := [category for category, count in by_category.items() if not count]:
-            message = f"the {split} split has no {' and no '.join(missing)} picture ({told})."
-            yield Finding("error", "missing-category", name, message, "Add some of every category.")
+            message = f"the {split} split has no {' and no '.join(missing)} picture ({counted})."
+            yield Finding("error", "missing-category", name, message, "Add pictures of every category.")
             continue
         if max(by_category.values()) > _LARGEST_RATIO * min(by_category.values()):
-            message = f"the {split} split is unbalanced: {told}."
+            message = f"the {split} split is unbalanced: {counted}."
             yield Finding("warning", "imbalance", name, message, "Add pictures of the rare category.")
         if split == "test" and (fewest := min(by_category.values())) < _FEWEST_TEST_FRAMES:
-            yield Finding("warning", "few-test-frames", name, _few(told, fewest), "Add test pictures.")
+            yield Finding("warning", "few-test-frames", name, _few(counted, fewest), "Add test pictures.")
 
 
-def _few(told: str, fewest: int) -> str:
+def _few(counted: str, fewest: int) -> str:
     from scipy.stats import binomtest
 
     right = (fewest + 1) // 2
     interval = binomtest(right, fewest).proportion_ci(method="wilson")
     bounds = f"{100 * interval.low:.0f}..{100 * interval.high:.0f} %"
-    return f"the test split has few pictures ({told}): {right} of {fewest} right has the 95 % interval {bounds}."
+    return f"the test split has few pictures ({counted}): {right} of {fewest} right has the 95 % interval {bounds}."
 
 
 def _twins(entries: Sequence[Entry]) -> Iterator[Finding]:
-    """Training pictures that are not shown both with and without coordinates: one finding for all of a kind."""
+    """Training pictures without a record with, or without, coordinates: one finding for each of the two kinds."""
     shown: dict[bool, dict[str, Entry]] = {True: {}, False: {}}
     for entry in (entry for entry in entries if entry.split == "train"):
         shown[entry.record.coordinates is not None].setdefault(entry.image, entry)
     for has, lacks, condition in ((True, "without", "B"), (False, "with", "A")):
         if lone := [entry for image, entry in shown[has].items() if image not in shown[not has]]:
-            message = f"{len(lone)} training pictures have no record {lacks} coordinates, {lone[0].image} first: "
-            message += f"condition {condition} asks prompts that training has not shown."
-            fix = "Write every training picture twice, with and without coordinates."
+            message = f"{len(lone)} training pictures have no record {lacks} coordinates, for example {lone[0].image}: "
+            message += f"condition {condition} uses prompts that training has not shown."
+            fix = "Write two records per training picture, with and without coordinates."
             yield lone[0].finding("warning", "coordinate-twin", message, fix)
 
 
 def _coordinates(entries: Sequence[Entry]) -> Iterator[Finding]:
     for split in ("val", "test"):
         if bare := [entry for entry in entries if entry.split == split and not entry.record.coordinates]:
-            message = f"{len(bare)} records of the {split} split have no coordinates, {bare[0].image} first."
-            fix = "Write them: the evaluation leaves them out where it must."
+            message = f"{len(bare)} records of the {split} split have no coordinates, for example {bare[0].image}."
+            fix = "Add coordinates: conditions that need them skip these records."
             yield bare[0].finding("warning", "no-coordinates", message, fix)
     if null := [entry for entry in entries if entry.record.coordinates == Coordinates(0.0, 0.0)]:
-        message = f"{len(null)} records lie at (0, 0), {null[0].image} first: often a position never filled in."
-        yield null[0].finding("warning", "null-island", message, "Write the true position, or leave it out.")
+        message = f"{len(null)} records are at (0, 0), for example {null[0].image}: often a missing position."
+        yield null[0].finding("warning", "null-island", message, "Write the true position, or remove it.")
     built = [e for e in entries if e.record.coordinates and e.record.verdict.category != Category.LOW]
     once = list({entry.image: entry for entry in built}.values())
     for index in perhaps_swapped([entry.record.coordinates for entry in once if entry.record.coordinates]):
         category = once[index].record.verdict.category
         message = (
-            f"{once[index].image} is {category} far out at sea, but on land with longitude and latitude exchanged."
+            f"{once[index].image} is {category} and far out at sea, but on land if longitude and latitude are swapped."
         )
-        yield once[index].finding("warning", "perhaps-swapped", message, "Check the order: longitude comes first.")
+        yield once[index].finding("warning", "perhaps-swapped", message, "Check the order: longitude, then latitude.")
 
 
 def _blanks(entries: Sequence[Entry], pictures: Mapping[str, Picture]) -> Iterator[Finding]:
@@ -286,5 +286,5 @@ def _blanks(entries: Sequence[Entry], pictures: Mapping[str, Picture]) -> Iterat
         if image in pictures and pictures[image].blank:
             category = first.record.verdict.category
             severity: Severity = "warning" if category == "LOW" else "error"
-            message = f"{image} is {category} and shows nothing: one flat colour, white-out or open water."
+            message = f"{image} is {category}, but blank: one flat colour, white-out or open water."
             yield first.finding(severity, "blank-frame", message, "Replace the picture, or leave the place out.")

@@ -1,8 +1,9 @@
-"""A folder of the user's own pictures: with a table (CSV, JSONL or GeoJSON), or sorted into folders by category.
+"""A folder of the user's pictures: with a table (CSV, JSONL or GeoJSON), or sorted into folders by category.
 
-Table: one file at the top, or `metadata.csv`/`metadata.jsonl` in each of train/, val/ and test/. Columns `file_name`,
-`category`, and where known `lon`, `lat`, `reason`, `morphology`, `name`, `split`; common other names are understood.
-Folders: HIGH/, MEDIUM/ and LOW/, at the top or inside train/, val/ and test/. A GeoTIFF knows its own position.
+Table: one file in the folder, or `metadata.csv`/`metadata.jsonl` in each of train/, val/ and test/. Columns:
+`file_name`, `category`, and optionally `lon`, `lat`, `reason`, `morphology`, `name`, `split`; common synonyms are
+accepted. Folders: HIGH/, MEDIUM/ and LOW/, directly in the folder or in train/, val/ and test/. The position of a
+GeoTIFF is read from the file.
 """
 
 import re
@@ -25,7 +26,7 @@ _OTHER_NAMES = {
     "lon": ("longitude", "lng"),
     "lat": ("latitude",),
 }
-# For frames that nobody gave a reason. A model that is trained on them says nothing else: the build warns.
+# For frames without a reason. A model trained on them gives only these reasons, so the build warns.
 STANDARD_REASONS = {
     Category.HIGH: "Structures of extreme scale that a mission wants to see at once.",
     Category.MEDIUM: "Ordinary traces of people: streets, fields or small works.",
@@ -36,7 +37,7 @@ STANDARD_REASONS = {
 class Directory:
     """The folder as an `ImagerySource`; `targets` are its places.
 
-    Raises OrionError with all mistakes of the table at once.
+    Raises OrionError that lists all mistakes in the table.
     """
 
     name = "directory"
@@ -77,11 +78,12 @@ class Directory:
                 yield Absent("failed", str(error))
 
     def _rows(self, folder: Path) -> Iterator[Row]:
-        """Every picture's row, from the table, the tables of the split folders, or the folders' names."""
+        """The row of every picture, from the table, the tables of the split folders, or the folder names."""
         tables = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in TABLE_SUFFIXES]
         if len(tables) > 1:
             raise OrionError(
-                f"{folder} has {len(tables)} tables: {', '.join(path.name for path in tables)}.", "Leave one there."
+                f"{folder} has {len(tables)} tables instead of one: {', '.join(path.name for path in tables)}.",
+                "Keep one of them.",
             )
         if tables:
             for origin, cells in read_rows(tables[0]):
@@ -108,23 +110,23 @@ class Directory:
                     found = True
         if not found:
             raise OrionError(
-                f"{folder} is no dataset: it has neither train_dataset.jsonl, nor a table, nor folders HIGH, MEDIUM "
+                f"{folder} is not a dataset: it has no train_dataset.jsonl, no table, and no folders HIGH, MEDIUM "
                 "and LOW with pictures.",
-                "docs/dataset.md shows the three forms.",
+                "Use one of the three layouts in docs/dataset.md.",
             )
 
     def _warn(self, folder: Path, rows: list[dict[str, str]]) -> None:
         without = sum(row["reason"] == STANDARD_REASONS[Category(row["category"])] for row in rows)
         if without:
             self.warnings.append(
-                f"{without} of {len(rows)} frames have no reason and got their category's standard sentence: "
-                "a model trained on it says nothing else"
+                f"{without} of {len(rows)} frames have no reason and get the standard sentence of their category: "
+                "a model trained on them gives only these sentences"
             )
         unplaced = sum(target.coordinates is None for target in self.targets)
         if unplaced:
             self.warnings.append(
-                f"{unplaced} of {len(rows)} frames have no position: they can be trained on but not evaluated, and "
-                "nothing keeps neighbours out of other splits"
+                f"{unplaced} of {len(rows)} frames have no position: conditions with coordinates cannot evaluate them, "
+                "and the split cannot separate neighbouring places"
             )
         named = {path.resolve() for path in self._files.values()}
         left = [
@@ -134,7 +136,9 @@ class Directory:
         ]
         if left:
             shown = left[0].relative_to(folder).as_posix()
-            self.warnings.append(f"{len(left)} pictures in {folder} are in no row and are not used, {shown} first")
+            self.warnings.append(
+                f"{len(left)} pictures in {folder} are in no row and are not used, for example {shown}"
+            )
 
 
 def _named_as_here(cells: dict[str, str]) -> dict[str, str]:
@@ -146,10 +150,13 @@ def _named_as_here(cells: dict[str, str]) -> dict[str, str]:
 
 
 def _picture(folder: Path, file_name: str) -> Path:
-    """The row's file; one without a suffix may be any kind of picture. Raises OrionError for none, or one outside."""
+    """The row's file; a name without a suffix matches every picture format.
+
+    Raises OrionError for a missing file and for one outside the folder.
+    """
     posix = PurePosixPath(file_name)
     if not file_name or posix.is_absolute() or ".." in posix.parts or "\0" in file_name:
-        raise OrionError(f"file_name {shown(file_name)} is no path in the folder")
+        raise OrionError(f"file_name {shown(file_name)} is not a path in the folder")
     path = folder / posix
     candidates = (
         [path]
@@ -158,14 +165,14 @@ def _picture(folder: Path, file_name: str) -> Path:
     )
     found = next((candidate for candidate in candidates if candidate.is_file()), None)
     if found is None:
-        raise OrionError(f"there is no picture {file_name!r} ({', '.join(PICTURE_SUFFIXES)})")
+        raise OrionError(f"picture {file_name!r} does not exist (supported: {', '.join(PICTURE_SUFFIXES)})")
     if not found.resolve().is_relative_to(folder.resolve()):
-        raise OrionError(f"{file_name!r} leads out of the folder")
+        raise OrionError(f"{file_name!r} is outside the folder")
     return found
 
 
 def _completed(row: dict[str, str], path: Path, folder: Path) -> dict[str, str]:
-    """The row with what can be told from the file: its name, and a GeoTIFF's position; and a reason."""
+    """The row, with missing values filled in: the name, a GeoTIFF's position, the morphology and the reason."""
     stem = path.relative_to(folder).with_suffix("").as_posix().lower()
     category = row["category"].upper()
     row = row | {"category": category, "name": row.get("name") or re.sub(r"[^a-z0-9]+", "_", stem).strip("_")}

@@ -1,8 +1,8 @@
-"""SimSat: the mission's orbit simulator, which hands Mapbox pictures through over HTTP.
+"""SimSat: the mission's orbit simulator, which serves Mapbox pictures over HTTP.
 
-Its answers are not what their status says: a picture that could not be had is HTTP 200 with an empty body, a JPEG is
-announced as PNG, and a fault of Mapbox's looks like a place without imagery. So every answer is judged by its content,
-and only a picture that decodes to its last row is kept.
+The status and headers of its replies are not reliable. A missing picture is HTTP 200 with an empty body, a JPEG has the
+content type PNG, and a failure of Mapbox looks like a place without imagery. Every reply is therefore checked by its
+content, and only a picture that decodes to its last row is stored.
 """
 
 import json
@@ -35,34 +35,34 @@ if TYPE_CHECKING:
     from orion_triage.safe.bounded_http import BoundedHttp
 
 # SimSat asks Mapbox for zoom 13.92 + log2(560 / distance in km) and 1280 points of 40,075 km * cos(lat) / 2^(zoom + 9):
-# straight above the equator that is 5.77 km for 500 km, so a linear function of the altitude.
+# at nadir on the equator, that is 5.77 km from 500 km, and it is a linear function of the altitude.
 METRES_PER_PIXEL_AT_500_KM = 11.27
 SIMSAT_URL = "http://localhost:9005"
-LARGEST_BYTES = 32_000_000  # several times a 2560x2560 JPEG
-_PLAIN = {"Accept-Encoding": "identity"}  # packed twice, a kilobyte unpacks to a gigabyte
+LARGEST_BYTES = 32_000_000  # several times the size of a 2560x2560 JPEG
+_PLAIN = {"Accept-Encoding": "identity"}  # a kilobyte that was compressed twice unpacks to a gigabyte
 _DETAIL_BYTES = 4096  # of an error's text
-_PLACES_WITHOUT_SERVER = 5  # in a row; then it is the server that fails, not the places
-_WHOLE_ANSWER = 3  # times the read timeout: a server that sends a byte now and then never runs into that one
+_PLACES_WITHOUT_SERVER = 5  # failures in a row after which the server is the cause, not the place
+_WHOLE_ANSWER = 3  # times the read timeout, which never expires if a server sends a byte now and then
 
 
 @dataclass(frozen=True)
 class _Fault:
-    """An answer without a usable picture."""
+    """A reply without a usable picture, or no reply."""
 
     why: str
     outcome: Outcome = "failed"
-    again: bool = True  # another attempt may go better
-    unanswered: bool = False  # it says nothing of the place: no whole answer, or one by which the server excuses itself
-    unreachable: bool = False  # not even a connection
-    wait_seconds: float = 0.0  # the server's own wish
+    again: bool = True  # another attempt may succeed
+    unanswered: bool = False  # the server failed: no complete reply, or a status such as 429 or 503
+    unreachable: bool = False  # no connection
+    wait_seconds: float = 0.0  # the server's Retry-After
 
 
 class SimSat:
-    """Pictures from straight above each place, one request at a time, through a cache that outlives the process.
+    """Nadir pictures of each place, one request at a time, with a persistent cache.
 
-    `cache` keeps the bytes of every picture as received, in one file a request. `read_seconds` bounds the wait for
-    each piece of an answer. The n-th pause between a place's attempts is backoff_seconds * 2^(n-1), less a random
-    share of up to a half (`seed`), or what Retry-After says; neither is longer than `longest_wait_seconds`.
+    `cache` stores the bytes of every picture as received, one file per request. `read_seconds` limits the wait for
+    each piece of a reply. The n-th pause between the attempts for a place is backoff_seconds * 2^(n-1), reduced by a
+    random share of up to a half (`seed`), or the Retry-After header. Both are limited to `longest_wait_seconds`.
 
     Raises OrionError for a url that is not http(s).
     """
@@ -98,15 +98,15 @@ class SimSat:
         self._pace = _Pace(requests_per_second)
 
     def pictures(self, shots: Sequence[Shot]) -> Iterator[Picture | Absent]:
-        """One answer a shot, in the order of `shots`; see ImagerySource.
+        """One answer per shot, in the order of `shots`; see ImagerySource.
 
-        Raises OrionError when a place is asked for more than once, when the server is not there, and when five
-        places in a row fail because it does not answer. What was fetched until then is in the cache.
+        Raises OrionError if a place has more than one shot, if the server is unreachable, and if it fails for five
+        places in a row. Pictures fetched before the error are in the cache.
         """
         if several := [shot for shot in shots if shot.number > 1]:
             raise OrionError(
-                f"{several[0].name}: SimSat has one picture of a place; asked again, the same one would come.",
-                "Set dataset.test_size to 0, or give the catalogue more places.",
+                f"{several[0].name}: SimSat has only one picture per place.",
+                "Set dataset.test_size to 0, or add places to the catalogue.",
             )
         return self._pictures(shots)
 
@@ -116,7 +116,7 @@ class SimSat:
         from orion_triage.safe.bounded_http import BoundedHttp
 
         timeout = httpx.Timeout(self.read_seconds, connect=self.connect_seconds)
-        # A connection a request: bytes beyond an answer's announced length would be taken for the next answer.
+        # One connection per request: bytes beyond the announced length would be read as the next reply.
         limits = httpx.Limits(max_keepalive_connections=0)
         connected, without_server = False, 0
         with _locked(self.cache), closing(BoundedHttp(timeout=timeout, limits=limits, headers=_PLAIN)) as client:
@@ -133,10 +133,11 @@ class SimSat:
                 connected = connected or not answer.unreachable
                 without_server = without_server + 1 if answer.unanswered else 0
                 if not connected or without_server == _PLACES_WITHOUT_SERVER:
-                    row = f", as for the {without_server - 1} places before it" if without_server > 1 else ""
+                    row = f" (so did the {without_server - 1} places before it)" if without_server > 1 else ""
                     raise OrionError(
-                        f"SimSat at {self.url} does not answer. {_words(shot)}: {answer.why}{row}.",
-                        f"Start it or give its address, then repeat the command: it goes on from {self.cache}.",
+                        f"SimSat at {self.url} does not answer. {_words(shot)} failed: {answer.why}{row}.",
+                        "Start SimSat or correct dataset.url, then run the same command again; it resumes from "
+                        f"{self.cache}.",
                     )
                 yield Absent(answer.outcome, f"{_words(shot)}: {answer.why}.")
 
@@ -144,7 +145,7 @@ class SimSat:
         return METRES_PER_PIXEL_AT_500_KM * self.altitude_km / 500 * math.cos(math.radians(shot.place.lat))
 
     def _question(self, shot: Shot) -> dict[str, float]:
-        lon, lat = shot.place.lon + 0.0, shot.place.lat + 0.0  # -0.0 is 0.0
+        lon, lat = shot.place.lon + 0.0, shot.place.lat + 0.0  # -0.0 becomes 0.0
         position = {"lon_target": lon, "lat_target": lat, "lon_satellite": lon, "lat_satellite": lat}
         return {**position, "alt_satellite": self.altitude_km}
 
@@ -154,7 +155,7 @@ class SimSat:
         return self.cache / f"lon{question['lon_target']:+.4f}_lat{question['lat_target']:+.4f}_{digest[:16]}.jpeg"
 
     def _cached(self, shot: Shot) -> bytes | None:
-        """The picture as it was received, unless there is none or the disk has spoilt it."""
+        """The cached bytes of a picture, or None if they are missing or damaged."""
         path = self._path(shot)
         try:
             data = path.read_bytes()
@@ -170,8 +171,8 @@ class SimSat:
             write_bytes(self._path(shot), data)
         except OSError as error:
             raise OrionError(
-                f"{_words(shot)}: its picture cannot be written to {self.cache}: {error.strerror}.",
-                "Make room there, then repeat the command: it goes on from what is there.",
+                f"{_words(shot)}: the picture cannot be written to {self.cache}: {error.strerror}.",
+                "Free some space there, then run the same command again to resume.",
             ) from None
 
     def _fetch(self, client: "BoundedHttp", shot: Shot) -> bytes | _Fault:
@@ -182,7 +183,7 @@ class SimSat:
             if isinstance(answer, bytes) or not answer.again:
                 break
             if attempt == self.attempts:
-                return replace(answer, why=f"{answer.why} (the last of {attempt} attempts)")
+                return replace(answer, why=f"{answer.why} (last of {attempt} attempts)")
             pause = self.backoff_seconds * 2 ** (attempt - 1) * self._random.uniform(0.5, 1)
             time.sleep(min(max(pause, answer.wait_seconds), self.longest_wait_seconds))
         return answer
@@ -200,18 +201,18 @@ class SimSat:
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             return _Fault(f"no connection ({error})", unanswered=True, unreachable=True)
         except httpx.TimeoutException:
-            return _Fault(f"no whole answer in time (it may pause for {self.read_seconds:g} s)", unanswered=True)
+            return _Fault(f"the reply timed out (read timeout {self.read_seconds:g} s)", unanswered=True)
         except httpx.RequestError as error:
-            return _Fault(f"the connection broke off ({error})", unanswered=True)
+            return _Fault(f"the connection broke ({error})", unanswered=True)
         finally:
             self._pace.count()
         return _judged(response.status_code, response.headers, body)
 
 
 class _Pace:
-    """At most `requests_per_second` in any second, as the server sees them.
+    """At most `requests_per_second` in any second, measured at the server.
 
-    When a request arrived there is only known to be before its answer: so it counts from the answer's end.
+    The arrival time of a request is only known to be before its reply, so a request counts from the end of its reply.
     """
 
     def __init__(self, requests_per_second: float) -> None:
@@ -227,7 +228,7 @@ class _Pace:
 
 
 def _judged(status: int, headers: Mapping[str, str], body: bytes) -> bytes | _Fault:
-    """The picture's bytes, not yet decoded, or why there is none."""
+    """The picture's bytes, not yet decoded, or the fault."""
     if status == 429 or status >= 500:
         wait_seconds = _retry_after_seconds(headers.get("retry-after", ""))
         return _Fault(f"HTTP {status}{_detail(body)}", unanswered=True, wait_seconds=wait_seconds)
@@ -235,20 +236,22 @@ def _judged(status: int, headers: Mapping[str, str], body: bytes) -> bytes | _Fa
         where = f" to {_said(headers['location'])}, which is not followed" if "location" in headers else ""
         return _Fault(f"HTTP {status}{where}{_detail(body)}", again=False)
     if len(body) > LARGEST_BYTES:
-        return _Fault(f"the answer has more than {LARGEST_BYTES:,} bytes", again=False)
+        return _Fault(f"the reply has more than {LARGEST_BYTES:,} bytes", again=False)
     metadata = _object(headers.get("mapbox_metadata", ""))
     if metadata.get("target_visible") is False:
         return _Fault("the place is not visible from the satellite", "not visible", again=False)
     if not body or metadata.get("image_available") is False:
-        knows = "the place is visible, but" if metadata.get("target_visible") is True else "without its metadata,"
+        knows = (
+            "the place is visible, but" if metadata.get("target_visible") is True else "the reply has no metadata, and"
+        )
         return _Fault(f"{knows} SimSat has no picture: Mapbox refused it or was not reached")
     return body
 
 
 def _read(response: "httpx.Response", most: int) -> bytes:
-    """The body, or a little more than `most` bytes of it."""
+    """The body, cut after a little more than `most` bytes."""
     data = bytearray()
-    for piece in response.iter_raw():  # what is packed against our wish does not decode as a picture
+    for piece in response.iter_raw():  # raw: a body that is compressed anyway does not decode as a picture
         data += piece
         if len(data) > most:
             break
@@ -256,7 +259,7 @@ def _read(response: "httpx.Response", most: int) -> bytes:
 
 
 def _damage(data: bytes) -> str:
-    """What is wrong with a picture; empty when all of it decodes."""
+    """The fault of a picture; empty if it decodes completely."""
     try:
         decode_frame(data, "the picture", CAMERA_SIZE, resize=True)
     except FrameError as error:
@@ -273,23 +276,23 @@ def _object(text: str) -> dict[str, object]:
 
 
 def _detail(body: bytes) -> str:
-    """What an error's body says."""
+    """The message in an error's body."""
     text = _said(str(_object(body.decode("utf-8", "replace")).get("detail", "")))
     return f": {text}" if text else ""
 
 
 def _said(text: str) -> str:
-    """The beginning of a server's words, without keys and without what a terminal would obey."""
+    """The beginning of a server's message, without keys and control characters."""
     return printable(_without_key(text[:_DETAIL_BYTES])[:200]).replace("\n", "\\n")
 
 
 def _without_key(text: str) -> str:
-    """SimSat quotes the address that it asked at Mapbox, with the key: that must not reach a log or a dataset."""
+    """Remove keys: SimSat quotes the Mapbox URL with the access token, which must not reach a log or a dataset."""
     return re.sub(r"(access_token=)[^&\s'\")]+", r"\1...", text)
 
 
 def _retry_after_seconds(value: str) -> float:
-    """Retry-After as seconds or as a date; 0 when it is neither."""
+    """Seconds to wait by Retry-After, which is a number or a date; 0 if it is neither."""
     try:
         return max(0.0, float(value))
     except ValueError:
@@ -314,23 +317,25 @@ def _checked(url: str) -> str:
     except (ValueError, httpx.InvalidURL):
         good = False
     if not good:
-        raise OrionError(f"SimSat's address {url!r} is no http(s) URL.", "Give one like http://localhost:9005.")
+        raise OrionError(f"SimSat's address {url!r} is not an http(s) URL.", "Use a URL like http://localhost:9005.")
     return url.rstrip("/")
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """The cache for this process alone: two at a time would ask the server at twice the rate."""
+    """Lock the cache for this process: two processes would send requests at twice the rate."""
     lock = FileLock(folder / ".lock", timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
-        raise OrionError(f"another run fetches into {folder}.", "Wait for its end, or stop it.") from None
+        raise OrionError(f"another run is fetching into {folder}.", "Wait until it ends, or stop it.") from None
     except OSError as error:
-        raise OrionError(f"{folder} cannot hold SimSat's pictures: {error.strerror}.", "Give another folder.") from None
+        raise OrionError(
+            f"{folder} cannot be used as the cache: {error.strerror}.", "Set ORION_CACHE to another folder."
+        ) from None
     try:
-        for unfinished in folder.glob(".lon*.jpeg.*"):  # of a process that was killed while it wrote
+        for unfinished in folder.glob(".lon*.jpeg.*"):  # from a process that was killed during a write
             unfinished.unlink()
         yield
     finally:

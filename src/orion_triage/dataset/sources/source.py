@@ -1,7 +1,7 @@
-"""Where frames come from: one interface, whatever hands over the pictures.
+"""The common interface of all image sources.
 
-A source answers every place that it is asked about, in order, with the picture as it was received or with why there
-is none. It never decodes for keeps, resizes or drops: `frames.decode_frame` makes the frame, `build` keeps the account.
+A source answers every requested place, in order, with the picture as received or with the reason for its absence. It
+does not resize or drop pictures: `frames.decode_frame` makes the frame, and `build` counts the outcomes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,14 +11,14 @@ from typing import Literal, Protocol
 from orion_triage.dataset.catalogue import Target
 from orion_triage.mission.prompt import Coordinates
 
-# "not visible" is for good (the place lies beyond the horizon); "failed" may go better another day; that a picture is
-# "blank" no source says, but whoever decodes it.
+# "not visible" is permanent (the place is beyond the horizon). "failed" may succeed later. Sources do not return
+# "blank": the build sets it after decoding.
 Outcome = Literal["not visible", "failed", "blank"]
 
 
 @dataclass(frozen=True)
 class Shot:
-    """One picture that is asked for: a place, and the number of its tile where a place has several."""
+    """One requested picture: a place, and the number of its tile if the place has several."""
 
     target: Target
     number: int = 1
@@ -29,24 +29,24 @@ class Shot:
 
     @property
     def place(self) -> Coordinates:
-        """Where to look; sources that fetch by position are only asked for targets that have one."""
+        """The position; sources that fetch by position only get targets that have one."""
         assert self.target.coordinates is not None
         return self.target.coordinates
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture as received: PNG or JPEG bytes that show the place in their centre."""
+    """A picture as received: PNG or JPEG bytes with the place in the centre."""
 
     data: bytes
-    metres_per_pixel: float | None  # ground sample distance once it is 512 pixels wide; None: unknown
+    metres_per_pixel: float | None  # ground sample distance after scaling to 512 pixels; None: unknown
     captured_at: str = ""  # ISO 8601, UTC; empty: unknown
     cached: bool = False
 
 
 @dataclass(frozen=True)
 class Absent:
-    """No picture, and why, in words that name the place and the answer that was given."""
+    """No picture; `why` names the place and the server's reply."""
 
     outcome: Outcome
     why: str
@@ -55,8 +55,8 @@ class Absent:
 class ImagerySource(Protocol):
     """`synthetic`, `simsat`, `sentinel2` or `directory`.
 
-    `licence` is what the dataset card says of the pixels (an SPDX identifier or a short name), `attribution` the line
-    that must go with them, `redistributable` whether their terms allow handing them on at all (None: not known).
+    `licence` is the licence of the pixels for the dataset card (an SPDX identifier or a short name), `attribution` the
+    required credit line, `redistributable` whether the terms allow redistribution (None: unknown).
     """
 
     @property
@@ -69,8 +69,8 @@ class ImagerySource(Protocol):
     def redistributable(self) -> bool | None: ...
 
     def pictures(self, shots: Sequence[Shot]) -> Iterator[Picture | Absent]:
-        """One answer a shot, in the order of `shots`, lazily.
+        """One answer per shot, in the order of `shots`, lazily.
 
-        Raises OrionError when going on is pointless: the server is not there, or refuses the key.
+        Raises OrionError if no further answer is possible: the server is unreachable or refuses the key.
         """
         ...

@@ -1,4 +1,4 @@
-"""The drawing surface of synthetic tiles: metres in, pixels out, one random generator a tile.
+"""The drawing surface of synthetic tiles: coordinates in metres, output in pixels, one random generator per tile.
 
 Positions are metres from the tile's centre, x to the east and y to the south; colours are RGB 0..255.
 """
@@ -41,7 +41,7 @@ def as_array(colour: Any) -> Array:
 
 
 class Canvas:
-    """One tile while it is drawn, and what was put on it (`shares`) for its description."""
+    """One tile while it is drawn, and the areas of its contents (`shares`) for its description."""
 
     def __init__(self, random: np.random.Generator, size: int, metres_per_pixel: float) -> None:
         self.random = random
@@ -55,7 +55,7 @@ class Canvas:
         self.built: Array = np.zeros((size, size), np.float32)  # 0..1: roofs, paving, works
         self.road_metres = 0.0
         self.biome = str(random.choice(list(BIOMES)))
-        self.subtype = ""  # which of its morphology's scenes this is, where a morphology has several
+        self.subtype = ""  # the scene, if the morphology has several
 
     # --- random numbers -------------------------------------------------------------------------------
 
@@ -63,7 +63,7 @@ class Canvas:
         return float(self.random.uniform(low, high))
 
     def integer(self, low: int, high: int) -> int:
-        """Both ends included."""
+        """A random integer, both ends included."""
         return int(self.random.integers(low, high + 1))
 
     def chance(self, probability: float) -> bool:
@@ -106,7 +106,7 @@ class Canvas:
         return (field / (field.std() + 1e-9)).astype(np.float32)
 
     def rotated(self, angle: float, centre: Point = (0.0, 0.0)) -> tuple[Array, Array]:
-        """Every pixel's coordinates along and across `angle`, from `centre`."""
+        """The coordinates of every pixel along and across `angle`, from `centre`."""
         dx, dy = self.x - centre[0], self.y - centre[1]
         c, s = math.cos(angle), math.sin(angle)
         return dx * c + dy * s, dy * c - dx * s
@@ -119,12 +119,12 @@ class Canvas:
     # --- painting -------------------------------------------------------------------------------------
 
     def fill(self, dark: Colour, light: Colour, field: Array, contrast: float = 0.22) -> None:
-        """Cover the tile with the blend dark..light that `field` (unit deviation) chooses."""
+        """Cover the tile with a blend of dark and light by `field` (unit deviation)."""
         weight = np.clip(0.5 + contrast * field, 0, 1)[..., None]
         self.rgb = as_array(dark) * (1 - weight) + as_array(light) * weight
 
     def blend(self, mask: Array | Mask, colour: Colour | Array) -> None:
-        """Paint `colour` (one colour or an image) where `mask` (0..1) says."""
+        """Paint `colour` (one colour or an image) with the opacity `mask` (0..1)."""
         weight = np.asarray(mask, np.float32)[..., None]
         self.rgb += (np.asarray(colour, np.float32) - self.rgb) * weight
 
@@ -149,7 +149,7 @@ class Canvas:
         return self.pick(WATERS)
 
     def flood(self, mask: Array | Mask, colour: Colour | None = None) -> None:
-        """Water where `mask` (0..1) says, with a little swell."""
+        """Paint water with the opacity `mask` (0..1) and a little swell."""
         weight = np.asarray(mask, np.float32)
         swell = self.streaks(self.angle(), 3, 1.6, 400)
         tone = as_array(colour or self.water_colour()) + (swell * self.uniform(0.8, 2.5))[..., None]
@@ -161,7 +161,7 @@ class Canvas:
 
 
 class Layer:
-    """Shapes drawn at twice the resolution and laid over the canvas by `paste`."""
+    """Shapes drawn at twice the resolution; `paste` adds them to the canvas."""
 
     SCALE = 2
 
@@ -206,7 +206,7 @@ class Layer:
         self.line(points, width, colour)
 
     def paste(self, *, built: bool = False, water: bool = False, soft: bool = False) -> Array:
-        """Lay the shapes over the canvas; returns their coverage 0..1."""
+        """Add the shapes to the canvas; returns their coverage 0..1."""
         reduced = np.asarray(self.image.reduce(self.SCALE), np.float32)
         cover = reduced[..., 3] / 255
         if soft:

@@ -1,4 +1,4 @@
-"""Places that matter out of proportion: launch sites, hardened air bases, ship canals. HIGH, as the megastructures."""
+"""Strategic chokepoints: launch sites, hardened air bases, ship canals. HIGH, like the megastructures."""
 
 import math
 
@@ -19,7 +19,7 @@ from orion_triage.dataset.sources.synthetic.settlements import (
 
 
 def space_military_chokepoint(canvas: Canvas) -> None:
-    """Launch pads, a hardened air base, or a ship canal: places that matter out of proportion."""
+    """Launch pads, a hardened air base, or a ship canal."""
     kind = canvas.subtype = canvas.pick(["launch", "base", "canal"])
     if kind == "launch":
         _launch_site(canvas)

@@ -1,9 +1,9 @@
 """Synthetic tiles: 512x512 RGB drawn in metres, one morphology each, deterministic by seed.
 
-They stand in for satellite imagery wherever none can be had. A tile is drawn on clear ground
-(`landscapes`, `settlements`, `megastructures`), then seen through air and sensor: sun, haze, clouds with
-shadows, a colour cast, blur and noise. The statistics follow real 10 m frames: spectrum slope about -2.3,
-saturation about 0.33, mean RGB near (93, 96, 75), grey deviation 11..69.
+They replace satellite imagery where none is available. First the ground is drawn (`landscapes`, `settlements`,
+`megastructures`). Then the effects of air and sensor are added: sun, haze, clouds with shadows, a colour cast, blur and
+noise. The statistics follow real 10 m frames: spectrum slope about -2.3, saturation about 0.33, mean RGB near
+(93, 96, 75), grey deviation 11..69.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ PAINTERS: dict[str, Callable[[Canvas], None]] = {
     "space_military_chokepoint": space_military_chokepoint,
 }
 
-# The scenes that a morphology comes as; one that comes as a single scene has its own name here.
+# The scenes of each morphology; a morphology with a single scene has its own name here.
 SUBTYPES: dict[str, tuple[str, ...]] = {name: (name,) for name in PAINTERS} | {
     "desert_ice_canopy": ("dunes", "ice", "canopy", "scrub"),
     "coastline": ("islands", "mainland"),
@@ -56,7 +56,7 @@ SUBTYPES: dict[str, tuple[str, ...]] = {name: (name,) for name in PAINTERS} | {
 
 @dataclass(frozen=True)
 class Tile:
-    """A drawn tile and what is on it; shares are fractions of the area, road density is km per km2.
+    """A drawn tile and its contents; shares are fractions of the area, road density is km per km2.
 
     `subtype` is one of `SUBTYPES[morphology]`.
     """
@@ -73,7 +73,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Synthetic:
-    """Drawn tiles as an `ImagerySource`; several processes draw, as many as there are cores and at most eight."""
+    """Synthetic tiles as an `ImagerySource`, drawn by one process per core, at most eight."""
 
     seed: int
     metres_per_pixel: float
@@ -124,7 +124,7 @@ def draw_tile(morphology: str, seed: int, metres_per_pixel: float = 10.0, size: 
 
 
 def _observe(canvas: Canvas) -> float:
-    """Air and sensor between the ground and the file; returns the share of the tile under cloud."""
+    """Add the effects of air and sensor; returns the share of the tile under cloud."""
     from scipy import ndimage
 
     rgb = canvas.rgb

@@ -1,4 +1,4 @@
-"""Natural ground without people: the five LOW morphologies, and the terrain that others build on."""
+"""Natural ground without people: the five LOW morphologies, and the terrain that other morphologies use."""
 
 import math
 
@@ -36,7 +36,7 @@ def ocean_water(canvas: Canvas) -> None:
 
 
 def desert_ice_canopy(canvas: Canvas) -> None:
-    """Sand, ice, scrub or closed forest from edge to edge: one texture, nothing in it."""
+    """Sand, ice, scrub or closed forest from edge to edge: one texture without objects."""
     painters = {"dunes": _dunes, "ice": _ice, "canopy": _canopy, "scrub": _scrub}
     canvas.subtype = canvas.pick(list(painters))
     painters[canvas.subtype](canvas)
@@ -97,7 +97,7 @@ def _scrub(canvas: Canvas) -> None:
 
 
 def shoreline(canvas: Canvas, roughness: float, share: float, angle: float | None = None) -> Array:
-    """Signed field, positive on water, that leaves about `share` of the tile under water."""
+    """A signed field, positive on water, with about `share` of the tile under water."""
     along, _ = canvas.rotated(canvas.uniform(0, 2 * math.pi) if angle is None else angle)
     field = along / canvas.extent * 2.5 + roughness * canvas.fractal(3.1, 4000)
     return (field - np.quantile(field, 1 - share)).astype(np.float32)
@@ -108,7 +108,7 @@ def paint_coast(canvas: Canvas, field: Array, *, beach: bool = True) -> None:
     colour = canvas.water_colour()
     shallow: Colour = canvas.pick([(74, 116, 112), (92, 110, 92), (60, 84, 88), (104, 148, 140)])
     slope = np.hypot(*np.gradient(field))
-    # Distance from the line, in tens of metres: exact for a plane, good enough near a rough shore.
+    # Distance from the line, in tens of metres: exact for a plane, approximate near a rough shore.
     depth = field / np.maximum(slope, 0.6 * slope.mean()) * canvas.metres_per_pixel / 10
     canvas.flood(np.clip(depth * 2 + 0.5, 0, 1), colour)
     canvas.blend(np.exp(-np.clip(depth, 0, None) / canvas.uniform(3, 14)) * (depth > 0) * 0.7, shallow)
@@ -138,7 +138,7 @@ def coastline(canvas: Canvas) -> None:
 
 
 def geological(canvas: Canvas) -> None:
-    """Craters, cones, folded beds, ridges: rock laid bare."""
+    """Craters, cones, folded beds, ridges: bare rock."""
     kind = canvas.subtype = canvas.pick(["crater", "volcano", "folds", "mountains"])
     canvas.ground(canvas.pick(["arid", "red_soil", "grey_rock", "tundra", "steppe", "snowy"]))
     if kind == "folds":
@@ -179,7 +179,7 @@ def geological(canvas: Canvas) -> None:
 
 
 def drainage_tree(canvas: Canvas) -> Layer:
-    """Channels that split again and again into finer ones, on a layer of their own."""
+    """Channels that split repeatedly into finer ones, on a separate layer."""
     layer = canvas.layer()
     tone = canvas.pick([(52, 62, 44), (84, 72, 54), (60, 68, 68), (186, 170, 140)])
     half = canvas.extent / 2
@@ -223,7 +223,7 @@ def _meanders(canvas: Canvas) -> None:
     direction, colour = canvas.angle(), canvas.water_colour()
     sand = canvas.pick([(178, 164, 132), (150, 140, 112)])
     wavelength, width = canvas.uniform(1200, 3200), canvas.uniform(50, 150)
-    # The heading swings to and fro by this angle: a sine-generated curve, as real meanders are.
+    # The heading oscillates by this angle: a sine-generated curve, like real meanders.
     swing, phase = canvas.uniform(1.0, 1.9), canvas.uniform(0, 6)
     position = offset((0.0, 0.0), -0.9 * canvas.extent, canvas.uniform(-0.25, 0.25) * canvas.extent, direction)
     course = [position]

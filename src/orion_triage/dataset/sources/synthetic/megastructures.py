@@ -1,4 +1,4 @@
-"""Works of strategic size, HIGH. What MEDIUM has once and small stands here many and large."""
+"""Works of strategic size, HIGH. Structures that MEDIUM has once and small appear here many times and large."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Ordinary human ground: the five MEDIUM morphologies, and the fabric that others build on."""
+"""Ordinary settled ground: the five MEDIUM morphologies, and the urban fabric that other morphologies use."""
 
 import math
 
@@ -132,7 +132,7 @@ def paint_smallholdings(canvas: Canvas) -> None:
     half = canvas.extent / 2 + plot
     count = int((2 * half / plot) ** 2)
     corners = canvas.random.uniform(-half, half, (count, 2))
-    # Evens the plots out a little: pairs of points nearer than half a plot would leave slivers.
+    # Even out the plots: points closer than half a plot would give slivers.
     tree = cKDTree(corners)
     corners = corners[tree.query(corners, k=2)[0][:, 1] > 0.35 * plot]
     warp = 0.12 * plot
@@ -189,7 +189,7 @@ def river(canvas: Canvas, width: float) -> None:
 
 
 def _countryside(canvas: Canvas) -> None:
-    """Somewhere for a town or an installation to stand: fields or bare land."""
+    """The surroundings of a town or an installation: fields or bare land."""
     choice = canvas.uniform(0, 1)
     if choice < 0.15:
         paint_smallholdings(canvas)
