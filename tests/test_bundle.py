@@ -148,8 +148,8 @@ def test_a_bundle_has_all_that_flies_and_says_what_it_is(made: Path, small_run: 
     # The shipped base is not fine-tuned: it calls every such frame LOW, of which two of the six are.
     assert {image["category"] for image in record["golden"]} == {"LOW"}
     assert [image["truth"] for image in record["golden"][:2]] == ["LOW", "LOW"]
-    assert "No golden image is called HIGH or MEDIUM" in record["notes"][0]
-    assert "The model is wrong about golden/3-low.png, golden/4-low.png, golden/5-low.png" in record["notes"][1]
+    assert "No golden image has the answer HIGH or MEDIUM" in record["notes"][0]
+    assert "The answers to golden/3-low.png, golden/4-low.png, golden/5-low.png are wrong" in record["notes"][1]
     readme = (made / "README.txt").read_text()
     assert "build 10605" in readme
     assert WHEEL_SHA256 in readme
@@ -173,7 +173,7 @@ def test_an_operating_point_goes_along(small_run: Run, tmp_path: Path) -> None:
     try:
         record = bundle.run(small_run, tmp_path / "bundle")
         assert record["operating_point"] == {"low_threshold": 0.25, "temperature": 1.5}
-        assert "LOW when the score of LOW is at least 0.25" in (tmp_path / "bundle" / "README.txt").read_text()
+        assert "LOW if the score of LOW is at least 0.25" in (tmp_path / "bundle" / "README.txt").read_text()
         path.write_text(json.dumps({**point, "pair_sha256": "another"}))
         with pytest.raises(OrionError, match="chosen for another GGUF pair"):
             bundle.run(small_run, tmp_path / "bundle")
@@ -592,7 +592,7 @@ def test_the_stub_itself_is_go_with_a_warning_about_its_build(for_stub: Path) ->
     with stub() as url:
         result = check(for_stub, "--url", url)
     assert (result.returncode, result.stdout.splitlines()[-1]) == (0, "GO"), result.stdout
-    assert "warning: llama.cpp build 1, and the bundle was made with 10605" in result.stdout
+    assert "warning: llama.cpp build 1, but the bundle was made with 10605" in result.stdout
 
 
 @pytest.mark.llama_cpp

@@ -253,7 +253,7 @@ def test_an_operating_point_is_chosen_on_val_kept_and_flown(finished: Path, tmp_
     plain = json.loads(orion("triage", "good.png", "--json", cwd=folder).stdout)[0]
     assert sum(plain["scores"].values()) == pytest.approx(1)
     assert plain["category"] == max(plain["scores"], key=plain["scores"].get)
-    assert_refused(orion("threshold", "--max-irrecoverable-loss", "140%", cwd=folder), "'140%' is no share")
+    assert_refused(orion("threshold", "--max-irrecoverable-loss", "140%", cwd=folder), "'140%' is not a share")
     for limit, dropped in (("100%", 1.0), ("0", None)):
         result = orion("threshold", "--max-irrecoverable-loss", limit, "--json", cwd=folder)
         assert result.returncode == 0, result.stderr
@@ -328,7 +328,7 @@ def test_runs_are_compared_frame_by_frame(finished: Path, tmp_path: Path) -> Non
     ]
     assert json.loads(result.stdout)["accuracies"]["base"]["B"] == [before / 6, 1.0]
     shown = orion("compare", "runs/small", other, cwd=finished)
-    assert "the same frames are right" in shown.stdout
+    assert "the same frames are correct" in shown.stdout
     assert "over 3 runs" not in shown.stdout
     assert "Accuracy over 3 runs" in orion("compare", "runs/small", other, other, cwd=finished).stdout
     assert_refused(orion("compare", "runs/small", other, "--file", "val", cwd=finished), "no model evaluated in both")

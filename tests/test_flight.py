@@ -91,10 +91,10 @@ def test_what_a_stopped_triage_wrote_is_not_done_again(tmp_path: Path) -> None:
     out.write_text(whole + '{"file": "c.p')
     assert [path.name for path in left_to_do(asked, out, "p")] == ["c.png", "a.png"]  # two lines, asked three times
     assert out.read_text() == whole
-    with pytest.raises(OrionError, match=r"out\.jsonl:1 was answered by another pair"):
+    with pytest.raises(OrionError, match=r"out\.jsonl:1 was made by another pair"):
         left_to_do(asked, out, "q")
     out.write_text(whole + "x\n")
-    with pytest.raises(OrionError, match=r"out\.jsonl:4 is no line of a triage"):
+    with pytest.raises(OrionError, match=r"out\.jsonl:4 is not a result of 'orion triage'"):
         left_to_do(asked, out, "p")
     assert out.read_text() == whole + "x\n"
     out.write_text(whole)

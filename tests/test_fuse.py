@@ -263,7 +263,7 @@ def test_another_frame_size_is_refused(
 def test_too_few_records_and_missing_files_are_named(
     small_base: Path, small_adapter: Path, small_dataset: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(OrionError, match="has 30 training and validation records; the merge's check needs 31"):
+    with pytest.raises(OrionError, match="has 30 training and validation records; the merge check needs 31"):
         fused(small_base, small_adapter, small_dataset, tmp_path / "merged", check_records=31)
     (tmp_path / "adapter_model.bin").write_bytes(b"")
     with pytest.raises(OrionError, match=r"adapter_model\.bin can run code"):

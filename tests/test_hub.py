@@ -228,7 +228,7 @@ def test_a_dataset_is_checked_before_it_is_taken(small_dataset: Path, tmp_path: 
     first = image_path(source, read_split(source, "train")[0])
     structured_picture(5).resize((640, 512)).save(first)
     figures = build.run(tmp_path / "out", DatasetSettings(folder=str(source)))
-    assert figures["warnings"] == ["1 of 24 pictures were not 512x512: cut and scaled"]
+    assert figures["warnings"] == ["1 of 24 pictures were not 512x512: cropped and scaled"]
     first.unlink()
     with pytest.raises(OrionError, match="lacks 1 of the 24 pictures"):
         build.run(tmp_path / "out", DatasetSettings(folder=str(source)))

@@ -81,7 +81,7 @@ def test_two_processes_train_and_answer_as_one_does(small_base: Path, small_data
 
     refused = orion(tmp_path, "fuse", *options, launcher=TWO)
     assert refused.returncode != 0
-    assert "fuse is for one process, and 2 were launched" in refused.stderr
+    assert "fuse runs in one process, but 2 were launched" in refused.stderr
 
 
 CONFIGURATIONS = sorted((Path(__file__).parents[1] / "docs" / "accelerate").glob("*.yaml"))

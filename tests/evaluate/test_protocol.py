@@ -43,7 +43,7 @@ def test_conflicts_come_from_the_opposite_category_evenly_and_in_any_order() -> 
 
 
 def test_a_split_without_donors_is_refused() -> None:
-    with pytest.raises(OrionError, match="condition D needs LOW records"):
+    with pytest.raises(OrionError, match="condition D needs coordinates of a LOW record"):
         conflict_pairs([record for record in some_records() if record.verdict.category != L])
 
 

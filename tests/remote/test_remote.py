@@ -125,7 +125,7 @@ def test_a_real_training_survives_a_killed_client_and_a_cut_wire(place: Place) -
         wait_for(place.here / "output", "set up\n")
         place.server.trust("other")  # nobody is let in for a moment
         place.server.wire.cut()
-        wait_for(place.here / "said", "trying again in 1 s")
+        wait_for(place.here / "said", "next attempt in 1 s")
         place.server.trust("host")
         assert second.wait(_SECONDS) == 0, (place.here / "said").read_text()
     assert "already has this training: it is running" in (place.here / "said").read_text()

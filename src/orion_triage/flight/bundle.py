@@ -199,7 +199,7 @@ def _ask(
 def _notes(golden: list[dict[str, Any]]) -> Iterator[str]:
     missing = [category for category in CATEGORIES if category not in {image["category"] for image in golden}]
     if missing:
-        yield f"No golden image is answered {' or '.join(missing)}: the test split has no such right answer."
+        yield f"No golden image has the answer {' or '.join(missing)}: the model gives none on the test split."
     if wrong := [image["image"] for image in golden if image["category"] != image["truth"]]:
         yield f"The answers to {', '.join(wrong)} are wrong: too few are right. They still check the computation."
     if len(golden) < GOLDEN_IMAGES:
