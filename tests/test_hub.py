@@ -230,7 +230,7 @@ def test_a_dataset_is_checked_before_it_is_taken(small_dataset: Path, tmp_path: 
     figures = build.run(tmp_path / "out", DatasetSettings(folder=str(source)))
     assert figures["warnings"] == ["1 of 24 pictures were not 512x512: cropped and scaled"]
     first.unlink()
-    with pytest.raises(OrionError, match="lacks 1 of the 24 pictures"):
+    with pytest.raises(OrionError, match="1 of the 24 pictures that the records name are missing"):
         build.run(tmp_path / "out", DatasetSettings(folder=str(source)))
     outside = tmp_path / "outside.png"
     structured_picture(5).save(outside)
