@@ -144,7 +144,7 @@ def test_a_pair_of_strangers_is_judged_by_its_headers(tmp_path: Path) -> None:
     mmproj.write_bytes(projector)
     assert quantize.find_pair(tmp_path) == (backbone, mmproj)
     mmproj.write_bytes(gguf(text(b"clip.vision.projection_dim") + struct.pack("<II", 4, 256)))
-    with pytest.raises(OrionError, match=r"projects to 256 values and a-q4_k_m\.gguf takes 192"):
+    with pytest.raises(OrionError, match=r"projects to 256 values, but a-q4_k_m\.gguf takes 192"):
         quantize.find_pair(tmp_path)
     for path in (backbone, mmproj):
         path.write_bytes(gguf(NAME))
