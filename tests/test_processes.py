@@ -67,7 +67,7 @@ def test_two_processes_train_and_answer_as_one_does(small_base: Path, small_data
         options = words(small_base, small_dataset, name, 2 if name == "one" else 1)
         result = orion(tmp_path, "ablation", *options, launcher=launcher)
         assert result.returncode == 0, result.stderr
-        assert result.stdout.count("right") == 4
+        assert result.stdout.count("correct") == 4
     rows = [
         [
             json.loads(line)

@@ -24,7 +24,7 @@ from orion_triage.export import quantize
 from orion_triage.export.convert import convert
 from orion_triage.imagery.frames import Frame, shrink
 from orion_triage.llama_cpp.server import OPTIONS, Server
-from orion_triage.llama_cpp.toolchain import existing_tools, fetch_source, find_toolchain
+from orion_triage.llama_cpp.toolchain import Toolchain, existing_tools, fetch_source, find_toolchain
 from orion_triage.llama_cpp.tools import quantize_file
 from orion_triage.machine.describe import describe
 from orion_triage.mission.prompt import render_prompt
@@ -37,14 +37,12 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from orion_triage.llama_cpp.client import Client
-    from orion_triage.llama_cpp.server import Server
-    from orion_triage.llama_cpp.toolchain import Toolchain
     from orion_triage.runs.run import Run
 
 SIZES = (512, 384, 256)
 MMPROJS = ("F16", "Q8_0")
 REASON_TOKENS = (20, 40)  # in addition to the model's median length; the catalogue's reasons have 11 to 21
-REPEATS = 3
+REPEATS, LOG = 3, "bench-frame-server.log"
 CONDITIONS = ("A", "B")  # with coordinates, and without (as in flight)
 _WORDS = {  # option -> allowed values, and the fix in an error
     "input size": (r"256|384|512", "Use 256, 384 or 512 (pixels)."),
@@ -54,15 +52,13 @@ _WORDS = {  # option -> allowed values, and the fix in an error
 }
 FLIGHT = "flight configuration"  # the change of the first row
 BUSY = 0.5  # busy cores of other programs from which the measured times are unreliable
-# At this level, the server's log has a time stamp before and after each image is encoded.
-_VERBOSITY = "4"
+_VERBOSITY = "4"  # from which on the server's log has a time stamp before and after each image is encoded
 _STAMP = r"^(\d+)\.(\d\d)\.(\d\d\d)\.(\d\d\d) \S .*"  # minutes.seconds.milliseconds.microseconds
 _ENCODING, _ENCODED = (re.compile(_STAMP + what) for what in ("encoding mtmd batch", "decoding image batch 1/"))
 # Allows any number of tokens: the beginning of an answer, then a reason that does not end.
 _OPEN_GRAMMAR = 'root ::= "{\\"reason\\": \\"" [ !#-\\[\\]-~]*\n'
 USUAL_REASON_TOKENS = 20  # without an evaluation that shows the model's median length
 _FLOWN = (CONSTRAINED, "quantized")  # with the grammar, as in flight; else without
-LOG = "bench-frame-server.log"
 
 
 @dataclass(frozen=True)
