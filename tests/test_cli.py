@@ -171,7 +171,8 @@ def test_a_run_leaves_every_product_and_its_manifests(finished: Path) -> None:
         assert (run / name).stat().st_size > 0
     for folder, relation in (("orion_lora_weights", "adapter"), ("orion_merged", "finetune"), ("gguf", "quantized")):
         card = (run / folder / "README.md").read_text()
-        assert f"base_model: orion-tiny\nbase_model_relation: {relation}" in card
+        assert "\nbase_model: orion-tiny\n" in card
+        assert f"\nbase_model_relation: {relation}\n" in card
         assert "README.md" in read_manifest(run / folder).outputs  # type: ignore[union-attr]
         assert (run / folder / "LICENSE").read_bytes() == (TINY_BASE_FOLDER / "LICENSE").read_bytes()
     results = json.loads((run / "results.json").read_text())

@@ -346,18 +346,19 @@ def test_a_full_memory_says_which_setting_takes_less(small_base: Path, small_dat
     code = """
 import resource, sys
 from pathlib import Path
+from orion_triage.dataset.dataset import Dataset
 from orion_triage.train import fine_tune
 from orion_triage.settings import FineTuneSettings
 from orion_triage.errors import OrionError
 base, dataset, out = map(Path, sys.argv[1:])
 settings = FineTuneSettings(micro_batch_size=8, gradient_accumulation_steps=1, epochs=1, gradient_checkpointing=False)
-make_trainer = make_trainer
+make_trainer = fine_tune.make_trainer
 def limited(*arguments):
     trainer = make_trainer(*arguments)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 20_000_000,) * 2)
     return trainer
-make_trainer = limited
+fine_tune.make_trainer = limited
 try:
     fine_tune.run(base, Dataset(dataset), out / "out", out / "work", settings, 256)
 except OrionError as error:
@@ -533,7 +534,7 @@ def liar(how: str) -> Iterator[str]:
         ("cut JSON", "instead of a JSON object"),
         ("reset", "the connection to .* broke"),
         ("reset in the middle", "the connection to .* broke"),
-        ("gigabytes", "more than 20 MB"),
+        ("gigabytes", "is larger than 20 MB"),
         ("drip", "did not finish its reply within 1 s"),
         ("drip of headers", "did not finish its reply within 1 s"),
         ("stall", "did not finish its reply within 1 s"),

@@ -435,7 +435,7 @@ def test_what_is_refused_before_any_question(stac: Stac, monkeypatch: pytest.Mon
         source(stac, url="/etc/catalogue.json")
     # An installation without the extra.
     monkeypatch.setitem(sys.modules, "rasterio", None)
-    with pytest.raises(OrionError, match=r"rasterio, which is not installed\. Run pip install 'orion-tri"):
+    with pytest.raises(OrionError, match=r"rasterio, which is not installed\. Run pip install 'orion-triage\[imagery\]'"):
         one(stac)
     assert stac.requests == []
 
