@@ -297,7 +297,7 @@ def test_variants_are_compared_and_the_grammar_always_parses(finished: Path, tmp
     assert re.search(r"┃ compared with ┃ change", shown.stdout), shown.stdout
     assert re.search(r"│ sampled +│ A .*│ quantized +│", shown.stdout), shown.stdout
     assert_refused(
-        orion("evaluate", *run_command()[1:], "--variants", "F17", cwd=folder), "'F17' is no variant", "Q8_0"
+        orion("evaluate", *run_command()[1:], "--variants", "F17", cwd=folder), "there is no variant 'F17'", "Q8_0"
     )
 
 
@@ -319,9 +319,9 @@ def test_runs_are_compared_frame_by_frame(finished: Path, tmp_path: Path) -> Non
     assert (models["base"]["B"]["gained"], models["base"]["A"]["gained"]) == (6 - before, 0)
     assert list(models) == [
         "base",
-        "fine-tuned",
         "adapter-4bit",
         "adapter-16bit",
+        "fine-tuned",
         "F16",
         "Q8_0",
         "quantized",
@@ -360,7 +360,9 @@ def test_triage_answers_good_frames_and_refuses_bad_ones_by_name(finished: Path,
     assert result.returncode == 1
     answers = json.loads(result.stdout)
     assert [Path(answer["file"]).name for answer in answers] == ["good.png", "good.jpg", "good.raw"]
-    assert {key for answer in answers for key in answer} == {"file", "category", "reason", "scores", "blank"}
+    assert {key for answer in answers for key in answer} == {
+        "file", "answer", "category", "reason", "scores", "label_mass", "blank",
+    }  # fmt: skip
     assert not any(answer["blank"] for answer in answers)
     refused = re.findall(r"refused: \S*/(\S+) ", result.stderr)
     assert refused == ["cut.raw", "page.png", "large.png", "missing.png"]

@@ -435,7 +435,8 @@ def test_what_is_refused_before_any_question(stac: Stac, monkeypatch: pytest.Mon
         source(stac, url="/etc/catalogue.json")
     # An installation without the extra.
     monkeypatch.setitem(sys.modules, "rasterio", None)
-    with pytest.raises(OrionError, match=r"rasterio, which is not installed\. Run pip install 'orion-triage\[imagery\]'"):
+    said = r"rasterio, which is not installed\. Run pip install 'orion-triage\[imagery\]'"
+    with pytest.raises(OrionError, match=said):
         one(stac)
     assert stac.requests == []
 

@@ -42,7 +42,9 @@ def compare_runs(first: Run, second: Run) -> dict[str, dict[str, dict[str, Any]]
 
 def _check_asked_alike(first: Run, second: Run, before: list[Row], after: list[Row]) -> None:
     asked = [{row["id"]: tuple(row[key] for key in _ASKED) for row in rows} for rows in (before, after)]
-    other = sorted(set(asked[0]) ^ set(asked[1])) or [name for name in asked[0] if asked[0][name] != asked[1][name]]
+    # A condition that only one of them knows is left out; frames that only one has are an error of the comparison.
+    both = sorted(asked[0].keys() & asked[1].keys())
+    other = [name for name in both if asked[0][name] != asked[1][name]] if both else sorted(asked[0])
     if other:
         raise OrionError(
             f"{first.folder} and {second.folder} cannot be compared: {len(other)} of {max(map(len, asked))} questions "
