@@ -71,9 +71,8 @@ def test_features_that_the_processor_lacks_are_refused() -> None:
 def test_a_users_build_that_dies_here_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _tools(tmp_path / "tools", "kill -ILL $$")
     monkeypatch.setenv("ORION_LLAMA_CPP", str(tmp_path / "tools"))
-    with pytest.raises(OrionError, match=r"tools/llama-server ends with SIGILL") as raised:
+    with pytest.raises(OrionError, match=r"tools/llama-server --version ended with SIGILL: .*another processor"):
         existing_tools()
-    assert "another processor" in raised.value.fix
 
 
 def test_whoever_waits_for_a_build_sees_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

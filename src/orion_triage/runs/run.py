@@ -84,7 +84,12 @@ def held(run: Run, name: str) -> AbstractContextManager[None]:
 
 
 def prepare(run: Run) -> None:
-    """Create the run folder and write the settings."""
+    """Create the run folder and write the settings; of processes launched together, rank 0 does.
+
+    Taking the folder clears what others left half-written there, which must not be another rank's file.
+    """
+    if not processes.is_main():
+        return
     with held(run, "prepare"):
         write_text(run.folder / SETTINGS_FILE, run.settings.model_dump_json(indent=2) + "\n")
 
