@@ -7,7 +7,7 @@ import pytest
 
 from orion_triage.errors import OrionError
 from orion_triage.runs.manifest import hash_inputs, is_current, read_manifest, write_manifest
-from orion_triage.runs.run import SETTINGS_FILE, Run, open_run, with_its_dataset
+from orion_triage.runs.run import SETTINGS_FILE, Run, open_run, prepare, with_its_dataset
 from orion_triage.safe.files import replaced_folder, require_free_space, write_text
 from orion_triage.settings import Settings, load_settings, overrides
 
@@ -118,3 +118,15 @@ def test_a_run_of_another_version_is_named_and_its_dataset_kept(tmp_path: Path) 
         OrionError, match="has no valid dataset settings, so the source of the run's dataset is unknown"
     ):
         with_its_dataset(Run(tmp_path, load_settings("tiny")))
+
+
+def test_of_several_processes_the_first_writes_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taking the folder deletes half-written files in it: another rank's settings would be among them."""
+    run = Run(tmp_path / "run", load_settings("tiny"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    prepare(run)
+    assert not run.folder.exists()
+    monkeypatch.setenv("RANK", "0")
+    prepare(run)
+    assert open_run(run.folder).settings == run.settings

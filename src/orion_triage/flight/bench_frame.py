@@ -445,7 +445,6 @@ def _evaluated_frames(run: "Run") -> str | None:
 def _is_of_this_pair(run: "Run", model: str) -> bool:
     """Whether the evaluation has finished and used the files that are measured here."""
     stage_manifest = manifest.read_manifest(run.evaluation(model))
-    if stage_manifest is None:
-        return False
-    hashed = manifest.hash_inputs({"gguf": run.gguf})["gguf"]
-    return hashed in (stage_manifest.inputs.get("gguf"), stage_manifest.inputs.get("F16"))
+    return stage_manifest is not None and manifest.hash_inputs({"gguf": run.gguf})["gguf"] in (
+        stage_manifest.inputs.get("gguf"), stage_manifest.inputs.get("F16"),
+    )  # fmt: skip
