@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orion_triage import hub, processes
 from orion_triage.dataset.dataset import Dataset
@@ -19,6 +19,9 @@ from orion_triage.runs import manifest
 from orion_triage.runs.run import EVALUATE, WORK_FOLDER, Run, held
 from orion_triage.settings import Settings
 
+if TYPE_CHECKING:
+    from orion_triage.publish.card import Product
+
 Figures = dict[str, Any]
 
 
@@ -26,14 +29,14 @@ Figures = dict[str, Any]
 class Stage:
     """One stage: a change of `settings` or `inputs` makes it run again; `run` fills its folder.
 
-    `card` writes the model card and the base's licence into that folder.
+    With `card`, that product's model card and the base's licence are written into the folder.
     """
 
     name: str
     settings: tuple[str, ...]  # the sections that it depends on
     inputs: Callable[[Run], dict[str, Path]]
     run: Callable[[Run, Progress], Figures]
-    card: Callable[[Run], None] | None = None
+    card: "Product | None" = None
     protocol: dict[str, Any] | None = None  # of an evaluation: the parts of the code that determine the answers
     in_parallel: bool = False  # whether several launched processes can share the work
 
@@ -41,7 +44,7 @@ class Stage:
         return run.product(self.name)
 
     def settings_of(self, settings: Settings) -> Figures:
-        sections = {name: settings.model_dump(mode="json")[name] for name in self.settings}
+        sections = settings.model_dump(mode="json", include=set(self.settings))
         return sections | ({"protocol": self.protocol} if self.protocol else {})
 
 
@@ -87,23 +90,15 @@ def _base(run: Run) -> Path:
     return resolve_base(run.settings.base.model)
 
 
-def _card_of_adapter(run: Run) -> None:
-    from orion_triage.publish.card import write_card
-
-    write_card("adapter", _base(run), base_name(_base(run)), run.adapter)
-
-
-def _card_of_merged(run: Run) -> None:
-    from orion_triage.publish.card import write_card
-
-    write_card("merged", _base(run), base_name(_base(run)), run.merged)
-
-
-def _card_of_pair(run: Run) -> None:
+def _write_card(product: "Product", run: Run, folder: Path) -> None:
+    """Write the model card into the product's folder; the pair's base and licence are those of the merged model."""
     from orion_triage.models.licence import base_of
     from orion_triage.publish.card import write_card
 
-    write_card("gguf", run.merged, base_of(run.merged) or run.merged.name, run.gguf)
+    if product == "gguf":
+        write_card(product, run.merged, base_of(run.merged) or run.merged.name, folder)
+    else:
+        write_card(product, _base(run), base_name(_base(run)), folder)
 
 
 def _dataset_inputs(run: Run) -> dict[str, Path]:
@@ -129,11 +124,9 @@ def _of_merged(run: Run) -> dict[str, Path]:
 
 
 DATASET = Stage("dataset", ("dataset",), _dataset_inputs, _dataset)
-FINE_TUNE = Stage(
-    "fine-tune", ("base", "fine_tune"), _of_base_and_dataset, _fine_tune, _card_of_adapter, in_parallel=True
-)
-FUSE = Stage("fuse", ("base", "fuse"), _of_adapter, _fuse, _card_of_merged)
-QUANTIZE = Stage("quantize", ("quantize",), _of_merged, _quantize, _card_of_pair)
+FINE_TUNE = Stage("fine-tune", ("base", "fine_tune"), _of_base_and_dataset, _fine_tune, "adapter", in_parallel=True)
+FUSE = Stage("fuse", ("base", "fuse"), _of_adapter, _fuse, "merged")
+QUANTIZE = Stage("quantize", ("quantize",), _of_merged, _quantize, "gguf")
 VISION_FEATURES = Stage("vision features", ("base",), _of_base_and_dataset, _vision_features)
 MAKING = (DATASET, FINE_TUNE, FUSE, QUANTIZE, VISION_FEATURES)
 
@@ -227,7 +220,7 @@ def _do(stage: Stage, run: Run, inputs: dict[str, str], progress: Progress) -> m
         began = time.monotonic()
         figures = stage.run(run, progress)
         if stage.card and processes.is_main():
-            stage.card(run)
+            _write_card(stage.card, run, folder)
         processes.wait()
         return manifest.write_manifest(
             folder,

@@ -90,7 +90,7 @@ def truth_of(predictions: Sequence[Prediction]) -> Integers:
     return np.array([CATEGORIES.index(p.truth) for p in predictions], dtype=np.int64)
 
 
-def guess_of(categories: "Sequence[Category | None]") -> Integers:
+def guess_of(categories: Sequence[Category | None]) -> Integers:
     """The answered categories [frames], as indices into CATEGORIES; NO_VERDICT for None."""
     return np.array([NO_VERDICT if c is None else CATEGORIES.index(c) for c in categories], dtype=np.int64)
 

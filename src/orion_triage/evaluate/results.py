@@ -15,7 +15,7 @@ from orion_triage.evaluate.baselines import LOGISTIC_REGRESSION, baselines
 from orion_triage.evaluate.conditions import CONDITIONS
 from orion_triage.evaluate.judgement import judge, value_figures
 from orion_triage.evaluate.metrics import Change, Prediction, compare, summarize, under
-from orion_triage.evaluate.run import prediction_of, read_predictions
+from orion_triage.evaluate.run import predictions_in
 from orion_triage.evaluate.seeds import over_training_seeds
 from orion_triage.evaluate.statistics import holm
 from orion_triage.evaluate.variants import Variant
@@ -47,11 +47,7 @@ def build_results(run: Run) -> dict[str, Any]:
     finished = {name: manifest for name, manifest in manifests.items() if manifest}
     vision = features.read(run.vision_features) if "vision features" in finished else None
     of_frames = _of_frames(run, dataset, finished.get("dataset"), vision)
-    predictions = {
-        name: [prediction_of(row) for row in read_predictions(run.evaluation(name))]
-        for name in wanted
-        if EVALUATE + name in finished
-    }
+    predictions = {name: predictions_in(run.evaluation(name)) for name in wanted if EVALUATE + name in finished}
     if "constrained" in predictions:
         predictions[FLIGHT] = as_flown(predictions["constrained"], of_frames["blank_frames"])
     records = dataset.records(run.split) if predictions else []
@@ -168,7 +164,7 @@ def compare_variants(run: Run, asked: Sequence[Variant], finished: Sequence[Vari
     Each is compared, as in `steps`, with one of `finished`: the variants with up-to-date answers, in the table's order.
     The change is null without such a variant.
     """
-    predictions = {v.name: [prediction_of(row) for row in read_predictions(run.evaluation(v.name))] for v in finished}
+    predictions = {variant.name: predictions_in(run.evaluation(variant.name)) for variant in finished}
     found = {row["model"]: row for row in steps(predictions, finished)}
     return [
         {

@@ -110,6 +110,11 @@ def read_predictions(folder: Path) -> list[Row]:
     return rows
 
 
+def predictions_in(folder: Path) -> list[Prediction]:
+    """The counted answers of a finished evaluation; raises OrionError if the file is missing or damaged."""
+    return [prediction_of(row) for row in read_predictions(folder)]
+
+
 def prediction_of(row: Row) -> Prediction:
     donor = row["donor"]
     return Prediction(

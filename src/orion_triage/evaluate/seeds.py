@@ -7,7 +7,7 @@ from orion_triage.errors import OrionError
 from orion_triage.evaluate import variants
 from orion_triage.evaluate.conditions import CONDITIONS
 from orion_triage.evaluate.metrics import under
-from orion_triage.evaluate.run import prediction_of, read_predictions
+from orion_triage.evaluate.run import predictions_in
 from orion_triage.runs.manifest import read_manifest
 from orion_triage.runs.run import SETTINGS_FILE, Run, open_run
 
@@ -23,7 +23,7 @@ def spread(runs: Sequence[Run]) -> dict[str, dict[str, list[float]]]:
     common = [name for name in evaluated(runs[0]) if all(name in evaluated(run) for run in runs[1:])]
     found: dict[str, dict[str, list[float]]] = {}
     for model in common:
-        rows = [[prediction_of(row) for row in read_predictions(run.evaluation(model))] for run in runs]
+        rows = [predictions_in(run.evaluation(model)) for run in runs]
         found[model] = {
             c: [sum(p.predicted == p.truth for p in asked) / len(asked) for side in rows if (asked := under(side, c))]
             for c in CONDITIONS

@@ -14,7 +14,7 @@ from orion_triage.errors import OrionError
 from orion_triage.evaluate import value
 from orion_triage.evaluate.judgement import guess_of, scores_of, truth_of
 from orion_triage.evaluate.metrics import Prediction, under
-from orion_triage.evaluate.run import prediction_of, read_predictions
+from orion_triage.evaluate.run import predictions_in
 from orion_triage.evaluate.variants import CONSTRAINED
 from orion_triage.export.quantize import PAIR
 from orion_triage.mission.decide import Rules, decide
@@ -48,7 +48,7 @@ def choose(run: Run, max_irrecoverable_loss: float, blank_frames: Sequence[str])
     scores best (it keeps their order, so it changes no decision). `blank_frames` are the names of the split's blank
     frames.
     """
-    answered = [prediction_of(row) for row in read_predictions(run.evaluation(CONSTRAINED))]
+    answered = predictions_in(run.evaluation(CONSTRAINED))
     rows = under(with_blank(answered, blank_frames), CONDITION)
     rules = Rules(low_threshold=lowest_threshold(rows, max_irrecoverable_loss))
     record = {

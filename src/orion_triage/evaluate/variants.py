@@ -169,13 +169,13 @@ def inputs(variant: Variant, run: "Run") -> dict[str, Path]:
 
 def evaluate(variant: Variant, run: "Run", progress: Progress) -> Figures:
     """Load the variant, ask it all questions of the run's split, and release it; returns the metrics."""
+    how = json.dumps([variant.weights, protocol(variant)])
     if variant.in_parallel:
-        return ask(run, variant.name, _load(variant, run), inputs(variant, run), progress)
+        made_from = inputs(variant, run)
+        return ask(run, variant.name, _load(variant, made_from, run.settings), made_from, progress, how)
     with _served(run, variant, progress) as clients:
         gate = check_parity(run, clients[0]) if variant.weights == "F16" else {}
         backend = _backend(variant, run, clients)
-        decoding = variant.decoding
-        how = json.dumps([variant.weights, variant.name, decoding.constrained, dict(decoding.options)])
         figures = ask(run, variant.name, backend, {"model": run.pair}, progress, how) | lost_servers(backend)
     if variant.weights == "F16":
         gate["agreement"] = check_agreement(run, variant.name)
@@ -183,22 +183,18 @@ def evaluate(variant: Variant, run: "Run", progress: Progress) -> Figures:
     return figures | {"pair": run.pair_from} if run.pair_from else figures
 
 
-def _load(variant: Variant, run: "Run") -> "TransformersBackend":
-    """Evaluate a checkpoint in transformers; an unmerged adapter runs on 4-bit weights, as trained, or 16-bit ones."""
+def _load(variant: Variant, made_from: Mapping[str, Path], settings: Settings) -> "TransformersBackend":
+    """A checkpoint in transformers; an unmerged adapter is on 4-bit weights, as trained, or on 16-bit ones."""
     from orion_triage.evaluate.backends import TransformersBackend
     from orion_triage.models.adapter import attach_adapter, read_adapter
-    from orion_triage.models.load import resolve_base
 
-    def attach(base: Any) -> Any:
-        return attach_adapter(base, run.adapter_to_fuse, read_adapter(run.adapter_to_fuse))[0]
-
-    folder = run.merged if variant.weights == "merged" else resolve_base(run.settings.base.model)
+    adapter = made_from.get("adapter")
     return TransformersBackend.load(
-        folder,
-        run.settings.evaluate,
-        run.settings.base.frame_size,
+        made_from["merged" if variant.weights == "merged" else "base"],
+        settings.evaluate,
+        settings.base.frame_size,
         four_bit=variant.weights == "adapter on the 4-bit base",
-        change=attach if "adapter" in variant.weights else None,
+        change=(lambda base: attach_adapter(base, adapter, read_adapter(adapter))[0]) if adapter else None,
     )
 
 
@@ -222,7 +218,7 @@ def _backend(variant: Variant, run: "Run", clients: "Sequence[Client]") -> "Back
 
 @contextmanager
 def _served(run: "Run", variant: Variant, progress: Progress) -> "Iterator[list[Client]]":
-    """Evaluate with servers for the pair, or for a temporary quantization that is deleted afterwards."""
+    """Servers for the pair, or for a temporary quantization that is deleted afterwards."""
     from orion_triage.export import quantize
     from orion_triage.llama_cpp.server import Server
     from orion_triage.llama_cpp.toolchain import find_toolchain

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from orion_triage.errors import OrionError
 from orion_triage.llama_cpp.toolchain import Toolchain
-from orion_triage.llama_cpp.tools import ToolUse, _run
+from orion_triage.llama_cpp.tools import ToolUse, run_tool
 
 # Runs in the converter's process. The converter does not know the fingerprint of the shipped base's vocabulary. Its
 # pre-tokenizer is LFM2's: `convert` checks this, and quantize compares every prompt afterwards.
@@ -43,7 +43,7 @@ def convert(toolchain: Toolchain, model: Path, target: Path, *, mmproj: bool, ou
     _check_pre_tokenizer(model)
     command = [sys.executable, "-c", _LAUNCHER, str(toolchain.source), str(model)]
     command += ["--outtype", outtype, "--outfile", str(target), *(["--mmproj"] if mmproj else [])]
-    return _run(command, target, "llama.cpp's converter")
+    return run_tool(command, target, "llama.cpp's converter")
 
 
 def _check_pre_tokenizer(model: Path) -> None:

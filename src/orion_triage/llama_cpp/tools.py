@@ -26,10 +26,10 @@ class ToolUse:
 
 def quantize_file(toolchain: Toolchain, source: Path, target: Path, kind: str) -> ToolUse:
     """Quantize an F16 GGUF with llama-quantize."""
-    return _run([str(toolchain.llama_quantize), str(source), str(target), kind], target, "llama-quantize")
+    return run_tool([str(toolchain.llama_quantize), str(source), str(target), kind], target, "llama-quantize")
 
 
-def _run(command: list[str], target: Path, name: str) -> ToolUse:
+def run_tool(command: list[str], target: Path, name: str) -> ToolUse:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
         status, use = run_measured(command, environment, output)

@@ -31,11 +31,11 @@ def prepare_work_folder(
         "processes": processes.count(),
     }
     fingerprint = sha256_of_text(json.dumps(inputs, sort_keys=True))
-    stage_manifest, checkpoints = work_folder / "fingerprint.txt", work_folder / CHECKPOINTS
-    if not stage_manifest.is_file() or stage_manifest.read_text(encoding="utf-8") != fingerprint:
+    fingerprint_file, checkpoints = work_folder / "fingerprint.txt", work_folder / CHECKPOINTS
+    if not fingerprint_file.is_file() or fingerprint_file.read_text(encoding="utf-8") != fingerprint:
         shutil.rmtree(checkpoints, ignore_errors=True)
         shutil.rmtree(work_folder / "tensorboard", ignore_errors=True)
-        write_text(stage_manifest, fingerprint)
+        write_text(fingerprint_file, fingerprint)
 
 
 def _checkpoints_in(checkpoints: Path) -> list[Path]:
