@@ -102,16 +102,16 @@ class Disk:
         self.log.write_bytes(b"")
         settings = {
             "LD_PRELOAD": str(self.library),
-            "FAILING_DISK_FOLDER": str(self.folder),
-            "FAILING_DISK_COUNTER": str(self.counter),
-            "FAILING_DISK_LOG": str(self.log),
+            "ORION_FAILING_DISK_FOLDER": str(self.folder),
+            "ORION_FAILING_DISK_COUNTER": str(self.counter),
+            "ORION_FAILING_DISK_LOG": str(self.log),
         }
         if fault:
             settings |= {
-                "FAILING_DISK_AT": str(fault.at),
-                "FAILING_DISK_LIKE": fault.like,
-                "FAILING_DISK_ERRNO": str(fault.number),
-                "FAILING_DISK_STAYS": str(int(fault.stays)),
+                "ORION_FAILING_DISK_AT": str(fault.at),
+                "ORION_FAILING_DISK_LIKE": fault.like,
+                "ORION_FAILING_DISK_ERRNO": str(fault.number),
+                "ORION_FAILING_DISK_STAYS": str(int(fault.stays)),
             }
         done = start(command, **settings, **environment)
         return done, self.log.read_text(encoding="utf-8", errors="replace").splitlines()

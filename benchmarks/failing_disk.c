@@ -3,15 +3,15 @@
 
        cc -shared -fPIC -O2 -o failing_disk.so failing_disk.c -ldl
 
-   FAILING_DISK_FOLDER   absolute path; nothing outside it is touched
-   FAILING_DISK_AT       which operation fails, from 1; 0: none does, and each is written to the log
-   FAILING_DISK_LIKE     a pattern (fnmatch) of "OPERATION PATH", the path relative to the folder; only those are counted
-                         for FAILING_DISK_AT. Default: all
-   FAILING_DISK_ERRNO    what the operation fails with: 28 for ENOSPC, 5 for EIO
-   FAILING_DISK_STAYS    1: whatever comes after the failed operation fails as well, in any process: a full disk
-   FAILING_DISK_COUNTER  a file of at least 16 bytes, shared by all processes of a run: operations counted so far, and
+   ORION_FAILING_DISK_FOLDER   absolute path; nothing outside it is touched
+   ORION_FAILING_DISK_AT       which operation fails, from 1; 0: none does, and each is written to the log
+   ORION_FAILING_DISK_LIKE     a pattern (fnmatch) of "OPERATION PATH", the path relative to the folder; only those are counted
+                         for ORION_FAILING_DISK_AT. Default: all
+   ORION_FAILING_DISK_ERRNO    what the operation fails with: 28 for ENOSPC, 5 for EIO
+   ORION_FAILING_DISK_STAYS    1: whatever comes after the failed operation fails as well, in any process: a full disk
+   ORION_FAILING_DISK_COUNTER  a file of at least 16 bytes, shared by all processes of a run: operations counted so far, and
                          whether one has failed
-   FAILING_DISK_LOG      gets a line "OPERATION PATH" for each operation, or for each one that failed
+   ORION_FAILING_DISK_LOG      gets a line "OPERATION PATH" for each operation, or for each one that failed
 
    C's own stdio writes inside of libc, where nothing can be put between: hence fopen, fwrite, fflush and fclose. What is there
    already
@@ -51,19 +51,19 @@ static const char *setting(const char *name, const char *otherwise) {
 }
 
 __attribute__((constructor)) static void read_settings(void) {
-    const char *counter = setting("FAILING_DISK_COUNTER", NULL), *log = setting("FAILING_DISK_LOG", NULL);
-    const char *chosen = setting("FAILING_DISK_FOLDER", NULL);
+    const char *counter = setting("ORION_FAILING_DISK_COUNTER", NULL), *log = setting("ORION_FAILING_DISK_LOG", NULL);
+    const char *chosen = setting("ORION_FAILING_DISK_FOLDER", NULL);
     if (!chosen || !counter)
         return;
-    fails_at = atoll(setting("FAILING_DISK_AT", "0"));
-    fails_with = atoi(setting("FAILING_DISK_ERRNO", "28"));
-    stays = atoi(setting("FAILING_DISK_STAYS", "0"));
-    if ((like = setting("FAILING_DISK_LIKE", NULL)))
+    fails_at = atoll(setting("ORION_FAILING_DISK_AT", "0"));
+    fails_with = atoi(setting("ORION_FAILING_DISK_ERRNO", "28"));
+    stays = atoi(setting("ORION_FAILING_DISK_STAYS", "0"));
+    if ((like = setting("ORION_FAILING_DISK_LIKE", NULL)))
         like = strdup(like);
     int file = syscall(SYS_openat, AT_FDCWD, counter, O_RDWR | O_CLOEXEC, 0);
     void *memory = file < 0 ? MAP_FAILED : mmap(NULL, 16, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
     if (memory == MAP_FAILED) {
-        perror("FAILING_DISK_COUNTER");
+        perror("ORION_FAILING_DISK_COUNTER");
         _exit(125);
     }
     close(file);

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from orion_triage.errors import OrionError
+from orion_triage.safe.proxies import proxy_for
 
 Kind = Literal["model", "adapter", "GGUF pair", "dataset"]
 
@@ -93,6 +94,7 @@ def _explained(repository: str, revision: str, kind: Kind) -> Iterator[None]:
     from huggingface_hub import constants, errors
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
+    proxy = None if constants.HF_HUB_OFFLINE else proxy_for(constants.ENDPOINT)
     if not sys.stderr.isatty():
         disable_progress_bars()
     # The error class of the HTTP library, which depends on huggingface_hub's version.
@@ -100,8 +102,9 @@ def _explained(repository: str, revision: str, kind: Kind) -> Iterator[None]:
     endpoint = constants.ENDPOINT
     what = f"{kind} {repository!r}"
     elsewhere = f"Or run 'hf download {repository} --local-dir FOLDER' on a connected machine, and pass FOLDER."
+    through, check = (f" through the proxy {proxy}", proxy.variable) if proxy else ("", "HF_ENDPOINT")
     unreachable = OrionError(
-        f"{what}: {endpoint} cannot be reached.", f"Check the network and HF_ENDPOINT. {elsewhere}"
+        f"{what}: {endpoint} cannot be reached{through}.", f"Check the network and {check}. {elsewhere}"
     )
     try:
         yield

@@ -159,13 +159,10 @@ def stage_named(name: str, settings: Settings) -> Stage:
 
 
 def evaluate_servers(run: Run, urls: Sequence[str], progress: Progress = silent) -> manifest.Manifest:
-    """The evaluation of the quantized model on third-party servers; their key is LLAMA_API_KEY.
-
-    Its manifest names the servers instead of the run's GGUF pair, so `orion run` would evaluate the pair again.
-    """
+    """The evaluation of the model of third-party servers, beside those of the run; their key is LLAMA_API_KEY."""
     evaluate, identity = variants.through_servers(urls, run)
     inputs = {"server": identity, **manifest.hash_inputs({"dataset": run.dataset})}
-    stage = stage_named("evaluate quantized", run.settings)
+    stage = stage_named(EVALUATE + variants.SERVER, run.settings)
     return _do(replace(stage, run=lambda _, progress: evaluate(progress)), run, inputs, progress)
 
 
@@ -212,11 +209,13 @@ def run_stage(
 
 
 def _do(stage: Stage, run: Run, inputs: dict[str, str], progress: Progress) -> manifest.Manifest:
-    """Run a stage and write its manifest; deletes the old manifest first, so that an interruption leaves none."""
+    """Run a stage and write its manifest.
+
+    Every stage replaces its folder when the new one is complete, manifest excepted: a stage that is refused or
+    interrupted leaves the finished product of before, with its manifest.
+    """
     folder = stage.folder(run)
     with held(run, stage.name):
-        if processes.is_main():
-            (folder / manifest.FILE_NAME).unlink(missing_ok=True)
         began = time.monotonic()
         figures = stage.run(run, progress)
         if stage.card and processes.is_main():

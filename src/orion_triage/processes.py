@@ -1,6 +1,39 @@
-"""Several processes of one command (accelerate launch, torchrun): rank, number of processes, barrier, device."""
+"""Several processes of one command (accelerate launch, torchrun): rank, number of processes, barrier, device.
+
+Also the variables that change the numbers of torch, CUDA and accelerate: recorded, taken out or refused.
+"""
 
 import os
+
+from orion_triage.errors import OrionError
+
+# Each changes results, by rounding (threads, instruction sets) or by more (TF32 has 10 bits of mantissa); all have
+# their uses, so a stage's manifest records those that are set.
+RECORDED = (
+    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA",
+    "ONEDNN_DEFAULT_FPMATH_MODE", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "OPENBLAS_CORETYPE", "NVIDIA_TF32_OVERRIDE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG", "CUDA_VISIBLE_DEVICES", "BNB_CUDA_VERSION",
+    "ORION_CPU_FEATURES", "ORION_LLAMA_CPP", "WORLD_SIZE",
+)  # fmt: skip
+# accelerate lets them override what a training does not set: float32 becomes bfloat16 without a word. `accelerate
+# launch` sets them too, from its own configuration; the settings of the run decide instead.
+_TAKEN_OUT = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_DYNAMO_BACKEND")
+# Other ways to share out a model, under which nothing here was ever tried.
+_REFUSED = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG")
+
+
+def recorded_environment() -> dict[str, str]:
+    """The variables of RECORDED that are set."""
+    return {name: os.environ[name] for name in RECORDED if name in os.environ}
+
+
+def settle_environment() -> None:
+    """Take out variables that would override settings; raises OrionError for those that cannot be followed."""
+    for name in _TAKEN_OUT:
+        os.environ.pop(name, None)
+    for name in _REFUSED:
+        if os.environ.get(name, "").lower() in ("1", "true", "yes", "on", "y", "t"):
+            raise OrionError(f"{name}={os.environ[name]}: this way to train is not supported.", f"Unset {name}.")
 
 
 def count() -> int:

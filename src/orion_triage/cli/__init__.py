@@ -1,5 +1,6 @@
 """The command line: parse options, load settings, call one function, print. Only this package prints or exits."""
 
+import io
 import signal
 import sys
 from typing import Any, NoReturn
@@ -9,6 +10,7 @@ from orion_triage.cli import dataset, evaluation, flight, machine, remote, stage
 from orion_triage.cli.app import app
 from orion_triage.cli.terminal import escape, messages
 from orion_triage.errors import OrionError, obstacle
+from orion_triage.safe import proxies
 
 __all__ = ["app", "dataset", "evaluation", "flight", "machine", "main", "remote", "stages"]
 
@@ -22,7 +24,11 @@ def main() -> None:
         signal.signal(number, _interrupt)
     signal.signal(signal.SIGALRM, _interrupt_again)
     sys.unraisablehook = _hide_lost_interrupt
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a file's name may have letters that the terminal's encoding lacks
+            stream.reconfigure(errors="backslashreplace")
     processes.sleep_while_waiting()
+    proxies.spare_loopback()
     try:
         app()
     except BaseException as error:

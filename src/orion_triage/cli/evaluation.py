@@ -58,6 +58,7 @@ def ablation(
 @command(
     epilog="Example: orion evaluate\n\n"
     "Example: orion evaluate --gguf OWNER/NAME\n\n"
+    "Example: orion evaluate --quantized-model http://127.0.0.1:8000#my-adapter\n\n"
     "Example: orion evaluate --variants Q8_0,quantized --file val"
 )
 def evaluate(
@@ -77,7 +78,8 @@ def evaluate(
         typer.Option(
             "--quantized-model",
             metavar="URL",
-            help="Evaluate a running llama.cpp or OpenAI-compatible server (key: LLAMA_API_KEY). Repeatable.",
+            help="Evaluate a running llama.cpp or OpenAI-compatible server (key: LLAMA_API_KEY). URL#MODEL names one "
+            "of its models. Repeatable.",
         ),
     ] = [],  # noqa: B006
     names: Annotated[
@@ -96,9 +98,12 @@ def evaluate(
     """Evaluate the fine-tuned model under the four conditions.
 
     Use --gguf, --quantized-model or --variants to evaluate another model.
+    Answers of a pair or server of someone else's are kept beside the run's own.
     'orion ablation --help' explains the conditions.
     """
+    from orion_triage.evaluate.variants import OTHER_PAIR, SERVER
     from orion_triage.pipeline import evaluate_servers
+    from orion_triage.runs.run import EVALUATE
 
     if pair and (servers or not quantized):
         raise typer.BadParameter("use it with --gguf and without --quantized-model.", param_hint=f"'{pair}'")
@@ -108,11 +113,14 @@ def evaluate(
         _evaluate_variants(names, preset, assignments, folder, file, as_json, force)
         return
     current = run_of(preset, assignments, folder, file.value, pair_from=pair)
-    stage = "evaluate quantized" if quantized or servers else "evaluate fine-tuned"
+    name = SERVER if servers else OTHER_PAIR if pair else "quantized" if quantized else "fine-tuned"
+    stage = EVALUATE + name
     if servers:
         with progress_bar() as progress:
             manifest = evaluate_servers(current, servers, progress)
-        say(manifest, current.evaluation("quantized"))
+        said = manifest.figures
+        typer.echo(f"asked: {said['served_model']} ({said['server_build']}) at {said['server']}", err=True)
+        say(manifest, current.evaluation(name))
     else:
         do_stage(stage, current, force)
     _print_rates(current, stage, as_json)

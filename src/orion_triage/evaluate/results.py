@@ -25,10 +25,10 @@ from orion_triage.runs.manifest import Manifest, read_manifest
 from orion_triage.runs.run import EVALUATE, Run
 from orion_triage.settings import overrides
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 DELTAS = {"fine-tuning": ("base", "fine-tuned"), "quantization": ("fine-tuned", "quantized")}
 FLIGHT = "flight"  # constrained answers with the blank rule, as in `orion triage`
-SERVER = ("server", "served_model", "server_build")  # in the manifest if a third-party server answered
+SERVER_FIGURES = ("server", "served_model", "server_build")  # in the manifest if a third-party server answered
 ARTIFACTS = (
     "orion_lora_weights/adapter_model.safetensors",
     "orion_merged/*.safetensors",
@@ -38,13 +38,20 @@ ARTIFACTS = (
 )
 
 
-def build_results(run: Run) -> dict[str, Any]:
-    """The run's results on its split; `missing` lists unfinished stages. The schema is in docs/results.md."""
+def build_results(run: Run, *, with_others: bool = True) -> dict[str, Any]:
+    """The run's results on its split; `missing` lists unfinished stages. The schema is in docs/results.md.
+
+    `with_others`: also those of a pair or server that the run did not make, if they were evaluated.
+    """
     settings, dataset = run.settings, Dataset(run.dataset)
     wanted = [variant.name for variant in variants.wanted(settings)]
     making = ["dataset", "fine-tune", "fuse", "quantize", *(["vision features"] if settings.variants.all else [])]
-    manifests = {name: read_manifest(run.product(name)) for name in (*making, *(EVALUATE + name for name in wanted))}
+    manifests = {name: _made_here(run.product(name)) for name in (*making, *(EVALUATE + name for name in wanted))}
     finished = {name: manifest for name, manifest in manifests.items() if manifest}
+    for other in (variants.OTHER_PAIR, variants.SERVER) if with_others else ():
+        if of_other := read_manifest(run.evaluation(other)):
+            finished[EVALUATE + other] = of_other
+            wanted.append(other)
     vision = features.read(run.vision_features) if "vision features" in finished else None
     of_frames = _of_frames(run, dataset, finished.get("dataset"), vision)
     predictions = {name: predictions_in(run.evaluation(name)) for name in wanted if EVALUATE + name in finished}
@@ -56,8 +63,7 @@ def build_results(run: Run) -> dict[str, Any]:
     for model, by_condition in models.items():
         for condition, rates in by_condition.items():
             rates |= judge(under(predictions[model], condition), places, settings.mission)
-    quantized = finished.get("evaluate quantized")
-    server = {key: quantized.figures[key] for key in SERVER if key in quantized.figures} if quantized else {}
+    server, other_pair = (finished.get(EVALUATE + name) for name in (variants.SERVER, variants.OTHER_PAIR))
     f16 = finished.get("evaluate F16")
     return {
         "schema_version": SCHEMA_VERSION,
@@ -80,13 +86,19 @@ def build_results(run: Run) -> dict[str, Any]:
         "parity": f16.figures["parity"] if f16 else None,
         "operating_point": _at_threshold(run, predictions.get(FLIGHT)),
         **of_frames,
-        "foreign_server": server,
-        "foreign_pair": quantized.figures.get("pair", "") if quantized else "",
+        "foreign_server": {key: server.figures[key] for key in SERVER_FIGURES} if server else {},
+        "foreign_pair": other_pair.figures["pair"] if other_pair else "",
         "bytes": {name: size for name in ARTIFACTS if (size := _size(run.folder, name))},
         "seconds": {name: manifest.seconds for name, manifest in finished.items()},
         "figures": {name: manifest.figures for name, manifest in finished.items() if "evaluate" not in name},
         "versions": next((manifest.versions for manifest in finished.values()), {}),
     }
+
+
+def _made_here(folder: Path) -> Manifest | None:
+    """The manifest of the run's own product; older versions stored the answers of other pairs and servers there too."""
+    made = read_manifest(folder)
+    return None if made is None or {"pair", "server"} & made.figures.keys() else made
 
 
 def _against_linear_probe(baselines: dict[str, Any], predictions: list[Prediction] | None) -> dict[str, Any] | None:
@@ -146,11 +158,13 @@ def _corrected(changes: Mapping[str, Change]) -> dict[str, dict[str, Any]]:
 def steps(predictions: dict[str, list[Prediction]], table: Sequence[Variant]) -> list[dict[str, Any]]:
     """The evaluated variants, each with what it `changes` and the effect on the answers (`change`).
 
-    `compared_with` is the variant evaluated before it, unless the table names another; null for the first.
+    `compared_with` is the variant evaluated before it, unless the table names another; null for the first. Models that
+    the run did not make come last.
     """
-    rows = [(variant.name, variant.changes, variant.compared_with) for variant in table]
+    rows = [(variant.name, variant.changes, variant.compared_with) for variant in table if variant.role != "other"]
+    others = [(variant.name, variant.changes, variant.compared_with) for variant in table if variant.role == "other"]
     found: list[dict[str, Any]] = []
-    for name, changes, other in [*rows, (FLIGHT, "the rule for blank frames", "")]:
+    for name, changes, other in [*rows, (FLIGHT, "the rule for blank frames", ""), *others]:
         if name in predictions:
             against = (other or found[-1]["model"]) if found else None
             change = differences(predictions[against], predictions[name]) if against in predictions else None

@@ -3,19 +3,23 @@
 import base64
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_incrementing
 
 from orion_triage.errors import OrionError, ServerError
 from orion_triage.evaluate.backends import Backend, LlamaCppBackend
 from orion_triage.llama_cpp.client import Client
+from orion_triage.llama_cpp.server import said_of_itself
 from orion_triage.mission.answer import Answer
 from orion_triage.runs import manifest
+from orion_triage.safe.reading import shown
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -34,18 +38,28 @@ class Connected:
     model: str
     build: str
     now: Callable[[], str] | None = None  # returns its current identity
+    said: Mapping[str, Any] = field(default_factory=dict)  # what it says of itself, for the manifest
 
 
-def connect(url: str, key: str, max_new_tokens: int) -> Connected:
+def connect(address: str, key: str, max_new_tokens: int) -> Connected:
     """Wait until the server has loaded its model, and detect its interface.
 
-    A server without llama.cpp's /props is used as an OpenAI-compatible one (vLLM, LM Studio, Ollama): answers without
-    scores. Raises ServerError if no server answers, or if it has neither interface.
+    `address` is a URL as people copy it (see `split_address`), optionally with `#MODEL`. A server is llama.cpp's if its
+    /props names a model's file and a build. Any other is used through the OpenAI-compatible interface (vLLM, LM Studio,
+    Ollama, KoboldCpp): answers without scores.
+
+    Raises ServerError if no server answers, if it has neither interface, or if it has several models and none is named:
+    which of them comes first says nothing (vLLM lists the base before its adapters).
     """
+    url, asked = split_address(address)
     client = Client(url, key)
-    if props := client.props_or_none():
+    if props := client.llama_cpp_props():
         client.ready(60)
         served = _served(props)
+        if asked and asked not in _names_of(props):
+            raise ServerError(
+                f"{url} serves {_shown(_names_of(props))}, not {asked!r}.", f"Pass {url} to ask what it serves."
+            )
         backend: Backend = LlamaCppBackend(client, max_new_tokens=max_new_tokens, primed=True)
         return Connected(
             url,
@@ -54,16 +68,62 @@ def connect(url: str, key: str, max_new_tokens: int) -> Connected:
             served["model_path"],
             f"llama.cpp {served['build_info']}",
             lambda: manifest.sha256_of_listing(_served(client.props())),
+            said_of_itself(props),
         )
-    model = client.served_model()
+    model = _chosen(client.served_models(), asked, url)
+    identity = manifest.sha256_of_listing({"model": model})
     return Connected(
         url,
         OpenAIBackend(client, model, max_new_tokens=max_new_tokens),
-        manifest.sha256_of_listing({"model": model}),
+        identity,
         model,
         "OpenAI API",
-        lambda: manifest.sha256_of_listing({"model": client.served_model()}),
+        lambda: identity if model in client.served_models() else "",
     )
+
+
+# Ends of the addresses that people copy from a server's messages or another program's settings.
+_ENDS = ("/chat/completions", "/completions", "/completion", "/models", "/props", "/health", "/v1")
+
+
+def split_address(address: str) -> tuple[str, str]:
+    """(URL of the server, model or ""): `localhost:8080`, `http://gpu:8000/v1/` or `http://gpu:8000#my-adapter`.
+
+    Raises OrionError for an address that is none.
+    """
+    text, _, model = address.strip().partition("#")
+    text = text if "://" in text else f"http://{text}"
+    try:
+        parts = urlsplit(text)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and not parts.query
+    except ValueError:
+        good = False
+    if not good:
+        raise OrionError(f"{address!r} is not an http(s) URL.", "Pass a URL like http://127.0.0.1:8080.")
+    path = parts.path.rstrip("/")
+    for end in _ENDS:
+        path = path.removesuffix(end).rstrip("/")
+    return f"{parts.scheme}://{parts.netloc}{path}", model
+
+
+def _chosen(models: Sequence[str], asked: str, url: str) -> str:
+    if asked in models:
+        return asked
+    named = f"Name one: {url}#{models[0]}"
+    if asked:
+        raise ServerError(f"{url} has no model {asked!r}; it lists {_shown(models)}.", named)
+    if len(models) > 1:
+        raise ServerError(f"{url} lists {len(models)} models: {_shown(models)}.", named)
+    return models[0]
+
+
+def _shown(models: Sequence[str]) -> str:
+    return ", ".join(map(shown, models))
+
+
+def _names_of(props: dict[str, Any]) -> list[str]:
+    names = [str(props[name]) for name in ("model_alias", "model_path") if props.get(name)]
+    return list(dict.fromkeys([*names, *(PurePath(name).name for name in names)]))
 
 
 def _served(props: dict[str, Any]) -> dict[str, str]:

@@ -24,6 +24,7 @@ from orion_triage.settings import Settings
 if TYPE_CHECKING:
     from orion_triage.evaluate.backends import Backend, TransformersBackend
     from orion_triage.llama_cpp.client import Client
+    from orion_triage.llama_cpp.server import Server
     from orion_triage.runs.run import Run
     from orion_triage.settings import EvaluateSettings
 
@@ -34,6 +35,7 @@ MODELS = ("base", "fine-tuned", "quantized")  # every run evaluates these
 # give the same model another answer. Changes of the prompt and the grammar are detected by their hashes.
 PROTOCOL_VERSION = 1
 CONSTRAINED, VERDICT_ONLY = "constrained", "verdict-only"
+OTHER_PAIR, SERVER = "other-pair", "server"
 SMALL_PAIR_BYTES = 100_000_000  # measured: 0.050 s per question with 2 servers of 1 thread, 0.075 to 0.09 with 1 of 2
 SMALLEST_AGREEMENT = 0.95  # of verdicts between transformers and llama.cpp on the same 16-bit weights
 
@@ -54,9 +56,12 @@ FREE = Decoding()
 # Recommended for this family: nearly greedy, without unlikely tokens, with a repetition penalty.
 SAMPLING = {"temperature": 0.1, "min_p": 0.15, "repeat_penalty": 1.05, "top_k": 0, "top_p": 1.0}
 
-Weights = Literal["base", "adapter on the 4-bit base", "adapter on the base", "merged", "F16", "quantized F16", "pair"]
+Weights = Literal[
+    "base", "adapter on the 4-bit base", "adapter on the base", "merged", "F16", "quantized F16", "pair", "server"
+]
 # model: every run evaluates it. step: between models, and the flight pair; with `variants.all`. decoding: only by name.
-Role = Literal["model", "step", "decoding"]
+# other: not made by this run; with `orion evaluate --gguf PAIR` and `--quantized-model URL`.
+Role = Literal["model", "step", "decoding", "other"]
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,8 @@ def table(settings: Settings) -> tuple[Variant, ...]:
         Variant(
             VERDICT_ONLY, "pair", "no reason: the category alone", "decoding", Decoding(verdict_only=True), "quantized"
         ),
+        Variant(OTHER_PAIR, "pair", "another GGUF pair", "other", compared_with="quantized"),
+        Variant(SERVER, "server", "a third-party server", "other", compared_with="quantized"),
     )
 
 
@@ -124,11 +131,15 @@ def named(settings: Settings, name: str) -> Variant:
 
 
 def chosen(settings: Settings, names: Sequence[str]) -> list[Variant]:
-    """The variants with these names ("all": every variant), in the table's order; raises OrionError for others."""
-    if "all" in names:
-        return list(table(settings))
-    asked = [named(settings, name) for name in names]
-    return [variant for variant in table(settings) if variant in asked]
+    """The variants of the run with these names ("all": each), in the table's order; raises OrionError for others."""
+    own = [variant for variant in table(settings) if variant.role != "other"]
+    asked = own if "all" in names else [named(settings, name) for name in names]
+    if strange := [variant.name for variant in asked if variant not in own]:
+        raise OrionError(
+            f"{strange[0]} is not a model of this run.",
+            "Run 'orion evaluate --gguf PAIR' or 'orion evaluate --quantized-model URL' instead.",
+        )
+    return [variant for variant in own if variant in asked]
 
 
 def protocol(variant: Variant) -> dict[str, Any]:
@@ -163,6 +174,8 @@ def inputs(variant: Variant, run: "Run") -> dict[str, Path]:
             return {"F16": run.gguf}
         case "pair":
             return {"gguf": run.pair}
+        case "server":
+            return {}  # known by what it says of itself; see `through_servers`
         case _:
             assert_never(variant.weights)
 
@@ -173,10 +186,12 @@ def evaluate(variant: Variant, run: "Run", progress: Progress) -> Figures:
     if variant.in_parallel:
         made_from = inputs(variant, run)
         return ask(run, variant.name, _load(variant, made_from, run.settings), made_from, progress, how)
-    with _served(run, variant, progress) as clients:
+    with _served(run, variant, progress) as servers:
+        clients = [server.client for server in servers]
         gate = check_parity(run, clients[0]) if variant.weights == "F16" else {}
         backend = _backend(variant, run, clients)
         figures = ask(run, variant.name, backend, {"model": run.pair}, progress, how) | lost_servers(backend)
+        figures |= {"served": servers[0].said | {"servers": len(servers)}}
     if variant.weights == "F16":
         gate["agreement"] = check_agreement(run, variant.name)
         figures |= {"parity": gate}
@@ -217,7 +232,7 @@ def _backend(variant: Variant, run: "Run", clients: "Sequence[Client]") -> "Back
 
 
 @contextmanager
-def _served(run: "Run", variant: Variant, progress: Progress) -> "Iterator[list[Client]]":
+def _served(run: "Run", variant: Variant, progress: Progress) -> "Iterator[list[Server]]":
     """Servers for the pair, or for a temporary quantization that is deleted afterwards."""
     from orion_triage.export import quantize
     from orion_triage.llama_cpp.server import Server
@@ -244,7 +259,7 @@ def _served(run: "Run", variant: Variant, progress: Progress) -> "Iterator[list[
             yield [
                 stack.enter_context(
                     Server(toolchain, backbone, mmproj, log=logs / f"evaluate-server-{number}.log", threads=threads)
-                ).client
+                )
                 for number in range(count)
             ]
 
@@ -258,7 +273,7 @@ def how_many_servers(settings: "EvaluateSettings", pair_bytes: int) -> tuple[int
 
 
 def through_servers(urls: Sequence[str], run: "Run") -> tuple[Callable[[Progress], Figures], str]:
-    """The quantized model on third-party servers (key: LLAMA_API_KEY).
+    """The model of third-party servers (key: LLAMA_API_KEY).
 
     Returns a function that evaluates it, and a hash of the model's properties from the servers.
     """
@@ -268,9 +283,9 @@ def through_servers(urls: Sequence[str], run: "Run") -> tuple[Callable[[Progress
     backend, first = servers.share(urls, os.environ.get("LLAMA_API_KEY", ""), settings.max_new_tokens)
 
     def evaluate(progress: Progress) -> Figures:
-        figures = ask(run, "quantized", backend, {}, progress, first.identity)
+        figures = ask(run, SERVER, backend, {}, progress, first.identity)
         served = {"server": ", ".join(urls), "served_model": first.model, "server_build": first.build}
-        return figures | served | lost_servers(backend)
+        return figures | served | {"served": dict(first.said)} | lost_servers(backend)
 
     return evaluate, first.identity
 

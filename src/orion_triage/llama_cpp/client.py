@@ -4,6 +4,7 @@ import base64
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from orion_triage.errors import AnswerError, ServerError
@@ -16,6 +17,13 @@ LARGEST_REPLY_BYTES = 20_000_000  # of one reply; the largest measured has 0.2 M
 SHOWN_BYTES = 2000  # of an invalid reply, shown in the error
 _ROUNDING = 1e-3  # by which a log-probability may be above 0
 _SMALLEST_LOG_PROBABILITY = -700.0  # exp() of less is nearly 0 in 64 bits
+# What a server was started with holds for all requests that do not say otherwise: `--repeat-penalty 1.3` alone changes
+# verdicts. These values change nothing.
+_NEUTRAL = {
+    "repeat_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "dry_multiplier": 0.0,
+    "xtc_probability": 0.0, "dynatemp_range": 0.0, "typical_p": 1.0, "top_p": 1.0, "min_p": 0.0, "top_n_sigma": -1.0,
+    "mirostat": 0, "n_keep": 0, "ignore_eos": False, "logit_bias": [],
+}  # fmt: skip
 CANDIDATES = 100  # candidates per token with probabilities; each costs 9 microseconds and 0.1 kB per token
 
 
@@ -31,7 +39,7 @@ class Client:
             headers["Authorization"] = f"Bearer {api_key}"
         self.base_url = base_url.rstrip("/")
         self._timeout_seconds = timeout_seconds
-        self._http = BoundedHttp(base_url=self.base_url, headers=headers)
+        self._http = BoundedHttp(self.base_url, base_url=self.base_url, headers=headers)
         self._marker = ""
         self._primed = b""
 
@@ -47,10 +55,7 @@ class Client:
             try:
                 status = self._status("/health", timeout_seconds)
             except httpx.HTTPError as error:
-                raise ServerError(
-                    f"no server answers at {self.base_url} ({type(error).__name__}).",
-                    "Start llama-server, or check the address.",
-                ) from None
+                raise self._no_answer(error) from None
             if status == 200:
                 return
             if status != 503:
@@ -81,27 +86,30 @@ class Client:
         """The server's properties: media marker, chat template, build."""
         return self._request("GET", "/props", None)
 
-    def props_or_none(self) -> dict[str, Any] | None:
-        """`props`, or None for a server without this page, which is not llama.cpp's."""
-        import httpx
+    def llama_cpp_props(self) -> dict[str, Any] | None:
+        """`props` of a llama.cpp server that has loaded a model; None for any other server.
 
-        try:
-            status = self._status("/props", 30)
-        except httpx.HTTPError as error:
-            raise ServerError(
-                f"no server answers at {self.base_url} ({type(error).__name__}).",
-                "Start llama-server, or check the address.",
-            ) from None
-        return None if status in (404, 405) else self.props()
+        Other servers have a page of this name too (KoboldCpp), or answer every address with status 200 (LM Studio).
+        llama.cpp's names the model's file and its own build. Raises ServerError if nobody answers or the key is wrong.
+        """
+        status, _, data = self._exchange("GET", "/props", None)
+        props: Any = None
+        if status in (401, 503):  # a wrong key, and a model that is still loading
+            props = self.props()
+        elif status == 200:
+            with suppress(ValueError):
+                props = parse_json(data)
+        said = [props.get(name) for name in ("model_path", "build_info")] if isinstance(props, dict) else []
+        return props if said and all(isinstance(text, str) and text for text in said) else None
 
-    def served_model(self) -> str:
-        """The first model that an OpenAI-compatible server lists."""
+    def served_models(self) -> list[str]:
+        """The models that an OpenAI-compatible server lists, in its order; raises ServerError if there is none."""
         listed = self._request("GET", "/v1/models", None).get("data")
-        first = listed[0] if isinstance(listed, list) and listed else None
-        name = first.get("id") if isinstance(first, dict) else None
-        if not isinstance(name, str):
+        entries = listed if isinstance(listed, list) else []
+        names = [entry["id"] for entry in entries if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
+        if not names:
             raise ServerError(f"{self.base_url}/v1/models lists no model.", "Load a model that accepts images.")
-        return name
+        return names
 
     def chat_completion(self, model: str, messages: list[dict[str, Any]], max_tokens: int) -> str:
         """The greedy answer through the OpenAI-compatible interface."""
@@ -218,6 +226,7 @@ class Client:
             "temperature": 0,
             "top_k": 1,
             "seed": 0,
+            **_NEUTRAL,
             "cache_prompt": False,
             **{key: value for key, value in options.items() if value != ""},
         }
@@ -259,6 +268,17 @@ class Client:
             )
         return value
 
+    def _no_answer(self, error: Exception) -> ServerError:
+        if proxy := self._http.proxy:
+            return ServerError(
+                f"no server answers at {self.base_url} through the proxy {proxy} ({type(error).__name__}).",
+                f"Start the server, correct {proxy.variable}, or add the server to NO_PROXY.",
+            )
+        return ServerError(
+            f"no server answers at {self.base_url} ({type(error).__name__}).",
+            "Start llama-server, or check the address.",
+        )
+
     def _exchange(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[int, str, bytes]:
         """One request: (status, content type, body), limited in bytes and in total seconds."""
         import httpx
@@ -277,10 +297,8 @@ class Client:
                             "Check that it is a llama.cpp server.",
                         )
                 return reply.status_code, reply.headers.get("content-type", "no content type"), bytes(data)
-        except httpx.ConnectError:
-            raise ServerError(
-                f"no server answers at {self.base_url}.", "Start llama-server, or check the address."
-            ) from None
+        except httpx.ConnectError as error:
+            raise self._no_answer(error) from None
         except httpx.TimeoutException:
             raise ServerError(
                 f"{path} did not finish its reply within {self._timeout_seconds:g} s.", "Read the server's log."

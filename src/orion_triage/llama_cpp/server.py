@@ -9,10 +9,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from orion_triage import processes
 from orion_triage.errors import ServerError
+from orion_triage.safe import children
 from orion_triage.safe.children import tied
 
 if TYPE_CHECKING:
@@ -52,9 +52,13 @@ class Server:
         self._command = [str(toolchain.llama_server), "--model", str(model)]
         if mmproj is not None:
             self._command += ["--mmproj", str(mmproj)]
-        if threads:
+        # The environment is not handed on, so OpenMP's usual variable is passed by name.
+        if threads := threads or _threads_of_environment():
             self._command += ["--threads", str(threads)]
         self._command += options
+        self._expected: dict[str, Any] = {"model_path": str(model), "vision": mmproj is not None}
+        self._expected |= {"context_tokens": CONTEXT_TOKENS, "slots": 1} if options is OPTIONS else {}
+        self.said: dict[str, Any] = {"threads": threads}  # what the server says of itself once it runs
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
         self.client: Client
@@ -62,10 +66,7 @@ class Server:
     def __enter__(self) -> "Server":
         port, key = _free_port(), secrets.token_urlsafe(24)
         command = [*self._command, "--host", "127.0.0.1", "--port", str(port)]
-        environment = {**os.environ, "LLAMA_API_KEY": key}  # not on the command line, which other users can read
-        # The wait policy is for torch. Here each token has hundreds of short waits, and sleeping threads make decoding
-        # take 2.6 x as long.
-        environment.pop(processes.WAIT_POLICY, None)
+        environment = children.environment(LLAMA_API_KEY=key)  # a command line can be read by other users
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("wb") as file:
             # Not in the terminal's process group: Ctrl-C would stop the server during a request, and the client would
@@ -76,6 +77,7 @@ class Server:
         self.client = Client(f"http://127.0.0.1:{port}", key)
         try:
             self._wait()
+            self._check()
         except BaseException:
             self._stop()
             raise
@@ -111,6 +113,15 @@ class Server:
                 )
             time.sleep(0.1)
 
+    def _check(self) -> None:
+        """Compare what the server says of itself with what was asked for."""
+        self.said |= said_of_itself(self.client.props())
+        for name, expected in self._expected.items():
+            if self.said[name] != expected:
+                raise ServerError(
+                    f"llama-server has {name} {self.said[name]} instead of {expected}.", f"Read its log: {self._log}"
+                )
+
     def _tail(self, count: int = 3) -> str:
         """The last lines of the server's log."""
         lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
@@ -127,6 +138,30 @@ class Server:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def said_of_itself(props: dict[str, Any]) -> dict[str, Any]:
+    """What a llama.cpp server's /props says of model, build and context, under names of our own."""
+    settings = props.get("default_generation_settings")
+    settings = settings if isinstance(settings, dict) else {}
+    parameters = settings.get("params")
+    parameters = parameters if isinstance(parameters, dict) else {}
+    modalities = props.get("modalities")
+    return {
+        "model_path": str(props.get("model_path")),
+        "model_type": props.get("model_ftype"),
+        "build": props.get("build_info"),
+        "context_tokens": settings.get("n_ctx"),
+        "slots": props.get("total_slots"),
+        "vision": isinstance(modalities, dict) and modalities.get("vision") is True,
+        "adapters": parameters.get("lora", []),
+    }
+
+
+def _threads_of_environment() -> int | None:
+    """OMP_NUM_THREADS, if it is a number."""
+    value = os.environ.get("OMP_NUM_THREADS", "")
+    return int(value) if value.isdecimal() and int(value) > 0 else None
 
 
 def _free_port() -> int:

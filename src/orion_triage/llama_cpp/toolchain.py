@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 from orion_triage.errors import OrionError
 from orion_triage.llama_cpp import cmake_build
 from orion_triage.progress import Progress, silent
+from orion_triage.safe import children
 from orion_triage.safe.children import tied
 from orion_triage.safe.files import (
     cache_folder,
@@ -100,7 +101,14 @@ def _users_own(source: Path) -> Toolchain | None:
 def build_number(tool: Path) -> int:
     """The number that `--version` prints; 0 if it prints none. Raises OrionError if the tool does not run here."""
     try:
-        result = subprocess.run([tool, "--version"], capture_output=True, text=True, timeout=60, check=False)
+        result = subprocess.run(
+            [tool, "--version"],
+            env=children.environment(),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise OrionError(f"{tool} does not run: {error}.", "Build it for this machine.") from None
     if result.returncode < 0:

@@ -10,6 +10,7 @@ from typing import IO
 
 from orion_triage.errors import DISK_FIX, OrionError, words_of_disk
 from orion_triage.llama_cpp.toolchain import Toolchain
+from orion_triage.safe import children
 from orion_triage.safe.children import tied
 from orion_triage.safe.files import refusal_of_disk
 
@@ -30,7 +31,7 @@ def quantize_file(toolchain: Toolchain, source: Path, target: Path, kind: str) -
 
 
 def run_tool(command: list[str], target: Path, name: str) -> ToolUse:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = children.environment(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
         status, use = run_measured(command, environment, output)
         if status or not target.exists():

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from orion_triage import processes
 from orion_triage.llama_cpp.toolchain import existing_tools
 from orion_triage.settings import Settings
 
@@ -41,7 +42,10 @@ _SMALL = Needs(3 * GB, 1 * GB, None)
 def examine(settings: Settings, folder: Path) -> list[Finding]:
     """The findings of all checks; `folder` is where runs are written."""
     needs = _NEEDS.get(settings.preset, _SMALL)
-    return [*_gpu(needs), _bitsandbytes(), *_tools(), _memory(needs), _disk(needs, folder), _base(settings)]
+    return [
+        *_gpu(needs), _bitsandbytes(), *_tools(), _memory(needs), _disk(needs, folder), _base(settings),
+        *_environment(),
+    ]  # fmt: skip
 
 
 def _gpu(needs: Needs) -> list[Finding]:
@@ -126,6 +130,15 @@ def _disk(needs: Needs, folder: Path) -> Finding:
     free = shutil.disk_usage(existing).free
     found = f"{free / GB:.1f} GB free in {existing}, {needs.disk / GB:.0f} needed"
     return Finding("disk", "ok" if free >= needs.disk else "missing", found, "Free some space, or use --run elsewhere.")
+
+
+def _environment() -> list[Finding]:
+    """The variables that change numbers; each is also recorded in the manifests of the stages."""
+    found = [f"{name}={value}" for name, value in processes.recorded_environment().items()]
+    if not found:
+        return []
+    fix = "Unset those that you did not set on purpose (docs/environment.md)."
+    return [Finding("environment", "note", f"set, and may change results: {', '.join(found)}", fix)]
 
 
 def _base(settings: Settings) -> Finding:

@@ -45,9 +45,8 @@ def push(run: Run, product: card.Product, repository: str, *, private: bool = Tr
             "Copy the base's README.md and LICENSE into its folder, and make the product again.",
         )
     base = base_of(folder) or "its base"
-    results = build_results(run)
-    own = not results["foreign_server"] and not results["foreign_pair"]
-    complete = own and all(model in results["models"] for model in MODELS)
+    results = build_results(run, with_others=False)
+    complete = all(model in results["models"] for model in MODELS)
     own_files = {
         name: path for name, path in _files(folder) if product != "gguf" or name in _PAIR or name.startswith("LICENSE")
     }

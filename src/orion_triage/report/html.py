@@ -16,7 +16,7 @@ from orion_triage.evaluate.conditions import CONDITIONS
 from orion_triage.evaluate.judgement import BUDGETS
 from orion_triage.evaluate.results import FLIGHT, as_flown
 from orion_triage.evaluate.run import Row, prediction_of, read_predictions
-from orion_triage.evaluate.variants import MODELS
+from orion_triage.evaluate.variants import MODELS, OTHER_PAIR, SERVER
 from orion_triage.imagery.frames import CAMERA_SIZE, read_frame, shrink
 from orion_triage.mission.prompt import Coordinates, format_degrees, render_prompt
 from orion_triage.mission.verdict import CATEGORIES, Category
@@ -163,7 +163,8 @@ def coverage_chart(results: dict[str, Any], models: Sequence[str]) -> Chart:
 
 def flight_model(results: dict[str, Any]) -> str | None:
     """The last evaluated step from base to flight: "flight" if the run is complete. None before any evaluation."""
-    return results["variants"][-1]["model"] if results["variants"] else None
+    own = [row["model"] for row in results["variants"] if row["model"] not in (OTHER_PAIR, SERVER)]
+    return own[-1] if own else None
 
 
 def main_rates(rates: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

@@ -62,17 +62,16 @@ def error_rate_at(rates: dict[str, Any], kept: float) -> float:
 
 
 def notes(results: dict[str, Any]) -> list[str]:
-    """Warnings for the top of a report: unfinished stages, and answers that are not from the run's own pair."""
+    """Notes for the top of a report: unfinished stages, and models that the run did not make."""
     found = []
     if results["missing"]:
         found.append(f'Not finished: {", ".join(results["missing"])}. Their values are left out or shown as "-".')
     if server := results["foreign_server"]:
         found.append(
-            f"The quantized answers are from the server at {server['server']} ({server['served_model']}, "
-            f"{server['server_build']}), not from the GGUF pair of this run."
+            f'"server" is {server["served_model"]}, as served by {server["server"]} ({server["server_build"]}).'
         )
     if results["foreign_pair"]:
-        found.append(f"The quantized answers are from the pair {results['foreign_pair']}, not from that of this run.")
+        found.append(f'"other-pair" is the pair {results["foreign_pair"]}.')
     return found
 
 

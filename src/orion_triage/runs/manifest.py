@@ -34,6 +34,8 @@ _LIBRARIES = (
 class Manifest:
     """`inputs` and `outputs` map a name or relative path to a sha256; `figures` are the stage's measurements.
 
+    `environment` has the variables that were set and can change numbers (see processes.RECORDED).
+
     `removed` lists outputs that `orion clean` deleted. They count as unchanged, since only their hashes are needed.
     """
 
@@ -45,6 +47,7 @@ class Manifest:
     seconds: float
     figures: dict[str, Any] = field(default_factory=dict)
     removed: list[str] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 def hash_inputs(inputs: dict[str, Path]) -> dict[str, str]:
@@ -114,6 +117,7 @@ def write_manifest(
         versions=versions,
         seconds=round(seconds, 3),
         figures=figures or {},
+        environment=processes.recorded_environment(),
     )
     if not processes.is_main():
         return manifest
@@ -136,8 +140,8 @@ def read_manifest(folder: Path) -> Manifest | None:
 def _checked(value: Any) -> Manifest:
     """Raises ValueError or TypeError if the value is not a valid manifest; the content of `figures` is not checked."""
     manifest = Manifest(**value)
-    maps = (manifest.settings, manifest.inputs, manifest.outputs, manifest.versions, manifest.figures)
-    if not all(isinstance(each, dict) for each in maps) or not isinstance(manifest.removed, list):
+    maps = ("settings", "inputs", "outputs", "versions", "figures", "environment")
+    if not all(isinstance(getattr(manifest, name), dict) for name in maps) or not isinstance(manifest.removed, list):
         raise ValueError("a field has the wrong type")
     # `orion clean` deletes these paths
     for name in (*manifest.outputs, *manifest.removed):

@@ -9,16 +9,27 @@ from typing import Any
 
 import httpx
 
+from orion_triage.safe.proxies import proxy_for
+
 
 class BoundedHttp:
-    """An httpx client for one request at a time.
+    """An httpx client of the server at `url`, for one request at a time; `proxy` is the one that it goes through.
+
+    Raises OrionError if the environment names a proxy for `url` that cannot be used.
 
     httpx limits only the wait for each piece of a reply, and the headers alone can arrive in thousands of pieces. A
     timer thread therefore closes the socket at the deadline; the request then raises httpx.ReadTimeout.
     """
 
-    def __init__(self, **options: Any) -> None:
-        self._http = httpx.Client(**options)
+    def __init__(self, url: str, **options: Any) -> None:
+        self.proxy = proxy_for(url)
+        # trust_env would read the proxies of the environment once more, and apply them to 127.0.0.1 too.
+        self._http = httpx.Client(
+            proxy=self.proxy.url if self.proxy else None,
+            verify=httpx.create_ssl_context(),  # with SSL_CERT_FILE and SSL_CERT_DIR
+            trust_env=False,
+            **options,
+        )
         self.headers = self._http.headers
         self._socket: socket.socket | None = None
 

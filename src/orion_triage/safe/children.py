@@ -1,4 +1,4 @@
-"""Child processes that end with this process, even if it is killed (Linux)."""
+"""Child processes: they end with this process, even if it is killed (Linux), and get an environment built for them."""
 
 import ctypes
 import os
@@ -29,6 +29,25 @@ def tied(command: Sequence[str]) -> list[str]:
     The kernel watches the thread that starts the command, so start it from a thread that lives as long as the command.
     """
     return [sys.executable, "-I", "-S", "-c", _TIE, str(os.getpid()), *command]
+
+
+# What a program needs to start and to find its files, devices and temporary folder. All else stays here: llama.cpp
+# reads about 200 variables (LLAMA_ARG_*, GGML_*, MTMD_*), some of which change its answers, and OpenMP's wait policy
+# makes its decoding take 2.6 times as long (sleeping threads; a token has hundreds of short waits).
+_HANDED_ON = (
+    "PATH", "HOME", "USER", "LOGNAME", "TMPDIR", "TMP", "TEMP", "LANG", "LANGUAGE", "TZ", "LD_LIBRARY_PATH",
+    "LD_PRELOAD", "PYTHONPATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER",
+    "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES",
+)  # fmt: skip
+_HANDED_ON_PREFIXES = ("LC_", "ORION_")
+
+
+def environment(**named: str) -> dict[str, str]:
+    """The environment of a program that we start: `named`, and what every program needs; nothing else is inherited."""
+    kept = {
+        name: value for name, value in os.environ.items() if name in _HANDED_ON or name.startswith(_HANDED_ON_PREFIXES)
+    }
+    return kept | named
 
 
 MOST_WORKERS = 8

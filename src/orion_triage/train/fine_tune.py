@@ -64,6 +64,7 @@ def run(
     Raises OrionError for an invalid dataset, a base that ignores images, a target that matches nothing, a loss that is
     not finite, or full memory.
     """
+    processes.settle_environment()
     hush_kernel_advice()
     import torch
     from transformers import set_seed

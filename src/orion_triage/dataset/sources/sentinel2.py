@@ -26,6 +26,7 @@ from orion_triage.dataset.sources.source import Absent, Picture, Shot
 from orion_triage.errors import OrionError
 from orion_triage.imagery.frames import CAMERA_SIZE
 from orion_triage.safe.files import sha256_of_text, write_bytes
+from orion_triage.safe.proxies import proxy_for
 
 CHIP_METRES = 5120
 COVERAGE = 0.98  # share of the chip that must have data
@@ -193,6 +194,7 @@ class Sentinel2:
         from pystac_client import Client
         from pystac_client.stac_api_io import StacApiIO
 
+        proxy_for(self.url, socks_package="socks")  # raises the error that requests would raise in other words
         channel = StacApiIO(max_retries=None)  # _patiently retries after more kinds of faults
         try:  # pass the timeout to `open`, which would reset that of the channel
             catalogue = self._patiently(partial(Client.open, self.url, stac_io=channel, timeout=self.timeout_seconds))

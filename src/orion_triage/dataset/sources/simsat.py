@@ -119,7 +119,10 @@ class SimSat:
         # One connection per request: bytes beyond the announced length would be read as the next reply.
         limits = httpx.Limits(max_keepalive_connections=0)
         connected, without_server = False, 0
-        with _locked(self.cache), closing(BoundedHttp(timeout=timeout, limits=limits, headers=_PLAIN)) as client:
+        with (
+            _locked(self.cache),
+            closing(BoundedHttp(self.url, timeout=timeout, limits=limits, headers=_PLAIN)) as client,
+        ):
             for shot in shots:
                 if (data := self._cached(shot)) is not None:
                     yield Picture(data, self._metres_per_pixel(shot), cached=True)
