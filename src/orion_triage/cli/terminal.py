@@ -139,9 +139,12 @@ def run_of(
 
 def finished_run(folder: Path | None, stage: str, split: Any = "test") -> Any:
     """The run that a command reads, with its saved settings. Default: the newest run that has finished `stage`."""
-    from orion_triage.runs.run import newest_run, open_run
+    from orion_triage.runs.run import newest_run, open_run, require_settings_of_pair
 
-    return open_run(folder or newest_run(Path("runs"), stage), split)
+    run = open_run(folder or newest_run(Path("runs"), stage), split)
+    if stage == "quantize":
+        require_settings_of_pair(run)
+    return run
 
 
 def do_stage(stage: Any, run: Any, force: bool = False) -> None:

@@ -22,7 +22,7 @@ from orion_triage.evaluate.variants import Variant
 from orion_triage.mission.decide import Rules
 from orion_triage.mission.verdict import CATEGORIES, Category
 from orion_triage.runs.manifest import Manifest, read_manifest
-from orion_triage.runs.run import EVALUATE, Run
+from orion_triage.runs.run import EVALUATE, Run, changed_settings
 from orion_triage.settings import overrides
 
 SCHEMA_VERSION = 5
@@ -72,6 +72,7 @@ def build_results(run: Run, *, with_others: bool = True) -> dict[str, Any]:
         "settings": settings.model_dump(mode="json"),
         "overrides": {key: list(pair) for key, pair in overrides(settings).items()},
         "missing": [name for name, manifest in manifests.items() if manifest is None],
+        "outdated": {name: changed for name, made in finished.items() if (changed := changed_settings(run, made))},
         "frames": {"count": len(records), "places": len(set(places.values()))},
         "models": models,
         "deltas": {

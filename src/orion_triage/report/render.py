@@ -66,6 +66,8 @@ def notes(results: dict[str, Any]) -> list[str]:
     found = []
     if results["missing"]:
         found.append(f'Not finished: {", ".join(results["missing"])}. Their values are left out or shown as "-".')
+    for stage, changed in results["outdated"].items():
+        found.append(f"{stage}: made with other settings ({'; '.join(changed)}). Run 'orion run' to make it again.")
     if server := results["foreign_server"]:
         found.append(
             f'"server" is {server["served_model"]}, as served by {server["server"]} ({server["server_build"]}).'

@@ -134,6 +134,32 @@ def open_run(folder: Path, split: Split = "test") -> Run:
     return Run(folder, settings, split)
 
 
+def changed_settings(run: Run, made: manifest.Manifest) -> list[str]:
+    """The settings that a product was made with and that the run no longer has: "base.frame_size 256, now 128"."""
+    now = run.settings.model_dump(mode="json")
+    return [
+        f"{section}.{key} {before}, now {now[section].get(key)}"
+        for section, values in made.settings.items()
+        if section in now and isinstance(values, dict)
+        for key, before in values.items()
+        if before != now[section].get(key)
+    ]
+
+
+def require_settings_of_pair(run: Run) -> None:
+    """Raise OrionError if the run's settings are no longer those of its flight pair.
+
+    A later command may have changed them, and the size of the frames is part of what the model learned.
+    """
+    made = manifest.read_manifest(run.merged)
+    if made and (changed := [text for text in changed_settings(run, made) if text.startswith("base.")]):
+        raise OrionError(
+            f"the pair in {run.gguf} was made with other settings than {run.folder / SETTINGS_FILE} has now: "
+            f"{'; '.join(changed)}.",
+            f"Run 'orion run --run {run.folder}' with the settings that you want to fly.",
+        )
+
+
 def newest_run(runs: Path, stage: str) -> Path:
     """The run in `runs` whose `stage` finished last; raises OrionError if there is none."""
     product = Run(Path(), Settings()).product(stage)
