@@ -16,7 +16,7 @@ from orion_triage.evaluate.variants import Variant
 from orion_triage.models.load import base_name, resolve_base
 from orion_triage.progress import Progress, silent
 from orion_triage.runs import manifest
-from orion_triage.runs.run import EVALUATE, WORK_FOLDER, Run, held
+from orion_triage.runs.run import EVALUATE, WORK_FOLDER, Run, running
 from orion_triage.settings import Settings
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ def _do(stage: Stage, run: Run, inputs: dict[str, str], progress: Progress) -> m
     interrupted leaves the finished product of before, with its manifest.
     """
     folder = stage.folder(run)
-    with held(run, stage.name):
+    with running(run, stage.name):
         began = time.monotonic()
         figures = stage.run(run, progress)
         if stage.card and processes.is_main():

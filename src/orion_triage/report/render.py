@@ -66,8 +66,11 @@ def notes(results: dict[str, Any]) -> list[str]:
     found = []
     if results["missing"]:
         found.append(f'Not finished: {", ".join(results["missing"])}. Their values are left out or shown as "-".')
+    by_change: dict[str, list[str]] = {}
     for stage, changed in results["outdated"].items():
-        found.append(f"{stage}: made with other settings ({'; '.join(changed)}). Run 'orion run' to make it again.")
+        by_change.setdefault("; ".join(changed), []).append(stage)
+    for changes, stages in by_change.items():
+        found.append(f"Made with other settings ({changes}): {', '.join(stages)}. 'orion run' makes them again.")
     if server := results["foreign_server"]:
         found.append(
             f'"server" is {server["served_model"]}, as served by {server["server"]} ({server["server_build"]}).'

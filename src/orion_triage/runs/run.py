@@ -1,7 +1,8 @@
 """One run: its folder, its settings, and the location of each stage's product in it."""
 
 import json
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -84,14 +85,49 @@ def held(run: Run, name: str) -> AbstractContextManager[None]:
 
 
 def prepare(run: Run) -> None:
-    """Create the run folder and write the settings; of processes launched together, rank 0 does.
+    """Create the run folder and write the settings, unless a finished product was made with others.
 
-    Taking the folder clears what others left half-written there, which must not be another rank's file.
+    A command that is refused must not leave settings that contradict what is there; `running` writes them when a stage
+    begins. Of processes launched together, rank 0 writes: taking the folder clears what others left half-written there,
+    which must not be another rank's file.
     """
     if not processes.is_main():
         return
     with held(run, "prepare"):
-        write_text(run.folder / SETTINGS_FILE, run.settings.model_dump_json(indent=2) + "\n")
+        if not any(changed_settings(run, made) for made in _finished(run)):
+            _write_settings(run)
+
+
+def _finished(run: Run) -> list[manifest.Manifest]:
+    """The manifests in the run's folder; a damaged one is the business of its stage."""
+    found = []
+    for path in (*run.folder.glob(f"*/{manifest.FILE_NAME}"), *run.folder.glob(f"evaluation/*/*/{manifest.FILE_NAME}")):
+        with suppress(OrionError):
+            found.append(manifest.read_manifest(path.parent))
+    return [made for made in found if made]
+
+
+@contextmanager
+def running(run: Run, stage: str) -> Iterator[None]:
+    """Lock the run and write its settings for a stage that begins.
+
+    If it is refused (OrionError) and its earlier product is still there, the earlier settings come back.
+    """
+    with held(run, stage):
+        path = run.folder / SETTINGS_FILE
+        before = path.read_text(encoding="utf-8") if path.is_file() else ""
+        if processes.is_main():
+            _write_settings(run)
+        try:
+            yield
+        except OrionError:
+            if before and processes.is_main() and (run.product(stage) / manifest.FILE_NAME).is_file():
+                write_text(path, before)
+            raise
+
+
+def _write_settings(run: Run) -> None:
+    write_text(run.folder / SETTINGS_FILE, run.settings.model_dump_json(indent=2) + "\n")
 
 
 def with_its_dataset(run: Run) -> Run:
