@@ -175,11 +175,11 @@ def _print_rates(run: Any, stage: str, as_json: bool = False) -> None:
         return
     manifest = read_manifest(run.product(stage))
     assert manifest is not None
+    figures = {condition: manifest.figures[condition] for condition in CONDITIONS if condition in manifest.figures}
     if as_json:
-        typer.echo(json.dumps({condition: manifest.figures[condition] for condition in CONDITIONS}, indent=2))
+        typer.echo(json.dumps(figures, indent=2))
         return
-    for condition in CONDITIONS:
-        rates = manifest.figures[condition]
+    for condition, rates in figures.items():
         typer.echo(f"{condition}: {rates['right']}/{rates['count']} correct, {rates['unparsable']} unparsable")
 
 

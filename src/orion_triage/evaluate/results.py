@@ -22,7 +22,7 @@ from orion_triage.evaluate.variants import Variant
 from orion_triage.mission.decide import Rules
 from orion_triage.mission.verdict import CATEGORIES, Category
 from orion_triage.runs.manifest import Manifest, read_manifest
-from orion_triage.runs.run import EVALUATE, Run, changed_settings
+from orion_triage.runs.run import EVALUATE, MAKING, Run, changed_settings
 from orion_triage.settings import overrides
 
 SCHEMA_VERSION = 5
@@ -45,7 +45,7 @@ def build_results(run: Run, *, with_others: bool = True) -> dict[str, Any]:
     """
     settings, dataset = run.settings, Dataset(run.dataset)
     wanted = [variant.name for variant in variants.wanted(settings)]
-    making = ["dataset", "fine-tune", "fuse", "quantize", *(["vision features"] if settings.variants.all else [])]
+    making = [name for name in MAKING if name != "vision features" or settings.variants.all]
     manifests = {name: _made_here(run.product(name)) for name in (*making, *(EVALUATE + name for name in wanted))}
     finished = {name: manifest for name, manifest in manifests.items() if manifest}
     for other in (variants.OTHER_PAIR, variants.SERVER) if with_others else ():

@@ -25,8 +25,9 @@ def spread(runs: Sequence[Run]) -> dict[str, dict[str, list[float]]]:
     for model in common:
         rows = [predictions_in(run.evaluation(model)) for run in runs]
         found[model] = {
-            c: [sum(p.predicted == p.truth for p in asked) / len(asked) for side in rows if (asked := under(side, c))]
+            c: [sum(p.predicted == p.truth for p in asked) / len(asked) for asked in (under(side, c) for side in rows)]
             for c in CONDITIONS
+            if all(under(side, c) for side in rows)
         }
     return found
 

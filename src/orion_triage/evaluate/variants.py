@@ -204,11 +204,20 @@ def _load(variant: Variant, made_from: Mapping[str, Path], settings: Settings) -
     from orion_triage.models.adapter import attach_adapter, read_adapter
 
     adapter = made_from.get("adapter")
+    match variant.weights:
+        case "base" | "merged" as folder:
+            four_bit = False
+        case "adapter on the 4-bit base" | "adapter on the base":
+            folder, four_bit = "base", variant.weights == "adapter on the 4-bit base"
+        case "F16" | "quantized F16" | "pair" | "server":
+            raise AssertionError(f"{variant.name} is not loaded with transformers")
+        case _:
+            assert_never(variant.weights)
     return TransformersBackend.load(
-        made_from["merged" if variant.weights == "merged" else "base"],
+        made_from[folder],
         settings.evaluate,
         settings.base.frame_size,
-        four_bit=variant.weights == "adapter on the 4-bit base",
+        four_bit=four_bit,
         change=(lambda base: attach_adapter(base, adapter, read_adapter(adapter))[0]) if adapter else None,
     )
 

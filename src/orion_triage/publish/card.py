@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orion_triage import templates
+from orion_triage.evaluate.conditions import CONDITIONS
 from orion_triage.models.licence import README, Licence, licence_files, licence_of
 from orion_triage.safe.files import write_text
 
@@ -58,6 +59,7 @@ def render_card(
         base=base,
         licence=licence,
         results=results,
+        conditions=list(CONDITIONS),
         hashes=hashes,
         rows=accuracy_rows(results) if results else [],
     )
@@ -67,12 +69,12 @@ def _model_index(product: Product, results: dict[str, Any]) -> dict[str, Any]:
     """The product's metrics in the Hub's format: accuracy, HIGH recall and irrecoverable loss by condition."""
     from huggingface_hub import EvalResult
 
-    from orion_triage.evaluate.conditions import CONDITIONS
-
     model = "quantized" if product == "gguf" else "fine-tuned"
     found, frames = [], results["frames"]["count"]
     for condition, meaning in CONDITIONS.items():
-        rates = results["models"][model][condition]
+        rates = results["models"][model].get(condition)
+        if rates is None:  # the model was evaluated before this condition was added
+            continue
         values = {"accuracy": rates["accuracy"]}
         if condition != "C":
             values |= {name: rates[name]["rate"] for name in ("high_recall", "irrecoverable_loss")}

@@ -113,8 +113,9 @@ def accuracy(axes: "Axes", results: dict[str, Any]) -> None:
     width = 0.8 / max(1, len(models))
     handles: list[Any] = []
     for number, model in enumerate(models):
-        rates = [results["models"][model][condition] for condition in CONDITIONS]
-        places = [index + (number - (len(models) - 1) / 2) * width for index in range(len(rates))]
+        asked = [index for index, condition in enumerate(CONDITIONS) if condition in results["models"][model]]
+        rates = [results["models"][model][list(CONDITIONS)[index]] for index in asked]
+        places = [index + (number - (len(models) - 1) / 2) * width for index in asked]
         heights = [100 * rate["accuracy"] for rate in rates]
         # Matplotlib refuses negative lengths, and rounding can give -1e-17.
         below = [100 * max(0.0, rate["accuracy"] - rate["accuracy_low"]) for rate in rates]

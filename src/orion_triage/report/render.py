@@ -1,5 +1,6 @@
 """results.json -> report.md and the tables in the terminal; pure."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from orion_triage import templates
@@ -17,7 +18,9 @@ SIGNIFICANT = 0.05
 
 def render_markdown(results: dict[str, Any], figure: str) -> str:
     """The report; `figure` is the file name of the chart in the same folder."""
-    return from_template("report.md.j2", results=results, rows=accuracy_rows(results), figure=figure)
+    return from_template(
+        "report.md.j2", results=results, rows=accuracy_rows(results), figure=figure, conditions=list(CONDITIONS)
+    )
 
 
 def from_template(name: str, **values: Any) -> str:
@@ -80,7 +83,7 @@ def notes(results: dict[str, Any]) -> list[str]:
     return found
 
 
-def shown(results: dict[str, Any], conditions: str = "AB") -> list[tuple[str, str, dict[str, Any]]]:
+def shown(results: dict[str, Any], conditions: Iterable[str] = "AB") -> list[tuple[str, str, dict[str, Any]]]:
     """(model, condition, rates) of base, fine-tuned, quantized and flight, as far as they were evaluated."""
     models = results["models"]
     return [
@@ -88,6 +91,7 @@ def shown(results: dict[str, Any], conditions: str = "AB") -> list[tuple[str, st
         for model in (*MODELS, FLIGHT)
         if model in models
         for condition in conditions
+        if condition in models[model]
     ]
 
 

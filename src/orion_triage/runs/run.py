@@ -76,6 +76,7 @@ class Run:
         }[stage]
 
 
+MAKING = ("dataset", "fine-tune", "fuse", "quantize", "vision features")  # the stages that make something, in order
 EVALUATE = "evaluate "  # prefix of an evaluation stage's name
 
 

@@ -1,0 +1,89 @@
+"""What a refused command leaves: a finished run is the same to the last byte, and still flies."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from orion_triage import pipeline
+from orion_triage.runs import run as runs
+from orion_triage.runs.manifest import read_manifest
+from orion_triage.runs.run import SETTINGS_FILE, changed_settings, open_run
+from orion_triage.safe.files import sha256_of_file
+
+from .conftest import orion, places_of, run_command, structured_picture, write_catalogue
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Path -> sha256 of the run's files; not the lock, which names the last command, and not the logs."""
+    return {
+        path.relative_to(folder).as_posix(): sha256_of_file(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock" and path.parent.name != "logs"
+    }
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.slow
+def test_a_refused_command_leaves_a_finished_run_as_it_was(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    for name in ("empty", "bad/orion_dataset/images"):
+        (folder / name).mkdir(parents=True)
+    (folder / "bad" / "train_dataset.jsonl").write_text("no record\n")
+    run, own = folder / "runs" / "small", run_command()[1:]
+    before = tree(run)
+    for command in (
+        ("evaluate", "empty", "--gguf"),
+        ("evaluate", "empty", "--gguf", "--set", "base.frame_size=384"),
+        ("evaluate", "--quantized-model", "http://127.0.0.1:1"),
+        ("evaluate", "--variants", "F17"),
+        ("ablation", "--set", "base.model=nowhere", "--set", "base.frame_size=384"),
+        ("dataset", "--dataset", "empty"),
+        ("dataset", "--dataset", "bad"),
+        ("dataset", "--set", "dataset.catalogue=gone.csv"),
+        ("fine-tune", "--set", "fine_tune.target_modules=of_no_layer"),
+        ("fuse", "--adapter", "empty"),
+        ("run", "--set", "base.model=nowhere"),
+    ):
+        result = orion(*command, *own, cwd=folder)
+        assert result.returncode == 1, (command, result.stderr)
+        assert result.stderr.startswith("error: "), (command, result.stderr)
+        assert tree(run) == before, command
+    structured_picture(1).save(folder / "frame.png")
+    assert orion("triage", "frame.png", cwd=folder).returncode == 0
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.slow
+def test_a_pair_flies_only_with_the_settings_that_it_was_made_with(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    path = folder / "runs" / "small" / SETTINGS_FILE
+    path.write_text(path.read_text().replace('"frame_size": 256', '"frame_size": 384'))
+    structured_picture(1).save(folder / "frame.png")
+    refused = orion("triage", "frame.png", cwd=folder)
+    assert refused.returncode == 1
+    assert "base.frame_size 256, now 384" in refused.stderr
+    assert orion("report", cwd=folder).returncode == 0
+    report = (folder / "runs" / "small" / "report.md").read_text()
+    assert "Made with other settings (base.frame_size 256, now 384): fine-tune, fuse," in report
+
+
+def test_settings_of_an_unfinished_run_are_those_of_the_last_command(tmp_path: Path) -> None:
+    """A dataset that was interrupted goes on with its source, although nothing is finished yet."""
+    write_catalogue(tmp_path / "places.csv", places_of("ocean_water", "urban_grid", "mega_airport", count=4))
+    sets = ("--set", "dataset.catalogue=places.csv", "--set", "dataset.split_distance_km=20")
+    assert orion("dataset", "--dataset", "gone", cwd=tmp_path).returncode == 1
+    assert open_run(tmp_path / "runs" / "tiny").settings.dataset.folder == "gone"
+    assert orion("dataset", *sets, cwd=tmp_path).returncode == 0
+    assert orion("dataset", "--dataset", "gone", cwd=tmp_path).returncode == 1
+    run = open_run(tmp_path / "runs" / "tiny")
+    assert run.settings.dataset.catalogue == "places.csv"
+    made = read_manifest(run.dataset)
+    assert made is not None
+    assert changed_settings(run, made) == []
+
+
+def test_the_stages_that_make_something_are_named_alike_where_runs_and_pipeline_know_them() -> None:
+    assert tuple(stage.name for stage in pipeline.MAKING) == runs.MAKING
