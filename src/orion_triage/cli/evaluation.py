@@ -194,7 +194,8 @@ def report(
     """Write the report of a run and print its tables.
 
     Writes results.json, report.html, report.md and report.png.
-    Includes every evaluation that has finished.
+    Includes every finished evaluation that 'orion run' makes, and those of
+    other pairs and servers. For other decodings, see 'orion evaluate --variants'.
     """
     write_report(finished_run(folder, "dataset", file.value), as_json=as_json)
 
