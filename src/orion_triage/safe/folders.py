@@ -38,7 +38,7 @@ class Listing:
         more = f" and {len(kinds) - _KINDS_NAMED} other kinds" if len(kinds) > _KINDS_NAMED else ""
         said = []
         if self.folders:
-            said.append(f"{_counted(self.folders, 'folder')}, for example {self._shown(self.folders)}")
+            said.append(f"{_counted(self.folders, 'folder')} (--recursive), for example {self._shown(self.folders)}")
         if others:
             said.append(f"{_counted(others, 'file')} with other suffixes ({named}{more})")
         if self.hidden:
