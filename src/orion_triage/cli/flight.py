@@ -14,6 +14,7 @@ from orion_triage.cli.terminal import (
     FinishedRunOption,
     JsonOption,
     SplitName,
+    cell,
     finished_run,
     messages,
     output,
@@ -142,7 +143,7 @@ def _show_verdicts(outcomes: list[Any], as_json: bool) -> None:
     if not outcomes:
         return
     console = output()
-    longest = max(cell_len(one_line(outcome.file)) for outcome in outcomes)
+    longest = max(cell_len(cell(outcome.file)) for outcome in outcomes)
     table = Table()
     table.add_column("file", overflow="fold", min_width=min(longest, max(len("file"), console.width - REST_COLUMNS)))
     table.add_column("category")
@@ -150,7 +151,7 @@ def _show_verdicts(outcomes: list[Any], as_json: bool) -> None:
     table.add_column("seconds", justify="right")
     for outcome in outcomes:
         verdict = outcome.verdict
-        table.add_row(one_line(outcome.file), verdict.category, one_line(verdict.reason), f"{outcome.seconds:.2f}")
+        table.add_row(cell(outcome.file), verdict.category, cell(verdict.reason), f"{outcome.seconds:.2f}")
     console.print(table)
 
 

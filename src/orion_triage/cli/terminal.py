@@ -4,6 +4,7 @@ Results go to standard output. Messages and progress go to standard error.
 """
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -77,6 +78,12 @@ def output() -> Any:
 
     console = Console(**_PLAIN)
     return console if console.is_terminal else Console(width=WIDE, **_PLAIN)
+
+
+def cell(text: str) -> str:
+    """Text of a third party as a cell of a table: on one line, in characters that standard output can encode."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return one_line(text).encode(encoding, "backslashreplace").decode(encoding)
 
 
 def styled(style: str, text: str, rest: str = "") -> Any:
