@@ -1,8 +1,13 @@
 """flight.py: what happens to each file of a triage, whoever answers."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -17,6 +22,35 @@ from .conftest import structured_picture
 
 HIGH = Verdict("Long quays.", Category.HIGH)
 
+# 'orion triage' on a run whose server dies after argv[1] answers. Only who answers and the run are replaced: starting
+# a real server takes a finished run.
+DYING = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from orion_triage import cli
+from orion_triage.errors import ServerError
+from orion_triage.evaluate import threshold
+from orion_triage.flight import triage
+from orion_triage.mission.answer import Answer
+
+class Dying:
+    batch_size, left = 1, int(sys.argv.pop(1))
+    def answer(self, images, prompts):
+        if not self.left:
+            raise ServerError("the server died.", "Start it again.")
+        self.left -= 1
+        return [Answer('{"reason": "Long [bold]quays[/] :x:.", "category": "HIGH"}')]
+
+run = SimpleNamespace(
+    folder=Path("."), gguf=Path("."), settings=SimpleNamespace(base=SimpleNamespace(frame_size=256))
+)
+triage.triage_with_pair = lambda paths, gguf, size, **_: triage.triage_files(paths, Dying(), size)
+threshold.read = lambda *_: None
+cli.flight.finished_run = lambda *_: run
+cli.main()
+"""
+
 
 class Saying:
     """A backend that gives one answer after the other."""
@@ -26,8 +60,10 @@ class Saying:
     def __init__(self, *texts: str, scores: tuple[float, ...] | None = None) -> None:
         self.answers = [Answer(text, scores) for text in texts]
         self.asked: list[tuple[tuple[int, int], str]] = []
+        self.pictures: list[Image.Image] = []
 
     def answer(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[Answer]:
+        self.pictures += images
         self.asked += [(image.size, prompt) for image, prompt in zip(images, prompts, strict=True)]
         return [self.answers.pop(0) for _ in images]
 
@@ -72,15 +108,76 @@ def test_the_native_size_of_a_resized_frame_is_kept(tmp_path: Path) -> None:
     assert (outcome.verdict, outcome.native_size) == (HIGH, (700, 600))
 
 
-def test_a_folder_means_its_pictures_by_name(tmp_path: Path) -> None:
-    for name in ("b.png", "a.JPG", "c.raw", "notes.txt", ".hidden"):
+def test_a_folder_means_its_pictures_by_name_and_what_is_left_out_is_said(tmp_path: Path) -> None:
+    for name in ("b.png", "a.JPG", "c.raw", "d.TIF", "notes.txt", "e.webp", ".hidden", "._b.png", "Thumbs.db"):
         (tmp_path / name).touch()
-    (tmp_path / "deeper").mkdir()
-    assert [path.name for path in frames_in([tmp_path, tmp_path / "notes.txt"])] == [
-        "a.JPG", "b.png", "c.raw", "notes.txt",
-    ]  # fmt: skip
-    with pytest.raises(OrionError, match=r"deeper has no picture"):
-        list(frames_in([tmp_path / "deeper"]))
+    (tmp_path / "deeper" / ".ipynb_checkpoints").mkdir(parents=True)
+    (tmp_path / "__MACOSX").mkdir()
+    (tmp_path / "__MACOSX" / "b.png").touch()
+    frames, left_out = frames_in([tmp_path, tmp_path / "notes.txt"])
+    assert [path.name for path in frames] == ["a.JPG", "b.png", "c.raw", "d.TIF", "notes.txt"]
+    assert left_out == [
+        f"{tmp_path}: 1 folder (--recursive), for example deeper",
+        f"{tmp_path}: 2 files with other suffixes (1 .webp, 1 .txt)",
+        f"{tmp_path}: 4 hidden or system files or folders, for example ._b.png",
+    ]
+    with pytest.raises(OrionError, match=r"deeper has no picture .*Found: 1 hidden"):
+        frames_in([tmp_path / "deeper"])
+    (tmp_path / "deeper" / "f.png").touch()
+    (tmp_path / "deeper" / "loop").symlink_to(tmp_path)
+    frames, left_out = frames_in([tmp_path], recursive=True)
+    assert [path.name for path in frames] == ["a.JPG", "b.png", "c.raw", "d.TIF", "f.png"]
+    assert [said.split()[1] for said in left_out] == ["2", "5"]
+    (tmp_path / "above" / "f").mkdir(parents=True)
+    (tmp_path / "above" / "f" / "x.png").touch()
+    with pytest.raises(OrionError, match="no picture") as caught:
+        frames_in([tmp_path / "above"])
+    assert "--recursive" in caught.value.fix
+
+
+def test_a_geotiff_is_read_as_the_dataset_reads_it(tmp_path: Path) -> None:
+    rasterio = pytest.importorskip("rasterio")
+    from rasterio.transform import from_origin
+
+    picture = structured_picture(1)
+    profile = {"driver": "GTiff", "width": 512, "height": 512, "count": 3, "dtype": "uint8", "crs": "EPSG:32631"}
+    with rasterio.open(tmp_path / "a.TIF", "w", transform=from_origin(5e5, 5e6, 10, 10), **profile) as file:
+        file.write(np.moveaxis(np.asarray(picture), 2, 0))
+    (tmp_path / "b.tif").write_bytes(b"no TIFF")
+    picture.save(tmp_path / "c.png")
+    backend = Saying(HIGH.to_json(), HIGH.to_json())
+    a, b, c, gone = triage_files([tmp_path / name for name in ("a.TIF", "b.tif", "c.png", "gone.tif")], backend, 512)
+    assert a.verdict == c.verdict == HIGH
+    assert "b.tif is damaged" in b.error
+    assert "gone.tif does not exist" in gone.error
+    first, second = backend.pictures
+    assert np.array_equal(np.asarray(first), np.asarray(second))
+
+
+def test_computed_verdicts_are_printed_when_a_later_frame_fails(tmp_path: Path) -> None:
+    """In a process whose terminal knows ASCII only; names look like markup, emoji and control sequences."""
+    names = ["scene[b04].png", "a:x:b.png", "e\x1b[31m.png", "\u5317\u4eac.png", "last.png"]
+    for name in names:
+        structured_picture(1).save(tmp_path / name)
+    for options in ((), ("--json",)):
+        result = subprocess.run(
+            [sys.executable, "-c", DYING, str(len(names) - 1), "triage", *options, *names],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "120"},
+            capture_output=True,
+            check=False,
+        )
+        assert result.returncode == 1, result.stderr
+        assert b"error: the server died." in result.stderr
+        assert b"Traceback" not in result.stderr
+        if options:
+            assert [answer["file"] for answer in json.loads(result.stdout)] == names[:-1]
+            continue
+        said = result.stdout.decode("ascii")
+        for name in ("scene[b04].png", "a:x:b.png", r"e\x1b[31m.png", r"\u5317\u4eac.png"):
+            assert f" {name} " in said
+        assert said.count("Long [bold]quays[/] :x:.") == len(names) - 1
+        assert len({len(line) for line in said.splitlines()}) == 1  # the columns are in line
 
 
 def test_what_a_stopped_triage_wrote_is_not_done_again(tmp_path: Path) -> None:

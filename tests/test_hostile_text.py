@@ -29,6 +29,7 @@ from orion_triage.mission.verdict import CATEGORIES, Category, Verdict, parse_ve
 from orion_triage.runs import manifest
 from orion_triage.runs.run import SETTINGS_FILE, open_run
 from orion_triage.safe.reading import parse_json, read_text
+from orion_triage.safe.tables import json_lines, numbered_lines, read_csv
 from orion_triage.settings import Settings, load_settings
 
 from .conftest import SHARED
@@ -221,6 +222,22 @@ def test_cells_are_places_or_named(folder: Path, rows: list[list[str]], header: 
     check_places(folder / "places.csv", "\n".join(lines).encode("utf-8", "surrogatepass"))
 
 
+SPREADSHEET = 'sep=;\r\n"a";b;c\r\n"1\r\n2";48,85;\u5317\r\n'
+
+
+@given(
+    st.one_of(mutated(SPREADSHEET.encode("utf-8-sig")), mutated(SPREADSHEET.encode("utf-16"))),
+    st.sampled_from([read_csv, lambda path: list(json_lines(path)), lambda path: list(numbered_lines(path))]),
+)
+def test_a_table_is_rows_or_named(folder: Path, data: bytes, read: Any) -> None:
+    path = folder / "table"
+    path.write_bytes(data)
+    found = outcome(read, path, named=path)
+    for line, cells in [] if isinstance(found, OrionError) else found:
+        assert 1 <= line <= data.count(b"\n") + data.count(b"\r") + 1
+        assert isinstance(cells, (str, bytes)) or all(isinstance(cell, str) for cell in cells.values())
+
+
 @given(st.one_of(mutated(to_bytes(PLACE)), replaced(PLACE).map(to_bytes)))
 def test_a_json_line_is_a_place_or_named(folder: Path, line: bytes) -> None:
     check_places(folder / "places.jsonl", to_bytes(PLACE | {"name": "b"}) + b"\n" + line)
@@ -251,19 +268,19 @@ def check_places(path: Path, data: bytes) -> None:
     ("name", "data", "said"),
     [
         ("a.csv", "name,name\na,b", "column 'name' twice"),
-        ("a.csv", ",".join(COLUMNS) + "\n" + "x" * 200_000, "line 1: not CSV: field larger"),
-        ("a.csv", ",".join(COLUMNS) + '\n"a,HIGH', "line 2: name"),
+        ("a.csv", ",".join(COLUMNS) + "\n" + "x" * 200_000, "line 2: not CSV: field larger"),
+        ("a.csv", ",".join(COLUMNS) + '\n"a,HIGH', "line 2: not CSV: a double quote is opened and not closed"),
         ("a.csv", ",".join(COLUMNS) + "\n../../a,HIGH,mega_port,1,2,Quays.", "characters other than a-z"),
         ("a.csv", ",".join(COLUMNS) + "\na,HIGH,mega_port,nan,inf,Quays.", "lon 'nan' is not a number"),
         ("a.csv", ",".join(COLUMNS) + "\na,HIGH,mega_port,1,2,Qu\x1bays.", r"unprintable character '\\x1b'"),
         ("a.csv", ",".join(COLUMNS) + 2 * ("\n" + "x" * 9999 + ",HIGH"), "name 'x{79}... is already used on line 2"),
         ("a.csv", "", "no places"),
-        ("a.csv", "\0", "no places|has no column"),
+        ("a.csv", "\0", "line 1 has a NUL character"),
         ("a.jsonl", DEEP, "line 1: not JSON: nested too deeply"),
         ("a.jsonl", '{"name": "a", "name": "b"}', "the key 'name' appears twice"),
         ("a.jsonl", '{"lon": ' + "9" * 5000 + "}", "Exceeds the limit"),
         ("a.jsonl", json.dumps(PLACE | {"lon": math.nan}), "NaN is not a JSON number"),
-        ("a.jsonl", json.dumps(PLACE | {"lon": 0}).replace("0", "1e999"), "lon 'inf' is outside -180..180"),
+        ("a.jsonl", json.dumps(PLACE | {"lon": 0}).replace("0", "1e999"), "lon 'inf' is not a number"),
         ("a.jsonl", json.dumps(PLACE | {"reason": ["Quays."]}), "the reason is empty"),
         ("a.jsonl", json.dumps(PLACE | {"name": json.loads("[" * 900 + "]" * 900)}), "name '' has"),
         ("a.geojson", "[]", "is not a GeoJSON"),

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from orion_triage import processes
 from orion_triage.cli import dataset, evaluation, flight, machine, remote, stages
 from orion_triage.cli.app import app
-from orion_triage.cli.terminal import escape, messages
+from orion_triage.cli.terminal import messages, styled
 from orion_triage.errors import OrionError, obstacle
 from orion_triage.safe import proxies
 
@@ -34,7 +34,7 @@ def main() -> None:
     except BaseException as error:
         if _signals_received:  # a library may have replaced the KeyboardInterrupt by another exception
             signal.setitimer(signal.ITIMER_REAL, 0)
-            messages().print("interrupted: run the same command again to resume", highlight=False)
+            messages().print("interrupted: run the same command again to resume")
             sys.exit(128 + _signals_received[0])
         known = error if isinstance(error, OrionError) else obstacle(error) if isinstance(error, Exception) else None
         if known is None:
@@ -64,6 +64,6 @@ def _hide_lost_interrupt(unraisable: "sys.UnraisableHookArgs") -> None:
 
 
 def _print_error(error: OrionError) -> None:
-    messages().print(f"[bold red]error:[/] {escape(error.message)}", highlight=False, soft_wrap=True)
+    messages().print(styled("bold red", "error:", f" {error.message}"), soft_wrap=True)
     if error.fix:
-        messages().print(f"  [bold]fix:[/] {escape(error.fix)}", highlight=False, soft_wrap=True)
+        messages().print(styled("bold", "  fix:", f" {error.fix}"), soft_wrap=True)

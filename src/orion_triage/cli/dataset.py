@@ -18,11 +18,12 @@ from orion_triage.cli.terminal import (
     SourceOption,
     TestSizeOption,
     do_stage,
-    escape,
     finished_run,
     messages,
+    output,
     progress_bar,
     run_of,
+    styled,
 )
 
 dataset_app = typer.Typer(add_completion=False)
@@ -100,23 +101,22 @@ def check(name: FolderArgument = "", as_json: JsonOption = False) -> None:
 
 
 def _print_findings(report: Any) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False, soft_wrap=True)
+    console = output()
     ordered = sorted(report.findings, key=lambda finding: (finding.severity, finding.check))
     for (severity, kind), group in groupby(ordered, key=lambda finding: (finding.severity, finding.check)):
         found = list(group)
         colour = {"error": "bold red", "warning": "yellow"}[severity]
-        console.print(f"[{colour}]{severity}[/] {kind}: {len(found)}")
+        console.print(styled(colour, severity, f" {kind}: {len(found)}"), soft_wrap=True)
         for finding in found[:_PLACES_SHOWN]:
-            console.print(f"  {escape(finding.place)}: {escape(finding.message)}")
+            console.print(f"  {finding.place}: {finding.message}", soft_wrap=True)
         if len(found) > _PLACES_SHOWN:
-            console.print(f"  and {len(found) - _PLACES_SHOWN} more (--json lists all)")
-        console.print(f"  [bold]fix:[/] {escape(found[0].fix)}")
+            console.print(f"  and {len(found) - _PLACES_SHOWN} more (--json lists all)", soft_wrap=True)
+        console.print(styled("bold", "  fix:", f" {found[0].fix}"), soft_wrap=True)
     lines = ", ".join(f"{count} {split}" for split, count in report.lines.items())
     console.print(
         f"{report.folder}: {len(report.errors)} errors, {len(report.warnings)} warnings in {report.frames} frames "
-        f"and {lines} records"
+        f"and {lines} records",
+        soft_wrap=True,
     )
 
 
@@ -142,7 +142,7 @@ def view(
     with progress_bar() as progress:
         page = render_view(folder, report.findings, root=root, progress=progress)
     write_text(out, page)
-    messages().print(f"dataset view: {out} ({len(page) / 1e6:.1f} MB)", highlight=False, soft_wrap=True)
+    messages().print(f"dataset view: {out} ({len(page) / 1e6:.1f} MB)", soft_wrap=True)
 
 
 @dataset_app.command(
@@ -195,4 +195,4 @@ def push(
         catalogue_only=catalogue_only,
         private=not public,
     )
-    messages().print(f"pushed: {address}", highlight=False, soft_wrap=True)
+    messages().print(f"pushed: {address}", soft_wrap=True)

@@ -22,7 +22,6 @@ from orion_triage.cli.terminal import (
     SetOption,
     SplitName,
     do_stage,
-    escape,
     finished_run,
     output,
     progress_bar,
@@ -152,7 +151,7 @@ def _evaluate_variants(
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return
-    shown = Table("variant", "", title=escape(f"{current.folder}, {file.value} split, conditions A to D"))
+    shown = Table("variant", "", title=f"{current.folder}, {file.value} split, conditions A to D")
     for heading in ("parsed", "correct"):
         shown.add_column(heading, justify="right")
     shown.add_column("compared with")
@@ -221,7 +220,7 @@ def write_report(run: Any, *, as_json: bool) -> None:
     for table in terminal_tables(results):
         console.print(table)
     names = f"{run.folder / f'report{suffix}.md'} and {run.folder / f'report{suffix}.html'}"
-    console.print(f"report: {names}", highlight=False, soft_wrap=True)
+    console.print(f"report: {names}", soft_wrap=True)
 
 
 @command(
@@ -259,7 +258,7 @@ def compare(
         typer.echo(json.dumps(value, indent=2))
         return
     for name, models in compared.items():
-        table = Table("model", "", title=escape(f"{name} compared with {first.folder}, {file.value} split"))
+        table = Table("model", "", title=f"{name} compared with {first.folder}, {file.value} split")
         for heading in ("first", "second"):
             table.add_column(heading, justify="right")
         table.add_column("difference")

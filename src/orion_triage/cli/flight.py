@@ -14,12 +14,14 @@ from orion_triage.cli.terminal import (
     FinishedRunOption,
     JsonOption,
     SplitName,
-    escape,
+    cell,
     finished_run,
     messages,
     output,
     progress_bar,
+    styled,
 )
+from orion_triage.errors import one_line
 
 command = partial(app.command, rich_help_panel="Flight")
 REST_COLUMNS = 45  # width of the table without the file column: enough to read a reason
@@ -46,22 +48,25 @@ def bundle(
     with progress_bar() as progress:
         made = bundle.run(run, where, progress)
     console = messages()
-    console.print(f"bundle: {made['bytes'] / 1e6:,.1f} MB  ->  {where}", highlight=False, soft_wrap=True)
+    console.print(f"bundle: {made['bytes'] / 1e6:,.1f} MB  ->  {where}", soft_wrap=True)
     for note in made["notes"]:
-        console.print(f"  note: {note}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"  sha256 of bundle.json: {sha256_of_file(where / 'bundle.json')}", highlight=False, soft_wrap=True)
+        console.print(f"  note: {note}", soft_wrap=True)
+    console.print(f"  sha256 of bundle.json: {sha256_of_file(where / 'bundle.json')}", soft_wrap=True)
 
 
 @command(
     epilog="Example: orion triage frame.png\n\n"
-    "Example: orion triage frames/ --out verdicts.jsonl\n\n"
+    "Example: orion triage frames/ --recursive --out verdicts.jsonl\n\n"
     "Example: orion triage photo.jpg --resize --run runs/tiny --json"
 )
 def triage(
     files: Annotated[
-        list[Path], typer.Argument(help="Frames or folders of frames: PNG, JPEG, or raw 512x512x3 RGB (.raw).")
+        list[Path], typer.Argument(help="Frames or folders of frames: PNG, JPEG, GeoTIFF, or raw 512x512x3 RGB (.raw).")
     ],
     folder: FinishedRunOption = None,
+    recursive: Annotated[
+        bool, typer.Option("--recursive", help="Also classify the frames in the folders of a folder.")
+    ] = False,
     resize: Annotated[
         bool, typer.Option("--resize", help="Accept frames of other sizes: crop to a square and scale.")
     ] = False,
@@ -77,6 +82,7 @@ def triage(
     """Classify frames with the GGUF pair of a run.
 
     Applies the threshold from 'orion threshold', if there is one.
+    Lists what it leaves out of a folder: hidden files, other formats, folders.
     Exits with status 1 if a frame is refused.
     """
     from orion_triage.evaluate import threshold
@@ -85,51 +91,59 @@ def triage(
 
     run = finished_run(folder, "quantize")
     chosen = threshold.read(run.folder, run.gguf)
-    paths = list(triage.frames_in(files))
+    paths, left_out = triage.frames_in(files, recursive=recursive)
+    for said in left_out:
+        messages().print(f"left out of {one_line(said)}", soft_wrap=True)
     rules = Rules(chosen[0] if chosen else None, blank_rule)
     pair = triage.asked_by(run.gguf, run.settings.base.frame_size, rules, resize) if out else ""
     left = triage.left_to_do(paths, out, pair) if out else paths
     counts: Counter[str] = Counter()
     shown: list[Any] = []
-    with progress_bar() as progress, triage.appending(out) as write:
-        outcomes = triage.triage_with_pair(
-            left,
-            run.gguf,
-            run.settings.base.frame_size,
-            log=run.folder / "logs" / "triage-server.log",
-            rules=rules,
-            resize=resize,
-            progress=progress,
-        )
-        for done, outcome in enumerate(outcomes if left else (), start=len(paths) - len(left) + 1):
-            counts[outcome.verdict.category if outcome.verdict else "refused"] += 1
-            if outcome.error:
-                messages().print(f"[bold red]refused:[/] {escape(outcome.error)}", highlight=False, soft_wrap=True)
-            if out:
-                write(triage.to_json(outcome) | {"error": outcome.error, "pair": pair})
-            elif outcome.verdict:
-                shown.append(outcome)
-            progress("classifying frames", done, len(paths))
+    try:
+        with progress_bar() as progress, triage.appending(out) as write:
+            outcomes = triage.triage_with_pair(
+                left,
+                run.gguf,
+                run.settings.base.frame_size,
+                log=run.folder / "logs" / "triage-server.log",
+                rules=rules,
+                resize=resize,
+                progress=progress,
+            )
+            for done, outcome in enumerate(outcomes if left else (), start=len(paths) - len(left) + 1):
+                counts[outcome.verdict.category if outcome.verdict else "refused"] += 1
+                if out:
+                    write(triage.to_json(outcome) | {"error": outcome.error, "pair": pair})
+                elif outcome.verdict:
+                    shown.append(outcome)
+                if outcome.error:
+                    messages().print(styled("bold red", "refused:", f" {one_line(outcome.error)}"), soft_wrap=True)
+                progress("classifying frames", done, len(paths))
+    finally:  # verdicts that were computed are shown, also if a server dies or the user interrupts
+        if out is None and (shown or not left or counts):
+            _show_verdicts(shown, as_json)
     if out:
         summary = ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "no new frames"
         skipped = f", {len(paths) - len(left)} already done" if len(left) < len(paths) else ""
-        messages().print(f"{summary}{skipped}  ->  {out}", highlight=False, soft_wrap=True)
-    elif as_json:
-        typer.echo(json.dumps([triage.to_json(outcome) for outcome in shown], indent=2))
-    else:
-        _print_verdicts(shown)
+        messages().print(f"{summary}{skipped}  ->  {out}", soft_wrap=True)
     if counts["refused"]:
         raise typer.Exit(1)
 
 
-def _print_verdicts(outcomes: list[Any]) -> None:
-    """Print the verdicts as a table. No file name is shortened: reasons wrap first, then names."""
+def _show_verdicts(outcomes: list[Any], as_json: bool) -> None:
+    """Print the verdicts as JSON or as a table. No file name is shortened: reasons wrap first, then names."""
+    from rich.cells import cell_len
     from rich.table import Table
 
+    from orion_triage.flight.triage import to_json
+
+    if as_json:
+        typer.echo(json.dumps([to_json(outcome) for outcome in outcomes], indent=2))
+        return
     if not outcomes:
         return
     console = output()
-    longest = max(len(outcome.file) for outcome in outcomes)
+    longest = max(cell_len(cell(outcome.file)) for outcome in outcomes)
     table = Table()
     table.add_column("file", overflow="fold", min_width=min(longest, max(len("file"), console.width - REST_COLUMNS)))
     table.add_column("category")
@@ -137,7 +151,7 @@ def _print_verdicts(outcomes: list[Any]) -> None:
     table.add_column("seconds", justify="right")
     for outcome in outcomes:
         verdict = outcome.verdict
-        table.add_row(escape(outcome.file), verdict.category, escape(verdict.reason), f"{outcome.seconds:.2f}")
+        table.add_row(cell(outcome.file), verdict.category, cell(verdict.reason), f"{outcome.seconds:.2f}")
     console.print(table)
 
 
@@ -219,7 +233,7 @@ def _print_frames(measured: dict[str, Any]) -> None:
     for name, seconds in measured["in_flight_seconds_per_frame"].items():
         rows = [row for row in everything if row["run"] == name]
         flown = rows[0]
-        table = Table(title=escape(f"{name}, {flown['quantization']} at {flown['frame_size']} px: seconds per frame"))
+        table = Table(title=f"{name}, {flown['quantization']} at {flown['frame_size']} px: seconds per frame")
         table.add_column("setup")
         for heading in ("encode", "prefill", "decode", "total", "MB", *conditions):
             table.add_column(heading, justify="right")
@@ -237,15 +251,13 @@ def _print_frames(measured: dict[str, Any]) -> None:
         console.print(
             f"Answer length: {flown['answer_tokens']} tokens (verdict-only: 1). "
             f"'orion triage': {seconds:.{digits}f} s per frame.",
-            highlight=False,
         )
     console.print(
         f"Medians of {measured['repeats']} frames on {machine['cores']} cores ({machine['processor']}). "
         f"{' and '.join(conditions)}: correct answers, if this setup was evaluated.",
-        highlight=False,
     )
     if any(row["best"] for row in everything):
-        console.print("* Pareto-optimal in seconds and B, among the evaluated rows.", highlight=False)
+        console.print("* Pareto-optimal in seconds and B, among the evaluated rows.")
     notes = [f"not measured: {note}" for note in measured["left_out"]]
     if not all(row["right"] for row in everything if row["change"] == VERDICT_ONLY):
         notes.append("verdict-only has no accuracy yet. Run 'orion evaluate --variants verdict-only'.")
@@ -254,4 +266,4 @@ def _print_frames(measured: dict[str, Any]) -> None:
     if machine["busy_cores"] > BUSY:
         notes.append(f"warning: other programs used {machine['busy_cores']:g} cores. The measured times are too long.")
     for note in notes:
-        messages().print(note, highlight=False, markup=False, soft_wrap=True)
+        messages().print(note, soft_wrap=True)

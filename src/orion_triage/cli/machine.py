@@ -12,10 +12,10 @@ from orion_triage.cli.terminal import (
     JsonOption,
     PresetOption,
     SetOption,
-    escape,
     messages,
     output,
     progress_bar,
+    styled,
 )
 
 command = partial(app.command, rich_help_panel="This machine")
@@ -34,7 +34,6 @@ def toolchain() -> None:
         found = find_toolchain(progress)
     messages().print(
         f"llama.cpp build {found.build} ({found.origin}): {found.llama_server}",
-        highlight=False,
         soft_wrap=True,
     )
 
@@ -99,7 +98,7 @@ def _print_rehearsal(figures: dict[str, Any]) -> None:
     if figures["training_seconds_per_sample"] is not None:
         console.print(f"training with validation: {figures['training_seconds_per_sample']:.2f} s per sample")
     console.print(f"largest log-probability difference, llama.cpp F16 and transformers: {figures['parity']:.4f}")
-    console.print(f"total, including random weights and parity check: {figures['seconds']:.0f} s", highlight=False)
+    console.print(f"total, including random weights and parity check: {figures['seconds']:.0f} s")
     if figures["preset"] == budgets.FULL_SIZE:
         _print_budgets(budgets.budgets(figures))
     else:
@@ -115,7 +114,7 @@ def _print_budgets(rows: list[Any]) -> None:
         table.add_column(name, justify="right")
     for row in rows:
         measured = "-" if row.measured is None else f"{row.measured / 1e9:.3f}"
-        kept = {None: "", True: "ok", False: "[red]not met[/]"}[row.kept]
+        kept = {None: "", True: "ok", False: styled("red", "not met")}[row.kept]
         table.add_row(row.what, f"{row.limit / 1e9:.3f}", measured, kept)
     output().print(table)
 
@@ -153,13 +152,13 @@ def doctor(preset: PresetOption = "tiny", assignments: SetOption = [], as_json: 
         table = Table("check", "state", "found", "what to do")
         colours = {"ok": "green", "note": "yellow", "missing": "red"}
         for finding in findings:
-            state = f"[{colours[finding.state]}]{finding.state}[/]"
+            state = styled(colours[finding.state], finding.state)
             fix = "" if finding.state == "ok" else finding.fix
-            table.add_row(finding.what, state, escape(finding.found), escape(fix))
+            table.add_row(finding.what, state, finding.found, fix)
         output().print(table)
         if rows:
             _print_budgets(rows)
         if rows and not figures:
-            messages().print(f"No measurements yet. Run 'orion rehearse --preset {preset}'.", highlight=False)
+            messages().print(f"No measurements yet. Run 'orion rehearse --preset {preset}'.")
     if any(finding.state == "missing" for finding in findings):
         raise typer.Exit(1)

@@ -78,7 +78,7 @@ def train(
             run.adapter,
             keep_remote=keep_remote,
             again=again,
-            report=lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True),
+            report=lambda line: console.print(line, soft_wrap=True),
             write=write,
         )
     except remote.ScriptError as error:

@@ -140,7 +140,7 @@ def clean(folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder
     from orion_triage.runs.run import open_run
 
     freed = clean(open_run(folder))
-    messages().print(f"freed {freed / 1e6:,.1f} MB in {folder}", highlight=False, soft_wrap=True)
+    messages().print(f"freed {freed / 1e6:,.1f} MB in {folder}", soft_wrap=True)
 
 
 class Product(StrEnum):
@@ -173,7 +173,7 @@ def push(
 
     stage = {"adapter": "fine-tune", "merged": "fuse", "gguf": "quantize"}[product.value]
     address = push.push(finished_run(folder, stage), product.value, repository, private=not public)
-    messages().print(f"pushed: {address}", highlight=False, soft_wrap=True)
+    messages().print(f"pushed: {address}", soft_wrap=True)
 
 
 @command(

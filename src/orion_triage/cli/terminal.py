@@ -4,6 +4,7 @@ Results go to standard output. Messages and progress go to standard error.
 """
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -13,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from orion_triage import processes
+from orion_triage.errors import one_line
 from orion_triage.progress import Progress
 
 
@@ -56,11 +58,15 @@ FileOption = Annotated[SplitName, typer.Option("--file", help="Dataset split: va
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
+# Text comes from files, servers and models: a name such as scene[b04].png is no markup, and :x: no emoji.
+_PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
+
+
 def messages() -> Any:
     """Console for standard error. With several launched processes, only the first one prints."""
     from rich.console import Console
 
-    return Console(stderr=True, quiet=not processes.is_main())
+    return Console(stderr=True, quiet=not processes.is_main(), **_PLAIN)
 
 
 WIDE = 10_000  # columns of output to a file or a pipe, so that no line is wrapped
@@ -70,14 +76,21 @@ def output() -> Any:
     """Console for tables on standard output. In a file or a pipe, a table is never narrowed to a terminal's width."""
     from rich.console import Console
 
-    console = Console()
-    return console if console.is_terminal else Console(width=WIDE)
+    console = Console(**_PLAIN)
+    return console if console.is_terminal else Console(width=WIDE, **_PLAIN)
 
 
-def escape(text: str) -> str:
-    from rich.markup import escape
+def cell(text: str) -> str:
+    """Text of a third party as a cell of a table: on one line, in characters that standard output can encode."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return one_line(text).encode(encoding, "backslashreplace").decode(encoding)
 
-    return escape(text)
+
+def styled(style: str, text: str, rest: str = "") -> Any:
+    """`text` in a style of rich, such as "bold red", and `rest` without one."""
+    from rich.text import Text
+
+    return Text.assemble((text, style), rest)
 
 
 @contextmanager
@@ -93,7 +106,7 @@ def progress_bar() -> Iterator[Progress]:
     from rich.progress import Progress as Bar
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -161,9 +174,9 @@ def say(stage_manifest: Any, folder: Path, *, skipped: bool = False) -> None:
     """Print one line about a finished stage, then its notes."""
     console = messages()
     state = "unchanged, skipped" if skipped else f"done in {stage_manifest.seconds:,.1f} s"
-    console.print(f"{stage_manifest.stage}: {state}  ->  {folder}", highlight=False, soft_wrap=True)
+    console.print(f"{stage_manifest.stage}: {state}  ->  {folder}", soft_wrap=True)
     for line in () if skipped else notes(stage_manifest.figures):
-        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"  {one_line(line)}", soft_wrap=True)
 
 
 def notes(figures: dict[str, Any]) -> Iterator[str]:

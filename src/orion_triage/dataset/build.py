@@ -24,6 +24,7 @@ from orion_triage.imagery.frames import CAMERA_SIZE, read_frame
 from orion_triage.mission.verdict import Category, Verdict
 from orion_triage.progress import Progress, silent
 from orion_triage.safe.files import cache_folder, replaced_folder, require_free_space, write_bytes
+from orion_triage.safe.reading import shown
 from orion_triage.settings import SPLITS, DatasetSettings, Split
 
 _BYTES_PER_FRAME = 700_000  # a noisy 512x512 PNG
@@ -66,6 +67,7 @@ def run(out_folder: Path, settings: DatasetSettings, *, progress: Progress = sil
         "warnings": [
             *_close_places(splits, _footprint_km(settings)),
             *_far_out(splits),
+            *_respaced(splits),
             *getattr(source, "warnings", []),
             *_missing_in_words(collected.absent),
         ],
@@ -171,6 +173,17 @@ def _far_out(splits: Splits) -> list[str]:
     return [
         f"{len(found)} of {len(built)} HIGH and MEDIUM places are far out at sea, but on land if longitude and "
         f"latitude are swapped, for example {found[0].name} ({found[0].origin})"
+    ]
+
+
+def _respaced(splits: Splits) -> list[str]:
+    """A warning about reasons whose line breaks and other odd blanks became spaces."""
+    found = [target for split in SPLITS for target in splits[split] if target.respaced]
+    if not found:
+        return []
+    return [
+        f"{len(found)} reasons have line breaks, no-break spaces or tabs, each now one space, for example "
+        f"{found[0].name} ({found[0].origin}): {shown(found[0].reason)}"
     ]
 
 

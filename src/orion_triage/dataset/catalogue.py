@@ -2,15 +2,13 @@
 
 Users write catalogues as CSV with a header, JSON lines, or GeoJSON with one point per place. All mistakes in a file
 are reported together, each with its line (GeoJSON: feature) and value. The column `split` (train, val, test) is
-optional.
+optional. A decimal comma in a position is read as a decimal point.
 """
 
-import csv
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -19,7 +17,8 @@ from typing import Any
 from orion_triage.errors import OrionError
 from orion_triage.mission.prompt import Coordinates
 from orion_triage.mission.verdict import CATEGORIES, LONGEST_REASON, Category, reason_fault
-from orion_triage.safe.reading import LARGEST_TABLE_BYTES, parse_json, read_text, shown
+from orion_triage.safe.reading import LARGEST_TABLE_BYTES, parse_json, read_bytes, shown
+from orion_triage.safe.tables import csv_rows, decoded, json_lines, number_of
 from orion_triage.settings import Split
 
 COLUMNS = ("name", "category", "morphology", "lon", "lat", "reason")
@@ -38,14 +37,19 @@ MORPHOLOGIES: dict[Category, tuple[str, ...]] = {
 
 SPLIT_NAMES: dict[str, Split] = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}
 
-Row = tuple[str, dict[str, str]]  # position ("line 3") and cells; a missing cell is empty
+# A line break or another blank that is not a plain space, with the blanks around it. Spreadsheets put line breaks into
+# cells, word processors no-break spaces.
+_ODD_BLANKS = re.compile(r"\s*[^\S ]\s*")
+
+Row = tuple[str, dict[str, str]]  # position ("line 3") and cells by column in lower case; a missing cell is empty
 
 
 @dataclass(frozen=True)
 class Target:
     """One place; `coordinates` are None if its position is unknown.
 
-    `split` is the catalogue's, or None; `origin` is the place's line in the catalogue.
+    `split` is the catalogue's, or None; `origin` is the place's line in the catalogue; `file` the user's picture, if
+    there is one; `respaced` whether the reason had line breaks or other blanks that became single spaces.
     """
 
     name: str
@@ -55,6 +59,8 @@ class Target:
     reason: str
     split: Split | None = None
     origin: str = field(default="", compare=False)
+    file: str = field(default="", compare=False)
+    respaced: bool = field(default=False, compare=False)
 
 
 def load_catalogue(path: Path | None = None, *, drawable: bool = True) -> list[Target]:
@@ -65,61 +71,46 @@ def load_catalogue(path: Path | None = None, *, drawable: bool = True) -> list[T
     """
     source = path or resources.files("orion_triage.dataset") / "catalogue.csv"
     rows = list(read_rows(source))
-    if missing := [column for column in COLUMNS if rows and column not in rows[0][1]]:
+    columns = columns_of(rows)
+    if missing := [column for column in COLUMNS if rows and column not in columns]:
         raise OrionError(
-            f"{source} has no column {', '.join(missing)} (found: {', '.join(map(str, rows[0][1]))[:200]}).",
+            f"{source} has no column {', '.join(missing)} (found: {', '.join(columns)[:200]}).",
             f"Use the columns {', '.join(COLUMNS)}.",
         )
     return targets_of(rows, str(source), drawable=drawable)
 
 
+def columns_of(rows: Iterable[Row]) -> list[str]:
+    """The columns that rows have, in the order in which they appear: a row of JSON may lack some."""
+    return list(dict.fromkeys(column for _, cells in rows for column in cells))
+
+
 def read_rows(source: Path | Traversable) -> Iterator[Row]:
     """The rows of a CSV, JSONL or GeoJSON file, all values as text; raises OrionError if the file is invalid."""
     name = str(source)
+    suffix = Path(name).suffix.lower()
     try:
-        if isinstance(source, Path):
-            text = read_text(source, LARGEST_TABLE_BYTES, "utf-8-sig")
-        else:  # the shipped one
-            text = source.read_text(encoding="utf-8")
+        if isinstance(source, Path) and suffix in (".jsonl", ".ndjson"):
+            yield from _jsonl_rows(source)
+            return
+        # The shipped catalogue may be in an archive.
+        data = read_bytes(source, LARGEST_TABLE_BYTES) if isinstance(source, Path) else source.read_bytes()
     except FileNotFoundError:
         raise OrionError(f"{name} does not exist.", "Pass the path of a CSV, JSONL or GeoJSON catalogue.") from None
-    suffix = Path(name).suffix.lower()
+    text = decoded(data, name)
     if suffix in (".geojson", ".json"):
         yield from _geojson_rows(text, name)
-    elif suffix == ".jsonl":
-        yield from _jsonl_rows(text, name)
     else:
-        yield from _csv_rows(text, name)
+        for line, cells in csv_rows(text, name):
+            yield f"line {line}", _texts(cells, f"{name}: the header")
 
 
-def _csv_rows(text: str, name: str) -> Iterator[Row]:
-    reader = csv.DictReader(text.splitlines())
-    try:
-        columns = Counter(reader.fieldnames or ())
-        if repeated := [column for column, count in columns.items() if count > 1]:
-            raise OrionError(f"{name}: the header has the column {shown(repeated[0])} twice.", "Delete one of them.")
-        if len(columns) == 1 and ";" in (header := next(iter(columns))):
-            raise OrionError(
-                f"{name} is separated by semicolons (header: {shown(header)}).", "Separate the columns with commas."
-            )
-        for row in reader:
-            if None in row:
-                raise OrionError(
-                    f"{name}: line {reader.line_num} has more cells than the header.",
-                    "Put cells that contain commas in double quotes.",
-                )
-            yield f"line {reader.line_num}", {key: (value or "").strip() for key, value in row.items()}
-    except csv.Error as error:
-        raise OrionError(f"{name}: line {reader.line_num}: not CSV: {error}.", "Correct it.") from None
-
-
-def _jsonl_rows(text: str, name: str) -> Iterator[Row]:
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
-            value = _json(line, f"{name}: line {number}")
-            if not isinstance(value, dict):
-                raise OrionError(f"{name}: line {number} is not a JSON object.", "Write one object per line.")
-            yield f"line {number}", _texts(value)
+def _jsonl_rows(path: Path) -> Iterator[Row]:
+    for number, line in json_lines(path):
+        value = _json(line, f"{path}: line {number}")
+        if not isinstance(value, dict):
+            raise OrionError(f"{path}: line {number} is not a JSON object.", "Write one object per line.")
+        yield f"line {number}", _texts(value, f"{path}: line {number}")
 
 
 def _geojson_rows(text: str, name: str) -> Iterator[Row]:
@@ -138,7 +129,8 @@ def _geojson_rows(text: str, name: str) -> Iterator[Row]:
             )
         properties = feature.get("properties")
         cells = properties if isinstance(properties, dict) else {}
-        yield f"feature {number}", _texts(cells | {"lon": position[0], "lat": position[1]})
+        cells = {key: value for key, value in cells.items() if key.lower() not in ("lon", "lat")}
+        yield f"feature {number}", _texts(cells | {"lon": position[0], "lat": position[1]}, f"{name}: feature {number}")
 
 
 def _json(text: str, place: str) -> Any:
@@ -148,12 +140,18 @@ def _json(text: str, place: str) -> Any:
         raise OrionError(f"{place}: not JSON: {error}.", "Correct it.") from None
 
 
-def _texts(values: Mapping[str, Any]) -> dict[str, str]:
-    """Every value as the text of a table cell; lists and objects become empty cells."""
-    return {
-        key: "" if value is None or isinstance(value, (list, dict)) else str(value).strip()
-        for key, value in values.items()
-    }
+def _texts(values: Mapping[str, Any], place: str) -> dict[str, str]:
+    """Every value as the text of a table cell, by its key in lower case; lists and objects become empty cells.
+
+    Raises OrionError for two keys that differ only in case.
+    """
+    texts: dict[str, str] = {}
+    for key, value in values.items():
+        column = key.strip().lower()
+        if column in texts:
+            raise OrionError(f"{place} has the column {shown(column)} twice.", "Delete one of them.")
+        texts[column] = "" if value is None or isinstance(value, (list, dict)) else str(value).strip()
+    return texts
 
 
 def targets_of(rows: Iterable[Row], source: str, *, drawable: bool = True, with_positions: bool = True) -> list[Target]:
@@ -164,18 +162,19 @@ def targets_of(rows: Iterable[Row], source: str, *, drawable: bool = True, with_
     targets: list[Target] = []
     mistakes: list[str] = []
     seen: dict[str, str] = {}
-    for where, row in rows:
+    for where, cells in rows:
+        reason = _ODD_BLANKS.sub(" ", cells.get("reason", ""))
+        row = cells | {"reason": reason}
         problems = _problems(row, seen, drawable)
         unplaced = not with_positions and not row.get("lon") and not row.get("lat")
         problems += [] if unplaced else _position_problems(row)
         mistakes += [f"{where}: {problem}" for problem in problems]
         seen.setdefault(row.get("name", ""), where)
         if not problems:
-            place = None if unplaced else Coordinates(float(row["lon"]), float(row["lat"]))
+            place = None if unplaced else Coordinates(number_of(row["lon"]), number_of(row["lat"]))
             split = SPLIT_NAMES[row["split"].lower()] if row.get("split") else None
-            targets.append(
-                Target(row["name"], Category(row["category"]), row["morphology"], place, row["reason"], split, where)
-            )
+            target = Target(row["name"], Category(row["category"]), row["morphology"], place, reason, split, where)
+            targets.append(replace(target, respaced=reason != cells.get("reason", "")))
     if mistakes:
         more = f"; and {len(mistakes) - 20} more" if len(mistakes) > 20 else ""
         raise OrionError(f"{source}: {'; '.join(mistakes[:20])}{more}.", "Correct these lines.")
@@ -214,7 +213,7 @@ def _position_problems(row: Mapping[str, str]) -> list[str]:
     values = {}
     for column in ("lon", "lat"):
         try:
-            values[column] = float(row.get(column, ""))
+            values[column] = number_of(row.get(column, ""))
         except ValueError:
             values[column] = math.nan
     lon, lat = values["lon"], values["lat"]

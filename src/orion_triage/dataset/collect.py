@@ -21,9 +21,9 @@ from orion_triage.settings import SPLITS, Split
 ABSENT_TABLE = "absent.csv"
 FRAME_COLUMNS = (
     "image", "name", "split", "category", "morphology", "lon", "lat", "source", "native_width", "native_height",
-    "metres_per_pixel", "captured_at", "licence", "attribution", "redistributable", "sha256",
+    "metres_per_pixel", "captured_at", "licence", "attribution", "redistributable", "sha256", "file",
 )  # fmt: skip
-ABSENT_COLUMNS = ("name", "split", "category", "outcome", "why")
+ABSENT_COLUMNS = ("name", "split", "category", "outcome", "why", "file")
 _FEWEST_MISSING = 3  # fewer missing places never stop a build: one of 20 places is already 5 %
 _PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -73,7 +73,7 @@ def collect(
             collected.taken[split].append(shot)
             collected.account["cached" if answer.cached else "fetched"] += 1
         elif isinstance(frame, Absent):
-            cells = (shot.name, split, shot.target.category, frame.outcome, frame.why)
+            cells = (shot.name, split, shot.target.category, frame.outcome, frame.why, shot.target.file)
             collected.absent.append(dict(zip(ABSENT_COLUMNS, cells, strict=True)))
             collected.account[frame.outcome] += 1
             if len(collected.absent) > most:
@@ -138,6 +138,7 @@ def _row(split: Split, shot: Shot, source: ImagerySource, frame: Frame, picture:
         "attribution": source.attribution,
         "redistributable": {True: "yes", False: "no", None: "unknown"}[source.redistributable],
         "sha256": hashlib.sha256(data).hexdigest(),
+        "file": target.file,
     }
 
 

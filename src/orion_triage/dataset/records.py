@@ -19,12 +19,18 @@ from orion_triage.errors import OrionError, RecordError
 from orion_triage.mission.prompt import IMAGE_PLACEHOLDER, Coordinates, parse_prompt, render_prompt
 from orion_triage.mission.verdict import CATEGORIES, Verdict, parse_verdict, reason_fault
 from orion_triage.safe.files import write_text
-from orion_triage.safe.reading import LARGEST_TABLE_BYTES, parse_json, read_text, shown
+from orion_triage.safe.folders import existing
+from orion_triage.safe.reading import parse_json, shown
+from orion_triage.safe.tables import numbered_lines
 from orion_triage.settings import Split
 
 IMAGES_FOLDER = "orion_dataset/images"
 _LONGEST_PATH, _LONGEST_NAME = 1024, 255  # characters, and bytes of one component: limits of file systems
 FRAMES_TABLE = "frames.csv"  # origin of every frame; third-party datasets may not have it
+
+
+class EncodingError(RecordError):
+    """A dataset line that is not UTF-8."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,15 @@ def parse_record(line: str) -> Record:
     return Record(image, coordinates, _checked_verdict(assistant))
 
 
+def record_of(line: bytes) -> Record:
+    """`parse_record` of one line of a split file as read; raises RecordError also for bytes that are not UTF-8."""
+    try:
+        text = line.decode()
+    except UnicodeDecodeError as error:
+        raise EncodingError(f"the line is not UTF-8: byte 0x{line[error.start]:02x}.", "Save the file as UTF-8.") from None
+    return parse_record(text)
+
+
 def _checked_image(image: Any) -> str:
     if not isinstance(image, str) or not image:
         raise RecordError(f"image is {shown(image)}, not a path.", "Use the path of a file in the dataset folder.")
@@ -138,22 +153,21 @@ def _checked_verdict(answer: str) -> Verdict:
 
 def read_records(path: Path) -> list[Record]:
     """All records of one split file; raises RecordError that names the first bad line as `file:line`."""
+    records = []
     try:
-        text = read_text(path, LARGEST_TABLE_BYTES)
+        for number, line in numbered_lines(path):
+            try:
+                records.append(record_of(line))
+            except RecordError as error:
+                raise RecordError(f"{path}:{number}: {error.message}", error.fix) from None
     except FileNotFoundError:
         raise RecordError(
             f"{path} does not exist.", "Build a dataset with 'orion dataset', or pass the folder of a dataset."
         ) from None
+    except RecordError:
+        raise
     except OrionError as error:
         raise RecordError(error.message, error.fix) from None
-    records = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            records.append(parse_record(line))
-        except RecordError as error:
-            raise RecordError(f"{path}:{number}: {error.message}", error.fix) from None
     if not records:
         raise RecordError(f"{path} has no records.", "Build the dataset again.")
     return records
@@ -168,9 +182,13 @@ def write_split(dataset: Path, split: Split, records: Iterable[Record]) -> None:
 
 
 def image_path(dataset: Path, record: Record, root: Path | None = None) -> Path:
-    """The record's file; raises RecordError for a circular link or one out of `root` (default: the dataset folder)."""
+    """The record's file; raises RecordError for a circular link or one out of `root` (default: the dataset folder).
+
+    A file whose name has the other Unicode form (NFC, NFD) is the same file.
+    """
     path = dataset / record.image
     try:
+        path = existing(dataset, record.image)
         inside = path.resolve().is_relative_to((root or dataset).resolve())
     except (OSError, RuntimeError, ValueError) as error:
         raise RecordError(f"{path} is not a valid path: {error}.", "Replace it by the image file.") from None

@@ -8,7 +8,6 @@ Pixels are shared only if the terms of every frame allow redistribution. Mapbox'
 shared instead; users with access to the imagery can build the dataset from them.
 """
 
-import csv
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from orion_triage.dataset.records import FRAMES_TABLE, Record, image_path, read_
 from orion_triage.errors import OrionError
 from orion_triage.mission.verdict import CATEGORIES
 from orion_triage.safe.files import sha256_of_file, sha256_of_text
+from orion_triage.safe.tables import read_csv
 from orion_triage.settings import SPLITS, Split
 
 _HUB_SPLITS: dict[Split, str] = {"train": "train", "val": "validation", "test": "test"}
@@ -66,8 +66,7 @@ def read_frames(folder: Path) -> list[Frame]:
     """One entry per frame: the fields of its record and of frames.csv ("" if missing there)."""
     table: dict[str, dict[str, str]] = {}
     if (folder / FRAMES_TABLE).is_file():
-        with (folder / FRAMES_TABLE).open(encoding="utf-8", newline="") as file:
-            table = {row["image"]: row for row in csv.DictReader(file)}
+        table = {row.get("image", ""): row for _, row in read_csv(folder / FRAMES_TABLE)}
     frames: dict[str, Frame] = {}
     for split in SPLITS:
         for record in read_split(folder, split):
@@ -114,9 +113,10 @@ def picture_files(folder: Path, frames: Sequence[Frame]) -> Files:
         records = [replace(record, image=moved[record.image]) for record in read_split(folder, split)]
         files[split_path(Path(), split).name] = "".join(record.to_line() + "\n" for record in records).encode()
     if (folder / FRAMES_TABLE).is_file():
-        with (folder / FRAMES_TABLE).open(encoding="utf-8", newline="") as file:
-            table = [row | {"image": moved[row["image"]]} for row in csv.DictReader(file) if row["image"] in moved]
-        files[FRAMES_TABLE] = csv_text(list(table[0]), table).encode()
+        known = [row for _, row in read_csv(folder / FRAMES_TABLE)]
+        table = [row | {"image": moved[row["image"]]} for row in known if row.get("image") in moved]
+        if table:
+            files[FRAMES_TABLE] = csv_text(list(table[0]), table).encode()
     return files
 
 

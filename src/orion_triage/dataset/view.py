@@ -4,7 +4,6 @@ Reasons, names and findings come from third-party files, so the template escapes
 """
 
 import base64
-import csv
 import hashlib
 import io
 import os
@@ -26,6 +25,7 @@ from orion_triage.imagery.frames import CAMERA_SIZE, read_frame, shrink
 from orion_triage.mission.prompt import Coordinates
 from orion_triage.mission.verdict import CATEGORIES, Category
 from orion_triage.progress import Progress, silent
+from orion_triage.safe.tables import read_csv
 from orion_triage.settings import SPLITS, Split
 
 SAMPLE = 2000  # cards; a page with this many has about 14 MB
@@ -166,7 +166,10 @@ def _morphologies(folder: Path) -> dict[str, str]:
     path = next((folder / name for name in TABLES if (folder / name).is_file()), None)
     if path is None:
         return {}
-    rows = csv.DictReader(path.read_text(encoding="utf-8", errors="replace").splitlines())
+    try:
+        rows = [row for _, row in read_csv(path)]
+    except OrionError:  # a fault of this table is a finding of the check
+        return {}
     return {row["name"]: row["morphology"] for row in rows if row.get("name") and row.get("morphology")}
 
 

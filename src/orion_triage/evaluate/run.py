@@ -23,6 +23,7 @@ from orion_triage.mission.answer import Answer
 from orion_triage.mission.verdict import CATEGORIES, Category
 from orion_triage.progress import Progress, silent
 from orion_triage.safe.files import naming, replaced_folder, sha256_of_text, write_text
+from orion_triage.safe.tables import json_lines
 from orion_triage.settings import EvaluateSettings, Split
 
 if TYPE_CHECKING:
@@ -98,15 +99,16 @@ def read_predictions(folder: Path) -> list[Row]:
     """The rows of a finished evaluation; raises OrionError if the file is missing or damaged."""
     path = folder / "predictions.jsonl"
     rows: list[Row] = []
+    last = 0
     try:
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for last, line in json_lines(path):  # noqa: B007
             row = json.loads(line)
             prediction_of(row)
             rows.append(row)
     except FileNotFoundError:
         raise OrionError(f"{path} does not exist.", "Run 'orion evaluate' first.") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise OrionError(f"{path}:{len(rows) + 1} is damaged: {error!r}.", "Run the evaluation again.") from None
+        raise OrionError(f"{path}:{last} is damaged: {error!r}.", "Run the evaluation again.") from None
     return rows
 
 

@@ -403,7 +403,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         if not os.access(options.llama_server, os.X_OK) or options.llama_server.is_dir():
             parser.error(f"--llama-server {options.llama_server} is not a program")
     try:
-        key = options.key_file.read_text(encoding="utf-8") if options.key_file else os.environ.get("LLAMA_API_KEY", "")
+        key = (
+            options.key_file.read_text(encoding="utf-8-sig")
+            if options.key_file
+            else os.environ.get("LLAMA_API_KEY", "")
+        )
     except (OSError, ValueError) as error:
         parser.error(f"--key-file: {error}")
     options.key = key.strip()

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orion_triage.errors import FrameError, OrionError
+from orion_triage.errors import OrionError
 from orion_triage.evaluate.backends import Backend, LlamaCppBackend
 from orion_triage.export import quantize
-from orion_triage.imagery.frames import CAMERA_SIZE, is_blank, read_frame, shrink
+from orion_triage.imagery.frames import CAMERA_SIZE, Frame, decode_frame, is_blank, read_frame, shrink
+from orion_triage.imagery.geotiff import GEOTIFF_SUFFIXES, GeoTiff
 from orion_triage.llama_cpp.server import Server
 from orion_triage.llama_cpp.toolchain import find_toolchain
 from orion_triage.mission.answer import Answer
@@ -22,9 +23,10 @@ from orion_triage.mission.prompt import render_prompt
 from orion_triage.mission.verdict import ANSWER_TOKENS, Verdict, parse_verdict
 from orion_triage.progress import Progress, silent
 from orion_triage.safe.files import naming, sha256_of_file, sha256_of_text
+from orion_triage.safe.folders import listing
 
 RULES = Rules()  # a blank frame is LOW; otherwise the answer's category counts
-PICTURES = (".png", ".jpg", ".jpeg", ".raw")
+PICTURES = (".png", ".jpg", ".jpeg", *GEOTIFF_SUFFIXES, ".raw")
 
 
 @dataclass(frozen=True)
@@ -43,16 +45,29 @@ class FrameVerdict:
     answer: Answer | None = None
 
 
-def frames_in(paths: Iterable[Path]) -> Iterator[Path]:
-    """The files, and the pictures of each folder sorted by name; raises OrionError for a folder without pictures."""
+def frames_in(paths: Iterable[Path], *, recursive: bool = False) -> tuple[list[Path], list[str]]:
+    """The files and the pictures of each folder, sorted by path; and what is left out of the folders, in words.
+
+    With `recursive`, also the pictures of their folders. Raises OrionError for a folder without pictures.
+    """
+    frames: list[Path] = []
+    left_out: list[str] = []
     for path in paths:
         if not path.is_dir():
-            yield path
+            frames.append(path)
             continue
-        names = sorted(entry.name for entry in os.scandir(path) if entry.name.lower().endswith(PICTURES))
-        if not names:
-            raise OrionError(f"{path} has no picture ({', '.join(PICTURES)}).", "Pass picture files or another folder.")
-        yield from (path / name for name in names)
+        content = listing(path, recursive=recursive)
+        pictures = [file for file in content.files if file.suffix.lower() in PICTURES]
+        others = content.left_out(PICTURES)
+        if not pictures:
+            found = f" Found: {'; '.join(others)}." if others else ""
+            raise OrionError(
+                f"{path} has no picture ({', '.join(PICTURES)}).{found}",
+                "Add --recursive to read its folders." if content.folders else "Pass picture files or another folder.",
+            )
+        frames += pictures
+        left_out += [f"{path}: {said}" for said in others]
+    return frames, left_out
 
 
 def to_json(outcome: FrameVerdict) -> dict[str, Any]:
@@ -154,8 +169,8 @@ def triage_files(
     for path in paths:
         began = time.monotonic()
         try:
-            frame = read_frame(path, CAMERA_SIZE, resize=resize)
-        except FrameError as error:
+            frame = _frame(path, resize)
+        except OrionError as error:
             yield FrameVerdict(str(path), None, time.monotonic() - began, error=str(error))
             continue
         blank = is_blank(frame.image)
@@ -170,6 +185,13 @@ def triage_files(
         error_text = "" if said else f"{path}: the model gave no verdict. Run 'orion evaluate' to check the run."
         seconds = time.monotonic() - began
         yield FrameVerdict(str(path), said, seconds, frame.native_size, error=error_text, answer=answer)
+
+
+def _frame(path: Path, resize: bool) -> Frame:
+    """The file's frame; raises OrionError that names it. A GeoTIFF is read as the dataset reads it."""
+    if path.suffix.lower() in GEOTIFF_SUFFIXES and path.is_file():
+        return decode_frame(GeoTiff.read(path).png(), str(path), CAMERA_SIZE, resize=resize)
+    return read_frame(path, CAMERA_SIZE, resize=resize)
 
 
 def triage_with_pair(

@@ -60,14 +60,14 @@ def read_bytes(path: Path, most: int) -> bytes:
     return data
 
 
-def read_text(path: Path, most: int, encoding: str = "utf-8") -> str:
-    """The text of a file with every line end as a newline; raises as `read_bytes`, and OrionError if it is not UTF-8.
+def read_text(path: Path, most: int) -> str:
+    """The text of a file with every line end as a newline, without a byte order mark.
 
-    "utf-8-sig" skips a byte order mark.
+    Raises as `read_bytes`, and OrionError if it is not UTF-8.
     """
     data = read_bytes(path, most)
     try:
-        text = data.decode(encoding)
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise OrionError(f"{path} is not UTF-8 (byte {error.start}).", "Save it as UTF-8.") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -11,11 +11,13 @@ from typing import Literal
 
 import numpy as np
 
-from orion_triage.dataset.records import IMAGES_FOLDER, Record, image_path, parse_record, split_path
-from orion_triage.errors import FrameError, RecordError
+from orion_triage.dataset.records import IMAGES_FOLDER, EncodingError, Record, image_path, record_of, split_path
+from orion_triage.errors import FrameError, OrionError, RecordError
 from orion_triage.imagery.frames import CAMERA_SIZE, is_blank, read_frame, shrink
 from orion_triage.progress import Progress
 from orion_triage.safe.children import workers
+from orion_triage.safe.folders import composed, listing
+from orion_triage.safe.tables import numbered_lines
 from orion_triage.settings import SPLITS, Split
 
 Severity = Literal["error", "warning"]
@@ -78,21 +80,19 @@ def read_entries(folder: Path) -> tuple[list[Entry], list[Finding]]:
         path = split_path(folder, split)
         lines = 0
         try:
-            with path.open("rb") as file:
-                for number, line in enumerate(file, start=1):
-                    if not line.strip():
-                        continue
-                    lines += 1
-                    try:
-                        entries.append(Entry(split, number, parse_record(line.decode())))
-                    except UnicodeDecodeError as error:
-                        message, fix = f"not UTF-8 (byte {error.start} of the line).", "Save the file as UTF-8."
-                        findings.append(Finding("error", "not-utf8", f"{path.name}:{number}", message, fix))
-                    except RecordError as error:
-                        findings.append(Finding("error", "schema", f"{path.name}:{number}", error.message, error.fix))
+            for number, line in numbered_lines(path):
+                lines += 1
+                try:
+                    entries.append(Entry(split, number, record_of(line)))
+                except RecordError as error:
+                    check = "not-utf8" if isinstance(error, EncodingError) else "schema"
+                    findings.append(Finding("error", check, f"{path.name}:{number}", error.message, error.fix))
         except OSError as error:
             message = f"the {split} split cannot be read: {error.strerror}."
             findings.append(Finding("error", "missing-file", path.name, message, "Add it: all three are needed."))
+        except OrionError as error:
+            message = f"the {split} split cannot be read: {error.message}"
+            findings.append(Finding("error", "missing-file", path.name, message, error.fix))
         else:
             if not lines:
                 message, fix = f"the {split} split has no records.", "Build the dataset again."
@@ -192,9 +192,10 @@ def _form_findings(entry: Entry, picture: Picture, resize: bool) -> Iterator[Fin
 
 def unused_pictures(folder: Path, entries: Sequence[Entry]) -> list[Finding]:
     """One finding for all files of the images folder that no record names."""
-    named = {folder / entry.image for entry in entries}
-    files = (folder / IMAGES_FOLDER).rglob("*")
-    unused = sorted(path for path in files if path not in named and path.name[0] != "." and path.is_file())
+    named = {composed(entry.image) for entry in entries}
+    images = folder / IMAGES_FOLDER
+    files = listing(images, recursive=True).files if images.is_dir() else []
+    unused = [path for path in files if composed(path.relative_to(folder).as_posix()) not in named]
     if not unused:
         return []
     message = f"{len(unused)} pictures are in no record, for example this one."

@@ -4,7 +4,6 @@ Errors stop training, warnings do not.
 """
 
 import contextlib
-import csv
 import json
 import re
 from collections import Counter, defaultdict
@@ -30,6 +29,8 @@ from orion_triage.mission.prompt import Coordinates
 from orion_triage.mission.verdict import CATEGORIES, Category
 from orion_triage.progress import Progress, silent
 from orion_triage.runs.manifest import read_manifest
+from orion_triage.safe.reading import shown
+from orion_triage.safe.tables import number_of, read_csv
 from orion_triage.settings import SPLITS, Split
 
 _FEWEST_TEST_FRAMES = 10  # per class
@@ -94,7 +95,7 @@ def check_dataset(
             f"{folder} has no {', '.join(split_path(Path(), split).name for split in SPLITS)}.",
             "Pass a dataset folder, or build one with 'orion dataset'.",
         )
-    known_metres, known_distance = _made_with(folder)
+    known_metres, known_distance, of_table = _made_with(folder)
     entries, findings = read_entries(folder)
     # The picture of an invalid line is unknown, so pictures may only seem to be unused or to have no second record.
     of_all_lines = [] if findings else [*unused_pictures(folder, entries), *_twins(entries)]
@@ -102,6 +103,7 @@ def check_dataset(
     counts = _counts(entries)
     findings += [
         *more,
+        *of_table,
         *of_all_lines,
         *_repeated_lines(entries),
         *_contradictions(entries),
@@ -142,17 +144,33 @@ def require_sound(
     return report
 
 
-def _made_with(folder: Path) -> tuple[float, float]:
-    """The largest metres per pixel in frames.csv, and the distance between splits (km) in the stage's manifest."""
-    metres = [0.0]
-    with contextlib.suppress(OSError, ValueError, csv.Error):  # faults in these files are not faults of the data
-        rows = csv.DictReader((folder / FRAMES_TABLE).read_text(encoding="utf-8").splitlines())
-        metres += [float(row["metres_per_pixel"]) for row in rows if row.get("metres_per_pixel")]
+def _made_with(folder: Path) -> tuple[float, float, list[Finding]]:
+    """The largest metres per pixel in frames.csv, and the distance between splits (km) in the stage's manifest.
+
+    A frames.csv that cannot be read is a finding: the width of a frame decides which pictures share ground.
+    """
+    metres = 0.0
+    findings = []
+    try:
+        for line, row in read_csv(folder / FRAMES_TABLE):
+            if cell := row.get("metres_per_pixel"):
+                try:
+                    metres = max(metres, number_of(cell))
+                except ValueError:
+                    message = f"metres_per_pixel {shown(cell)} is not a number"
+                    raise OrionError(f"line {line}: {message}.", "Correct it.") from None
+    except FileNotFoundError:
+        pass
+    except OrionError as error:
+        message = error.message.removeprefix(f"{folder / FRAMES_TABLE}: ")
+        message = f"{message} The check assumes {metres or _METRES_PER_PIXEL:g} m per pixel."
+        findings.append(Finding("warning", "frames-table", FRAMES_TABLE, message, error.fix))
+    distance = _SPLIT_DISTANCE_KM
     with contextlib.suppress(OrionError):
         stage_manifest = read_manifest(folder)
         if stage_manifest and stage_manifest.figures.get("split_distance_km"):
-            return max(metres) or _METRES_PER_PIXEL, float(stage_manifest.figures["split_distance_km"])
-    return max(metres) or _METRES_PER_PIXEL, _SPLIT_DISTANCE_KM
+            distance = float(stage_manifest.figures["split_distance_km"])
+    return metres or _METRES_PER_PIXEL, distance, findings
 
 
 def _order(finding: Finding) -> tuple[bool, int, int, str]:
