@@ -59,7 +59,7 @@ def bundle(
 )
 def triage(
     files: Annotated[
-        list[Path], typer.Argument(help="Frames or folders of frames: PNG, JPEG, or raw 512x512x3 RGB (.raw).")
+        list[Path], typer.Argument(help="Frames or folders of frames: PNG, JPEG, TIFF, or raw 512x512x3 RGB (.raw).")
     ],
     folder: FinishedRunOption = None,
     resize: Annotated[
@@ -81,15 +81,18 @@ def triage(
     """
     from orion_triage.evaluate import threshold
     from orion_triage.flight import triage
+    from orion_triage.imagery.stretch import stretch_of
     from orion_triage.mission.decide import Rules
 
     run = finished_run(folder, "quantize")
     chosen = threshold.read(run.folder, run.gguf)
     paths = list(triage.frames_in(files))
+    stretch = stretch_of(run.settings.dataset)
     rules = Rules(chosen[0] if chosen else None, blank_rule)
-    pair = triage.asked_by(run.gguf, run.settings.base.frame_size, rules, resize) if out else ""
+    pair = triage.asked_by(run.gguf, run.settings.base.frame_size, rules, resize, stretch) if out else ""
     left = triage.left_to_do(paths, out, pair) if out else paths
     counts: Counter[str] = Counter()
+    conversions: Counter[str] = Counter()
     shown: list[Any] = []
     with progress_bar() as progress, triage.appending(out) as write:
         outcomes = triage.triage_with_pair(
@@ -99,10 +102,12 @@ def triage(
             log=run.folder / "logs" / "triage-server.log",
             rules=rules,
             resize=resize,
+            stretch=stretch,
             progress=progress,
         )
         for done, outcome in enumerate(outcomes if left else (), start=len(paths) - len(left) + 1):
             counts[outcome.verdict.category if outcome.verdict else "refused"] += 1
+            conversions.update(outcome.changes)
             if outcome.error:
                 messages().print(f"[bold red]refused:[/] {escape(outcome.error)}", highlight=False, soft_wrap=True)
             if out:
@@ -110,6 +115,8 @@ def triage(
             elif outcome.verdict:
                 shown.append(outcome)
             progress("classifying frames", done, len(paths))
+    for change, count in sorted(conversions.items()):
+        messages().print(f"note: {count} of {len(left)} frames: {change}", highlight=False, markup=False)
     if out:
         summary = ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "no new frames"
         skipped = f", {len(paths) - len(left)} already done" if len(left) < len(paths) else ""
