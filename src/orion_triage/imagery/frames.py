@@ -69,8 +69,6 @@ def decode_frame(data: bytes, name: str, size: int, *, resize: bool = False, str
     if name.lower().endswith(".raw"):
         check_samples(name, "uint8", 8, stretch)
         return Frame(shrink(_decode_raw(data, name), size), (CAMERA_SIZE, CAMERA_SIZE))
-    if is_tiff(data):
-        raise FrameError(f"{name} is a TIFF, which is only read from a file.", "Convert it to PNG.")
     if not is_png_or_jpeg(data):
         raise FrameError(f"{name} is neither PNG nor JPEG.", "Convert it to PNG; name raw frames *.raw.")
     return _framed(open_png_or_jpeg(data, name, resize=resize, stretch=stretch), size)

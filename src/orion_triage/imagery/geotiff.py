@@ -44,6 +44,8 @@ MIRRORED = "rows from south to north turned: north is up"
 UNNAMED = "three bands without colours taken as red, green, blue"
 INVERTED = "inverted: in this file 0 is white"
 _RGB = ("red", "green", "blue")
+_ORIENTATION, _EXTRA_SAMPLES = 274, 338  # TIFF tags
+_PREMULTIPLIED = 1  # of _EXTRA_SAMPLES: "associated alpha"
 _SQUARE_WITHIN = 1.05  # ratio of a pixel's sides on the ground; more is reported
 # Of these, one from a user's environment would change pixels: damaged tiles as black, JPEG's YCbCr as RGB.
 _GDAL_OPTIONS = {"GDAL_NUM_THREADS": 1, "GTIFF_IGNORE_READ_ERRORS": "NO", "CONVERT_YCBCR_TO_RGB": "YES"}
@@ -103,13 +105,16 @@ def read_tiff(path: Path, *, resize: bool, stretch: Stretch | None) -> Opened:
                 f"Save the page that you want: rio convert GTIFF_DIR:1:{path.name} page-1.tif",
             )
         located = _located(raster, name)
-        return _opened(raster, name, stretch, located, tuple(_orientation(path)))
+        tags = _tiff_tags(path)
+        notes = (ORIENTATION,) if (tags.get(_ORIENTATION) or 1) != 1 else ()
+        premultiplied = _PREMULTIPLIED in (tags.get(_EXTRA_SAMPLES) or ())
+        return _opened(raster, name, stretch, located, notes, premultiplied)
 
 
 def open_deep_png(data: bytes, name: str, stretch: Stretch | None, *, changes: tuple[str, ...]) -> Opened:
     """A PNG of 16 bits per channel, of which Pillow reads 8; `changes` are those that the caller has found."""
     with _raster(data, name, "PNG") as raster:
-        return _opened(raster, name, stretch, None, changes)
+        return _opened(raster, name, stretch, None, changes, premultiplied=False)
 
 
 @contextmanager
@@ -149,8 +154,8 @@ def _located(raster: Any, name: str) -> Located | None:
         )
     row, column = raster.height / 2, raster.width / 2
     cells = [(0, 0), (0, -0.5), (0, 0.5), (-0.5, 0), (0.5, 0)]  # (down, right) of the centre, in pixels
-    points = [raster.transform * (column + right, row + down) for down, right in cells]
-    lons, lats = transform(raster.crs, "EPSG:4326", [x for x, _ in points], [y for _, y in points])
+    xs, ys = raster.xy([row + down for down, _ in cells], [column + right for _, right in cells], offset="ul")
+    lons, lats = transform(raster.crs, "EPSG:4326", xs, ys)
     centre, left, right, above, below = zip(lons, lats, strict=True)
     if not all(map(math.isfinite, (*lons, *lats))):
         raise FrameError(f"{name}: its position is outside its coordinate system.", "Correct its georeference.")
@@ -173,7 +178,7 @@ def _opened(raster: Any, name: str, stretch: Stretch | None, located: Located | 
     left, top, edge = central_square((raster.width, raster.height))
     window = Window(left, top, edge, edge)
     values: NDArray[Any] = raster.read(list(bands.numbers), window=window)
-    valid = _valid(raster, name, bands.numbers, values, window)
+    valid = _valid(raster, name, bands.numbers, values, window, premultiplied)
     changes = [*notes, *bands.changes]
     clipped = None
     if bands.palette:
@@ -248,7 +253,9 @@ def _samples(raster: Any, band: int) -> tuple[str, int]:
     return samples, int(used) if used else np.dtype(samples).itemsize * 8
 
 
-def _valid(raster: Any, name: str, numbers: tuple[int, ...], values: NDArray[Any], window: Any) -> NDArray[np.bool_]:
+def _valid(
+    raster: Any, name: str, numbers: tuple[int, ...], values: NDArray[Any], window: Any, premultiplied: bool
+) -> NDArray[np.bool_]:
     """Which values are data, of the shape of `values`: by nodata value, mask, alpha 0 and not-a-number."""
     valid: NDArray[np.bool_] = raster.read_masks(list(numbers), window=window) != 0
     names = [colour.name for colour in raster.colorinterp]
@@ -257,7 +264,7 @@ def _valid(raster: Any, name: str, numbers: tuple[int, ...], values: NDArray[Any
         alpha = raster.read(number, window=window)
         valid &= alpha != 0
         partly = (alpha != 0) & (alpha != alpha.max())
-        if raster.tags(number, ns="IMAGE_STRUCTURE").get("ALPHA") == "PREMULTIPLIED" and partly.any():
+        if premultiplied and partly.any():
             raise FrameError(
                 f"{name} has colours that are multiplied by its alpha channel.", "Save it without an alpha channel."
             )
@@ -306,12 +313,10 @@ def _in_srgb(
     return np.moveaxis(np.asarray(converted), 2, 0), True
 
 
-def _orientation(path: Path) -> Iterator[str]:
-    """The note that a TIFF has an orientation tag, which GDAL ignores, too."""
+def _tiff_tags(path: Path) -> dict[int, Any]:
+    """The TIFF tags of the first page, for those that GDAL does not report; empty if Pillow cannot read the form."""
     try:
         with TiffImageFile(path) as picture:
-            turned = picture.tag_v2.get(274, 1) not in (0, 1)
-    except Exception:  # GDAL opens forms that Pillow does not; the tag changes no pixel
-        return
-    if turned:
-        yield ORIENTATION
+            return {tag: picture.tag_v2.get(tag) for tag in (_ORIENTATION, _EXTRA_SAMPLES)}
+    except Exception:  # Pillow raises SyntaxError, struct.error, KeyError, ...; the pixels are GDAL's
+        return {}
