@@ -167,7 +167,14 @@ def _located(raster: Any, name: str) -> Located | None:
     return Located(place, edge, metres_between(left, right), metres_between(above, below))
 
 
-def _opened(raster: Any, name: str, stretch: Stretch | None, located: Located | None, notes: tuple[str, ...]) -> Opened:
+def _opened(
+    raster: Any,
+    name: str,
+    stretch: Stretch | None,
+    located: Located | None,
+    notes: tuple[str, ...],
+    premultiplied: bool,
+) -> Opened:
     from rasterio.windows import Window
 
     bands = _bands(raster, name)
