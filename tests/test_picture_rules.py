@@ -383,7 +383,7 @@ def test_of_several_pictures_the_first_counts_and_pages_are_refused(tmp_path: Pa
     frame = framed(tmp_path / "a.jpg", saved(image, "MPO", save_all=True, append_images=others, quality=90))
     assert np.array_equal(pixels(frame), pixels(framed(tmp_path / "b.jpg", saved(image, "JPEG", quality=90))))
     assert frame.changes == (opened.FIRST_OF_SEVERAL,)
-    pages = saved(Image.fromarray(RGB), "TIFF", save_all=True, append_images=others)
+    pages = saved(Image.fromarray(RGB), "TIFF", save_all=True, append_images=[one.copy() for one in others])
     message = refused(tmp_path / "a.tif", pages)
     assert "has 3 pages. Save the page that you want: rio convert GTIFF_DIR:1:a.tif" in message
     overviews = tiff(tmp_path / "b.tif", RGB)
