@@ -22,6 +22,7 @@ from orion_triage.dataset.build import run as build_dataset
 from orion_triage.errors import FrameError, OrionError
 from orion_triage.flight.triage import triage_files
 from orion_triage.imagery.frames import Frame, decode_frame, read_frame
+from orion_triage.imagery.stretch import Stretch
 from orion_triage.mission.verdict import Category, Verdict
 from orion_triage.settings import DatasetSettings
 from tests.conftest import ConstantBackend
@@ -56,6 +57,8 @@ def zeros(count: int) -> bytes:
 
 
 WHOLE_PNG, WHOLE_JPEG = encoded(PIXELS), encoded(PIXELS, "JPEG", quality=90)
+DEEP_PNG = encoded(Image.fromarray(np.asarray(PIXELS.resize(SMALL).convert("L"), np.uint16) * 16))
+SMALL_TIFF = encoded(PIXELS.resize(SMALL), "TIFF")
 SMALL_PNG, SMALL_JPEG = (encoded(PIXELS.resize(SMALL), kind) for kind in ("PNG", "JPEG"))
 
 
@@ -227,34 +230,48 @@ def test_of_an_animation_the_still_picture_counts() -> None:
 
 
 def test_transparency_hides_nothing() -> None:
-    alpha = Image.linear_gradient("L").resize(LARGE)
+    alpha = Image.linear_gradient("L").resize(LARGE).point(lambda value: max(value, 1))  # 0 means no data
     assert same(encoded(Image.merge("RGBA", [*PIXELS.split(), alpha])), PIXELS)
     grey = PIXELS.convert("L")
     assert same(encoded(Image.merge("LA", [grey, alpha])), grey.convert("RGB"))
     palette = PIXELS.quantize(256)
-    assert same(encoded(palette, transparency=bytes(range(256))), palette.convert("RGB"))
-    assert same(encoded(palette, transparency=7), palette.convert("RGB"))
+    assert same(encoded(palette, transparency=bytes(range(1, 256)) + b"\1"), palette.convert("RGB"))
     assert same(encoded(PIXELS, transparency=(1, 2, 3)), PIXELS)
-    assert same(encoded(grey, transparency=100), grey.convert("RGB"))
 
 
 def test_other_colours_become_rgb() -> None:
     bits = PIXELS.convert("1")
     assert same(encoded(bits), bits.convert("RGB"))
-    cmyk = decode_frame(encoded(PIXELS.convert("CMYK"), "JPEG", quality=95), "a.jpg", 512).image
-    difference = np.abs(np.asarray(cmyk, float) - np.asarray(PIXELS, float))
-    assert difference.mean() < 4  # what JPEG loses
-    values = np.random.default_rng(0).integers(0, 2**16, (512, 512, 3)).astype(">u2")
+
+
+def test_sixteen_bits_are_refused() -> None:
+    """Of grey, every value over 255 would be white: a blank frame, LOW by rule. Of RGB, 12 bits would be black."""
+    values = np.random.default_rng(0).integers(0, 2**12, (512, 512, 3)).astype(">u2")
     rows = b"".join(b"\0" + row.tobytes() for row in values)
-    assert same(png(LARGE, 16, 2, zlib.compress(rows, 1)), Image.fromarray((values >> 8).astype(np.uint8)))
+    grey = Image.fromarray(values[..., 0].astype(np.uint16))
+    for data in (encoded(grey), png(LARGE, 16, 2, zlib.compress(rows, 1))):
+        found = frame_of(data)
+        assert isinstance(found, FrameError)
+        assert "has 16 bits per channel" in found.message
 
 
-def test_sixteen_bit_greys_are_refused() -> None:
-    """As RGB every value over 255 is white: a blank frame, which is LOW by rule."""
-    grey = np.random.default_rng(0).integers(0, 2**16, (512, 512)).astype(np.uint16)
-    found = frame_of(encoded(Image.fromarray(grey)))
-    assert isinstance(found, FrameError)
-    assert "is 16-bit greyscale" in found.message
+@given(mutated(DEEP_PNG))
+def test_a_bent_16_bit_png_is_a_frame_or_refused(data: bytes) -> None:
+    found = outcome(decode_frame, data, "a.png", 256, resize=True, stretch=Stretch(0, 4095), named="a.png")
+    assert isinstance(found, FrameError) or found.image.size == (256, 256)
+
+
+@pytest.fixture(scope="session")
+def a_tiff(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file that bent TIFFs are written to."""
+    return tmp_path_factory.mktemp("tiff") / "a.tif"
+
+
+@given(mutated(SMALL_TIFF))
+def test_a_bent_tiff_is_a_frame_or_refused(a_tiff: Path, data: bytes) -> None:
+    a_tiff.write_bytes(data)
+    found = outcome(read_frame, a_tiff, 256, resize=True, named=a_tiff)
+    assert isinstance(found, FrameError) or found.image.size == (256, 256)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "WEBP", "ICO", "PPM"])
@@ -281,7 +298,7 @@ def test_triage_refuses_what_is_no_picture_and_goes_on(tmp_path: Path) -> None:
 
 def test_a_table_of_sources_is_no_geotiff(tmp_path: Path) -> None:
     """GDAL would follow it to other files of this machine, and to addresses."""
-    from orion_triage.imagery.geotiff import GeoTiff
+    from orion_triage.imagery.geotiff import locate
 
     (tmp_path / "secret.png").write_bytes(WHOLE_PNG)
     bands = "".join(
@@ -293,9 +310,12 @@ def test_a_table_of_sources_is_no_geotiff(tmp_path: Path) -> None:
         '<VRTDataset rasterXSize="512" rasterYSize="512"><SRS>EPSG:32633</SRS>'
         f"<GeoTransform>500000, 10, 0, 5000000, 0, -10</GeoTransform>{bands}</VRTDataset>"
     )
-    found = outcome(GeoTiff.read, tmp_path / "a.tif", named=tmp_path / "a.tif")
+    found = outcome(locate, tmp_path / "a.tif", named=tmp_path / "a.tif")
     assert isinstance(found, FrameError)
     assert "is damaged" in found.message
+    found = outcome(read_frame, tmp_path / "a.tif", 256, named=tmp_path / "a.tif")
+    assert isinstance(found, FrameError)
+    assert "neither PNG nor JPEG" in found.message
 
 
 def test_a_dataset_that_links_outside_leaves_nothing_behind(tmp_path: Path, small_dataset: Path) -> None:

@@ -45,6 +45,8 @@ class Stage:
 
     def settings_of(self, settings: Settings) -> Figures:
         sections = settings.model_dump(mode="json", include=set(self.settings))
+        if "dataset" in sections:  # settings that are empty leave datasets current that were made before they existed
+            sections["dataset"] = {key: value for key, value in sections["dataset"].items() if value is not None}
         return sections | ({"protocol": self.protocol} if self.protocol else {})
 
 

@@ -8,7 +8,7 @@ import tomllib
 from datetime import date
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
@@ -30,6 +30,9 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+StretchedSamples = Literal["uint16", "int16", "uint32", "int32", "float32", "float64"]
+STRETCHED_SAMPLES: tuple[str, ...] = get_args(StretchedSamples)
 
 
 class Section(BaseModel):
@@ -64,6 +67,11 @@ class DatasetSettings(Section):
     split_seed: Seed = 42
     imagery_seed: Seed = 7
     split_distance_km: PositiveFloat = 100.0  # no two splits have places closer than this
+    # Stretch of a folder's pictures with more than 8 bits: the stored values that become black and white, the same in
+    # all frames and in flight. Empty: only pictures of 8 bits are accepted. A higher `stretch_high` darkens all frames.
+    stretch_low: float | None = None
+    stretch_high: float | None = None
+    stretch_samples: StretchedSamples | None = None  # the type of the stored values; empty: uint16 (12 and 16 bits)
     # Number of test frames; 0: one per place. With synthetic imagery, a larger number draws several tiles per place,
     # which is less informative than more places.
     test_size: CountOrZero = 0
@@ -80,6 +88,20 @@ class DatasetSettings(Section):
     def _source_and_folder_agree(self) -> Self:
         if (self.source == "directory") != bool(self.folder):
             raise ValueError("a folder (--dataset FOLDER) needs source=directory, and source=directory needs a folder")
+        return self
+
+    @model_validator(mode="after")
+    def _stretch_has_two_limits(self) -> Self:
+        if (self.stretch_low is None) != (self.stretch_high is None):
+            raise ValueError("stretch_low and stretch_high need each other")
+        if self.stretch_low is None or self.stretch_high is None:
+            if self.stretch_samples:
+                raise ValueError("stretch_samples needs stretch_low and stretch_high")
+            return self
+        if self.stretch_low >= self.stretch_high:
+            raise ValueError(f"stretch_low={self.stretch_low:g} is not below stretch_high={self.stretch_high:g}")
+        if self.source != "directory":
+            raise ValueError("a stretch is for pictures of your own (--dataset FOLDER); other sources have 8 bits")
         return self
 
 

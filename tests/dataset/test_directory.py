@@ -235,7 +235,7 @@ def test_a_geotiff_takes_its_position_from_the_file(tmp_path: Path) -> None:
         writer.writerows(table)
     built(folder, tmp_path / "out")
     found = {row["name"]: row for row in frames_table(tmp_path / "out")}
-    for n, metres in ((0, 20.0), (1, 10.96)):
+    for n, metres in ((0, 20.0), (1, 11.06)):
         row = found[f"pictures_p{n}"]
         lon, lat = json.loads(table[n]["where"])
         assert float(row["lon"]) == pytest.approx(lon, abs=0.01)

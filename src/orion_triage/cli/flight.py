@@ -61,7 +61,7 @@ def bundle(
 )
 def triage(
     files: Annotated[
-        list[Path], typer.Argument(help="Frames or folders of frames: PNG, JPEG, GeoTIFF, or raw 512x512x3 RGB (.raw).")
+        list[Path], typer.Argument(help="Frames or folders of frames: PNG, JPEG, TIFF, or raw 512x512x3 RGB (.raw).")
     ],
     folder: FinishedRunOption = None,
     recursive: Annotated[
@@ -87,6 +87,7 @@ def triage(
     """
     from orion_triage.evaluate import threshold
     from orion_triage.flight import triage
+    from orion_triage.imagery.stretch import stretch_of
     from orion_triage.mission.decide import Rules
 
     run = finished_run(folder, "quantize")
@@ -94,10 +95,12 @@ def triage(
     paths, left_out = triage.frames_in(files, recursive=recursive)
     for said in left_out:
         messages().print(f"left out of {one_line(said)}", soft_wrap=True)
+    stretch = stretch_of(run.settings.dataset)
     rules = Rules(chosen[0] if chosen else None, blank_rule)
-    pair = triage.asked_by(run.gguf, run.settings.base.frame_size, rules, resize) if out else ""
+    pair = triage.asked_by(run.gguf, run.settings.base.frame_size, rules, resize, stretch) if out else ""
     left = triage.left_to_do(paths, out, pair) if out else paths
     counts: Counter[str] = Counter()
+    conversions: Counter[str] = Counter()
     shown: list[Any] = []
     try:
         with progress_bar() as progress, triage.appending(out) as write:
@@ -108,10 +111,12 @@ def triage(
                 log=run.folder / "logs" / "triage-server.log",
                 rules=rules,
                 resize=resize,
+                stretch=stretch,
                 progress=progress,
             )
             for done, outcome in enumerate(outcomes if left else (), start=len(paths) - len(left) + 1):
                 counts[outcome.verdict.category if outcome.verdict else "refused"] += 1
+                conversions.update(outcome.changes)
                 if out:
                     write(triage.to_json(outcome) | {"error": outcome.error, "pair": pair})
                 elif outcome.verdict:
@@ -122,6 +127,8 @@ def triage(
     finally:  # verdicts that were computed are shown, also if a server dies or the user interrupts
         if out is None and (shown or not left or counts):
             _show_verdicts(shown, as_json)
+    for change, count in sorted(conversions.items()):
+        messages().print(f"note: {count} of {len(left)} frames: {change}")
     if out:
         summary = ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "no new frames"
         skipped = f", {len(paths) - len(left)} already done" if len(left) < len(paths) else ""

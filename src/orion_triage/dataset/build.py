@@ -7,12 +7,13 @@ without a picture is left out and listed; too many of them stop the build.
 
 import math
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, assert_never
 
 from orion_triage import hub
 from orion_triage.dataset.catalogue import Target, load_catalogue
-from orion_triage.dataset.collect import ABSENT_TABLE, collect, image_name
+from orion_triage.dataset.collect import ABSENT_TABLE, Conversions, collect, image_name, stored_bytes
 from orion_triage.dataset.land import perhaps_swapped
 from orion_triage.dataset.records import FRAMES_TABLE, Record, image_path, read_split, split_path, write_split
 from orion_triage.dataset.sources.directory import Directory
@@ -21,6 +22,8 @@ from orion_triage.dataset.sources.source import ImagerySource, Shot
 from orion_triage.dataset.split import given_splits, pairs_within, split_targets
 from orion_triage.errors import OrionError
 from orion_triage.imagery.frames import CAMERA_SIZE, read_frame
+from orion_triage.imagery.png_jpeg import JPEG, PNG
+from orion_triage.imagery.stretch import stretch_of
 from orion_triage.mission.verdict import Category, Verdict
 from orion_triage.progress import Progress, silent
 from orion_triage.safe.files import cache_folder, replaced_folder, require_free_space, write_bytes
@@ -39,14 +42,14 @@ def run(out_folder: Path, settings: DatasetSettings, *, progress: Progress = sil
     warnings. Raises OrionError for a mistake in the catalogue or the settings, and if too many places are missing.
     """
     if published := published_folder(settings):
-        return _copy(published, out_folder, settings.test_size, progress)
+        return _copy(published, out_folder, settings, progress)
     source, splits = plan(settings)
     more = _repeated(splits["test"], settings)
     asked: list[tuple[Split, Shot]] = [(split, Shot(target)) for split in SPLITS for target in splits[split]]
     asked += [("test", shot) for shot in more]
     require_free_space(out_folder, _BYTES_PER_FRAME * len(asked), "the dataset")
     with replaced_folder(out_folder) as folder:
-        collected = collect(folder, source, asked, settings.largest_missing_share, progress)
+        collected = collect(folder, source, asked, settings.largest_missing_share, progress, stretch_of(settings))
         taken = collected.taken
         counts = {}
         for split in SPLITS:
@@ -65,12 +68,14 @@ def run(out_folder: Path, settings: DatasetSettings, *, progress: Progress = sil
         "split_distance_km": None if named else settings.split_distance_km,
         "account": dict(collected.account),
         "warnings": [
-            *_close_places(splits, _footprint_km(settings)),
+            *_close_places(splits, _footprint_km(settings, source)),
             *_far_out(splits),
             *_respaced(splits),
             *getattr(source, "warnings", []),
+            *collected.conversions.in_words(),
             *_missing_in_words(collected.absent),
         ],
+        **_stretch_of_record(settings),
     }
 
 
@@ -97,7 +102,7 @@ def plan(settings: DatasetSettings) -> tuple[ImagerySource, Splits]:
         source = _source(settings)
     if given := given_splits(targets):
         return source, given
-    footprint = _footprint_km(settings)
+    footprint = _footprint_km(settings, source)
     if settings.split_distance_km < footprint:
         raise OrionError(
             f"dataset.split_distance_km={settings.split_distance_km:g} is less than a frame's diagonal of "
@@ -132,14 +137,20 @@ def _source(settings: DatasetSettings) -> ImagerySource:
             assert_never(settings.source)
 
 
-def _footprint_km(settings: DatasetSettings) -> float:
-    """The diagonal of a frame on the ground, in km: two places closer than that can show the same ground."""
+def _footprint_km(settings: DatasetSettings, source: ImagerySource) -> float:
+    """The diagonal of a frame on the ground, in km: two places closer than that can show the same ground.
+
+    In a folder, the widest GeoTIFF counts; without GeoTIFFs, `metres_per_pixel` of the settings.
+    """
     match settings.source:
         case "simsat":
             metres = METRES_PER_PIXEL_AT_500_KM * settings.altitude_km / 500
         case "sentinel2":
             metres = 10.0
-        case "synthetic" | "directory":
+        case "directory":
+            width = source.footprint_metres() if isinstance(source, Directory) else None
+            metres = width / CAMERA_SIZE if width else settings.metres_per_pixel
+        case "synthetic":
             metres = settings.metres_per_pixel
         case _:
             assert_never(settings.source)
@@ -211,11 +222,13 @@ def _missing_in_words(absent: list[dict[str, Any]]) -> list[str]:
     return [f"{len(absent)} places have no picture and are left out ({ABSENT_TABLE} lists them): {named}"]
 
 
-def _copy(source: Path, out_folder: Path, test_size: int, progress: Progress) -> dict[str, Any]:
+def _copy(source: Path, out_folder: Path, settings: DatasetSettings, progress: Progress) -> dict[str, Any]:
     """Decode every frame of a finished dataset and copy it; raises OrionError for the first bad line or frame.
 
-    A picture that is not 512x512 (the published generator saved 2560x2560) is cropped and scaled as in flight.
+    A picture that is not 512x512 (the published generator saved 2560x2560) is cropped and scaled as in flight. One that
+    is not plain 8-bit RGB is converted.
     """
+    test_size, stretch, conversions = settings.test_size, stretch_of(settings), Conversions()
     records = {split: read_split(source, split) for split in SPLITS}
     if test_size > len(records["test"]):
         raise OrionError(
@@ -234,12 +247,10 @@ def _copy(source: Path, out_folder: Path, test_size: int, progress: Progress) ->
     resized = 0
     with replaced_folder(out_folder) as folder:
         for done, (image, path) in enumerate(sorted(paths.items()), start=1):
-            frame = read_frame(path, CAMERA_SIZE, resize=True)
-            if frame.native_size == (CAMERA_SIZE, CAMERA_SIZE):
-                write_bytes(folder / image, path.read_bytes())
-            else:
-                write_bytes(folder / image, frame.png())
-                resized += 1
+            frame = read_frame(path, CAMERA_SIZE, resize=True, stretch=stretch)
+            write_bytes(folder / image, stored_bytes(path, frame, PNG, JPEG))
+            resized += frame.native_size != (CAMERA_SIZE, CAMERA_SIZE)
+            conversions.add(str(path), frame)
             progress("checking and copying frames", done, len(paths))
         for split in SPLITS:
             write_split(folder, split, records[split])
@@ -250,8 +261,18 @@ def _copy(source: Path, out_folder: Path, test_size: int, progress: Progress) ->
         "targets": {split: len({record.image for record in records[split]}) for split in SPLITS},
         "records": {split: len(records[split]) for split in SPLITS},
         "source": hub.id_of(source) or str(source),
-        "warnings": [f"{resized} of {len(paths)} pictures were not 512x512: cropped and scaled"] if resized else [],
+        "warnings": [
+            *([f"{resized} of {len(paths)} pictures were not 512x512: cropped and scaled"] if resized else []),
+            *conversions.in_words(),
+        ],
+        **_stretch_of_record(settings),
     }
+
+
+def _stretch_of_record(settings: DatasetSettings) -> dict[str, Any]:
+    """The stretch for the figures of the stage's manifest; nothing without one."""
+    stretch = stretch_of(settings)
+    return {"stretch": asdict(stretch)} if stretch else {}
 
 
 def records_of(shot: Shot, split: Split) -> Iterator[Record]:

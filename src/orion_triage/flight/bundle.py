@@ -5,6 +5,7 @@ import platform
 import shutil
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from orion_triage.errors import OrionError
 from orion_triage.evaluate import threshold
 from orion_triage.export import quantize
 from orion_triage.imagery.frames import CAMERA_SIZE, Frame, is_blank, shrink
+from orion_triage.imagery.stretch import stretch_of
 from orion_triage.llama_cpp.client import CANDIDATES, Client
 from orion_triage.llama_cpp.server import OPTIONS, Server
 from orion_triage.llama_cpp.toolchain import PINNED_BUILD, WHEEL, WHEEL_SHA256, Toolchain, find_toolchain
@@ -82,6 +84,7 @@ def run(run: "Run", out: Path, progress: Progress = silent) -> dict[str, Any]:
             "preset": run.settings.preset,
             "base": base_of(run.gguf) or run.settings.base.model,
             "frame_size": run.settings.base.frame_size,
+            "stretch": _stretch(run),
             "model": quantize.QUANTIZED,
             "mmproj": quantize.MMPROJ,
             "llama_cpp_build": toolchain.build,
@@ -196,6 +199,12 @@ def _ask(
     return golden, request, seconds
 
 
+def _stretch(run: "Run") -> dict[str, Any] | None:
+    """The limits that make 8-bit frames of the camera's values, or None if the run's pictures have 8 bits."""
+    stretch = stretch_of(run.settings.dataset)
+    return asdict(stretch) if stretch else None
+
+
 def _notes(golden: list[dict[str, Any]]) -> Iterator[str]:
     missing = [category for category in CATEGORIES if category not in {image["category"] for image in golden}]
     if missing:
@@ -223,6 +232,7 @@ def _write_texts(folder: Path, run: "Run", toolchain: Toolchain, rules: Rules) -
         "wheel_sha256": WHEEL_SHA256,
         "tolerances": TOLERANCES,
         "decision": in_words(rules),
+        "stretch": _stretch(run),
     }
     for template, name in (("serve.sh.j2", "serve.sh"), ("bundle_readme.txt.j2", "README.txt")):
         write_text(folder / name, templates.fill("flight", template, **values))

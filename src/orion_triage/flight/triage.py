@@ -13,8 +13,8 @@ from typing import Any
 from orion_triage.errors import OrionError
 from orion_triage.evaluate.backends import Backend, LlamaCppBackend
 from orion_triage.export import quantize
-from orion_triage.imagery.frames import CAMERA_SIZE, Frame, decode_frame, is_blank, read_frame, shrink
-from orion_triage.imagery.geotiff import GEOTIFF_SUFFIXES, GeoTiff
+from orion_triage.imagery.frames import CAMERA_SIZE, PICTURE_SUFFIXES, is_blank, read_frame, shrink
+from orion_triage.imagery.stretch import Stretch
 from orion_triage.llama_cpp.server import Server
 from orion_triage.llama_cpp.toolchain import find_toolchain
 from orion_triage.mission.answer import Answer
@@ -26,14 +26,14 @@ from orion_triage.safe.files import naming, sha256_of_file, sha256_of_text
 from orion_triage.safe.folders import listing
 
 RULES = Rules()  # a blank frame is LOW; otherwise the answer's category counts
-PICTURES = (".png", ".jpg", ".jpeg", *GEOTIFF_SUFFIXES, ".raw")
+PICTURES = (*PICTURE_SUFFIXES, ".raw")
 
 
 @dataclass(frozen=True)
 class FrameVerdict:
     """The outcome for one file: the decided `verdict`, or `error` if the file was refused or nothing was decided.
 
-    `answer` is the model's; None if the model was not asked.
+    `answer` is the model's; None if the model was not asked. `changes` are the conversions that the file needed.
     """
 
     file: str
@@ -43,6 +43,7 @@ class FrameVerdict:
     blank: bool = False
     error: str = ""
     answer: Answer | None = None
+    changes: tuple[str, ...] = ()
 
 
 def frames_in(paths: Iterable[Path], *, recursive: bool = False) -> tuple[list[Path], list[str]]:
@@ -85,9 +86,10 @@ def to_json(outcome: FrameVerdict) -> dict[str, Any]:
     }
 
 
-def asked_by(gguf: Path, frame_size: int, rules: Rules, resize: bool) -> str:
+def asked_by(gguf: Path, frame_size: int, rules: Rules, resize: bool, stretch: Stretch | None = None) -> str:
     """A short hash of the model and its settings; it must be the same for all lines of a results file."""
     parts = [sha256_of_file(gguf / quantize.PAIR), frame_size, rules.low_threshold, resize, rules.blank_is_low]
+    parts += [str(stretch)] if stretch else []
     return sha256_of_text(json.dumps(parts))[:12]
 
 
@@ -159,6 +161,7 @@ def triage_files(
     *,
     rules: Rules = RULES,
     resize: bool = False,
+    stretch: Stretch | None = None,
 ) -> Iterator[FrameVerdict]:
     """Yield outcomes in the order of `paths`; a refused file gives an outcome with `error`.
 
@@ -169,14 +172,14 @@ def triage_files(
     for path in paths:
         began = time.monotonic()
         try:
-            frame = _frame(path, resize)
+            frame = read_frame(path, CAMERA_SIZE, resize=resize, stretch=stretch)
         except OrionError as error:
             yield FrameVerdict(str(path), None, time.monotonic() - began, error=str(error))
             continue
         blank = is_blank(frame.image)
         if by_rule := decide(None, None, blank=blank, rules=rules):
-            verdict = Verdict(BLANK_REASON, by_rule)
-            yield FrameVerdict(str(path), verdict, time.monotonic() - began, frame.native_size, blank=True)
+            verdict, seconds = Verdict(BLANK_REASON, by_rule), time.monotonic() - began
+            yield FrameVerdict(str(path), verdict, seconds, frame.native_size, blank=True, changes=frame.changes)
             continue
         (answer,) = backend.answer([shrink(frame.image, frame_size)], [prompt])
         said = parse_verdict(answer.text)
@@ -184,14 +187,9 @@ def triage_files(
         said = Verdict(said.reason, category) if said and category else None
         error_text = "" if said else f"{path}: the model gave no verdict. Run 'orion evaluate' to check the run."
         seconds = time.monotonic() - began
-        yield FrameVerdict(str(path), said, seconds, frame.native_size, error=error_text, answer=answer)
-
-
-def _frame(path: Path, resize: bool) -> Frame:
-    """The file's frame; raises OrionError that names it. A GeoTIFF is read as the dataset reads it."""
-    if path.suffix.lower() in GEOTIFF_SUFFIXES and path.is_file():
-        return decode_frame(GeoTiff.read(path).png(), str(path), CAMERA_SIZE, resize=resize)
-    return read_frame(path, CAMERA_SIZE, resize=resize)
+        yield FrameVerdict(
+            str(path), said, seconds, frame.native_size, error=error_text, answer=answer, changes=frame.changes
+        )
 
 
 def triage_with_pair(
@@ -202,6 +200,7 @@ def triage_with_pair(
     log: Path,
     rules: Rules = RULES,
     resize: bool = False,
+    stretch: Stretch | None = None,
     progress: Progress = silent,
 ) -> Iterator[FrameVerdict]:
     """`triage_files` with the GGUF pair in the folder `gguf`, on a server that runs during the iteration."""
@@ -209,4 +208,4 @@ def triage_with_pair(
     toolchain = find_toolchain(progress)
     with Server(toolchain, gguf / quantize.QUANTIZED, gguf / quantize.MMPROJ, log=log) as server:
         backend = LlamaCppBackend(server.client, max_new_tokens=ANSWER_TOKENS, constrained=True)
-        yield from triage_files(paths, backend, frame_size, rules=rules, resize=resize)
+        yield from triage_files(paths, backend, frame_size, rules=rules, resize=resize, stretch=stretch)

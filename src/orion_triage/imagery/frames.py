@@ -1,43 +1,46 @@
-"""Decode bytes to an RGB frame: the one decoder of training, evaluation and flight.
+"""Decode a picture to an RGB frame: the one decoder of training, evaluation and flight.
 
 The camera delivers 512x512 RGB. For a smaller preset, only this module shrinks the frame, so that transformers and
 llama.cpp get the same pixels: a PNG of exactly the preset's size. The two runtimes resize and tile other sizes
 differently.
 
-Metadata is ignored: EXIF rotation, colour profiles and transparency. An animation gives its still picture. 16-bit
-colours lose their lower byte, CMYK is converted to RGB, and 16-bit greyscale is refused.
+Pictures from outside become 8-bit RGB in `png_jpeg.py` and `geotiff.py`, by the rules in `opened.py`.
 """
 
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from warnings import catch_warnings
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngImageFile
 
 from orion_triage.errors import FrameError, OrionError
-from orion_triage.safe.reading import read_bytes
+from orion_triage.imagery.geotiff import GEOTIFF_SUFFIXES, is_tiff, read_tiff
+from orion_triage.imagery.opened import CAMERA_SIZE as CAMERA_SIZE
+from orion_triage.imagery.opened import LARGEST_BYTES as LARGEST_BYTES
+from orion_triage.imagery.opened import Opened, check_samples
+from orion_triage.imagery.png_jpeg import is_png_or_jpeg, open_png_or_jpeg
+from orion_triage.imagery.stretch import Stretch
+from orion_triage.safe.reading import opened, read_bytes
 
-CAMERA_SIZE = 512
 RAW_BYTES = CAMERA_SIZE * CAMERA_SIZE * 3
-# The largest picture that --resize accepts: SimSat's native frame is 2560x2560.
-LARGEST_PIXELS = 64_000_000
-LARGEST_BYTES = 3 * LARGEST_PIXELS  # of a file: the largest picture, uncompressed
-_SIXTEEN_BIT_GREYS = ("I", "I;16", "I;16B", "F")  # converting these to RGB clips every value above 255 to 255
-_SIGNATURES = {b"\x89PNG\r\n\x1a\n": PngImageFile, b"\xff\xd8\xff": JpegImageFile}
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", *GEOTIFF_SUFFIXES)  # of pictures with a header; raw frames: .raw
 
 
 @dataclass(frozen=True)
 class Frame:
-    """An RGB picture of the preset's size; `native_size` (width, height) and Pillow's `mode` are those of its file."""
+    """An RGB picture of the preset's size, and what became of its file.
+
+    `native_size` is the file's (width, height). `changes`, `clipped_share` and `metres_per_pixel` are as in `Opened`,
+    the last one of a frame of 512x512 pixels.
+    """
 
     image: Image.Image
     native_size: tuple[int, int]
-    mode: str = "RGB"
+    changes: tuple[str, ...] = ()
+    clipped_share: float | None = None
+    metres_per_pixel: float | None = None
 
     def png(self) -> bytes:
         """The bytes sent to a llama.cpp server: lossless, so both runtimes see the same pixels."""
@@ -56,57 +59,46 @@ def shrink(image: Image.Image, size: int) -> Image.Image:
     return image.resize((size, size), Image.Resampling.BOX)
 
 
-def decode_frame(data: bytes, name: str, size: int, *, resize: bool = False) -> Frame:
+def decode_frame(data: bytes, name: str, size: int, *, resize: bool = False, stretch: Stretch | None = None) -> Frame:
     """Decode PNG, JPEG or raw 512x512x3 RGB. Content decides the format; raw has no header and needs the suffix .raw.
 
     `size` is the preset's input size in pixels. With `resize`, a picture that is not 512x512 is cropped to its
-    central square and scaled; without it, such a picture is refused. Raises FrameError that names `name`.
+    central square and scaled; without it, such a picture is refused. With `stretch`, exactly the pictures that it is
+    for are accepted; without it, those with 8 bits or fewer. Raises FrameError that names `name`.
     """
     if name.lower().endswith(".raw"):
+        check_samples(name, "uint8", 8, stretch)
         return Frame(shrink(_decode_raw(data, name), size), (CAMERA_SIZE, CAMERA_SIZE))
-    reader = next((reader for start, reader in _SIGNATURES.items() if data.startswith(start)), None)
-    if reader is None:
+    if not is_png_or_jpeg(data):
         raise FrameError(f"{name} is neither PNG nor JPEG.", "Convert it to PNG; name raw frames *.raw.")
+    return _framed(open_png_or_jpeg(data, name, resize=resize, stretch=stretch), size)
+
+
+def read_frame(path: Path, size: int, *, resize: bool = False, stretch: Stretch | None = None) -> Frame:
+    """Read and decode one file, which may also be a TIFF; raises FrameError that names it. See `decode_frame`."""
     try:
-        # Not Image.open: it prints a warning about large sizes before this function can refuse them.
-        with catch_warnings(action="ignore"), reader(io.BytesIO(data)) as opened:
-            native, mode = opened.size, opened.mode
-            _check_form(name, native, mode, resize)
-            opened.load()
-            picture = opened.convert("RGB")
+        with opened(path) as file:
+            start = file.read(4)
+        if is_tiff(start) and not path.name.lower().endswith(".raw"):
+            return _framed(read_tiff(path, resize=resize, stretch=stretch), size)
+        data = read_bytes(path, LARGEST_BYTES)
+    except FileNotFoundError:
+        raise FrameError(f"{path} does not exist.", "Check the path.") from None
     except FrameError:
         raise
-    except Exception as error:  # Pillow's readers raise struct.error, KeyError, MemoryError, ...
-        raise FrameError(
-            f"{name} is damaged: {str(error)[:80] or type(error).__name__}.", "Fetch the file again."
-        ) from None
-    if native != (CAMERA_SIZE, CAMERA_SIZE):
-        edge = min(native)
-        left, top = (native[0] - edge) // 2, (native[1] - edge) // 2
-        picture = picture.crop((left, top, left + edge, top + edge))
+    except OSError as error:
+        raise FrameError(f"{path} cannot be read: {error.strerror}.", "Check the path.") from None
+    except OrionError as error:
+        raise FrameError(error.message, error.fix) from None
+    return decode_frame(data, str(path), size, resize=resize, stretch=stretch)
+
+
+def _framed(found: Opened, size: int) -> Frame:
+    picture = Image.fromarray(found.pixels, "RGB")
+    if picture.size != (CAMERA_SIZE, CAMERA_SIZE):
         picture = picture.resize((CAMERA_SIZE, CAMERA_SIZE), Image.Resampling.BOX)
-    return Frame(shrink(picture, size), native, mode)
-
-
-def _check_form(name: str, native: tuple[int, int], mode: str, resize: bool) -> None:
-    """Raise FrameError for a picture of an unsupported size or mode; reads only its header."""
-    if native != (CAMERA_SIZE, CAMERA_SIZE):
-        if not resize:
-            raise FrameError(
-                f"{name} is {native[0]}x{native[1]}, not {CAMERA_SIZE}x{CAMERA_SIZE}.",
-                "Add --resize to crop and scale it.",
-            )
-        if native[0] * native[1] > LARGEST_PIXELS or min(native) < 16:
-            raise FrameError(
-                f"{name} is {native[0]}x{native[1]}; supported are 16 pixels or more per side and "
-                f"{LARGEST_PIXELS / 1e6:g} megapixels or fewer.",
-                "Crop it.",
-            )
-    if mode in _SIXTEEN_BIT_GREYS:
-        raise FrameError(
-            f"{name} is 16-bit greyscale (Pillow mode {mode}), not 8-bit RGB.",
-            "Scale it to 8 bits per channel and save it as RGB.",
-        )
+    metres = found.metres_per_pixel and found.metres_per_pixel * len(found.pixels) / CAMERA_SIZE
+    return Frame(shrink(picture, size), found.native_size, found.changes, found.clipped_share, metres)
 
 
 def _decode_raw(data: bytes, name: str) -> Image.Image:
@@ -116,17 +108,6 @@ def _decode_raw(data: bytes, name: str) -> Image.Image:
             "Fetch it again: the transfer was probably cut.",
         )
     return Image.frombytes("RGB", (CAMERA_SIZE, CAMERA_SIZE), data)
-
-
-def read_frame(path: Path, size: int, *, resize: bool = False) -> Frame:
-    """Read and decode one file; raises FrameError that names it. See `decode_frame`."""
-    try:
-        data = read_bytes(path, LARGEST_BYTES)
-    except FileNotFoundError:
-        raise FrameError(f"{path} does not exist.", "Check the path.") from None
-    except OrionError as error:
-        raise FrameError(error.message, error.fix) from None
-    return decode_frame(data, str(path), size, resize=resize)
 
 
 def is_blank(image: Image.Image) -> bool:

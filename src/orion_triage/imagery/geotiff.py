@@ -1,72 +1,329 @@
-"""GeoTIFF frames: position, ground sample distance and RGB pixels (the extra `orion-triage[imagery]`)."""
+"""TIFF, and PNG of 16 bits per channel, through rasterio (the extra `orion-triage[imagery]`).
 
-import io
+Gives 8-bit RGB by the rules of `opened.py`, and a GeoTIFF's position and ground sample distance.
+"""
+
+import base64
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from warnings import catch_warnings
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 
 from orion_triage.errors import FrameError, OrionError
-from orion_triage.imagery.frames import LARGEST_PIXELS
+from orion_triage.imagery.colours import to_srgb
+from orion_triage.imagery.ground import metres_between
+from orion_triage.imagery.opened import (
+    ALPHA,
+    GREY,
+    LARGEST_PIXELS,
+    NO_DATA,
+    ORIENTATION,
+    PALETTE,
+    PROFILE,
+    Opened,
+    central_square,
+    check_samples,
+    check_size,
+    stretched,
+    without_data,
+)
+from orion_triage.imagery.stretch import Stretch
 from orion_triage.mission.prompt import Coordinates
 
 GEOTIFF_SUFFIXES = (".tif", ".tiff")
+TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: BigTIFF
+MIRRORED = "rows from south to north turned: north is up"
+UNNAMED = "three bands without colours taken as red, green, blue"
+INVERTED = "inverted: in this file 0 is white"
+_RGB = ("red", "green", "blue")
+_ORIENTATION, _EXTRA_SAMPLES = 274, 338  # TIFF tags
+_PREMULTIPLIED = 1  # of _EXTRA_SAMPLES: "associated alpha"
+_SQUARE_WITHIN = 1.05  # ratio of a pixel's sides on the ground; more is reported
+# Of these, one from a user's environment would change pixels: damaged tiles as black, JPEG's YCbCr as RGB.
+_GDAL_OPTIONS = {"GDAL_NUM_THREADS": 1, "GTIFF_IGNORE_READ_ERRORS": "NO", "CONVERT_YCBCR_TO_RGB": "YES"}
 
 
 @dataclass(frozen=True)
-class GeoTiff:
-    """`pixels` are RGB, uint8, of shape (height, width, 3); `metres_per_pixel` is that of the file's grid."""
+class Located:
+    """The centre of a GeoTIFF, and the size of a pixel there along rows and columns, in metres on the ellipsoid.
 
-    pixels: NDArray[np.uint8]
+    `edge` is the number of pixels along the central square.
+    """
+
     centre: Coordinates
-    metres_per_pixel: float
+    edge: int
+    metres_along_rows: float
+    metres_along_columns: float
 
-    @classmethod
-    def read(cls, path: Path) -> "GeoTiff":
-        """Raises OrionError if rasterio is missing, and FrameError for a file without a position or 8-bit RGB."""
-        try:
-            import rasterio
-            from rasterio.errors import CRSError, RasterioError
-            from rasterio.warp import transform
-        except ImportError:
-            raise OrionError(
-                f"{path} is a GeoTIFF; reading it needs rasterio, which is not installed.",
-                "Run pip install 'orion-triage[imagery]', or convert the file to PNG.",
-            ) from None
-        try:
-            # Only the GTiff driver: a VRT file with this suffix could refer to other files and URLs.
-            with rasterio.open(path, driver="GTiff") as raster:
-                if raster.crs is None or raster.transform.is_identity:
-                    raise FrameError(f"{path} has no position.", "Add the columns lon and lat to the table.")
-                if raster.count < 3 or raster.dtypes[0] != "uint8":
-                    raise FrameError(
-                        f"{path} has {raster.count} bands of {raster.dtypes[0]}, not three of uint8.",
-                        "Convert it to 8-bit RGB with a contrast stretch of your choice.",
-                    )
-                if raster.width * raster.height > LARGEST_PIXELS:
-                    raise FrameError(
-                        f"{path} is {raster.width}x{raster.height}; the limit is {LARGEST_PIXELS / 1e6:g} megapixels.",
-                        "Crop it.",
-                    )
-                x, y = raster.xy(raster.height / 2, raster.width / 2, offset="ul")
-                (lon,), (lat,) = transform(raster.crs, "EPSG:4326", [x], [y])
-                metres = math.hypot(raster.transform.a, raster.transform.d)
-                if raster.crs.is_geographic:
-                    metres *= 111_320 * math.cos(math.radians(lat))
-                pixels = np.moveaxis(raster.read([1, 2, 3]), 0, 2)
-            centre = Coordinates((lon + 180) % 360 - 180, lat)
-        except FrameError:
-            raise
-        except OrionError as error:
-            raise FrameError(f"{path}: {error.message}.", "Add the columns lon and lat to the table.") from None
-        except (RasterioError, CRSError, ValueError) as error:
-            raise FrameError(f"{path} is damaged: {error}.", "Fetch the file again.") from None
-        return cls(pixels, centre, metres)
+    @property
+    def metres_per_pixel(self) -> float:
+        """The coarser of the two: frames this wide and high that do not overlap show different ground."""
+        return max(self.metres_along_rows, self.metres_along_columns)
 
-    def png(self) -> bytes:
-        buffer = io.BytesIO()
-        Image.fromarray(self.pixels, "RGB").save(buffer, "PNG", compress_level=1)
-        return buffer.getvalue()
+
+@dataclass(frozen=True)
+class _Bands:
+    """Band numbers (from 1) of the colours, what they are, and the conversions that this choice means."""
+
+    numbers: tuple[int, ...]
+    palette: bool
+    changes: tuple[str, ...]
+
+
+def is_tiff(start: bytes) -> bool:
+    return start.startswith(TIFF_SIGNATURES)
+
+
+def locate(path: Path) -> Located:
+    """The position of a GeoTIFF; raises OrionError without rasterio, and FrameError for a file without a position."""
+    with _raster(str(path.absolute()), str(path), "GTiff") as raster:
+        located = _located(raster, str(path))
+    if located is None:
+        raise FrameError(f"{path} has no position.", "Add the columns lon and lat to the table.")
+    return located
+
+
+def read_tiff(path: Path, *, resize: bool, stretch: Stretch | None) -> Opened:
+    """The central square of a TIFF; raises OrionError without rasterio, and FrameError that names the file.
+
+    Only the GTiff driver reads it: a VRT file with this suffix could refer to other files and URLs.
+    """
+    name = str(path)
+    with _raster(str(path.absolute()), name, "GTiff") as raster:
+        check_size(name, (raster.width, raster.height), resize)
+        if raster.subdatasets:
+            raise FrameError(
+                f"{name} has {len(raster.subdatasets)} pages.",
+                f"Save the page that you want: rio convert GTIFF_DIR:1:{path.name} page-1.tif",
+            )
+        located = _located(raster, name)
+        tags = _tiff_tags(path)
+        notes = (ORIENTATION,) if (tags.get(_ORIENTATION) or 1) != 1 else ()
+        premultiplied = _PREMULTIPLIED in (tags.get(_EXTRA_SAMPLES) or ())
+        return _opened(raster, name, stretch, located, notes, premultiplied)
+
+
+def open_deep_png(data: bytes, name: str, stretch: Stretch | None, *, changes: tuple[str, ...]) -> Opened:
+    """A PNG of 16 bits per channel, of which Pillow reads 8; `changes` are those that the caller has found."""
+    with _raster(data, name, "PNG") as raster:
+        return _opened(raster, name, stretch, None, changes, premultiplied=False)
+
+
+@contextmanager
+def _raster(source: str | bytes, name: str, driver: str) -> Iterator[Any]:
+    """A raster opened by one driver. Errors of GDAL and PROJ become a FrameError that names the file."""
+    try:
+        import rasterio
+        from rasterio.errors import CRSError, RasterioError
+        from rasterio.io import MemoryFile
+    except ImportError:
+        kind = "TIFF" if driver == "GTiff" else "16-bit PNG"
+        raise OrionError(
+            f"{name} is a {kind}; reading it needs rasterio, which is not installed.",
+            "Run pip install 'orion-triage[imagery]', or convert the file to 8-bit PNG.",
+        ) from None
+    try:
+        with rasterio.Env(**_GDAL_OPTIONS), catch_warnings(action="ignore"):  # a raster without a position warns
+            if isinstance(source, bytes):
+                with MemoryFile(source) as file, file.open(driver=driver) as raster:
+                    yield raster
+            else:
+                with rasterio.open(source, driver=driver) as raster:
+                    yield raster
+    except (RasterioError, CRSError, ValueError, MemoryError) as error:
+        raise FrameError(f"{name} is damaged: {error or type(error).__name__}.", "Fetch the file again.") from None
+
+
+def _located(raster: Any, name: str) -> Located | None:
+    """The position, or None if the file has none."""
+    if raster.crs is None or raster.transform.is_identity:
+        return None
+    from rasterio.warp import transform
+
+    if raster.width * raster.height > LARGEST_PIXELS:  # before any arithmetic: a header can claim 2^31 pixels
+        raise FrameError(
+            f"{name} is {raster.width}x{raster.height}; the limit is {LARGEST_PIXELS / 1e6:g} megapixels.", "Crop it."
+        )
+    row, column = raster.height / 2, raster.width / 2
+    cells = [(0, 0), (0, -0.5), (0, 0.5), (-0.5, 0), (0.5, 0)]  # (down, right) of the centre, in pixels
+    xs, ys = raster.xy([row + down for down, _ in cells], [column + right for _, right in cells], offset="ul")
+    lons, lats = transform(raster.crs, "EPSG:4326", xs, ys)
+    centre, left, right, above, below = zip(lons, lats, strict=True)
+    if not all(map(math.isfinite, (*lons, *lats))):
+        raise FrameError(f"{name}: its position is outside its coordinate system.", "Correct its georeference.")
+    try:
+        place = Coordinates((centre[0] + 180) % 360 - 180, centre[1])
+    except OrionError as error:
+        raise FrameError(f"{name}: {error.message}.", "Add the columns lon and lat to the table.") from None
+    edge = min(raster.width, raster.height)
+    return Located(place, edge, metres_between(left, right), metres_between(above, below))
+
+
+def _opened(
+    raster: Any,
+    name: str,
+    stretch: Stretch | None,
+    located: Located | None,
+    notes: tuple[str, ...],
+    premultiplied: bool,
+) -> Opened:
+    from rasterio.windows import Window
+
+    bands = _bands(raster, name)
+    samples, bits = _samples(raster, bands.numbers[0])
+    if bands.palette:
+        samples = "uint8"  # the numbers are places in the palette, whose colours have 8 bits
+    check_samples(name, samples, bits, stretch)
+    left, top, edge = central_square((raster.width, raster.height))
+    window = Window(left, top, edge, edge)
+    values: NDArray[Any] = raster.read(list(bands.numbers), window=window)
+    valid = _valid(raster, name, bands.numbers, values, window, premultiplied)
+    changes = [*notes, *bands.changes]
+    clipped = None
+    if bands.palette:
+        colours, opaque = _from_palette(raster, name, values[0])
+        valid &= opaque
+    elif samples == "uint8":
+        colours = values if bits == 8 else _scaled(name, values, bits)
+        if bits < 8:
+            changes.append(f"{bits}-bit values scaled to 8 bits")
+    else:
+        assert stretch is not None  # check_samples refuses it otherwise
+        colours, clipped = stretched(name, values, valid, stretch)
+        changes.append(f"stretched {stretch}")
+    if raster.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES" and not bands.palette:
+        colours = 255 - colours
+        changes.append(INVERTED)
+    colours, converted = _in_srgb(raster, name, colours, stretch)
+    changes += [PROFILE] if converted else []
+    colours = colours * np.broadcast_to(valid, colours.shape)
+    pixels = np.array(np.moveaxis(np.broadcast_to(colours, (3, edge, edge)), 0, 2))
+    missing = np.asarray(~valid.any(axis=0))
+    if without_data(name, pixels, missing):
+        changes.append(NO_DATA)
+    if located and raster.transform.determinant > 0:
+        pixels = np.ascontiguousarray(pixels[::-1])
+        changes.append(MIRRORED)
+    if located and not 1 / _SQUARE_WITHIN < located.metres_along_rows / located.metres_along_columns < _SQUARE_WITHIN:
+        changes.append("pixels that are not square on the ground kept")
+    return Opened(
+        pixels,
+        (raster.width, raster.height),
+        tuple(changes),
+        clipped,
+        located.centre if located else None,
+        located.metres_per_pixel if located else None,
+    )
+
+
+def _bands(raster: Any, name: str) -> _Bands:
+    """Which bands are red, green and blue, by the file's colour interpretation; raises FrameError if it is unclear."""
+    colour_space = raster.tags(ns="IMAGE_STRUCTURE").get("SOURCE_COLOR_SPACE", "YCbCr")
+    if colour_space != "YCbCr":  # GDAL converts CMYK and CIELAB to RGB by formulas without a profile
+        raise FrameError(f"{name} has {colour_space} colours.", "Convert it to sRGB and save it again.")
+    names = [colour.name for colour in raster.colorinterp]
+    found = [names.index(colour) + 1 for colour in _RGB if names.count(colour) == 1]
+    changes = [ALPHA] if "alpha" in names else []
+    colours = [colour for colour in names if colour != "alpha"]
+    if len(found) == 3:
+        if extra := len(colours) - 3:
+            changes.append(f"{extra} more band{'s' if extra > 1 else ''} left out")
+        if found != sorted(found):
+            changes.append("bands reordered to red, green, blue")
+        return _Bands(tuple(found), False, tuple(changes))
+    if len(colours) == 1 and colours[0] in ("palette", "gray", "undefined", "pan"):
+        palette = colours[0] == "palette"
+        number = names.index(colours[0]) + 1
+        return _Bands((number,), palette, (*changes, PALETTE if palette else GREY))
+    if len(colours) == 3 and set(colours) <= {"gray", "undefined"}:
+        numbers = tuple(n for n, colour in enumerate(names, start=1) if colour != "alpha")
+        return _Bands(numbers, False, (*changes, UNNAMED))
+    example = ",".join(["blue", "green", "red", *["undefined"] * (len(names) - 3)][: len(names)])
+    raise FrameError(
+        f"{name} has {len(names)} bands ({', '.join(names)}), and does not say which one is red, green and blue.",
+        f"Say it in the file, for example: rio edit-info --colorinterp {example} {name}",
+    )
+
+
+def _samples(raster: Any, band: int) -> tuple[str, int]:
+    """The sample type as NumPy names it, and the bits in use."""
+    samples = raster.dtypes[band - 1]
+    used = raster.tags(band, ns="IMAGE_STRUCTURE").get("NBITS")
+    return samples, int(used) if used else np.dtype(samples).itemsize * 8
+
+
+def _valid(
+    raster: Any, name: str, numbers: tuple[int, ...], values: NDArray[Any], window: Any, premultiplied: bool
+) -> NDArray[np.bool_]:
+    """Which values are data, of the shape of `values`: by nodata value, mask, alpha 0 and not-a-number."""
+    valid: NDArray[np.bool_] = raster.read_masks(list(numbers), window=window) != 0
+    names = [colour.name for colour in raster.colorinterp]
+    if "alpha" in names:
+        number = names.index("alpha") + 1
+        alpha = raster.read(number, window=window)
+        valid &= alpha != 0
+        partly = (alpha != 0) & (alpha != alpha.max())
+        if premultiplied and partly.any():
+            raise FrameError(
+                f"{name} has colours that are multiplied by its alpha channel.", "Save it without an alpha channel."
+            )
+    if values.dtype.kind == "f":
+        valid &= np.isfinite(values)
+    return valid
+
+
+def _from_palette(raster: Any, name: str, values: NDArray[Any]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """The colours (3, height, width) of palette numbers, and which of them are opaque."""
+    entries = raster.colormap(1)
+    table = np.zeros((max(entries) + 1, 4), dtype=np.uint8)
+    for number, colour in entries.items():
+        table[number] = colour
+    if int(values.max()) >= len(table):
+        raise FrameError(f"{name} has values beyond its palette.", "Save it as RGB.")
+    found = table[values]
+    return np.moveaxis(found[..., :3], 2, 0), found[..., 3] != 0
+
+
+def _scaled(name: str, values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Values of fewer than 8 bits, spread over 0..255 as the PNG specification does."""
+    most = 2**bits - 1
+    if int(values.max()) > most:
+        raise FrameError(f"{name} has values beyond its {bits} bits.", "Save it as 8-bit RGB.")
+    return ((values.astype(np.uint16) * 255 * 2 + most) // (2 * most)).astype(np.uint8)
+
+
+def _in_srgb(
+    raster: Any, name: str, colours: NDArray[np.uint8], stretch: Stretch | None
+) -> tuple[NDArray[np.uint8], bool]:
+    """The colours (1 or 3, height, width) by the file's colour profile, and whether that changed them."""
+    encoded = raster.tags(ns="COLOR_PROFILE").get("SOURCE_ICC_PROFILE")
+    if not encoded:
+        return colours, False
+    grey = len(colours) == 1
+    image = Image.fromarray(colours[0] if grey else np.ascontiguousarray(np.moveaxis(colours, 0, 2)))
+    converted = to_srgb(name, image, base64.b64decode(encoded))
+    if converted is None:
+        return colours, False
+    if stretch:
+        raise FrameError(
+            f"{name} has a colour profile other than sRGB, but this run stretches measured values ({stretch}).",
+            "Save it without the profile if its values are measurements, or as 8-bit sRGB.",
+        )
+    return np.moveaxis(np.asarray(converted), 2, 0), True
+
+
+def _tiff_tags(path: Path) -> dict[int, Any]:
+    """The TIFF tags of the first page, for those that GDAL does not report; empty if Pillow cannot read the form."""
+    try:
+        with TiffImageFile(path) as picture:
+            return {tag: picture.tag_v2.get(tag) for tag in (_ORIENTATION, _EXTRA_SAMPLES)}
+    except Exception:  # Pillow raises SyntaxError, struct.error, KeyError, ...; the pixels are GDAL's
+        return {}

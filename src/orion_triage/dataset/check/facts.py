@@ -61,11 +61,12 @@ class Picture:
     """The facts kept of a decoded 512x512 frame.
 
     `pixels` is the SHA-256 of its RGB bytes, `perceptual_hash` 64 bits, `thumbnail` the bytes of float16 [256]: grey
-    levels of 16x16 with mean 0 and length 1 (all 0 for a single colour). `native_size` is (width, height) in the file.
+    levels of 16x16 with mean 0 and length 1 (all 0 for a single colour). `native_size` is (width, height) in the file,
+    `changes` the conversions that it needs.
     """
 
     native_size: tuple[int, int]
-    mode: str
+    changes: tuple[str, ...]
     pixels: bytes
     perceptual_hash: int
     thumbnail: bytes
@@ -168,7 +169,7 @@ def _look(path: str) -> Picture | tuple[str, str]:
     grey /= np.linalg.norm(grey) or 1.0
     return Picture(
         frame.native_size,
-        frame.mode,
+        frame.changes,
         hashlib.sha256(frame.image.tobytes()).digest(),
         int(str(imagehash.phash(frame.image)), 16),
         grey.astype(np.float16).tobytes(),
@@ -185,9 +186,9 @@ def _form_findings(entry: Entry, picture: Picture, resize: bool) -> Iterator[Fin
             yield entry.finding("warning", "image-size", f"{size}: it will be cropped and scaled.", fix)
         else:
             yield entry.finding("error", "image-size", f"{size}.", fix)
-    if picture.mode != "RGB":
-        message = f"{entry.image} has the mode {picture.mode} and is converted to RGB."
-        yield entry.finding("warning", "image-mode", message, "Save it as RGB to control the conversion.")
+    if picture.changes:
+        message = f"{entry.image} is not plain 8-bit RGB: {', '.join(picture.changes)}."
+        yield entry.finding("warning", "image-mode", message, "Save it as 8-bit RGB to control the conversion.")
 
 
 def unused_pictures(folder: Path, entries: Sequence[Entry]) -> list[Finding]:

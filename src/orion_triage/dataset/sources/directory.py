@@ -20,15 +20,14 @@ from pathlib import Path, PurePosixPath
 from orion_triage.dataset.catalogue import SPLIT_NAMES, Row, columns_of, read_rows, targets_of
 from orion_triage.dataset.sources.source import Absent, Picture, Shot
 from orion_triage.errors import OrionError, one_line
-from orion_triage.imagery.frames import LARGEST_BYTES
-from orion_triage.imagery.geotiff import GEOTIFF_SUFFIXES, GeoTiff
+from orion_triage.imagery.frames import PICTURE_SUFFIXES
+from orion_triage.imagery.geotiff import GEOTIFF_SUFFIXES, locate
 from orion_triage.mission.verdict import CATEGORIES, Category
 from orion_triage.safe.folders import composed, is_hidden, listing
-from orion_triage.safe.reading import read_bytes, shown
+from orion_triage.safe.reading import shown
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".geojson")
 _SPREADSHEETS = (".xlsx", ".xls", ".ods", ".numbers")
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", *GEOTIFF_SUFFIXES)
 _OTHER_NAMES = {
     "file_name": ("file", "filename", "image", "frame"),
     "category": ("label", "class"),
@@ -87,15 +86,19 @@ class Directory:
 
     def pictures(self, shots: Sequence[Shot]) -> Iterator[Picture | Absent]:
         for shot in shots:
-            path = self._files[shot.target.name]
-            try:
-                if path.suffix.lower() in GEOTIFF_SUFFIXES:
-                    geotiff = GeoTiff.read(path)
-                    yield Picture(geotiff.png(), geotiff.metres_per_pixel)
-                else:
-                    yield Picture(read_bytes(path, LARGEST_BYTES), None)
-            except (OrionError, OSError) as error:
-                yield Absent("failed", str(error))
+            yield Picture(self._files[shot.target.name], None)
+
+    def footprint_metres(self) -> float | None:
+        """The widest frame of the folder's GeoTIFFs on the ground, in metres; None if no file has a position."""
+        found = []
+        for path in self._files.values():
+            if path.suffix.lower() in GEOTIFF_SUFFIXES:
+                try:
+                    located = locate(path)
+                except OrionError:  # without a position, or unreadable: reported when its picture is read
+                    continue
+                found.append(located.metres_per_pixel * located.edge)
+        return max(found, default=None)
 
     def _rows(self) -> Iterator[Row]:
         """The row of every picture, from the table, the tables of the split folders, or the folder names."""
@@ -285,7 +288,7 @@ def _completed(row: dict[str, str], path: Path) -> dict[str, str]:
     category = row["category"].upper()
     row = row | {"category": category, "name": row.get("name", "")}
     if path.suffix.lower() in GEOTIFF_SUFFIXES and not row["lon"] and not row["lat"]:
-        centre = GeoTiff.read(path).centre
+        centre = locate(path).centre
         row |= {"lon": repr(centre.lon), "lat": repr(centre.lat)}
     row["morphology"] = row.get("morphology") or category.lower()
     if not row.get("reason"):

@@ -6,6 +6,7 @@ does not resize or drop pictures: `frames.decode_frame` makes the frame, and `bu
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 from orion_triage.dataset.catalogue import Target
@@ -36,10 +37,10 @@ class Shot:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture as received: PNG or JPEG bytes with the place in the centre."""
+    """A picture as received, with the place in the centre: PNG or JPEG bytes, or the user's own file."""
 
-    data: bytes
-    metres_per_pixel: float | None  # ground sample distance after scaling to 512 pixels; None: unknown
+    data: bytes | Path
+    metres_per_pixel: float | None  # ground sample distance after scaling to 512 pixels; None: unknown, or in the file
     captured_at: str = ""  # ISO 8601, UTC; empty: unknown
     cached: bool = False
 
