@@ -165,7 +165,7 @@ def test_frames_that_are_missing_damaged_or_elsewhere_have_a_placeholder(dataset
     for said in (
         "No image orion_dataset/images/high_place_00.png does not exist.",
         "medium_place_01.png is damaged",
-        "low_place_02.png is neither PNG nor JPEG.",
+        "low_place_02.png is not PNG, JPEG or TIFF.",
         "high_place_03.png is outside",
         "medium_place_04.png is not a valid path",
         "low_place_05.png is not a regular file",

@@ -70,7 +70,7 @@ def decode_frame(data: bytes, name: str, size: int, *, resize: bool = False, str
         check_samples(name, "uint8", 8, stretch)
         return Frame(shrink(_decode_raw(data, name), size), (CAMERA_SIZE, CAMERA_SIZE))
     if not is_png_or_jpeg(data):
-        raise FrameError(f"{name} is neither PNG nor JPEG.", "Convert it to PNG; name raw frames *.raw.")
+        raise FrameError(f"{name} is not PNG, JPEG or TIFF.", "Convert it to PNG; name raw frames *.raw.")
     return _framed(open_png_or_jpeg(data, name, resize=resize, stretch=stretch), size)
 
 

@@ -186,10 +186,11 @@ def changed_settings(run: Run, made: manifest.Manifest) -> list[str]:
 def require_settings_of_pair(run: Run) -> None:
     """Raise OrionError if the run's settings are no longer those of its flight pair.
 
-    A later command may have changed them, and the size of the frames is part of what the model learned.
+    A later command may have changed them, and size and stretch of the frames are part of what the model learned.
     """
-    made = manifest.read_manifest(run.merged)
-    if made and (changed := [text for text in changed_settings(run, made) if text.startswith("base.")]):
+    products = [made for folder in (run.dataset, run.merged) if (made := manifest.read_manifest(folder))]
+    seen = ("base.", "dataset.stretch")  # what decides which pixels the model sees
+    if changed := [text for made in products for text in changed_settings(run, made) if text.startswith(seen)]:
         raise OrionError(
             f"the pair in {run.gguf} was made with other settings than {run.folder / SETTINGS_FILE} has now: "
             f"{'; '.join(changed)}.",
