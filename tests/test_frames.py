@@ -39,8 +39,8 @@ def test_shrinking_averages_two_by_two() -> None:
 @pytest.mark.parametrize(
     ("data", "name", "message"),
     [
-        (b"", "a.png", "neither PNG nor JPEG"),
-        (b"GIF89a", "a.gif", "neither PNG nor JPEG"),
+        (b"", "a.png", "not PNG, JPEG or TIFF"),
+        (b"GIF89a", "a.gif", "not PNG, JPEG or TIFF"),
         (encoded(picture())[:5000], "a.png", "damaged"),
         (encoded(picture(), "JPEG")[:5000], "a.jpg", "damaged"),
         (encoded(picture(256, 512)), "a.png", "256x512, not 512x512"),

@@ -124,7 +124,7 @@ def cases() -> dict[str, Case]:
         "reset midway": once("reset midway"),
         "truncated once": once("truncated"),
         "truncated forever": forever("truncated", "the picture is damaged"),
-        "page": forever("page", "neither PNG nor JPEG"),
+        "page": forever("page", "not PNG, JPEG or TIFF"),
         "huge": at_once("huge", "more than 32,000,000 bytes"),
         "key": forever("key", "static/0,0,14/1280x1280@2x?access_token=... (Caused by"),
         "last": Case(iter(()), "picture", 1),
