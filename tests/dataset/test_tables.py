@@ -248,6 +248,11 @@ def test_both_unicode_forms_of_a_name_meet(tmp_path: Path, of_file: str, of_tabl
         (folder / unicodedata.normalize(form, "São.png")).touch()
     wanted = unicodedata.normalize(of_table, "Tomé/São.png")
     assert Directory(tmp_path / "own").targets[0].file == wanted  # exactly this name comes first
+    for form in ("NFC", "NFD"):
+        path = tmp_path / "twins" / "HIGH" / unicodedata.normalize(form, "São.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert "is there twice, in both Unicode forms" in refusal(tmp_path / "twins").message
 
 
 def test_a_record_finds_its_picture_in_the_other_unicode_form(small_dataset: Path, tmp_path: Path) -> None:

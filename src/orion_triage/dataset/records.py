@@ -97,7 +97,9 @@ def record_of(line: bytes) -> Record:
     try:
         text = line.decode()
     except UnicodeDecodeError as error:
-        raise EncodingError(f"the line is not UTF-8: byte 0x{line[error.start]:02x}.", "Save the file as UTF-8.") from None
+        raise EncodingError(
+            f"the line is not UTF-8: byte 0x{line[error.start]:02x}.", "Save the file as UTF-8."
+        ) from None
     return parse_record(text)
 
 
