@@ -346,9 +346,9 @@ def test_text_from_files_is_never_markup(small_dataset: Path, tmp_path: Path) ->
     (tmp_path / IMAGES_FOLDER).mkdir(parents=True)
     for path in (small_dataset / IMAGES_FOLDER).iterdir():
         (tmp_path / IMAGES_FOLDER / path.name).write_bytes(path.read_bytes())
-    (tmp_path / IMAGES_FOLDER / "[b04]:x:[bold].png").touch()
-    result = orion("dataset", "check", tmp_path, cwd=tmp_path)
-    assert f"{IMAGES_FOLDER}/[b04]:x:[bold].png: 1 pictures are in no record" in result.stdout
+    (tmp_path / IMAGES_FOLDER / "[b04]:x:[bold]北京.png").touch()
+    result = orion("dataset", "check", tmp_path, cwd=tmp_path, PYTHONIOENCODING="ascii")
+    assert rf"{IMAGES_FOLDER}/[b04]:x:[bold]\u5317\u4eac.png: 1 pictures are in no record" in result.stdout
 
 
 def test_csv_rows_name_the_line_where_a_row_starts() -> None:
