@@ -19,7 +19,7 @@ from orion_triage.evaluate.run import read_predictions
 from orion_triage.mission.prompt import Coordinates
 from orion_triage.mission.verdict import CATEGORIES
 from orion_triage.safe.tables import csv_rows, number_of, read_csv
-from orion_triage.settings import SPLITS, DatasetSettings
+from orion_triage.settings import SPLITS, DatasetSettings, load_settings
 from tests.conftest import orion
 
 HEADER = "file_name,category,lon,lat,reason"
@@ -139,6 +139,11 @@ def test_a_catalogue_follows_the_same_rules(tmp_path: Path) -> None:
     assert (target.coordinates, target.reason) == (Coordinates(1.5, 48.25), "Long quays.")
 
 
+def test_a_preset_with_a_mark_is_read(tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_bytes('preset = "own"\r\n'.encode("utf-8-sig"))
+    assert load_settings(str(tmp_path / "own.toml")).preset == "own"
+
+
 def test_numbers_are_plain_numbers() -> None:
     assert [number_of(text) for text in ("1.5", "1,5", " \u22121.5", "+2", ".5", "1e2")] == [
         1.5,
@@ -230,6 +235,8 @@ def test_ids_are_unique_in_every_script_and_the_same_on_every_system() -> None:
     assert unique_ids([""] * len(files), [unicodedata.normalize("NFD", file) for file in files]) == ids
     assert ids[NAMES.index("São_Tomé")].startswith("high_sao_tome_")
     assert unique_ids(["", ""], ["pictures/p0.png", "x/Y-1.tif"]) == ["pictures_p0", "x_y_1"]
+    for file, name in zip(files, ids, strict=True):  # an id does not depend on the other files, if a letter is lost
+        assert file.isascii() or unique_ids([""], [file]) == [name]
     (long,) = unique_ids([""], ["a/" * 300 + "b.png"])
     assert len(long) < 140
     assert unique_ids(["given_1", "New York"], ["a.png", "b.png"]) == ["given_1", "new_york"]
@@ -248,6 +255,11 @@ def test_both_unicode_forms_of_a_name_meet(tmp_path: Path, of_file: str, of_tabl
         (folder / unicodedata.normalize(form, "São.png")).touch()
     wanted = unicodedata.normalize(of_table, "Tomé/São.png")
     assert Directory(tmp_path / "own").targets[0].file == wanted  # exactly this name comes first
+    for form in ("NFC", "NFD"):
+        path = tmp_path / "twins" / "HIGH" / unicodedata.normalize(form, "São.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert "is there twice, in both Unicode forms" in refusal(tmp_path / "twins").message
 
 
 def test_a_record_finds_its_picture_in_the_other_unicode_form(small_dataset: Path, tmp_path: Path) -> None:
@@ -334,9 +346,9 @@ def test_text_from_files_is_never_markup(small_dataset: Path, tmp_path: Path) ->
     (tmp_path / IMAGES_FOLDER).mkdir(parents=True)
     for path in (small_dataset / IMAGES_FOLDER).iterdir():
         (tmp_path / IMAGES_FOLDER / path.name).write_bytes(path.read_bytes())
-    (tmp_path / IMAGES_FOLDER / "[b04]:x:[bold].png").touch()
-    result = orion("dataset", "check", tmp_path, cwd=tmp_path)
-    assert f"{IMAGES_FOLDER}/[b04]:x:[bold].png: 1 pictures are in no record" in result.stdout
+    (tmp_path / IMAGES_FOLDER / "[b04]:x:[bold]北京.png").touch()
+    result = orion("dataset", "check", tmp_path, cwd=tmp_path, PYTHONIOENCODING="ascii")
+    assert rf"{IMAGES_FOLDER}/[b04]:x:[bold]\u5317\u4eac.png: 1 pictures are in no record" in result.stdout
 
 
 def test_csv_rows_name_the_line_where_a_row_starts() -> None:

@@ -62,13 +62,17 @@ class Directory:
         self.warnings: list[str] = []
         found: list[tuple[str, dict[str, str], Path]] = []
         mistakes: list[str] = []
-        origins: dict[Path, str] = {}
+        origins: dict[str, tuple[Path, str]] = {}
         for origin, row in self._rows():
             try:
                 path = self._pictures.named(row["file_name"])
-                if path in origins:
-                    raise OrionError(f"picture {row['file_name']!r} is already on {origins[path]}")
-                origins[path] = origin
+                other, before = origins.setdefault(composed(path.as_posix()), (path, origin))
+                if other != path:
+                    raise OrionError(
+                        f"picture {row['file_name']!r} is there twice, in both Unicode forms (NFC and NFD): rename one"
+                    )
+                if before != origin:
+                    raise OrionError(f"picture {row['file_name']!r} is already on {before}")
                 found.append((origin, _completed(row, path), path))
             except OrionError as error:
                 mistakes.append(f"{origin}: {error.message}")
