@@ -2,6 +2,7 @@
 
 import io
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +13,18 @@ from PIL import Image
 from orion_triage.errors import FrameError, OrionError
 from orion_triage.imagery.frames import LARGEST_PIXELS
 from orion_triage.mission.prompt import Coordinates
+from orion_triage.safe.reading import opened
 
 GEOTIFF_SUFFIXES = (".tif", ".tiff")
+
+
+def _refuse_what_is_no_file(path: Path) -> None:
+    """Raise FrameError for a pipe, which would never end, and for a Git LFS pointer."""
+    try:
+        with suppress(FileNotFoundError), opened(path):  # rasterio's own message for a missing file
+            pass
+    except OrionError as error:
+        raise FrameError(error.message, error.fix) from None
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,7 @@ class GeoTiff:
                 f"{path} is a GeoTIFF; reading it needs rasterio, which is not installed.",
                 "Run pip install 'orion-triage[imagery]', or convert the file to PNG.",
             ) from None
+        _refuse_what_is_no_file(path)
         try:
             # Only the GTiff driver: a VRT file with this suffix could refer to other files and URLs.
             with rasterio.open(path, driver="GTiff") as raster:

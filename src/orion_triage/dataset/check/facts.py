@@ -12,10 +12,11 @@ from typing import Literal
 import numpy as np
 
 from orion_triage.dataset.records import IMAGES_FOLDER, Record, image_path, parse_record, split_path
-from orion_triage.errors import FrameError, RecordError
+from orion_triage.errors import FrameError, OrionError, RecordError
 from orion_triage.imagery.frames import CAMERA_SIZE, is_blank, read_frame, shrink
 from orion_triage.progress import Progress
 from orion_triage.safe.children import workers
+from orion_triage.safe.reading import opened
 from orion_triage.settings import SPLITS, Split
 
 Severity = Literal["error", "warning"]
@@ -78,7 +79,7 @@ def read_entries(folder: Path) -> tuple[list[Entry], list[Finding]]:
         path = split_path(folder, split)
         lines = 0
         try:
-            with path.open("rb") as file:
+            with opened(path) as file:
                 for number, line in enumerate(file, start=1):
                     if not line.strip():
                         continue
@@ -90,6 +91,8 @@ def read_entries(folder: Path) -> tuple[list[Entry], list[Finding]]:
                         findings.append(Finding("error", "not-utf8", f"{path.name}:{number}", message, fix))
                     except RecordError as error:
                         findings.append(Finding("error", "schema", f"{path.name}:{number}", error.message, error.fix))
+        except OrionError as error:
+            findings.append(Finding("error", "missing-file", path.name, error.message, error.fix))
         except OSError as error:
             message = f"the {split} split cannot be read: {error.strerror}."
             findings.append(Finding("error", "missing-file", path.name, message, "Add it: all three are needed."))
