@@ -53,7 +53,13 @@ def connect(address: str, key: str, max_new_tokens: int) -> Connected:
     """
     url, asked = split_address(address)
     client = Client(url, key)
-    if props := client.llama_cpp_props():
+    props = client.llama_cpp_props()
+    if props and props.get("role") == "router":  # one llama-server for several models, which each request names
+        asked = _chosen(client.served_models(), asked, url)
+        client.close()
+        client = Client(url, key, model=asked)
+        props = client.props()  # the model's own; the router loads it now
+    if props:
         client.ready(60)
         served = _served(props)
         if asked and asked not in _names_of(props):
