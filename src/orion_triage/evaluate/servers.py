@@ -76,7 +76,8 @@ def connect(address: str, key: str, max_new_tokens: int) -> Connected:
             lambda: manifest.sha256_of_listing(_served(client.props())),
             said_of_itself(props),
         )
-    model = _chosen(client.served_models(), asked, url)
+    listed = client.served_models()
+    model = _chosen(listed, asked, url)
     identity = manifest.sha256_of_listing({"model": model})
     return Connected(
         url,
@@ -84,7 +85,7 @@ def connect(address: str, key: str, max_new_tokens: int) -> Connected:
         identity,
         model,
         "OpenAI API",
-        lambda: identity if model in client.served_models() else "",
+        lambda: identity if not listed or model in client.served_models() else "",
     )
 
 
@@ -113,8 +114,13 @@ def split_address(address: str) -> tuple[str, str]:
 
 
 def _chosen(models: Sequence[str], asked: str, url: str) -> str:
-    if asked in models:
+    """The model that is asked for, or the only one; a server that lists none may know the one that is asked for."""
+    if asked and (asked in models or not models):
         return asked
+    if not models:
+        raise ServerError(
+            f"{url}/v1/models lists no model.", f"Load a model that accepts images, or name it: {url}#MODEL"
+        )
     named = f"Name one: {url}#{models[0]}"
     if asked:
         raise ServerError(f"{url} has no model {asked!r}; it lists {_shown(models)}.", named)

@@ -108,13 +108,10 @@ class Client:
         return props if said and all(isinstance(text, str) and text for text in said) else None
 
     def served_models(self) -> list[str]:
-        """The models that an OpenAI-compatible server lists, in its order; raises ServerError if there is none."""
+        """The models that an OpenAI-compatible server lists, in its order."""
         listed = self._request("GET", "/v1/models", None).get("data")
         entries = listed if isinstance(listed, list) else []
-        names = [entry["id"] for entry in entries if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
-        if not names:
-            raise ServerError(f"{self.base_url}/v1/models lists no model.", "Load a model that accepts images.")
-        return names
+        return [entry["id"] for entry in entries if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
 
     def chat_completion(self, model: str, messages: list[dict[str, Any]], max_tokens: int) -> str:
         """The greedy answer through the OpenAI-compatible interface."""
