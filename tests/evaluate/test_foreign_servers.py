@@ -20,6 +20,7 @@ from orion_triage.evaluate.servers import connect, share, split_address
 from orion_triage.llama_cpp.server import Server
 from orion_triage.llama_cpp.toolchain import Toolchain
 from orion_triage.mission.answer import Answer
+from orion_triage.mission.verdict import category_tokens
 from orion_triage.runs.manifest import FILE_NAME, read_manifest
 from orion_triage.runs.run import Run
 from orion_triage.settings import Settings
@@ -74,7 +75,7 @@ class Router(StandIn):
                 "default_generation_settings": settings,
             }
         if page == "/tokenize":
-            return 200, {"tokens": [1, 2, 3]}
+            return 200, {"tokens": list(body["content"].encode())}
         return 200, {"content": f"Said by {model}.", "tokens_predicted": 4, "stopping_word": ""}
 
 
@@ -166,6 +167,12 @@ def test_a_router_is_asked_for_one_of_its_models_in_every_request(drawn_question
     assert {(body or {}).get("model") for path, body in server.asked if path == "/completion"} == {"my orion"}
     asked_for = {path: name for (path, _), name in zip(server.asked, named, strict=True) if name}
     assert "/props?model=my%20orion" in asked_for
+
+
+def test_a_tokenizer_that_gives_a_label_no_token_of_its_own_is_refused() -> None:
+    for tokenize in (lambda text: [1, 2, 3], lambda text: [], lambda text: [1] * len(text)):
+        with pytest.raises(OrionError, match="does not give the three labels different first tokens"):
+            category_tokens(tokenize)
 
 
 @pytest.mark.parametrize(
