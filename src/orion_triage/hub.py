@@ -99,18 +99,21 @@ def _snapshot(repository: str, revision: str, kind: Kind) -> Path:
 
 
 def _listed(repository: str, revision: str) -> list[str]:
-    """The names of a repository's files; empty without a network, where only the cache counts."""
-    from huggingface_hub import HfApi, constants, errors
+    """The names of a repository's GGUF files; without a network, of those in the cache."""
+    from huggingface_hub import HfApi, errors, snapshot_download
 
-    if constants.HF_HUB_OFFLINE:
-        return []
     http_error: type[BaseException] = errors.HfHubHTTPError.__bases__[0]
     try:
-        return HfApi().list_repo_files(repository, revision=revision)
+        # Not list_repo_files, which tries five times before it says that there is no network.
+        names = [file.rfilename for file in HfApi().model_info(repository, revision=revision).siblings or []]
     except errors.HfHubHTTPError:
         raise
-    except (http_error, ConnectionError):
-        return []
+    except (http_error, ConnectionError, errors.OfflineModeIsEnabled):
+        cached = snapshot_download(
+            repository, revision=revision, allow_patterns=_TEXTS, ignore_patterns=["*/*"], local_files_only=True
+        )
+        names = [path.name for path in Path(cached).iterdir()]
+    return [name for name in names if name.endswith(".gguf")]
 
 
 def push(
