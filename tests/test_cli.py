@@ -441,7 +441,9 @@ def test_someone_elses_server_is_evaluated(finished: Path, tmp_path: Path) -> No
         result = orion(*command, cwd=folder, LLAMA_API_KEY=key)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("correct") == 4
-    again = (folder / "runs" / "small" / "evaluation" / "test" / "quantized" / "predictions.jsonl").read_text()
+    answered = folder / "runs" / "small" / "evaluation" / "test"
+    assert (answered / "quantized" / "predictions.jsonl").read_text() == own  # the run's own stay beside
+    again = (answered / "server" / "predictions.jsonl").read_text()
     answers = [[json.loads(line)["answer"] for line in text.splitlines()] for text in (own, again)]
     assert answers[0] == answers[1]
     gone = orion(*command[:-1], "http://127.0.0.1:1", cwd=folder)

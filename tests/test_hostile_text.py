@@ -508,7 +508,7 @@ def client() -> Iterator[Client]:
 def test_a_reply_is_an_answer_or_no_answer(client: Client, body: bytes) -> None:
     Parrot.body = body
     client._marker, client._primed = "", b""
-    for ask in (client.served_model, lambda: client.tokenize("x"), lambda: client.chat_completion("x", [], 1)):
+    for ask in (client.served_models, lambda: client.tokenize("x"), lambda: client.chat_completion("x", [], 1)):
         found = outcome(ask)
         assert isinstance(found, (str, list, ServerError, AnswerError))
     found = outcome(

@@ -71,6 +71,8 @@ def folder(tmp_path: Path) -> Path:
     for name in ("config.json", "LICENSE", "pytorch_model.bin", "modeling.py"):
         (path / name).write_text(name)
     (path / "model.safetensors").write_bytes(bytes(range(256)) * 400)
+    (path / "onnx").mkdir()
+    (path / "onnx" / "config.json").write_text("of another runtime")
     return path
 
 
@@ -126,6 +128,30 @@ def test_every_refusal_says_what_to_do(hub: Hub, folder: Path, tmp_path: Path) -
     (unreachable,) = locate(hub, home, "team/base", HF_ENDPOINT="http://127.0.0.1:9")
     assert "cannot be reached" in unreachable
     assert "hf download team/base --local-dir FOLDER" in unreachable
+
+
+def test_only_the_pair_is_fetched_of_many_quantizations(hub: Hub, tmp_path: Path) -> None:
+    """Names as on the Hub; the folder below and the other 14 files stay there."""
+    folder = tmp_path / "many"
+    (folder / "UD").mkdir(parents=True)
+    kinds = ("BF16", "F16", "Q4_0", "Q4_K_M", "Q5_K_M", "Q8_0")
+    wanted = ("LFM-Q4_K_M.gguf", "mmproj-LFM-F16.gguf")
+    for name in (*(f"LFM-{kind}.gguf" for kind in kinds), "mmproj-LFM-BF16.gguf", wanted[1], "UD/LFM-Q4_K_M.gguf"):
+        (folder / name).write_bytes(name.encode())
+    (folder / "README.md").write_text("# A card")
+    commit = hub.add("team/many", folder)
+    expected = f"team/many {wanted[0]} README.md {wanted[1]}"
+    assert locate(hub, tmp_path / "hf", "team/many", "GGUF pair") == expected
+    fetched = {request.rsplit("/", 1)[1] for request in hub.requests if "/resolve/" in request}
+    assert fetched == {*wanted, "README.md"}
+    for offline in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
+        assert locate(hub, tmp_path / "hf", f"team/many@{commit}", "GGUF pair", **offline) == expected
+    (folder / wanted[0]).unlink()
+    hub.add("team/many", folder)
+    refused = locate(hub, tmp_path / "hf2", "team/many", "GGUF pair")
+    assert "LFM-Q5_K_M.gguf" in refused
+    assert "hf download team/many FILE FILE --local-dir FOLDER" in refused
+    assert not (tmp_path / "hf2/hub/models--team--many/snapshots").exists()
 
 
 def orion(hub: Hub, cwd: Path, *arguments: object, **changes: str) -> subprocess.CompletedProcess[str]:
@@ -208,7 +234,7 @@ def test_a_whole_run_by_hub_ids(hub: Hub, small_base: Path, small_dataset: Path,
     assert merged[0].read_bytes() == merged[1].read_bytes()
     result = orion(hub, tmp_path, "evaluate", "--gguf", "me/gguf", *other)
     assert result.returncode == 0, result.stderr
-    stage_manifest = read_manifest(tmp_path / "runs/other/evaluation/test/quantized")
+    stage_manifest = read_manifest(tmp_path / "runs/other/evaluation/test/other-pair")
     assert stage_manifest is not None
     assert stage_manifest.figures["pair"] == "me/gguf"
     assert stage_manifest.figures["A"]["count"] == 6

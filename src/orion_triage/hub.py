@@ -5,15 +5,17 @@ data is fetched: SafeTensors, GGUF, JSON, text and pictures, never pickles or co
 """
 
 import functools
+import glob
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 from orion_triage.errors import OrionError
 from orion_triage.safe.proxies import proxy_for
+from orion_triage.safe.reading import refuse_lfs_pointers
 
 Kind = Literal["model", "adapter", "GGUF pair", "dataset"]
 
@@ -21,7 +23,7 @@ _TEXTS = ["*.json", "*.jinja", "*.txt", "*.md", "LICENSE*"]
 _FILES: dict[Kind, list[str]] = {
     "model": ["*.safetensors", *_TEXTS],
     "adapter": ["adapter_model.safetensors", *_TEXTS],
-    "GGUF pair": ["*.gguf", *_TEXTS],
+    "GGUF pair": ["*.gguf", *_TEXTS],  # where the listing is known, only the pair: see `pair_among`
     "dataset": ["*.jsonl", "*.csv", "*.geojson", "*.png", "*.jpg", "*.jpeg", *_TEXTS],
 }
 _ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
@@ -35,6 +37,7 @@ def locate(name: str, kind: Kind) -> Path:
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
+        refuse_lfs_pointers(folder)
         return folder
     match = _ID.fullmatch(name)
     if match is None or name.startswith((".", "/", "~")):
@@ -57,18 +60,60 @@ def root_of(folder: Path) -> Path:
     return folder.parent.parent if id_of(folder) else folder
 
 
+def pair_among(names: Sequence[str], where: str, fix: str) -> tuple[str, str]:
+    """The names of the backbone and the mmproj among the files of a folder or repository.
+
+    Of several backbones, the one whose name contains Q4_K_M; of several mmproj files, the one whose name contains F16,
+    the type that `orion quantize` writes. Files in folders below are not considered. Raises OrionError that lists the
+    names if that does not leave one of each; `where` and `fix` are for its text.
+    """
+    files = sorted(name for name in names if name.endswith(".gguf") and "/" not in name)
+    projectors = [name for name in files if "mmproj" in name.lower()]
+    backbones = [name for name in files if name not in projectors]
+    if len(backbones) > 1:
+        backbones = [name for name in backbones if "q4_k_m" in name.lower()]
+    if len(projectors) > 1:
+        projectors = [name for name in projectors if re.search(r"(?<![a-z0-9])f16(?![0-9])", name.lower())]
+    if len(projectors) != 1 or len(backbones) != 1:
+        found = ", ".join(files) or "no *.gguf"
+        raise OrionError(f"{where} has {found}, not one Q4_K_M backbone and one mmproj.", fix)
+    return backbones[0], projectors[0]
+
+
 @functools.cache
 def _snapshot(repository: str, revision: str, kind: Kind) -> Path:
     from huggingface_hub import snapshot_download
 
+    repo_type = "dataset" if kind == "dataset" else "model"
+    # A model's folders (onnx, checkpoint-100) are not read; a dataset's have the pictures.
+    ignored = None if kind == "dataset" else ["*/*"]
+    patterns = _FILES[kind]
     with _explained(repository, revision, kind):
+        if kind == "GGUF pair" and (listed := _listed(repository, revision)):
+            fix = f"Run 'hf download {repository} FILE FILE --local-dir FOLDER' for the two files, and pass FOLDER."
+            patterns = [*map(glob.escape, pair_among(listed, repository, fix)), *_TEXTS]
         folder = snapshot_download(
-            repository,
-            revision=revision,
-            repo_type="dataset" if kind == "dataset" else "model",
-            allow_patterns=_FILES[kind],
+            repository, revision=revision, repo_type=repo_type, allow_patterns=patterns, ignore_patterns=ignored
         )
     return Path(folder)
+
+
+def _listed(repository: str, revision: str) -> list[str]:
+    """The names of a repository's GGUF files; without a network, of those in the cache."""
+    from huggingface_hub import HfApi, errors, snapshot_download
+
+    http_error: type[BaseException] = errors.HfHubHTTPError.__bases__[0]
+    try:
+        # Not list_repo_files, which tries five times before it says that there is no network.
+        names = [file.rfilename for file in HfApi().model_info(repository, revision=revision).siblings or []]
+    except errors.HfHubHTTPError:
+        raise
+    except (http_error, ConnectionError, errors.OfflineModeIsEnabled):
+        cached = snapshot_download(
+            repository, revision=revision, allow_patterns=_TEXTS, ignore_patterns=["*/*"], local_files_only=True
+        )
+        names = [path.name for path in Path(cached).iterdir()]
+    return [name for name in names if name.endswith(".gguf")]
 
 
 def push(

@@ -142,7 +142,7 @@ def test_the_chat_interface_gives_the_same_answers(servers: list[Server], drawn_
     images, prompts = drawn_questions(2)
     client = servers[2].client
     expected = [answer.text for answer in LlamaCppBackend(client, max_new_tokens=TOKENS).answer(images, prompts)]
-    chat = OpenAIBackend(client, client.served_model(), max_new_tokens=TOKENS).answer(images, prompts)
+    chat = OpenAIBackend(client, client.served_models()[0], max_new_tokens=TOKENS).answer(images, prompts)
     assert [answer.text for answer in chat] == expected
     assert all(parse_verdict(answer.text) and answer.scores is None for answer in chat)
 

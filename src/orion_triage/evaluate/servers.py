@@ -53,7 +53,13 @@ def connect(address: str, key: str, max_new_tokens: int) -> Connected:
     """
     url, asked = split_address(address)
     client = Client(url, key)
-    if props := client.llama_cpp_props():
+    props = client.llama_cpp_props()
+    if props and props.get("role") == "router":  # one llama-server for several models, which each request names
+        asked = _chosen(client.served_models(), asked, url)
+        client.close()
+        client = Client(url, key, model=asked)
+        props = client.props()  # the model's own; the router loads it now
+    if props:
         client.ready(60)
         served = _served(props)
         if asked and asked not in _names_of(props):
@@ -70,7 +76,8 @@ def connect(address: str, key: str, max_new_tokens: int) -> Connected:
             lambda: manifest.sha256_of_listing(_served(client.props())),
             said_of_itself(props),
         )
-    model = _chosen(client.served_models(), asked, url)
+    listed = client.served_models()
+    model = _chosen(listed, asked, url)
     identity = manifest.sha256_of_listing({"model": model})
     return Connected(
         url,
@@ -78,7 +85,7 @@ def connect(address: str, key: str, max_new_tokens: int) -> Connected:
         identity,
         model,
         "OpenAI API",
-        lambda: identity if model in client.served_models() else "",
+        lambda: identity if not listed or model in client.served_models() else "",
     )
 
 
@@ -107,8 +114,13 @@ def split_address(address: str) -> tuple[str, str]:
 
 
 def _chosen(models: Sequence[str], asked: str, url: str) -> str:
-    if asked in models:
+    """The model that is asked for, or the only one; a server that lists none may know the one that is asked for."""
+    if asked and (asked in models or not models):
         return asked
+    if not models:
+        raise ServerError(
+            f"{url}/v1/models lists no model.", f"Load a model that accepts images, or name it: {url}#MODEL"
+        )
     named = f"Name one: {url}#{models[0]}"
     if asked:
         raise ServerError(f"{url} has no model {asked!r}; it lists {_shown(models)}.", named)

@@ -19,7 +19,14 @@ from orion_triage.errors import OrionError
 from orion_triage.models.adapter import BASE_FILE, attach_adapter, read_adapter
 from orion_triage.models.checkpoint import plain_name, write_tensors
 from orion_triage.models.generate import answer_log_probabilities
-from orion_triage.models.load import base_name, fingerprint, float32_compute, load_model, load_processor
+from orion_triage.models.load import (
+    base_name,
+    fingerprint,
+    float32_compute,
+    load_model,
+    load_processor,
+    save_processor,
+)
 from orion_triage.progress import Progress, silent
 from orion_triage.safe.files import replaced_folder, require_free_space, write_text
 from orion_triage.safe.reading import read_object
@@ -84,8 +91,7 @@ def run(
     with replaced_folder(out_folder) as folder:
         parameters = _write_weights(base, changes, settings.dtype, folder, progress)
         _write_config(base, settings.dtype, folder)
-        processor.save_pretrained(folder)
-        _drop_code_names(folder)
+        save_processor(processor, base, folder)
         result = load_model(folder, dtype="auto", device=device)
         with float32_compute(result):
             merged = samples.score(result, "scoring the merged model")
@@ -237,7 +243,7 @@ def _write_config(base: Path, dtype: str, folder: Path) -> None:
     config = read_object(base / "config.json")
     for section in (config, config["text_config"], config["vision_config"]):
         section.pop("torch_dtype", None)
-        section.pop("auto_map", None)  # see _drop_code_names
+        section.pop("auto_map", None)  # see save_processor
         section["dtype"] = dtype
     # Do not copy the base's value: for some architectures, the converter runs code from the model's folder.
     config["architectures"] = ["Lfm2VlForConditionalGeneration"]
@@ -246,11 +252,3 @@ def _write_config(base: Path, dtype: str, folder: Path) -> None:
     generation = base / "generation_config.json"
     if generation.is_file():
         shutil.copyfile(generation, folder / generation.name)
-
-
-def _drop_code_names(folder: Path) -> None:
-    """Remove references to remote code, so that users of this folder are not asked to run it."""
-    for path in folder.glob("*_config.json"):
-        value = read_object(path)
-        if value.pop("auto_map", None) is not None:
-            write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -10,6 +10,7 @@ from typing import Any
 
 from orion_triage.errors import OrionError
 from orion_triage.export.convert import convert
+from orion_triage.hub import pair_among
 from orion_triage.llama_cpp.client import Client
 from orion_triage.llama_cpp.gguf_header import read_integers
 from orion_triage.llama_cpp.server import Server
@@ -18,7 +19,7 @@ from orion_triage.llama_cpp.tools import quantize_file
 from orion_triage.models.load import fingerprint
 from orion_triage.progress import Progress, silent
 from orion_triage.safe.files import replaced_folder, require_free_space, sha256_of_file, write_text
-from orion_triage.safe.reading import read_object
+from orion_triage.safe.reading import read_object, refuse_lfs_pointers
 from orion_triage.settings import QuantizeSettings
 
 F16, MMPROJ, QUANTIZED = "orion-f16.gguf", "orion-mmproj-f16.gguf", "orion-q4_k_m.gguf"
@@ -135,32 +136,28 @@ def find_pair(folder: Path) -> tuple[Path, Path]:
     if (folder / PAIR).exists():
         check_pair(folder)
         return folder / QUANTIZED, folder / MMPROJ
-    files = sorted(folder.glob("*.gguf"))
-    projectors = [path for path in files if "mmproj" in path.name.lower()]
-    backbones = [path for path in files if path not in projectors]
-    if len(backbones) > 1:
-        backbones = [path for path in backbones if "q4_k_m" in path.name.lower()]
-    if len(projectors) != 1 or len(backbones) != 1:
-        found = ", ".join(path.name for path in files) or "no *.gguf"
-        raise OrionError(
-            f"{folder} has {found}, not one Q4_K_M backbone and one mmproj.",
-            "Run 'orion quantize', or pass a folder or a Hub id with the two files.",
-        )
+    backbone, projector = pair_among(
+        [path.name for path in folder.iterdir()],
+        str(folder),
+        "Run 'orion quantize', or pass a folder or a Hub id with the two files.",
+    )
     width, projected = (
-        read_integers(backbones[0]).get("lfm2.embedding_length"),
-        read_integers(projectors[0]).get("clip.vision.projection_dim"),
+        read_integers(folder / backbone).get("lfm2.embedding_length"),
+        read_integers(folder / projector).get("clip.vision.projection_dim"),
     )
     if width is None or width != projected:
         raise OrionError(
-            f"{projectors[0].name} projects to {projected} values, but {backbones[0].name} takes {width}.",
+            f"{projector} projects to {projected} values, but {backbone} takes {width}.",
             "Use a backbone and an mmproj of the same model.",
         )
-    return backbones[0], projectors[0]
+    return folder / backbone, folder / projector
 
 
 def check_pair(folder: Path) -> None:
     """Raise OrionError unless backbone and mmproj are the unchanged files of one conversion."""
     path = folder / PAIR
+    if folder.is_dir():
+        refuse_lfs_pointers(folder)
     try:
         files = read_object(path).get("files")
     except FileNotFoundError:

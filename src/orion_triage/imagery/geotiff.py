@@ -6,7 +6,7 @@ Gives 8-bit RGB by the rules of `opened.py`, and a GeoTIFF's position and ground
 import base64
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from orion_triage.imagery.opened import (
 )
 from orion_triage.imagery.stretch import Stretch
 from orion_triage.mission.prompt import Coordinates
+from orion_triage.safe.reading import opened
 
 GEOTIFF_SUFFIXES = (".tif", ".tiff")
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: BigTIFF
@@ -49,6 +50,15 @@ _PREMULTIPLIED = 1  # of _EXTRA_SAMPLES: "associated alpha"
 _SQUARE_WITHIN = 1.05  # ratio of a pixel's sides on the ground; more is reported
 # Of these, one from a user's environment would change pixels: damaged tiles as black, JPEG's YCbCr as RGB.
 _GDAL_OPTIONS = {"GDAL_NUM_THREADS": 1, "GTIFF_IGNORE_READ_ERRORS": "NO", "CONVERT_YCBCR_TO_RGB": "YES"}
+
+
+def _refuse_what_is_no_file(path: Path) -> None:
+    """Raise FrameError for a pipe, which would never end, and for a Git LFS pointer."""
+    try:
+        with suppress(FileNotFoundError), opened(path):  # rasterio's own message for a missing file
+            pass
+    except OrionError as error:
+        raise FrameError(error.message, error.fix) from None
 
 
 @dataclass(frozen=True)
@@ -84,6 +94,7 @@ def is_tiff(start: bytes) -> bool:
 
 def locate(path: Path) -> Located:
     """The position of a GeoTIFF; raises OrionError without rasterio, and FrameError for a file without a position."""
+    _refuse_what_is_no_file(path)
     with _raster(str(path.absolute()), str(path), "GTiff") as raster:
         located = _located(raster, str(path))
     if located is None:
@@ -97,6 +108,7 @@ def read_tiff(path: Path, *, resize: bool, stretch: Stretch | None) -> Opened:
     Only the GTiff driver reads it: a VRT file with this suffix could refer to other files and URLs.
     """
     name = str(path)
+    _refuse_what_is_no_file(path)
     with _raster(str(path.absolute()), name, "GTiff") as raster:
         check_size(name, (raster.width, raster.height), resize)
         if raster.subdatasets:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
+from urllib.parse import quote
 
 from orion_triage.errors import AnswerError, ServerError
 from orion_triage.safe.reading import parse_json, shown
@@ -28,9 +29,12 @@ CANDIDATES = 100  # candidates per token with probabilities; each costs 9 micros
 
 
 class Client:
-    """The calls that evaluation and triage need, over a running server."""
+    """The calls that evaluation and triage need, over a running server.
 
-    def __init__(self, base_url: str, api_key: str = "", *, timeout_seconds: float = 600) -> None:
+    `model` is sent with each request: a llama.cpp router passes the request on to the server of that model.
+    """
+
+    def __init__(self, base_url: str, api_key: str = "", *, model: str = "", timeout_seconds: float = 600) -> None:
         from orion_triage.safe.bounded_http import BoundedHttp
 
         # No compression: a few kilobytes, compressed repeatedly, can unpack to terabytes.
@@ -38,6 +42,7 @@ class Client:
         if api_key:
             headers["Authorization"] = f"Bearer {api_key}"
         self.base_url = base_url.rstrip("/")
+        self._model = model
         self._timeout_seconds = timeout_seconds
         self._http = BoundedHttp(self.base_url, base_url=self.base_url, headers=headers)
         self._marker = ""
@@ -103,13 +108,10 @@ class Client:
         return props if said and all(isinstance(text, str) and text for text in said) else None
 
     def served_models(self) -> list[str]:
-        """The models that an OpenAI-compatible server lists, in its order; raises ServerError if there is none."""
+        """The models that an OpenAI-compatible server lists, in its order."""
         listed = self._request("GET", "/v1/models", None).get("data")
         entries = listed if isinstance(listed, list) else []
-        names = [entry["id"] for entry in entries if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
-        if not names:
-            raise ServerError(f"{self.base_url}/v1/models lists no model.", "Load a model that accepts images.")
-        return names
+        return [entry["id"] for entry in entries if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
 
     def chat_completion(self, model: str, messages: list[dict[str, Any]], max_tokens: int) -> str:
         """The greedy answer through the OpenAI-compatible interface."""
@@ -283,6 +285,11 @@ class Client:
         """One request: (status, content type, body), limited in bytes and in total seconds."""
         import httpx
 
+        if self._model:
+            if body is None:
+                path = f"{path}?model={quote(self._model, safe='')}"
+            else:
+                body = {"model": self._model} | body
         data = bytearray()
         try:
             seconds = self._timeout_seconds

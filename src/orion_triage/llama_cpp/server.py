@@ -58,7 +58,8 @@ class Server:
         self._command += options
         self._expected: dict[str, Any] = {"model_path": str(model), "vision": mmproj is not None}
         self._expected |= {"context_tokens": CONTEXT_TOKENS, "slots": 1} if options is OPTIONS else {}
-        self.said: dict[str, Any] = {"threads": threads}  # what the server says of itself once it runs
+        # What the manifest records: this, and what the server says of itself once it runs.
+        self.said: dict[str, Any] = {"threads": threads, "mmproj_path": str(mmproj) if mmproj else None}
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
         self.client: Client

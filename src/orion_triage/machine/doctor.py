@@ -3,11 +3,13 @@
 import importlib.metadata
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from orion_triage import processes
+from orion_triage.errors import OrionError
 from orion_triage.llama_cpp.toolchain import existing_tools
 from orion_triage.settings import Settings
 
@@ -142,21 +144,29 @@ def _environment() -> list[Finding]:
 
 
 def _base(settings: Settings) -> Finding:
-    """The location of the base; nothing is fetched."""
-    from orion_triage.models.load import TINY_BASE
+    """The location of the base, and whether it can be used as one; nothing is fetched."""
+    from orion_triage.models.load import TINY_BASE, check_base, check_config
 
     model = settings.base.model
     if model == TINY_BASE:
         return Finding("base", "ok", "shipped with the project")
-    if Path(model).expanduser().is_dir():
-        return Finding("base", "ok", f"folder {model}")
+    if (folder := Path(model).expanduser()).is_dir():
+        return _usable(f"folder {model}", check_base, folder)
     from huggingface_hub import constants, try_to_load_from_cache
 
     repository, _, revision = model.partition("@")
     cached = try_to_load_from_cache(repository, "config.json", revision=revision or None)
     if isinstance(cached, str):
-        return Finding("base", "ok", f"{model} in the cache")
+        return _usable(f"{model} in the cache", check_config, Path(cached).parent)
     size = "3.2 GB" if settings.preset == "lfm2.5-vl-1.6b" else "its weights"
     return Finding(
         "base", "note", f"{model} is not in the cache", f"The first run fetches {size} from {constants.ENDPOINT}."
     )
+
+
+def _usable(found: str, check: Callable[[Path], None], folder: Path) -> Finding:
+    try:
+        check(folder)
+    except OrionError as error:
+        return Finding("base", "missing", error.message, error.fix)
+    return Finding("base", "ok", found)

@@ -48,7 +48,8 @@ def category_tokens(tokenize: Callable[[str], list[int]]) -> list[int]:
     """
     head = Verdict("x", Category.HIGH).to_json().partition(CATEGORY_CUE)[0] + CATEGORY_CUE
     start, tokens = tokenize(head), [tokenize(head + category) for category in CATEGORIES]
-    if any(ids[: len(start)] != start for ids in tokens) or len({ids[len(start)] for ids in tokens}) < len(CATEGORIES):
+    first = {ids[len(start)] for ids in tokens if ids[: len(start)] == start and len(ids) > len(start)}
+    if len(first) < len(CATEGORIES):
         raise OrionError(
             "the model's tokenizer does not give the three labels different first tokens, so they cannot be scored.",
             "Use a base of the LFM2-VL family.",

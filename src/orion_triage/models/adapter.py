@@ -9,7 +9,7 @@ from warnings import catch_warnings, filterwarnings
 
 from orion_triage.errors import OrionError
 from orion_triage.models.checkpoint import plain_name
-from orion_triage.safe.reading import read_object, shown
+from orion_triage.safe.reading import read_object, refuse_lfs_pointers, shown
 
 if TYPE_CHECKING:
     import torch
@@ -81,19 +81,21 @@ def resolve_targets(model: Any, names: Sequence[str], scope: Scope = "attention"
     return sorted(matched), census
 
 
-def adapter_census(names: Sequence[str], tensors: Mapping[str, Any]) -> tuple[Census, list[str]]:
+def adapter_census(names: Sequence[str] | None, tensors: Mapping[str, Any]) -> tuple[Census, list[str]]:
     """The matched modules {name: {tower: count}} of a finished adapter, and a warning per target without a tensor.
 
-    `names` are adapter_config.json's target_modules; a full module name counts as its last two components.
+    `names` are adapter_config.json's target_modules; a full module name counts as its last two components. None: they
+    are a pattern, so the modules that have tensors are counted by their own names, and none can be missed.
     `tensors` is the adapter's state by key.
     """
-    names = sorted({".".join(name.split(".")[-2:]) if tower_of(name) else name for name in names})
     modules = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
-    _, census = _count(names, modules)
+    asked = modules if names is None else names
+    asked = sorted({".".join(name.split(".")[-2:]) if tower_of(name) else name for name in asked})
+    _, census = _count(asked, modules)
     warnings = [
         f"the adapter's target {name!r} has no tensors: it is listed in target_modules but was not trained"
         for name, towers in census.items()
-        if not any(towers.values())
+        if names is not None and not any(towers.values())
     ]
     return census, warnings
 
@@ -105,6 +107,7 @@ def read_adapter(adapter: Path) -> "dict[str, torch.Tensor]":
     from safetensors.torch import load_file
 
     path = adapter / "adapter_model.safetensors"
+    refuse_lfs_pointers(adapter)
     if not (adapter / "adapter_config.json").is_file() or not path.is_file():
         found = "; adapter_model.bin can run code when opened" if (adapter / "adapter_model.bin").is_file() else ""
         raise OrionError(
@@ -145,7 +148,11 @@ _PLAIN_NAME = re.compile(r"\^?[\w.]{1,200}")
 
 @dataclass(frozen=True)
 class _Arithmetic:
-    """The values of adapter_config.json that determine the merged weights; `asked` are the target names."""
+    """The values of adapter_config.json that determine the merged weights.
+
+    `asked` are the target names; None if they are one text: a regular expression, as Unsloth writes it, or PEFT's
+    "all-linear". It is not evaluated, because some expressions never finish.
+    """
 
     rank: int
     alpha: float
@@ -153,7 +160,7 @@ class _Arithmetic:
     by_root_of_rank: bool
     ranks_differ: bool
     task: str | None
-    asked: list[str]
+    asked: list[str] | None
 
 
 def _read_config(adapter: Path) -> _Arithmetic:
@@ -197,7 +204,7 @@ def _read_config(adapter: Path) -> _Arithmetic:
         config.get("use_rslora", False),
         bool(config.get("rank_pattern")),
         config.get("task_type"),
-        [names] if isinstance(names, str) else sorted(names),
+        None if isinstance(names, str) else sorted(names),
     )
 
 

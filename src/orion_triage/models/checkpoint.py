@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orion_triage.errors import OrionError
+from orion_triage.models.quantized import refuse_type
 from orion_triage.progress import Progress, silent
 from orion_triage.safe.files import naming, write_text
 from orion_triage.safe.reading import read_object, shown
@@ -61,7 +62,7 @@ def write_tensors(
 
 
 def check_names(folder: Path) -> None:
-    """Raise OrionError unless the tensors in `folder` have the names of the published checkpoints."""
+    """Raise OrionError unless the tensors in `folder` have the published checkpoints' names, and floats as values."""
     from safetensors import SafetensorError, safe_open
 
     names: set[str] = set()
@@ -70,7 +71,9 @@ def check_names(folder: Path) -> None:
             raise OrionError(f"{path} is not a regular file.", "Fetch it again.")
         try:
             with safe_open(path, "np") as file:  # reads only the header; "pt" would import torch
-                names.update(file.keys())
+                for name in file.keys():  # noqa: SIM118 - not a dictionary
+                    refuse_type(folder, path, name, file.get_slice(name).get_dtype())
+                    names.add(name)
         except (SafetensorError, OSError) as error:
             raise OrionError(f"{path} is damaged: {error}.", "Fetch it again.") from None
     _check_index(folder)

@@ -1,5 +1,6 @@
 """Find and load a base model and its processor, which neither resizes nor tiles."""
 
+import json
 import logging
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,9 +10,10 @@ from orion_triage import hub
 from orion_triage.errors import OrionError
 from orion_triage.models import chat_template
 from orion_triage.models.checkpoint import check_names
+from orion_triage.models.quantized import refuse_quantized
 from orion_triage.runs.manifest import sha256_of_listing
-from orion_triage.safe.files import sha256_of_file
-from orion_triage.safe.reading import read_object, shown
+from orion_triage.safe.files import sha256_of_file, write_bytes, write_text
+from orion_triage.safe.reading import LARGEST_JSON_BYTES, read_bytes, read_object, refuse_lfs_pointers, shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,30 +31,45 @@ KEPT_IN_16_BIT = ["lm_head", "model.vision_tower", "model.multi_modal_projector"
 def resolve_base(model: str) -> Path:
     """The folder of a base model in the Hub's layout: the shipped one for "orion-tiny", a local folder, or a Hub id.
 
-    Raises OrionError unless it is an LFM2-VL checkpoint with SafeTensors weights and the published tensor names.
+    Raises OrionError for a folder that is not such a base; see `check_base`.
     """
     if model != TINY_BASE:
         folder = hub.locate(model, "model")
     elif not (folder := TINY_BASE_FOLDER).is_dir():
         raise OrionError(f"the shipped base is missing from {folder}.", "Install the package again.")
-    config_path = folder / "config.json"
-    try:
-        model_type = read_object(config_path).get("model_type")
-    except FileNotFoundError:
-        raise OrionError(
-            f"{folder} has no config.json.", "Set base.model to a model folder in the Hub's layout."
-        ) from None
-    if model_type != "lfm2_vl":
-        raise OrionError(
-            f"{config_path}: model_type is {shown(model_type)}, not 'lfm2_vl'.",
-            "Use an LFM2-VL model as base.model.",
-        )
+    check_base(folder)
+    return folder
+
+
+def check_base(folder: Path) -> None:
+    """Raise OrionError unless the folder is an LFM2-VL checkpoint with unquantized SafeTensors weights.
+
+    The tensors must have the published names. Only configuration and headers are read.
+    """
+    refuse_lfs_pointers(folder)
+    check_config(folder)
     if not list(folder.glob("*.safetensors")):
         pickles = [path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pt"))]
         found = f"only {', '.join(pickles)}, which can run code when opened" if pickles else "none"
         raise OrionError(f"{folder} needs weights as *.safetensors; found {found}.", "Fetch the SafeTensors file.")
     check_names(folder)
-    return folder
+
+
+def check_config(folder: Path) -> None:
+    """Raise OrionError unless config.json is that of an LFM2-VL whose weights are not quantized."""
+    path = folder / "config.json"
+    try:
+        config = read_object(path)
+    except FileNotFoundError:
+        raise OrionError(
+            f"{folder} has no config.json.", "Set base.model to a model folder in the Hub's layout."
+        ) from None
+    model_type = config.get("model_type")
+    if model_type != "lfm2_vl":
+        raise OrionError(
+            f"{path}: model_type is {shown(model_type)}, not 'lfm2_vl'.", "Use an LFM2-VL model as base.model."
+        )
+    refuse_quantized(folder, config)
 
 
 def base_name(folder: Path) -> str:
@@ -102,6 +119,35 @@ def load_processor(folder: Path, frame_size: int) -> "Lfm2VlProcessor":
     images.size = {"height": frame_size, "width": frame_size}
     images.max_num_patches = image_tokens * images.downsample_factor**2
     return processor
+
+
+# A base's own files, which its saved processor replaces by others in the words of the transformers that runs here.
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "tokenizer.model", "chat_template.jinja",
+)  # fmt: skip
+_NEEDED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # written if the base has none
+
+
+def save_processor(processor: "Lfm2VlProcessor", base: Path, folder: Path) -> None:
+    """Write the settings of the processor and the base's tokenizer files, unchanged, into `folder`.
+
+    transformers 5 writes "tokenizer_class": "TokenizersBackend" for any tokenizer, which version 4 cannot load. The
+    image settings do change: one frame of the run's size, not split. References to remote code are removed, so that
+    users of the folder are not asked to run it.
+    """
+    processor.save_pretrained(folder)
+    if (base / "preprocessor_config.json").is_file():  # where version 4 looks for the image settings
+        processor.image_processor.save_pretrained(folder)
+    for name in _TOKENIZER_FILES:
+        if (base / name).is_file():
+            write_bytes(folder / name, read_bytes(base / name, LARGEST_JSON_BYTES))
+        elif name not in _NEEDED:
+            (folder / name).unlink(missing_ok=True)
+    for path in folder.glob("*_config.json"):
+        value = read_object(path)
+        if value.pop("auto_map", None) is not None:
+            write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def load_model(

@@ -1,11 +1,11 @@
-"""Reading third-party files: regular files of limited size, and unambiguous JSON."""
+"""Reading third-party files: regular files of limited size, no Git LFS pointers, and unambiguous JSON."""
 
 import json
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -13,13 +13,17 @@ from orion_triage.errors import OrionError
 
 LARGEST_TABLE_BYTES = 1_000_000_000  # of a table of records or places; the published train split has 0.6 MB
 LARGEST_JSON_BYTES = 64_000_000  # of a configuration file; the largest, the tokenizer's, has 5 MB
+# 'git clone' without git-lfs, and "Download ZIP", leave such a text of about 130 bytes in the place of each large file.
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
+_LARGEST_LFS_POINTER = 1024  # bytes, by its specification
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[IO[bytes]]:
     """A regular file, open for reading; pipes, devices and folders are refused without waiting.
 
-    Raises FileNotFoundError, since only the caller knows the fix, and OrionError for every other obstacle.
+    Raises FileNotFoundError, since only the caller knows the fix, and OrionError for every other obstacle, also for a
+    Git LFS pointer in the place of the file.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # opening a pipe would wait for a writer
@@ -32,10 +36,41 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OrionError(f"{path} is not a regular file.", "Pass a file, not a folder, pipe or device.")
+        if _is_lfs_pointer(descriptor):
+            raise _pointers(path.parent, [path.name])
         with open(descriptor, "rb", closefd=False) as file:
             yield file
     finally:
         os.close(descriptor)
+
+
+def refuse_lfs_pointers(folder: Path) -> None:
+    """Raise OrionError that names the Git LFS pointers in the folder, not in folders below it.
+
+    For files that a library opens: it would call a pointer a damaged file. `opened` checks its file itself.
+    """
+    found = []
+    for path in sorted(folder.glob("*")):
+        if path.is_file() and path.stat().st_size <= _LARGEST_LFS_POINTER:
+            with suppress(OSError), path.open("rb") as file:
+                found += [path.name] if _is_lfs_pointer(file.fileno()) else []
+    if found:
+        raise _pointers(folder, found)
+
+
+def _is_lfs_pointer(descriptor: int) -> bool:
+    """Whether the open file, whose position is left as it is, starts as a pointer."""
+    try:
+        return os.pread(descriptor, len(_LFS_POINTER), 0) == _LFS_POINTER
+    except OSError:  # the caller's own reading reports it
+        return False
+
+
+def _pointers(folder: Path, names: Sequence[str]) -> OrionError:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    listed = ", ".join(str(folder / name) for name in names[:3]) + more
+    verb = "is a Git LFS pointer, not the file itself" if len(names) == 1 else "are Git LFS pointers, not the files"
+    return OrionError(f"{listed} {verb}.", f"Run 'git lfs pull' in {folder}, or fetch the files again.")
 
 
 def read_bytes(path: Path, most: int) -> bytes:

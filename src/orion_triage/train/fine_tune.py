@@ -27,6 +27,7 @@ from orion_triage.models.load import (
     hush_kernel_advice,
     load_model,
     load_processor,
+    save_processor,
 )
 from orion_triage.progress import Progress, silent
 from orion_triage.safe.files import naming, replaced_folder, require_free_space, write_text
@@ -136,7 +137,7 @@ def run(
         with replaced_folder(out_folder) as folder:
             model.save_pretrained(folder, state_dict=weights_of_all, save_embedding_layers=False)
             (folder / README).unlink()  # PEFT's empty model card
-            processor.save_pretrained(folder)
+            save_processor(processor, base, folder)
             for name, value in (
                 (CENSUS_FILE, census),
                 (BASE_FILE, {"name": base_name(base), "sha256": base_sha256, "frame_size": frame_size}),
