@@ -162,7 +162,13 @@ def test_triage_takes_the_stretch_of_the_run(
 def test_the_operators_readme_has_the_formula() -> None:
     from orion_triage import templates
 
-    values: dict[str, Any] = {"pinned": True, "tolerances": {}, "decision": []}
+    values: dict[str, Any] = {
+        "build": 1,
+        "frame_size": 512,
+        "pinned": False,
+        "tolerances": dict.fromkeys(("category_nats", "other_labels_nats", "other_words"), 1),
+        "decision": [],
+    }
     said = templates.fill(
         "flight", "bundle_readme.txt.j2", **values, stretch={"low": 6.5, "high": 9, "samples": "int16"}
     )
