@@ -319,6 +319,8 @@ def test_pixels_without_data_are_black_and_counted(tmp_path: Path) -> None:
             assert np.array_equal(file.dataset_mask() == 0, some), path.name
         assert np.array_equal(pixels(frame), np.minimum(right, 254) if path.name == "nodata.tif" else right), path.name
         assert opened.NO_DATA in frame.changes
+    both = framed(tiff(tmp_path / "both.tif", np.dstack([white, alpha]), "red green blue alpha", nodata=3))
+    assert np.array_equal(pixels(both), np.where(right == 3, 0, right))  # GDAL's own mask ignores one of the two
     some[:11] = True  # 2.1 %
     path = tiff(tmp_path / "more.tif", RGB, mask=~some)
     assert "has no data in 2.1% of the frame (nodata value, mask or transparency); the limit is 2%" in refused(path)
