@@ -319,6 +319,8 @@ def test_pixels_without_data_are_black_and_counted(tmp_path: Path) -> None:
             assert np.array_equal(file.dataset_mask() == 0, some), path.name
         assert np.array_equal(pixels(frame), np.minimum(right, 254) if path.name == "nodata.tif" else right), path.name
         assert opened.NO_DATA in frame.changes
+    both = framed(tiff(tmp_path / "both.tif", np.dstack([white, alpha]), "red green blue alpha", nodata=3))
+    assert np.array_equal(pixels(both), np.where(right == 3, 0, right))  # GDAL's own mask ignores one of the two
     some[:11] = True  # 2.1 %
     path = tiff(tmp_path / "more.tif", RGB, mask=~some)
     assert "has no data in 2.1% of the frame (nodata value, mask or transparency); the limit is 2%" in refused(path)
@@ -608,8 +610,39 @@ def test_south_up_grids_are_turned_and_files_without_a_position_are_read(tmp_pat
     assert frame.changes == (geotiff.MIRRORED,)
     frame = framed(tiff(tmp_path / "b.tif", RGB))
     assert (frame.metres_per_pixel, frame.changes) == (None, ())
-    with pytest.raises(FrameError, match=r"b\.tif has no position"):
+    with pytest.raises(FrameError, match=r"b\.tif has no position on Earth"):
         geotiff.locate(tmp_path / "b.tif")
+
+
+def test_absent_blocks_of_a_tiff_are_no_data(tmp_path: Path) -> None:
+    """GDAL fills them with zeros, without a word; so do files of a program that was stopped."""
+    path = tmp_path / "a.tif"
+    profile = {"driver": "GTiff", "width": 600, "height": SIDE, "count": 3, "dtype": "uint8", "photometric": "RGB"}
+    options = {"tiled": True, "blockxsize": 64, "blockysize": 64, "sparse_ok": True}
+    values = np.moveaxis(np.pad(np.maximum(RGB, 1), ((0, 0), (44, 44), (0, 0)), mode="edge"), 2, 0)
+    for absent, wanted in (((128, 192), True), ((0, 40), True), ((128, 448), False)):
+        with rasterio.open(path, "w", **profile, **options) as file:
+            for _, window in file.block_windows(1):
+                if window.row_off != 64 or not absent[0] <= window.col_off < absent[1]:
+                    rows = slice(window.row_off, window.row_off + window.height)
+                    columns = slice(window.col_off, window.col_off + window.width)
+                    file.write(values[:, rows, columns], window=window)
+        if not wanted:
+            assert "has no data in 7.8% of the frame" in refused(path)
+            continue
+        frame = framed(path)
+        assert np.array_equal(pixels(frame), judged(path)[:, 44:556])
+        assert (opened.NO_DATA in frame.changes) == bool((pixels(frame) == 0).any())
+
+
+def test_a_grid_that_is_not_on_earth_is_no_position(tmp_path: Path) -> None:
+    local = rasterio.crs.CRS.from_wkt('LOCAL_CS["site",UNIT["metre",1]]')
+    path = tiff(tmp_path / "a.tif", RGB, crs=local, transform=from_origin(5, 5, 10, 10))
+    assert framed(path).metres_per_pixel is None
+    with pytest.raises(FrameError, match=r"a\.tif has no position on Earth\. Add the columns lon and lat"):
+        geotiff.locate(path)
+    far = tiff(tmp_path / "b.tif", RGB, crs="EPSG:4326", transform=from_origin(0, 500, 1, 1))
+    assert framed(far).metres_per_pixel is None
 
 
 def test_a_damaged_tile_is_no_black_square(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,7 +90,7 @@ def test_without_a_stretch_the_build_names_file_depth_and_setting(own: Path, tmp
     done = orion("dataset", "--run", tmp_path / "run", "--dataset", own, cwd=tmp_path)
     assert done.returncode == 1
     said = " ".join(done.stderr.split())
-    for part in ("p3.png has 16 bits per channel (uint16)", "--set dataset.stretch_low=LOW", "dataset.stretch_high"):
+    for part in (".png has 16 bits per channel (uint16)", "--set dataset.stretch_low=LOW", "dataset.stretch_high"):
         assert part in said, said
     assert not (tmp_path / "run" / "dataset").exists()
 
@@ -132,6 +132,49 @@ def test_the_flight_stretches_like_the_dataset(run: Run, own: Path, tmp_path: Pa
     assert "float.tif has 32 bits per channel (float32), but this run stretches uint16" in floats.error
     (without,) = triage_files(paths[:1], backend, 512)
     assert "p4.png has 16 bits per channel (uint16), and dataset.stretch_low" in without.error
+
+
+def test_triage_takes_the_stretch_of_the_run(
+    run: Run, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from typer.testing import CliRunner
+
+    from orion_triage.cli.app import app
+    from orion_triage.flight import triage
+
+    answer = Verdict("Long quays.", Category.HIGH).to_json()
+
+    def without_server(paths: Any, gguf: Path, size: int, *, log: Path, progress: Any, **options: Any) -> Any:
+        return triage_files(paths, ConstantBackend(answer), size, **options)
+
+    # Only the server is left out: the run has no weights.
+    monkeypatch.setattr(triage, "triage_with_pair", without_server)
+    structured_picture(1).save(tmp_path / "eight.png")
+    asked = ["triage", str(own / "p4.png"), str(tmp_path / "eight.png"), "--run", str(run.folder), "--json"]
+    done = CliRunner().invoke(app, asked)
+    assert done.exit_code == 1
+    assert [row["category"] for row in json.loads(done.stdout)] == ["HIGH"]
+    said = " ".join(done.stderr.split())
+    assert "eight.png has 8 bits per channel, but this run stretches uint16 from 600 to 4170" in said
+    assert "note: 1 of 2 frames: stretched uint16 from 600 to 4170" in said
+
+
+def test_the_operators_readme_has_the_formula() -> None:
+    from orion_triage import templates
+
+    values: dict[str, Any] = {
+        "build": 1,
+        "frame_size": 512,
+        "pinned": False,
+        "tolerances": dict.fromkeys(("category_nats", "other_labels_nats", "other_words"), 1),
+        "decision": [],
+    }
+    said = templates.fill(
+        "flight", "bundle_readme.txt.j2", **values, stretch={"low": 6.5, "high": 9, "samples": "int16"}
+    )
+    assert "(int16) become 8 bits" in said
+    assert "floor(255 * clip((value - 6.5) / (9 - 6.5), 0, 1) + 0.5)" in said
+    assert "Stretch" not in templates.fill("flight", "bundle_readme.txt.j2", **values, stretch=None)
 
 
 def test_a_results_file_belongs_to_one_stretch(tmp_path: Path) -> None:

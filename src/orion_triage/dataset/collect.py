@@ -89,7 +89,10 @@ def collect(
                     f"{len(collected.absent)} of {len(asked)} places have no picture, more than "
                     f"dataset.largest_missing_share={largest_missing_share:g} allows. Outcomes of the first {done} "
                     f"places: {outcomes}. Last reason: {frame.why}",
-                    "Fix the source and run the same command again; fetched pictures are kept. Or raise the setting.",
+                    "Convert or replace these pictures, or raise dataset.largest_missing_share."
+                    if source.name == "directory"
+                    else "Fix the source and run the same command again; fetched pictures are kept. "
+                    "Or raise the setting.",
                 )
         progress(f"{verb} frames", done, len(asked))
     return collected

@@ -23,7 +23,6 @@ from orion_triage.imagery.ground import metres_between
 from orion_triage.imagery.opened import (
     ALPHA,
     GREY,
-    LARGEST_PIXELS,
     NO_DATA,
     ORIENTATION,
     PALETTE,
@@ -96,9 +95,9 @@ def locate(path: Path) -> Located:
     """The position of a GeoTIFF; raises OrionError without rasterio, and FrameError for a file without a position."""
     _refuse_what_is_no_file(path)
     with _raster(str(path.absolute()), str(path), "GTiff") as raster:
-        located = _located(raster, str(path))
+        located = _located(raster)
     if located is None:
-        raise FrameError(f"{path} has no position.", "Add the columns lon and lat to the table.")
+        raise FrameError(f"{path} has no position on Earth.", "Add the columns lon and lat to the table.")
     return located
 
 
@@ -116,7 +115,7 @@ def read_tiff(path: Path, *, resize: bool, stretch: Stretch | None) -> Opened:
                 f"{name} has {len(raster.subdatasets)} pages.",
                 f"Save the page that you want: rio convert GTIFF_DIR:1:{path.name} page-1.tif",
             )
-        located = _located(raster, name)
+        located = _located(raster)
         tags = _tiff_tags(path)
         notes = (ORIENTATION,) if (tags.get(_ORIENTATION) or 1) != 1 else ()
         premultiplied = _PREMULTIPLIED in (tags.get(_EXTRA_SAMPLES) or ())
@@ -154,27 +153,23 @@ def _raster(source: str | bytes, name: str, driver: str) -> Iterator[Any]:
         raise FrameError(f"{name} is damaged: {error or type(error).__name__}.", "Fetch the file again.") from None
 
 
-def _located(raster: Any, name: str) -> Located | None:
-    """The position, or None if the file has none."""
+def _located(raster: Any) -> Located | None:
+    """The position, or None if the file has none on Earth: no georeference, a local grid, or one far off."""
     if raster.crs is None or raster.transform.is_identity:
         return None
     from rasterio.warp import transform
 
-    if raster.width * raster.height > LARGEST_PIXELS:  # before any arithmetic: a header can claim 2^31 pixels
-        raise FrameError(
-            f"{name} is {raster.width}x{raster.height}; the limit is {LARGEST_PIXELS / 1e6:g} megapixels.", "Crop it."
-        )
     row, column = raster.height / 2, raster.width / 2
     cells = [(0, 0), (0, -0.5), (0, 0.5), (-0.5, 0), (0.5, 0)]  # (down, right) of the centre, in pixels
-    xs, ys = raster.xy([row + down for down, _ in cells], [column + right for _, right in cells], offset="ul")
-    lons, lats = transform(raster.crs, "EPSG:4326", xs, ys)
-    centre, left, right, above, below = zip(lons, lats, strict=True)
-    if not all(map(math.isfinite, (*lons, *lats))):
-        raise FrameError(f"{name}: its position is outside its coordinate system.", "Correct its georeference.")
     try:
+        xs, ys = raster.xy([row + down for down, _ in cells], [column + right for _, right in cells], offset="ul")
+        lons, lats = transform(raster.crs, "EPSG:4326", xs, ys)
+        centre, left, right, above, below = zip(lons, lats, strict=True)
         place = Coordinates((centre[0] + 180) % 360 - 180, centre[1])
-    except OrionError as error:
-        raise FrameError(f"{name}: {error.message}.", "Add the columns lon and lat to the table.") from None
+    except Exception:  # PROJ's errors, which rasterio does not translate; OrionError for degrees that are none
+        return None
+    if not all(map(math.isfinite, (*lons, *lats))):
+        return None
     edge = min(raster.width, raster.height)
     return Located(place, edge, metres_between(left, right), metres_between(above, below))
 
@@ -277,6 +272,8 @@ def _valid(
 ) -> NDArray[np.bool_]:
     """Which values are data, of the shape of `values`: by nodata value, mask, alpha 0 and not-a-number."""
     valid: NDArray[np.bool_] = raster.read_masks(list(numbers), window=window) != 0
+    if raster.driver == "GTiff":
+        _without_absent_blocks(raster, numbers, valid, window)
     names = [colour.name for colour in raster.colorinterp]
     if "alpha" in names:
         number = names.index("alpha") + 1
@@ -290,6 +287,17 @@ def _valid(
     if values.dtype.kind == "f":
         valid &= np.isfinite(values)
     return valid
+
+
+def _without_absent_blocks(raster: Any, numbers: tuple[int, ...], valid: NDArray[np.bool_], window: Any) -> None:
+    """Clear `valid` where the file has no block (a sparse TIFF, or one cut by its writer): GDAL reads zeros there."""
+    left, top, edge = int(window.col_off), int(window.row_off), int(window.width)
+    for index, number in enumerate(numbers):
+        for (row, column), block in raster.block_windows(number):
+            if raster.get_tag_item(f"BLOCK_OFFSET_{column}_{row}", "TIFF", bidx=number) is None:
+                rows = slice(max(block.row_off - top, 0), max(min(block.row_off + block.height - top, edge), 0))
+                columns = slice(max(block.col_off - left, 0), max(min(block.col_off + block.width - left, edge), 0))
+                valid[index, rows, columns] = False
 
 
 def _from_palette(raster: Any, name: str, values: NDArray[Any]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:

@@ -88,8 +88,6 @@ def read_entries(folder: Path) -> tuple[list[Entry], list[Finding]]:
                 except RecordError as error:
                     check = "not-utf8" if isinstance(error, EncodingError) else "schema"
                     findings.append(Finding("error", check, f"{path.name}:{number}", error.message, error.fix))
-        except OrionError as error:
-            findings.append(Finding("error", "missing-file", path.name, error.message, error.fix))
         except OSError as error:
             message = f"the {split} split cannot be read: {error.strerror}."
             findings.append(Finding("error", "missing-file", path.name, message, "Add it: all three are needed."))
