@@ -8,7 +8,7 @@ from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
-import peft  # noqa: F401  (10 s, once before the processes are forked)
+import peft  # noqa: F401  (loaded once, before the processes are forked)
 import torch
 import torch.distributed
 from torch.distributed.fsdp import fully_shard

@@ -45,6 +45,8 @@ def words(base: Path, dataset: Path, name: str, accumulation: int) -> list[objec
         f"fine_tune.gradient_accumulation_steps={accumulation}",
         "fine_tune.epochs=2",
         "fine_tune.learning_rate=1e-3",
+        "evaluate.batch_size=4",  # so that there are several, for the processes to share
+        "evaluate.max_new_tokens=24",
     ]
     return ["--run", name, *(word for value in sets for word in ("--set", value))]
 

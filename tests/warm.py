@@ -230,6 +230,7 @@ if __name__ == "__main__":
     os.chdir(str(asked["cwd"]))
     os.environ.clear()
     os.environ.update(asked["environment"])  # type: ignore[call-overload]
+    tempfile.tempdir = None  # found once, while the libraries were loaded; TMPDIR may be another one now
     sys.argv = ["orion", *asked["words"]]  # type: ignore[misc]
     sys.path[0] = str(asked["cwd"])
     _run_and_end()
