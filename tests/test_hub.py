@@ -141,14 +141,14 @@ def test_only_the_pair_is_fetched_of_many_quantizations(hub: Hub, tmp_path: Path
     (folder / "README.md").write_text("# A card")
     commit = hub.add("team/many", folder)
     expected = f"team/many {wanted[0]} README.md {wanted[1]}"
-    assert locate(hub, tmp_path / "hf", "team/many", "GGUF pair") == expected
+    assert locate(hub, tmp_path / "hf", "team/many", kind="GGUF pair") == [expected]
     fetched = {request.rsplit("/", 1)[1] for request in hub.requests if "/resolve/" in request}
     assert fetched == {*wanted, "README.md"}
     for offline in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
-        assert locate(hub, tmp_path / "hf", f"team/many@{commit}", "GGUF pair", **offline) == expected
+        assert locate(hub, tmp_path / "hf", f"team/many@{commit}", kind="GGUF pair", **offline) == [expected]
     (folder / wanted[0]).unlink()
     hub.add("team/many", folder)
-    refused = locate(hub, tmp_path / "hf2", "team/many", "GGUF pair")
+    (refused,) = locate(hub, tmp_path / "hf2", "team/many", kind="GGUF pair")
     assert "LFM-Q5_K_M.gguf" in refused
     assert "hf download team/many FILE FILE --local-dir FOLDER" in refused
     assert not (tmp_path / "hf2/hub/models--team--many/snapshots").exists()
