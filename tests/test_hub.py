@@ -27,9 +27,10 @@ LOCATE = """
 import json, sys
 from orion_triage import hub
 from orion_triage.errors import OrionError
-for name in sys.argv[1:]:
+kind, *names = sys.argv[1:]
+for name in names:
     try:
-        folder = hub.locate(name, "model")
+        folder = hub.locate(name, kind)
         answer = " ".join([str(hub.id_of(folder)), *sorted(path.name for path in folder.iterdir())])
     except OrionError as error:
         answer = f"{error.message} FIX {error.fix}"
@@ -55,9 +56,9 @@ def environment(hub: Hub, home: Path, **changes: str) -> dict[str, str]:
     }
 
 
-def locate(hub: Hub, home: Path, *names: str, **changes: str) -> list[str]:
+def locate(hub: Hub, home: Path, *names: str, kind: str = "model", **changes: str) -> list[str]:
     """What a process of its own finds under these names: id and files, or the error."""
-    command = [sys.executable, "-c", LOCATE, *names]
+    command = [sys.executable, "-c", LOCATE, kind, *names]
     result = subprocess.run(command, env=environment(hub, home, **changes), capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return [json.loads(line) for line in result.stdout.splitlines()]
