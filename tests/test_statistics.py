@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from orion_triage.evaluate.statistics import (
     balanced_accuracy,
     cluster_bootstrap,
     confusion,
+    confusion_bootstrap,
     frames_to_resolve,
     geographic_block,
     holm,
@@ -189,12 +191,27 @@ def test_rates_are_those_of_scikit_learn(truths: tuple[int, ...], guesses: tuple
     generator = np.random.default_rng(2)
     truth, guess = generator.choice(truths, 50), generator.choice(guesses, 50)
     there = [label for label in range(3) if label in truth or label in guess]
-    assert macro_f1(truth, guess) == pytest.approx(f1_score(truth, guess, labels=there, average="macro"))
+    counts = confusion(truth, guess)
+    assert macro_f1(counts) == pytest.approx(f1_score(truth, guess, labels=there, average="macro"))
     with warnings.catch_warnings(action="ignore"):  # answers that are no truth's
-        assert balanced_accuracy(truth, guess) == pytest.approx(balanced_accuracy_score(truth, guess))
+        assert balanced_accuracy(counts) == pytest.approx(balanced_accuracy_score(truth, guess))
 
 
 def test_rates_without_frames_are_undefined() -> None:
     nothing = np.array([], dtype=np.int64)
-    assert math.isnan(macro_f1(nothing, nothing))
-    assert math.isnan(balanced_accuracy(nothing, nothing))
+    assert math.isnan(macro_f1(confusion(nothing, nothing)))
+    assert math.isnan(balanced_accuracy(confusion(nothing, nothing)))
+
+
+@pytest.mark.parametrize("statistic", [macro_f1, balanced_accuracy])
+@pytest.mark.parametrize("count", [1, 7, 60])
+def test_all_resamples_at_once_are_those_one_by_one(statistic: Callable[..., np.ndarray], count: int) -> None:
+    generator = np.random.default_rng(count)
+    truth, guess = generator.integers(0, 3, count), generator.integers(-1, 3, count)
+    clusters = [f"block {n}" for n in generator.integers(0, 20, count)]
+    one_by_one = cluster_bootstrap(
+        lambda rows: float(statistic(confusion(truth[rows], guess[rows]))), clusters, seed=42
+    )
+    assert confusion_bootstrap(statistic, truth, guess, clusters, seed=42) == one_by_one
+    nothing = np.array([], dtype=np.int64)
+    assert all(math.isnan(end) for end in confusion_bootstrap(statistic, nothing, nothing, [], seed=42))

@@ -188,7 +188,16 @@ def _load() -> None:
 
     import orion_triage
 
-    for name in ("torch", "transformers", "peft", "bitsandbytes", "scipy.stats", "matplotlib.pyplot", "rich.progress"):
+    for name in (
+        "torch",
+        "transformers",
+        "peft",
+        "bitsandbytes",
+        "scipy.stats",
+        "sklearn.linear_model",
+        "matplotlib.pyplot",
+        "rich.progress",
+    ):
         importlib.import_module(name)
     from transformers import AutoProcessor, Lfm2VlForConditionalGeneration, Trainer  # noqa: F401
 

@@ -14,6 +14,8 @@ from orion_triage.evaluate.statistics import (
     Integers,
     balanced_accuracy,
     cluster_bootstrap,
+    confusion,
+    confusion_bootstrap,
     geographic_block,
     macro_f1,
 )
@@ -43,8 +45,9 @@ def judge(
     kappa, left_out = value.quadratic_kappa(truth, guess)
 
     def bootstrapped(statistic: Any) -> dict[str, float | None]:
-        low, high = cluster_bootstrap(lambda rows: statistic(truth[rows], guess[rows]), blocks, seed=_SEED)
-        return {name: _number(x) for name, x in (("value", statistic(truth, guess)), ("low", low), ("high", high))}
+        low, high = confusion_bootstrap(statistic, truth, guess, blocks, seed=_SEED)
+        measured = float(statistic(confusion(truth, guess)))
+        return {name: _number(x) for name, x in (("value", measured), ("low", low), ("high", high))}
 
     headline = value.headline(truth, guess)
     several: dict[str, Any] = {}

@@ -126,30 +126,68 @@ def cluster_bootstrap(
     return float(low), float(high)
 
 
-def confusion(truth: Integers, guess: Integers) -> Integers:
-    """The confusion matrix [3, 4]: rows are truths, columns answers, in the order of CATEGORIES; last no verdict.
+def confusion_bootstrap(
+    statistic: Callable[[Integers], NDArray[np.float64]],
+    truth: Integers,
+    guess: Integers,
+    clusters: Sequence[str],
+    *,
+    seed: int,
+    resamples: int = 2000,
+) -> tuple[float, float]:
+    """`cluster_bootstrap` of a statistic of confusion matrices [resamples, 3, 4], with the same draws.
 
-    Bootstraps compute it 2,000 times per condition and variant: 0.01 ms each, and 4 ms with scikit-learn (60 frames).
+    All resamples are counted at once: 0.01 s for 60 frames, and 0.5 s with one call of a statistic each.
     """
+    names = sorted(set(clusters))
+    if not names:
+        return math.nan, math.nan
+    number = {name: index for index, name in enumerate(names)}
+    shape = len(CATEGORIES), len(CATEGORIES) + 1
+    of_cluster = np.zeros((len(names), *shape), dtype=np.int64)
+    np.add.at(of_cluster, (np.array([number[name] for name in clusters]), truth, guess), 1)
+    draws = np.random.default_rng(seed).integers(len(names), size=(resamples, len(names)))
+    times = np.stack([np.bincount(draw, minlength=len(names)) for draw in draws])  # each cluster was drawn
+    found = statistic((times @ of_cluster.reshape(len(names), -1)).reshape(resamples, *shape))
+    kept = found[~np.isnan(found)]
+    if not len(kept):
+        return math.nan, math.nan
+    low, high = np.percentile(kept, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def confusion(truth: Integers, guess: Integers) -> Integers:
+    """The confusion matrix [3, 4]: rows are truths, columns answers, in the order of CATEGORIES; last no verdict."""
     counts = np.zeros((len(CATEGORIES), len(CATEGORIES) + 1), dtype=np.int64)
     np.add.at(counts, (truth, guess), 1)
     return counts
 
 
-def macro_f1(truth: Integers, guess: Integers) -> float:
-    """The mean F1 of the classes that occur as truth or answer; NaN without frames.
+def macro_f1(counts: Integers) -> NDArray[np.float64]:
+    """The mean F1 of the classes that occur as truth or answer, of confusion matrices [..., 3, 4]; NaN without frames.
 
-    An answer without a verdict is a miss of its frame's class, not a separate class.
+    An answer without a verdict is a miss of its frame's class, not a separate class. Checked against scikit-learn,
+    which takes 4 ms for one matrix.
     """
-    counts = confusion(truth, guess)
-    both = counts.sum(axis=1) + counts.sum(axis=0)[:-1]
-    there = both > 0
-    return float(np.mean(2 * counts.diagonal()[there] / both[there])) if there.any() else math.nan
+    both = counts.sum(axis=-1) + counts.sum(axis=-2)[..., :-1]
+    return _mean_share(2 * _right(counts), both)
 
 
-def balanced_accuracy(truth: Integers, guess: Integers) -> float:
-    """The mean recall of the classes that occur as truth; NaN without frames. No verdict counts as a miss."""
-    counts = confusion(truth, guess)
-    frames = counts.sum(axis=1)
-    there = frames > 0
-    return float(np.mean(counts.diagonal()[there] / frames[there])) if there.any() else math.nan
+def balanced_accuracy(counts: Integers) -> NDArray[np.float64]:
+    """The mean recall of the classes that occur as truth, of confusion matrices [..., 3, 4]; NaN without frames.
+
+    No verdict counts as a miss.
+    """
+    return _mean_share(_right(counts), counts.sum(axis=-1))
+
+
+def _right(counts: Integers) -> Integers:
+    return np.diagonal(counts, axis1=-2, axis2=-1)
+
+
+def _mean_share(part: Integers, whole: Integers) -> NDArray[np.float64]:
+    """The mean of part / whole over the last axis, without the places where `whole` is 0; NaN if that is everywhere."""
+    there = whole > 0
+    shares = np.divide(part, whole, out=np.zeros(whole.shape), where=there)
+    number = there.sum(axis=-1)
+    return np.divide(shares.sum(axis=-1), number, out=np.full(number.shape, np.nan), where=number > 0)
