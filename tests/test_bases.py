@@ -112,8 +112,9 @@ def test_an_adapter_whose_targets_are_a_pattern_was_trained(targets: Any, small_
     tensors = {}
     for name, module in model.named_modules():
         if name.endswith((".q_proj", ".v_proj")):
-            tensors[f"base_model.model.{name}.lora_A.weight"] = torch.ones(2, module.in_features)
-            tensors[f"base_model.model.{name}.lora_B.weight"] = torch.ones(module.out_features, 2)
+            key = f"base_model.model.{'_orig_mod.' if targets == 'all-linear' else ''}{name}"  # of a compiled model
+            tensors[f"{key}.lora_A.weight"] = torch.ones(2, module.in_features)
+            tensors[f"{key}.lora_B.weight"] = torch.ones(module.out_features, 2)
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": targets, "task_type": None}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
@@ -125,6 +126,13 @@ def test_an_adapter_whose_targets_are_a_pattern_was_trained(targets: Any, small_
     else:
         assert ["'w9' has no tensors" in warning for warning in warnings] == [True]
     assert adapter_census(None, {}) == ({}, [])
+
+
+def test_an_adapter_in_mlx_form_is_called_that(tmp_path: Path) -> None:
+    for name in ("adapter_config.json", "adapters.safetensors"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(OrionError, match=r"adapters\.safetensors is MLX's form"):
+        read_adapter(tmp_path)
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"

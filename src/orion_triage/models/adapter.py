@@ -109,7 +109,8 @@ def read_adapter(adapter: Path) -> "dict[str, torch.Tensor]":
     path = adapter / "adapter_model.safetensors"
     refuse_lfs_pointers(adapter)
     if not (adapter / "adapter_config.json").is_file() or not path.is_file():
-        found = "; adapter_model.bin can run code when opened" if (adapter / "adapter_model.bin").is_file() else ""
+        strange = {"adapter_model.bin": "can run code when opened", "adapters.safetensors": "is MLX's form"}
+        found = "".join(f"; {name} {what}" for name, what in strange.items() if (adapter / name).is_file())
         raise OrionError(
             f"{adapter} must contain adapter_config.json and adapter_model.safetensors{found}.",
             "Run 'orion fine-tune', or pass the folder of an adapter.",
@@ -238,7 +239,8 @@ def attach_adapter(model: Any, adapter: Path, tensors: "dict[str, torch.Tensor]"
     targets: set[str] = set()
     ranks: dict[str, int] = {}
     for key, tensor in tensors.items():
-        asked_module, matrix, _ = key.removeprefix("base_model.model.").rsplit(".", 2)
+        # A compiled model's modules have one more word in their names.
+        asked_module, matrix, _ = key.replace("_orig_mod.", "").removeprefix("base_model.model.").rsplit(".", 2)
         module = called.get(plain_name(asked_module))
         if module is None:
             raise OrionError(
