@@ -241,8 +241,8 @@ if __name__ == "__main__":
     os.environ.update(asked["environment"])  # type: ignore[call-overload]
     tempfile.tempdir = None  # found once, while the libraries were loaded; TMPDIR may be another one now
     # What the server's own streams were, a file or a pipe, is not what the caller's are.
-    sys.stdout = open(1, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors, closefd=False)
-    sys.stderr = open(2, "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace", closefd=False)
+    sys.stdout = open(1, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", 1, encoding=sys.stderr.encoding, errors="backslashreplace", closefd=False)  # noqa: SIM115
     sys.argv = ["orion", *asked["words"]]  # type: ignore[misc]
     sys.path[0] = str(asked["cwd"])
     _run_and_end()

@@ -283,6 +283,8 @@ def test_the_real_frames_load_with_their_labels(tmp_path: Path) -> None:
     figures = built(SHARED / "frames", tmp_path / "out")
     assert sum(figures["targets"].values()) == figures["account"]["fetched"] == 25
     assert [warning.split(":")[0] for warning in figures["warnings"]] == [
+        "columns of labels.csv that are not used",
         "25 of 25 frames have no reason and get the standard sentence of their category",
         "25 of 25 frames have no position",
+        "left out",
     ]
