@@ -15,7 +15,7 @@ from orion_triage.dataset.records import read_records
 from orion_triage.errors import OrionError
 from orion_triage.export import quantize
 from orion_triage.imagery.frames import read_frame
-from orion_triage.imagery.geotiff import GeoTiff
+from orion_triage.imagery.geotiff import locate
 from orion_triage.machine import doctor
 from orion_triage.models.adapter import adapter_census, attach_adapter, read_adapter
 from orion_triage.models.load import load_model, load_processor, resolve_base, save_processor
@@ -148,7 +148,7 @@ READERS: list[tuple[str, Callable[[Path], Any]]] = [
     ("train_dataset.jsonl", lambda path: hub.locate(str(path.parent), "dataset")),
     ("frame.png", lambda path: read_frame(path, 256)),
     ("frame.raw", lambda path: read_frame(path, 256)),
-    ("frame.tif", lambda path: GeoTiff.read(path)),
+    ("frame.tif", lambda path: locate(path)),
     ("places.csv", lambda path: list(read_rows(path))),
     ("places.geojson", lambda path: list(read_rows(path))),
 ]

@@ -33,6 +33,7 @@ from orion_triage.errors import ServerError
 from orion_triage.evaluate import threshold
 from orion_triage.flight import triage
 from orion_triage.mission.answer import Answer
+from orion_triage.settings import load_settings
 
 class Dying:
     batch_size, left = 1, int(sys.argv.pop(1))
@@ -43,7 +44,7 @@ class Dying:
         return [Answer('{"reason": "Long [bold]quays[/] :x:.", "category": "HIGH"}')]
 
 run = SimpleNamespace(
-    folder=Path("."), gguf=Path("."), settings=SimpleNamespace(base=SimpleNamespace(frame_size=256))
+    folder=Path("."), gguf=Path("."), settings=load_settings("tiny")
 )
 triage.triage_with_pair = lambda paths, gguf, size, **_: triage.triage_files(paths, Dying(), size)
 threshold.read = lambda *_: None

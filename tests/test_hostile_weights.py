@@ -22,7 +22,7 @@ from orion_triage.models.adapter import attach_adapter, read_adapter
 from orion_triage.models.checkpoint import check_names
 from orion_triage.models.encode import render_turn
 from orion_triage.models.lfm2_vl import CHAT_TEMPLATE
-from orion_triage.models.load import load_model, load_processor, resolve_base
+from orion_triage.models.load import load_model, load_processor, resolve_base, save_processor
 
 from .hostile import DEEP, mutated, outcome, replaced, to_bytes
 
@@ -337,11 +337,11 @@ def test_the_converter_is_told_nothing_of_a_folders_code(small_base: Path, tmp_p
     written = (out / "config.json").read_text()
     assert "auto_map" not in written
     assert "ChatGLM" not in written
-    (out / "tokenizer_config.json").write_text(
-        '{"auto_map": {"AutoTokenizer": ["evil/x--evil.Evil", null]}, "a": "\u00e9"}'
-    )
-    fuse._drop_code_names(out)
-    assert json.loads((out / "tokenizer_config.json").read_text()) == {"a": "\u00e9"}
+    path = base / "tokenizer_config.json"
+    own = json.loads(path.read_text()) | {"a": "\u00e9"}
+    path.write_text(json.dumps(own | {"auto_map": {"AutoTokenizer": ["evil/x--evil.Evil", None]}}))
+    save_processor(load_processor(small_base, 256), base, out)
+    assert json.loads((out / "tokenizer_config.json").read_text()) == own
     assert json.loads(written)["architectures"] == ["Lfm2VlForConditionalGeneration"]
     assert json.loads(written)["text_config"]["architectures"] == ["Lfm2ForCausalLM"]
 

@@ -290,7 +290,7 @@ def test_someone_elses_server_is_named(wrong_results: dict[str, Any]) -> None:
         "server_build": "llama.cpp b1",
     }
     document = check(html.render_html(wrong_results, [], lambda image: None))
-    assert "are from the server at http://127.0.0.1:9 (other.gguf, llama.cpp b1)" in document.section("Summary")
+    assert '"server" is other.gguf, as served by http://127.0.0.1:9 (llama.cpp b1)' in document.section("Summary")
 
 
 def test_the_threshold_has_its_section(wrong_results: dict[str, Any]) -> None:

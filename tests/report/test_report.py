@@ -159,18 +159,21 @@ def test_losses_are_drawn_and_the_png_is_written(results: dict[str, Any], tmp_pa
 
 
 def test_a_pair_and_a_server_of_someone_elses_are_named(run: Run) -> None:
-    folder = run.evaluation("quantized")
-    run.evaluation("base").rename(folder)  # a report of one model takes less time
-    shutil.rmtree(run.evaluation("fine-tuned"))
+    shutil.rmtree(run.evaluation("base"))  # a report of fewer models takes less time
     server = {"server": "http://127.0.0.1:9", "served_model": "other.gguf", "server_build": "llama.cpp b1"}
-    for own, said in (({"pair": "team/pair"}, (True, False)), (server, (False, True))):
-        write_manifest(folder, stage="evaluate quantized", settings={}, inputs={}, seconds=1, figures=own)
-        markdown = render_markdown(build_results(run), "report.png")
-        sentences = (
-            "are from the pair team/pair, not from that of this run",
-            "are from the server at http://127.0.0.1:9 (other.gguf, llama.cpp b1)",
-        )
-        assert tuple(sentence in markdown for sentence in sentences) == said
+    for name, figures in (("other-pair", {"pair": "team/pair"}), ("server", server)):
+        shutil.copytree(run.evaluation("fine-tuned"), run.evaluation(name))
+        stage = f"evaluate {name}"
+        write_manifest(run.evaluation(name), stage=stage, settings={}, inputs={}, seconds=1, figures=figures)
+    results = build_results(run)
+    markdown = render_markdown(results, "report.png")
+    assert '"other-pair" is the pair team/pair.' in markdown
+    assert '"server" is other.gguf, as served by http://127.0.0.1:9 (llama.cpp b1).' in markdown
+    assert {"other-pair", "server"} <= set(results["models"])
+    assert {"other-pair", "server"}.isdisjoint(build_results(run, with_others=False)["models"])
+    # An older version kept such answers as those of the run's own pair.
+    shutil.copytree(run.evaluation("server"), run.evaluation("quantized"))
+    assert "evaluate quantized" in build_results(run)["missing"]
 
 
 def test_the_report_says_when_a_linear_probe_is_better(run: Run, results: dict[str, Any]) -> None:
@@ -233,5 +236,5 @@ def test_figures_of_another_version_are_not_taken_over(run: Run) -> None:
     path.write_text(json.dumps(results))
     assert build_results(run)["baselines"] == results["baselines"]
     path.write_text(json.dumps(results | {"schema_version": 2}))
-    with pytest.raises(OrionError, match="schema version 2 instead of 4"):
+    with pytest.raises(OrionError, match="schema version 2 instead of 5"):
         build_results(run)

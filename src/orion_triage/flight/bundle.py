@@ -17,7 +17,7 @@ from orion_triage.evaluate import threshold
 from orion_triage.export import quantize
 from orion_triage.imagery.frames import CAMERA_SIZE, Frame, is_blank, shrink
 from orion_triage.imagery.stretch import stretch_of
-from orion_triage.llama_cpp.client import CANDIDATES, Client
+from orion_triage.llama_cpp.client import CANDIDATES, GREEDY, Client
 from orion_triage.llama_cpp.server import OPTIONS, Server
 from orion_triage.llama_cpp.toolchain import PINNED_BUILD, WHEEL, WHEEL_SHA256, Toolchain, find_toolchain
 from orion_triage.mission.answer import Answer
@@ -191,7 +191,7 @@ def _ask(
         "cue": CATEGORY_CUE,
         "answer_tokens": ANSWER_TOKENS,
         "candidates": CANDIDATES,
-        "sampling": {"temperature": 0, "top_k": 1, "seed": 0},
+        "sampling": GREEDY,
         "grammars": ["grammar.gbnf", "category_grammar.gbnf"],
         "label_tokens": dict(zip(CATEGORIES, labels, strict=True)),
         "prompt_tokens": client.completion(prompt, png, 1, grammar=GRAMMAR)["tokens_evaluated"],

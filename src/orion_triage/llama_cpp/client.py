@@ -19,8 +19,9 @@ SHOWN_BYTES = 2000  # of an invalid reply, shown in the error
 _ROUNDING = 1e-3  # by which a log-probability may be above 0
 _SMALLEST_LOG_PROBABILITY = -700.0  # exp() of less is nearly 0 in 64 bits
 # What a server was started with holds for all requests that do not say otherwise: `--repeat-penalty 1.3` alone changes
-# verdicts. These values change nothing.
-_NEUTRAL = {
+# verdicts. Below the first three, these values change nothing.
+GREEDY = {
+    "temperature": 0, "top_k": 1, "seed": 0,
     "repeat_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "dry_multiplier": 0.0,
     "xtc_probability": 0.0, "dynatemp_range": 0.0, "typical_p": 1.0, "top_p": 1.0, "min_p": 0.0, "top_n_sigma": -1.0,
     "mirostat": 0, "n_keep": 0, "ignore_eos": False, "logit_bias": [],
@@ -225,10 +226,7 @@ class Client:
         body = {
             "prompt": {"prompt_string": text, "multimodal_data": [base64.b64encode(image_png).decode()]},
             "n_predict": max_tokens,
-            "temperature": 0,
-            "top_k": 1,
-            "seed": 0,
-            **_NEUTRAL,
+            **GREEDY,
             "cache_prompt": False,
             **{key: value for key, value in options.items() if value != ""},
         }

@@ -112,7 +112,8 @@ def _finished(run: Run) -> list[manifest.Manifest]:
 def running(run: Run, stage: str) -> Iterator[None]:
     """Lock the run and write its settings for a stage that begins.
 
-    If it is refused (OrionError) and its earlier product is still there, the earlier settings come back.
+    If it is refused (OrionError), the settings of what is finished come back. In a run without a finished product they
+    stay: a dataset that was interrupted goes on with its source.
     """
     with held(run, stage):
         path = run.folder / SETTINGS_FILE
@@ -122,7 +123,7 @@ def running(run: Run, stage: str) -> Iterator[None]:
         try:
             yield
         except OrionError:
-            if before and processes.is_main() and (run.product(stage) / manifest.FILE_NAME).is_file():
+            if before and processes.is_main() and _finished(run):
                 write_text(path, before)
             raise
 
