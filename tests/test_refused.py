@@ -46,7 +46,7 @@ def test_a_refused_command_leaves_a_finished_run_as_it_was(finished: Path, tmp_p
         ("fuse", "--adapter", "empty"),
         ("run", "--set", "base.model=nowhere"),
     ):
-        result = orion(*command, *own, cwd=folder)
+        result = orion(command[0], *own, *command[1:], cwd=folder)
         assert result.returncode == 1, (command, result.stderr)
         assert result.stderr.startswith("error: "), (command, result.stderr)
         assert tree(run) == before, command
