@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle
 from pathlib import Path
@@ -95,23 +95,27 @@ def newest_checkpoint(run: Run) -> int:
 class Torture:
     """One folder to work in, one undisturbed run to compare with, and what was found."""
 
-    def __init__(self, folder: Path, undisturbed: Run, seed: int, environment: dict[str, str]) -> None:
-        self.folder, self.environment, self.undisturbed = folder, environment, undisturbed
+    def __init__(
+        self, folder: Path, undisturbed: Run, seed: int, environment: dict[str, str], orion: Sequence[str]
+    ) -> None:
+        self.folder, self.environment, self.undisturbed, self.orion = folder, environment, undisturbed, orion
         self.choice, self.signals = random.Random(seed), cycle(SIGNALS)
         self.settings = undisturbed.settings
         self.kills: list[Kill] = []
         self.losses: list[str] = []
         self.rounds = 0
 
+    def make_undisturbed(self) -> None:
+        self._complete(small_run.command("run", self.undisturbed, orion=self.orion))
+
     def begin(self) -> None:
-        """The undisturbed run, if it is not there yet, and how long the triage takes."""
-        self._complete(small_run.command("run", self.undisturbed))
+        """The undisturbed run's verdicts, and how long they take."""
         verdicts, began = self.folder / "verdicts.jsonl", time.monotonic()
         self._complete(self._triage_words(self.undisturbed, verdicts))
         self.triage_seconds = time.monotonic() - began
 
     def steps(self, run: Run) -> list[Step]:
-        words = small_run.command("run", run)
+        words = small_run.command("run", run, orion=self.orion)
         steps, before = [], ""
         for stage in stages(self.settings):
             stage_manifest = read_manifest(stage.folder(self.undisturbed))
@@ -128,7 +132,7 @@ class Torture:
         had: int | None = None
         for step in self.steps(run):
             if step.name == TRIAGE:
-                self._complete(small_run.command("run", run))
+                self._complete(small_run.command("run", run, orion=self.orion))
                 if had is not None:
                     self._compare_training(run, had)
             if most and step.name in (only or [step.name]):
@@ -200,7 +204,7 @@ class Torture:
     def _triage_words(self, run: Run, out: Path) -> list[str]:
         """Of the undisturbed run's frames in both, so that the lines are the same."""
         frames = self.undisturbed.dataset / IMAGES_FOLDER
-        return [*small_run.ORION, TRIAGE, str(frames), "--run", str(run.folder), "--out", str(out)]
+        return [*self.orion, TRIAGE, str(frames), "--run", str(run.folder), "--out", str(out)]
 
 
 def main() -> None:
@@ -211,6 +215,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="an undisturbed run of this size to compare with (default: made here)")
     parser.add_argument("--folder", type=Path, default=Path("runs/kills"), help="what is worked in; emptied first")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--orion", metavar="PROGRAM", help="the command that is killed (default: this Python's)")
     arguments = parser.parse_args()
     folder: Path = arguments.folder.resolve()
     shutil.rmtree(folder, ignore_errors=True)
@@ -220,9 +225,11 @@ def main() -> None:
         undisturbed = open_run(arguments.run)
     else:
         undisturbed = Run(folder / "undisturbed", small_run.prepare_places(folder))
-    torture = Torture(
-        folder, undisturbed, arguments.seed, {**os.environ, "TMPDIR": str(folder / "tmp"), "ORION_KILLS": MARK}
-    )
+    environment = {**os.environ, "TMPDIR": str(folder / "tmp"), "ORION_KILLS": MARK}
+    orion = [arguments.orion] if arguments.orion else small_run.ORION
+    torture = Torture(folder, undisturbed, arguments.seed, environment, orion)
+    if not arguments.run:
+        torture.make_undisturbed()
     torture.begin()
     print(f"undisturbed: {time.monotonic() - began:.0f} s", flush=True)
     while len(torture.kills) < arguments.kills:

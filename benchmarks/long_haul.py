@@ -5,7 +5,7 @@
 
 The frames are the run's own, turned, mirrored and shifted: each is another picture, none is blank. At a moment drawn
 with the seed the command gets SIGKILL, and is given again. Reported: resident memory of the command and of its server
-every second, and what of it grows per thousand frames, the first tenth left out; bytes on disk beside frames and
+ten times a second, and what of it grows per thousand frames, the first tenth left out; bytes on disk beside frames and
 results; that every frame has one line, and the same one as without a kill in a sample. Figures:
 benchmarks/results/long_haul.json.
 """
@@ -31,6 +31,7 @@ from orion_triage.runs.run import newest_run, open_run
 from orion_triage.safe.files import write_text
 
 RESULTS = Path(__file__).parent / "results" / "long_haul.json"
+SECONDS_BETWEEN_SAMPLES = 0.1  # within which few frames are answered, so that the kill comes in time
 SAMPLE = 100  # frames that are asked about once more, in one go
 LARGEST_GROWTH = 2_000_000  # bytes of memory per thousand frames: a few per cent of what the command holds
 LARGEST_DISK = 1_000_000  # bytes beside frames and results
@@ -76,11 +77,11 @@ def lines_in(path: Path) -> int:
 
 
 def watch(words: list[str], out: Path, stop_at: int | None) -> list[dict[str, int]]:
-    """Run to the end, or kill when `stop_at` lines are written; a sample a second: frames, bytes of both processes."""
+    """Run to the end, or kill when `stop_at` lines are written; samples on the way: frames, bytes of both processes."""
     process = subprocess.Popen(words, stderr=subprocess.DEVNULL)
     samples = []
     while process.poll() is None:
-        time.sleep(1)
+        time.sleep(SECONDS_BETWEEN_SAMPLES)
         done = lines_in(out)
         server = sum(resident_bytes(child) for child in children_of(process.pid))
         own = resident_bytes(process.pid)

@@ -5,7 +5,7 @@ What kills.py and disk_faults.py have in common: that run, and what must be equa
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +58,10 @@ def prepare_places(folder: Path) -> Settings:
     )
 
 
-def command(name: str, run: Run, *more: str) -> list[str]:
+def command(name: str, run: Run, *more: str, orion: Sequence[str] = ORION) -> list[str]:
     """`orion NAME` on the run."""
     words = [word for value in assignments(run.settings) for word in ("--set", value)]
-    return [*ORION, *name.split(), "--run", str(run.folder), *words, *more]
+    return [*orion, *name.split(), "--run", str(run.folder), *words, *more]
 
 
 def differences(undisturbed: Run, disturbed: Run) -> list[str]:

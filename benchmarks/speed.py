@@ -86,6 +86,7 @@ class Bench:
     validation_records: int | None
     run: Path | None
     base: Path | None
+    orion: str | None
 
     @property
     def asks_random_weights(self) -> bool:
@@ -120,11 +121,12 @@ def work(script: str, worker: str, out: Path, **options: object) -> tuple[Figure
     return use, json.loads((out / "result.json").read_text(encoding="utf-8"))
 
 
-def orion(command: str, run: Run, *flags: str) -> Figures:
+def orion(bench: Bench, command: str, run: Run, *flags: str) -> Figures:
     """One command of the package on a run's folder, with the run's settings."""
     settings = [word for value in departures(run.settings) for word in ("--set", value)]
     words = [*command.split(), "--run", run.folder, "--preset", run.settings.preset, *settings, *flags]
-    return measure([*ORION, *words], run.folder / "logs" / f"{command.replace(' ', '')}.log")
+    program = [bench.orion] if bench.orion else ORION
+    return measure([*program, *words], run.folder / "logs" / f"{command.replace(' ', '')}.log")
 
 
 def departures(settings: Settings) -> list[str]:
@@ -272,8 +274,8 @@ def finished_run(bench: Bench) -> Run:
     ]
     run = Run((folder / "run").resolve(), load_settings(bench.preset, sets))
     prepare(run)
-    orion("fuse", run)
-    orion("quantize", run)
+    orion(bench, "fuse", run)
+    orion(bench, "quantize", run)
     return run
 
 
@@ -292,7 +294,7 @@ def dataset_to_train_on(bench: Bench) -> Path:
     if bench.toy:
         return finished_run(bench).dataset
     run = Run(bench.folder / "dataset_run", load_settings("tiny"))
-    orion("dataset", run)
+    orion(bench, "dataset", run)
     return run.dataset
 
 
@@ -353,9 +355,9 @@ def training(bench: Bench) -> None:
     folder = bench.folder / f"training_{bench.preset}"
     checked = None
     if count > a_step:  # with all records in one step, their order does not matter
-        reference, ours = training_sides(dataset, a_step, FEWEST_RECORDS, settings, folder / "check")
+        reference, ours = training_sides(bench, dataset, a_step, FEWEST_RECORDS, settings, folder / "check")
         checked = compare_trainings(reference(0), ours(0))
-    reference, ours = training_sides(dataset, count, validation, settings, folder)
+    reference, ours = training_sides(bench, dataset, count, validation, settings, folder)
     # The base of a preset with published shapes is random, so its share of the device is as good as a trained one's.
     _, least = work(
         "reference.py", "operations", folder / "operations",
@@ -373,7 +375,9 @@ def training(bench: Bench) -> None:
     )  # fmt: skip
 
 
-def training_sides(dataset: Path, count: int, validation: int, settings: Settings, folder: Path) -> tuple[Side, Side]:
+def training_sides(
+    bench: Bench, dataset: Path, count: int, validation: int, settings: Settings, folder: Path
+) -> tuple[Side, Side]:
     run = Run(folder.resolve(), settings)
     training_subset(dataset, count, validation, run.dataset)
     prepare(run)  # settings.json, which the reference reads
@@ -389,7 +393,7 @@ def training_sides(dataset: Path, count: int, validation: int, settings: Setting
 
     def ours(number: int) -> Figures:
         clear(run.adapter, run.folder / "fine_tune_work")  # a finished or begun training would be gone on with
-        use = orion("fine-tune", run)
+        use = orion(bench, "fine-tune", run)
         stage_manifest = read_manifest(run.adapter)
         assert stage_manifest is not None
         figures = stage_manifest.figures
@@ -485,7 +489,7 @@ def evaluate(bench: Bench, what: str, model: str, command: str) -> None:
         return use | result
 
     def ours(number: int) -> Figures:
-        use = orion(command, run, "--force")
+        use = orion(bench, command, run, "--force")
         rows = asked["ours"] = read_lines(run.evaluation(model) / "predictions.jsonl")
         seconds = sum(row["seconds"] for row in rows)  # opening and drawing pictures not counted
         compared = compare_answers(asked["reference"], rows, bench.toy)
@@ -633,7 +637,7 @@ def fuse(bench: Bench) -> None:
 
     def ours(number: int) -> Figures:
         clear(run.merged, run.gguf)
-        merge, rest = orion("fuse", run), orion("quantize", run)
+        merge, rest = orion(bench, "fuse", run), orion(bench, "quantize", run)
         peaks = {"orion fuse": merge["peak_memory_bytes"], "orion quantize": rest["peak_memory_bytes"]}
         return fused(merge, rest["process_seconds"]) | {
             "peak_memory_bytes": max(peaks.values()),
@@ -696,6 +700,7 @@ def main() -> None:
     parser.add_argument("--toy", action="store_true", help="once and smallest, and every verdict must be equal")
     parser.add_argument("--folder", type=Path, default=Path("runs/bench"), help="what is worked in")
     parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--orion", metavar="PROGRAM", help="the command that is measured (default: this Python's)")
     arguments = vars(parser.parse_args())
     if arguments["repeats"] < 1:
         parser.error("--repeats must be 1 or more")

@@ -1,16 +1,14 @@
-"""One of several processes that share out a 16-bit base's weights; the first one prints what differs.
-
-    python -m torch.distributed.run --standalone --nproc-per-node 2 tests/fsdp_worker.py BASE DATASET LAYER_CLASSES
+"""What one of several processes does that share out a 16-bit base's weights.
 
 accelerate starts FSDP on GPUs only, so this calls what it would call: torch's `fully_shard`, on the classes that
 docs/accelerate/fsdp.yaml names.
 """
 
-import json
-import sys
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
+import peft  # noqa: F401  (loaded once, before the processes are forked)
 import torch
 import torch.distributed
 from torch.distributed.fsdp import fully_shard
@@ -35,10 +33,17 @@ def adapted(base: Path) -> Any:
     return model.train()
 
 
-def main() -> None:
-    base, dataset, classes = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3].split(",")
-    torch.distributed.init_process_group("gloo")
-    rank, count = torch.distributed.get_rank(), torch.distributed.get_world_size()
+def compare(base: Path, dataset: Path, classes: Set[str], meeting: Path, count: int, rank: int) -> dict[str, Any]:
+    """How the loss and the gradients of `count` processes, which meet at a new file, differ from those of one."""
+    torch.set_num_threads(1)  # a fork lacks the threads that its parent computed with
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", world_size=count, rank=rank)
+    try:
+        return _compare(base, dataset, classes, count, rank)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _compare(base: Path, dataset: Path, classes: Set[str], count: int, rank: int) -> dict[str, Any]:
     records = read_split(dataset, "train")[: 2 * count]
     frames = fine_tune.decode_frames(Dataset(dataset), records, 256, silent)
     collate = collator(load_processor(base, 256), frames)
@@ -58,19 +63,12 @@ def main() -> None:
     loss = shared(**batches[rank]).loss
     loss.backward()
     found = {name: value.grad.full_tensor() for name, value in shared.named_parameters() if value.grad is not None}
-    if rank == 0:
-        figures = {
-            "layers": len(layers),
-            "share": own / sum(value.numel() for value in whole.parameters()),
-            "loss_difference": abs(float(loss) - float(losses[0])),
-            "same_names": found.keys() == expected.keys(),
-            "gradients": len(found),
-            "gradient_difference": max(float((found[name] - expected[name]).abs().max()) for name in expected),
-            "smallest_gradient": min(float(value.abs().max()) for value in expected.values()),
-        }
-        sys.stdout.write(json.dumps(figures) + "\n")
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+    return {
+        "layers": len(layers),
+        "share": own / sum(value.numel() for value in whole.parameters()),
+        "loss_difference": abs(float(loss) - float(losses[rank])),
+        "same_names": found.keys() == expected.keys(),
+        "gradients": len(found),
+        "gradient_difference": max(float((found[name] - expected[name]).abs().max()) for name in expected),
+        "smallest_gradient": min(float(value.abs().max()) for value in expected.values()),
+    }

@@ -14,7 +14,7 @@ from gguf import GGUFReader
 from PIL import Image
 
 from orion_triage import pipeline
-from orion_triage.dataset.records import image_path, read_split
+from orion_triage.dataset.records import image_path, read_split, write_split
 from orion_triage.errors import OrionError, ServerError
 from orion_triage.evaluate.run import read_predictions
 from orion_triage.evaluate.variants import VERDICT_ONLY
@@ -107,24 +107,29 @@ def test_what_a_cleaned_run_lacks_is_said_and_the_rest_measured(run: Run) -> Non
 @pytest.mark.llama_cpp
 @pytest.mark.slow
 def test_the_table_fits_a_terminal_and_json_is_alone_on_standard_output(run: Run) -> None:
-    options = ("--run", run.folder, "--sizes", "256", "--mmproj", "F16", "--quants", "Q4_K_M", "--repeats", "1")
-    shown = orion("bench-frame", *options, COLUMNS="80")
+    own, few = ("--sizes", "256", "--reasons", ""), ("--mmproj", "F16", "--quants", "Q4_K_M", "--repeats", "1")
+    shown = orion("bench-frame", "--run", run.folder, *own, *few, COLUMNS="80")
     assert shown.returncode == 0, shown.stderr
     assert re.search(r"│ flight configuration .*│ +\d/6 │ +\d/6 \* │", shown.stdout)
     assert max(len(line) for line in shown.stdout.splitlines() if line[:1] in "┏│└") <= 80
     assert "Run 'orion evaluate --variants verdict-only'." in shown.stderr
-    printed = orion("bench-frame", run.folder, *options[2:], "--json")
+    printed = orion("bench-frame", run.folder, *few, "--json")
     assert printed.returncode == 0, printed.stderr
-    assert len(json.loads(printed.stdout)["rows"]) == 5
+    assert list(by_change(json.loads(printed.stdout))) == [
+        "flight configuration", "verdict-only", "reason of 20 tokens", "reason of 40 tokens", "512 px", "384 px",
+        "flash attention",
+    ]  # fmt: skip
 
 
 @pytest.mark.llama_cpp
 @pytest.mark.slow
 def test_a_run_trains_and_flies_at_another_size(small_dataset: Path, tmp_path: Path) -> None:
-    sets = ["base.frame_size=384", "fine_tune.epochs=1", "fuse.check_records=20", "evaluate.threads=1"]
+    sets = ["base.frame_size=384", "fine_tune.epochs=1", "fuse.check_records=6", "evaluate.threads=1"]
     run = Run(tmp_path / "run", load_settings("tiny", sets))
     prepare(run)
     shutil.copytree(small_dataset, run.dataset)
+    for split, count in (("train", 6), ("val", 3), ("test", 3)):  # a place of each category
+        write_split(run.dataset, split, read_split(run.dataset, split)[:count])
     for stage in ("fine-tune", "fuse", "quantize", "evaluate quantized"):
         pipeline.run_stage(pipeline.stage_named(stage, run.settings), run)
     record = read_split(run.dataset, "test")[0]
@@ -133,7 +138,7 @@ def test_a_run_trains_and_flies_at_another_size(small_dataset: Path, tmp_path: P
     seen = {row["condition"]: row["pixels_sha256"] for row in asked}
     assert seen["A"] == seen["B"] == hashlib.sha256(frame.image.tobytes()).hexdigest()
     with pytest.raises(OrionError, match=r"was trained on frames of 384 px; base\.frame_size is 256"):
-        pipeline.run_stage(pipeline.FUSE, replace(run, settings=load_settings("tiny")))
+        pipeline.run_stage(pipeline.FUSE, replace(run, settings=load_settings("tiny", sets[1:])))
     made = bundle.run(run, tmp_path / "bundle")
     assert made["frame_size"] == 384
     with Image.open(tmp_path / "bundle" / made["golden"][0]["image"]) as golden:
@@ -168,12 +173,11 @@ def test_an_image_out_of_the_cache_is_not_taken_for_an_encoded_one(finished: Pat
 
 
 @pytest.mark.llama_cpp
-def test_a_vision_tower_is_converted_to_eight_bits(small_base: Path, tmp_path: Path) -> None:
-    tools = find_toolchain()
-    for outtype, expected in (("f16", "F16"), ("q8_0", "Q8_0")):
-        path = tmp_path / f"{outtype}.gguf"
-        convert(tools, small_base, path, mmproj=True, outtype=outtype)
-        (kind,) = {t.tensor_type.name for t in GGUFReader(path).tensors if "attn_q.weight" in t.name}
+def test_a_vision_tower_is_converted_to_eight_bits(finished: Path, tmp_path: Path) -> None:
+    run, path = finished / "runs" / "small", tmp_path / "q8_0.gguf"
+    convert(find_toolchain(), run / "orion_merged", path, mmproj=True, outtype="q8_0")
+    for file, expected in ((run / "gguf" / quantize.MMPROJ, "F16"), (path, "Q8_0")):
+        (kind,) = {t.tensor_type.name for t in GGUFReader(file).tensors if "attn_q.weight" in t.name}
         assert kind == expected
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from orion_triage.errors import OrionError
+from orion_triage.export import quantize
 from orion_triage.export.convert import convert
 from orion_triage.llama_cpp.toolchain import find_toolchain
 from orion_triage.models.load import TINY_BASE_FOLDER, load_model, load_processor, resolve_base
@@ -39,16 +40,16 @@ def test_transformers_keeps_the_published_names(saved: Path) -> None:
 
 
 @pytest.mark.llama_cpp
-def test_the_converter_reads_what_transformers_saved(saved: Path, tmp_path: Path) -> None:
+def test_the_converter_reads_what_transformers_saved(saved: Path, tiny_pair: Path, tmp_path: Path) -> None:
     from gguf import GGUFReader
 
     tools = find_toolchain()
-    for mmproj in (False, True):
-        contents = []
-        for number, folder in enumerate((TINY_BASE_FOLDER, saved)):
-            target = tmp_path / f"{number}-{mmproj}.gguf"
-            convert(tools, folder, target, mmproj=mmproj)
-            contents.append({tensor.name: tensor.data.tobytes() for tensor in GGUFReader(target).tensors})
+    for mmproj, of_base in ((False, quantize.F16), (True, quantize.MMPROJ)):
+        convert(tools, saved, tmp_path / of_base, mmproj=mmproj)
+        contents = [
+            {tensor.name: tensor.data.tobytes() for tensor in GGUFReader(folder / of_base).tensors}
+            for folder in (tiny_pair, tmp_path)
+        ]
         assert contents[0] == contents[1]
         names = [name for name in tensors_of(saved) if name.startswith("model.language_model.") is not mmproj]
         assert len(contents[0]) == len(names)  # none was passed over

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).parents[1]
@@ -31,23 +30,20 @@ def test_the_site_builds_with_every_link_and_asks_no_other_site(tmp_path: Path) 
         assert not re.search(r"(@import|url\()\s*['\"]?(https?:)?//", style.read_text()), style.name
 
 
-@pytest.mark.parametrize(
-    ("line", "complaint"),
-    [
-        ("[x](gone.md)", "target not found: 'gone.md'"),
-        ("[x](training.md#gone)", "local id not found in doc 'training': 'gone'"),
-        ("[x](accelerate/gone.yaml)", "target not found: 'accelerate/gone.yaml'"),
-        ("![x](gone.png)", "image file not readable: gone.png"),
-    ],
-)
-def test_a_dead_link_fails_the_build(line: str, complaint: str, tmp_path: Path) -> None:
+def test_a_dead_link_fails_the_build(tmp_path: Path) -> None:
+    dead = {
+        "[x](gone.md)": "target not found: 'gone.md'",
+        "[x](training.md#gone)": "local id not found in doc 'training': 'gone'",
+        "[x](accelerate/gone.yaml)": "target not found: 'accelerate/gone.yaml'",
+        "![x](gone.png)": "image file not readable: gone.png",
+    }
     (tmp_path / "conf.py").write_text((DOCS / "conf.py").read_text())
     (tmp_path / "_static").mkdir()
-    (tmp_path / "index.md").write_text(f"# Index\n\n{line}\n\n```{{toctree}}\ntraining\n```\n")
+    (tmp_path / "index.md").write_text("# Index\n\n" + "\n\n".join(dead) + "\n\n```{toctree}\ntraining\n```\n")
     (tmp_path / "training.md").write_text("# Training\n")
     result = build(tmp_path, tmp_path / "site")
     assert result.returncode == 1
-    assert complaint in result.stderr
+    assert [complaint for complaint in dead.values() if complaint not in result.stderr] == []
 
 
 def test_links_of_the_readme_lead_somewhere() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from orion_triage.dataset.dataset import Dataset
-from orion_triage.dataset.records import read_split, split_path
+from orion_triage.dataset.records import read_split, split_path, write_split
 from orion_triage.errors import OrionError
 from orion_triage.models.encode import IGNORED, encode
 from orion_triage.models.load import expand_four_bit, fingerprint, load_model, load_processor
@@ -30,6 +30,15 @@ QUICK = FineTuneSettings(
     learning_rate=1e-2,
     gradient_checkpointing=False,
 )
+
+
+@pytest.fixture(scope="module")
+def few(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four training targets twice, two to validate."""
+    folder = shutil.copytree(small_dataset, tmp_path_factory.mktemp("few") / "dataset")
+    for split, count in (("train", 8), ("val", 2)):
+        write_split(folder, split, read_split(small_dataset, split)[:count])
+    return folder
 
 
 def tensors_of(folder: Path) -> dict[str, Any]:
@@ -115,11 +124,11 @@ def test_only_adapter_weights_move_and_all_of_them(
 ) -> None:
     model = make_adapted(small_base, QUICK.model_copy(update={"scope": scope}))
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
-    records = read_split(small_dataset, "train")[:16]
+    records = read_split(small_dataset, "train")[:8]
     frames = fine_tune.decode_frames(Dataset(small_dataset), records, 256, silent)
     collate = collator(load_processor(small_base, 256), frames)
-    settings = QUICK.model_copy(update={"epochs": 1})
-    trainer = make_trainer(model, collate, records, records[:4], settings, "cpu", "float32", tmp_path, silent)
+    settings = QUICK.model_copy(update={"epochs": 1, "micro_batch_size": 4})
+    trainer = make_trainer(model, collate, records, records[:2], settings, "cpu", "float32", tmp_path, silent)
     trainer.train()
     assert trainer.state.global_step == 2
     moved = {name for name, value in model.named_parameters() if not value.equal(before[name])}
@@ -226,7 +235,7 @@ def test_gradients_are_those_of_the_plain_recipe(small_base: Path, small_dataset
 
 
 def test_a_tower_that_is_not_trained_is_asked_once_a_frame(
-    small_base: Path, small_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_base: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from orion_triage.models.shared_image import Lfm2VlForConditionalGeneration
 
@@ -237,19 +246,22 @@ def test_a_tower_that_is_not_trained_is_asked_once_a_frame(
         Lfm2VlForConditionalGeneration, "look", lambda model, **pixels: looks.append(1) or look(model, **pixels)
     )
     runs = {}
+
+    def progress(description: str, done: int, total: int) -> None:
+        if (description, done) == ("loading the base", 2):  # the preflight's looks do not count
+            looks.clear()
+
     for kept in (True, False):
         settings = QUICK.model_copy(update={"scope": "language-attention"})
         if not kept:
             # The same training without the shortcut.
             monkeypatch.setattr(FineTuneSettings, "trains_tower", property(lambda self: True))
-        looks.clear()
-        figures = fine_tune.run(
-            small_base, Dataset(small_dataset), tmp_path / f"{kept}", tmp_path / f"work-{kept}", settings, 256
-        )
+        out, work = tmp_path / f"{kept}", tmp_path / f"work-{kept}"
+        figures = fine_tune.run(small_base, Dataset(few), out, work, settings, 256, progress)
         runs[kept] = (len(looks), figures["eval_losses"])
-    images = {record.image for split in ("train", "val") for record in read_split(small_dataset, split)}
-    preflight = 2 * fine_tune.PREFLIGHT_FRAMES + fine_tune.PREFLIGHT_FRAMES
-    assert runs[True][0] <= len(images) + preflight < runs[False][0] + len(images)
+    images = {record.image for split in ("train", "val") for record in read_split(few, split)}
+    assert runs[True][0] == len(images)
+    assert runs[False][0] == 4  # two steps and two validations
     assert runs[True][1] == pytest.approx(runs[False][1], abs=1e-5)
 
 
@@ -262,7 +274,7 @@ def test_groupings_keep_the_records_of_a_step() -> None:
     assert [g.gradient_checkpointing for g in groupings(QUICK)] == [False]
 
 
-def test_batch_two_by_one_equals_one_by_two(small_base: Path, small_dataset: Path, tmp_path: Path) -> None:
+def test_batch_two_by_one_equals_one_by_two(small_base: Path, few: Path, tmp_path: Path) -> None:
     results = []
     for micro, accumulated in ((2, 1), (1, 2)):
         settings = QUICK.model_copy(
@@ -276,37 +288,37 @@ def test_batch_two_by_one_equals_one_by_two(small_base: Path, small_dataset: Pat
             }
         )
         out = tmp_path / f"adapter-{micro}"
-        fine_tune.run(small_base, Dataset(small_dataset), out, tmp_path / f"work-{micro}", settings, 256)
+        fine_tune.run(small_base, Dataset(few), out, tmp_path / f"work-{micro}", settings, 256)
         results.append(tensors_of(out))
-    assert largest_difference(*results) < 2e-4  # twelve steps of 1e-3 each
+    assert largest_difference(*results) < 2e-4  # four steps of 1e-3 each
 
 
 @pytest.mark.slow
-def test_gradient_checkpointing_changes_no_result(small_base: Path, small_dataset: Path, tmp_path: Path) -> None:
+def test_gradient_checkpointing_changes_no_result(small_base: Path, few: Path, tmp_path: Path) -> None:
     results = []
     for on in (False, True):
-        settings = QUICK.model_copy(update={"gradient_checkpointing": on, "epochs": 1})
+        settings = QUICK.model_copy(update={"gradient_checkpointing": on, "epochs": 1, "micro_batch_size": 4})
         out = tmp_path / f"adapter-{on}"
-        fine_tune.run(small_base, Dataset(small_dataset), out, tmp_path / f"work-{on}", settings, 256)
+        fine_tune.run(small_base, Dataset(few), out, tmp_path / f"work-{on}", settings, 256)
         results.append(tensors_of(out))
     assert largest_difference(*results) < 1e-4
 
 
-def test_a_base_in_sixteen_bits_trains_too(small_base: Path, small_dataset: Path, tmp_path: Path) -> None:
+def test_a_base_in_sixteen_bits_trains_too(
+    small_base: Path, small_adapter: Path, small_dataset: Path, tmp_path: Path
+) -> None:
     settings = QUICK.model_copy(update={"base_weights": "16-bit", "epochs": 1})
     figures = fine_tune.run(small_base, Dataset(small_dataset), tmp_path / "adapter", tmp_path / "work", settings, 256)
     assert figures["preflight"]["smallest_vision_cosine"] == pytest.approx(1)
     assert figures["last_loss"] < figures["first_loss"]
     assert figures["trained_parameters"] == {"text": 28672, "vision": 24576}
-    four_bit = fine_tune.run(
-        small_base,
-        Dataset(small_dataset),
-        tmp_path / "b",
-        tmp_path / "work-b",
-        QUICK.model_copy(update={"epochs": 1}),
-        256,
-    )
-    assert four_bit["first_loss"] != figures["first_loss"]
+    of_four_bits, of_sixteen = (losses(folder, "loss")[0] for folder in (small_adapter, tmp_path / "adapter"))
+    assert of_sixteen != of_four_bits
+
+
+def losses(adapter: Path, name: str) -> list[float]:
+    log = json.loads((adapter / "loss_log.json").read_text())
+    return [entry[name] for entry in log if name in entry]
 
 
 def test_shared_out_weights_need_an_optimizer_that_can_be(
@@ -322,46 +334,48 @@ class InterruptionError(Exception):
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_ends_like_a_straight_one(small_base: Path, small_dataset: Path, tmp_path: Path) -> None:
-    straight = fine_tune.run(small_base, Dataset(small_dataset), tmp_path / "a", tmp_path / "work-a", QUICK, 256)
-    assert straight["resumed_from_step"] == 0
+def test_an_interrupted_run_ends_like_a_straight_one(
+    small_base: Path, small_adapter: Path, small_dataset: Path, tmp_path: Path
+) -> None:
+    """`small_adapter` is from a straight one. What goes on afterwards goes on from the last whole checkpoint."""
+    work = tmp_path / "work"
 
-    def stop_in_the_second_epoch(description: str, done: int, total: int) -> None:
-        if (description, done) == ("fine-tuning", 5):
-            raise InterruptionError
+    def train(out: str, settings: FineTuneSettings = QUICK, progress: Any = silent) -> dict[str, Any]:
+        return fine_tune.run(small_base, Dataset(small_dataset), tmp_path / out, work, settings, 256, progress)
 
-    work = tmp_path / "work-b"
+    def stop_at(step: int) -> Any:
+        def progress(description: str, done: int, total: int) -> None:
+            if (description, done) == ("fine-tuning", step):
+                raise InterruptionError
+
+        return progress
+
     with pytest.raises(InterruptionError):
-        fine_tune.run(small_base, Dataset(small_dataset), tmp_path / "b", work, QUICK, 256, stop_in_the_second_epoch)
-    assert not (tmp_path / "b").exists()
+        train("a", progress=stop_at(5))  # in the second epoch
+    assert not (tmp_path / "a").exists()
     half_written = work / "checkpoints" / "checkpoint-5"  # as if the power had gone while saving
     half_written.mkdir()
     (half_written / "adapter_model.safetensors").write_bytes(b"cut")
-    resumed = fine_tune.run(small_base, Dataset(small_dataset), tmp_path / "b", work, QUICK, 256)
-    assert resumed["resumed_from_step"] == 3
-    assert resumed["steps"] == straight["steps"] == 6
-    assert resumed["eval_losses"] == pytest.approx(straight["eval_losses"], abs=1e-4)
-    assert largest_difference(tensors_of(tmp_path / "a"), tensors_of(tmp_path / "b")) < 1e-4
+    resumed = train("a")
+    assert (resumed["resumed_from_step"], resumed["steps"]) == (3, 6)
+    assert resumed["eval_losses"] == pytest.approx(losses(small_adapter, "eval_loss"), abs=1e-4)
+    assert largest_difference(tensors_of(small_adapter), tensors_of(tmp_path / "a")) < 1e-4
 
-    other = QUICK.model_copy(update={"learning_rate": 5e-3})
-    anew = fine_tune.run(small_base, Dataset(small_dataset), tmp_path / "b", work, other, 256)
-    assert anew["resumed_from_step"] == 0
-
-
-@pytest.mark.slow
-def test_a_finished_run_is_not_trained_twice(small_base: Path, small_dataset: Path, tmp_path: Path) -> None:
-    settings = QUICK.model_copy(update={"epochs": 1})
-    first = fine_tune.run(small_base, Dataset(small_dataset), tmp_path / "a", tmp_path / "work", settings, 256)
-    again = fine_tune.run(small_base, Dataset(small_dataset), tmp_path / "b", tmp_path / "work", settings, 256)
-    assert again["resumed_from_step"] == first["steps"] == 3
+    finished = train("b")
+    assert finished["resumed_from_step"] == 6
     assert largest_difference(tensors_of(tmp_path / "a"), tensors_of(tmp_path / "b")) == 0
 
+    assert sorted(path.name for path in (work / "checkpoints").iterdir()) == ["checkpoint-3", "checkpoint-6"]
+    newest = work / "checkpoints" / "checkpoint-6" / "adapter_model.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[-1] ^= 1
+    newest.write_bytes(data)
+    again = train("c")
+    assert again["resumed_from_step"] == 3
+    assert again["eval_losses"] == pytest.approx(resumed["eval_losses"], rel=1e-4)
 
-def test_a_loss_that_is_no_number_stops_the_run(small_base: Path, small_dataset: Path, tmp_path: Path) -> None:
-    settings = QUICK.model_copy(update={"learning_rate": 1e30, "optimizer": "adamw_torch"})
-    with pytest.raises(OrionError, match=r"loss is (nan|inf) at step \d of 6"):
-        fine_tune.run(small_base, Dataset(small_dataset), tmp_path / "a", tmp_path / "work", settings, 256)
-    assert not (tmp_path / "a").exists()
+    with pytest.raises(InterruptionError):  # other settings begin at their first step
+        train("d", QUICK.model_copy(update={"learning_rate": 5e-3}), stop_at(1))
 
 
 def test_mistakes_are_named_before_a_model_is_loaded(small_base: Path, small_dataset: Path, tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Every command block of the guides is run, page by page and in order, each page on a copy of the tests' finished run.
 
 A block under the comment <!-- not run: REASON --> is left out. The reasons are REASONS, "see PLACE" and "minutes, see
-PLACE", where PLACE is the file or the test that runs it instead, or checks what it made.
+PLACE", where PLACE is the file or the test that runs it instead, or checks what it made. If it is a page, the commands
+stand there in the same words.
 """
 
 import os
@@ -11,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,15 +34,18 @@ UNSET = ("ORION_SERVER", "LLAMA_")  # of the environment: a reader has none of t
 KEPT = ("LLAMA_ARG_THREADS",)  # beside another worker, two threads that wait for each other take six times as long
 
 # A guide's run has 360 places and five epochs, the tests' 36 and two. These commands make the stages of a run.
+# The program is the one of search_path, even where a page activates the environment: only --help starts that one's own.
 STAGES = "run|dataset|ablation|fine-tune|fuse|quantize|evaluate"
 PREAMBLE = f"""
 set -euo pipefail
+program=$(command -v orion || true)
 orion() {{
     case "$1 ${{2:-}}" in
-        "dataset check" | "dataset view") command orion "$@" ;;
+        "--help ") command orion "$@" ;;
+        "dataset check" | "dataset view") "$program" "$@" ;;
         *) case "$1" in
-            {STAGES}) command orion "$1" {shlex.join(run_command()[3:])} "${{@:2}}" ;;
-            *) command orion "$@" ;;
+            {STAGES}) "$program" "$1" {shlex.join(run_command()[3:])} "${{@:2}}" ;;
+            *) "$program" "$@" ;;
         esac ;;
     esac
 }}
@@ -109,6 +114,16 @@ def blocks_of_page(path: Path) -> list[Block]:
     return blocks_of(path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8"))
 
 
+def run_on(path: Path) -> list[Block]:
+    """The blocks of a page that the tests run."""
+    return [block for block in blocks_of_page(path) if not block.not_run]
+
+
+def commands_of(blocks: Iterable[Block]) -> set[str]:
+    """The lines of the blocks, without comments."""
+    return {line.partition(" #")[0].strip() for block in blocks for line in block.text.splitlines()}
+
+
 def run_blocks(blocks: list[Block], folder: Path, path: str) -> tuple[int, str]:
     """Exit status and output of the blocks that are run, in one shell, which ends at the first failure."""
     script = [PREAMBLE, *(f"echo '=== {block}' >&2\n{block.text}" for block in blocks if not block.not_run)]
@@ -160,7 +175,7 @@ def readers_folder(finished: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.llama_cpp
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [path for path in pages() if "```sh" in path.read_text()], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [path for path in pages() if run_on(path)], ids=lambda path: path.stem)
 def test_every_command_of_the_guides_runs(path: Path, readers_folder: Path, search_path: str) -> None:
     status, output = run_blocks(blocks_of_page(path), readers_folder, search_path)
     assert status == 0, output[-3000:]
@@ -174,6 +189,17 @@ def test_blocks_that_are_not_run_are_listed(capsys: pytest.CaptureFixture[str]) 
     with capsys.disabled():
         sys.stdout.write("\n".join(["", "command blocks of the guides that are not run:", *lines, ""]))
     assert {block.not_run for block in left_out} >= REASONS
+
+
+def test_what_another_page_runs_stands_there_in_the_same_words() -> None:
+    pointers = [
+        (block, ROOT / place[1])
+        for path in pages()
+        for block in blocks_of_page(path)
+        if (place := re.fullmatch(r"see (\S+\.md)", block.not_run))
+    ]
+    assert [str(block) for block, other in pointers if not commands_of([block]) <= commands_of(run_on(other))] == []
+    assert {block.page for block, _ in pointers} == {"README.md"}
 
 
 def test_a_wrong_command_in_a_guide_fails_and_is_named(tmp_path: Path) -> None:

@@ -366,7 +366,11 @@ ESCAPES = (
 )
 
 
-@pytest.mark.parametrize("template", ESCAPES)
+# Each takes a process with transformers in it. The suite has one of each kind, and those that the limits stop.
+TRIED = ESCAPES if os.environ.get("HYPOTHESIS_PROFILE") == "torture" else (ESCAPES[1], ESCAPES[4], *ESCAPES[9:])
+
+
+@pytest.mark.parametrize("template", TRIED)
 def test_a_template_that_is_more_than_a_form_is_refused(
     template: str, marker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

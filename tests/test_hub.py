@@ -24,14 +24,16 @@ from .conftest import orion_with, structured_picture
 from .hub_server import TOKEN, Hub, serve
 
 LOCATE = """
-import sys
+import json, sys
 from orion_triage import hub
 from orion_triage.errors import OrionError
-try:
-    folder = hub.locate(sys.argv[1], sys.argv[2])
-    print(hub.id_of(folder), *sorted(path.name for path in folder.iterdir()))
-except OrionError as error:
-    sys.exit(f"{error.message} FIX {error.fix}")
+for name in sys.argv[1:]:
+    try:
+        folder = hub.locate(name, "model")
+        answer = " ".join([str(hub.id_of(folder)), *sorted(path.name for path in folder.iterdir())])
+    except OrionError as error:
+        answer = f"{error.message} FIX {error.fix}"
+    print(json.dumps(answer))
 """
 
 
@@ -53,12 +55,12 @@ def environment(hub: Hub, home: Path, **changes: str) -> dict[str, str]:
     }
 
 
-def locate(hub: Hub, home: Path, name: str, kind: str = "model", **changes: str) -> str:
-    """What a process of its own prints, or its error."""
-    command = [sys.executable, "-c", LOCATE, name, kind]
+def locate(hub: Hub, home: Path, *names: str, **changes: str) -> list[str]:
+    """What a process of its own finds under these names: id and files, or the error."""
+    command = [sys.executable, "-c", LOCATE, *names]
     result = subprocess.run(command, env=environment(hub, home, **changes), capture_output=True, text=True, check=False)
-    assert "Traceback" not in result.stderr, result.stderr
-    return (result.stdout + result.stderr).strip()
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
 
 
 @pytest.fixture
@@ -79,22 +81,22 @@ def test_only_data_is_fetched_and_a_pinned_commit_needs_the_network_once(
     (folder / "config.json").write_text("changed")
     hub.add("team/base", folder)
     pinned = f"team/base@{first}"
-    assert locate(hub, tmp_path / "hf", pinned) == "team/base LICENSE config.json model.safetensors"
+    found = ["team/base LICENSE config.json model.safetensors"]
+    assert locate(hub, tmp_path / "hf", pinned) == found
     snapshot = tmp_path / "hf/hub/models--team--base/snapshots" / first
     assert (snapshot / "config.json").read_text() == "config.json"
     assert (snapshot / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
-    asked = len([request for request in hub.requests if "team/base" in request])
-    assert locate(hub, tmp_path / "hf", pinned).startswith("team/base")
-    assert len([request for request in hub.requests if "team/base" in request]) == asked
-    assert locate(hub, tmp_path / "hf", pinned, HF_HUB_OFFLINE="1").startswith("team/base")
-    assert locate(hub, tmp_path / "hf", pinned, HF_ENDPOINT="http://127.0.0.1:9").startswith("team/base")
+    hub.requests.clear()
+    assert locate(hub, tmp_path / "hf", pinned) == found
+    assert not [request for request in hub.requests if "team/base" in request]
+    assert locate(hub, tmp_path / "hf", pinned, HF_HUB_OFFLINE="1") == found
 
 
 def test_a_download_that_was_cut_goes_on(hub: Hub, folder: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors").write_bytes(os.urandom(12_000_000))
     commit = hub.add("team/base", folder)
     hub.cut_after = 11_000_000  # huggingface_hub keeps whole chunks of 10 MiB
-    assert locate(hub, tmp_path / "hf", f"team/base@{commit}").startswith("team/base")
+    assert locate(hub, tmp_path / "hf", f"team/base@{commit}")[0].startswith("team/base ")
     snapshot = tmp_path / "hf/hub/models--team--base/snapshots" / commit
     assert (snapshot / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     assert any(asked.startswith("bytes=10485760-") for asked in hub.ranges)
@@ -105,21 +107,25 @@ def test_every_refusal_says_what_to_do(hub: Hub, folder: Path, tmp_path: Path) -
     hub.add("team/gated", folder, gated=True)
     hub.add("team/private", folder, private=True)
     home = tmp_path / "hf"
-    assert "is gated" in (answer := locate(hub, home, "team/gated", HF_TOKEN=TOKEN))
-    assert f"Accept its terms at {hub.url}/team/gated" in answer
-    assert "neither a local folder nor a repository" in (answer := locate(hub, home, "team/private"))
-    assert "set HF_TOKEN" in answer
-    assert locate(hub, home, "team/private", HF_TOKEN=TOKEN).startswith("team/private")
-    assert "no revision 'v9'" in locate(hub, home, "team/base@v9")
-    assert "neither a local folder nor a repository" in locate(hub, home, "team/nothing", HF_TOKEN=TOKEN)
-    wrong = locate(hub, home, "team/base", HF_TOKEN="hf_wrong")
+    malformed = ("nowhere", "./gone", "/gone/too", "a/b/c", "team/base@")
+    private, other, *answers = locate(hub, home, "team/private", "team/base@v9", *malformed)
+    assert "neither a local folder nor a repository" in private
+    assert "set HF_TOKEN" in private
+    assert "no revision 'v9'" in other
+    assert ["neither a folder nor a Hub id" in answer for answer in answers] == [True] * len(malformed)
+    gated, nothing, private = locate(hub, home, "team/gated", "team/nothing", "team/private", HF_TOKEN=TOKEN)
+    assert "is gated" in gated
+    assert f"Accept its terms at {hub.url}/team/gated" in gated
+    assert "neither a local folder nor a repository" in nothing
+    assert private.startswith("team/private ")
+    (wrong,) = locate(hub, home, "team/base", HF_TOKEN="hf_wrong")
     assert "answered 401" in wrong
     assert "hf_wrong" not in wrong
-    assert "HF_HUB_OFFLINE is set" in locate(hub, home, "team/base", HF_HUB_OFFLINE="1")
-    assert "cannot be reached" in (answer := locate(hub, home, "team/base", HF_ENDPOINT="http://127.0.0.1:9"))
-    assert "hf download team/base --local-dir FOLDER" in answer
-    for name in ("nowhere", "./gone", "/gone/too", "a/b/c", "team/base@"):
-        assert "neither a folder nor a Hub id" in locate(hub, home, name)
+    (offline,) = locate(hub, home, "team/base", HF_HUB_OFFLINE="1")
+    assert "HF_HUB_OFFLINE is set" in offline
+    (unreachable,) = locate(hub, home, "team/base", HF_ENDPOINT="http://127.0.0.1:9")
+    assert "cannot be reached" in unreachable
+    assert "hf download team/base --local-dir FOLDER" in unreachable
 
 
 def orion(hub: Hub, cwd: Path, *arguments: object, **changes: str) -> subprocess.CompletedProcess[str]:
@@ -149,7 +155,7 @@ def test_a_whole_run_by_hub_ids(hub: Hub, small_base: Path, small_dataset: Path,
         frame_size = 256
         [fine_tune]
         learning_rate = 1e-2
-        epochs = 2
+        epochs = 1
         micro_batch_size = 8
         gradient_accumulation_steps = 1
         gradient_checkpointing = false
@@ -164,6 +170,9 @@ def test_a_whole_run_by_hub_ids(hub: Hub, small_base: Path, small_dataset: Path,
         assert split_path(run / "dataset", split).read_bytes() == split_path(small_dataset, split).read_bytes()
     assert json.loads((run / "orion_lora_weights/base.json").read_text())["name"] == "team/base"
 
+    refused = orion(hub, tmp_path, "push", "someone-else/x", "--product", "adapter")
+    assert refused.returncode == 1
+    assert "answered 403" in refused.stderr
     for product in ("adapter", "merged", "gguf"):
         if product == "gguf":  # a card with figures, from here on
             for command in (("ablation",), ("evaluate",), ("evaluate", "--gguf")):
@@ -204,15 +213,15 @@ def test_a_whole_run_by_hub_ids(hub: Hub, small_base: Path, small_dataset: Path,
     assert stage_manifest.figures["pair"] == "me/gguf"
     assert stage_manifest.figures["A"]["count"] == 6
 
-    refused = orion(hub, tmp_path, "push", "someone-else/x", "--product", "adapter")
-    assert refused.returncode == 1
-    assert "answered 403" in refused.stderr
     assert orion(hub, tmp_path, "evaluate", "me/gguf", *other).returncode == 2
 
 
-def test_a_base_without_a_licence_gives_nothing_to_publish(small_adapter: Path, tmp_path: Path) -> None:
-    assert licence_of(small_adapter) is None
-    write_card("adapter", small_adapter, "base", tmp_path)
+def test_a_base_without_a_licence_gives_nothing_to_publish(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text("{}")
+    assert licence_of(base) is None
+    write_card("adapter", base, "base", tmp_path)
     assert "Not known" in (tmp_path / README).read_text()
     (tmp_path / "README.md").write_text("---\n: [\n---\n")
     with pytest.raises(OrionError, match="the header is not YAML"):

@@ -14,6 +14,7 @@ from orion_triage.llama_cpp.toolchain import PINNED_BUILD, built_meanwhile, exis
 
 from .conftest import orion
 
+WAIT_SECONDS = 60
 HASWELL = frozenset("fpu sse4_2 avx avx2 bmi1 bmi2 fma f16c".split())
 ZEN4 = HASWELL | set("avx512f avx512cd avx512vl avx512dq avx512bw avx512vbmi avx512_vnni avx512_bf16 vaes".split())
 
@@ -85,13 +86,15 @@ def test_whoever_waits_for_a_build_sees_how_far_it_is(tmp_path: Path, monkeypatc
     lines: list[tuple[str, int, int]] = []
     with (cache / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        waiting = threading.Thread(target=find_toolchain, args=(lambda *line: lines.append(line),))
+        waiting = threading.Thread(target=find_toolchain, args=(lambda *line: lines.append(line),), daemon=True)
         waiting.start()
-        while not lines:
+        deadline = time.monotonic() + WAIT_SECONDS
+        while not lines and waiting.is_alive() and time.monotonic() < deadline:
             time.sleep(0.01)
         _tools(cache / f"bin-{cmake_build.target().name}", "true")
         fcntl.flock(lock, fcntl.LOCK_UN)
-        waiting.join()
+        waiting.join(WAIT_SECONDS)
+    assert not waiting.is_alive()
     assert set(lines) == {("waiting for llama.cpp's build", 4, 9)}
 
 
@@ -107,7 +110,7 @@ def test_a_build_in_the_background_ends_with_the_work_it_accompanies(
         fcntl.flock(lock, fcntl.LOCK_EX)
         with built_meanwhile() as process:
             assert process is not None
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + WAIT_SECONDS
             while os.getpriority(os.PRIO_PROCESS, process.pid) != 10 and time.monotonic() < deadline:
                 time.sleep(0.05)
             assert process.poll() is None

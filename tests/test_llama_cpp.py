@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import threading
 import zipfile
@@ -11,19 +12,19 @@ from pathlib import Path
 
 import pytest
 
-from orion_triage.dataset.dataset import Dataset
 from orion_triage.dataset.records import image_path, read_split
 from orion_triage.errors import OrionError, ServerError
-from orion_triage.export import fuse, quantize
+from orion_triage.export import quantize
 from orion_triage.export.convert import convert
 from orion_triage.imagery.frames import Frame, decode_frame, read_frame
 from orion_triage.llama_cpp.client import Client
 from orion_triage.llama_cpp.server import Server
-from orion_triage.llama_cpp.toolchain import PINNED_BUILD, Toolchain, find_toolchain, parse_build_number, unpack_wheel
+from orion_triage.llama_cpp.toolchain import Toolchain, find_toolchain, parse_build_number, unpack_wheel
 from orion_triage.mission.prompt import Coordinates, render_prompt
 from orion_triage.mission.verdict import GRAMMAR, parse_verdict
+from orion_triage.models.load import TINY_BASE_FOLDER
 from orion_triage.safe.files import sha256_of_file
-from orion_triage.settings import FuseSettings, QuantizeSettings
+from orion_triage.settings import QuantizeSettings
 
 PROMPTS = [render_prompt(None), render_prompt(Coordinates(-120.62, 34.0))]
 
@@ -31,15 +32,6 @@ PROMPTS = [render_prompt(None), render_prompt(Coordinates(-120.62, 34.0))]
 @pytest.fixture(scope="session")
 def toolchain() -> Toolchain:
     return find_toolchain()
-
-
-@pytest.fixture(scope="session")
-def pair(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pair") / "gguf"
-    figures = quantize.run(small_base, folder, QuantizeSettings(), prompts=PROMPTS)
-    assert figures["prompts_tokenized_alike"] == len(PROMPTS)
-    assert figures["llama_cpp_build"] >= PINNED_BUILD
-    return folder
 
 
 @pytest.mark.parametrize(
@@ -159,22 +151,23 @@ def test_loading_is_waited_for_and_nobody_there_is_said(server: ThreadingHTTPSer
 
 @pytest.mark.llama_cpp
 def test_f16_gives_the_probabilities_of_transformers(
-    toolchain: Toolchain, small_base: Path, small_dataset: Path, pair: Path, tmp_path: Path
+    toolchain: Toolchain, small_dataset: Path, tiny_pair: Path, tmp_path: Path
 ) -> None:
     from orion_triage.export import parity
     from orion_triage.models.load import load_model, load_processor
 
-    processor, model = load_processor(small_base, 256), load_model(small_base, dtype="float32")
+    processor, model = load_processor(TINY_BASE_FOLDER, 256), load_model(TINY_BASE_FOLDER, dtype="float32")
     records = read_split(small_dataset, "test")[:2]
     log = tmp_path / "server.log"
-    with Server(toolchain, pair / quantize.F16, pair / quantize.MMPROJ, log=log) as running:
+    with Server(toolchain, tiny_pair / quantize.F16, tiny_pair / quantize.MMPROJ, log=log) as running:
         for record in records:
             frame = read_frame(image_path(small_dataset, record), 256)
             difference = parity.largest_difference(model, processor, running.client, frame, record.prompt)
             assert difference <= parity.LARGEST_DIFFERENCE
         with pytest.raises(OrionError, match=r"llama\.cpp reads"):
             large = read_frame(image_path(small_dataset, records[0]), 512)
-            parity.largest_difference(model, load_processor(small_base, 512), _Shrinking(running.client), large, "x")
+            processor = load_processor(TINY_BASE_FOLDER, 512)
+            parity.largest_difference(model, processor, _Shrinking(running.client), large, "x")
 
 
 class _Shrinking:
@@ -191,13 +184,14 @@ class _Shrinking:
 
 @pytest.mark.llama_cpp
 def test_the_flight_grammar_gives_verdicts_and_the_server_stops(
-    toolchain: Toolchain, small_dataset: Path, pair: Path, tmp_path: Path
+    toolchain: Toolchain, small_dataset: Path, tiny_pair: Path, tmp_path: Path
 ) -> None:
     record = read_split(small_dataset, "test")[0]
     png = read_frame(image_path(small_dataset, record), 256).png()
     log = tmp_path / "server.log"
-    with Server(toolchain, pair / quantize.QUANTIZED, pair / quantize.MMPROJ, log=log) as running:
+    with Server(toolchain, tiny_pair / quantize.QUANTIZED, tiny_pair / quantize.MMPROJ, log=log) as running:
         assert parse_verdict(running.client.complete(record.prompt, png, 250, GRAMMAR)) is not None
+        assert quantize.check_tokenization(running.client, TINY_BASE_FOLDER, PROMPTS) == len(PROMPTS)
         process, client = running._process, running.client
         assert process is not None
         assert os.getpgid(process.pid) != os.getpgid(0)  # Ctrl-C in a terminal goes to a whole group
@@ -208,7 +202,7 @@ def test_the_flight_grammar_gives_verdicts_and_the_server_stops(
 
 @pytest.mark.llama_cpp
 def test_a_dead_server_is_reported_with_its_last_words(
-    toolchain: Toolchain, small_dataset: Path, pair: Path, tmp_path: Path
+    toolchain: Toolchain, small_dataset: Path, tiny_pair: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(ServerError, match="llama-server did not start"):
@@ -218,7 +212,9 @@ def test_a_dead_server_is_reported_with_its_last_words(
     png = Frame(Image.new("RGB", (256, 256)), (256, 256)).png()
     with (
         pytest.raises(ServerError, match="llama-server died"),
-        Server(toolchain, pair / quantize.QUANTIZED, pair / quantize.MMPROJ, log=tmp_path / "b.log") as running,
+        Server(
+            toolchain, tiny_pair / quantize.QUANTIZED, tiny_pair / quantize.MMPROJ, log=tmp_path / "b.log"
+        ) as running,
     ):
         assert running._process is not None
         running._process.kill()
@@ -227,10 +223,10 @@ def test_a_dead_server_is_reported_with_its_last_words(
 
 
 @pytest.mark.llama_cpp
-def test_files_of_two_conversions_are_not_a_pair(pair: Path, tmp_path: Path) -> None:
-    quantize.check_pair(pair)
+def test_files_of_two_conversions_are_not_a_pair(tiny_pair: Path, tmp_path: Path) -> None:
+    quantize.check_pair(tiny_pair)
     mixed = tmp_path / "mixed"
-    shutil.copytree(pair, mixed)
+    shutil.copytree(tiny_pair, mixed)
     data = bytearray((mixed / quantize.MMPROJ).read_bytes())
     data[-1] ^= 1
     (mixed / quantize.MMPROJ).write_bytes(data)
@@ -242,24 +238,34 @@ def test_files_of_two_conversions_are_not_a_pair(pair: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.llama_cpp
-def test_an_adapted_tower_has_an_mmproj_of_its_own_and_refuses_the_bases(
-    toolchain: Toolchain, small_base: Path, small_adapter: Path, small_dataset: Path, tmp_path: Path
+def test_a_trained_tower_has_an_mmproj_of_its_own_and_refuses_the_bases(
+    toolchain: Toolchain, tiny_pair: Path, tmp_path: Path
 ) -> None:
+    """The shipped base with other weights where an adapter of the tower has its own."""
     from gguf import GGUFReader
+    from safetensors.torch import load_file, save_file
 
-    merged, folder, of_base = tmp_path / "merged", tmp_path / "gguf", tmp_path / "base.gguf"
-    fuse.run(small_base, small_adapter, Dataset(small_dataset), merged, FuseSettings(check_records=20), 256)
-    quantize.run(merged, folder, QuantizeSettings(), prompts=["one"])
-    convert(toolchain, small_base, of_base, mmproj=True)
+    trained = shutil.copytree(TINY_BASE_FOLDER, tmp_path / "trained")
+    weights = load_file(trained / "model.safetensors")
+    attention = re.compile(r"vision_tower\..*\.self_attn\.\w+\.weight")
+    layers = len({name for name in weights if attention.search(name)}) // 4
+    changed = {name: 2 * value if attention.search(name) else value for name, value in weights.items()}
+    save_file(changed, trained / "model.safetensors", metadata={"format": "pt"})
+    folder = shutil.copytree(tiny_pair, tmp_path / "gguf")
+    convert(toolchain, trained, folder / quantize.MMPROJ, mmproj=True)
     own, theirs = (
-        {tensor.name: tensor.data.tobytes() for tensor in GGUFReader(path).tensors}
-        for path in (folder / quantize.MMPROJ, of_base)
+        {tensor.name: tensor.data.tobytes() for tensor in GGUFReader(path / quantize.MMPROJ).tensors}
+        for path in (folder, tiny_pair)
     )
-    changed = {name for name in own if own[name] != theirs[name]}
     assert own.keys() == theirs.keys()
-    assert changed == {f"v.blk.{layer}.attn_{part}.weight" for layer in range(3) for part in ("q", "k", "v", "out")}
+    assert {name for name in own if own[name] != theirs[name]} == {
+        f"v.blk.{layer}.attn_{part}.weight" for layer in range(layers) for part in ("q", "k", "v", "out")
+    }
+    record = json.loads((folder / quantize.PAIR).read_text())
+    record["files"][quantize.MMPROJ] = sha256_of_file(folder / quantize.MMPROJ)
+    (folder / quantize.PAIR).write_text(json.dumps(record))
     quantize.check_pair(folder)
-    shutil.copyfile(of_base, folder / quantize.MMPROJ)
+    shutil.copyfile(tiny_pair / quantize.MMPROJ, folder / quantize.MMPROJ)
     with pytest.raises(OrionError, match=r"orion-mmproj-f16\.gguf is not the file of this conversion"):
         quantize.check_pair(folder)
 

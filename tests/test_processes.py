@@ -1,30 +1,39 @@
 """Several processes: the same training and the same answers as one, over gloo.
 
-accelerate's own launcher starts several CPU processes through MPI only, so torch's launcher stands in for it; both
-set the same environment variables.
+accelerate's own launcher starts several CPU processes through MPI only, so the tests set the variables that it, and
+torch's launcher, give their processes.
 """
 
+import functools
 import json
+import multiprocessing
 import os
+import socket
 import subprocess
-import sys
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from . import warm
 from .conftest import orion_with
 
-ALONE = [sys.executable, "-m", "orion_triage.cli"]
-# Without the dashes it takes our --run for an abbreviation of its own --run-path.
-TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--", ALONE[-1]]
 
-
-def orion(cwd: Path, *words: object, launcher: list[str] = ALONE) -> subprocess.CompletedProcess[str]:
+def orion(cwd: Path, *words: object, processes: int = 1) -> list[subprocess.CompletedProcess[str]]:
+    """The command in this many processes that know of each other, by rank."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if launcher == ALONE:
-        return orion_with(environment, cwd, *words)
-    command = [*launcher, *map(str, words)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    if processes == 1:
+        return [orion_with(environment, cwd, *words)]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with ThreadPoolExecutor(processes) as threads:
+        started = [
+            threads.submit(orion_with, {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd, *words)
+            for rank in range(processes)
+        ]
+    return [one.result() for one in started]
 
 
 def words(base: Path, dataset: Path, name: str, accumulation: int) -> list[object]:
@@ -36,6 +45,8 @@ def words(base: Path, dataset: Path, name: str, accumulation: int) -> list[objec
         f"fine_tune.gradient_accumulation_steps={accumulation}",
         "fine_tune.epochs=2",
         "fine_tune.learning_rate=1e-3",
+        "evaluate.batch_size=4",  # so that there are several, for the processes to share
+        "evaluate.max_new_tokens=24",
     ]
     return ["--run", name, *(word for value in sets for word in ("--set", value))]
 
@@ -44,12 +55,12 @@ def words(base: Path, dataset: Path, name: str, accumulation: int) -> list[objec
 def test_two_processes_train_and_answer_as_one_does(small_base: Path, small_dataset: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    for name, accumulation, launcher in (("one", 2, ALONE), ("two", 1, TWO)):
+    for name, accumulation, processes in (("one", 2, 1), ("two", 1, 2)):
         options = words(small_base, small_dataset, name, accumulation)
-        assert orion(tmp_path, "dataset", *options).returncode == 0
-        result = orion(tmp_path, "fine-tune", *options, launcher=launcher)
-        assert result.returncode == 0, result.stderr
-        assert result.stderr.count("fine-tune: done") == 1
+        assert orion(tmp_path, "dataset", *options)[0].returncode == 0
+        results = orion(tmp_path, "fine-tune", *options, processes=processes)
+        assert [result.returncode for result in results] == [0] * processes, [result.stderr for result in results]
+        assert [result.stderr.count("fine-tune: done") for result in results] == [1, 0][:processes]
     logs = [json.loads((tmp_path / name / "orion_lora_weights/loss_log.json").read_text()) for name in ("one", "two")]
     # The validation loss is an average of batches, and six records are cut into other batches by two processes.
     for kind, count, tolerance in (("loss", 6, 1e-3), ("eval_loss", 2, 2e-2)):
@@ -63,11 +74,11 @@ def test_two_processes_train_and_answer_as_one_does(small_base: Path, small_data
     stage_manifest = json.loads((tmp_path / "two/orion_lora_weights/manifest.json").read_text())
     assert stage_manifest["figures"]["processes"] == 2
 
-    for name, launcher in (("one", ALONE), ("two", TWO)):
-        options = words(small_base, small_dataset, name, 2 if name == "one" else 1)
-        result = orion(tmp_path, "ablation", *options, launcher=launcher)
-        assert result.returncode == 0, result.stderr
-        assert result.stdout.count("correct") == 4
+    for name, accumulation, processes in (("one", 2, 1), ("two", 1, 2)):
+        options = words(small_base, small_dataset, name, accumulation)
+        results = orion(tmp_path, "ablation", *options, processes=processes)
+        assert [result.returncode for result in results] == [0] * processes, [result.stderr for result in results]
+        assert [result.stdout.count("correct") for result in results] == [4, 0][:processes]
     rows = [
         [
             json.loads(line)
@@ -79,9 +90,10 @@ def test_two_processes_train_and_answer_as_one_does(small_base: Path, small_data
     assert [row["answer"] for row in rows[0]] == [row["answer"] for row in rows[1]]
     assert not list((tmp_path / "two" / "evaluation").rglob("*.work-*"))
 
-    refused = orion(tmp_path, "fuse", *options, launcher=TWO)
-    assert refused.returncode != 0
-    assert "fuse runs in one process, but 2 were launched" in refused.stderr
+    refused = orion(tmp_path, "fuse", *options, processes=2)
+    assert all(result.returncode != 0 for result in refused)
+    assert "fuse runs in one process, but 2 were launched" in refused[0].stderr
+    assert not list(tmp_path.glob("two/orion_merged*"))
 
 
 CONFIGURATIONS = sorted((Path(__file__).parents[1] / "docs" / "accelerate").glob("*.yaml"))
@@ -107,20 +119,23 @@ def test_accelerate_reads_each_configuration_as_it_is_meant(path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_base_that_is_shared_out_gives_the_same_loss_and_gradients(small_base: Path, small_dataset: Path) -> None:
-    worker = Path(__file__).with_name("fsdp_worker.py")
-    command = [*TWO[:6], str(worker), str(small_base), str(small_dataset), ",".join(_layer_classes())]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    figures = json.loads(result.stdout)
-    assert figures["layers"] == 2 + 3
-    assert figures["share"] == pytest.approx(0.5, abs=0.02)
-    assert figures["same_names"]
-    assert figures["gradients"] == 2 * 4 * (1 + 3)
-    assert figures["smallest_gradient"] > 1e-4
-    assert figures["loss_difference"] < 1e-3
-    assert figures["gradient_difference"] < 1e-6
+def test_a_base_that_is_shared_out_gives_the_same_loss_and_gradients(
+    small_base: Path, small_dataset: Path, tmp_path: Path
+) -> None:
+    from . import fsdp_worker
+
+    work = functools.partial(fsdp_worker.compare, small_base, small_dataset, _layer_classes(), tmp_path / "meeting", 2)
+    start = multiprocessing.get_context("fork" if warm.is_possible() else "spawn")  # forks have all libraries loaded
+    with ProcessPoolExecutor(2, mp_context=start) as processes:
+        of_each = list(processes.map(work, range(2)))
+    for figures in of_each:
+        assert figures["layers"] == 2 + 3
+        assert figures["share"] == pytest.approx(0.5, abs=0.02)
+        assert figures["same_names"]
+        assert figures["gradients"] == 2 * 4 * (1 + 3)
+        assert figures["smallest_gradient"] > 1e-4
+        assert figures["loss_difference"] < 1e-3
+        assert figures["gradient_difference"] < 1e-6
 
 
 def _layer_classes() -> set[str]:

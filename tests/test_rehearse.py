@@ -9,6 +9,7 @@ import pytest
 from orion_triage.errors import OrionError
 from orion_triage.machine import budgets, doctor, rehearse
 from orion_triage.mission.verdict import CATEGORIES
+from orion_triage.runs.run import Run
 from orion_triage.settings import load_settings
 
 PUBLISHED = {"lfm2.5-vl-1.6b": 1_596_625_904, "lfm2.5-vl-450m": 450_816_512}
@@ -35,17 +36,16 @@ def test_the_shapes_have_the_published_number_of_parameters(preset: str) -> None
 
 @pytest.mark.slow
 @pytest.mark.llama_cpp
-@pytest.mark.parametrize("steps", [0, 1])
 def test_a_rehearsal_measures_every_stage(
-    steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_of_its_own: Path
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_of_its_own: Path
 ) -> None:
     preset = "lfm2.5-vl-450m"
     # The same stages at a size of seconds.
     monkeypatch.setitem(rehearse.SHAPES, preset, SMALL)
-    figures = rehearse.run(preset, tmp_path / "rehearsal", steps=steps)
+    figures = rehearse.run(preset, tmp_path / "rehearsal", steps=1)
     stages = {stage["stage"]: stage for stage in figures["stages"]}
-    expected = ["fuse", "convert", "convert mmproj", "quantize", "all of quantize", "answer"]
-    assert list(stages) == ["fine-tune"] * steps + expected
+    expected = ["fine-tune", "fuse", "convert", "convert mmproj", "quantize", "all of quantize", "answer"]
+    assert list(stages) == expected
     for stage in stages.values():
         assert stage["seconds"] > 0
         assert stage["peak_memory_bytes"] > 10_000_000
@@ -56,11 +56,36 @@ def test_a_rehearsal_measures_every_stage(
     assert figures["answer"]["category"] in CATEGORIES
     assert figures["answer"]["reason"]
     assert figures["seconds"] > sum(stages[name]["seconds"] for name in ("fuse", "all of quantize", "answer"))
-    assert (figures["training_seconds_per_sample"] is None) is (steps == 0)
+    assert figures["training_seconds_per_sample"] > 0
     assert budgets.last_rehearsal(preset) == figures
     assert json.loads(rehearse.figures_path(preset).read_text()) == figures
     rehearse.remove(tmp_path / "rehearsal")
     assert list((tmp_path / "rehearsal").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_without_steps_a_random_adapter_is_fused_and_a_stage_that_fails_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_of_its_own: Path
+) -> None:
+    from orion_triage.dataset.dataset import Dataset
+    from orion_triage.export import fuse
+
+    preset = "lfm2.5-vl-450m"
+    monkeypatch.setitem(rehearse.SHAPES, preset, SMALL)
+    base, run = tmp_path / "base", tmp_path / "run"
+    rehearse.make_base(preset, base)
+    weights, elsewhere = base / "model.safetensors", tmp_path / "model.safetensors"
+    weights.rename(elsewhere)
+    with pytest.raises(OrionError, match=f"^stage fuse of the rehearsal failed: .*{base}"):  # the first one
+        rehearse.run(preset, tmp_path, steps=0)
+    assert not rehearse.figures_path(preset).exists()
+    elsewhere.rename(weights)
+    paths = Run(run, load_settings(preset))
+    assert not paths.merged.exists()
+    settings = paths.settings.fuse.model_copy(update={"check_records": rehearse.CHECK_RECORDS})
+    figures = fuse.run(base, paths.adapter, Dataset(paths.dataset), paths.merged, settings, 512)
+    assert figures
+    assert paths.merged.joinpath(weights.name).stat().st_size > 0.9 * weights.stat().st_size
 
 
 @pytest.fixture

@@ -83,15 +83,13 @@ def test_a_server_of_ours_dies_with_its_parent(tiny_pair: Path, tmp_path: Path, 
     code = """
 import sys, time
 from pathlib import Path
-from orion_triage.export import quantize
 from orion_triage.llama_cpp.server import Server
 from orion_triage.llama_cpp.toolchain import find_toolchain
-pair = Path(sys.argv[1])
-with Server(find_toolchain(), pair / quantize.QUANTIZED, None, log=Path(sys.argv[2])) as server:
+with Server(find_toolchain(), Path(sys.argv[1]), None, log=Path(sys.argv[2])) as server:
     print(server._process.pid, flush=True)
     time.sleep(600)
 """
-    parent = started(code, tiny_pair, tmp_path / "server.log")
+    parent = started(code, tiny_pair / quantize.QUANTIZED, tmp_path / "server.log")
     server = int(parent.first_line)  # type: ignore[attr-defined]
     assert "llama-server" in str(Path(f"/proc/{server}/exe").readlink())
     parent.send_signal(kill)
@@ -292,32 +290,6 @@ cli.main()
 
 
 # --- training -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.filterwarnings("ignore:.*checkpointing.* is deprecated:FutureWarning")
-@pytest.mark.filterwarnings("ignore:Paged optimizers:UserWarning")
-def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(
-    small_base: Path, small_dataset: Path, tmp_path: Path
-) -> None:
-    settings = FineTuneSettings(
-        micro_batch_size=8, gradient_accumulation_steps=1, epochs=3, learning_rate=1e-2, gradient_checkpointing=False
-    )
-    work = tmp_path / "work"
-    straight = fine_tune.run(small_base, Dataset(small_dataset), tmp_path / "straight", work, settings, 256)
-    names = ["checkpoint-3", "checkpoint-6", "checkpoint-9"]
-    assert sorted(path.name for path in (work / "checkpoints").iterdir()) == names
-    newest = work / "checkpoints" / names[-1] / "adapter_model.safetensors"
-    data = bytearray(newest.read_bytes())
-    data[-1] ^= 1
-    newest.write_bytes(data)
-    again = fine_tune.run(small_base, Dataset(small_dataset), tmp_path / "again", work, settings, 256)
-    assert again["resumed_from_step"] == 6
-    assert again["eval_losses"] == pytest.approx(straight["eval_losses"], rel=1e-4)
-    (work / "checkpoints" / names[-1] / HASHES_FILE).unlink()  # as a kill before the last write leaves it
-    assert (
-        fine_tune.run(small_base, Dataset(small_dataset), tmp_path / "third", work, settings, 256)["resumed_from_step"]
-        == 6
-    )
 
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers:UserWarning")

@@ -12,6 +12,8 @@ import pytest
 
 from orion_triage.errors import OrionError
 
+from . import warm
+
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "speed.py"
 WHAT = ("training", "evaluation-gguf", "frame-256")  # "evaluation" is the second with another runtime
 MEASURES = {
@@ -27,6 +29,7 @@ def results(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     folder = tmp_path_factory.mktemp("speed")
     command = [sys.executable, str(SCRIPT), "--toy", "--only", "training", "evaluation-gguf", "frame"]
     command += ["--run", "runs/small", "--folder", str(folder / "bench"), "--results", str(folder / "results")]
+    command += ["--orion", str(warm.shim(folder))] if warm.is_possible() else []
     done = subprocess.run(command, cwd=finished, capture_output=True, text=True, env={**os.environ}, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return {what: json.loads((folder / "results" / f"speed_{what}_tiny.json").read_text()) for what in WHAT}

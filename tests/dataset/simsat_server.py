@@ -1,9 +1,10 @@
 """SimSat on 127.0.0.1, with its habits and with faults that a test scripts place by place.
 
-A habit: a JPEG of 2560x2560 is announced as image/png; without a picture the answer is 200 with an empty body, and only
+A habit: a JPEG is announced as image/png; without a picture the answer is 200 with an empty body, and only
 the header `mapbox_metadata` tells a place beyond the horizon from a fault of Mapbox's.
 """
 
+import functools
 import io
 import json
 import math
@@ -195,6 +196,7 @@ class _Handler(BaseHTTPRequestHandler):
         os.close(self.connection.detach())
 
 
+@functools.cache
 def white_jpeg() -> bytes:
     """What Mapbox sends where it has no imagery: the same near-white tile everywhere."""
     buffer = io.BytesIO()

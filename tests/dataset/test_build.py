@@ -19,8 +19,8 @@ from tests.conftest import places_of, write_catalogue
 
 @pytest.fixture
 def places(tmp_path: Path) -> Path:
-    """A catalogue of six places of each of three morphologies."""
-    targets = places_of("ocean_water", "urban_grid", "mega_port", count=6)
+    """A catalogue of three places of each of three morphologies: as few as fill three splits."""
+    targets = places_of("ocean_water", "agriculture", "mega_airport", count=3)
     return write_catalogue(tmp_path / "places.csv", targets)
 
 

@@ -15,13 +15,14 @@ from PIL import Image
 from scipy.fft import idctn
 
 from orion_triage.dataset import build
+from orion_triage.dataset.check import facts
 from orion_triage.dataset.check.soundness import Report, check_dataset, require_sound
 from orion_triage.dataset.records import IMAGES_FOLDER, Record, parse_record, split_path
 from orion_triage.errors import OrionError
 from orion_triage.mission.prompt import Coordinates
 from orion_triage.mission.verdict import Category, Verdict
 from orion_triage.settings import SPLITS, DatasetSettings, Split
-from tests.conftest import SHARED, places_of, write_catalogue
+from tests.conftest import SHARED, places_of, structured_picture
 
 MORPHOLOGIES = ("ocean_water", "coastline", "urban_grid", "agriculture", "mega_port", "mega_airport")
 Place = tuple[str, str, str]  # severity, check, place
@@ -30,11 +31,33 @@ FEW: Place = ("warning", "few-test-frames", "test_dataset.jsonl")  # two a class
 
 @pytest.fixture(scope="session")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """36 places of the shipped catalogue, six a morphology, drawn: 24 to train, 6 to validate, 6 to test."""
+    """36 places of the shipped catalogue, six a morphology, with pictures: 24 to train, 6 to validate, 6 to test."""
     folder = tmp_path_factory.mktemp("check")
-    write_catalogue(folder / "places.csv", places_of(*MORPHOLOGIES, count=6))
-    build.run(folder / "dataset", DatasetSettings(catalogue=str(folder / "places.csv")))
+    pictures = folder / "pictures"
+    pictures.mkdir()
+    rows = []
+    for number, place in enumerate(places_of(*MORPHOLOGIES, count=6)):
+        structured_picture(number).save(pictures / f"{number}.png", compress_level=1)
+        assert place.coordinates
+        row = {"file_name": f"{number}.png", "name": place.name, "category": place.category, "reason": place.reason}
+        rows.append(row | {"lon": place.coordinates.lon, "lat": place.coordinates.lat, "morphology": place.morphology})
+    (pictures / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    build.run(folder / "dataset", DatasetSettings(source="directory", folder=str(pictures)))
     return folder / "dataset"
+
+
+@pytest.fixture(scope="session")
+def looks(good: Path) -> dict[int, facts.Picture | tuple[str, str]]:
+    """What is kept of each of its pictures, by the number of the file, which all hard links to it have."""
+    return {path.stat().st_ino: facts._look(str(path)) for path in (good / IMAGES_FOLDER).iterdir()}
+
+
+@pytest.fixture
+def known_looks(looks: dict[int, facts.Picture | tuple[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures that a test leaves alone are not looked at again: 36 of them take a second."""
+    look = facts._look
+    # The same look, once for each file.
+    monkeypatch.setattr(facts, "_look", lambda path: looks.get(Path(path).stat().st_ino) or look(path))
 
 
 class Copy:
@@ -565,6 +588,7 @@ def test_a_good_dataset_has_no_fault_but_its_size(good: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.usefixtures("known_looks")
 def test_every_planted_fault_is_found_and_nothing_else(name: str, good: Path, tmp_path: Path) -> None:
     copy = Copy(good, tmp_path / "dataset")
     expected = FAULTS[name](copy)
@@ -579,6 +603,7 @@ def test_enough_faults_are_planted() -> None:
     assert len(FAULTS) >= 30
 
 
+@pytest.mark.usefixtures("known_looks")
 def test_errors_come_first_and_the_refusal_names_three(good: Path, tmp_path: Path) -> None:
     copy = Copy(good, tmp_path / "dataset")
     copy.say("val", 1, "Low hills.")
@@ -606,6 +631,7 @@ def waves(share: np.ndarray, seed: int) -> Image.Image:
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).convert("RGB")
 
 
+@pytest.mark.usefixtures("known_looks")
 def test_what_is_alike_by_one_measure_only_is_not_reported(good: Path, tmp_path: Path) -> None:
     copy = Copy(good, tmp_path / "dataset")
     random = np.random.default_rng(5)
@@ -629,6 +655,7 @@ def test_what_is_alike_by_one_measure_only_is_not_reported(good: Path, tmp_path:
     assert found(check_dataset(copy.folder)) == [FEW, ("warning", "near-identical", "test_dataset.jsonl:2")]
 
 
+@pytest.mark.usefixtures("known_looks")
 def test_training_takes_no_other_size(good: Path, tmp_path: Path) -> None:
     copy = Copy(good, tmp_path / "dataset")
     copy.paint("val", 1, copy.picture("val", 1).resize((640, 600)))
@@ -637,6 +664,7 @@ def test_training_takes_no_other_size(good: Path, tmp_path: Path) -> None:
         require_sound(copy.folder)
 
 
+@pytest.mark.usefixtures("known_looks")
 def test_the_footprint_follows_the_ground_sample_distance(good: Path, tmp_path: Path) -> None:
     copy = Copy(good, tmp_path / "dataset")
     nearby(copy, 0, 0.05)  # 5.6 km
@@ -645,6 +673,7 @@ def test_the_footprint_follows_the_ground_sample_distance(good: Path, tmp_path: 
     assert found(check_dataset(copy.folder, split_distance_km=6)) == [FEW]  # 4.4: two roundings less
 
 
+@pytest.mark.usefixtures("known_looks")
 def test_swapped_coordinates_of_a_picture_are_told(good: Path, tmp_path: Path) -> None:
     copy = Copy(good, tmp_path / "dataset")
     line = next(n for n in range(1, 49, 2) if abs(copy.where("train", n).lon) < 85)
@@ -677,6 +706,7 @@ def test_many_pictures_are_looked_at_by_workers(good: Path, tmp_path: Path) -> N
     assert Counter(f.check for f in report.warnings) == {"identical-pixels": 24, "few-test-frames": 1}
 
 
+@pytest.mark.usefixtures("known_looks")
 def test_hostile_names_are_findings_too(good: Path, tmp_path: Path) -> None:
     copy = Copy(good, tmp_path / "dataset")
     names = ["\ud800", "x" * 300, "a\x1b[31mb", "loop.png", "folder", "~" * 5000, "\udcff.png"]
@@ -702,6 +732,7 @@ def test_hostile_names_are_findings_too(good: Path, tmp_path: Path) -> None:
     report.to_json().encode("ascii")
 
 
+@pytest.mark.usefixtures("known_looks")
 def test_a_snapshot_may_link_into_its_repository(good: Path, tmp_path: Path) -> None:
     copy = Copy(good, tmp_path / "snapshots" / "commit")
     image = copy.folder / copy.record("train", 1).image

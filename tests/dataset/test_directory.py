@@ -1,6 +1,8 @@
 """dataset/directory.py: folders of the user's own pictures, through the whole stage."""
 
 import csv
+import functools
+import io
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -21,6 +23,13 @@ from orion_triage.settings import SPLITS, DatasetSettings
 from tests.conftest import SHARED
 
 Dataset = Callable[[Path], dict]
+
+
+@functools.cache
+def png(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    picture(seed).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
 
 
 def picture(seed: int, size: tuple[int, int] = (512, 512)) -> Image.Image:
@@ -48,7 +57,7 @@ def write(folder: Path, table: list[dict[str, str]], name: str = "metadata.csv")
     for n, row in enumerate(table):
         path = folder / row["file_name"]
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture(n).save(path)
+        path.write_bytes(png(n))
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     if name.endswith(".csv"):
         with (folder / name).open("w", newline="") as file:
@@ -122,7 +131,7 @@ def test_folders_of_categories_load_without_positions_and_say_what_that_costs(tm
     for n in range(18):
         path = folder / CATEGORIES[n % 3].lower() / f"p{n}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture(n).save(path)
+        path.write_bytes(png(n))
     figures = built(folder, tmp_path / "out")
     assert figures["records"] == {"train": 12, "val": 3, "test": 3}  # no coordinates, so no second record
     assert any("18 of 18 frames have no position" in warning for warning in figures["warnings"])

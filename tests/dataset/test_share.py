@@ -3,9 +3,9 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,18 +23,13 @@ from tests.dataset.test_directory import rows, write
 from tests.hub_server import TOKEN, Hub, serve
 
 
-@pytest.fixture
-def hub() -> Iterator[Hub]:
-    with serve() as running:
-        yield running
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run with a dataset of 18 frames of the user's own, their terms unknown."""
-    run = Run(tmp_path / "runs" / "own", load_settings("tiny"))
+    folder = tmp_path_factory.mktemp("share")
+    run = Run(folder / "runs" / "own", load_settings("tiny"))
     prepare(run)
-    settings = DatasetSettings(folder=str(write(tmp_path / "own", rows())))
+    settings = DatasetSettings(folder=str(write(folder / "own", rows())))
     figures = build.run(run.dataset, settings)
     write_manifest(run.dataset, stage="dataset", settings={}, inputs={}, seconds=1, figures=figures)
     return run
@@ -48,6 +43,16 @@ def push(hub: Hub, run: Run, *arguments: str) -> subprocess.CompletedProcess[str
     return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.fixture(scope="module")
+def shared(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the Hub has when the dataset was pushed."""
+    with serve() as hub:
+        result = push(hub, run, "--licence", "cc-by-4.0")
+        assert result.returncode == 0, result.stderr
+        assert "me/frames/commit/" in result.stderr
+        return pushed(hub, tmp_path_factory.mktemp("pushed"))
+
+
 def pushed(hub: Hub, folder: Path) -> Path:
     """The repository's content, laid out in a folder."""
     repository = hub.repositories["me/frames"]
@@ -59,21 +64,13 @@ def pushed(hub: Hub, folder: Path) -> Path:
 
 
 def test_a_pushed_dataset_loads_with_datasets_and_runs_again(
-    hub: Hub, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shared: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import datasets
 
-    refused = push(hub, run)
-    assert refused.returncode == 1
-    assert "the licence of 18 of 18 frames is unknown" in refused.stderr
-    assert not hub.repositories
-    result = push(hub, run, "--licence", "cc-by-4.0")
-    assert result.returncode == 0, result.stderr
-    assert "me/frames/commit/" in result.stderr
-    folder = pushed(hub, tmp_path / "pushed")
     # It has read its environment already.
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    loaded = datasets.load_dataset(str(folder), cache_dir=str(tmp_path / "cache"))
+    loaded = datasets.load_dataset(str(shared), cache_dir=str(tmp_path / "cache"))
     assert {name: len(part) for name, part in loaded.items()} == {"train": 12, "validation": 3, "test": 3}
     records = {record.image.rpartition("/")[2]: record for record in read_split(run.dataset, "test")}
     for row in loaded["test"]:
@@ -84,7 +81,7 @@ def test_a_pushed_dataset_loads_with_datasets_and_runs_again(
             record.coordinates.lat,  # type: ignore[union-attr]
         )
         assert np.array_equal(np.asarray(row["image"]), np.asarray(Image.open(run.dataset / record.image)))
-    again = build.run(tmp_path / "again", DatasetSettings(folder=str(folder)))
+    again = build.run(tmp_path / "again", DatasetSettings(folder=str(shared)))
     assert again["records"] == {"train": 24, "val": 3, "test": 3}
     for split in SPLITS:
         ours = [(r.coordinates, r.verdict) for r in read_split(run.dataset, split)]
@@ -92,13 +89,11 @@ def test_a_pushed_dataset_loads_with_datasets_and_runs_again(
     assert (tmp_path / "again" / FRAMES_TABLE).is_file()
 
 
-def test_card_and_croissant_say_what_is_in_it(hub: Hub, run: Run, tmp_path: Path) -> None:
+def test_card_and_croissant_say_what_is_in_it(shared: Path) -> None:
     import mlcroissant
     from huggingface_hub import DatasetCard
 
-    assert push(hub, run, "--licence", "cc-by-4.0").returncode == 0
-    folder = pushed(hub, tmp_path / "pushed")
-    card = DatasetCard.load(folder / "README.md")
+    card = DatasetCard.load(shared / "README.md")
     assert card.data.license == "cc-by-4.0"
     for part in (
         "| train | 4 | 4 | 4 |",
@@ -108,23 +103,29 @@ def test_card_and_croissant_say_what_is_in_it(hub: Hub, run: Run, tmp_path: Path
         "warning: few-test-frames",
     ):
         assert part in card.text, part
-    croissant = mlcroissant.Dataset(jsonld=folder / "croissant.json")
+    croissant = mlcroissant.Dataset(jsonld=shared / "croissant.json")
     found = list(croissant.records("test"))
     assert len(found) == 3
-    value = json.loads((folder / "test" / "metadata.jsonl").read_text().splitlines()[0])
+    value = json.loads((shared / "test" / "metadata.jsonl").read_text().splitlines()[0])
     assert found[0]["test/reason"].decode() == value["reason"]
 
 
-def test_mapbox_pixels_stay_here_and_their_places_can_go(hub: Hub, run: Run, tmp_path: Path) -> None:
-    table = run.dataset / FRAMES_TABLE
-    text = table.read_text().replace(",directory,", ",simsat,").replace(",unknown,,unknown,", ",Mapbox,© Mapbox,no,")
-    table.write_text(text)
-    refused = push(hub, run, "--licence", "cc-by-4.0")
-    assert refused.returncode == 1
-    assert "18 of 18 frames come from simsat (Mapbox), whose terms forbid" in refused.stderr
-    result = push(hub, run, "--catalogue-only")
-    assert result.returncode == 0, result.stderr
-    folder = pushed(hub, tmp_path / "pushed")
+def test_pixels_of_unknown_terms_or_mapboxs_stay_here_and_their_places_can_go(run: Run, tmp_path: Path) -> None:
+    run = Run(shutil.copytree(run.folder, tmp_path / "runs" / "own"), run.settings)
+    with serve() as hub:
+        refused = push(hub, run)
+        assert refused.returncode == 1
+        assert "the licence of 18 of 18 frames is unknown" in refused.stderr
+        table = run.dataset / FRAMES_TABLE
+        text = table.read_text().replace(",directory,", ",simsat,")
+        table.write_text(text.replace(",unknown,,unknown,", ",Mapbox,© Mapbox,no,"))
+        refused = push(hub, run, "--licence", "cc-by-4.0")
+        assert refused.returncode == 1
+        assert "18 of 18 frames come from simsat (Mapbox), whose terms forbid" in refused.stderr
+        assert not hub.repositories
+        result = push(hub, run, "--catalogue-only")
+        assert result.returncode == 0, result.stderr
+        folder = pushed(hub, tmp_path / "pushed")
     assert sorted(path.name for path in folder.rglob("*") if path.is_file()) == [
         "README.md",
         "catalogue.csv",

@@ -13,14 +13,13 @@ def test_every_morphology_of_the_catalogue_can_be_drawn() -> None:
 
 @pytest.mark.parametrize("morphology", sorted(PAINTERS))
 def test_tiles_are_deterministic_and_differ_by_seed(morphology: str) -> None:
-    first, again, other = (draw_tile(morphology, seed) for seed in (5, 5, 6))
-    assert first.image.size == (512, 512)
+    first, again, other = (draw_tile(morphology, seed, metres_per_pixel=40, size=128) for seed in (5, 5, 6))
+    assert first.image.size == (128, 128)
     assert first.image.tobytes() == again.image.tobytes() != other.image.tobytes()
-    assert not is_blank(first.image) or morphology in {"ocean_water", "desert_ice_canopy"}
 
 
 def test_the_ground_sample_distance_is_a_parameter() -> None:
-    near, far = (draw_tile("agriculture", 3, metres_per_pixel=m) for m in (5.0, 20.0))
+    near, far = (draw_tile("agriculture", 3, metres_per_pixel=m, size=256) for m in (5.0, 20.0))
 
     def roughness(tile) -> float:
         return float(np.abs(np.diff(np.asarray(tile.image.convert("L"), float), axis=1)).mean())
@@ -29,9 +28,10 @@ def test_the_ground_sample_distance_is_a_parameter() -> None:
 
 
 def test_tile_statistics_are_those_of_real_frames() -> None:
-    tiles = [
-        np.asarray(draw_tile(name, tile_seed(1, f"{name}{n}")).image, float) for name in PAINTERS for n in range(2)
-    ]
+    images = {name: draw_tile(name, tile_seed(1, f"{name}0")).image for name in PAINTERS}
+    assert {image.size for image in images.values()} == {(512, 512)}
+    assert {name for name, image in images.items() if is_blank(image)} <= {"ocean_water", "desert_ice_canopy"}
+    tiles = [np.asarray(image, float) for image in images.values()]
     deviations = [tile.mean(axis=2).std() for tile in tiles]
     saturation = np.mean([((t.max(2) - t.min(2)) / np.maximum(t.max(2), 1)).mean() for t in tiles])
     assert 0.2 < saturation < 0.45  # real frames: 0.33
@@ -40,15 +40,15 @@ def test_tile_statistics_are_those_of_real_frames() -> None:
 
 
 def test_water_and_buildings_are_measured() -> None:
-    assert draw_tile("ocean_water", 1).water_share > 0.95
-    assert draw_tile("urban_grid", 1).built_share > 0.5
-    assert draw_tile("geological", 1).built_share == 0
+    assert draw_tile("ocean_water", 1, metres_per_pixel=40, size=128).water_share > 0.95
+    assert draw_tile("urban_grid", 1, metres_per_pixel=40, size=128).built_share > 0.5
+    assert draw_tile("geological", 1, metres_per_pixel=40, size=128).built_share == 0
 
 
 def test_a_tile_says_which_of_its_morphologys_scenes_it_shows() -> None:
     assert set(SUBTYPES) == set(PAINTERS)
     for morphology, subtypes in SUBTYPES.items():
-        seen = {draw_tile(morphology, seed, metres_per_pixel=80, size=64).subtype for seed in range(12 * len(subtypes))}
+        seen = {draw_tile(morphology, seed, metres_per_pixel=80, size=48).subtype for seed in range(4 * len(subtypes))}
         assert seen == set(subtypes), morphology
 
 

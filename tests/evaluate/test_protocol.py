@@ -1,6 +1,7 @@
 """conditions.py, metrics.py, run.py and baselines.py."""
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from orion_triage.dataset.dataset import Dataset
-from orion_triage.dataset.records import Record, read_split
+from orion_triage.dataset.records import Record, read_split, write_split
 from orion_triage.errors import OrionError
 from orion_triage.evaluate import features
 from orion_triage.evaluate.baselines import LOGISTIC_REGRESSION, baselines, logistic_regression
@@ -156,22 +157,42 @@ def test_unparsable_answers_are_kept_and_counted(small_dataset: Path, tmp_path: 
     assert set(stored) == {record.name for record in records}
 
 
-def test_baselines_of_a_small_dataset(small_dataset: Path) -> None:
+def test_baselines_of_a_small_dataset(small_dataset: Path, tmp_path: Path) -> None:
     from sklearn.neighbors import KNeighborsClassifier
 
-    result = baselines(Dataset(small_dataset), "test")
+    folder = shutil.copytree(small_dataset, tmp_path / "dataset")
+    random = np.random.default_rng(49)
+    placed: dict[str, list[Record]] = {}
+    for split in ("train", "val", "test"):
+        records = {record.image: record for record in read_split(folder, split) if record.coordinates}
+        placed[split] = []
+        for image in sorted(records):
+            verdict = records[image].verdict
+            where = Coordinates(round(random.uniform(-180, 180), 2), round(random.uniform(-85, 85), 2))
+            if split == "val":  # where training knows the answer, so that one neighbour is the best choice
+                where = next(known.coordinates for known in placed["train"] if known.verdict == verdict)
+            placed[split].append(Record(image, where, verdict))
+        write_split(folder, split, placed[split])
+    result = baselines(Dataset(folder), "test")
     always = {f"always {category}" for category in "HIGH MEDIUM LOW".split()}
     assert set(result) == {"majority class", "colour k-NN", "coordinates k-NN", *always}
     assert all(result[name]["right"] == 2 for name in always)
     # On places, beside scikit-learn's own; with one neighbour there are no ties, which it breaks otherwise.
-    places, labels = {}, {}
-    for split in ("train", "test"):
-        records = {r.image: r for r in read_split(small_dataset, split) if r.coordinates}.values()
-        places[split] = np.radians([[r.coordinates.lat, r.coordinates.lon] for r in records if r.coordinates])
-        labels[split] = [r.verdict.category.value for r in records]
-    neighbour = KNeighborsClassifier(1, metric="haversine").fit(places["train"], labels["train"])
-    assert result["coordinates k-NN"]["k"] == 1
-    assert result["coordinates k-NN"]["right"] == round(6 * neighbour.score(places["test"], labels["test"]))
+    labels = {split: [record.verdict.category.value for record in records] for split, records in placed.items()}
+    angles = {
+        split: np.radians([[record.coordinates.lat, record.coordinates.lon] for record in records])
+        for split, records in placed.items()
+    }
+    on_globe, on_map = (
+        KNeighborsClassifier(1, metric=metric).fit(angles["train"], labels["train"]).predict(angles["test"]).tolist()
+        for metric in ("haversine", "euclidean")
+    )
+    assert set(on_globe) == set(labels["train"])
+    assert on_globe != on_map
+    found = result["coordinates k-NN"]
+    assert found["k"] == 1
+    assert found["predictions"] == dict(zip([record.name for record in placed["test"]], on_globe, strict=True))
+    assert found["right"] == sum(one == other for one, other in zip(on_globe, labels["test"], strict=True))
 
 
 def test_logistic_regression_has_the_least_loss_with_its_penalty() -> None:

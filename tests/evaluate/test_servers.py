@@ -53,7 +53,7 @@ def test_own_servers_share_a_small_pairs_questions(servers: list[Server], drawn_
     from orion_triage.evaluate.servers import share_own
     from orion_triage.settings import EvaluateSettings
 
-    images, prompts = drawn_questions(6)
+    images, prompts = drawn_questions(3)
     images, prompts = [image for image in images for _ in range(2)], [prompt for prompt in prompts for _ in range(2)]
 
     def backend(client: Client) -> LlamaCppBackend:
@@ -75,7 +75,7 @@ def test_own_servers_share_a_small_pairs_questions(servers: list[Server], drawn_
 
 @pytest.mark.llama_cpp
 def test_servers_share_the_work_and_one_that_dies_loses_nothing(servers: list[Server], drawn_questions: Any) -> None:
-    images, prompts = drawn_questions(8)
+    images, prompts = drawn_questions(4)
     # Primed, as `connect` asks: log-probabilities after an image that is read anew for each question differ by up to
     # 0.02, which turns a near-tie on some processors.
     expected = LlamaCppBackend(servers[0].client, max_new_tokens=TOKENS, primed=True).answer(images, prompts)
@@ -139,7 +139,7 @@ def test_without_any_server_left_the_error_names_them_all(drawn_questions: Any) 
 
 @pytest.mark.llama_cpp
 def test_the_chat_interface_gives_the_same_answers(servers: list[Server], drawn_questions: Any) -> None:
-    images, prompts = drawn_questions(4)
+    images, prompts = drawn_questions(2)
     client = servers[2].client
     expected = [answer.text for answer in LlamaCppBackend(client, max_new_tokens=TOKENS).answer(images, prompts)]
     chat = OpenAIBackend(client, client.served_model(), max_new_tokens=TOKENS).answer(images, prompts)

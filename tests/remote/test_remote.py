@@ -20,7 +20,8 @@ from orion_triage.pipeline import FINE_TUNE, run_stage
 from orion_triage.runs.manifest import read_manifest
 from orion_triage.runs.run import open_run
 from orion_triage.train import remote
-from tests.conftest import places_of, write_catalogue
+from tests import warm
+from tests.conftest import orion
 from tests.remote.place import Place, make_dataset, make_repository, make_weights, tree
 
 ORION = [sys.executable, "-c", "import orion_triage.cli.remote; from orion_triage.cli import main; main()"]
@@ -97,18 +98,21 @@ def stand_in(place: Place, *commands: str) -> str:
     )
 
 
-def test_a_real_training_survives_a_killed_client_and_a_cut_wire(place: Place) -> None:
+def test_a_real_training_survives_a_killed_client_and_a_cut_wire(
+    place: Place, small_base: Path, small_dataset: Path
+) -> None:
     make_repository(place.source)
-    write_catalogue(place.here / "places.csv", places_of("ocean_water", "urban_grid", "mega_airport", count=4))
-    sets = ["--set", "dataset.catalogue=places.csv", "--set", "dataset.split_distance_km=20"]
-    orion = [sys.executable, "-m", "orion_triage.cli"]
-    subprocess.run([*orion, "dataset", "--run", "runs/small", *sets], cwd=place.here, check=True, capture_output=True)
+    values = ("dataset.source=directory", f"dataset.folder={small_dataset}", f"base.model={small_base}")
+    sets = [word for value in values for word in ("--set", value)]
+    done = orion("dataset", "--run", "runs/small", *sets, cwd=place.here)
+    assert done.returncode == 0, done.stderr
+    installed = warm.shim(place.here / "bin") if warm.is_possible() else INSTALLED
     place.variables["ORION_LOCAL_DATA_DIR"] = ""
     outside = place.here / "outside"
     outside.mkdir()
     setup = (
         f"ln runs/training-job/log {outside}/log; echo >>{outside}/setups; echo set up; "
-        f"mkdir -p .venv/bin; ln -s {INSTALLED} .venv/bin/orion"
+        f"mkdir -p .venv/bin; ln -s {installed} .venv/bin/orion"
     )
     command = ["--run", "runs/small", *sets, "--set", "fine_tune.epochs=1"]
 

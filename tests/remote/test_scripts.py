@@ -17,7 +17,9 @@ from tests.remote.place import SCRIPTS, Place, Tree, commit, git, make_dataset, 
 from tests.remote.sshd import Server, program, wait_until
 
 STRANGE = "-a b'c\"d$HOME\n*\\é;`x`&"
-CUTS = 21  # of each script, at random bytes
+EVERYWHERE = os.environ.get("HYPOTHESIS_PROFILE") == "torture"  # else at some places, spread over the whole
+CUTS = 21 if EVERYWHERE else 6  # of each script
+INTERRUPTIONS = 99 if EVERYWHERE else 4  # of each script, before a rename or within a deletion
 SIDES = ("connection", "client", "server")
 
 
@@ -46,11 +48,15 @@ def run_and_cut(place: Place, script: str, at_bytes: int, side: str, delay_secon
 
 
 def cuts(place: Place, script: str, seed: int) -> Iterator[tuple[int, str, float]]:
-    """Where, which side, and how many seconds later; the whole script passes `place.server.wire.bytes` bytes."""
+    """Where, which side, and how many seconds later; the whole script passes `place.server.wire.bytes` bytes.
+
+    Each in a part of its own of these bytes.
+    """
     source = random.Random(seed)
     total = place.server.wire.bytes
     for number in range(CUTS):
-        yield source.randrange(total), SIDES[number % 3], source.choice((0, 0, 0.02, 0.05, 0.1))
+        at_bytes = int(total * (number + source.random()) / CUTS)
+        yield at_bytes, SIDES[number % 3], source.choice((0, 0, 0.02, 0.05, 0.1))
 
 
 # --- upload ----------------------------------------------------------------------------------------------------
@@ -106,13 +112,13 @@ def test_an_upload_can_be_cut_off_anywhere(place: Place) -> None:
     assert finished <= CUTS // 4
 
 
-def interrupt_before(folder: Path, *tools: str, call: int) -> None:
-    """Put tools into `folder` that kill their caller before the so-many-th call of any of them.
+def interrupt_before(folder: Path, call: int) -> None:
+    """Put `mv` and `rm` into `folder` that kill their caller before the so-many-th call of either; the 0th never comes.
 
     A deletion is interrupted in its middle instead: it has taken one file when its caller dies.
     """
     (folder / "calls").write_text("0")
-    for name in tools:
+    for name in ("mv", "rm"):
         real = program(name)
         path = folder / name
         path.write_text(
@@ -132,27 +138,40 @@ exec {real} "$@"
         path.chmod(0o755)
 
 
-def test_an_upload_can_be_cut_off_before_every_rename_and_within_every_deletion_on_the_server(place: Place) -> None:
+def calls_to_interrupt(place: Place, script: str, folder: Path, first_on_path: Path | None = None) -> list[int]:
+    """Run `script` with the tools of `interrupt_before` in `folder`: which of its calls to interrupt, from 1."""
+    interrupt_before(folder, 0)
+    status, output = place.call(script, first_on_path=first_on_path)
+    assert status == 0, output
+    calls = int((folder / "calls").read_text())
+    parts = min(calls, INTERRUPTIONS)
+    chosen = [1 + (2 * part + 1) * calls // (2 * parts) for part in range(parts)]  # the middle one of each part
+    assert 5 < max(chosen) <= calls
+    return chosen
+
+
+def test_an_upload_can_be_cut_off_before_any_rename_and_within_any_deletion_on_the_server(place: Place) -> None:
     make_repository(place.source)
-    new = tree(make_dataset(place.local_data, 0))
+    make_dataset(place.local_data, 0)
     place.upload()
-    for call in range(1, 40):
+    commit(place.source, "second")
+    new = tree(make_dataset(place.local_data, 99))
+    tools = place.server.tools
+    for call in calls_to_interrupt(place, "upload_to_server.sh", tools):
         old, new = new, tree(make_dataset(place.local_data, call))
         head = commit(place.source, str(call))
-        interrupt_before(place.server.tools, "mv", "rm", call=call)
+        interrupt_before(tools, call)
         status, output = place.call("upload_to_server.sh")
         place.server.wait_until_quiet()
-        assert_whole_dataset(place, old, new)
-        for tool in place.server.tools.iterdir():
-            tool.unlink()
-        if status == 0:
-            break
+        assert status != 0
         assert output.count("error: ") == 1
+        assert_whole_dataset(place, old, new)
+        for tool in tools.iterdir():
+            tool.unlink()
         place.upload()
         assert tree(place.data) == new
         assert git(place.repository, "rev-parse", "HEAD") == head
         place.assert_nothing_partial()
-    assert 8 < call < 39
 
 
 def limit_file_size(folder: Path, tool: str, size_bytes: int) -> None:
@@ -386,28 +405,25 @@ def assert_downloaded(place: Place, old: Tree, new: Tree) -> None:
 
 
 @pytest.mark.parametrize("side", ["here", "there"])
-def test_a_download_can_be_cut_off_before_every_rename_and_within_every_deletion(place: Place, side: str) -> None:
-    new = tree(place.trained(0).weights)
-    place.download()
-    place.trained(1)
-    place.download()
-    new = tree(place.local_weights)
-    tools = place.server.tools
+def test_a_download_can_be_cut_off_before_any_rename_and_within_any_deletion(place: Place, side: str) -> None:
+    for seed in (97, 98):
+        place.trained(seed)
+        place.download()
+    tools, first_on_path = place.server.tools, None
     if side == "here":
-        tools = place.here / "tools"
+        tools = first_on_path = place.here / "tools"
         tools.mkdir()
-    for call in range(1, 40):
-        old, new = new, tree(place.trained(call + 1).weights)
-        interrupt_before(tools, "mv", "rm", call=call)
-        status, _ = place.call("download_weights.sh", first_on_path=tools if side == "here" else None)
+    new = tree(place.trained(99).weights)
+    for call in calls_to_interrupt(place, "download_weights.sh", tools, first_on_path):
+        old, new = new, tree(place.trained(call).weights)
+        interrupt_before(tools, call)
+        status, _ = place.call("download_weights.sh", first_on_path=first_on_path)
         place.server.wait_until_quiet()
         for tool in tools.iterdir():
             tool.unlink()
+        assert status != 0
         assert_weights_safe(place, old, new)
-        if status == 0:
-            break
         assert_downloaded(place, old, new)
-    assert 5 < call < 39
 
 
 def test_a_full_disk_here_keeps_the_old_weights_and_the_server(place: Place) -> None:

@@ -1,5 +1,6 @@
 """report.html: one file that needs nothing else, says what results.json says, and lets no answer become markup."""
 
+import copy
 import json
 import re
 import shutil
@@ -101,14 +102,40 @@ def check(text: str) -> Document:
     return document
 
 
-@pytest.fixture
-def flown(run: Run) -> Run:
-    """The small run with its constrained answers, all right and 0.9 sure."""
+@pytest.fixture(scope="module")
+def all_right(made: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The small run with its constrained answers, all right and 0.9 sure; nobody changes it."""
+    run = Run(shutil.copytree(made.folder, tmp_path_factory.mktemp("flown") / "run"), made.settings)
     folder = run.evaluation("constrained")
     shutil.copytree(run.evaluation("fine-tuned"), folder)
     for row in _rows(folder):
         _say(run, row["condition"], row["name"], row["truth"], 0.9)
     return run
+
+
+@pytest.fixture(scope="module")
+def one_wrong(all_right: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The same with one HIGH frame called LOW under B; nobody changes it."""
+    run = Run(shutil.copytree(all_right.folder, tmp_path_factory.mktemp("wrong") / "run"), all_right.settings)
+    _say(run, "B", "high_place_18", "LOW", 0.8)
+    return run
+
+
+@pytest.fixture(scope="module")
+def built_wrong(one_wrong: Run) -> dict[str, Any]:
+    return build_results(one_wrong)
+
+
+@pytest.fixture
+def wrong_results(built_wrong: dict[str, Any]) -> dict[str, Any]:
+    """What `build_results` gives for `one_wrong`. It takes seconds."""
+    return copy.deepcopy(built_wrong)
+
+
+@pytest.fixture
+def flown(all_right: Run, tmp_path: Path) -> Run:
+    """A copy of `all_right`, to be changed."""
+    return Run(shutil.copytree(all_right.folder, tmp_path / "run"), all_right.settings)
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
@@ -131,9 +158,10 @@ def _document(run: Run) -> Document:
     return check(html.of_run(run, build_results(run)))
 
 
-def test_the_summary_has_the_flight_model_without_coordinates_and_with_them(flown: Run) -> None:
-    _say(flown, "B", "high_place_18", "LOW", 0.8)
-    document = _document(flown)
+def test_the_summary_has_the_flight_model_without_coordinates_and_with_them(
+    one_wrong: Run, wrong_results: dict[str, Any]
+) -> None:
+    document = check(html.of_run(one_wrong, wrong_results))
     summary = document.section("Summary")
     assert "Not finished: fine-tune, fuse, quantize" in summary
     assert 'In flight (quantized model, no threshold, blank rule): the rates of "flight"' in summary
@@ -153,14 +181,15 @@ def test_the_summary_has_the_flight_model_without_coordinates_and_with_them(flow
     assert "fine_tune.learning_rate 0.0002 0.004" in document.section("Provenance")
 
 
-def test_the_worst_errors_come_first(flown: Run) -> None:
+def test_the_worst_errors_come_first(flown: Run, wrong_results: dict[str, Any]) -> None:
+    """The gallery is made of the answers; of the results it takes costs and blank frames."""
     _say(flown, "A", "low_place_20", "HIGH", 0.99)  # costs 1
     _say(flown, "B", "medium_place_19", "LOW", 0.7)  # 3
     _say(flown, "A", "medium_place_19", "LOW", 0.8)  # 3, surer
     _say(flown, "A", "high_place_18", None)  # 10, the row's most, and not sure of anything
     _say(flown, "B", "high_place_18", "LOW", 0.6)  # 10
     _say(flown, "D", "high_place_21", "LOW", 0.9)  # not asked here
-    document = _document(flown)
+    document = check(html.of_run(flown, wrong_results))
     cards = [title for title in document.all("h3") if "_place_" in title]
     assert cards == [
         "high_place_18, B vision only", "high_place_18, A full system", "medium_place_19, A full system",
@@ -175,49 +204,48 @@ def test_the_worst_errors_come_first(flown: Run) -> None:
     pictures = [attributes for tag, attributes in document.elements if tag == "img"]
     assert len(pictures) == 5
     assert pictures[0]["alt"] == "The frame high_place_18, whose true category is HIGH"
-    results = build_results(flown)
-    results["settings"]["mission"]["costs"][2][0] = 11  # a mission that minds nothing more than needless sending
-    assert html.wrong_answers(results, _rows(flown.evaluation("constrained")))[0].name == "low_place_20"
+    wrong_results["settings"]["mission"]["costs"][2][0] = 11  # this mission minds nothing more than needless sending
+    assert html.wrong_answers(wrong_results, _rows(flown.evaluation("constrained")))[0].name == "low_place_20"
 
 
-def test_the_gallery_shows_at_most_twelve(flown: Run) -> None:
+def test_the_gallery_shows_at_most_twelve(flown: Run, wrong_results: dict[str, Any]) -> None:
     for row in _rows(flown.evaluation("constrained")):
         if row["condition"] in "AB":
             _say(flown, row["condition"], row["name"], "LOW" if row["truth"] != "LOW" else "HIGH", 0.5)
-    results = build_results(flown)
-    rows = [row | {"name": f"{row['name']}{copy}"} for copy in "ab" for row in _rows(flown.evaluation("constrained"))]
-    document = check(html.render_html(results, rows, lambda image: None))
+    rows = [row | {"name": f"{row['name']}{twin}"} for twin in "ab" for row in _rows(flown.evaluation("constrained"))]
+    document = check(html.render_html(wrong_results, rows, lambda image: None))
     gallery = document.section("Worst errors")
     assert "24 of the 24 answers of flight under A and B are wrong. The worst 12 are shown." in gallery
     assert len([title for title in document.all("h3") if "_place_" in title]) == 12
 
 
-def test_no_errors_are_said(flown: Run) -> None:
-    gallery = _document(flown).section("Worst errors")
+def test_no_errors_are_said(all_right: Run, wrong_results: dict[str, Any]) -> None:
+    gallery = check(html.of_run(all_right, wrong_results)).section("Worst errors")
     assert gallery == "Worst errors No errors: all 12 answers of flight under A and B are correct."
 
 
-def test_frames_that_are_gone_are_said(flown: Run) -> None:
+def test_frames_that_are_gone_are_said(flown: Run, wrong_results: dict[str, Any]) -> None:
     _say(flown, "B", "high_place_18", "LOW", 0.8)
-    results = build_results(flown)
     shutil.rmtree(flown.dataset / "orion_dataset")
-    document = check(html.of_run(flown, results))
+    document = check(html.of_run(flown, wrong_results))
     assert "img" not in {tag for tag, _ in document.elements}
     assert "The frame was removed by 'orion clean'." in document.section("Worst errors")
 
 
 def test_a_blank_frame_is_low_by_rule_in_the_gallery_too(flown: Run) -> None:
     Image.new("RGB", (512, 512), (9, 9, 30)).save(flown.dataset / "orion_dataset/images/high_place_18.png")
+    for model in ("base", "fine-tuned"):  # a report of fewer models takes less time
+        shutil.rmtree(flown.evaluation(model))
     document = _document(flown)
     gallery = document.section("Worst errors")
     assert gallery.count("HIGH labelled LOW (lost) HIGH 0.00, MEDIUM 0.00, LOW 1.00; cost 10") == 2
     assert gallery.count("LOW by the blank rule, whatever the model answers") == 2
-    shutil.rmtree(flown.evaluation("constrained"))
+    flown.evaluation("constrained").rename(flown.evaluation("fine-tuned"))  # its answers are taken as they are
     assert "LOW by the blank rule" not in _document(flown).section("Worst errors")
 
 
-def test_a_run_says_what_it_has_not_evaluated(run: Run) -> None:
-    document = _document(run)
+def test_a_run_says_what_it_has_not_evaluated(run: Run, results: dict[str, Any]) -> None:
+    document = check(html.of_run(run, results))
     summary = document.section("Summary")
     assert "The flight model has not been evaluated. The last evaluated step is fine-tuned." in summary
     assert "always HIGH 2/6 33.3 %" in document.section("Accuracy by condition")
@@ -232,41 +260,41 @@ def test_a_run_says_what_it_has_not_evaluated(run: Run) -> None:
     assert "Not finished: dataset" in _document(run).section("Summary")
 
 
-def test_hostile_text_is_text(flown: Run) -> None:
-    for hostile in HOSTILE:
-        _say(flown, "B", "high_place_18", "LOW", 0.8, answer=hostile + "\u202e\x00\ud800")
-        results = build_results(flown)
-        results |= {"preset": hostile, "split": hostile, "missing": [hostile], "foreign_pair": hostile}
-        results["foreign_server"] = {"server": hostile, "served_model": hostile, "server_build": hostile}
-        results["overrides"] = results["figures"] = {hostile: [hostile, hostile]}
-        results["versions"], results["seconds"], results["bytes"] = {hostile: hostile}, {hostile: 1.0}, {hostile: 1}
-        results["baselines"][hostile] = results["baselines"].pop("colour k-NN")
-        rows = [
-            row | {"name": row["name"] + hostile, "image": hostile} for row in _rows(flown.evaluation("constrained"))
-        ]
-        text = html.render_html(results, rows, lambda image: b"jpeg")
-        document = check(text)
-        assert document.all("title")[0] == f"Triage evaluation: {hostile}, {hostile} split"
-        (card,) = [answer for answer in document.all("code") if answer.startswith(hostile)]
-        assert card == hostile + "\\u202e\\x00\\ud800"
-        assert "49" not in card
-        assert document.section("Worst errors").count(hostile) == 3
-        text.encode()
+def test_hostile_text_is_text(one_wrong: Run, wrong_results: dict[str, Any]) -> None:
+    """Markup, both quotation marks and a template's braces in every value."""
+    hostile = "".join(HOSTILE)
+    results = wrong_results
+    results |= {"preset": hostile, "split": hostile, "missing": [hostile], "foreign_pair": hostile}
+    results["foreign_server"] = {"server": hostile, "served_model": hostile, "server_build": hostile}
+    results["overrides"] = results["figures"] = {hostile: [hostile, hostile]}
+    results["versions"], results["seconds"], results["bytes"] = {hostile: hostile}, {hostile: 1.0}, {hostile: 1}
+    results["baselines"][hostile] = results["baselines"].pop("colour k-NN")
+    rows = [
+        row | {"name": row["name"] + hostile, "image": hostile, "answer": hostile + "\u202e\x00\ud800"}
+        for row in _rows(one_wrong.evaluation("constrained"))
+    ]
+    text = html.render_html(results, rows, lambda image: b"jpeg")
+    document = check(text)
+    assert document.all("title")[0] == f"Triage evaluation: {hostile}, {hostile} split"
+    (card,) = [answer for answer in document.all("code") if answer.startswith(hostile)]
+    assert card == hostile + "\\u202e\\x00\\ud800"
+    assert "49" not in card
+    assert document.section("Worst errors").count(hostile) == 3
+    text.encode()
 
 
-def test_someone_elses_server_is_named(flown: Run) -> None:
-    results = build_results(flown)
-    results["foreign_server"] = {
+def test_someone_elses_server_is_named(wrong_results: dict[str, Any]) -> None:
+    wrong_results["foreign_server"] = {
         "server": "http://127.0.0.1:9",
         "served_model": "other.gguf",
         "server_build": "llama.cpp b1",
     }
-    document = check(html.render_html(results, [], lambda image: None))
+    document = check(html.render_html(wrong_results, [], lambda image: None))
     assert "are from the server at http://127.0.0.1:9 (other.gguf, llama.cpp b1)" in document.section("Summary")
 
 
-def test_the_threshold_has_its_section(flown: Run) -> None:
-    results = build_results(flown)
+def test_the_threshold_has_its_section(wrong_results: dict[str, Any]) -> None:
+    results = wrong_results
     rates = {"count": 1, "total": 2, "rate": 0.5, "low": 0.09, "high": 0.91}
     point = {
         "high_recall": rates,
@@ -301,9 +329,8 @@ def test_confusions_show_what_is_lost_and_what_is_unparsable() -> None:
     assert [cell["answer"] for cell in html.matrix(confusion)[0][1]] == ["HIGH", "MEDIUM", "LOW", "unparsable"]
 
 
-def test_charts_show_the_values_of_the_results(flown: Run) -> None:
-    _say(flown, "B", "high_place_18", "LOW", 0.8)
-    results = build_results(flown)
+def test_charts_show_the_values_of_the_results(wrong_results: dict[str, Any]) -> None:
+    results = wrong_results
     models = ["base", "fine-tuned", "flight"]
     axes = Figure().subplots()
     plot.accuracy(axes, results)
@@ -342,10 +369,8 @@ def test_charts_show_the_values_of_the_results(flown: Run) -> None:
     assert kept[-1] == pytest.approx([100, 100 / 6])
 
 
-def test_charts_are_text_in_the_colours_of_the_page_and_the_same_each_time(flown: Run) -> None:
-    results = build_results(flown)
-    text = html.of_run(flown, results)
-    assert html.of_run(flown, results) == text
+def test_charts_are_text_in_the_colours_of_the_page(one_wrong: Run, wrong_results: dict[str, Any]) -> None:
+    text = html.of_run(one_wrong, wrong_results)
     style = text[text.index("<style>") : text.index("</style>")]
     charts = re.findall(r'<svg class="chart".*?</svg>', text, re.DOTALL)
     assert len(charts) == 4  # accuracy, budget, reliability, coverage
@@ -360,6 +385,8 @@ def test_charts_are_text_in_the_colours_of_the_page_and_the_same_each_time(flown
 
 
 def test_the_command_writes_it_for_each_split_and_names_it(flown: Run) -> None:
+    for model in ("base", "fine-tuned"):  # a report of fewer models takes less time
+        shutil.rmtree(flown.evaluation(model))
     prepare(flown)
     for split, name in (("test", "report.html"), ("val", "report-val.html")):
         done = orion("report", "--run", flown.folder, "--file", split)
@@ -424,13 +451,13 @@ def faults(chromium: Chromium, path: Path, width: int, *, dark: bool) -> list[st
 
 @pytest.mark.browser
 def test_a_browser_shows_it_on_a_phone_and_a_desktop_light_and_dark(
-    flown: Run, chromium: Chromium, tmp_path: Path
+    flown: Run, wrong_results: dict[str, Any], chromium: Chromium, tmp_path: Path
 ) -> None:
     """Through the DevTools protocol over a pipe (tests/chromium.py): no package is needed for it."""
     _say(flown, "B", "high_place_18", "LOW", 0.8, answer="".join(HOSTILE) + "a" * 300)
     _say(flown, "A", "high_place_18", None, answer="?")
     path = tmp_path / "report.html"
-    path.write_text(html.of_run(flown, build_results(flown)))
+    path.write_text(html.of_run(flown, wrong_results))
     grounds = {}
     for width in (360, 390, 1280):
         for dark in (False, True):

@@ -17,6 +17,7 @@ from orion_triage.errors import OrionError
 from orion_triage.evaluate.baselines import LOGISTIC_REGRESSION
 from orion_triage.evaluate.metrics import Prediction
 from orion_triage.evaluate.results import as_flown, build_results, differences, steps
+from orion_triage.evaluate.seeds import over_training_seeds
 from orion_triage.evaluate.variants import table
 from orion_triage.mission.verdict import CATEGORIES, Category
 from orion_triage.report import plot
@@ -97,8 +98,7 @@ def test_sentences_say_significant_or_how_many_frames_are_needed() -> None:
     assert sentences(results)[0] == "quantization, A; B; C; D: no change, the same frames are correct."
 
 
-def test_results_are_counted_from_predictions_and_name_what_is_missing(run: Run) -> None:
-    results = build_results(run)
+def test_results_are_counted_from_predictions_and_name_what_is_missing(results: dict[str, Any]) -> None:
     assert json.loads(json.dumps(results)) == results
     steps_between = ["evaluate adapter-4bit", "evaluate adapter-16bit", "evaluate F16", "evaluate Q8_0"]
     flown = ["evaluate quantized", "evaluate constrained"]
@@ -126,8 +126,7 @@ def test_results_are_counted_from_predictions_and_name_what_is_missing(run: Run)
     assert conflict["moved_to_coordinates"] == 0
 
 
-def test_tables_show_every_model_and_a_dash_for_what_is_missing(run: Run) -> None:
-    results = build_results(run)
+def test_tables_show_every_model_and_a_dash_for_what_is_missing(results: dict[str, Any]) -> None:
     assert accuracy_rows(results)[0] == ["A full system", "0.0 %", "33.3 %", "-", "+33.3", "-"]
     markdown = render_markdown(results, "report.png")
     assert "Not finished: fine-tune, fuse, quantize, vision features, evaluate adapter-4bit" in markdown
@@ -148,8 +147,7 @@ def test_tables_show_every_model_and_a_dash_for_what_is_missing(run: Run) -> Non
     assert "majority class" in shown
 
 
-def test_losses_are_drawn_and_the_png_is_written(run: Run, tmp_path: Path) -> None:
-    results = build_results(run)
+def test_losses_are_drawn_and_the_png_is_written(results: dict[str, Any], tmp_path: Path) -> None:
     axes = Figure().subplots()
     plot.loss(axes, [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "eval_loss": 2.5}])
     assert [list(line.get_ydata()) for line in axes.lines] == [[3.0, 2.0], [2.5]]
@@ -160,27 +158,24 @@ def test_losses_are_drawn_and_the_png_is_written(run: Run, tmp_path: Path) -> No
     assert [path.name for path in tmp_path.glob("*.png")] == ["report.png"]
 
 
-def test_a_pair_of_someone_elses_is_named(run: Run) -> None:
+def test_a_pair_and_a_server_of_someone_elses_are_named(run: Run) -> None:
     folder = run.evaluation("quantized")
-    shutil.copytree(run.evaluation("base"), folder)
-    for own, said in (({"pair": "team/pair"}, True), ({}, False)):
+    run.evaluation("base").rename(folder)  # a report of one model takes less time
+    shutil.rmtree(run.evaluation("fine-tuned"))
+    server = {"server": "http://127.0.0.1:9", "served_model": "other.gguf", "server_build": "llama.cpp b1"}
+    for own, said in (({"pair": "team/pair"}, (True, False)), (server, (False, True))):
         write_manifest(folder, stage="evaluate quantized", settings={}, inputs={}, seconds=1, figures=own)
         markdown = render_markdown(build_results(run), "report.png")
-        assert ("are from the pair team/pair, not from that of this run" in markdown) is said
+        sentences = (
+            "are from the pair team/pair, not from that of this run",
+            "are from the server at http://127.0.0.1:9 (other.gguf, llama.cpp b1)",
+        )
+        assert tuple(sentence in markdown for sentence in sentences) == said
 
 
-def test_a_server_of_someone_elses_is_named(run: Run) -> None:
-    folder = run.evaluation("quantized")
-    shutil.copytree(run.evaluation("base"), folder)
-    figures = {"server": "http://127.0.0.1:9", "served_model": "other.gguf", "server_build": "llama.cpp b1"}
-    for own, said in ((figures, True), ({}, False)):
-        write_manifest(folder, stage="evaluate quantized", settings={}, inputs={}, seconds=1, figures=own)
-        markdown = render_markdown(build_results(run), "report.png")
-        assert ("are from the server at http://127.0.0.1:9 (other.gguf, llama.cpp b1)" in markdown) is said
-
-
-def test_the_report_says_when_a_linear_probe_is_better(run: Run) -> None:
-    assert build_results(run)["linear_probe"] is None
+def test_the_report_says_when_a_linear_probe_is_better(run: Run, results: dict[str, Any]) -> None:
+    assert results["linear_probe"] is None
+    shutil.rmtree(run.evaluation("base"))  # a report of fewer models takes less time
     folder = run.vision_features
     records = [record for split in ("train", "val", "test") for record in read_split(run.dataset, split)]
     seen = {record.image: np.eye(3)[CATEGORIES.index(record.verdict.category)] for record in records}
@@ -210,7 +205,7 @@ def test_runs_that_differ_in_the_training_seed_only_are_reported_together(run: R
 
     beside("longer", seed=45, epochs=9)
     first, second = beside("first"), beside("second", seed=44)
-    assert build_results(open_run(first))["training_seeds"]["seeds"] == [42, 44]
+    assert over_training_seeds(open_run(first))["seeds"] == [42, 44]
     predictions = second / "evaluation/test/fine-tuned/predictions.jsonl"
     rows = [json.loads(line) for line in predictions.read_text().splitlines()]
     predictions.write_text(
@@ -227,10 +222,11 @@ def test_runs_that_differ_in_the_training_seed_only_are_reported_together(run: R
     assert f"| fine-tuned | A | {100 * alone:.1f} % | {50 * (1 + alone):.1f} % | 100.0 % |" in text
     stage_manifest = second / "evaluation/test/fine-tuned/manifest.json"
     stage_manifest.write_text(json.dumps(json.loads(stage_manifest.read_text()) | {"inputs": {"dataset": "another"}}))
-    assert build_results(open_run(first))["training_seeds"] is None
+    assert over_training_seeds(open_run(first)) is None
 
 
 def test_figures_of_another_version_are_not_taken_over(run: Run) -> None:
+    shutil.rmtree(run.folder / "evaluation")  # a report without models takes less time
     results = build_results(run)
     remove_outputs(run.dataset, lambda name: name.endswith(".png"))
     path = run.folder / "results.json"
