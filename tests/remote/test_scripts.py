@@ -19,7 +19,7 @@ from tests.remote.sshd import Server, program, wait_until
 STRANGE = "-a b'c\"d$HOME\n*\\é;`x`&"
 EVERYWHERE = os.environ.get("HYPOTHESIS_PROFILE") == "torture"  # else at some places, spread over the whole
 CUTS = 21 if EVERYWHERE else 6  # of each script
-INTERRUPTIONS = 99 if EVERYWHERE else 3  # of each script, before a rename or within a deletion
+INTERRUPTIONS = 99 if EVERYWHERE else 4  # of each script, before a rename or within a deletion
 SIDES = ("connection", "client", "server")
 
 
