@@ -22,7 +22,7 @@ from orion_triage.models.adapter import attach_adapter, read_adapter
 from orion_triage.models.checkpoint import check_names
 from orion_triage.models.encode import render_turn
 from orion_triage.models.lfm2_vl import CHAT_TEMPLATE
-from orion_triage.models.load import load_model, load_processor, resolve_base
+from orion_triage.models.load import drop_code_names, load_model, load_processor, resolve_base
 
 from .hostile import DEEP, mutated, outcome, replaced, to_bytes
 
@@ -340,7 +340,7 @@ def test_the_converter_is_told_nothing_of_a_folders_code(small_base: Path, tmp_p
     (out / "tokenizer_config.json").write_text(
         '{"auto_map": {"AutoTokenizer": ["evil/x--evil.Evil", null]}, "a": "\u00e9"}'
     )
-    fuse._drop_code_names(out)
+    drop_code_names(out)
     assert json.loads((out / "tokenizer_config.json").read_text()) == {"a": "\u00e9"}
     assert json.loads(written)["architectures"] == ["Lfm2VlForConditionalGeneration"]
     assert json.loads(written)["text_config"]["architectures"] == ["Lfm2ForCausalLM"]

@@ -262,7 +262,8 @@ def test_someone_elses_server_is_named(flown: Run) -> None:
         "server_build": "llama.cpp b1",
     }
     document = check(html.render_html(results, [], lambda image: None))
-    assert "are from the server at http://127.0.0.1:9 (other.gguf, llama.cpp b1)" in document.section("Summary")
+    note = '"server" is other.gguf, as served by http://127.0.0.1:9 (llama.cpp b1).'
+    assert note in document.section("Summary")
 
 
 def test_the_threshold_has_its_section(flown: Run) -> None:

@@ -160,23 +160,31 @@ def test_losses_are_drawn_and_the_png_is_written(run: Run, tmp_path: Path) -> No
     assert [path.name for path in tmp_path.glob("*.png")] == ["report.png"]
 
 
-def test_a_pair_of_someone_elses_is_named(run: Run) -> None:
-    folder = run.evaluation("quantized")
-    shutil.copytree(run.evaluation("base"), folder)
-    for own, said in (({"pair": "team/pair"}, True), ({}, False)):
-        write_manifest(folder, stage="evaluate quantized", settings={}, inputs={}, seconds=1, figures=own)
-        markdown = render_markdown(build_results(run), "report.png")
-        assert ("are from the pair team/pair, not from that of this run" in markdown) is said
+def test_a_pair_and_a_server_of_someone_elses_are_beside_the_runs_own(run: Run) -> None:
+    server = {"server": "http://127.0.0.1:9", "served_model": "other.gguf", "server_build": "llama.cpp b1"}
+    named = {
+        "other-pair": ({"pair": "team/pair"}, '"other-pair" is the pair team/pair.'),
+        "server": (server, '"server" is other.gguf, as served by http://127.0.0.1:9 (llama.cpp b1).'),
+    }
+    for name, (figures, note) in named.items():
+        assert note not in render_markdown(build_results(run), "report.png")
+        shutil.copytree(run.evaluation("base"), run.evaluation(name))
+        write_manifest(
+            run.evaluation(name), stage=f"evaluate {name}", settings={}, inputs={}, seconds=1, figures=figures
+        )
+        results = build_results(run)
+        assert note in render_markdown(results, "report.png")
+        assert name in results["models"]
+        assert "evaluate quantized" in results["missing"]
+    assert set(named) & build_results(run, with_others=False)["models"].keys() == set()
 
 
-def test_a_server_of_someone_elses_is_named(run: Run) -> None:
+def test_answers_of_others_that_an_older_version_stored_as_the_runs_own_are_left_out(run: Run) -> None:
     folder = run.evaluation("quantized")
     shutil.copytree(run.evaluation("base"), folder)
-    figures = {"server": "http://127.0.0.1:9", "served_model": "other.gguf", "server_build": "llama.cpp b1"}
-    for own, said in ((figures, True), ({}, False)):
-        write_manifest(folder, stage="evaluate quantized", settings={}, inputs={}, seconds=1, figures=own)
-        markdown = render_markdown(build_results(run), "report.png")
-        assert ("are from the server at http://127.0.0.1:9 (other.gguf, llama.cpp b1)" in markdown) is said
+    for figures, own in (({"server": "http://127.0.0.1:9"}, False), ({"pair": "team/pair"}, False), ({}, True)):
+        write_manifest(folder, stage="evaluate quantized", settings={}, inputs={}, seconds=1, figures=figures)
+        assert ("quantized" in build_results(run)["models"]) is own
 
 
 def test_the_report_says_when_a_linear_probe_is_better(run: Run) -> None:
@@ -237,5 +245,5 @@ def test_figures_of_another_version_are_not_taken_over(run: Run) -> None:
     path.write_text(json.dumps(results))
     assert build_results(run)["baselines"] == results["baselines"]
     path.write_text(json.dumps(results | {"schema_version": 2}))
-    with pytest.raises(OrionError, match="schema version 2 instead of 4"):
+    with pytest.raises(OrionError, match="schema version 2 instead of 5"):
         build_results(run)
