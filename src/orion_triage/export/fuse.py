@@ -243,7 +243,7 @@ def _write_config(base: Path, dtype: str, folder: Path) -> None:
     config = read_object(base / "config.json")
     for section in (config, config["text_config"], config["vision_config"]):
         section.pop("torch_dtype", None)
-        section.pop("auto_map", None)  # see save_processor
+        section.pop("auto_map", None)  # see drop_code_names
         section["dtype"] = dtype
     # Do not copy the base's value: for some architectures, the converter runs code from the model's folder.
     config["architectures"] = ["Lfm2VlForConditionalGeneration"]

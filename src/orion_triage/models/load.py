@@ -133,8 +133,7 @@ def save_processor(processor: "Lfm2VlProcessor", base: Path, folder: Path) -> No
     """Write the settings of the processor and the base's tokenizer files, unchanged, into `folder`.
 
     transformers 5 writes "tokenizer_class": "TokenizersBackend" for any tokenizer, which version 4 cannot load. The
-    image settings do change: one frame of the run's size, not split. References to remote code are removed, so that
-    users of the folder are not asked to run it.
+    image settings do change: one frame of the run's size, not split. References to remote code are removed.
     """
     processor.save_pretrained(folder)
     if (base / "preprocessor_config.json").is_file():  # where version 4 looks for the image settings
@@ -144,6 +143,11 @@ def save_processor(processor: "Lfm2VlProcessor", base: Path, folder: Path) -> No
             write_bytes(folder / name, read_bytes(base / name, LARGEST_JSON_BYTES))
         elif name not in _NEEDED:
             (folder / name).unlink(missing_ok=True)
+    drop_code_names(folder)
+
+
+def drop_code_names(folder: Path) -> None:
+    """Remove references to remote code, so that users of this folder are not asked to run it."""
     for path in folder.glob("*_config.json"):
         value = read_object(path)
         if value.pop("auto_map", None) is not None:
