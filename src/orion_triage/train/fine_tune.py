@@ -77,11 +77,6 @@ def run(
     weights = sum(path.stat().st_size for path in base.glob("*.safetensors"))
     require_free_space(work_folder, int(weights * _CHECKPOINT_SHARE) + 50_000_000, "fine-tuning")
     base_sha256 = fingerprint(base)
-    if processes.is_main():
-        prepare_work_folder(work_folder, settings, frame_size, base_sha256, dataset.folder, precision)
-    processes.wait()
-    checkpoints = work_folder / CHECKPOINTS
-
     processor = load_processor(base, frame_size)
     first = train_records[0]
     check_template(processor, first.prompt, first.verdict.to_json())
@@ -101,13 +96,18 @@ def run(
     if four_bit and device == "cpu":
         model = expand_four_bit(model)
 
-    remove_damaged(checkpoints)
-    resume_from = last_checkpoint(checkpoints)
-    resumed_step = int(resume_from.name.rsplit("-", 1)[1]) if resume_from else 0
+    checkpoints = work_folder / CHECKPOINTS
     with warnings.catch_warnings(), naming(work_folder), heard_once():
         _filter_warnings(device)
         set_seed(settings.seed)
         model, census = add_adapter(model, settings)
+        # Only here, where base, dataset and targets have proved usable: it deletes checkpoints of another training.
+        if processes.is_main():
+            prepare_work_folder(work_folder, settings, frame_size, base_sha256, dataset.folder, precision)
+        processes.wait()
+        remove_damaged(checkpoints)
+        resume_from = last_checkpoint(checkpoints)
+        resumed_step = int(resume_from.name.rsplit("-", 1)[1]) if resume_from else 0
         trainable = _trainable_by_tower(model)
         collate = collator(processor, frames, features)
         grouping = settings
