@@ -86,7 +86,7 @@ PARTS: dict[str, Script | Tests] = {
     "disk_faults": Script("disk_faults.py", ("--faults-per-stage", "1", "--only", "dataset", "quantize")),
     "hostile": Tests(("tests/test_hostile_text.py", "tests/test_hostile_pictures.py", "tests/test_hostile_weights.py")),
     "fuzz": Script("fuzz.py", ("--seconds", "3")),
-    "servers": Tests(("tests/test_reliability.py",)),
+    "servers": Tests(("tests/test_reliability.py", "tests/remote/test_scripts.py")),
     "long_haul": Script("long_haul.py", ("--frames", "200")),
 }
 
@@ -110,7 +110,7 @@ def table(results: Path) -> str:
         ("hostile input, found by coverage",
          f"{sum(target['executions'] for target in fuzz['targets']):,} inputs to {len(fuzz['targets'])} "
          "parsers", "refused or harmless", fuzz),
-        ("faulty servers, kills, changed bits, full memory", f"{servers['cases']} tests",
+        ("faulty servers, kills, changed bits, full memory, interrupted jobs on a server", f"{servers['cases']} tests",
          "reported; finished work kept; no wrong answer counted", servers),
         (f"{long_haul['frames']:,} frames through `orion triage`",
          f"killed after {long_haul['killed_after_frames']:,}, then resumed to the end",

@@ -48,7 +48,7 @@ def test_water_and_buildings_are_measured() -> None:
 def test_a_tile_says_which_of_its_morphologys_scenes_it_shows() -> None:
     assert set(SUBTYPES) == set(PAINTERS)
     for morphology, subtypes in SUBTYPES.items():
-        seen = {draw_tile(morphology, seed, metres_per_pixel=80, size=48).subtype for seed in range(4 * len(subtypes))}
+        seen = {draw_tile(morphology, seed, metres_per_pixel=80, size=48).subtype for seed in range(12 * len(subtypes))}
         assert seen == set(subtypes), morphology
 
 
