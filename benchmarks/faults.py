@@ -42,6 +42,7 @@ from orion_triage.runs.run import Run, prepare
 from orion_triage.safe.files import write_text
 from orion_triage.settings import Settings, load_settings
 from orion_triage.train import fine_tune
+from orion_triage.train.device import Device
 from orion_triage.train.trainer import collator, make_trainer
 
 RESULTS = Path(__file__).parent / "results" / "faults.json"
@@ -136,15 +137,15 @@ def train(recipe: Recipe, run: Run, folder: Path) -> dict[str, Any]:
     if recipe.loss_everywhere:
         collate = loss_everywhere(collate, processor, frames)
     with warnings.catch_warnings():
-        fine_tune._filter_warnings("cpu")
+        fine_tune._filter_warnings(on_gpu=False)
         trainer = make_trainer(
             model,
+            processor.tokenizer,
             collate,
             train_records,
             val_records,
             settings.fine_tune,
-            "cpu",
-            "float32",
+            Device("cpu", "float32"),
             folder / "checkpoints",
             silent,
         )

@@ -89,6 +89,13 @@ def on_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def precision_of(settings: Settings) -> str:
+    """What the package would train in here; a base of any size is measured on a CPU too."""
+    from orion_triage.train.device import choose_device
+
+    return choose_device(settings.fine_tune, parameters=0).precision
+
+
 def load_with_adapter(base: Path, settings: Settings) -> Any:
     """The base in NF4 with fresh LoRA matrices on the modules that the preset's names mean."""
     import torch
@@ -98,7 +105,7 @@ def load_with_adapter(base: Path, settings: Settings) -> Any:
     from orion_triage.models.adapter import resolve_targets
 
     tuning = settings.fine_tune
-    dtype = getattr(torch, tuning.precision) if on_gpu() else torch.float32
+    dtype = getattr(torch, precision_of(settings))
     quantization = None
     if tuning.base_weights == "nf4":
         quantization = BitsAndBytesConfig(
@@ -152,8 +159,8 @@ def train(base: Path, dataset: Path, settings: Settings, out: Path) -> dict[str,
         optim=tuning.optimizer,
         lr_scheduler_type=tuning.learning_rate_schedule,
         warmup_steps=math.ceil(tuning.warmup_fraction * steps),
-        fp16=on_gpu() and tuning.precision == "float16",
-        bf16=on_gpu() and tuning.precision == "bfloat16",
+        fp16=on_gpu() and precision_of(settings) == "float16",
+        bf16=on_gpu() and precision_of(settings) == "bfloat16",
         use_cpu=not on_gpu(),
         seed=tuning.seed,
         data_seed=tuning.seed,
@@ -202,7 +209,7 @@ def operations(base: Path, dataset: Path, settings: Settings) -> dict[str, Any]:
 
     processor = load_processor(base, settings.base.frame_size)
     device = "cuda:0" if on_gpu() else "cpu"
-    dtype = getattr(torch, settings.fine_tune.precision) if on_gpu() else torch.float32
+    dtype = getattr(torch, precision_of(settings))
     model = load_with_adapter(base, settings).train()
     row = EncodedRecords(dataset, read_split(dataset, "train"), processor, settings.base.frame_size)[0]
     kept = int((row["labels"] != IGNORED).sum()) + 1

@@ -107,7 +107,7 @@ def same_but_for_time(before: Path, after: Path) -> bool:
         pairs = [
             (one[key], other.get(key, float("nan")))
             for one, other in zip(*logs, strict=True)
-            for key in ("loss", "eval_loss")
+            for key in ("loss", "eval_loss", "eval_loss_category")
             if key in one
         ]
         return all(abs(one - other) <= LARGEST_LOSS_DIFFERENCE * abs(one) for one, other in pairs)

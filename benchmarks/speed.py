@@ -347,7 +347,10 @@ def link(source: Path, target: Path) -> None:
 
 def training(bench: Bench) -> None:
     base = base_to_train(bench)
-    settings = load_settings(bench.preset, [f"base.model={base}", f"fine_tune.epochs={TRAINING_EPOCHS}"])
+    sets = [f"base.model={base}", f"fine_tune.epochs={TRAINING_EPOCHS}"]
+    if not machine()["gpu"]:
+        sets.append("fine_tune.device=cpu")  # by name: a base that takes days is only measured here
+    settings = load_settings(bench.preset, sets)
     dataset = dataset_to_train_on(bench)
     a_step = settings.fine_tune.micro_batch_size * settings.fine_tune.gradient_accumulation_steps
     count = 2 * FEWEST_RECORDS if bench.toy else bench.records or TRAINING_RECORDS

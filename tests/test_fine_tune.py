@@ -14,6 +14,7 @@ from orion_triage.models.load import expand_four_bit, fingerprint, load_model, l
 from orion_triage.progress import silent
 from orion_triage.settings import FineTuneSettings
 from orion_triage.train import fine_tune
+from orion_triage.train.device import Device
 from orion_triage.train.grouping import groupings
 from orion_triage.train.trainer import collator, make_trainer
 
@@ -75,7 +76,7 @@ def test_a_run_leaves_an_adapter_with_its_papers(
     assert figures["preflight"]["smallest_vision_cosine"] > 0.99
     if figures["device"] == "cpu":
         assert figures["precision_used"] == "float32"
-        assert "instead of float16" in figures["precision_note"]
+        assert figures["notes"] == ["trained on the CPU in float32: there is no usable GPU"]
     assert ("fine-tuning", 6, 6) in seen
 
     folder = tmp_path / "adapter"
@@ -126,9 +127,12 @@ def test_only_adapter_weights_move_and_all_of_them(
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     records = read_split(small_dataset, "train")[:8]
     frames = fine_tune.decode_frames(Dataset(small_dataset), records, 256, silent)
-    collate = collator(load_processor(small_base, 256), frames)
+    processor = load_processor(small_base, 256)
+    collate = collator(processor, frames)
     settings = QUICK.model_copy(update={"epochs": 1, "micro_batch_size": 4})
-    trainer = make_trainer(model, collate, records, records[:2], settings, "cpu", "float32", tmp_path, silent)
+    trainer = make_trainer(
+        model, processor.tokenizer, collate, records, records[:2], settings, Device("cpu", "float32"), tmp_path, silent
+    )
     trainer.train()
     assert trainer.state.global_step == 2
     moved = {name for name, value in model.named_parameters() if not value.equal(before[name])}

@@ -17,6 +17,7 @@ from orion_triage.progress import silent
 from orion_triage.settings import EvaluateSettings, FineTuneSettings, FuseSettings
 from orion_triage.train import fine_tune
 from orion_triage.train.checkpoints import CHECKPOINTS
+from orion_triage.train.device import Device
 from orion_triage.train.preflight import preflight
 from orion_triage.train.trainer import collator, make_trainer
 
@@ -61,7 +62,7 @@ def test_training_learns_and_its_adapter_fuses(
     settings = SETTINGS.model_copy(update={"precision": precision})
     figures = fine_tune.run(small_base, Dataset(small_dataset), tmp_path / "adapter", tmp_path / "work", settings, 256)
     assert figures["precision_used"] == precision
-    assert figures["precision_note"] == ""
+    assert figures["notes"] == []
     assert figures["last_loss"] < figures["first_loss"]
     assert figures["peak_vram_bytes"] > 0
     assert figures["short_convolution"] == ("causal-conv1d" if fine_tune.has_fast_convolution() else "PyTorch")
@@ -98,8 +99,12 @@ def test_the_optimizer_is_paged(small_base: Path, small_dataset: Path, tmp_path:
     model, _ = fine_tune.add_adapter(model, settings)
     records = read_split(small_dataset, "train")[:8]
     frames = fine_tune.decode_frames(Dataset(small_dataset), records, 256, silent)
-    collate = collator(load_processor(small_base, 256), frames)
-    trainer = make_trainer(model, collate, records, records[:4], settings, "cuda:0", "float16", tmp_path, silent)
+    processor = load_processor(small_base, 256)
+    collate = collator(processor, frames)
+    trainer = make_trainer(
+        model, processor.tokenizer, collate, records, records[:4], settings, Device("cuda:0", "float16"), tmp_path,
+        silent,
+    )  # fmt: skip
     trainer.train()
     optimizer = trainer.optimizer.optimizer
     assert type(optimizer).__module__.startswith("bitsandbytes")

@@ -85,9 +85,23 @@ def test_floating_storage_keeps_the_tower_in_sixteen_bits(
 
 def test_other_vision_weights_are_refused(other_base: Path, processor: Any, reference: Any, small_frames: Any) -> None:
     model = load_model(other_base, dtype="float32")
-    said = r"frame \d have a cosine of -?0\.\d+ with those of the 16-bit base; 0\.99 is needed"
+    said = r"frame \d have a cosine of -?0\.\d+ with those of the base in float32; 0\.99 is needed"
     with pytest.raises(OrionError, match=said):
         preflight(model, reference, processor, small_frames, render_prompt(None))
+
+
+def test_features_that_overflow_are_refused_with_the_precision_that_does_not(
+    small_base: Path, processor: Any, reference: Any, small_frames: Any
+) -> None:
+    import torch
+
+    model = load_model(small_base, dtype="float16")
+    with torch.no_grad():
+        model.model.multi_modal_projector.linear_2.weight.mul_(60_000)
+        model.model.multi_modal_projector.linear_2.weight.mul_(1_000)
+    with pytest.raises(OrionError, match="the vision features are not finite in float16") as refused:
+        preflight(model, reference, processor, small_frames, render_prompt(None))
+    assert "fine_tune.precision=bfloat16" in refused.value.fix
 
 
 def test_a_model_that_ignores_the_image_is_refused(

@@ -9,8 +9,12 @@ import pytest
 from orion_triage.errors import OrionError
 from orion_triage.machine import budgets, doctor, rehearse
 from orion_triage.mission.verdict import CATEGORIES
+from orion_triage.models.checkpoint import count_parameters
 from orion_triage.runs.run import Run
 from orion_triage.settings import load_settings
+from orion_triage.train.device import gpu_fault
+
+from .conftest import orion
 
 PUBLISHED = {"lfm2.5-vl-1.6b": 1_596_625_904, "lfm2.5-vl-450m": 450_816_512}
 SMALL: dict[str, Any] = {
@@ -125,9 +129,42 @@ def test_the_doctor_names_what_is_missing(tmp_path: Path, monkeypatch: pytest.Mo
     assert found["base"].state == "ok"
     assert found["llama.cpp"].state == "missing"
     assert "apt install g++" in found["llama.cpp"].fix
+    assert found["GPU"].state == "ok"
     too_much = doctor.Needs(10**18, 10**18, None)
     assert doctor._memory(too_much).state == "missing"
     assert doctor._disk(too_much, tmp_path / "not" / "yet").state == "missing"
     full = {finding.what: finding for finding in doctor.examine(load_settings("lfm2.5-vl-1.6b"), tmp_path)}
     assert full["base"].state == "note"
     assert "LiquidAI/LFM2.5-VL-1.6B" in full["base"].found
+    assert "3.2 GB" in full["base"].fix
+    if gpu_fault():
+        assert full["GPU"].state == "missing"
+        assert "1,597 M parameters" in full["GPU"].found
+        assert orion("doctor", "--preset", "lfm2.5-vl-1.6b").returncode == 1
+
+
+def test_what_a_run_needs_follows_from_its_settings_and_not_from_its_presets_name(
+    small_base: Path, tmp_path: Path
+) -> None:
+    mine = tmp_path / "mine.toml"
+    mine.write_text(f'[base]\nmodel = "{small_base}"\nframe_size = 256\n', encoding="utf-8")
+    settings = load_settings(str(mine))
+    parameters = doctor._parameters(settings)
+    assert parameters == count_parameters(small_base)
+    assert doctor.needs_of(settings, parameters).gpu_memory is None
+    assert {finding.what: finding.state for finding in doctor.examine(settings, tmp_path)}["GPU"] == "ok"
+
+    def gpu_memory(preset: str, *sets: str) -> float:
+        settings = load_settings(preset, sets)
+        needed = doctor.needs_of(settings, doctor._parameters(settings)).gpu_memory
+        assert needed is not None
+        return needed / 1e9
+
+    full = gpu_memory("lfm2.5-vl-1.6b")
+    assert full == pytest.approx(8)  # the mission document's limit
+    assert gpu_memory("lfm2.5-vl-1.6b", "fine_tune.base_weights=16-bit") > full + 1
+    assert gpu_memory("lfm2.5-vl-1.6b", "base.frame_size=256") < full - 2
+    assert gpu_memory("lfm2.5-vl-450m") < full / 3
+    assert gpu_memory("lfm2.5-vl-1.6b", "base.model=someone/else@main") == pytest.approx(8)  # unknown: as the mission's
+    for preset, count in PUBLISHED.items():
+        assert doctor._parameters(load_settings(preset)) == count

@@ -1,6 +1,7 @@
 """What a kill, a second run, a flipped bit or a lying server may not do."""
 
 import errno
+import hashlib
 import json
 import signal
 import socket
@@ -305,7 +306,9 @@ def test_a_loss_that_is_no_number_stops_training_and_names_the_last_good_checkpo
     checkpoints = tmp_path / "checkpoints"
     for step, whole in ((3, True), (6, False)):
         (checkpoints / f"checkpoint-{step}").mkdir(parents=True)
-        (checkpoints / f"checkpoint-{step}" / HASHES_FILE).write_text("{}" if whole else "")
+        (checkpoints / f"checkpoint-{step}" / "weights").write_bytes(b"")
+        hashes = {"weights": hashlib.sha256(b"").hexdigest()}
+        (checkpoints / f"checkpoint-{step}" / HASHES_FILE).write_text(json.dumps(hashes) if whole else "")
     watch = _watch(lambda *_: None)
     state = SimpleNamespace(global_step=7, max_steps=9)
     with pytest.raises(OrionError, match=r"eval_loss is nan at step 7 of 9; the last good checkpoint is .*-3\."):

@@ -17,7 +17,7 @@ def test_the_defaults_are_the_mission_tables() -> None:
     assert (table.rank, table.alpha, table.dropout) == (16, 32, 0.05)
     assert table.target_modules == ("q_proj", "k_proj", "v_proj", "o_proj")
     assert (table.micro_batch_size, table.gradient_accumulation_steps, table.epochs) == (1, 16, 3)
-    assert (table.learning_rate, table.optimizer, table.precision) == (2e-4, "paged_adamw_8bit", "float16")
+    assert (table.learning_rate, table.optimizer, table.precision) == (2e-4, "paged_adamw_8bit", "auto")
     assert table.gradient_checkpointing
     assert overrides(Settings()) == {}
 

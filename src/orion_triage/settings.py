@@ -126,7 +126,11 @@ class FineTuneSettings(Section):
     optimizer: str = "paged_adamw_8bit"
     learning_rate_schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_fraction: float = Field(default=0.0, ge=0, lt=1)
-    precision: Literal["float16", "bfloat16", "float32"] = "float16"  # a CPU trains in float32, with a warning
+    # "auto": a GPU, or the CPU for a base below 100 M parameters; a larger one without a usable GPU is refused.
+    device: Literal["auto", "gpu", "cpu"] = "auto"
+    # "auto": bfloat16 on a GPU that has it (Ampere and later), float16 on an older one, float32 on a CPU. The mission
+    # document says FP16, whose largest value is 65,504: gradients overflow, and steps are skipped.
+    precision: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
     gradient_checkpointing: bool = True
     # On one GPU: use the largest micro batch that fits the memory, up to the records of a step, and no gradient
     # checkpointing if that also fits. The records per step stay the same; micro_batch_size is the minimum.

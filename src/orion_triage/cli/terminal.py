@@ -180,7 +180,7 @@ def say(stage_manifest: Any, folder: Path, *, skipped: bool = False) -> None:
 
 
 def notes(figures: dict[str, Any]) -> Iterator[str]:
-    """The notes of a stage for the user: matched modules, places, a changed precision, warnings."""
+    """The notes of a stage for the user: matched modules, places, the device, warnings."""
     for target, towers in figures.get("census", {}).items():
         counts = ", ".join(f"{count} in {tower}" for tower, count in towers.items() if count)
         yield f"{target}: {counts or 'no module'}"
@@ -188,7 +188,6 @@ def notes(figures: dict[str, Any]) -> Iterator[str]:
         yield "places: " + ", ".join(f"{count} {outcome}" for outcome, count in account.items())
     for tower, count in figures.get("trained_parameters", {}).items():
         yield f"trained parameters in {tower}: {count:,}"
-    if figures.get("precision_note"):
-        yield figures["precision_note"]
+    yield from figures.get("notes", [])
     for warning in figures.get("warnings", []):
         yield f"warning: {warning}"

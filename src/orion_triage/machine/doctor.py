@@ -1,4 +1,4 @@
-"""Check whether this machine has what a preset needs, before anything is downloaded or trained."""
+"""Check whether this machine has what a run's settings need, before anything is downloaded or trained."""
 
 import importlib.metadata
 import os
@@ -12,6 +12,7 @@ from orion_triage import processes
 from orion_triage.errors import OrionError
 from orion_triage.llama_cpp.toolchain import existing_tools
 from orion_triage.settings import Settings
+from orion_triage.train.device import HOW_TO_USE_ALL, choose_device, driver_version, gpu_fault, in_millions, needs_gpu
 
 State = Literal["ok", "note", "missing"]
 GB = 1_000_000_000
@@ -29,51 +30,84 @@ class Finding:
 
 @dataclass(frozen=True)
 class Needs:
-    """In bytes: the largest memory of a stage on a CPU, the disk of a run with its base, the GPU's memory."""
+    """In bytes: the largest memory of a stage on a CPU, the disk of a run with its base, the GPU's memory if needed."""
 
     memory: int
     disk: int
     gpu_memory: int | None
 
 
-# 1.6B: the mission document's table. 450M: scaled by its weights. Small presets run on a laptop's CPU.
-_NEEDS = {"lfm2.5-vl-1.6b": Needs(8 * GB, 11 * GB, 8 * GB), "lfm2.5-vl-450m": Needs(4 * GB, 4 * GB, 4 * GB)}
-_SMALL = Needs(3 * GB, 1 * GB, None)
+# At the Hub, so that nothing has to be fetched to know what a run needs (counted on the published shapes).
+_PUBLISHED = {"LiquidAI/LFM2.5-VL-1.6B": 1_596_625_904, "LiquidAI/LFM2.5-VL-450M": 450_816_512}
+_MISSION = _PUBLISHED["LiquidAI/LFM2.5-VL-1.6B"]  # parameters of the model of the mission document's limits
+
+
+def needs_of(settings: Settings, parameters: int | None) -> Needs:
+    """What a run with these settings needs, for a base of so many parameters (None: unknown, taken as the mission's).
+
+    From the mission document's limits for the 1.6B in 4 bits at 512 pixels (8 GB of memory, 8 GB on the GPU, 11 GB of
+    disk): the weights are counted, and the rest grows with parameters and pixels. Nothing was measured on a GPU.
+    """
+    count = parameters or _MISSION
+    share = count / _MISSION
+    # In 4 bits, the language model's layers, 0.65 of the parameters, take 0.55 bytes each; the others take 2.
+    four_bits, sixteen_bits = (0.65 * 0.55 + 0.35 * 2) * count, 2.0 * count
+    pixels = (settings.base.frame_size / 512) ** 2
+    activations = (8 * GB - (0.65 * 0.55 + 0.35 * 2) * _MISSION) * share * pixels
+    weights = four_bits if settings.fine_tune.base_weights == "nf4" else sixteen_bits
+    gpu = max(weights + activations, sixteen_bits)  # the 16-bit base is loaded once, for the preflight
+    return Needs(
+        memory=int(2.5 * GB + 5.5 * GB * share),
+        disk=int(1 * GB + 10 * GB * share),
+        gpu_memory=int(gpu) if needs_gpu(settings.fine_tune, parameters) else None,
+    )
 
 
 def examine(settings: Settings, folder: Path) -> list[Finding]:
     """The findings of all checks; `folder` is where runs are written."""
-    needs = _NEEDS.get(settings.preset, _SMALL)
+    parameters = _parameters(settings)
+    needs = needs_of(settings, parameters)
     return [
-        *_gpu(needs), _bitsandbytes(), *_tools(), _memory(needs), _disk(needs, folder), _base(settings),
-        *_environment(),
+        *_gpu(settings, parameters, needs), _bitsandbytes(), *_tools(), _memory(needs), _disk(needs, folder),
+        _base(settings), *_environment(),
     ]  # fmt: skip
 
 
-def _gpu(needs: Needs) -> list[Finding]:
+def _gpu(settings: Settings, parameters: int | None, needs: Needs) -> list[Finding]:
     import torch
 
-    if not torch.cuda.is_available():
-        if needs.gpu_memory is None:
-            return [Finding("GPU", "ok", "none; this preset does not need one")]
+    tuning = settings.fine_tune
+    if tuning.device == "cpu":
+        large = needs_gpu(tuning.model_copy(update={"device": "auto"}), parameters)
+        found = f"not used: fine_tune.device=cpu{', which takes days at this size' if large else ''}"
+        return [
+            Finding("GPU", "note" if large else "ok", found, "Train on a machine with a CUDA GPU." if large else "")
+        ]
+    if fault := gpu_fault():
+        if not needs_gpu(tuning, parameters):
+            return [Finding("GPU", "ok", f"not needed for {in_millions(parameters)}; {fault[0]}")]
         return [
             Finding(
-                "GPU",
-                "note",
-                "none: training would run in float32 on the CPU, which takes days at this size",
-                "Train on a machine with a CUDA GPU. Fusing, quantizing and serving run here.",
+                "GPU", "missing", f"needed to train {in_millions(parameters)}, and none is usable: {fault[0]}",
+                f"{fault[1]} Fusing, quantizing and serving run without one.",
             )
-        ]
-    free, total = torch.cuda.mem_get_info()
-    name = f"{torch.cuda.get_device_name()}, {total / GB:.1f} GB, driver for CUDA {torch.version.cuda}"
+        ]  # fmt: skip
+    device = choose_device(tuning, parameters)
+    free, total = torch.cuda.mem_get_info(device.name)
+    driver = driver_version()
+    name = f"{torch.cuda.get_device_name(device.name)}, {total / GB:.1f} GB, {f'driver {driver}, ' if driver else ''}"
+    name += f"CUDA {torch.version.cuda}, trains in {device.precision}"
+    findings = [Finding("GPUs", "note", note, HOW_TO_USE_ALL) for note in device.notes]
     if needs.gpu_memory and free < needs.gpu_memory:
         return [
             Finding(
-                "GPU", "missing", f"{name}; {free / GB:.1f} GB free of {needs.gpu_memory / GB:.0f} needed",
-                "Stop other programs on it, or set fine_tune.scope=language-attention.",
-            )
+                "GPU", "missing", f"{name}; {free / GB:.1f} GB free of about {needs.gpu_memory / GB:.0f} needed",
+                "Stop other programs on it, or set fine_tune.scope=language-attention, fine_tune.base_weights=nf4 or a "
+                "smaller base.frame_size.",
+            ),
+            *findings,
         ]  # fmt: skip
-    return [Finding("GPU", "ok", name), _short_convolution()]
+    return [Finding("GPU", "ok", name), *findings, _short_convolution()]
 
 
 def _short_convolution() -> Finding:
@@ -143,6 +177,21 @@ def _environment() -> list[Finding]:
     return [Finding("environment", "note", f"set, and may change results: {', '.join(found)}", fix)]
 
 
+def _parameters(settings: Settings) -> int | None:
+    """The number of the base's parameters; None if it is not here and not a published one. Nothing is fetched."""
+    from orion_triage.models.checkpoint import count_parameters
+    from orion_triage.models.load import TINY_BASE, TINY_BASE_FOLDER
+
+    model = settings.base.model
+    folder = TINY_BASE_FOLDER if model == TINY_BASE else Path(model).expanduser()
+    if not folder.is_dir():
+        return _PUBLISHED.get(model.partition("@")[0])
+    try:
+        return count_parameters(folder) or None
+    except Exception:  # a damaged file, which `_base` reports
+        return None
+
+
 def _base(settings: Settings) -> Finding:
     """The location of the base, and whether it can be used as one; nothing is fetched."""
     from orion_triage.models.load import TINY_BASE, check_base, check_config
@@ -158,7 +207,8 @@ def _base(settings: Settings) -> Finding:
     cached = try_to_load_from_cache(repository, "config.json", revision=revision or None)
     if isinstance(cached, str):
         return _usable(f"{model} in the cache", check_config, Path(cached).parent)
-    size = "3.2 GB" if settings.preset == "lfm2.5-vl-1.6b" else "its weights"
+    published = _PUBLISHED.get(repository)
+    size = f"{2 * published / GB:.1f} GB" if published else "its weights"
     return Finding(
         "base", "note", f"{model} is not in the cache", f"The first run fetches {size} from {constants.ENDPOINT}."
     )

@@ -28,6 +28,7 @@ from orion_triage.runs.manifest import read_manifest
 from orion_triage.runs.run import Run
 from orion_triage.safe.files import cache_folder, replaced_folder, require_free_space, write_text
 from orion_triage.settings import load_settings
+from orion_triage.train.device import gpu_fault
 
 # From the published configurations on the Hub. Two thirds of the feed-forward width are used.
 _ATTENTION_LAYERS = frozenset({2, 5, 8, 10, 12, 14})
@@ -85,6 +86,8 @@ def run(preset: str, folder: Path, *, steps: int = 0, progress: Progress = silen
     if not steps:
         make_adapter(base, rehearsal.adapter, settings)
     sets = [f"base.model={base}", f"fuse.check_records={CHECK_RECORDS}", "fine_tune.epochs=1"]
+    if gpu_fault():
+        sets.append("fine_tune.device=cpu")  # a few steps; a real training of this size would be refused
     options = [
         "--run",
         str(rehearsal.folder),

@@ -1,6 +1,7 @@
 """Checkpoints in the Hub's layout, written tensor by tensor, so that a large model is never completely in memory."""
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -86,6 +87,17 @@ def check_names(folder: Path) -> None:
                 "Use the published checkpoint. If transformers saved this one, save it with the version in "
                 "constraints.txt: others rename tensors.",
             )
+
+
+def count_parameters(folder: Path) -> int:
+    """The number of values in the folder's SafeTensors files; only their headers are read."""
+    from safetensors import safe_open
+
+    count = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "np") as file:
+            count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return count
 
 
 def _check_index(folder: Path) -> None:

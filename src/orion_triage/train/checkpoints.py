@@ -2,34 +2,19 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from orion_triage import processes
-from orion_triage.runs.manifest import hash_inputs, hash_outputs
+from orion_triage.runs.manifest import hash_outputs
 from orion_triage.safe.files import sha256_of_text, write_text
-from orion_triage.settings import FineTuneSettings
 
 CHECKPOINTS = "checkpoints"
 HASHES_FILE = "sha256.json"  # hashes of a checkpoint's files; written last
 
 
-def prepare_work_folder(
-    work_folder: Path,
-    settings: FineTuneSettings,
-    frame_size: int,
-    base_sha256: str,
-    dataset: Path,
-    precision: str,
-) -> None:
-    """Delete the checkpoints in the folder unless they come from the same settings and inputs."""
-    inputs = {
-        "settings": settings.model_dump(mode="json"),
-        "frame_size": frame_size,
-        "base": base_sha256,
-        "dataset": hash_inputs({"dataset": dataset})["dataset"],
-        "precision": precision,
-        "processes": processes.count(),
-    }
+def prepare_work_folder(work_folder: Path, inputs: Mapping[str, Any]) -> None:
+    """Delete the checkpoints in the folder unless they come from the same inputs (values that JSON can hold)."""
     fingerprint = sha256_of_text(json.dumps(inputs, sort_keys=True))
     fingerprint_file, checkpoints = work_folder / "fingerprint.txt", work_folder / CHECKPOINTS
     if not fingerprint_file.is_file() or fingerprint_file.read_text(encoding="utf-8") != fingerprint:
@@ -44,12 +29,16 @@ def _checkpoints_in(checkpoints: Path) -> list[Path]:
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    """Whether every file has the hash in HASHES_FILE, which was written last."""
+    """Whether every file that HASHES_FILE lists, which was written last, has its hash; later files do not matter."""
     try:
         hashes = json.loads((checkpoint / HASHES_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return bool(hashes == hash_outputs(checkpoint, without=HASHES_FILE))
+    return (
+        isinstance(hashes, dict)
+        and bool(hashes)
+        and hashes.items() <= hash_outputs(checkpoint, without=HASHES_FILE).items()
+    )
 
 
 def last_checkpoint(checkpoints: Path) -> Path | None:
@@ -57,7 +46,10 @@ def last_checkpoint(checkpoints: Path) -> Path | None:
 
 
 def remove_damaged(checkpoints: Path) -> None:
-    """Delete incomplete checkpoints and those with changed bits; their steps are trained again."""
+    """Delete incomplete checkpoints and those with changed bits; their steps are trained again.
+
+    For one process only: another that looks into a folder while it is deleted fails.
+    """
     for folder in _checkpoints_in(checkpoints):
         if not _is_whole(folder):
             shutil.rmtree(folder)

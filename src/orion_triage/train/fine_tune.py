@@ -17,6 +17,7 @@ from orion_triage.dataset.records import Record
 from orion_triage.errors import OrionError
 from orion_triage.mission.prompt import render_prompt
 from orion_triage.models.adapter import BASE_FILE, Census, resolve_targets, tower_of
+from orion_triage.models.checkpoint import count_parameters
 from orion_triage.models.encode import check_template
 from orion_triage.models.generate import vision_features
 from orion_triage.models.licence import README
@@ -24,18 +25,21 @@ from orion_triage.models.load import (
     base_name,
     expand_four_bit,
     fingerprint,
+    float32_compute,
     hush_kernel_advice,
     load_model,
     load_processor,
     save_processor,
 )
 from orion_triage.progress import Progress, silent
+from orion_triage.runs.manifest import hash_inputs
 from orion_triage.safe.files import naming, replaced_folder, require_free_space, write_text
 from orion_triage.settings import FineTuneSettings
 from orion_triage.train.checkpoints import CHECKPOINTS, last_checkpoint, prepare_work_folder, remove_damaged
+from orion_triage.train.device import choose_device
 from orion_triage.train.grouping import CPU_MEMORY_FULL, advice_for_less_memory, fill_gpu
 from orion_triage.train.preflight import preflight
-from orion_triage.train.trainer import collator, heard_once, losses_of, make_trainer, stop_charts
+from orion_triage.train.trainer import CHOOSES_THE_EPOCH, collator, heard_once, losses_of, make_trainer, stop_charts
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +77,7 @@ def run(
     train_records, val_records = dataset.records("train"), dataset.records("val")
     if processes.are_sharded():
         _check_sharding(settings)
-    device, precision, note = _device_and_precision(settings)
+    device = choose_device(settings, count_parameters(base))
     weights = sum(path.stat().st_size for path in base.glob("*.safetensors"))
     require_free_space(work_folder, int(weights * _CHECKPOINT_SHARE) + 50_000_000, "fine-tuning")
     base_sha256 = fingerprint(base)
@@ -84,38 +88,54 @@ def run(
 
     progress("loading the base", 0, 2)
     looked_at = _distinct_frames(train_records, frames)
-    reference_model = load_model(base, dtype=precision, device=device)
-    reference = vision_features(reference_model, processor, looked_at)
+    reference_model = load_model(base, dtype="auto", device=device.name)
+    with float32_compute(reference_model):
+        reference = vision_features(reference_model, processor, looked_at)
     del reference_model
     progress("loading the base", 1, 2)
     four_bit = settings.base_weights == "nf4"
-    model = load_model(base, dtype=precision, four_bit=four_bit, device=device, float_storage=processes.are_sharded())
+    model = load_model(
+        base, dtype=device.precision, four_bit=four_bit, device=device.name, float_storage=processes.are_sharded()
+    )
     sees = preflight(model, reference, processor, looked_at, render_prompt(None))
     progress("loading the base", 2, 2)
     features = None if settings.trains_tower else _look_once(model, processor, frames, progress)
-    if four_bit and device == "cpu":
+    if four_bit and not device.is_gpu:
         model = expand_four_bit(model)
 
     checkpoints = work_folder / CHECKPOINTS
     with warnings.catch_warnings(), naming(work_folder), heard_once():
-        _filter_warnings(device)
+        _filter_warnings(device.is_gpu)
         set_seed(settings.seed)
         model, census = add_adapter(model, settings)
         # Only here, where base, dataset and targets have proved usable: it deletes checkpoints of another training.
         if processes.is_main():
-            prepare_work_folder(work_folder, settings, frame_size, base_sha256, dataset.folder, precision)
+            prepare_work_folder(
+                work_folder,
+                {
+                    "settings": settings.model_dump(mode="json"),
+                    "frame_size": frame_size,
+                    "base": base_sha256,
+                    "dataset": hash_inputs({"dataset": dataset.folder})["dataset"],
+                    "precision": device.precision,
+                    "processes": processes.count(),
+                    "chosen_by": CHOOSES_THE_EPOCH,  # the best value so far is in the checkpoint
+                },
+            )
+            remove_damaged(checkpoints)
         processes.wait()
-        remove_damaged(checkpoints)
         resume_from = last_checkpoint(checkpoints)
         resumed_step = int(resume_from.name.rsplit("-", 1)[1]) if resume_from else 0
         trainable = _trainable_by_tower(model)
         collate = collator(processor, frames, features)
         grouping = settings
-        if device != "cpu" and settings.fill_gpu and processes.count() == 1:
-            grouping = fill_gpu(model, collate, train_records, settings, precision)
+        if device.is_gpu and settings.fill_gpu and processes.count() == 1:
+            grouping = fill_gpu(model, collate, train_records, settings, device.precision)
+        if device.is_gpu:
+            torch.cuda.reset_peak_memory_stats(device.name)  # of the training, not of a trial that did not fit
         trainer = make_trainer(
-            model, collate, train_records, val_records, grouping, device, precision, checkpoints, progress
-        )
+            model, processor.tokenizer, collate, train_records, val_records, grouping, device, checkpoints, progress,
+        )  # fmt: skip
         try:
             trained = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
         except RuntimeError as error:
@@ -146,6 +166,7 @@ def run(
                 write_text(folder / name, json.dumps(value, indent=2) + "\n")
     state = trainer.state
     evaluations = [entry for entry in log if "eval_loss" in entry]
+    best = next((entry for entry in evaluations if entry["step"] == state.best_global_step), {})
     return {
         "train_records": len(train_records),
         "val_records": len(val_records),
@@ -155,21 +176,25 @@ def run(
         "micro_batch_size": grouping.micro_batch_size,
         "gradient_checkpointing": grouping.gradient_checkpointing,
         "best_step": state.best_global_step,
-        "best_eval_loss": state.best_metric,
+        "best_eval_loss": best.get("eval_loss"),
+        "chosen_by": CHOOSES_THE_EPOCH,
+        "chosen_at": state.best_metric,
         "first_loss": next((entry["loss"] for entry in log if "loss" in entry), None),
         "last_loss": next((entry["loss"] for entry in reversed(log) if "loss" in entry), None),
         "eval_losses": [entry["eval_loss"] for entry in evaluations],
+        "eval_losses_of_category": [entry["eval_loss_category"] for entry in evaluations],
+        "skipped_steps": sum("grad_norm" in entry and entry["grad_norm"] is None for entry in log),
         "census": census,
         "trained_parameters": trainable,
         "preflight": sees,
-        "precision_used": precision,
-        "precision_note": note,
-        "device": "cpu" if device == "cpu" else torch.cuda.get_device_name(device),
-        "peak_vram_bytes": None if device == "cpu" else torch.cuda.max_memory_allocated(device),
+        "precision_used": device.precision,
+        "notes": list(device.notes),
+        "device": torch.cuda.get_device_name(device.name) if device.is_gpu else "cpu",
+        "peak_vram_bytes": torch.cuda.max_memory_allocated(device.name) if device.is_gpu else None,
         "processes": processes.count(),
         "seconds_per_sample": _seconds_per_sample(trained.metrics["train_runtime"], state, resumed_step, settings),
         "attention": model.config.text_config._attn_implementation,
-        "short_convolution": "causal-conv1d" if device != "cpu" and has_fast_convolution() else "PyTorch",
+        "short_convolution": "causal-conv1d" if device.is_gpu and has_fast_convolution() else "PyTorch",
     }
 
 
@@ -203,17 +228,6 @@ def _check_sharding(settings: FineTuneSettings) -> None:
             f"fine_tune.optimizer={settings.optimizer}: FSDP cannot shard the optimizer state of bitsandbytes.",
             "Set fine_tune.optimizer=adamw_torch_fused, as in docs/accelerate/fsdp.yaml.",
         )
-
-
-def _device_and_precision(settings: FineTuneSettings) -> tuple[str, str, str]:
-    """(device, precision, note): 16-bit training needs a GPU; a CPU trains in float32, and the note states this."""
-    import torch
-
-    if torch.cuda.is_available():
-        return processes.local_device(), settings.precision, ""
-    if settings.precision == "float32":
-        return "cpu", "float32", ""
-    return "cpu", "float32", f"no GPU: trained in float32 instead of {settings.precision}"
 
 
 def decode_frames(
@@ -284,10 +298,10 @@ def read_losses(adapter: Path) -> list[dict[str, float]]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
-def _filter_warnings(device: str) -> None:
+def _filter_warnings(on_gpu: bool) -> None:
     """Hide warnings that do not matter to the user; turn one that invalidates the training into an error."""
     warnings.filterwarnings("ignore", message=".*checkpointing.* is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", message="mtime may not be reliable")  # checkpoints are ordered by number
-    if device == "cpu":  # on a CPU, the paged optimizer is not paged
+    if not on_gpu:  # on a CPU, the paged optimizer is not paged
         warnings.filterwarnings("ignore", message=".*[Pp]aged.*")
     warnings.filterwarnings("error", message=".*autograd kernel was not registered.*")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from transformers.models.lfm2_vl import Lfm2VlProcessor
 
-SMALLEST_COSINE = 0.99  # between an image's features and those of the 16-bit base; a quantized tower gives 0.06
+SMALLEST_COSINE = 0.99  # between an image's features and those of the base in float32; a quantized tower gives 0.06
 SMALLEST_MOVE = 1e-3  # change of any logit if the image is swapped; exactly 0 if the model ignores the image
 
 
@@ -27,9 +27,9 @@ def preflight(
 ) -> dict[str, Any]:
     """Three checks that the model to be trained uses its images.
 
-    `reference` is `vision_features` of the 16-bit base for the same frames. SigLIP2's patch embedding is a linear
-    layer: loaded in 4 bits, it casts pixels in [-1, 1] to bytes without an error, and the training would ignore the
-    images. Raises OrionError that names the check and its value; returns the values.
+    `reference` is `vision_features` of the unquantized base in float32 for the same frames. SigLIP2's patch embedding
+    is a linear layer: loaded in 4 bits, it casts pixels in [-1, 1] to bytes without an error, and the training would
+    ignore the images. Raises OrionError that names the check and its value; returns the values.
     """
     import torch
 
@@ -41,12 +41,17 @@ def preflight(
             fix,
         )
     features = vision_features(model, processor, frames)
+    if not bool(features.isfinite().all()):
+        raise OrionError(
+            f"preflight: the vision features are not finite in {str(model.dtype).removeprefix('torch.')}.",
+            "Set fine_tune.precision=bfloat16, or float32 on a GPU without it.",
+        )
     cosines = torch.cosine_similarity(features.flatten(1), reference.flatten(1), dim=1).tolist()
     if not min(cosines) >= SMALLEST_COSINE:
         worst = cosines.index(min(cosines))
         raise OrionError(
             f"preflight: the vision features of frame {worst + 1} have a cosine of {min(cosines):.3f} with those of "
-            f"the 16-bit base; {SMALLEST_COSINE} is needed.",
+            f"the base in float32; {SMALLEST_COSINE} is needed.",
             fix,
         )
     last_logits = []

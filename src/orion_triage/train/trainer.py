@@ -18,11 +18,17 @@ from orion_triage.runs.manifest import hash_outputs
 from orion_triage.safe.files import write_text
 from orion_triage.settings import FineTuneSettings
 from orion_triage.train.checkpoints import HASHES_FILE, last_checkpoint
+from orion_triage.train.device import Device
+
+# The validation figure whose lowest value chooses the epoch; see train/validation.py.
+CHOOSES_THE_EPOCH = "eval_loss_category"
+# A float16 training starts at a loss scale of 65,536 and halves it whenever gradients overflow: 17 times in a row.
+SMALLEST_LOSS_SCALE = 1.0
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
-    from transformers import BatchFeature, Trainer, TrainerCallback
+    from transformers import BatchFeature, Trainer
     from transformers.models.lfm2_vl import Lfm2VlProcessor
 
 
@@ -64,22 +70,25 @@ def collator(
 
 def make_trainer(
     model: Any,
+    tokenizer: Any,
     collate: "Callable[[list[Record]], BatchFeature]",
     train_records: list[Record],
     val_records: list[Record],
     settings: FineTuneSettings,
-    device: str,
-    precision: str,
+    device: Device,
     checkpoints: Path,
     progress: Progress,
 ) -> "Trainer":
     from torch.utils.tensorboard import SummaryWriter
-    from transformers import Trainer, TrainingArguments
+    from transformers import TrainingArguments
     from transformers.integrations import TensorBoardCallback
     from transformers.trainer_callback import PrinterCallback
 
+    from orion_triage.train.validation import ValidatingTrainer
+
+    records_per_process = math.ceil(len(train_records) / processes.count())
     steps_an_epoch = math.ceil(
-        math.ceil(len(train_records) / settings.micro_batch_size) / settings.gradient_accumulation_steps
+        math.ceil(records_per_process / settings.micro_batch_size) / settings.gradient_accumulation_steps
     )
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
@@ -91,49 +100,51 @@ def make_trainer(
         optim=settings.optimizer,
         lr_scheduler_type=settings.learning_rate_schedule,
         warmup_steps=math.ceil(settings.warmup_fraction * steps_an_epoch * settings.epochs),
-        fp16=device != "cpu" and precision == "float16",
-        bf16=device != "cpu" and precision == "bfloat16",
+        fp16=device.is_gpu and device.precision == "float16",
+        bf16=device.is_gpu and device.precision == "bfloat16",
         gradient_checkpointing=settings.gradient_checkpointing,
         # Reentrant checkpointing needs inputs that require gradients, which a frozen base does not have.
         gradient_checkpointing_kwargs={"use_reentrant": False},
         seed=settings.seed,
         data_seed=settings.seed,
-        use_cpu=device == "cpu",
+        use_cpu=not device.is_gpu,
         eval_strategy="epoch",
         save_strategy="epoch",
         save_total_limit=3,  # if the newest is damaged, the one before it is used
         load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
+        metric_for_best_model=CHOOSES_THE_EPOCH,
         greater_is_better=False,
-        prediction_loss_only=True,
         logging_strategy="steps",
         logging_steps=1,
         logging_nan_inf_filter=False,  # the filter would replace NaN and infinite losses by the average; see _watch
         remove_unused_columns=False,
         label_names=["labels"],
         dataloader_num_workers=0,
-        dataloader_pin_memory=device != "cpu",
+        dataloader_pin_memory=device.is_gpu,
         ddp_find_unused_parameters=False,
         disable_tqdm=True,
         report_to="none",
     )
-    trainer = Trainer(
+    # Without a launcher, transformers counts all visible GPUs, and multiplies batch, number of tokens and loss by their
+    # number, although a 4-bit model stays on one: the number of steps would depend on the box.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    watch = _watch(progress)
+    trainer = ValidatingTrainer(
         model=model,
         args=arguments,
         data_collator=collate,
         train_dataset=train_records,
-        eval_dataset=val_records,
-        callbacks=[
-            _watch(progress),
-            TensorBoardCallback(SummaryWriter(str(checkpoints.parent / "tensorboard"))),
-        ],
+        val_records=val_records,
+        tokenizer=tokenizer,
+        callbacks=[watch, TensorBoardCallback(SummaryWriter(str(checkpoints.parent / "tensorboard")))],
     )
+    watch.scaler = trainer.accelerator.scaler
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def _watch(progress: Progress) -> "TrainerCallback":
-    """Report each step; raise OrionError at the first loss that is not finite."""
+def _watch(progress: Progress) -> Any:
+    """Report each step; raise OrionError at the first figure that shows that the training is lost."""
     from transformers import TrainerCallback
 
     def kept(args: Any) -> str:
@@ -141,6 +152,8 @@ def _watch(progress: Progress) -> "TrainerCallback":
         return f"; the last good checkpoint is {folder}" if folder else "; there is no checkpoint yet"
 
     class Watch(TrainerCallback):  # type: ignore[misc]
+        scaler: Any = None  # torch's GradScaler of a float16 training: it skips steps whose gradients overflow
+
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             progress("fine-tuning", state.global_step, state.max_steps)
 
@@ -148,20 +161,47 @@ def _watch(progress: Progress) -> "TrainerCallback":
             progress("fine-tuning", state.global_step, state.max_steps)
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            processes.wait()  # until every process has written its part
             if processes.is_main():
                 folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
                 write_text(folder / HASHES_FILE, json.dumps(hash_outputs(folder, without=HASHES_FILE), indent=1) + "\n")
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-            for name in ("loss", "eval_loss"):
-                value = (logs or {}).get(name)
-                if value is not None and not math.isfinite(value):
-                    raise OrionError(
-                        f"fine-tuning: {name} is {value} at step {state.global_step} of {state.max_steps}{kept(args)}.",
-                        "Lower fine_tune.learning_rate, or set fine_tune.precision=bfloat16 on a GPU.",
-                    )
+            if fault := fault_of(logs or {}, self.scaler):
+                raise OrionError(
+                    f"fine-tuning: {fault[0]} at step {state.global_step} of {state.max_steps}{kept(args)}.", fault[1]
+                )
 
     return Watch()
+
+
+def fault_of(figures: Mapping[str, float], scaler: Any) -> tuple[str, str] | None:
+    """(What is wrong with a step's or a validation's figures, what to do); None if nothing is.
+
+    With a `scaler` (float16), a step whose gradients overflow is skipped, and the next one is scaled by half as much.
+    """
+    for name in ("loss", "eval_loss"):
+        value = figures.get(name)
+        if value is not None and not math.isfinite(value):
+            return f"{name} is {value}", "Lower fine_tune.learning_rate, or set fine_tune.precision=bfloat16 on a GPU."
+        if value == 0:
+            return (
+                f"{name} is exactly 0: no token is learned",
+                "Report this with the settings and the versions of torch, transformers and accelerate.",
+            )
+    norm = figures.get("grad_norm")
+    if norm == 0:
+        return "no gradient reaches the adapter", "Report this with the versions of torch, bitsandbytes and peft."
+    if norm is None or math.isfinite(norm):
+        return None
+    if scaler is None:
+        return f"the gradient norm is {norm}", "Lower fine_tune.learning_rate."
+    if (scale := scaler.get_scale()) < SMALLEST_LOSS_SCALE:
+        return (
+            f"the gradients do not fit float16: they overflow even at a loss scale of {scale:.2g}",
+            "Set fine_tune.precision=bfloat16 on a GPU that has it (Ampere and later), float32 on another.",
+        )
+    return None
 
 
 def stop_charts(trainer: "Trainer") -> None:
@@ -189,11 +229,15 @@ def heard_once() -> Iterator[None]:
         threading.excepthook = before
 
 
-def losses_of(trainer: "Trainer") -> list[dict[str, float]]:
-    """The training loss of each step and the validation loss of each epoch, in order."""
-    kept = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm")
+def losses_of(trainer: "Trainer") -> list[dict[str, float | None]]:
+    """The training loss of each step and the validation losses of each epoch, in order.
+
+    The gradient norm of a step that was skipped, because its gradients overflowed float16, is None.
+    """
+    kept = ("step", "epoch", "loss", "learning_rate", "grad_norm")
+    validated = [f"eval_{name}{form}" for name in ("loss", "loss_category") for form in ("", "_with_coordinates")]
     return [
-        {key: entry[key] for key in kept if key in entry}
+        {key: entry[key] if math.isfinite(entry[key]) else None for key in (*kept, *validated) if key in entry}
         for entry in trainer.state.log_history
         if "loss" in entry or "eval_loss" in entry
     ]

@@ -1,0 +1,181 @@
+"""Which device trains, in which precision, with how many GPUs in the box; why a GPU cannot be used."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orion_triage.dataset.dataset import Dataset
+from orion_triage.dataset.records import read_split
+from orion_triage.errors import OrionError
+from orion_triage.models.checkpoint import count_parameters
+from orion_triage.models.load import TINY_BASE_FOLDER, load_model, load_processor
+from orion_triage.progress import silent
+from orion_triage.settings import FineTuneSettings
+from orion_triage.train import fine_tune
+from orion_triage.train.device import Device, choose_device, driver_fault, gpu_fault, needs_gpu
+from orion_triage.train.trainer import collator, fault_of, make_trainer
+
+from .conftest import orion
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*checkpointing.* is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Paged optimizers:UserWarning"),
+]
+AUTO = FineTuneSettings()
+
+
+@pytest.mark.parametrize(
+    ("cuda", "driver", "has_devices", "fault", "fix"),
+    [
+        (
+            12040,
+            "550.90.07",
+            True,
+            r"550\.90\.07 serves CUDA 12\.4, .*13\.2 needs driver 580\.65\.06",
+            "Update the dri",
+        ),
+        (13000, "580.65.06", False, r"a driver \(580\.65\.06\), and no GPU in /dev: a container", "--gpus all"),
+        (
+            0,
+            None,
+            False,
+            r"no NVIDIA driver was found \(torch's CUDA 13\.2 needs driver 580",
+            "machine with a CUDA GPU",
+        ),
+        (13000, "580.65.06", True, r"driver 580\.65\.06 does not start: .", "nvidia-smi"),
+    ],
+)
+def test_the_reason_why_a_gpu_is_not_usable(
+    cuda: int, driver: str | None, has_devices: bool, fault: str, fix: str
+) -> None:
+    import re
+
+    if gpu_fault() is None:
+        pytest.skip("the last case asks torch, which has a GPU here")
+    found = driver_fault("13.2", cuda, driver, has_devices)
+    assert re.search(fault, found[0]), found
+    assert fix in found[1]
+
+
+def test_a_base_that_takes_days_on_a_cpu_is_not_trained_there_unless_it_is_asked_for() -> None:
+    if gpu_fault() is None:
+        pytest.skip("there is a GPU")
+    small, large = count_parameters(TINY_BASE_FOLDER), 1_596_625_904
+    assert 7_000_000 < small < 8_000_000
+    assert choose_device(AUTO, small).name == "cpu"
+    for settings, parameters in ((AUTO, large), (AUTO, None), (AUTO.model_copy(update={"device": "gpu"}), small)):
+        assert needs_gpu(settings, parameters)
+        with pytest.raises(OrionError, match="needs a GPU for the training, and none is usable: ") as refused:
+            choose_device(settings, parameters)
+        assert "fine_tune.device=cpu" in refused.value.fix
+    by_name = choose_device(AUTO.model_copy(update={"device": "cpu", "precision": "float16"}), large)
+    assert (by_name.name, by_name.precision) == ("cpu", "float32")
+    assert by_name.notes == ("trained on the CPU in float32 instead of float16: as fine_tune.device says",)
+
+
+def test_the_command_refuses_before_it_loads_a_model(small_base: Path, small_dataset: Path, tmp_path: Path) -> None:
+    if gpu_fault() is None:
+        pytest.skip("there is a GPU")
+    options = ["--run", tmp_path / "run", "--set", f"base.model={small_base}"]
+    options += ["--set", f"dataset.folder={json.dumps(str(small_dataset))}"]
+    assert orion("dataset", *options).returncode == 0
+    refused = orion("fine-tune", *options, "--set", "fine_tune.device=gpu", CUDA_VISIBLE_DEVICES="")
+    assert refused.returncode == 1
+    assert "none is usable: CUDA_VISIBLE_DEVICES= hides all GPUs" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not (tmp_path / "run" / "orion_lora_weights").exists()
+
+
+@pytest.mark.slow
+def test_the_number_of_gpus_in_the_box_changes_nothing(
+    small_base: Path, small_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers' count of the visible GPUs is replaced: there is none here. It stays a training on one device."""
+    from functools import cached_property
+
+    import torch
+    from transformers import TrainingArguments, set_seed
+
+    records = read_split(small_dataset, "train")[:16]
+    processor = load_processor(small_base, 256)
+    collate = collator(processor, fine_tune.decode_frames(Dataset(small_dataset), records, 256, silent))
+    settings = FineTuneSettings(
+        micro_batch_size=2, gradient_accumulation_steps=2, epochs=1, learning_rate=1e-2, gradient_checkpointing=False
+    )
+    device = TrainingArguments._setup_devices.func
+    adapters: dict[int, dict[str, Any]] = {}
+    logs: dict[int, list[float]] = {}
+    for visible in (1, 2, 8):
+
+        def counted(arguments: Any, visible: int = visible) -> Any:
+            found = device(arguments)
+            arguments._n_gpu = visible
+            return found
+
+        setup = cached_property(counted)
+        setup.__set_name__(TrainingArguments, "_setup_devices")
+        monkeypatch.setattr(TrainingArguments, "_setup_devices", setup)
+        model = load_model(small_base, dtype="float32", four_bit=True)
+        set_seed(7)
+        model, _ = fine_tune.add_adapter(model, settings)
+        trainer = make_trainer(
+            model, processor.tokenizer, collate, records, records[:2], settings, Device("cpu", "float32"),
+            tmp_path / str(visible), silent,
+        )  # fmt: skip
+        trainer.train()
+        assert trainer.state.global_step == 4
+        logs[visible] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        adapters[visible] = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    assert len(logs[1]) == 4
+    for visible in (2, 8):
+        assert logs[visible] == pytest.approx(logs[1], rel=1e-5)
+        for name, value in adapters[1].items():
+            assert torch.allclose(adapters[visible][name], value, atol=1e-6), name
+
+
+def test_float16_that_overflows_again_and_again_ends_in_a_clear_word() -> None:
+    """torch's own scaler, which halves its scale at each overflow."""
+    import torch
+
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight])
+    scaler = torch.amp.GradScaler("cpu")
+    assert fault_of({"loss": 2.0, "grad_norm": float("inf")}, scaler) is None  # one skipped step
+    skipped = 0
+    while not (fault := fault_of({"loss": 2.0, "grad_norm": float("nan")}, scaler)):
+        scaler.scale((weight * float("inf")).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        skipped += 1
+    assert skipped == 17
+    assert float(weight.detach()) == 1  # every step was left out
+    assert fault[0].startswith("the gradients do not fit float16: they overflow even at a loss scale of 0.5")
+    assert "fine_tune.precision=bfloat16" in fault[1]
+
+
+@pytest.mark.parametrize(
+    ("figures", "fault"),
+    [
+        ({"loss": 0.0, "grad_norm": 1.0}, "loss is exactly 0"),
+        ({"eval_loss": float("inf")}, "eval_loss is inf"),
+        ({"loss": 2.0, "grad_norm": float("nan")}, "the gradient norm is nan"),
+        ({"loss": 2.0, "grad_norm": 0.0}, "no gradient reaches the adapter"),
+        ({"loss": 2.0, "grad_norm": 0.1}, None),
+        ({"learning_rate": 0.0}, None),
+    ],
+)
+def test_figures_that_show_a_lost_training(figures: dict[str, float], fault: str | None) -> None:
+    found = fault_of(figures, None)
+    assert found is None if fault is None else found is not None and found[0].startswith(fault)
+
+
+def test_this_machine_says_what_it_lacks() -> None:
+    fault = gpu_fault()
+    listed = subprocess.run(["sh", "-c", "ls /dev/nvidia[0-9]*"], capture_output=True, text=True, check=False)
+    assert (fault is None) <= bool(listed.stdout), "a GPU without a device"
+    if fault:
+        assert "fine_tune.device=cpu" in fault[1]
