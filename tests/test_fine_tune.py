@@ -325,12 +325,27 @@ def losses(adapter: Path, name: str) -> list[float]:
     return [entry[name] for entry in log if name in entry]
 
 
-def test_shared_out_weights_need_an_optimizer_that_can_be(
+def test_ways_to_share_out_a_base_that_do_not_train_right_are_refused_by_name(
     small_base: Path, small_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(OrionError, match="optimizer=paged_adamw_8bit: FSDP cannot shard"):
-        fine_tune.run(small_base, Dataset(small_dataset), tmp_path / "adapter", tmp_path / "work", QUICK, 256)
+    """The variables that accelerate's launcher sets from a configuration."""
+    right = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
+    sharded = QUICK.model_copy(update={"base_weights": "16-bit", "optimizer": "adamw_torch_fused"})
+    for settings, more, said in (
+        (QUICK, {}, "base_weights=nf4: FSDP shards 4-bit weights not"),
+        (sharded.model_copy(update={"optimizer": "paged_adamw_8bit"}), {}, "optimizer=paged_adamw_8bit: FSDP cannot"),
+        (sharded, {"FSDP_VERSION": "1"}, "FSDP_VERSION=1: version 1 flattens"),
+        (sharded, {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, "SHARDED_STATE_DICT: a checkpoint would lack"),
+        (sharded, {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "LOADING=true: all processes but one would check"),
+        (sharded, {"FSDP_OFFLOAD_PARAMS": "true"}, "OFFLOAD_PARAMS=true: offloading was never run"),
+    ):
+        for name, value in (right | more).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(OrionError, match=said):
+            fine_tune.run(small_base, Dataset(small_dataset), tmp_path / "adapter", tmp_path / "work", settings, 256)
+        for name in more:
+            monkeypatch.delenv(name)
+    assert not list(tmp_path.iterdir())
 
 
 class InterruptionError(Exception):

@@ -70,19 +70,6 @@ def test_bytes_in_a_floating_type_are_refused_too(
         preflight(model, reference, processor, small_frames, render_prompt(None))
 
 
-def test_floating_storage_keeps_the_tower_in_sixteen_bits(
-    small_base: Path, processor: Any, reference: Any, small_frames: Any
-) -> None:
-    """FSDP's storage of 4-bit weights, which would hide the fault above from a look at the types."""
-    import torch
-
-    model = load_model(small_base, dtype="float32", four_bit=True, float_storage=True)
-    packed = [module.weight for module in model.modules() if type(module).__name__ == "Linear4bit"]
-    assert packed
-    assert {weight.dtype for weight in packed} == {torch.float32}
-    assert preflight(model, reference, processor, small_frames, render_prompt(None))["smallest_vision_cosine"] > 0.99
-
-
 def test_other_vision_weights_are_refused(other_base: Path, processor: Any, reference: Any, small_frames: Any) -> None:
     model = load_model(other_base, dtype="float32")
     said = r"frame \d have a cosine of -?0\.\d+ with those of the base in float32; 0\.99 is needed"

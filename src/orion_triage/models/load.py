@@ -154,16 +154,13 @@ def drop_code_names(folder: Path) -> None:
             write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def load_model(
-    folder: Path, *, dtype: str, four_bit: bool = False, device: str = "cpu", float_storage: bool = False
-) -> Any:
+def load_model(folder: Path, *, dtype: str, four_bit: bool = False, device: str = "cpu") -> Any:
     """The model in evaluation mode on `device`; `dtype` is "float16", "bfloat16", "float32", or "auto" (as stored).
 
     With "auto", a CPU maps the file into memory instead of copying it.
 
     With `four_bit`, the language model's linear layers are NF4 with double quantization and compute in `dtype`;
-    tower, projector and head stay in `dtype`. `float_storage` stores the packed values in tensors of `dtype`, because
-    FSDP cannot shard tensors of bytes. Raises OrionError if weights are missing or unexpected.
+    tower, projector and head stay in `dtype`. Raises OrionError if weights are missing or unexpected.
     """
     hush_kernel_advice()
     import torch
@@ -179,7 +176,6 @@ def load_model(
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch_dtype,
-            bnb_4bit_quant_storage=torch_dtype if float_storage else torch.uint8,
             llm_int8_skip_modules=KEPT_IN_16_BIT,
         )
     with no_progress_bars():

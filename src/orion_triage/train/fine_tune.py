@@ -6,6 +6,7 @@ contribute to the loss. The records are used as they are in the file, with and w
 
 import importlib.util
 import json
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
 CENSUS_FILE = "census.json"
 LOSS_FILE = "loss_log.json"
 PREFLIGHT_FRAMES = 8
+# What gloo and NCCL say when the process at the other end is gone.
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "remote process exited", "Broken pipe")
 # An adapter of rank 16 has about 1 % of the model's size. A checkpoint adds two optimizer states; three are kept.
 _CHECKPOINT_SHARE = 0.15
 
@@ -94,9 +97,7 @@ def run(
     del reference_model
     progress("loading the base", 1, 2)
     four_bit = settings.base_weights == "nf4"
-    model = load_model(
-        base, dtype=device.precision, four_bit=four_bit, device=device.name, float_storage=processes.are_sharded()
-    )
+    model = load_model(base, dtype=device.precision, four_bit=four_bit, device=device.name)
     sees = preflight(model, reference, processor, looked_at, render_prompt(None))
     progress("loading the base", 2, 2)
     features = None if settings.trains_tower else _look_once(model, processor, frames, progress)
@@ -139,6 +140,11 @@ def run(
         try:
             trained = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
         except RuntimeError as error:
+            if processes.count() > 1 and any(words in str(error) for words in LOST_PEER):
+                raise OrionError(
+                    f"fine-tuning: another process of this training has ended ({str(error).strip().splitlines()[0]}).",
+                    "Its own error says why. Start all processes again: they resume from the last checkpoint.",
+                ) from None
             if not isinstance(error, torch.OutOfMemoryError) and CPU_MEMORY_FULL not in str(error):
                 raise
             raise OrionError(
@@ -222,12 +228,31 @@ def _seconds_per_sample(seconds: float, state: Any, resumed_step: int, settings:
 
 
 def _check_sharding(settings: FineTuneSettings) -> None:
-    """Raise OrionError for an optimizer that FSDP cannot shard, before a model is loaded."""
+    """Raise OrionError for a kind of FSDP that does not train right or was never run, before a model is loaded."""
+    if settings.base_weights != "16-bit":
+        raise OrionError(
+            f"fine_tune.base_weights={settings.base_weights}: FSDP shards 4-bit weights not at all or wrongly.",
+            "Set fine_tune.base_weights=16-bit, or use docs/accelerate/ddp.yaml, where each GPU has the 4-bit base.",
+        )
     if "8bit" in settings.optimizer or "paged" in settings.optimizer:
         raise OrionError(
             f"fine_tune.optimizer={settings.optimizer}: FSDP cannot shard the optimizer state of bitsandbytes.",
             "Set fine_tune.optimizer=adamw_torch_fused, as in docs/accelerate/fsdp.yaml.",
         )
+    for name, value, why in _FSDP:
+        if (found := os.environ.get(name, "")).lower() not in value:
+            raise OrionError(
+                f"{name}={found}: {why}.", f"Set {name.lower()}: {value[0]} in the configuration of accelerate."
+            )
+
+
+# (accelerate's variable, the values that were run, what another does)
+_FSDP = (
+    ("FSDP_VERSION", ("2",), "version 1 flattens frozen and trained weights together"),
+    ("FSDP_STATE_DICT_TYPE", ("full_state_dict",), "a checkpoint would lack the adapter as one file"),
+    ("FSDP_CPU_RAM_EFFICIENT_LOADING", ("false", ""), "all processes but one would check an empty base"),
+    ("FSDP_OFFLOAD_PARAMS", ("false", ""), "offloading was never run"),
+)
 
 
 def decode_frames(
