@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import filelock
 import hypothesis
@@ -130,16 +131,16 @@ def write_catalogue(path: Path, targets: Iterable[Target]) -> Path:
 @pytest.fixture(scope="session")
 def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved LFM2-VL of 1 M random parameters: one conv and one attention layer, three vision layers."""
-    return _make_base(tmp_path_factory.mktemp("small") / "small-base", seed=0)
+    return make_base(tmp_path_factory.mktemp("small") / "small-base", seed=0)
 
 
 @pytest.fixture(scope="session")
 def other_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same shapes with other weights."""
-    return _make_base(tmp_path_factory.mktemp("other") / "other-base", seed=1)
+    return make_base(tmp_path_factory.mktemp("other") / "other-base", seed=1)
 
 
-def _make_base(folder: Path, seed: int) -> Path:
+def make_base(folder: Path, seed: int, layernorm: bool = False, **other_sizes: Any) -> Path:
     import torch
     from transformers import Lfm2VlForConditionalGeneration
 
@@ -148,18 +149,19 @@ def _make_base(folder: Path, seed: int) -> Path:
     texts = [render_prompt(Coordinates(lon / 7, lon / 3)) for lon in range(-60, 60, 5)]
     texts += [Verdict(reason, category).to_json() for category, reason in REASONS.items()]
     tokenizer = lfm2_vl.train_tokenizer(texts, 704)
-    config = lfm2_vl.make_config(
-        tokenizer,
-        layer_types=("conv", "full_attention"),
-        text_feed_forward=256,
-        attention_heads=4,
-        key_value_heads=2,
-        vision_width=64,
-        vision_layers=3,  # the converter takes linear_2 for a block number, which must exist
-        vision_heads=2,
-        vision_feed_forward=128,
-        projector_width=128,
-    )
+    sizes: dict[str, Any] = {
+        "layer_types": ("conv", "full_attention"),
+        "text_feed_forward": 256,
+        "attention_heads": 4,
+        "key_value_heads": 2,
+        "vision_width": 64,
+        "vision_layers": 3,  # the converter takes linear_2 for a block number, which must exist
+        "vision_heads": 2,
+        "vision_feed_forward": 128,
+        "projector_width": 128,
+    }
+    config = lfm2_vl.make_config(tokenizer, **(sizes | other_sizes))
+    config.projector_use_layernorm = layernorm
     torch.manual_seed(seed)
     model = Lfm2VlForConditionalGeneration(config)
     with torch.no_grad():  # the usual initial scale of 0.02 leaves every effect near the rounding error

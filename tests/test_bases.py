@@ -21,7 +21,7 @@ from orion_triage.models.adapter import adapter_census, attach_adapter, read_ada
 from orion_triage.models.load import load_model, load_processor, resolve_base, save_processor
 from orion_triage.settings import load_settings
 
-from .conftest import orion
+from .conftest import make_base, orion
 
 BITS_AND_BYTES = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 QUANTIZED = [
@@ -60,6 +60,60 @@ def test_a_quantized_base_is_refused_by_name(more: Any, said: str, small_base: P
     assert "16-bit model that it was made from" in refused.value.fix
     finding = doctor._base(load_settings("tiny", [f"base.model={folder}"]))
     assert (finding.state, finding.found, finding.fix) == ("missing", refused.value.message, refused.value.fix)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (
+            {"text_config": {"model_type": "lfm2_moe"}},
+            "text_config.model_type is 'lfm2_moe', not lfm2: adapter targets",
+        ),
+        ({"vision_config": {"model_type": "lfm3_vision"}}, "vision_config.model_type is 'lfm3_vision'"),
+        ({"vision_config": {"patch_size": 14}}, "vision_config.patch_size is 14, not 16: a frame of 512 pixels"),
+        ({"downsample_factor": 4}, "downsample_factor is 4, not 2: a frame of 512 pixels"),
+        ({"text_config": {"layer_types": ["conv", "sliding_attention"]}}, "layer_types has 'sliding_attention'"),
+    ],
+)
+def test_a_base_that_is_built_otherwise_is_refused_before_training(
+    more: Any, said: str, small_base: Path, tmp_path: Path
+) -> None:
+    folder = changed(small_base, tmp_path / "base", more)
+    with pytest.raises(OrionError) as refused:
+        resolve_base(str(folder))
+    assert said in refused.value.message
+    assert doctor._base(load_settings("tiny", [f"base.model={folder}"])).state == "missing"
+
+
+# Unlike the shipped base's and the 1.6B's: as many heads for the width as in the 450M, its share of the feed-forward and
+# its tower; more and other layers, as in the 3B; the projector's LayerNorm of the models before 2.5.
+SIBLING: dict[str, Any] = {
+    "layer_types": ("conv", "full_attention", "conv", "conv", "full_attention", "full_attention", "conv"),
+    "text_width": 512, "two_thirds_of_feed_forward": True, "text_feed_forward": 768, "attention_heads": 8,
+    "key_value_heads": 2, "vision_width": 96, "vision_heads": 3, "vision_layers": 4, "projector_width": 320,
+    "layernorm": True,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.llama_cpp
+@pytest.mark.parametrize("name", SIBLINGS)
+def test_a_sibling_of_other_sizes_goes_from_training_to_the_pair(
+    name: str, small_dataset: Path, tmp_path: Path
+) -> None:
+    """By its configuration alone: adapter targets, fused model, GGUF pair with the converter's parity checks."""
+    base = make_base(tmp_path / "base", seed=3, **SIBLING)
+    sets = [
+        f"base.model={base}", f"dataset.folder={json.dumps(str(small_dataset))}", "fine_tune.epochs=1",
+        "fine_tune.learning_rate=1e-2", "fine_tune.micro_batch_size=8", "fine_tune.gradient_accumulation_steps=1",
+    ]  # fmt: skip
+    options = ["--run", tmp_path / "run", *(word for value in sets for word in ("--set", value))]
+    for command in ("dataset", "fine-tune", "fuse", "quantize"):
+        done = orion(command, *options)
+        assert done.returncode == 0, done.stderr
+    census = json.loads((tmp_path / "run" / "orion_lora_weights" / "census.json").read_text())
+    assert census["o_proj"] == {"text": 3, "vision": 4, "projector": 0}
+    quantize.check_pair(tmp_path / "run" / "gguf")
 
 
 @pytest.mark.parametrize("name", ["hf_quant_config.json", "quantize_config.json", "quant_config.json"])

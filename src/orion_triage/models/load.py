@@ -70,6 +70,38 @@ def check_config(folder: Path) -> None:
             f"{path}: model_type is {shown(model_type)}, not 'lfm2_vl'.", "Use an LFM2-VL model as base.model."
         )
     refuse_quantized(folder, config)
+    _check_family(path, config)
+
+
+# What is written into this project beside the sizes: other models of the family have other sizes, and work by them.
+# (part of config.json, key, values, what depends on it)
+_FAMILY: tuple[tuple[str, str, tuple[Any, ...], str], ...] = (
+    ("text_config", "model_type", ("lfm2",), "adapter targets and llama.cpp's file are those of LFM2's dense layers"),
+    ("vision_config", "model_type", ("siglip2_vision_model",), "llama.cpp's mmproj is that of SigLIP2"),
+    ("vision_config", "patch_size", (16,), "a frame of 512 pixels is 1,024 patches and 256 image tokens"),
+    ("", "downsample_factor", (2,), "a frame of 512 pixels is 1,024 patches and 256 image tokens"),
+)
+_LAYERS = ("conv", "full_attention")
+
+
+def _check_family(path: Path, config: dict[str, Any]) -> None:
+    """Raise OrionError for a model that differs from the family in more than its sizes; a missing key is as usual."""
+    for part, key, known, reason in _FAMILY:
+        section = config.get(part, {}) if part else config
+        value = section.get(key) if isinstance(section, dict) else None
+        if value is not None and value not in known:
+            name = f"{part}.{key}" if part else key
+            raise OrionError(
+                f"{path}: {name} is {shown(value)}, not {known[0]}: {reason}.",
+                "Use a model with the architecture of LFM2.5-VL (450M, 1.6B, 3B).",
+            )
+    text = config.get("text_config")
+    layers = text.get("layer_types") if isinstance(text, dict) else None
+    if isinstance(layers, list) and (odd := next((kind for kind in layers if kind not in _LAYERS), None)) is not None:
+        raise OrionError(
+            f"{path}: text_config.layer_types has {shown(odd)}; known are {' and '.join(_LAYERS)}.",
+            "Use a model with the architecture of LFM2.5-VL (450M, 1.6B, 3B).",
+        )
 
 
 def base_name(folder: Path) -> str:
