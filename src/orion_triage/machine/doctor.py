@@ -41,11 +41,11 @@ _NEEDS = {"lfm2.5-vl-1.6b": Needs(8 * GB, 11 * GB, 8 * GB), "lfm2.5-vl-450m": Ne
 _SMALL = Needs(3 * GB, 1 * GB, None)
 
 
-def examine(settings: Settings, folder: Path) -> list[Finding]:
-    """The findings of all checks; `folder` is where runs are written."""
+def examine(settings: Settings, folder: Path, *, only_fine_tune: bool = False) -> list[Finding]:
+    """The findings of all checks; `folder` is where runs are written, `only_fine_tune` leaves out what follows it."""
     needs = _NEEDS.get(settings.preset, _SMALL)
     return [
-        *_gpu(needs), _bitsandbytes(), *_tools(), _memory(needs), _disk(needs, folder), _base(settings),
+        *_gpu(needs), _bitsandbytes(), *_tools(only_fine_tune), _memory(needs), _disk(needs, folder), _base(settings),
         *_environment(),
     ]  # fmt: skip
 
@@ -109,13 +109,15 @@ def _bitsandbytes() -> Finding:
     return Finding("bitsandbytes", "ok" if error < 0.2 else "missing", f"{version}, NF4 on {device}")
 
 
-def _tools() -> list[Finding]:
+def _tools(only_fine_tune: bool) -> list[Finding]:
     tools = existing_tools()
     if tools:
         return [Finding("llama.cpp", "ok", f"build {tools.build} ({tools.origin})")]
     compiler = shutil.which(os.environ.get("CXX") or "c++")
     found = "not built yet" + ("" if compiler else ", and no C++ compiler was found")
     fix = "Run orion toolchain" if compiler else "Run apt install g++ make, then orion toolchain"
+    if only_fine_tune:
+        return [Finding("llama.cpp", "note", f"{found}; not needed for fine-tuning", fix)]
     return [Finding("llama.cpp", "note" if compiler else "missing", found, fix)]
 
 
