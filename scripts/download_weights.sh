@@ -13,8 +13,10 @@ manifest (manifest.json). Then it replaces the local weights; the old ones stay 
 it deletes the repository and the dataset on the server. After an interruption, run the same command again to resume.
 
 The script does not delete a folder that is not recognizably a checkout of ORION or one of its datasets, that is or
-contains a home folder, that is reached through a link, in which a process works, or that has changes or weights that
-exist nowhere else.
+contains a home folder, that is reached through a link, or in which a process works. It does not delete a dataset with
+files that upload_to_server.sh did not send, or a checkout with changes, commits or files that may exist nowhere else.
+In a checkout may lie: the fetched weights, their run's checkpoints, logs and copy of the dataset, runs/training-job,
+.venv and caches. Other runs, and a merged model or GGUF pair of the same run, are not fetched: they are refused.
 
   --keep-remote   delete nothing on the server
   --dry-run       print all commands without running them
@@ -79,6 +81,10 @@ manifest_of() { # FOLDER: the sha256 of its manifest, or nothing
     [[ ! -f $1/manifest.json ]] || sha256sum <"$1/manifest.json" | cut -d ' ' -f 1
 }
 
+contents_of() { # FOLDER: one sha256 of all names and bytes in it, or nothing; on_server.sh has its twin
+    [[ ! -d $1 ]] || (cd "$1" && find -L . -type f -exec sha256sum {} + | LC_ALL=C sort) | sha256sum | cut -d ' ' -f 1
+}
+
 verify() { # FOLDER: every file that the manifest names is there and has its sha256
     python3 -I - "$1" <<'PYTHON'
 import hashlib, json, pathlib, sys
@@ -121,7 +127,7 @@ note_cleanup() { # RECEIPT: written before the swap, so that no moment is withou
 
 run mkdir -p "${target%/*}"
 if [[ $DRY_RUN ]]; then
-    there='SHA256_OF_RECEIPT'
+    there='SHA256_OF_WEIGHTS'
     on_server weights "$weights" "$repository" "$data" "$keep"
 else
     exec 9<"${target%/*}"
@@ -129,7 +135,7 @@ else
     trap 'say "interrupted: run the same command again to resume"; exit 130' INT TERM
     rm -rf "$old"
     there=$(on_server weights "$weights" "$repository" "$data" "$keep")
-    there=${there#manifest }
+    there=${there#contents }
 fi
 here=
 [[ $DRY_RUN ]] || here=$(manifest_of "$target")
@@ -139,14 +145,14 @@ if [[ $there == absent ]]; then
     [[ -f $pending && $here && $(<"$pending") == "$(printf '%s\n' "$here" "$SERVER" "$weights" "$repository" "$data")" ]] ||
         fail "there are no weights in $weights on $SERVER." \
             "Train first ('orion remote train'), or correct ORION_SERVER_WEIGHTS_PATH."
-    verified=$here
+    verified=$(contents_of "$target")
     complaint=$(verify "$target" 2>&1) || fail "the weights in $target are damaged: $complaint." \
         "Restore a copy, for example $target.previous: the weights on the server are already deleted."
     say "the weights are already in $target"
-elif [[ $here == "$there" ]] && verify "$target" 2>/dev/null; then
-    verified=$here
+elif [[ $here && $(contents_of "$target") == "$there" ]] && verify "$target" 2>/dev/null; then
+    verified=$there
     say "the weights are already in $target, and complete"
-    [[ $keep ]] || note_cleanup "$there"
+    [[ $keep ]] || note_cleanup "$here"
 else
     verified=$there
     over_rsync -rtcL --delete -- "$SERVER:$weights/" "$incoming/"
@@ -158,9 +164,9 @@ else
         complaint=$(verify "$incoming" 2>&1) ||
             fail "the weights on the server are incomplete or damaged (nothing was deleted): $complaint." \
                 "Train again ('orion remote train --again'), or restore the files on the server."
-        [[ $(manifest_of "$incoming") == "$there" ]] ||
+        [[ $(contents_of "$incoming") == "$there" ]] ||
             fail "the weights on the server changed during the download." "Run the same command again."
-        [[ $keep ]] || note_cleanup "$there"
+        [[ $keep ]] || note_cleanup "$(manifest_of "$incoming")"
         swap
         say "the weights are in $target, and every file matches the server's manifest"
     fi

@@ -2,8 +2,9 @@
 # The server's part of upload_to_server.sh, download_weights.sh and `orion remote train`. They send this whole file and
 # one call of `operate` through `ssh SERVER sh -s`: a transfer that is cut off ends inside a function, and nothing runs.
 #
-# Needs sh, coreutils and flock; git, rsync and tar where they are used. Answers are lines "orion: KEY VALUE" on
-# standard output, whatever else a login prints. Exit status 3: the reason is on standard error already.
+# Needs sh, coreutils, findutils, grep, sed and flock; git, rsync and tar where they are used. Answers are lines
+# "orion: KEY VALUE" on standard output, whatever else a login prints. Exit status 3: the reason is on standard error
+# already.
 #
 # Beside a folder F lie, while work on it is under way: .F.orion-incoming (what arrives), .F.orion-previous (the old one
 # between the two renames of a swap) and .F.orion-deleting (what a deletion has renamed).
@@ -26,6 +27,26 @@ beside() { # FOLDER KIND -> $place; newlines at a name's end survive, which they
 
 sha256_of() { # FILE
     sha256sum <"$1" | cut -d ' ' -f 1
+}
+
+hashes_of() { # FOLDER EXCEPT: "SHA256  NAME" of each file in it, as sha256sum prints it; fails if one cannot be read
+    hashes=$(cd "$1" && find . -type f ! -path "./$2" -exec sha256sum {} +) || return
+    printf '%s\n' "$hashes" | sed 's#^\(\\\{0,1\}[0-9a-f]\{64\}  \)\./#\1#'
+}
+
+contents_of() { # FOLDER: one sha256 of all names and bytes in it; download_weights.sh has its twin
+    (cd "$1" && find -L . -type f -exec sha256sum {} + | sort) | sha256sum | cut -d ' ' -f 1
+}
+
+first_of() { # LINES: eight of them
+    printf '%s\n' "$1" | sed '9{
+        s/.*/  .../
+        q
+    }'
+}
+
+lines_without() { # LINES KNOWN: the lines that are not among the known ones, each once
+    { printf '%s\n' "$1" | sort -u && printf '%s\n' "$2" "$2"; } | sort | uniq -u
 }
 
 # --- what may be replaced or deleted ---------------------------------------------------------------------------
@@ -106,6 +127,47 @@ busy() { # FOLDER: the working directory of a process there, if any
     done
 }
 
+require_sent() { # VARIABLE DATASET: every file is as an upload from elsewhere brought it
+    hashes=$(hashes_of "$2" .orion-sha256sums) ||
+        refuse "$1=$2 cannot be read." "Correct the permissions on the server."
+    own=$(lines_without "$hashes" "$(cat "$2/.orion-sha256sums" 2>/dev/null || :)")
+    [ -z "$own" ] || refuse \
+        "$1=$2 has files that no upload brought, or that changed since ($(printf '%s\n' "$own" | wc -l) in all):
+$(first_of "$(printf '%s\n' "$own" | cut -d ' ' -f 2-)")" \
+        "Move them out of it. Or leave it: --keep-remote (download), another ORION_SERVER_DATA_PATH (upload)."
+}
+
+is_copy() { # DATASET OF A RUN: `orion dataset` copied it from a folder, and nobody has changed it since
+    { [ ! -L "$1" ] && grep -q '^      "source": "directory",\{0,1\}$' "$1/manifest.json" &&
+        hashes=$(hashes_of "$1" manifest.json) &&
+        hashes=$(printf '%s\n' "$hashes" | sed 's/^\\//' | cut -c 1-64) &&
+        known=$(grep -o '"[0-9a-f]\{64\}"' "$1/manifest.json" | tr -d '"') &&
+        [ -z "$(lines_without "$hashes" "$known")" ]; } 2>/dev/null
+}
+
+# Git lists every ignored file, one a line, odd names in quotes, a nested repository as one name with a slash at its end.
+unfetched() { # REPOSITORY WEIGHTS: the ignored files that were not fetched and that nothing makes again
+    repository=$1 fetched=$2
+    set -- .venv .mypy_cache .ruff_cache .pytest_cache runs/training-job
+    case "$fetched" in
+        "$repository"/runs/*/orion_lora_weights)
+            run=${fetched%/*} run=${run#"$repository"/}
+            for product in .lock settings.json logs fine_tune_work/fingerprint.txt fine_tune_work/checkpoints \
+                fine_tune_work/tensorboard; do
+                set -- "$@" "$run/$product"
+            done
+            ! is_copy "$repository/$run/dataset" || set -- "$@" "$run/dataset"
+            ;;
+    esac
+    case "$fetched" in "$repository"/*) set -- "$@" "${fetched#"$repository"/}" ;; esac
+    for expendable; do
+        set -- "$@" ":(exclude,literal)$expendable"
+        shift
+    done
+    git -C "$repository" -c core.quotePath=false ls-files --others --ignored --exclude-standard -- \
+        . ':(exclude,glob)**/__pycache__/**' ':(exclude,glob)**/*.egg-info/**' "$@"
+}
+
 require_expendable() { # VARIABLE REPOSITORY WEIGHTS: nothing is in the checkout that exists nowhere else
     require_idle "$1" "$2"
     for _ in 1 2 3 4 5; do # the rsync of a connection that was cut may take a moment to notice
@@ -115,18 +177,25 @@ require_expendable() { # VARIABLE REPOSITORY WEIGHTS: nothing is in the checkout
     directory=$(busy "$2")
     [ -z "$directory" ] || refuse "a process works in $directory." \
         "Wait until it ends (an interrupted rsync ends within two minutes), or leave that folder."
-    changed=$(git -C "$2" --no-optional-locks status --porcelain) ||
+    # The server's own git may be set to list no untracked files.
+    changed=$(git -C "$2" --no-optional-locks status --porcelain --untracked-files=normal --ignore-submodules=none) ||
         refuse "git cannot read $1=$2." "Check the repository on the server."
     [ -z "$changed" ] || refuse "$1=$2 has uncommitted changes: $(printf '%s' "$changed" | head -n 1)" \
         "Commit and push them, discard them, or add --keep-remote."
-    own=$(git -C "$2" rev-list -n 1 HEAD --branches "$(git -C "$2" rev-parse -q --verify refs/stash || echo HEAD)" \
-        --not --remotes) || own=HEAD
+    own=$(git -C "$2" rev-list -n 1 HEAD --all --not --remotes) || own=HEAD
     [ -z "$own" ] || refuse "$1=$2 has commits that exist nowhere else: $own" "Push them, or add --keep-remote."
-    for manifest in "$2"/runs/*/orion_lora_weights/manifest.json; do
-        [ ! -f "$manifest" ] || [ "$manifest" = "$3/manifest.json" ] ||
-            refuse "$1=$2 has other finished weights: ${manifest%/manifest.json}" \
-                "Download them first (ORION_SERVER_WEIGHTS_PATH), or add --keep-remote."
-    done
+    # What a nested repository holds, git lists nowhere. It may lie in a folder that could go.
+    nested=$(cd "$2" && find . -path ./.git -prune -o -name .git -print) ||
+        refuse "$1=$2 cannot be read." "Correct the permissions on the server, or add --keep-remote."
+    [ -z "$nested" ] || refuse "$1=$2 has another repository in it: $(printf '%s' "$nested" | head -n 1)" \
+        "Move it out of the checkout, or add --keep-remote."
+    files=$(unfetched "$2" "$3") || refuse "git cannot read $1=$2." "Check the repository on the server."
+    [ -n "$files" ] || return 0
+    folders=$(printf '%s\n' "$files" | cut -d / -f 1-3 | uniq -c)
+    count=$(printf '%s\n' "$files" | wc -l)
+    refuse "$1=$2 has files that were not fetched and may exist nowhere else ($count in all):
+$(first_of "$folders")" \
+        "Fetch them (weights: ORION_SERVER_WEIGHTS_PATH; others: rsync), move them out of it, or add --keep-remote."
 }
 
 remove_folder() { # FOLDER: renamed first, so that a cut leaves nothing that looks whole
@@ -145,11 +214,42 @@ lock() { # FOLDER
 
 # --- upload ----------------------------------------------------------------------------------------------------
 
-prepare() { # DATA REPOSITORY SHA256_OF_LISTING: check both places, finish or forget what was cut off
+has_python() { # PYTHON VERSION: it runs, and is at least that; prints its own
+    "$1" -c 'import sys
+print("%d.%d.%d" % sys.version_info[:3])
+sys.exit(sys.version_info[:3] < tuple(int(part) for part in sys.argv[1].split(".")))' "$2" 2>/dev/null
+}
+
+require_setup() { # REPOSITORY VERSION: what `make setup` takes from the server, with Python of this version at least
+    missing='' packages='' fix=''
+    command -v make >/dev/null || missing=' It has no make.' packages=' make'
+    python=${PYTHON:-python3} module=ensurepip # of Makefile; without ensurepip `-m venv` fails
+    if [ -x "$1/.venv/bin/python" ]; then python=$1/.venv/bin/python module=pip; fi
+    if ! found=$(has_python "$python" "$2"); then
+        missing="$missing It needs Python $2 or newer, and $python is ${found:-not there}."
+        more=" python$2 python$2-venv"
+        fix=" Then set ORION_SERVER_SETUP='make setup PYTHON=python$2' here."
+        for other in python3.11 python3.12 python3.13; do
+            has_python "$other" "$2" >/dev/null || continue
+            more=" $other-venv" fix=" Then set ORION_SERVER_SETUP='make setup PYTHON=$other' here."
+        done
+        packages=$packages$more
+    elif ! "$python" -c "import venv, $module; getattr($module, 'version', str)()" >/dev/null 2>&1; then
+        missing="$missing $python makes no environments: its module $module does not work."
+        packages="$packages python3-venv"
+    fi
+    [ -z "$missing" ] || refuse "the server cannot run 'make setup'.$missing" \
+        "Run apt install$packages on the server.$fix With another command that makes .venv: set ORION_SERVER_SETUP."
+    # llama.cpp is compiled after a training, for `orion quantize` and `orion evaluate`.
+    if command -v "${CXX:-c++}" >/dev/null; then answer compiler yes; else answer compiler no; fi
+}
+
+prepare() { # DATA REPOSITORY SHA256_OF_LISTING PYTHON: check the server, finish or forget what was cut off
     for tool in rsync tar gzip sha256sum git flock; do
         command -v "$tool" >/dev/null ||
             refuse "the server has no $tool." "Run apt install rsync tar gzip coreutils git util-linux on the server."
     done
+    [ -z "$4" ] || require_setup "$2" "$4"
     mkdir -p "${1%/*}" "${2%/*}"
     require_own_place ORION_SERVER_DATA_PATH "$1"
     require_own_place ORION_REPO_DIR "$2"
@@ -160,7 +260,10 @@ prepare() { # DATA REPOSITORY SHA256_OF_LISTING: check both places, finish or fo
     if [ ! -e "$1" ] && is_dataset "$place"; then
         mv -T "$place" "$1"
     fi
-    [ ! -e "$1" ] || require_dataset ORION_SERVER_DATA_PATH "$1"
+    if [ -e "$1" ]; then
+        require_dataset ORION_SERVER_DATA_PATH "$1"
+        require_sent ORION_SERVER_DATA_PATH "$1"
+    fi
     [ ! -e "$2" ] || require_checkout ORION_REPO_DIR "$2"
     require_idle ORION_REPO_DIR "$2"
     [ ! -e "$1" ] || rm -rf "$place"
@@ -171,8 +274,9 @@ prepare() { # DATA REPOSITORY SHA256_OF_LISTING: check both places, finish or fo
     printf '%s' "$3" >"$place/listing"
     answer commit "$(git -C "$2" rev-parse -q --verify refs/remotes/orion/uploaded 2>/dev/null || echo none)"
     if command -v zstd >/dev/null; then answer zstd yes; else answer zstd no; fi
+    # No file is there that was not sent, or not as it was sent; so all are, if none is missing.
     if [ -f "$1/.orion-sha256sums" ] && [ "$(sha256_of "$1/.orion-sha256sums")" = "$3" ] &&
-        (cd "$1" && sha256sum --status -c .orion-sha256sums); then
+        [ "$(printf '%s\n' "$hashes" | wc -l)" = "$(wc -l <"$1/.orion-sha256sums")" ]; then
         answer dataset current
     else
         answer dataset wanted
@@ -202,6 +306,7 @@ unpack() { # DATA ARCHIVE SHA256: check the archive, unpack it beside the old da
     if [ -e "$1" ]; then
         require_own_place ORION_SERVER_DATA_PATH "$1"
         require_dataset ORION_SERVER_DATA_PATH "$1"
+        require_sent ORION_SERVER_DATA_PATH "$1"
         rm -rf "$place"
         mv -T "$1" "$place"
     fi
@@ -216,6 +321,27 @@ git_or_refuse() { # FIX ARGUMENT...: git, which leaves the passwords of addresse
     # No housekeeping in the background: it would hold the lock.
     complaint=$(git -c gc.auto=0 -c maintenance.auto=false "$@" 2>&1 >/dev/null) || refuse \
         "git failed: $(printf '%s' "$complaint" | tr '\n' ' ')" "$fix"
+}
+
+in_the_way() { # REPOSITORY REVISION: files that git does not track, where the revision has files: `reset` deletes them
+    # shellcheck disable=SC2016 # expanded by the inner shell
+    git -C "$1" diff-index -z --cached --no-renames --diff-filter=D --name-only "$2" | (
+        cd "$1"
+        xargs -0 -r sh -c '
+            for path; do
+                shift
+                # Not in the index, so not ours. Git would not say so of a file in a nested repository.
+                if [ -L "$path" ] || { [ -e "$path" ] && [ ! -d "$path" ]; }; then printf "%s\n" "$path"; fi
+                [ ! -d "$path" ] || set -- "$@" "$path"
+                while case $path in */*) ;; *) false ;; esac; do
+                    path=${path%/*}
+                    if [ -L "$path" ] || { [ -e "$path" ] && [ ! -d "$path" ]; }; then set -- "$@" "$path"; fi
+                done
+            done
+            # Of a folder in the place of a file, and a file in the place of a folder, git knows what is not its own.
+            [ "$#" = 0 ] || git --literal-pathspecs -c core.quotePath=false ls-files --others -- "$@"
+        ' sh
+    )
 }
 
 checkout() { # DATA REPOSITORY ADDRESS REVISION: clone or pull; no address: from the bundle that was sent, if any
@@ -253,6 +379,9 @@ checkout() { # DATA REPOSITORY ADDRESS REVISION: clone or pull; no address: from
         own=$(git -C "$folder" rev-list -n 1 HEAD --not --remotes)
         [ -z "$own" ] || refuse "$2 has commits that exist nowhere else: $own" \
             "Push them, then run the same command again."
+        clash=$(in_the_way "$folder" refs/remotes/orion/fetched)
+        [ -z "$clash" ] || refuse "$2 has files that the new revision would overwrite:
+$(first_of "$clash")" "Move them away on the server, then run the same command again."
     fi
     : >"$place"
     git_or_refuse "Check $2 on the server." -C "$folder" reset -q --hard refs/remotes/orion/fetched
@@ -282,26 +411,27 @@ require_deletable() { # WEIGHTS REPOSITORY DATA: what is there may be deleted; w
     require_apart ORION_SERVER_WEIGHTS_PATH "$1" ORION_SERVER_REPO_PATH "$2"
     require_apart ORION_SERVER_WEIGHTS_PATH "$1" ORION_SERVER_DATA_PATH "$3"
     [ ! -e "$2" ] || require_expendable ORION_SERVER_REPO_PATH "$2" "$1"
+    [ ! -e "$3" ] || require_sent ORION_SERVER_DATA_PATH "$3"
 }
 
-weights() { # WEIGHTS REPOSITORY DATA KEEP: the manifest's sha256, after a look at what will be deleted
+weights() { # WEIGHTS REPOSITORY DATA KEEP: one sha256 of all weights, after a look at what will be deleted
     command -v rsync >/dev/null || refuse "the server has no rsync." "Run apt install rsync on the server."
     [ "$4" ] || require_deletable "$1" "$2" "$3"
     if [ -f "$1/manifest.json" ]; then
-        answer manifest "$(sha256_of "$1/manifest.json")"
+        answer contents "$(contents_of "$1")"
     elif [ -e "$1" ]; then
         refuse "$1 is not finished: it has no manifest.json." "Wait until 'orion fine-tune' on the server ends."
     else
-        answer manifest absent
+        answer contents absent
     fi
 }
 
-scorch() { # WEIGHTS REPOSITORY DATA SHA256_OF_RECEIPT: delete dataset, then repository
+scorch() { # WEIGHTS REPOSITORY DATA SHA256_OF_WEIGHTS: delete dataset, then repository
     [ ! -d "${3%/*}" ] || lock "${3%/*}"
     # The weights may lie in the repository. Gone means that an earlier call came that far: its remains go, and
     # whatever stands there by now is someone's new work.
     if [ -e "$1" ]; then
-        [ "$(sha256_of "$1/manifest.json")" = "$4" ] ||
+        [ "$(contents_of "$1")" = "$4" ] ||
             refuse "$1 has changed since it was downloaded." "Run the same command again to download it again."
         require_deletable "$1" "$2" "$3"
         remove_folder "$3"
@@ -348,7 +478,14 @@ start() { # JOB REPOSITORY SETUP COMMAND PRESET_FILE PRESET_TEXT ARGUMENT...: tr
         job=$1 setup=$2
         shift 2
         printf "%s" "$$" >"$job/pid.partial" && mv "$job/pid.partial" "$job/pid"
-        sh -c "$setup" && .venv/bin/orion dataset "$@" && .venv/bin/orion fine-tune "$@"
+        sh -c "$setup" && {
+            # First what costs seconds: a GPU that cannot be used costs days.
+            .venv/bin/orion doctor --for fine-tune "$@" || {
+                status=$?
+                echo "error: not trained, because \"orion doctor\" found that something is missing (above)."
+                (exit "$status")
+            }
+        } && .venv/bin/orion dataset "$@" && .venv/bin/orion fine-tune "$@"
         printf "%s" "$?" >"$job/status.partial" && mv "$job/status.partial" "$job/status"
     ' orion-training "$job" "$setup" "$@" >"$job/log" 2>&1 </dev/null &
     tries=0

@@ -25,6 +25,8 @@ ORION_SERVER_DATA_PATH  the dataset on the server (default: $ORION_SERVER_HDD_PA
 ORION_REPO_URL          the repository to send: a URL that the server can reach, or a local folder or git bundle
                         (default: the repository of this script)
 ORION_REPO_REF          its branch or tag (default: HEAD)
+ORION_SERVER_SETUP      the command that makes .venv in the repository on the server (default: make setup; then its
+                        make and Python are checked before anything is sent)
 ORION_SSH               the ssh command with its options (default: ssh with keepalives); with a ControlMaster in
                         ~/.ssh/config, all steps share one login
 
@@ -77,6 +79,13 @@ revision=${ORION_REPO_REF:-HEAD}
     fail "ORION_REPO_URL or ORION_REPO_REF begins with a dash, or ORION_REPO_REF contains a colon." \
         "Write ./ before a folder's name, and correct ORION_REPO_REF."
 
+# What `make setup` needs is checked on the server, unless another command is used there.
+python=
+if [[ ${ORION_SERVER_SETUP:-make setup} == 'make setup' ]]; then
+    python=$(sed -n 's/^requires-python = ">=\([0-9.]*\)".*/\1/p' "$SCRIPTS/../pyproject.toml")
+    [[ $python ]] || fail "$SCRIPTS/../pyproject.toml states no requires-python." "Use the scripts in a clone of ORION."
+fi
+
 # --- archive ---------------------------------------------------------------------------------------------------
 
 work=${ORION_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/orion-triage}/upload
@@ -107,13 +116,15 @@ if [[ $DRY_RUN ]]; then
     show cd "$data"
     printf '%s | LC_ALL=C sort -z | xargs -0 sha256sum >%q\n' "$(show find -L "${parts[@]}" -type f -print0)" "$listing"
     listing_sha256='SHA256_OF_LISTING'
-    on_server prepare "$data_there" "$repository_there" "$listing_sha256"
+    on_server prepare "$data_there" "$repository_there" "$listing_sha256" "$python"
     answers=$'commit none\nzstd yes\ndataset wanted'
 else
     say "hashing $data"
     (cd "$data" && find -L "${parts[@]}" -type f -print0 | LC_ALL=C sort -z | xargs -0 sha256sum) >"$listing"
     listing_sha256=$(sha256sum <"$listing" | cut -d ' ' -f 1)
-    answers=$(on_server prepare "$data_there" "$repository_there" "$listing_sha256")
+    answers=$(on_server prepare "$data_there" "$repository_there" "$listing_sha256" "$python")
+    [[ $answers != *'compiler no'* ]] ||
+        say "the server has no C++ compiler. Training needs none; quantizing there would (apt install g++)"
 fi
 
 incoming_there=${data_there%/*}/.${data_there##*/}.orion-incoming

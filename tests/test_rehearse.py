@@ -130,6 +130,11 @@ def test_the_doctor_names_what_is_missing(tmp_path: Path, monkeypatch: pytest.Mo
     assert found["llama.cpp"].state == "missing"
     assert "apt install g++" in found["llama.cpp"].fix
     assert found["GPU"].state == "ok"
+    training = {
+        finding.what: finding for finding in doctor.examine(load_settings("tiny"), tmp_path, only_fine_tune=True)
+    }
+    assert (training["llama.cpp"].state, training["llama.cpp"].fix) == ("note", found["llama.cpp"].fix)
+    assert training.keys() == found.keys()
     too_much = doctor.Needs(10**18, 10**18, None)
     assert doctor._memory(too_much).state == "missing"
     assert doctor._disk(too_much, tmp_path / "not" / "yet").state == "missing"

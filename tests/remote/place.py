@@ -42,6 +42,14 @@ def make_dataset(folder: Path, seed: int, *, frames: int = 4, frame_bytes: int =
     return folder
 
 
+def mark_as_sent(dataset: Path) -> Path:
+    """The listing that an upload leaves in a dataset."""
+    files = sorted(path for path in dataset.rglob("*") if path.is_file() and path.name != ".orion-sha256sums")
+    lines = (f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(dataset)}\n" for path in files)
+    (dataset / ".orion-sha256sums").write_text("".join(lines))
+    return dataset
+
+
 def make_weights(folder: Path, seed: int, *, weight_bytes: int = 60_000) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -168,7 +176,7 @@ class Place:
         if not self.source.exists():
             make_repository(self.source)
         self.there.mkdir(parents=True, exist_ok=True)
-        make_dataset(self.data, seed)
+        mark_as_sent(make_dataset(self.data, seed))
         if not self.repository.exists():
             git(self.here, "clone", "-q", str(self.source), str(self.repository))
         make_weights(self.weights, seed)

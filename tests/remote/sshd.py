@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -126,6 +127,8 @@ class Server:
             Path("/run/sshd").mkdir(exist_ok=True)  # sshd gives up its rights there
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
+        # The tests' own Python is one that `make setup` can use.
+        path = f"{self.tools}:{Path(sys.executable).parent}:{os.environ['PATH']}"
         (folder / "sshd_config").write_text(
             f"""
             ListenAddress 127.0.0.1:{port}
@@ -139,7 +142,7 @@ class Server:
             KbdInteractiveAuthentication no
             PermitRootLogin prohibit-password
             MaxStartups 100
-            SetEnv "HOME={self.home}" "PATH={self.tools}:{os.environ["PATH"]}" HF_HUB_OFFLINE=1
+            SetEnv "HOME={self.home}" "PATH={path}" HF_HUB_OFFLINE=1
             """
         )
         self._log = (folder / "sshd.log").open("wb")

@@ -161,6 +161,15 @@ def test_a_training_that_fails_says_why_and_can_be_started_again(prepared: Place
     assert not (prepared.here / "runs" / "tiny" / "orion_lora_weights").exists()
 
 
+def test_a_server_that_the_doctor_refuses_trains_nothing_and_says_so_last(prepared: Place) -> None:
+    refusing = """printf '#!/bin/sh\\necho "$1" >>runs/called; echo GPU missing; exit 4\\n' >.venv/bin/orion"""
+    output, said = train(prepared, setup=stand_in(prepared, refusing), status=1)
+    assert output.splitlines()[:2] == ["setting up", "GPU missing"]
+    assert re.fullmatch("error: not trained, .*orion doctor.* missing .*", output.splitlines()[-1])
+    assert "failed with exit status 4" in said
+    assert (prepared.repository / "runs" / "called").read_text() == "doctor\n"
+
+
 def test_a_training_that_vanishes_is_started_again(prepared: Place) -> None:
     setup = f"echo >>{prepared.here}/setups; [ $(wc -l <{prepared.here}/setups) = 2 ] || sleep 100; exit 7"
     process = popen(prepared, setup=setup)
@@ -250,8 +259,10 @@ def test_the_server_gets_the_settings_and_a_preset_of_ones_own(prepared: Place) 
     train(prepared, "--preset", "own.toml", "--set", "fine_tune.epochs=2", setup=setup)
     assert (prepared.here / "arrived.toml").read_text() == text
     arguments = (prepared.here / "arguments").read_text().splitlines()
-    dataset, fine_tune = arguments[: len(arguments) // 2], arguments[len(arguments) // 2 :]
+    count = (len(arguments) - 2) // 3
+    doctor, dataset, fine_tune = arguments[: count + 2], arguments[count + 2 : -count], arguments[-count:]
     assert (dataset[0], fine_tune[0]) == ("dataset", "fine-tune")
+    assert doctor == ["doctor", "--for", "fine-tune", *dataset[1:]]
     assert dataset[1:] == fine_tune[1:]
     folder = json.dumps(prepared.variables["ORION_SERVER_DATA_PATH"])
     assert dataset[1:] == [

@@ -203,7 +203,6 @@ def test_what_the_server_loses_is_sent_again(place: Place) -> None:
     (place.data / "orion_dataset" / "images" / "place 2.png").unlink()
     place.upload()
     assert tree(place.data) == new
-    (place.data / "val_dataset.jsonl").write_text("damaged")
     shutil.rmtree(place.repository)
     place.upload()
     assert tree(place.data) == new
@@ -562,7 +561,7 @@ REFUSALS: list[tuple[str, str, Callable[[Place], str], str]] = [
     ("untracked", REPOSITORY, lambda p: _dirty(p, "notes.txt", "mine"), "uncommitted changes"),
     ("unpublished", REPOSITORY, lambda p: commit(p.repository, "mine") and str(p.repository), "exist nowhere else"),
     ("stashed", REPOSITORY, _stashed, "exist nowhere else"),
-    ("other weights", REPOSITORY, _other_weights, "other finished weights"),
+    ("other weights", REPOSITORY, _other_weights, "runs/other/orion_lora_weights"),
     ("half a dataset", DATA, lambda p: (p.data / "val_dataset.jsonl").unlink() or str(p.data), "not an ORION dataset"),
     ("no frames", DATA, lambda p: shutil.rmtree(p.data / "orion_dataset") or str(p.data), "not an ORION dataset"),
     ("more than a dataset", DATA, lambda p: (p.data / "thesis.tex").write_text("x") and str(p.data), "thesis.tex"),

@@ -1,6 +1,7 @@
 """Commands about this machine: llama.cpp tools, requirements, rehearsal at full size."""
 
 import json
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +20,13 @@ from orion_triage.cli.terminal import (
 )
 
 command = partial(app.command, rich_help_panel="This machine")
+
+
+class Purpose(StrEnum):
+    """Values of doctor's --for."""
+
+    RUN = "run"
+    FINE_TUNE = "fine-tune"
 
 
 @command(epilog="Example: orion toolchain")
@@ -122,9 +130,18 @@ def _print_budgets(rows: list[Any]) -> None:
 @command(
     epilog="Example: orion doctor\n\n"
     "Example: orion doctor --preset lfm2.5-vl-1.6b\n\n"
-    "Example: orion doctor --preset lfm2.5-vl-450m --set base.model=FOLDER --json"
+    "Example: orion doctor --preset lfm2.5-vl-450m --set base.model=FOLDER --json\n\n"
+    "Example: orion doctor --for fine-tune --run runs/mine"
 )
-def doctor(preset: PresetOption = "tiny", assignments: SetOption = [], as_json: JsonOption = False) -> None:  # noqa: B006
+def doctor(
+    preset: PresetOption = "tiny",
+    assignments: SetOption = [],  # noqa: B006
+    purpose: Annotated[
+        Purpose, typer.Option("--for", help="Stages to run here. fine-tune: only the dataset and the training.")
+    ] = Purpose.RUN,
+    folder: Annotated[Path, typer.Option("--run", help="Run folder, for the check of its disk.")] = Path("runs"),
+    as_json: JsonOption = False,
+) -> None:
     """Check GPU, memory, disk and tools for a preset.
 
     For lfm2.5-vl-1.6b, also compares the last 'orion rehearse' with the budgets.
@@ -138,7 +155,7 @@ def doctor(preset: PresetOption = "tiny", assignments: SetOption = [], as_json: 
     from orion_triage.settings import load_settings
 
     settings = load_settings(preset, assignments)
-    findings = doctor.examine(settings, Path("runs"))
+    findings = doctor.examine(settings, folder, only_fine_tune=purpose == Purpose.FINE_TUNE)
     figures = budgets.last_rehearsal(settings.preset)
     rows = budgets.budgets(figures) if settings.preset == budgets.FULL_SIZE else []
     if as_json:

@@ -63,13 +63,13 @@ def needs_of(settings: Settings, parameters: int | None) -> Needs:
     )
 
 
-def examine(settings: Settings, folder: Path) -> list[Finding]:
-    """The findings of all checks; `folder` is where runs are written."""
+def examine(settings: Settings, folder: Path, *, only_fine_tune: bool = False) -> list[Finding]:
+    """The findings of all checks; `folder` is where runs are written, `only_fine_tune` leaves out what follows it."""
     parameters = _parameters(settings)
     needs = needs_of(settings, parameters)
     return [
-        *_gpu(settings, parameters, needs), _bitsandbytes(), *_tools(), _memory(needs), _disk(needs, folder),
-        _base(settings), *_environment(),
+        *_gpu(settings, parameters, needs), _bitsandbytes(), *_tools(only_fine_tune), _memory(needs),
+        _disk(needs, folder), _base(settings), *_environment(),
     ]  # fmt: skip
 
 
@@ -143,13 +143,15 @@ def _bitsandbytes() -> Finding:
     return Finding("bitsandbytes", "ok" if error < 0.2 else "missing", f"{version}, NF4 on {device}")
 
 
-def _tools() -> list[Finding]:
+def _tools(only_fine_tune: bool) -> list[Finding]:
     tools = existing_tools()
     if tools:
         return [Finding("llama.cpp", "ok", f"build {tools.build} ({tools.origin})")]
     compiler = shutil.which(os.environ.get("CXX") or "c++")
     found = "not built yet" + ("" if compiler else ", and no C++ compiler was found")
     fix = "Run orion toolchain" if compiler else "Run apt install g++ make, then orion toolchain"
+    if only_fine_tune:
+        return [Finding("llama.cpp", "note", f"{found}; not needed for fine-tuning", fix)]
     return [Finding("llama.cpp", "note" if compiler else "missing", found, fix)]
 
 

@@ -1,0 +1,102 @@
+"""What the server needs for `make setup` and a training is checked before anything is sent, and before it trains.
+
+A server without a tool is this one with another PATH: a folder of links to everything but that tool, which a wrapper
+around ssh sets there. A Python without ensurepip (Debian's without python3-venv) or of another version is a real one
+in which a module says so.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.remote.place import Place, make_dataset, make_repository
+
+COMPILERS = ("c++", "g++", "clang++")
+
+
+def without(place: Place, *names: str) -> Path:
+    """Let the server's PATH have everything but these programs and every Python; returns its only folder."""
+    folder = place.here / "bin"
+    folder.mkdir()
+    for directory in os.environ["PATH"].split(":"):
+        for path in Path(directory).glob("*"):
+            link = folder / path.name
+            if path.name not in names and not path.name.startswith("python") and not link.is_symlink():
+                link.symlink_to(path)
+    wrapper = place.here / "ssh-to-it"
+    # `ssh HOST COMMAND...`, as scripts and rsync call it
+    wrapper.write_text(f'#!/bin/sh\nhost=$1\nshift\nexec {place.server.ssh} "$host" "PATH={folder} exec $*"\n')
+    wrapper.chmod(0o755)
+    place.variables["ORION_SSH"] = str(wrapper)
+    return folder
+
+
+def add_python(place: Path, name: str, **modules: str) -> None:
+    """A Python of that name in the folder, with these modules before its own."""
+    library = place / f"lib-{name}"
+    library.mkdir()
+    for module, text in modules.items():
+        (library / f"{module}.py").write_text(text)
+    path = place / name
+    path.write_text(f'#!/bin/sh\nPYTHONPATH={library} exec {sys.executable} "$@"\n')
+    path.chmod(0o755)
+
+
+def old(version: str) -> str:
+    return f"import sys\nsys.version_info = ({', '.join(version.split('.'))}, 'final', 0)\n"
+
+
+@pytest.fixture
+def ready(place: Place) -> Place:
+    make_repository(place.source)
+    make_dataset(place.local_data, 1)
+    return place
+
+
+def refused(place: Place, *words: str) -> None:
+    place.refused("upload_to_server.sh", "the server cannot run 'make setup'", *words)
+    assert not place.there.exists()  # nothing was sent
+
+
+def test_a_server_without_make_and_python_is_refused(ready: Place) -> None:
+    folder = without(ready, "make")
+    refused(
+        ready, "no make", "Python 3.11 or newer, and python3 is not there", "apt install make python3.11 python3.11"
+    )
+    ready.variables["ORION_SERVER_SETUP"] = "another command"
+    ready.upload()
+    ready.variables["ORION_SERVER_SETUP"] = "make setup"
+    add_python(folder, "python3")
+    ready.refused("upload_to_server.sh", "It has no make.\n  fix: Run apt install make on the server.")
+
+
+def test_a_python_that_cannot_make_environments_is_refused(ready: Place) -> None:
+    folder = without(ready, *COMPILERS)
+    add_python(folder, "python3", ensurepip="raise ImportError")
+    refused(ready, "its module ensurepip does not work", "apt install python3-venv on")
+    (folder / "lib-python3" / "ensurepip.py").unlink()
+    assert "no C++ compiler. Training needs none" in ready.upload()
+
+
+def test_an_old_python_is_refused_and_a_newer_one_is_named(ready: Place) -> None:
+    folder = without(ready)
+    add_python(folder, "python3", sitecustomize=old("3.9.2"))
+    refused(ready, "Python 3.11 or newer, and python3 is 3.9.2", "python3.11-venv", "PYTHON=python3.11'")
+    add_python(folder, "python3.12", sitecustomize=old("3.12.1"))
+    refused(
+        ready, "apt install python3.12-venv on the server. Then set ORION_SERVER_SETUP='make setup PYTHON=python3.12'"
+    )
+
+
+def test_an_environment_that_is_there_already_needs_no_other_python(ready: Place) -> None:
+    folder = without(ready)
+    add_python(folder, "python3")
+    ready.upload()
+    (folder / "python3").unlink()
+    refusal = ready.refused("upload_to_server.sh", "python3 is not there")
+    assert "make." not in refusal
+    (ready.repository / ".venv" / "bin").mkdir(parents=True)
+    add_python(ready.repository / ".venv" / "bin", "python")
+    ready.upload()
