@@ -42,8 +42,9 @@ class Lfm2VlForConditionalGeneration(transformers.Lfm2VlForConditionalGeneration
         `image_of_row` [rows] is the index of each row's image; all images have the same size. `image_features` [images,
         image tokens, text width] is the result of `look` and replaces the pixels. `shared_tokens` is the number of
         first tokens that are the same in all rows and contain the image (`encode.shared_tokens`): they run once per
-        image, and the logits start after them. Gradient checkpointing ignores it, because a layer that is computed
-        again would write into the cache twice. Padding has to be on the right: there is no mask.
+        image, and the logits start after them. Under gradient checkpointing it is ignored: a layer that is computed
+        again would write into the cache twice, so transformers gives it none. Padding has to be on the right, because
+        no mask hides it.
         """
         pixels: dict[str, Any] = {
             "pixel_values": pixel_values,
@@ -53,7 +54,8 @@ class Lfm2VlForConditionalGeneration(transformers.Lfm2VlForConditionalGeneration
         if image_of_row is not None:
             assert input_ids is not None
             seen = image_features if image_features is not None else self.look(**pixels)
-            if shared_tokens and not (self.training and self.is_gradient_checkpointing):
+            recomputed = self.training and self.model.language_model.layers[0].gradient_checkpointing
+            if shared_tokens and not recomputed:
                 past_key_values = self.read(input_ids[:, :shared_tokens], seen, image_of_row)
                 inputs_embeds = self.get_input_embeddings()(input_ids[:, shared_tokens:])
             else:
