@@ -141,6 +141,20 @@ def pad(processor: "Lfm2VlProcessor", rows: Sequence[EncodedRow]) -> "BatchFeatu
     return BatchFeature(batch)
 
 
+def shared_tokens(processor: "Lfm2VlProcessor", rows: Sequence[EncodedRow]) -> int:
+    """The number of first tokens that a batch of these rows can compute once per image.
+
+    They are the same in all rows and contain the whole image; at least the last token of each turn stays outside,
+    because its logits are those of the answer's first token. 0 if there are fewer, or if no two rows share an image.
+    """
+    turns = [row.turn for row in rows]
+    shortest, other = min(turns), max(turns)  # in the order of words: all others lie between, and start as both do
+    differences = (place for place, (one, two) in enumerate(zip(shortest, other, strict=False)) if one != two)
+    length = next(differences, min(map(len, turns)) - 1)
+    shares = len({row.image for row in rows}) < len(rows)
+    return length if shares and all(processor.image_token_id not in turn[length:] for turn in turns) else 0
+
+
 def encode_rows(
     processor: "Lfm2VlProcessor",
     images: "Sequence[Image.Image]",

@@ -3,6 +3,8 @@
 Both records of a training target, and three of the four conditions, use the same image. At the 1.6B model's shapes,
 the tower is half of a row's arithmetic (490 of 1,000 billion products). With `image_of_row`, the pixels have one row
 per image instead of one per question. Without it, the model is transformers' own.
+
+With `shared_tokens`, the language model also reads the image and the text before the first difference once per image.
 """
 
 from typing import Any
@@ -32,12 +34,17 @@ class Lfm2VlForConditionalGeneration(transformers.Lfm2VlForConditionalGeneration
         logits_to_keep: int | torch.Tensor = 0,
         image_of_row: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
+        shared_tokens: int = 0,
         **others: Any,
     ) -> Any:
-        """transformers' forward with two more arguments.
+        """transformers' forward with three more arguments.
 
         `image_of_row` [rows] is the index of each row's image; all images have the same size. `image_features` [images,
-        image tokens, text width] is the result of `look` and replaces the pixels.
+        image tokens, text width] is the result of `look` and replaces the pixels. `shared_tokens` is the number of
+        first tokens that are the same in all rows and contain the image (`encode.shared_tokens`): they run once per
+        image, and the logits start after them. Under gradient checkpointing it is ignored: a layer that is computed
+        again would write into the cache twice, so transformers gives it none. Padding has to be on the right, because
+        no mask hides it.
         """
         pixels: dict[str, Any] = {
             "pixel_values": pixel_values,
@@ -47,7 +54,13 @@ class Lfm2VlForConditionalGeneration(transformers.Lfm2VlForConditionalGeneration
         if image_of_row is not None:
             assert input_ids is not None
             seen = image_features if image_features is not None else self.look(**pixels)
-            inputs_embeds, input_ids, pixels = self.embed(input_ids, seen, image_of_row), None, {}
+            recomputed = self.training and self.model.language_model.layers[0].gradient_checkpointing
+            if shared_tokens and not recomputed:
+                past_key_values = self.read(input_ids[:, :shared_tokens], seen, image_of_row)
+                inputs_embeds = self.get_input_embeddings()(input_ids[:, shared_tokens:])
+            else:
+                inputs_embeds = self.embed(input_ids, seen, image_of_row)
+            input_ids, pixels = None, {}
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -69,6 +82,14 @@ class Lfm2VlForConditionalGeneration(transformers.Lfm2VlForConditionalGeneration
             pixel_values=pixel_values, spatial_shapes=spatial_shapes, pixel_attention_mask=pixel_attention_mask
         )
         return torch.stack(list(features.pooler_output))
+
+    def read(self, input_ids: torch.Tensor, seen: torch.Tensor, image_of_row: torch.Tensor) -> transformers.Cache:
+        """The cache after tokens [rows, tokens] that are the same in all rows: read once per image, with gradients."""
+        each = torch.arange(len(seen), device=image_of_row.device)
+        cache = transformers.DynamicCache(config=self.config.text_config)
+        self.model.language_model(inputs_embeds=self.embed(input_ids[: len(seen)], seen, each), past_key_values=cache)
+        cache.reorder_cache(image_of_row)  # meant for beams: row i gets the states of its image
+        return cache
 
     def embed(self, input_ids: torch.Tensor, seen: torch.Tensor, image_of_row: torch.Tensor) -> torch.Tensor:
         """Token embeddings [rows, tokens, text width], with `seen` in the places of the image tokens."""

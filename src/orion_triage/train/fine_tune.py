@@ -41,6 +41,7 @@ from orion_triage.train.device import choose_device
 from orion_triage.train.grouping import CPU_MEMORY_FULL, advice_for_less_memory, fill_gpu
 from orion_triage.train.preflight import preflight
 from orion_triage.train.trainer import CHOOSES_THE_EPOCH, collator, heard_once, losses_of, make_trainer, stop_charts
+from orion_triage.train.twins import check_shared_prefix
 
 if TYPE_CHECKING:
     import torch
@@ -128,7 +129,11 @@ def run(
         resume_from = last_checkpoint(checkpoints)
         resumed_step = int(resume_from.name.rsplit("-", 1)[1]) if resume_from else 0
         trainable = _trainable_by_tower(model)
-        collate = collator(processor, frames, features)
+        # With FSDP not: a layer that runs twice in a pass would be gathered and reduced twice, which was never tried.
+        share_prefix = settings.twins_together and not processes.are_sharded()
+        collate = collator(processor, frames, features, share_prefix=share_prefix)
+        if share_prefix:
+            check_shared_prefix(model, collate, train_records, device.precision)
         grouping = settings
         if device.is_gpu and settings.fill_gpu and processes.count() == 1:
             grouping = fill_gpu(model, collate, train_records, settings, device.precision)

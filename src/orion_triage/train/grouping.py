@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from orion_triage.dataset.records import Record
 from orion_triage.settings import FineTuneSettings
+from orion_triage.train.twins import costliest_first
 
 if TYPE_CHECKING:
     from transformers import BatchFeature
@@ -46,6 +47,8 @@ def fill_gpu(
     import torch
 
     longest = sorted(records, key=lambda record: -len(record.prompt + record.verdict.to_json()))
+    if settings.twins_together:
+        longest = costliest_first(longest)
     total = torch.cuda.get_device_properties(model.device).total_memory
     *larger, as_set = groupings(settings)
     model.train()

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 from orion_triage import processes
 from orion_triage.dataset.records import Record
 from orion_triage.errors import OrionError
-from orion_triage.models.encode import IGNORED, EncodedImage, EncodedRow, encode_image, encode_row, pad
+from orion_triage.models.encode import IGNORED, EncodedImage, EncodedRow, encode_image, encode_row, pad, shared_tokens
 from orion_triage.progress import Progress
 from orion_triage.runs.manifest import hash_outputs
 from orion_triage.safe.files import write_text
 from orion_triage.settings import FineTuneSettings
 from orion_triage.train.checkpoints import HASHES_FILE, last_checkpoint
 from orion_triage.train.device import Device
+from orion_triage.train.twins import TwinsSampler
 
 # The validation figure whose lowest value chooses the epoch; see train/validation.py.
 CHOOSES_THE_EPOCH = "eval_loss_category"
@@ -36,13 +37,16 @@ def collator(
     processor: "Lfm2VlProcessor",
     frames: "dict[str, Image.Image]",
     features: "Mapping[str, torch.Tensor] | None" = None,
+    *,
+    share_prefix: bool = False,
 ) -> "Callable[[list[Record]], BatchFeature]":
     """A function from records to one training batch: that of `encode.pad`, without work that has no gradient.
 
     Each frame and text is encoded once and cached (0.8 MB per frame at 256 px, 3.1 MB at 512). Logits and `labels`
     start at the token before the first verdict: same loss, a fifth of the logits (float32 logits of a whole row are
     120 MB at 1.6B). There is no attention mask: the padding is on the right, which causal layers do not attend to.
-    `features` [image tokens, text width] by image replace a frozen tower.
+    `features` [image tokens, text width] by image replace a frozen tower. With `share_prefix`, rows of one image share
+    the computation of what their prompts have in common.
     """
 
     @cache
@@ -57,12 +61,15 @@ def collator(
         return encode_row(processor, image(record.image), record.prompt, record.verdict.to_json())
 
     def collate(records: list[Record]) -> "BatchFeature":
-        batch = pad(processor, [row(record) for record in records])
+        rows = [row(record) for record in records]
+        batch = pad(processor, rows)
         supervised = (batch["labels"] != IGNORED).any(dim=0)
         first = int(supervised.nonzero()[0, 0]) - 1
         batch["logits_to_keep"] = batch["labels"].shape[1] - first
         batch["labels"] = batch["labels"][:, first:].contiguous()
         del batch["attention_mask"]
+        if share_prefix:
+            batch["shared_tokens"] = shared_tokens(processor, rows)
         return batch
 
     return collate
@@ -140,6 +147,8 @@ def make_trainer(
     )
     watch.scaler = trainer.accelerator.scaler
     trainer.remove_callback(PrinterCallback)
+    if settings.twins_together:
+        trainer._get_train_sampler = lambda dataset: TwinsSampler(dataset, settings.seed)
     return trainer
 
 
