@@ -12,11 +12,13 @@ from orion_triage.errors import OrionError
 from orion_triage.models.encode import IGNORED, encode
 from orion_triage.models.load import expand_four_bit, fingerprint, load_model, load_processor
 from orion_triage.progress import silent
+from orion_triage.runs.manifest import hash_outputs
 from orion_triage.settings import FineTuneSettings
 from orion_triage.train import fine_tune
+from orion_triage.train.checkpoints import HASHES_FILE, last_checkpoint, remove_damaged
 from orion_triage.train.device import Device
 from orion_triage.train.grouping import groupings
-from orion_triage.train.trainer import collator, make_trainer
+from orion_triage.train.trainer import collator, make_trainer, warmup_steps
 
 # Spoken by PEFT and by a CPU's paged optimizer; `run` filters them, its parts do not.
 pytestmark = [
@@ -267,6 +269,31 @@ def test_a_tower_that_is_not_trained_is_asked_once_a_frame(
     assert runs[True][0] == len(images)
     assert runs[False][0] == 4  # two steps and two validations
     assert runs[True][1] == pytest.approx(runs[False][1], abs=1e-5)
+
+
+def test_the_warm_up_counts_the_steps_of_all_processes() -> None:
+    """480 records in steps of 16: 30 an epoch, by one process of 16 micro batches or two of 8."""
+    settings = FineTuneSettings(warmup_fraction=0.1)
+    assert warmup_steps(settings, 480, 1) == 9
+    assert warmup_steps(settings.model_copy(update={"gradient_accumulation_steps": 8}), 480, 2) == 9
+    assert warmup_steps(FineTuneSettings(), 480, 1) == 0
+
+
+def test_a_file_that_comes_late_does_not_damage_a_checkpoint(tmp_path: Path) -> None:
+    """As another process writes it; the listed files decide."""
+    folder = tmp_path / "checkpoint-3"
+    folder.mkdir()
+    (folder / "weights").write_bytes(b"weights")
+    assert last_checkpoint(tmp_path) is None  # without a listing
+    (folder / HASHES_FILE).write_text("{}")
+    assert last_checkpoint(tmp_path) is None  # that lists nothing
+    (folder / HASHES_FILE).write_text(json.dumps(hash_outputs(folder, without=HASHES_FILE)))
+    (folder / "rng_state_1.pth").write_bytes(b"late")
+    remove_damaged(tmp_path)
+    assert last_checkpoint(tmp_path) == folder
+    (folder / "weights").write_bytes(b"Weights")
+    remove_damaged(tmp_path)
+    assert not folder.exists()
 
 
 def test_groupings_keep_the_records_of_a_step() -> None:

@@ -187,6 +187,11 @@ def test_a_shared_out_base_trains_is_killed_goes_on_and_fuses(
     assert time.monotonic() - began < 30
     assert not (tmp_path / "two" / "orion_lora_weights").exists()
 
+    for number in range(1000, 1400):  # damaged ones, which the processes must not delete under each other's hands
+        damaged = whole.parents[1] / f"checkpoint-{number}"
+        damaged.mkdir()
+        for name in "abc":
+            (damaged / name).touch()
     again = launch(tmp_path, "fine-tune", *options)
     said, _ = again.communicate(timeout=600)
     assert again.returncode == 0, said

@@ -75,6 +75,13 @@ def collator(
     return collate
 
 
+def warmup_steps(settings: FineTuneSettings, records: int, processes: int) -> int:
+    """The steps in which the learning rate rises: `warmup_fraction` of all steps that so many processes make."""
+    micro_batches = math.ceil(math.ceil(records / processes) / settings.micro_batch_size)
+    steps = math.ceil(micro_batches / settings.gradient_accumulation_steps) * settings.epochs
+    return math.ceil(settings.warmup_fraction * steps)
+
+
 def make_trainer(
     model: Any,
     tokenizer: Any,
@@ -93,10 +100,6 @@ def make_trainer(
 
     from orion_triage.train.validation import ValidatingTrainer
 
-    records_per_process = math.ceil(len(train_records) / processes.count())
-    steps_an_epoch = math.ceil(
-        math.ceil(records_per_process / settings.micro_batch_size) / settings.gradient_accumulation_steps
-    )
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         per_device_train_batch_size=settings.micro_batch_size,
@@ -106,7 +109,7 @@ def make_trainer(
         num_train_epochs=settings.epochs,
         optim=settings.optimizer,
         lr_scheduler_type=settings.learning_rate_schedule,
-        warmup_steps=math.ceil(settings.warmup_fraction * steps_an_epoch * settings.epochs),
+        warmup_steps=warmup_steps(settings, len(train_records), processes.count()),
         fp16=device.is_gpu and device.precision == "float16",
         bf16=device.is_gpu and device.precision == "bfloat16",
         gradient_checkpointing=settings.gradient_checkpointing,
