@@ -42,6 +42,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+MINUTES = 9
 GOAL = 6  # times as fast as the reference, at the shapes of the 1.6B model
 RUN_RECORDS, RUN_VALIDATIONS = 1440, 180  # the preset's training: 480 records and 60 validation records, three epochs
 LARGEST_LOSS_DIFFERENCE = 1e-2  # of the first loss, between two ways to compute it in 16 bits
@@ -558,7 +559,7 @@ def fuse(bench: Bench, report: Report) -> None:
 class Step:
     work: Callable[[Bench, Report], None]
     least_seconds: int  # with less time left it is not begun
-    most_seconds: int  # then it is ended
+    most_seconds: int  # then it is ended; more in proportion where --minutes is more than MINUTES
 
 
 # The most valuable first; `data` makes what all below it need.
@@ -674,7 +675,8 @@ def measure(bench: Bench, names: Sequence[str], seconds: float, out: Path) -> in
             needs = STEPS[name].least_seconds
             update(name, {"status": f"skipped: {max(left, 0):.0f} s are left, and it takes at least {needs}"})
         else:
-            run_step(name, bench, min(left, STEPS[name].most_seconds), lambda value, name=name: update(name, value))
+            limit = min(left, STEPS[name].most_seconds * max(1, seconds / 60 / MINUTES))
+            run_step(name, bench, limit, lambda value, name=name: update(name, value))
         print(f"{name}: {steps[name]['status']} ({steps[name].get('seconds', 0)} s)", flush=True)
     found = summary(steps)
     print(json.dumps(found, indent=1), f"figures: {out}", sep="\n", flush=True)
@@ -712,7 +714,7 @@ def summary(steps: dict[str, Figures]) -> Figures:
 def arguments_of() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", choices=SIZES, default="lfm2.5-vl-1.6b", help="small: the shipped base")
-    parser.add_argument("--minutes", type=float, default=9, help="all steps together (9)")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help=f"all steps together ({MINUTES})")
     parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS), metavar="STEP", help="some steps")
     parser.add_argument("--kit", type=Path, help="the folder that benchmarks/gpu_kit.py made")
     parser.add_argument("--folder", type=Path, default=Path("runs/gpu"), help="what is worked in: 10 GB at 1.6B")
@@ -725,6 +727,7 @@ def arguments_of() -> argparse.Namespace:
 def main() -> None:
     arguments = arguments_of()
     see_packages(arguments.kit)
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each step would compile 5,000 modules again
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     bench = Bench(arguments.shapes, arguments.folder.resolve())
     if arguments.step:
