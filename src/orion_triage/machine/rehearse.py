@@ -206,8 +206,14 @@ def make_base(preset: str, folder: Path, progress: Progress = silent) -> None:
         write_text(new / "README.md", "---\nlicense: apache-2.0\n---\nRandom weights of a published shape.\n")
 
 
-def make_dataset(folder: Path, train_records: int) -> None:
-    """A dataset of synthetic tiles with the catalogue's prompts and reasons: enough records for a rehearsal."""
+def make_dataset(
+    folder: Path, train_records: int, *, train_frames: int = _TRAINING_FRAMES, val_frames: int = 1
+) -> None:
+    """A dataset of synthetic tiles with the catalogue's prompts and reasons: enough records for a rehearsal.
+
+    `train_frames` and `val_frames` are numbers of frames per category. Each training frame has two records; further
+    records repeat them.
+    """
     from orion_triage.dataset.build import records_of
     from orion_triage.dataset.catalogue import Target, load_catalogue
     from orion_triage.dataset.collect import image_name
@@ -219,9 +225,9 @@ def make_dataset(folder: Path, train_records: int) -> None:
 
     of = {category: [target for target in load_catalogue() if target.category == category] for category in CATEGORIES}
     places: dict[Split, list[Target]] = {
-        "train": [target for category in CATEGORIES for target in of[category][:_TRAINING_FRAMES]],
-        "val": [of[category][-1] for category in CATEGORIES],
-        "test": [of[category][-2] for category in CATEGORIES],
+        "train": [target for category in CATEGORIES for target in of[category][:train_frames]],
+        "val": [target for category in CATEGORIES for target in of[category][-val_frames:]],
+        "test": [of[category][-val_frames - 1] for category in CATEGORIES],
     }
     with replaced_folder(folder) as new:
         (new / IMAGES_FOLDER).mkdir(parents=True)
