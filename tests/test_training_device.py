@@ -144,14 +144,15 @@ def test_float16_that_overflows_again_and_again_ends_in_a_clear_word() -> None:
     optimizer = torch.optim.SGD([weight])
     scaler = torch.amp.GradScaler("cpu")
     assert fault_of({"loss": 2.0, "grad_norm": float("inf")}, scaler) is None  # one skipped step
-    skipped = 0
-    while not (fault := fault_of({"loss": 2.0, "grad_norm": float("nan")}, scaler)):
+    skipped, fault = 0, None
+    while not (fault := fault_of({"loss": 2.0, "grad_norm": float("nan")}, scaler)) and skipped < 40:
         scaler.scale((weight * float("inf")).sum()).backward()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
         skipped += 1
     assert skipped == 17
+    assert fault is not None
     assert float(weight.detach()) == 1  # every step was left out
     assert fault[0].startswith("the gradients do not fit float16: they overflow even at a loss scale of 0.5")
     assert "fine_tune.precision=bfloat16" in fault[1]
