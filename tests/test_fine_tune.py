@@ -73,7 +73,8 @@ def test_a_run_leaves_an_adapter_with_its_papers(
     assert figures["steps"] == 6
     assert figures["train_records"] == 24
     assert figures["last_loss"] < figures["first_loss"]
-    assert figures["best_eval_loss"] == min(figures["eval_losses"])
+    assert figures["best_step"] in (3, 6)
+    assert figures["best_eval_loss"] == figures["eval_losses"][figures["best_step"] // 3 - 1]
     assert figures["trained_parameters"] == {"text": 28672, "vision": 24576}
     assert figures["preflight"]["smallest_vision_cosine"] > 0.99
     if figures["device"] == "cpu":

@@ -1,5 +1,6 @@
 """The validation that chooses the epoch: both forms of the question, averages over tokens and records, any batches."""
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from orion_triage.settings import FineTuneSettings
 from orion_triage.train import fine_tune
 from orion_triage.train.device import Device
 from orion_triage.train.trainer import collator, losses_of, make_trainer
-from orion_triage.train.validation import asked_twice, category_place
+from orion_triage.train.validation import asked_twice, category_place, chosen_step
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*checkpointing.* is deprecated:FutureWarning")
 
@@ -42,6 +43,24 @@ def test_a_record_is_asked_without_and_with_its_coordinates() -> None:
     assert asked_twice([first, blind]) == [blind, first, blind]
 
 
+def epochs(*rows: tuple[float, float, float]) -> list[dict[str, float]]:
+    """(loss of the category, its standard error, loss of the verdict) of each epoch, between steps of training."""
+    log: list[dict[str, float]] = []
+    for number, (category, error, loss) in enumerate(rows, start=1):
+        log.append({"step": number, "loss": 9.0})
+        log.append(
+            {"step": number, "eval_loss_category": category, "eval_loss_category_error": error, "eval_loss": loss}
+        )
+    return log
+
+
+def test_the_category_chooses_the_epoch_and_where_it_cannot_the_whole_verdict() -> None:
+    assert chosen_step(epochs((0.9, 0.1, 1.6), (0.45, 0.1, 0.94), (0.48, 0.1, 0.77))) == 3  # within one error
+    assert chosen_step(epochs((0.9, 0.1, 1.6), (0.45, 0.1, 0.94), (0.56, 0.1, 0.77))) == 2  # beyond it
+    assert chosen_step(epochs((0.9, 0.1, 1.6), (0.45, 0.02, 0.94), (0.48, 0.9, 0.77))) == 2  # the best one's error
+    assert chosen_step(epochs((0.5, 0.1, 0.7), (0.5, 0.1, 0.7))) == 1  # a tie
+
+
 @pytest.mark.parametrize("batch", [1, 3, 4])
 def test_the_figures_do_not_depend_on_the_batches(
     batch: int, small_base: Path, small_dataset: Path, tmp_path: Path
@@ -65,11 +84,12 @@ def test_the_figures_do_not_depend_on_the_batches(
             model, processor, [frames[row.image] for row in rows], [row.prompt for row in rows], answers
         )
         expected[f"eval_loss{form}"] = -sum(float(s.sum()) for s in scores) / sum(len(s) for s in scores)
-        of_category = 0.0
+        of_category = []
         for answer, score in zip(answers, scores, strict=True):
             ids = processor.tokenizer(answer + "<|im_end|>", add_special_tokens=False)["input_ids"]
-            of_category -= sum(float(score[place]) for place in category_place(processor.tokenizer, ids))
-        expected[f"eval_loss_category{form}"] = of_category / len(rows)
+            of_category.append(-sum(float(score[place]) for place in category_place(processor.tokenizer, ids)))
+        expected[f"eval_loss_category{form}"] = sum(of_category) / len(rows)
+        expected.setdefault("eval_loss_category_error", statistics.stdev(of_category) / len(rows) ** 0.5)
     assert expected["eval_loss"] != pytest.approx(expected["eval_loss_with_coordinates"], rel=1e-6)
     model, _ = fine_tune.add_adapter(model, settings)
     trainer: Any = make_trainer(

@@ -40,7 +40,7 @@ from orion_triage.train.checkpoints import CHECKPOINTS, last_checkpoint, prepare
 from orion_triage.train.device import choose_device
 from orion_triage.train.grouping import CPU_MEMORY_FULL, advice_for_less_memory, fill_gpu
 from orion_triage.train.preflight import preflight
-from orion_triage.train.trainer import CHOOSES_THE_EPOCH, collator, heard_once, losses_of, make_trainer, stop_charts
+from orion_triage.train.trainer import collator, heard_once, losses_of, make_trainer, stop_charts
 from orion_triage.train.twins import check_shared_prefix
 
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ LOSS_FILE = "loss_log.json"
 PREFLIGHT_FRAMES = 8
 # What gloo and NCCL say when the process at the other end is gone.
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "remote process exited", "Broken pipe")
-# An adapter of rank 16 has about 1 % of the model's size. A checkpoint adds two optimizer states; three are kept.
-_CHECKPOINT_SHARE = 0.15
+# An adapter of rank 16 has about 1 % of the model's size. A checkpoint adds two optimizer states; all are kept.
+_CHECKPOINT_SHARE = 0.05
 
 
 def run(
@@ -69,7 +69,7 @@ def run(
     """Train, and write the adapter with its processor, matched modules, base fingerprint and losses to `out_folder`.
 
     `work_folder` has one checkpoint per epoch: an interrupted run with the same settings and inputs resumes from the
-    last one. The adapter of the epoch with the lowest validation loss is kept. Returns the measurements.
+    last one. Which epoch's adapter is kept: validation.chosen_step. Returns the measurements.
     Raises OrionError for an invalid dataset, a base that ignores images, a target that matches nothing, a loss that is
     not finite, or full memory.
     """
@@ -78,12 +78,14 @@ def run(
     import torch
     from transformers import set_seed
 
+    from orion_triage.train.validation import CHOSEN_BY
+
     train_records, val_records = dataset.records("train"), dataset.records("val")
     if processes.are_sharded():
         _check_sharding(settings)
     device = choose_device(settings, count_parameters(base))
     weights = sum(path.stat().st_size for path in base.glob("*.safetensors"))
-    require_free_space(work_folder, int(weights * _CHECKPOINT_SHARE) + 50_000_000, "fine-tuning")
+    require_free_space(work_folder, int(weights * _CHECKPOINT_SHARE * settings.epochs) + 50_000_000, "fine-tuning")
     base_sha256 = fingerprint(base)
     processor = load_processor(base, frame_size)
     first = train_records[0]
@@ -121,7 +123,7 @@ def run(
                     "dataset": hash_inputs({"dataset": dataset.folder})["dataset"],
                     "precision": device.precision,
                     "processes": processes.count(),
-                    "chosen_by": CHOOSES_THE_EPOCH,  # the best value so far is in the checkpoint
+                    "chosen_by": CHOSEN_BY,  # the best epoch so far is in the checkpoint
                 },
             )
             remove_damaged(checkpoints)
@@ -159,6 +161,12 @@ def run(
             stop_charts(trainer)
         weights_of_all = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # with FSDP, gathers all shards
     log = losses_of(trainer)
+    state = trainer.state
+    if Path(state.best_model_checkpoint or "").name != f"checkpoint-{state.best_global_step}":
+        raise OrionError(
+            f"fine-tuning: the checkpoint of the epoch to keep, step {state.best_global_step}, is gone from {checkpoints}.",
+            f"Delete {work_folder} and fine-tune again.",
+        )
 
     # A name that is valid on other machines; PEFT writes a local path.
     written = model.peft_config["default"]
@@ -175,7 +183,6 @@ def run(
                 (LOSS_FILE, log),
             ):
                 write_text(folder / name, json.dumps(value, indent=2) + "\n")
-    state = trainer.state
     evaluations = [entry for entry in log if "eval_loss" in entry]
     best = next((entry for entry in evaluations if entry["step"] == state.best_global_step), {})
     return {
@@ -188,8 +195,7 @@ def run(
         "gradient_checkpointing": grouping.gradient_checkpointing,
         "best_step": state.best_global_step,
         "best_eval_loss": best.get("eval_loss"),
-        "chosen_by": CHOOSES_THE_EPOCH,
-        "chosen_at": state.best_metric,
+        "chosen_by": CHOSEN_BY,
         "first_loss": next((entry["loss"] for entry in log if "loss" in entry), None),
         "last_loss": next((entry["loss"] for entry in reversed(log) if "loss" in entry), None),
         "eval_losses": [entry["eval_loss"] for entry in evaluations],

@@ -21,8 +21,6 @@ from orion_triage.train.checkpoints import HASHES_FILE, last_checkpoint
 from orion_triage.train.device import Device
 from orion_triage.train.twins import TwinsSampler
 
-# The validation figure whose lowest value chooses the epoch; see train/validation.py.
-CHOOSES_THE_EPOCH = "eval_loss_category"
 # A float16 training starts at a loss scale of 65,536 and halves it whenever gradients overflow: 17 times in a row.
 SMALLEST_LOSS_SCALE = 1.0
 
@@ -120,9 +118,9 @@ def make_trainer(
         use_cpu=not device.is_gpu,
         eval_strategy="epoch",
         save_strategy="epoch",
-        save_total_limit=3,  # if the newest is damaged, the one before it is used
+        save_total_limit=None,  # a later validation may choose an earlier epoch
         load_best_model_at_end=True,
-        metric_for_best_model=CHOOSES_THE_EPOCH,
+        metric_for_best_model="eval_loss",  # for Trainer; train/validation.py decides
         greater_is_better=False,
         logging_strategy="steps",
         logging_steps=1,
@@ -248,6 +246,7 @@ def losses_of(trainer: "Trainer") -> list[dict[str, float | None]]:
     """
     kept = ("step", "epoch", "loss", "learning_rate", "grad_norm")
     validated = [f"eval_{name}{form}" for name in ("loss", "loss_category") for form in ("", "_with_coordinates")]
+    validated.append("eval_loss_category_error")
     return [
         {key: entry[key] if math.isfinite(entry[key]) else None for key in (*kept, *validated) if key in entry}
         for entry in trainer.state.log_history

@@ -1,10 +1,10 @@
 """What a validation measures: each val record asked as in flight, without coordinates, and with them.
 
-The epoch that is kept is the one with the lowest `eval_loss_category`. Averages are over tokens or records, so they do
-not depend on the batches and processes that the records are shared out over.
+Averages are over tokens or records, so they do not depend on the batches and processes that the records are shared out
+over. `chosen_step` says which epoch is kept.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -28,6 +28,23 @@ def asked_twice(records: Sequence[Record]) -> list[Record]:
     ]
 
 
+CHOSEN_BY = "lowest eval_loss within one standard error of the lowest eval_loss_category"
+
+
+def chosen_step(log: Sequence[Mapping[str, float]]) -> int:
+    """The step of the epoch to keep, out of a training's log.
+
+    The category is what flies, but 60 records cannot tell late epochs apart by it: the loss of the whole verdict, of
+    which the category is a small part, decides among those within one standard error of the best (the one standard
+    error rule of Breiman and others, 1984). Both without coordinates. The earlier epoch wins a tie.
+    """
+    epochs = [entry for entry in log if "eval_loss_category" in entry]
+    best = min(epochs, key=lambda entry: entry["eval_loss_category"])
+    limit = best["eval_loss_category"] + best["eval_loss_category_error"]
+    near = [entry for entry in epochs if entry["eval_loss_category"] <= limit]
+    return int(min(near, key=lambda entry: entry["eval_loss"])["step"])
+
+
 class ValidatingTrainer(transformers.Trainer):  # type: ignore[misc]
     """transformers' Trainer with a validation of its own: sums per row instead of a mean of the batches' means."""
 
@@ -39,6 +56,17 @@ class ValidatingTrainer(transformers.Trainer):  # type: ignore[misc]
 
         super().__init__(*arguments, eval_dataset=rows, compute_metrics=compute_metrics, **options)
         self._place = lru_cache(maxsize=None)(lambda answer: category_place(tokenizer, answer))
+
+    def _determine_best_metric(self, metrics: Mapping[str, float], trial: Any) -> bool:
+        """Whether the epoch to keep is another one than before; it may be an earlier one."""
+        before = self.state.best_global_step
+        self.state.best_global_step = chosen_step(self.state.log_history)
+        self.state.best_metric = next(
+            entry["eval_loss"]
+            for entry in self.state.log_history
+            if entry["step"] == self.state.best_global_step and "eval_loss" in entry
+        )
+        return bool(self.state.best_global_step != before)
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -82,7 +110,8 @@ def category_place(tokenizer: Any, answer: Sequence[int]) -> range:
 def metrics(rows: Sequence[Record], sums: np.ndarray) -> dict[str, float]:
     """`loss` (nats a token) and `loss_category` (nats a record), for rows without and with coordinates.
 
-    `sums` [rows, 3] is `row_sums` of the rows. A form without rows has no figures.
+    `loss_category_error` is the standard error of the category's loss without coordinates. `sums` [rows, 3] is
+    `row_sums` of the rows. A form without rows has no figures.
     """
     found: dict[str, float] = {}
     for name, of_form in (
@@ -93,4 +122,6 @@ def metrics(rows: Sequence[Record], sums: np.ndarray) -> dict[str, float]:
         if len(part):
             found[f"loss{name}"] = float(part[:, 0].sum() / part[:, 1].sum())
             found[f"loss_category{name}"] = float(part[:, 2].mean())
+            if name == WITHOUT:
+                found["loss_category_error"] = float(part[:, 2].std() / np.sqrt(max(len(part) - 1, 1)))
     return found
