@@ -164,7 +164,7 @@ def run(
     state = trainer.state
     if Path(state.best_model_checkpoint or "").name != f"checkpoint-{state.best_global_step}":
         raise OrionError(
-            f"fine-tuning: the checkpoint of the epoch to keep, step {state.best_global_step}, is gone from {checkpoints}.",
+            f"fine-tuning: the checkpoint of step {state.best_global_step}, the epoch to keep, is gone ({checkpoints}).",
             f"Delete {work_folder} and fine-tune again.",
         )
 
