@@ -162,9 +162,10 @@ def run(
         weights_of_all = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # with FSDP, gathers all shards
     log = losses_of(trainer)
     state = trainer.state
-    if Path(state.best_model_checkpoint or "").name != f"checkpoint-{state.best_global_step}":
+    kept = checkpoints / f"checkpoint-{state.best_global_step}"
+    if Path(state.best_model_checkpoint or "").name != kept.name:
         raise OrionError(
-            f"fine-tuning: the checkpoint of step {state.best_global_step}, the epoch to keep, is gone ({checkpoints}).",
+            f"fine-tuning: the checkpoint of the epoch to keep is gone: {kept}.",
             f"Delete {work_folder} and fine-tune again.",
         )
 
