@@ -15,6 +15,7 @@ import pytest
 from .test_speed_benchmark import SCRIPT as BESIDE
 
 GPU, KIT = (BESIDE.with_name(name) for name in ("gpu.py", "gpu_kit.py"))
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # two tests at a time on two cores
 STEPS = ["card", "tests", "data", "training", "reference training", "profile", "evaluation", "fuse"]
 
 
@@ -26,7 +27,7 @@ def command(folder: Path, *words: str) -> list[str]:
 
 def run(folder: Path, *words: str) -> tuple[int, Any]:
     """The exit status and the figures."""
-    done = subprocess.run(command(folder, *words), capture_output=True, text=True, check=False, env={**os.environ})
+    done = subprocess.run(command(folder, *words), capture_output=True, text=True, check=False, env=ONE_THREAD)
     return done.returncode, read(folder)
 
 
@@ -119,7 +120,7 @@ def test_a_step_that_fails_is_recorded_and_the_next_one_begins(measured: Path, t
 
 @pytest.mark.slow
 def test_a_cut_leaves_what_was_measured(tmp_path: Path) -> None:
-    with subprocess.Popen(command(tmp_path, "--only", "card", "data", "training")) as process:
+    with subprocess.Popen(command(tmp_path, "--only", "card", "data", "training"), env=ONE_THREAD) as process:
         deadline = time.monotonic() + 600
         while not (tmp_path / "gpu.json").exists() or read(tmp_path)["steps"]["data"]["status"] != "begun":
             assert time.monotonic() < deadline
