@@ -5,6 +5,7 @@
     python benchmarks/speed.py --only training --preset lfm2.5-vl-1.6b --records 64   # random weights; on a GPU, say
     python benchmarks/speed.py --only frame fuse --preset lfm2.5-vl-1.6b              # 25 GB of disk
     python benchmarks/speed.py --only evaluation-gguf --preset lfm2.5-vl-1.6b --records 2
+    python benchmarks/speed.py --only training --set fine_tune.twins_together=true
     python benchmarks/speed.py --toy                 # minutes less: is everything equal that has to be?
 
 training         two epochs with their validations: benchmarks/reference.py against 'orion fine-tune'
@@ -87,6 +88,7 @@ class Bench:
     run: Path | None
     base: Path | None
     orion: str | None
+    sets: tuple[str, ...] = ()
 
     @property
     def asks_random_weights(self) -> bool:
@@ -347,7 +349,7 @@ def link(source: Path, target: Path) -> None:
 
 def training(bench: Bench) -> None:
     base = base_to_train(bench)
-    sets = [f"base.model={base}", f"fine_tune.epochs={TRAINING_EPOCHS}"]
+    sets = [f"base.model={base}", f"fine_tune.epochs={TRAINING_EPOCHS}", *bench.sets]
     if not machine()["gpu"]:
         sets.append("fine_tune.device=cpu")  # by name: a base that takes days is only measured here
     settings = load_settings(bench.preset, sets)
@@ -704,10 +706,14 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/bench"), help="what is worked in")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--orion", metavar="PROGRAM", help="the command that is measured (default: this Python's)")
+    parser.add_argument(
+        "--set", action="append", default=[], dest="sets", metavar="STAGE.KEY=VALUE", help="a setting of the training"
+    )
     arguments = vars(parser.parse_args())
     if arguments["repeats"] < 1:
         parser.error("--repeats must be 1 or more")
     arguments["repeats"] = 1 if arguments["toy"] else arguments["repeats"]
+    arguments["sets"] = tuple(arguments["sets"])  # finished_run is cached by what was asked
     names = arguments.pop("only")
     bench = Bench(**arguments)
     try:
