@@ -155,28 +155,13 @@ def card(bench: Bench, report: Report) -> None:
         except Exception as error:
             errors[name] = f"{type(error).__name__}: {error}"[:LAST_WORDS]
     report(imports={name: errors.get(name, "ok") for name in IMPORTS})
-    device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    report(peak_operations_per_second=round(peak_operations_per_second(device)))
+    import reference  # beside this file
+
+    device, dtype = ("cuda:0", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    report(peak_operations_per_second=round(reference.peak_operations_per_second(device, dtype)[1]))
     report(four_bit_cosine=four_bit_cosine(device))
     if errors:
         raise ImportError(f"{', '.join(errors)}: see imports")
-
-
-def peak_operations_per_second(device: str) -> float:
-    """The median of ten large square matrix products: 16-bit on a GPU, float32 on a CPU."""
-    import torch
-
-    width, dtype = (8192, torch.bfloat16) if device != "cpu" else (2048, torch.float32)
-    first, second = (torch.randn(width, width, device=device, dtype=dtype) for _ in range(2))
-    first @ second
-    seconds = []
-    for _ in range(10):
-        synchronize()
-        began = time.perf_counter()
-        first @ second
-        synchronize()
-        seconds.append(time.perf_counter() - began)
-    return 2 * width**3 / statistics.median(seconds)
 
 
 def gpu() -> Figures | None:

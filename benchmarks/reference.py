@@ -159,8 +159,8 @@ def train(base: Path, dataset: Path, settings: Settings, out: Path) -> dict[str,
         optim=tuning.optimizer,
         lr_scheduler_type=tuning.learning_rate_schedule,
         warmup_steps=math.ceil(tuning.warmup_fraction * steps),
-        fp16=on_gpu() and precision_of(settings) == "float16",
-        bf16=on_gpu() and precision_of(settings) == "bfloat16",
+        fp16=precision_of(settings) == "float16",
+        bf16=precision_of(settings) == "bfloat16",
         use_cpu=not on_gpu(),
         seed=tuning.seed,
         data_seed=tuning.seed,
@@ -196,6 +196,21 @@ def train(base: Path, dataset: Path, settings: Settings, out: Path) -> dict[str,
     }
 
 
+def peak_operations_per_second(device: str, dtype: Any) -> tuple[int, float]:
+    """(Width, operations per second) of the fastest of ten products of large square matrices."""
+    import torch
+
+    width = 2048 if device == "cpu" else 8192
+    first, second = (torch.randn(width, width, device=device, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _ in range(10):
+        began = time.perf_counter()
+        product = first @ second
+        float(product[0, 0])  # waits for a GPU
+        seconds.append(time.perf_counter() - began)
+    return width, 2 * width**3 / min(seconds)
+
+
 def operations(base: Path, dataset: Path, settings: Settings) -> dict[str, Any]:
     """The least that training on one record takes, and what the device does at most.
 
@@ -220,20 +235,13 @@ def operations(base: Path, dataset: Path, settings: Settings) -> dict[str, Any]:
         torch.autocast(device.split(":")[0], dtype, enabled=dtype != torch.float32),
     ):
         model(**row).loss.backward()
-    width = 8192 if on_gpu() else 2048
-    first, second = (torch.randn(width, width, device=device, dtype=dtype) for _ in range(2))
-    seconds = []
-    for _ in range(10):
-        began = time.perf_counter()
-        product = first @ second
-        float(product[0, 0])  # waits for a GPU
-        seconds.append(time.perf_counter() - began)
+    width, peak = peak_operations_per_second(device, dtype)
     return {
         "operations_per_record": counter.get_total_flops(),
         "operations_counted_by": "torch.utils.flop_counter: one record forward and backward, nothing recomputed, "
         "logits on the verdict only",
         "tokens_per_record": row["input_ids"].numel(),
-        "peak_operations_per_second": round(2 * width**3 / min(seconds)),
+        "peak_operations_per_second": round(peak),
         "peak_measured_by": f"the fastest of 10 matrix products of {width} x {width} in {dtype}".replace("torch.", ""),
     }
 

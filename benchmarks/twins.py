@@ -26,8 +26,7 @@ from orion_triage.dataset.catalogue import load_catalogue
 from orion_triage.dataset.records import Record
 from orion_triage.dataset.sources.synthetic.draw import draw_tile, tile_seed
 from orion_triage.imagery.frames import shrink
-from orion_triage.machine.rehearse import SHAPES
-from orion_triage.mission.prompt import render_prompt
+from orion_triage.machine.rehearse import SHAPES, random_config
 from orion_triage.mission.verdict import Verdict
 from orion_triage.models import lfm2_vl
 from orion_triage.models.load import TINY_BASE_FOLDER, expand_four_bit, load_model, load_processor
@@ -41,14 +40,12 @@ WAYS = ("shuffled", "twins", "twins and prefix")
 
 def random_model(preset: str, layers: tuple[int, int, int], folder: Path) -> tuple[Any, Any]:
     """(model, processor) with the preset's widths, and so many tower, convolution and attention layers; in float32."""
-    texts = [render_prompt(target.coordinates) for target in load_catalogue()]
-    tokenizer = lfm2_vl.train_tokenizer([*texts, *(target.reason for target in load_catalogue())], 2048)
     vision, convolutions, attention = layers
     # A convolution comes first and last, as in the published models.
     types = ("conv", *["full_attention"] * attention, *["conv"] * (convolutions - 1))
-    shapes = SHAPES[preset] | {"layer_types": types, "vision_layers": vision}
+    tokenizer, config = random_config(preset, layer_types=types, vision_layers=vision)
     torch.manual_seed(0)
-    model = Lfm2VlForConditionalGeneration(lfm2_vl.make_config(tokenizer, **shapes))
+    model = Lfm2VlForConditionalGeneration(config)
     size = load_settings(preset).base.frame_size
     lfm2_vl.make_processor(tokenizer, size).save_pretrained(folder)
     return model, load_processor(folder, size)

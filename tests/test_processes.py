@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -108,15 +109,19 @@ def test_two_processes_train_and_answer_as_one_does(small_base: Path, small_data
 CONFIGURATIONS = sorted((HERE.parent / "docs" / "accelerate").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.stem)
-def test_accelerate_reads_each_configuration_as_it_is_meant(path: Path) -> None:
-    """Through the launcher's own parser, up to the environment that it would give its processes."""
+def launched(path: Path) -> tuple[Any, dict[str, str]]:
+    """(Arguments, environment of the processes) of `accelerate launch` with this configuration, by its own parser."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_multi_gpu_env
 
     line = ["--config_file", str(path), "--main_process_port", "0", "-m", "orion_triage.cli", "fine-tune"]
     arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(line))
-    environment = prepare_multi_gpu_env(arguments)
+    return arguments, prepare_multi_gpu_env(arguments)
+
+
+@pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.stem)
+def test_accelerate_reads_each_configuration_as_it_is_meant(path: Path) -> None:
+    arguments, environment = launched(path)
     assert arguments.num_processes == (4 if path.stem == "nodes" else 2)
     assert arguments.num_machines == (2 if path.stem == "nodes" else 1)
     assert (environment.get("ACCELERATE_USE_FSDP") == "true") is (path.stem == "fsdp")
@@ -127,22 +132,10 @@ def test_accelerate_reads_each_configuration_as_it_is_meant(path: Path) -> None:
         assert set(named) == _layer_classes()
 
 
-FSDP = HERE.parent / "docs" / "accelerate" / "fsdp.yaml"
-
-
-def fsdp_environment() -> dict[str, str]:
-    """What `accelerate launch` would set from docs/accelerate/fsdp.yaml, by its own parser."""
-    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-    from accelerate.utils.launch import prepare_multi_gpu_env
-
-    line = ["--config_file", str(FSDP), "--main_process_port", "0", "-m", "orion_triage.cli", "fine-tune"]
-    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(line))
-    found = prepare_multi_gpu_env(arguments)
-    return {name: value for name, value in found.items() if name.startswith(("FSDP_", "ACCELERATE_USE_FSDP"))}
-
-
 def shared_out(cwd: Path, launcher: Sequence[str], words: Sequence[object], **more: str) -> "subprocess.Popen[str]":
-    environment = {**os.environ, **fsdp_environment(), "OMP_NUM_THREADS": "1", **more}
+    _, launcher_environment = launched(HERE.parent / "docs" / "accelerate" / "fsdp.yaml")
+    fsdp = {n: v for n, v in launcher_environment.items() if n.startswith(("FSDP_", "ACCELERATE_USE_FSDP"))}
+    environment = {**os.environ, **fsdp, "OMP_NUM_THREADS": "1", **more}
     command = [sys.executable, *launcher, str(HERE / "fsdp_on_cpu.py"), *map(str, words)]
     return subprocess.Popen(
         command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

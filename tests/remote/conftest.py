@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.remote.place import Place
+from tests.remote.place import Place, make_dataset, make_repository
 from tests.remote.sshd import Server, running_server
 
 
@@ -23,3 +23,10 @@ def place(server: Server, tmp_path: Path) -> Iterator["Place"]:
     server.kill_sessions()
     for tool in server.tools.iterdir():
         tool.unlink()
+
+
+@pytest.fixture
+def prepared(place: Place) -> Place:
+    make_repository(place.source)
+    make_dataset(place.local_data, 1)
+    return place

@@ -9,9 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-import pytest
-
-from tests.remote.place import Place, make_dataset, make_repository
+from tests.remote.place import Place
 
 COMPILERS = ("c++", "g++", "clang++")
 
@@ -48,55 +46,49 @@ def old(version: str) -> str:
     return f"import sys\nsys.version_info = ({', '.join(version.split('.'))}, 'final', 0)\n"
 
 
-@pytest.fixture
-def ready(place: Place) -> Place:
-    make_repository(place.source)
-    make_dataset(place.local_data, 1)
-    return place
-
-
 def refused(place: Place, *words: str) -> None:
     place.refused("upload_to_server.sh", "the server cannot run 'make setup'", *words)
     assert not place.there.exists()  # nothing was sent
 
 
-def test_a_server_without_make_and_python_is_refused(ready: Place) -> None:
-    folder = without(ready, "make")
+def test_a_server_without_make_and_python_is_refused(prepared: Place) -> None:
+    folder = without(prepared, "make")
     refused(
-        ready, "no make", "Python 3.11 or newer, and python3 is not there", "apt install make python3.11 python3.11"
+        prepared, "no make", "Python 3.11 or newer, and python3 is not there", "apt install make python3.11 python3.11"
     )
-    ready.variables["ORION_SERVER_SETUP"] = "another command"
-    ready.upload()
-    ready.variables["ORION_SERVER_SETUP"] = "make setup"
+    prepared.variables["ORION_SERVER_SETUP"] = "another command"
+    prepared.upload()
+    prepared.variables["ORION_SERVER_SETUP"] = "make setup"
     add_python(folder, "python3")
-    ready.refused("upload_to_server.sh", "It has no make.\n  fix: Run apt install make on the server.")
+    prepared.refused("upload_to_server.sh", "It has no make.\n  fix: Run apt install make on the server.")
 
 
-def test_a_python_that_cannot_make_environments_is_refused(ready: Place) -> None:
-    folder = without(ready, *COMPILERS)
+def test_a_python_that_cannot_make_environments_is_refused(prepared: Place) -> None:
+    folder = without(prepared, *COMPILERS)
     add_python(folder, "python3", ensurepip="raise ImportError")
-    refused(ready, "its module ensurepip does not work", "apt install python3-venv on")
+    refused(prepared, "its module ensurepip does not work", "apt install python3-venv on")
     (folder / "lib-python3" / "ensurepip.py").unlink()
-    assert "no C++ compiler. Training needs none" in ready.upload()
+    assert "no C++ compiler. Training needs none" in prepared.upload()
 
 
-def test_an_old_python_is_refused_and_a_newer_one_is_named(ready: Place) -> None:
-    folder = without(ready)
+def test_an_old_python_is_refused_and_a_newer_one_is_named(prepared: Place) -> None:
+    folder = without(prepared)
     add_python(folder, "python3", sitecustomize=old("3.9.2"))
-    refused(ready, "Python 3.11 or newer, and python3 is 3.9.2", "python3.11-venv", "PYTHON=python3.11'")
+    refused(prepared, "Python 3.11 or newer, and python3 is 3.9.2", "python3.11-venv", "PYTHON=python3.11'")
     add_python(folder, "python3.12", sitecustomize=old("3.12.1"))
     refused(
-        ready, "apt install python3.12-venv on the server. Then set ORION_SERVER_SETUP='make setup PYTHON=python3.12'"
+        prepared,
+        "apt install python3.12-venv on the server. Then set ORION_SERVER_SETUP='make setup PYTHON=python3.12'",
     )
 
 
-def test_an_environment_that_is_there_already_needs_no_other_python(ready: Place) -> None:
-    folder = without(ready)
+def test_an_environment_that_is_there_already_needs_no_other_python(prepared: Place) -> None:
+    folder = without(prepared)
     add_python(folder, "python3")
-    ready.upload()
+    prepared.upload()
     (folder / "python3").unlink()
-    refusal = ready.refused("upload_to_server.sh", "python3 is not there")
+    refusal = prepared.refused("upload_to_server.sh", "python3 is not there")
     assert "make." not in refusal
-    (ready.repository / ".venv" / "bin").mkdir(parents=True)
-    add_python(ready.repository / ".venv" / "bin", "python")
-    ready.upload()
+    (prepared.repository / ".venv" / "bin").mkdir(parents=True)
+    add_python(prepared.repository / ".venv" / "bin", "python")
+    prepared.upload()

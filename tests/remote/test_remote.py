@@ -22,7 +22,7 @@ from orion_triage.runs.run import open_run
 from orion_triage.train import remote
 from tests import warm
 from tests.conftest import orion
-from tests.remote.place import Place, make_dataset, make_repository, make_weights, tree
+from tests.remote.place import Place, make_repository, make_weights, tree
 
 ORION = [sys.executable, "-c", "import orion_triage.cli.remote; from orion_triage.cli import main; main()"]
 INSTALLED = Path(sys.executable).with_name("orion")
@@ -73,13 +73,6 @@ def wait_for(path: Path, text: str = "") -> None:
 
 def job_file(place: Place, name: str) -> Path:
     return place.repository / "runs" / "training-job" / name
-
-
-@pytest.fixture
-def prepared(place: Place) -> Place:
-    make_repository(place.source)
-    make_dataset(place.local_data, 1)
-    return place
 
 
 def stand_in(place: Place, *commands: str) -> str:

@@ -12,7 +12,14 @@ from orion_triage import processes
 from orion_triage.errors import OrionError
 from orion_triage.llama_cpp.toolchain import existing_tools
 from orion_triage.settings import Settings
-from orion_triage.train.device import HOW_TO_USE_ALL, choose_device, driver_version, gpu_fault, in_millions, needs_gpu
+from orion_triage.train.device import (
+    choose_device,
+    driver_version,
+    gpu_fault,
+    in_millions,
+    needs_gpu,
+    takes_days_on_cpu,
+)
 
 State = Literal["ok", "note", "missing"]
 GB = 1_000_000_000
@@ -40,6 +47,8 @@ class Needs:
 # At the Hub, so that nothing has to be fetched to know what a run needs (counted on the published shapes).
 _PUBLISHED = {"LiquidAI/LFM2.5-VL-1.6B": 1_596_625_904, "LiquidAI/LFM2.5-VL-450M": 450_816_512}
 _MISSION = _PUBLISHED["LiquidAI/LFM2.5-VL-1.6B"]  # parameters of the model of the mission document's limits
+# Per parameter of a base in 4 bits: the language model's layers, 0.65 of it, take 0.55 bytes; the others take 2.
+_BYTES_IN_4_BIT = 0.65 * 0.55 + 0.35 * 2
 
 
 def needs_of(settings: Settings, parameters: int | None) -> Needs:
@@ -50,10 +59,9 @@ def needs_of(settings: Settings, parameters: int | None) -> Needs:
     """
     count = parameters or _MISSION
     share = count / _MISSION
-    # In 4 bits, the language model's layers, 0.65 of the parameters, take 0.55 bytes each; the others take 2.
-    four_bits, sixteen_bits = (0.65 * 0.55 + 0.35 * 2) * count, 2.0 * count
+    four_bits, sixteen_bits = _BYTES_IN_4_BIT * count, 2.0 * count
     pixels = (settings.base.frame_size / 512) ** 2
-    activations = (8 * GB - (0.65 * 0.55 + 0.35 * 2) * _MISSION) * share * pixels
+    activations = (8 * GB - _BYTES_IN_4_BIT * _MISSION) * share * pixels
     weights = four_bits if settings.fine_tune.base_weights == "nf4" else sixteen_bits
     gpu = max(weights + activations, sixteen_bits)  # the 16-bit base is loaded once, for the preflight
     return Needs(
@@ -78,10 +86,11 @@ def _gpu(settings: Settings, parameters: int | None, needs: Needs) -> list[Findi
 
     tuning = settings.fine_tune
     if tuning.device == "cpu":
-        large = needs_gpu(tuning.model_copy(update={"device": "auto"}), parameters)
-        found = f"not used: fine_tune.device=cpu{', which takes days at this size' if large else ''}"
+        found = "not used: fine_tune.device=cpu"
+        if not takes_days_on_cpu(parameters):
+            return [Finding("GPU", "ok", found)]
         return [
-            Finding("GPU", "note" if large else "ok", found, "Train on a machine with a CUDA GPU." if large else "")
+            Finding("GPU", "note", f"{found}, which takes days at this size", "Train on a machine with a CUDA GPU.")
         ]
     if fault := gpu_fault():
         if not needs_gpu(tuning, parameters):
@@ -97,7 +106,7 @@ def _gpu(settings: Settings, parameters: int | None, needs: Needs) -> list[Findi
     driver = driver_version()
     name = f"{torch.cuda.get_device_name(device.name)}, {total / GB:.1f} GB, {f'driver {driver}, ' if driver else ''}"
     name += f"CUDA {torch.version.cuda}, trains in {device.precision}"
-    findings = [Finding("GPUs", "note", note, HOW_TO_USE_ALL) for note in device.notes]
+    findings = [Finding("training", "note", note) for note in device.notes]  # with what to do
     if needs.gpu_memory and free < needs.gpu_memory:
         return [
             Finding(

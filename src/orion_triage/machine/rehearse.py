@@ -166,8 +166,11 @@ def _empty_model(config: Any) -> Any:
         return Lfm2VlForConditionalGeneration(config)
 
 
-def _config(preset: str) -> tuple[Any, Any]:
-    """(tokenizer, configuration); the tokenizer is trained here and replaces the published vocabulary."""
+def random_config(preset: str, **changes: Any) -> tuple[Any, Any]:
+    """(tokenizer, configuration) of the published shapes with `changes`.
+
+    The tokenizer is trained here and replaces the published vocabulary.
+    """
     from orion_triage.dataset.catalogue import load_catalogue
     from orion_triage.mission.prompt import render_prompt
     from orion_triage.models.lfm2_vl import make_config, train_tokenizer
@@ -175,11 +178,11 @@ def _config(preset: str) -> tuple[Any, Any]:
     texts = [render_prompt(target.coordinates) for target in load_catalogue()]
     texts += [target.reason for target in load_catalogue()]
     tokenizer = train_tokenizer(texts, 2048)
-    return tokenizer, make_config(tokenizer, **SHAPES[preset])
+    return tokenizer, make_config(tokenizer, **(SHAPES[preset] | changes))
 
 
 def _parameters(preset: str) -> int:
-    return sum(parameter.numel() for parameter in _empty_model(_config(preset)[1]).parameters())
+    return sum(parameter.numel() for parameter in _empty_model(random_config(preset)[1]).parameters())
 
 
 def make_base(preset: str, folder: Path, progress: Progress = silent) -> None:
@@ -189,7 +192,7 @@ def make_base(preset: str, folder: Path, progress: Progress = silent) -> None:
     from orion_triage.models.checkpoint import hub_name, write_tensors
     from orion_triage.models.lfm2_vl import make_processor, save_settings
 
-    tokenizer, config = _config(preset)
+    tokenizer, config = random_config(preset)
     model = _empty_model(config)
     shapes = {hub_name(name): tensor.shape for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     torch.manual_seed(0)

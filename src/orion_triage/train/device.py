@@ -54,8 +54,11 @@ def choose_device(settings: FineTuneSettings, parameters: int | None) -> Device:
 
 def needs_gpu(settings: FineTuneSettings, parameters: int | None) -> bool:
     """Whether a training of a base with so many parameters (None: unknown) is refused without a GPU."""
-    small = parameters is not None and parameters <= LARGEST_ON_CPU
-    return settings.device == "gpu" or (settings.device == "auto" and not small)
+    return settings.device == "gpu" or (settings.device == "auto" and takes_days_on_cpu(parameters))
+
+
+def takes_days_on_cpu(parameters: int | None) -> bool:
+    return parameters is None or parameters > LARGEST_ON_CPU
 
 
 def _on_gpu(settings: FineTuneSettings) -> Device:

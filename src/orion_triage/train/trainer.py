@@ -108,8 +108,8 @@ def make_trainer(
         optim=settings.optimizer,
         lr_scheduler_type=settings.learning_rate_schedule,
         warmup_steps=warmup_steps(settings, len(train_records), processes.count()),
-        fp16=device.is_gpu and device.precision == "float16",
-        bf16=device.is_gpu and device.precision == "bfloat16",
+        fp16=device.precision == "float16",
+        bf16=device.precision == "bfloat16",
         gradient_checkpointing=settings.gradient_checkpointing,
         # Reentrant checkpointing needs inputs that require gradients, which a frozen base does not have.
         gradient_checkpointing_kwargs={"use_reentrant": False},
@@ -144,12 +144,11 @@ def make_trainer(
         train_dataset=train_records,
         val_records=val_records,
         tokenizer=tokenizer,
+        train_order=TwinsSampler(train_records, settings.seed) if settings.twins_together else None,
         callbacks=[watch, TensorBoardCallback(SummaryWriter(str(checkpoints.parent / "tensorboard")))],
     )
     watch.scaler = trainer.accelerator.scaler
     trainer.remove_callback(PrinterCallback)
-    if settings.twins_together:
-        trainer._get_train_sampler = lambda dataset: TwinsSampler(dataset, settings.seed)
     return trainer
 
 
@@ -245,10 +244,12 @@ def losses_of(trainer: "Trainer") -> list[dict[str, float | None]]:
     The gradient norm of a step that was skipped, because its gradients overflowed float16, is None.
     """
     kept = ("step", "epoch", "loss", "learning_rate", "grad_norm")
-    validated = [f"eval_{name}{form}" for name in ("loss", "loss_category") for form in ("", "_with_coordinates")]
-    validated.append("eval_loss_category_error")
     return [
-        {key: entry[key] if math.isfinite(entry[key]) else None for key in (*kept, *validated) if key in entry}
+        {
+            key: entry[key] if math.isfinite(entry[key]) else None
+            for key in (*kept, *(name for name in entry if name.startswith("eval_loss")))
+            if key in entry
+        }
         for entry in trainer.state.log_history
         if "loss" in entry or "eval_loss" in entry
     ]

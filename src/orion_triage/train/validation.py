@@ -46,16 +46,30 @@ def chosen_step(log: Sequence[Mapping[str, float]]) -> int:
 
 
 class ValidatingTrainer(transformers.Trainer):  # type: ignore[misc]
-    """transformers' Trainer with a validation of its own: sums per row instead of a mean of the batches' means."""
+    """transformers' Trainer with a validation of its own: sums per row instead of a mean of the batches' means.
 
-    def __init__(self, *arguments: Any, val_records: Sequence[Record], tokenizer: Any, **options: Any) -> None:
+    `train_order` is a sampler of the training records; None: Trainer's random order.
+    """
+
+    def __init__(
+        self,
+        *arguments: Any,
+        val_records: Sequence[Record],
+        tokenizer: Any,
+        train_order: Any = None,
+        **options: Any,
+    ) -> None:
         rows = asked_twice(val_records)
 
         def compute_metrics(result: Any) -> dict[str, float]:
             return metrics(rows, np.asarray(result.predictions))
 
         super().__init__(*arguments, eval_dataset=rows, compute_metrics=compute_metrics, **options)
+        self._train_order = train_order
         self._place = lru_cache(maxsize=None)(lambda answer: category_place(tokenizer, answer))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return super()._get_train_sampler(train_dataset) if self._train_order is None else self._train_order
 
     def _determine_best_metric(self, metrics: Mapping[str, float], trial: Any) -> bool:
         """Whether the epoch to keep is another one than before; it may be an earlier one."""
