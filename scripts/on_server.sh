@@ -445,6 +445,10 @@ scorch() { # WEIGHTS REPOSITORY DATA SHA256_OF_WEIGHTS: delete dataset, then rep
 
 # --- orion remote train ----------------------------------------------------------------------------------------
 
+home() { # the login folder, without links
+    answer home "$(cd && pwd -P)"
+}
+
 job() { # JOB: its state, exit status and command
     if [ ! -f "$1/command" ]; then
         answer state none

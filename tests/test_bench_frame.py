@@ -16,6 +16,7 @@ from PIL import Image
 from orion_triage import pipeline
 from orion_triage.dataset.records import image_path, read_split, write_split
 from orion_triage.errors import OrionError, ServerError
+from orion_triage.evaluate.results import seconds_per_frame
 from orion_triage.evaluate.run import read_predictions
 from orion_triage.evaluate.variants import VERDICT_ONLY
 from orion_triage.export import quantize
@@ -139,11 +140,16 @@ def test_a_run_trains_and_flies_at_another_size(small_dataset: Path, tmp_path: P
     assert seen["A"] == seen["B"] == hashlib.sha256(frame.image.tobytes()).hexdigest()
     with pytest.raises(OrionError, match=r"was trained on frames of 384 px; base\.frame_size is 256"):
         pipeline.run_stage(pipeline.FUSE, replace(run, settings=load_settings("tiny", sets[1:])))
-    made = bundle.run(run, tmp_path / "bundle")
+    made = bundle.run(run, tmp_path / "bundle", accepted_risk="three test frames")
     assert made["frame_size"] == 384
     with Image.open(tmp_path / "bundle" / made["golden"][0]["image"]) as golden:
         assert golden.size == (384, 384)
-    (row, *_) = bench_frame.run([run], quantizations=["Q4_K_M"], mmprojs=["F16"], sizes=[384], repeats=1)["rows"]
+    assert seconds_per_frame(run) is None
+    measured = bench_frame.run([run], quantizations=["Q4_K_M"], mmprojs=["F16"], sizes=[384], repeats=1)
+    kept = seconds_per_frame(run)
+    assert kept is not None
+    assert kept["seconds_per_frame"] == measured["in_flight_seconds_per_frame"][str(run.folder)]
+    (row, *_) = measured["rows"]
     assert (row["frame_size"], row["prompt_tokens"], row["evaluation"]) == (
         384,
         made["request"]["prompt_tokens"],

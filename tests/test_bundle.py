@@ -96,6 +96,9 @@ def sign(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
 # --- a small run: the shipped base itself, quantized and evaluated on six frames -------------------------------
 
 
+RISK = "rehearsal: the base is not fine-tuned"
+
+
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory: pytest.TempPathFactory, small_dataset: Path, tiny_pair: Path) -> Run:
     def take(run: Run, progress: object) -> dict[str, Any]:
@@ -115,7 +118,12 @@ def small_run(tmp_path_factory: pytest.TempPathFactory, small_dataset: Path, tin
 @pytest.fixture(scope="session")
 def made(small_run: Run) -> Path:
     out = small_run.folder.parent / "bundle"
-    bundle.run(small_run, out)
+    with pytest.raises(
+        OrionError, match=r"is DO NOT FLY: .*several answers"
+    ):  # the base gives one answer to everything
+        bundle.run(small_run, out)
+    assert not out.exists()
+    bundle.run(small_run, out, accepted_risk=RISK)
     return out
 
 
@@ -179,20 +187,21 @@ def test_a_bundle_has_all_that_flies_and_says_what_it_is(made: Path, small_run: 
     assert "build 10605" in readme
     assert WHEEL_SHA256 in readme
     assert "No threshold was chosen" in readme
+    assert record["verdict"]["verdict"] == "DO NOT FLY"
+    assert "The ground's verdict on this model: DO NOT FLY (" in readme
+    assert f"Risk accepted by the ground: {RISK}\n" in readme
 
 
 @pytest.mark.llama_cpp
-def test_a_run_bundled_again_differs_in_its_times_and_its_operating_point(
-    made: Path, small_run: Run, tmp_path: Path
-) -> None:
+def test_a_run_bundled_again_differs_in_its_operating_point_only(made: Path, small_run: Run, tmp_path: Path) -> None:
     point = {"low_threshold": 0.25, "temperature": 1.5, "pair_sha256": sha256_of_file(small_run.gguf / quantize.PAIR)}
     path, again = small_run.folder / threshold.FILE_NAME, tmp_path / "again"
     path.write_text(json.dumps(point))
     try:
-        record = bundle.run(small_run, again)
+        record = bundle.run(small_run, again, accepted_risk=RISK)
         path.write_text(json.dumps({**point, "pair_sha256": "another"}))
         with pytest.raises(OrionError, match="chosen for another GGUF pair"):
-            bundle.run(small_run, again)
+            bundle.run(small_run, again, accepted_risk=RISK)
     finally:
         path.unlink()
     one, two = (json.loads((folder / "bundle.json").read_text()) for folder in (made, again))
@@ -207,8 +216,17 @@ def test_a_run_bundled_again_differs_in_its_times_and_its_operating_point(
     assert unscored == "   - Without scores: use the category in the answer."
     for record in (one, two):
         del record["files"]["README.txt"]
-    assert one.pop("times")["seconds_per_frame"] != two.pop("times")["seconds_per_frame"]
     assert one == two  # hashes of all other files among it
+
+
+@pytest.mark.llama_cpp
+def test_two_bundles_of_one_run_are_equal_to_the_byte(made: Path, small_run: Run, tmp_path: Path) -> None:
+    record = bundle.run(small_run, tmp_path / "again", accepted_risk=RISK)
+    assert len(record["seconds_per_frame"]) == 5
+    one, two = (
+        {p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in (made, tmp_path / "again")
+    )
+    assert one == two
 
 
 @pytest.mark.llama_cpp
@@ -219,22 +237,22 @@ def test_a_half_made_bundle_is_never_left(
     mine.mkdir()
     (mine / "thesis.txt").write_text("all of it")
     with pytest.raises(OrionError, match="exists and is not a bundle"):
-        bundle.run(small_run, mine)
+        bundle.run(small_run, mine, accepted_risk=RISK)
     run = Run(shutil.copytree(small_run.folder, tmp_path / "run"), small_run.settings)
     data = bytearray((run.gguf / quantize.MMPROJ).read_bytes())
     data[1000] ^= 1
     (run.gguf / quantize.MMPROJ).write_bytes(data)
     with pytest.raises(OrionError, match="is not the file of this conversion"):
-        bundle.run(run, tmp_path / "out")
+        bundle.run(run, tmp_path / "out", accepted_risk=RISK)
     shutil.copyfile(small_run.gguf / quantize.MMPROJ, run.gguf / quantize.MMPROJ)
     (run.gguf / quantize.PAIR).write_text((run.gguf / quantize.PAIR).read_text() + "\n")
     with pytest.raises(OrionError, match="evaluation of another pair"):
-        bundle.run(run, tmp_path / "out")
+        bundle.run(run, tmp_path / "out", accepted_risk=RISK)
     shutil.copyfile(small_run.gguf / quantize.PAIR, run.gguf / quantize.PAIR)
     shutil.rmtree(run.dataset / "orion_dataset")
     kept = shutil.copytree(made, tmp_path / "kept")
     with pytest.raises(OrionError, match="does not exist"):
-        bundle.run(run, kept)  # after the server has started
+        bundle.run(run, kept, accepted_risk=RISK)  # after the server has started
     assert check_flight.read_bundle(kept)
     assert {path.name for path in tmp_path.iterdir()} == {"mine", "run", "kept"}
     assert (mine / "thesis.txt").read_text() == "all of it"

@@ -263,30 +263,47 @@ def test_an_operating_point_is_chosen_on_val_kept_and_flown(finished: Path, tmp_
     assert plain["category"] == max(plain["scores"], key=plain["scores"].get)
     assert_refused(orion("threshold", "--max-irrecoverable-loss", "140%", cwd=folder), "'140%' is not a share")
     for limit in ("100%", "0"):
-        result = orion(
-            "threshold", "--max-irrecoverable-loss", limit, *(["--json"] if limit != "0" else []), cwd=folder
-        )
+        more = ["--json", "--loosen"] if limit != "0" else []
+        result = orion("threshold", "--max-irrecoverable-loss", limit, *more, cwd=folder)
         assert result.returncode == 0, result.stderr
         record = json.loads((run / "operating_point.json").read_text())
         assert record["chosen_on"] == {"split": "val", "condition": "B", "frames": 6}
         assert 0.04 < record["temperature"] < 21
-        there, low_threshold = record["there"], record["low_threshold"]
+        there, low_threshold = record["there"]["after"], record["low_threshold"]
         assert there["irrecoverable_loss"]["rate"] <= float(limit.rstrip("%"))
         if limit == "100%":
-            assert json.loads(result.stdout) == record
+            printed = json.loads(result.stdout)
+            assert printed.pop("on_test")["after"]["downlink"]["dropped"] > 0
+            assert printed | {"history": []} == record
             assert there["downlink"]["dropped"] == 1.0
             flown = json.loads(orion("triage", "good.png", "--json", cwd=folder).stdout)[0]
             below = flown["scores"]["LOW"] < low_threshold
             assert (flown["category"] == "LOW") is not below
+            assert flown["decided_by"] == f"threshold {low_threshold:.3f}"
+            assert flown["model_category"] == plain["category"]
         else:
             point = f"a frame is dropped if P(LOW) is {low_threshold:.3f} or more" if low_threshold <= 1 else "none; "
             assert result.stdout.startswith(f"threshold: {point}")
-            assert "validation split (6 frames): 0 of 4 HIGH and MEDIUM frames dropped" in result.stdout
+            rows = [line.split("│")[1:6] for line in result.stdout.splitlines() if "after" in line]
+            assert [[cell.strip() for cell in row[:2]] for row in rows] == [["val", "after"], ["test", "after"]]
+            assert rows[0][2].strip().startswith("0/4 = 0.0 %")
+            assert re.search(r"val: 0 more HIGH and MEDIUM frames lost, [0-4] saved", result.stdout)
+    refused = orion("threshold", "--max-irrecoverable-loss", "100%", cwd=folder)
+    assert_refused(refused, "nothing was changed", "--loosen")
     report = json.loads(orion("report", "--json", cwd=folder).stdout)
-    assert report["operating_point"]["A"]["downlink"]
+    assert report["operating_point"]["low_threshold"] == record["low_threshold"]
+    assert report["models"]["flight"]["B"] != report["models"]["no-threshold"]["B"]
+    again = orion("report", cwd=folder)
+    assert "report (unchanged): " in again.stdout
+    assert again.stderr == "run: runs/small\n"
     assert report["settings"]["fine_tune"]["epochs"] == 2  # of this run
     (run / "operating_point.json").write_text(json.dumps(record | {"pair_sha256": "0"}))
     assert_refused(orion("triage", "good.png", cwd=folder), "was chosen for another GGUF pair", "orion threshold")
+    (run / "operating_point.json").write_text(json.dumps(record))
+    assert orion("threshold", "--undo", cwd=folder).stdout.startswith("threshold: a frame is dropped if P(LOW) is ")
+    assert orion("threshold", "--undo", cwd=folder).stdout == "threshold: none; the model decides\n"
+    assert_refused(orion("threshold", "--undo", cwd=folder), "has no threshold", "orion threshold")
+    assert json.loads(orion("triage", "good.png", "--json", cwd=folder).stdout)[0] == plain
 
 
 @pytest.mark.llama_cpp

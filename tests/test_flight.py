@@ -48,7 +48,7 @@ run = SimpleNamespace(
 )
 triage.triage_with_pair = lambda paths, gguf, size, **_: triage.triage_files(paths, Dying(), size)
 threshold.read = lambda *_: None
-cli.flight.finished_run = lambda *_: run
+cli.flight.finished_run = lambda *_, **__: run
 cli.main()
 """
 

@@ -125,8 +125,9 @@ def test_of_several_processes_the_first_writes_the_settings(tmp_path: Path, monk
     run = Run(tmp_path / "run", load_settings("tiny"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
+    run.folder.mkdir()
     prepare(run)
-    assert not run.folder.exists()
+    assert not list(run.folder.iterdir())
     monkeypatch.setenv("RANK", "0")
     prepare(run)
     assert open_run(run.folder).settings == run.settings

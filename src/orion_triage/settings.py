@@ -195,6 +195,28 @@ class MissionSettings(Section):
     prior: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = (0.005, 0.095, 0.90)
 
 
+class VerdictSettings(Section):
+    """What a model must show on the test frames before it flies; `orion verdict` alone reads it."""
+
+    # Largest p-value of a paired difference that counts. Smaller: fewer models fly by chance, on more frames.
+    significance: float = Field(default=0.05, gt=0, lt=1)
+    # A model that cannot be this many points better than a baseline is not worth the seconds that it takes on board.
+    smallest_gain_points: NonNegativeFloat = 5.0
+    # Share of the commonest answer from which a model counts as giving one answer to everything.
+    largest_share_of_one_answer: float = Field(default=0.9, gt=0, le=1)
+    # Share of HIGH and MEDIUM frames that may be dropped. The upper end of the 95 % interval counts: 10 % takes 35
+    # frames without a loss, or 53 with one. Smaller: fewer frames are lost for good, and more are needed to show it.
+    largest_irrecoverable_loss: float = Field(default=0.10, gt=0, le=1)
+    # Share of HIGH frames that must be answered HIGH; the lower end of the interval counts. The others are stored.
+    smallest_high_recall: float = Field(default=0.5, ge=0, lt=1)
+    # Points of accuracy that the quantized model may lose; the lower end of the interval of the difference counts.
+    largest_quantization_loss_points: PositiveFloat = 10.0
+    # Test frames of each category. With 20 and no mistake, the error rate is below 16 % (95 % interval).
+    smallest_frames_per_category: Count = 20
+    # On the flight computer, with 'orion bench-frame'; empty: no limit.
+    largest_seconds_per_frame: PositiveFloat | None = None
+
+
 class Settings(Section):
     """All settings of a run."""
 
@@ -207,6 +229,7 @@ class Settings(Section):
     evaluate: EvaluateSettings = EvaluateSettings()
     variants: VariantSettings = VariantSettings()
     mission: MissionSettings = MissionSettings()
+    verdict: VerdictSettings = VerdictSettings()
 
 
 def preset_names() -> list[str]:

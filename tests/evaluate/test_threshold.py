@@ -39,7 +39,7 @@ def test_scores_decide_at_a_threshold_and_the_answer_without_one() -> None:
     scores = [(0.3, 0.3, 0.4), (0.1, 0.3, 0.6), (0.2, 0.39, 0.41), (0.0, 0.0, 1.0)]
 
     def decisions(threshold: float | None) -> list[Category | None]:
-        return [decide(M, one, blank=False, rules=Rules(threshold)) for one in scores]
+        return [decide(M, one, blank=False, rules=Rules(threshold)).category for one in scores]
 
     assert decisions(0.6) == [H, L, M, L]
     assert decisions(0.0) == [L, L, L, L]
@@ -139,15 +139,12 @@ def test_flight_and_report_decide_alike_frame_by_frame(threshold: float | None, 
         for name, answer in of_frames.items()
     ]
     blank_frames = [name for name in of_frames if name.startswith("blank")]
-    if threshold is None:
-        reported = {row.name: row.predicted for row in as_flown(rows, blank_frames)}
-    else:
-        marked = with_blank(rows, blank_frames)
-        reported = dict(zip(of_frames, decided(marked, rules), strict=True))
-        shares = measurements(marked, rules, MissionSettings())["downlink"]
-        assert shares["dropped"] == pytest.approx(list(flown.values()).count(L) / len(flown))
-        assert shares["no_verdict"] == pytest.approx(list(flown.values()).count(None) / len(flown))
-    assert reported == flown
+    reported = {row.name: row.predicted for row in as_flown(rows, blank_frames, rules)}
+    marked = with_blank(rows, blank_frames)
+    assert dict(zip(of_frames, decided(marked, rules), strict=True)) == reported == flown
+    shares = measurements(marked, rules, MissionSettings())["downlink"]
+    assert shares["dropped"] == pytest.approx(list(flown.values()).count(L) / len(flown))
+    assert shares["no_verdict"] == pytest.approx(list(flown.values()).count(None) / len(flown))
     assert (flown["blank-said-high"], flown["blank-unscored"], flown["unparsable"]) == (L, L, None)
     assert (flown["unparsable-scored"], flown["unscored-low"], flown["unscored-high"]) == (None, L, H)
 

@@ -276,13 +276,19 @@ def test_mistakes_are_named_before_anything_is_sent(prepared: Place) -> None:
     assert not (prepared.here / "x").exists()
 
 
-@pytest.mark.parametrize(
-    ("environment", "says"),
-    [({}, "ORION_SERVER_HDD_PATH"), ({"ORION_SERVER_HDD_PATH": "~/data"}, "not an absolute path")],
-)
-def test_the_server_folder_must_be_absolute(environment: dict[str, str], says: str) -> None:
-    with pytest.raises(OrionError, match=says):
-        remote.server_of("me@gpu", environment)
+def test_the_server_folder_must_be_absolute() -> None:
+    with pytest.raises(OrionError, match="ORION_SERVER_HDD_PATH ~/data is not an absolute path"):
+        remote.server_of("me@gpu", {"ORION_SERVER_HDD_PATH": "~/data"})
+    with pytest.raises(OrionError, match="--server-folder data is not an absolute path"):
+        remote.server_of("me@gpu", {}, "data")
+
+
+def test_without_a_folder_the_server_is_asked_for_its_home(prepared: Place) -> None:
+    server = remote.server_of(prepared.server.address, {"ORION_SSH": prepared.server.ssh})
+    home = Path("~").expanduser().resolve()
+    assert (server.repository, server.data) == (f"{home}/orion/orion-triage", f"{home}/orion/orion_data")
+    named = remote.server_of(prepared.server.address, {"ORION_SERVER_HDD_PATH": "/data"}, "/mine")
+    assert named.repository == "/mine/orion-triage"
 
 
 def test_paths_come_from_the_scripts_variables() -> None:

@@ -168,9 +168,13 @@ def test_the_summary_has_the_flight_model_without_coordinates_and_with_them(
     assert "B vision only A full system HIGH recall 50.0 % 1 of 2 9 to 91 % 100.0 % 2 of 2 34 to 100 %" in summary
     assert "Irrecoverable loss 25.0 % 1 of 4 5 to 70 % 0.0 % 0 of 4 0 to 49 %" in summary
     assert "Accuracy 83.3 % 5 of 6 44 to 97 % 100.0 % 6 of 6 61 to 100 %" in summary
+    verdict = document.section("Verdict")
+    assert verdict.startswith("Verdict DO NOT FLY The test frames show that the model does not meet: ")
+    assert "looks at the image 6/6 with it, " in verdict
+    assert "What to do evaluated as it flies: Run 'orion run' again to finish them." in verdict
     titles = document.all("h2")
     assert titles == [
-        "Summary", "Accuracy by condition", "Confusion matrices", "Accuracy by step",
+        "Verdict", "Summary", "Accuracy by condition", "Confusion matrices", "Accuracy by step",
         "Value against downlink budget", "Calibration", "Expected rates in orbit", "Worst errors",
         "Significance and statistical power", "Provenance",
     ]  # fmt: skip
@@ -296,23 +300,30 @@ def test_someone_elses_server_is_named(wrong_results: dict[str, Any]) -> None:
 def test_the_threshold_has_its_section(wrong_results: dict[str, Any]) -> None:
     results = wrong_results
     rates = {"count": 1, "total": 2, "rate": 0.5, "low": 0.09, "high": 0.91}
-    point = {
-        "high_recall": rates,
-        "irrecoverable_loss": rates,
-        "downlink": {"sent": 0.25, "dropped": 0.125},
-        "cost": 0.5,
-        "negative_log_likelihood": 0.33,
-    }
+    with_it, without = results["models"]["flight"], copy.deepcopy(results["models"]["flight"])
+    results["models"]["no-threshold"] = without
+    for condition in "AB":
+        with_it[condition] |= {"high_recall": rates, "irrecoverable_loss": rates}
+        with_it[condition]["downlink"] |= {"sent": 0.25, "dropped": 0.125}
+        with_it[condition]["cost"] |= {"expected": 0.5}
+        without[condition]["downlink"] |= {"sent": 0.5, "dropped": 0.0625}
+        without[condition]["cost"] |= {"expected": 0.75}
+    point = {"negative_log_likelihood": 0.33}
     for threshold, said in ((0.42, "is dropped if P(LOW) is at least 0.42"), (2.0, "drops no frame")):
         results["operating_point"] = {"low_threshold": threshold, "temperature": 1.75, "A": point, "B": point}
         document = check(html.render_html(results, [], lambda image: None))
         section = document.section("Threshold")
         assert said in section
-        assert "dropped 12.5 % 12.5 % cost per frame 0.50 0.50" in section
+        assert "sent 50.0 % 25.0 % 50.0 % 25.0 % dropped 6.2 % 12.5 % 6.2 % 12.5 %" in section
+        assert "cost per frame 0.75 0.50 0.75 0.50" in section
         assert re.search(r"scaling with 1\.75, fitted on val, changes the NLL in B from 0\.\d\d to 0\.33\.", section)
         named = "threshold 0.42" if threshold < 1 else "no threshold"
         summary = document.section("Summary")
-        assert f"In flight (quantized model, {named}, blank rule), condition B: HIGH recall 1/2 = 50.0 % (9-" in summary
+        assert (
+            f'In flight (quantized model, {named}, blank rule): the rates of "flight" in the table below. "no-thr'
+            in (summary)
+        )
+        assert "HIGH recall 50.0 % 1 of 2 9 to 91 %" in summary
 
 
 def test_confusions_show_what_is_lost_and_what_is_unparsable() -> None:

@@ -19,6 +19,7 @@ from orion_triage.evaluate.metrics import Prediction
 from orion_triage.evaluate.results import as_flown, build_results, differences, steps
 from orion_triage.evaluate.seeds import over_training_seeds
 from orion_triage.evaluate.variants import table
+from orion_triage.mission.decide import Rules
 from orion_triage.mission.verdict import CATEGORIES, Category
 from orion_triage.report import plot
 from orion_triage.report.render import accuracy_rows, render_markdown, sentences, significant, terminal_tables
@@ -50,8 +51,9 @@ def test_each_variant_says_what_its_step_gained_and_lost() -> None:
     }
     rows = steps(predictions, table(load_settings("tiny", ["variants.quantizations=Q8_0,Q6_K"])))
     assert [row["step"] for row in rows] == [
-        "the base", "training, on 4-bit weights", "fusing", "quantization to Q8_0", "quantization to Q4_K_M",
-        "the rule for blank frames",
+        "the base", "training, on 4-bit weights", "the adapter on 16-bit weights and fusing",
+        "the runtime: llama.cpp and quantization to Q8_0", "quantization to Q6_K and quantization to Q4_K_M",
+        "the grammar and the rule for blank frames",
     ]  # fmt: skip
     assert rows[0]["change"] is None
     changes = [(row["change"]["B"]["gained"], row["change"]["B"]["lost"]) for row in rows[1:]]
@@ -78,7 +80,7 @@ def test_evaluations_are_compared_under_the_conditions_that_both_know() -> None:
 
 
 def test_a_blank_frame_is_low_by_rule_and_noise_is_none() -> None:
-    ruled = as_flown(answers("HHHHHHHHHH", scores=True), ["f3"])
+    ruled = as_flown(answers("HHHHHHHHHH", scores=True), ["f3"], Rules())
     changed = [(p.condition, p.predicted, p.scores) for p in ruled if p.predicted != H]
     assert changed == [(condition, L, (0.0, 0.0, 1.0)) for condition in "ABD"]
 
@@ -236,5 +238,5 @@ def test_figures_of_another_version_are_not_taken_over(run: Run) -> None:
     path.write_text(json.dumps(results))
     assert build_results(run)["baselines"] == results["baselines"]
     path.write_text(json.dumps(results | {"schema_version": 2}))
-    with pytest.raises(OrionError, match="schema version 2 instead of 5"):
+    with pytest.raises(OrionError, match="schema version 2 instead of 6"):
         build_results(run)

@@ -3,6 +3,7 @@
 import json
 import re
 import statistics
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,6 +28,7 @@ from orion_triage.cli.terminal import (
     progress_bar,
     run_of,
     say,
+    styled,
 )
 
 command = partial(app.command, rich_help_panel="Evaluation")
@@ -200,27 +202,65 @@ def report(
 
 
 def write_report(run: Any, *, as_json: bool) -> None:
-    from orion_triage.evaluate.results import build_results, results_path
-    from orion_triage.report import html, plot
-    from orion_triage.report.render import render_markdown, terminal_tables
-    from orion_triage.safe.files import write_text
-    from orion_triage.train.fine_tune import read_losses
+    """Write the report if something changed, and print its tables; for the test split, the verdict last."""
+    from orion_triage.report import write
+    from orion_triage.report.render import terminal_tables
 
-    results = build_results(run)
-    text = json.dumps(results, indent=2)
-    suffix = "" if run.split == "test" else f"-{run.split}"
-    write_text(results_path(run), text + "\n")
-    plot.draw(results, read_losses(run.adapter), run.folder / f"report{suffix}.png")
-    write_text(run.folder / f"report{suffix}.md", render_markdown(results, f"report{suffix}.png"))
-    write_text(run.folder / f"report{suffix}.html", html.of_run(run, results))
+    results, unchanged = write.run(run)
     if as_json:
-        typer.echo(text)
+        typer.echo(json.dumps(results, indent=2))
         return
     console = output()
     for table in terminal_tables(results):
         console.print(table)
+    if results["verdict"]:
+        print_verdict(results["verdict"])
+    suffix = "" if run.split == "test" else f"-{run.split}"
     names = f"{run.folder / f'report{suffix}.md'} and {run.folder / f'report{suffix}.html'}"
-    console.print(f"report: {names}", soft_wrap=True)
+    console.print(f"report{' (unchanged)' if unchanged else ''}: {names}", soft_wrap=True)
+
+
+def print_verdict(verdict: dict[str, Any]) -> None:
+    """Print the verdict, its criteria, and what to do."""
+    from orion_triage.report.render import OUTCOME_OF, advice, verdict_in_words, verdict_table
+
+    colour = {"pass": "bold green", "fail": "bold red", "open": "bold yellow"}[OUTCOME_OF[verdict["verdict"]]]
+    console = output()
+    console.print(verdict_table(verdict))
+    console.print(styled(colour, verdict["verdict"], f": {verdict_in_words(verdict)}"))
+    for line in advice(verdict):
+        console.print(f"- {line}")
+
+
+@command(
+    "verdict",
+    epilog="Example: orion verdict\n\nExample: orion verdict runs/tiny --json\n\n"
+    "Example: orion verdict runs/tiny || echo 'not yet'",
+)
+def verdict_command(
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="Run folder. Default: the newest finished run.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say whether a run's model may fly: FLY, DO NOT FLY or NOT ENOUGH EVIDENCE.
+
+    Prints each criterion with what was measured on the test frames, what is
+    needed, and what to do. Change the limits with --set verdict.NAME=VALUE in
+    'orion run'. Exits with status 1 unless the verdict is FLY.
+    """
+    from orion_triage.evaluate.results import current_results
+    from orion_triage.evaluate.verdict import FLY
+
+    run = finished_run(folder, "quantize")
+    results, _ = current_results(run)
+    verdict = results["verdict"]
+    if as_json:
+        typer.echo(json.dumps({"run": str(run.folder), **verdict}, indent=2))
+    else:
+        print_verdict(verdict)
+    if verdict["verdict"] != FLY:
+        raise typer.Exit(1)
 
 
 @command(
@@ -282,7 +322,7 @@ def compare(
     "threshold",
     epilog="Example: orion threshold\n\n"
     "Example: orion threshold --max-irrecoverable-loss 2%\n\n"
-    "Example: orion threshold --max-irrecoverable-loss 0 --run runs/tiny --json",
+    "Example: orion threshold --undo --run runs/tiny",
 )
 def threshold_command(
     limit: Annotated[
@@ -294,31 +334,64 @@ def threshold_command(
         ),
     ] = "5%",
     folder: FinishedRunOption = None,
+    loosen: Annotated[
+        bool,
+        typer.Option("--loosen", help="Drop more frames, although the decisions of now are within the limit."),
+    ] = False,
+    undo: Annotated[bool, typer.Option("--undo", help="Put back the threshold before the last one, or none.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Choose the probability of LOW above which a frame is dropped.
 
-    Uses the validation split, and evaluates it if necessary.
-    'orion triage' applies the threshold.
+    Uses the validation split. Shows the frames before and after, on val and on
+    test; evaluates both if necessary. 'orion triage', report and bundle apply
+    the threshold.
     """
     from orion_triage.evaluate import threshold
     from orion_triage.evaluate.results import blank_frames
 
     share = threshold.parse_share(limit)
     run = finished_run(folder, "quantize", "val")
-    do_stage("evaluate constrained", run)
-    record = threshold.choose(run, share, blank_frames(run))
-    if as_json:
-        typer.echo(json.dumps(record, indent=2))
+    if undo:
+        back = threshold.undo(run)
+        if as_json:
+            typer.echo(json.dumps({"low_threshold": back}))
+        else:
+            typer.echo("threshold: none; the model decides" if back is None else _drops(back))
         return
-    there, low_threshold = record["there"], record["low_threshold"]
+    test = replace(run, split="test")
+    for one in (run, test):
+        do_stage("evaluate constrained", one)
+    before = threshold.current_rules(run)
+    record = threshold.choose(run, share, blank_frames(run), loosen=loosen)
+    on_test = threshold.effect_on(test, before, blank_frames(test))
+    if as_json:
+        typer.echo(json.dumps(record | {"on_test": on_test}, indent=2))
+        return
+    typer.echo(_drops(record["low_threshold"]))
+    _print_effects({"val": record["there"], "test": on_test})
+    typer.echo("The threshold was chosen on val, so the loss there is too low. 'orion threshold --undo' takes it back.")
+
+
+def _drops(low_threshold: float) -> str:
     if low_threshold <= 1:
-        typer.echo(f"threshold: a frame is dropped if P(LOW) is {low_threshold:.3f} or more")
-    else:
-        typer.echo("threshold: none; P(LOW) drops no frame")
-    loss, recall, count = there["irrecoverable_loss"], there["high_recall"], record["chosen_on"]["frames"]
-    typer.echo(
-        f"validation split ({count} frames): {loss['count']} of {loss['total']} HIGH and MEDIUM frames dropped, "
-        f"{recall['count']} of {recall['total']} HIGH frames found, {there['downlink']['dropped']:.0%} of all dropped"
-    )
-    typer.echo("Expect a larger loss on other frames. 'orion report' shows it for the test split.")
+        return f"threshold: a frame is dropped if P(LOW) is {low_threshold:.3f} or more"
+    return "threshold: none; P(LOW) drops no frame"
+
+
+def _print_effects(effects: dict[str, dict[str, Any]]) -> None:
+    """A table of the decisions before and after, by split, and the frames that change."""
+    from rich.table import Table
+
+    from orion_triage.report.render import rate
+
+    table = Table("split", "", "HIGH and MEDIUM lost", "HIGH found", "sent", "dropped", title="Before and after")
+    for split, effect in effects.items():
+        for when in ("before", "after"):
+            values = effect[when]
+            shares = [f"{values['downlink'][name]:.0%}" for name in ("sent", "dropped")]
+            table.add_row(split, when, rate(values["irrecoverable_loss"]), rate(values["high_recall"]), *shares)
+        table.add_section()
+    output().print(table)
+    for split, effect in effects.items():
+        typer.echo(f"{split}: {effect['lost']} more HIGH and MEDIUM frames lost, {effect['saved']} saved")

@@ -24,10 +24,13 @@ from orion_triage.cli.terminal import (
 from orion_triage.errors import one_line
 
 command = partial(app.command, rich_help_panel="Flight")
-REST_COLUMNS = 45  # width of the table without the file column: enough to read a reason
+REST_COLUMNS = 64  # width of the table without the file column: enough to read a reason
 
 
-@command(epilog="Example: orion bundle\n\nExample: orion bundle runs/tiny --out bundle")
+@command(
+    epilog="Example: orion bundle\n\nExample: orion bundle runs/tiny --out bundle\n\n"
+    "Example: orion bundle runs/tiny --accept-risk 'rehearsal on the Pi, not for flight'"
+)
 def bundle(
     folder: Annotated[
         Path | None, typer.Argument(metavar="[RUN]", help="Run folder. Default: the newest finished run.")
@@ -35,10 +38,17 @@ def bundle(
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder to write. Default: bundle in the run folder.")
     ] = None,
+    accepted: Annotated[
+        str,
+        typer.Option(
+            "--accept-risk", metavar="REASON", help="Bundle a model whose verdict is DO NOT FLY. The bundle says why."
+        ),
+    ] = "",
 ) -> None:
     """Build the flight bundle of a run.
 
-    Contains GGUF pair, prompt, server command, golden images and go/no-go check.
+    Contains GGUF pair, prompt, server command, golden images and go/no-go check,
+    and the verdict of 'orion verdict'. A model that must not fly is refused.
     """
     from orion_triage.flight import bundle
     from orion_triage.safe.files import sha256_of_file
@@ -46,11 +56,13 @@ def bundle(
     run = finished_run(folder, "quantize")
     where = out or run.folder / "bundle"
     with progress_bar() as progress:
-        made = bundle.run(run, where, progress)
+        made = bundle.run(run, where, progress, accepted_risk=accepted)
     console = messages()
     console.print(f"bundle: {made['bytes'] / 1e6:,.1f} MB  ->  {where}", soft_wrap=True)
+    console.print(f"  {bundle.verdict_line(made)}", soft_wrap=True)
     for note in made["notes"]:
         console.print(f"  note: {note}", soft_wrap=True)
+    console.print(f"  seconds per frame here: {', '.join(f'{took:g}' for took in made['seconds_per_frame'])}")
     console.print(f"  sha256 of bundle.json: {sha256_of_file(where / 'bundle.json')}", soft_wrap=True)
 
 
@@ -64,6 +76,10 @@ def triage(
         list[Path], typer.Argument(help="Frames or folders of frames: PNG, JPEG, TIFF, or raw 512x512x3 RGB (.raw).")
     ],
     folder: FinishedRunOption = None,
+    bundle: Annotated[
+        Path | None,
+        typer.Option("--bundle", help="Classify with a flight bundle instead of a run, exactly as on board."),
+    ] = None,
     recursive: Annotated[
         bool, typer.Option("--recursive", help="Also classify the frames in the folders of a folder.")
     ] = False,
@@ -79,25 +95,25 @@ def triage(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Classify frames with the GGUF pair of a run.
+    """Classify frames with the GGUF pair of a run or a flight bundle.
 
-    Applies the threshold from 'orion threshold', if there is one.
+    Applies the threshold from 'orion threshold', if there is one. Shows the
+    model's category, the probability of each, the decision, and what decided.
     Lists what it leaves out of a folder: hidden files, other formats, folders.
     Exits with status 1 if a frame is refused.
     """
-    from orion_triage.evaluate import threshold
     from orion_triage.flight import triage
-    from orion_triage.imagery.stretch import stretch_of
     from orion_triage.mission.decide import Rules
 
-    run = finished_run(folder, "quantize")
-    chosen = threshold.read(run.folder, run.gguf)
+    if bundle and folder:
+        raise typer.BadParameter("cannot be combined with --run. Remove one of them.", param_hint="'--bundle'")
+    flown = triage.of_bundle(bundle) if bundle else triage.of_run(finished_run(folder, "quantize", named=False))
+    messages().print(f"triage with {flown.name}", soft_wrap=True)
     paths, left_out = triage.frames_in(files, recursive=recursive)
     for said in left_out:
         messages().print(f"left out of {one_line(said)}", soft_wrap=True)
-    stretch = stretch_of(run.settings.dataset)
-    rules = Rules(chosen[0] if chosen else None, blank_rule)
-    pair = triage.asked_by(run.gguf, run.settings.base.frame_size, rules, resize, stretch) if out else ""
+    rules = Rules(flown.rules.low_threshold, blank_rule)
+    pair = triage.asked_by(flown.gguf, flown.frame_size, rules, resize, flown.stretch) if out else ""
     left = triage.left_to_do(paths, out, pair) if out else paths
     counts: Counter[str] = Counter()
     conversions: Counter[str] = Counter()
@@ -106,12 +122,13 @@ def triage(
         with progress_bar() as progress, triage.appending(out) as write:
             outcomes = triage.triage_with_pair(
                 left,
-                run.gguf,
-                run.settings.base.frame_size,
-                log=run.folder / "logs" / "triage-server.log",
+                flown.gguf,
+                flown.frame_size,
+                log=flown.log,
+                keep_log=bundle is None,
                 rules=rules,
                 resize=resize,
-                stretch=stretch,
+                stretch=flown.stretch,
                 progress=progress,
             )
             for done, outcome in enumerate(outcomes if left else (), start=len(paths) - len(left) + 1):
@@ -153,12 +170,20 @@ def _show_verdicts(outcomes: list[Any], as_json: bool) -> None:
     longest = max(cell_len(cell(outcome.file)) for outcome in outcomes)
     table = Table()
     table.add_column("file", overflow="fold", min_width=min(longest, max(len("file"), console.width - REST_COLUMNS)))
-    table.add_column("category")
-    table.add_column("reason", overflow="fold")
+    table.add_column("decision\nby")
+    table.add_column("model\nP(HIGH MEDIUM LOW)")
+    table.add_column("the model's reason", overflow="fold")
     table.add_column("seconds", justify="right")
     for outcome in outcomes:
-        verdict = outcome.verdict
-        table.add_row(cell(outcome.file), verdict.category, cell(verdict.reason), f"{outcome.seconds:.2f}")
+        verdict, answered = outcome.verdict, to_json(outcome)
+        scores = " ".join(f"{score:.2f}" for score in (answered["scores"] or {}).values())
+        table.add_row(
+            cell(outcome.file),
+            f"{verdict.category}\n{outcome.decided_by}",
+            f"{answered['model_category'] or 'not asked'}\n{scores}".strip(),
+            cell(verdict.reason),
+            f"{outcome.seconds:.2f}",
+        )
     console.print(table)
 
 

@@ -29,8 +29,17 @@ class Purpose(StrEnum):
     FINE_TUNE = "fine-tune"
 
 
-@command(epilog="Example: orion toolchain")
-def toolchain() -> None:
+class Tool(StrEnum):
+    """The tools whose path `orion toolchain --print` prints."""
+
+    server = "server"
+    quantize = "quantize"
+
+
+@command(epilog="Example: orion toolchain\n\nExample: orion toolchain --print server")
+def toolchain(
+    printed: Annotated[Tool | None, typer.Option("--print", help="Print only the path of this tool.")] = None,
+) -> None:
     """Find the llama.cpp tools, or build them.
 
     Looks in ORION_LLAMA_CPP, then in PATH.
@@ -40,6 +49,9 @@ def toolchain() -> None:
 
     with progress_bar() as progress:
         found = find_toolchain(progress)
+    if printed:
+        typer.echo({Tool.server: found.llama_server, Tool.quantize: found.llama_quantize}[printed])
+        return
     messages().print(
         f"llama.cpp build {found.build} ({found.origin}): {found.llama_server}",
         soft_wrap=True,

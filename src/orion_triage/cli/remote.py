@@ -33,6 +33,15 @@ def train(
     server: Annotated[
         str, typer.Option("--server", metavar="HOST", envvar="SERVER", help="Server: host or user@host, as for ssh.")
     ] = "",
+    server_folder: Annotated[
+        str,
+        typer.Option(
+            "--server-folder",
+            metavar="PATH",
+            envvar="ORION_SERVER_HDD_PATH",
+            help="Folder on the server for dataset and repository. Default: orion in your home folder there.",
+        ),
+    ] = "",
     preset: PresetOption = "tiny",
     assignments: SetOption = [],  # noqa: B006
     folder: RunOption = None,
@@ -58,8 +67,7 @@ def train(
     end. If the connection is lost, the training continues: run the same command
     again to resume.
 
-    Set ORION_SERVER_HDD_PATH to a folder on the server.
-    docs/environment.md lists the other variables.
+    docs/environment.md lists the variables.
     """
     from orion_triage.train import remote
 
@@ -72,7 +80,7 @@ def train(
 
     try:
         remote.train(
-            remote.server_of(server, os.environ),
+            remote.server_of(server, os.environ, server_folder),
             remote.training_of(preset, assignments, run.folder.name),
             dataset or run.dataset,
             run.adapter,

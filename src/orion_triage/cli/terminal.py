@@ -150,11 +150,19 @@ def run_of(
     return run
 
 
-def finished_run(folder: Path | None, stage: str, split: Any = "test") -> Any:
-    """The run that a command reads, with its saved settings. Default: the newest run that has finished `stage`."""
-    from orion_triage.runs.run import newest_run, open_run, require_settings_of_pair
+def finished_run(folder: Path | None, stage: str, split: Any = "test", *, named: bool = True) -> Any:
+    """The run that a command reads, with its saved settings. Default: the newest run that has finished `stage`.
 
-    run = open_run(folder or newest_run(Path("runs"), stage), split)
+    Names the default on standard error (`named`), and runs that are newer and have not finished the stage.
+    """
+    from orion_triage.runs.run import newer_unfinished, newest_run, open_run, require_settings_of_pair
+
+    chosen = folder or newest_run(Path("runs"), stage)
+    run = open_run(chosen, split)
+    if folder is None and named:
+        messages().print(f"run: {chosen}", soft_wrap=True)
+        for other in newer_unfinished(chosen, stage):
+            messages().print(f"note: {other} is newer, but its {stage} stage is not finished", soft_wrap=True)
     if stage == "quantize":
         require_settings_of_pair(run)
     return run

@@ -114,13 +114,18 @@ def _of_scores(
         "negative_log_likelihood": value.negative_log_likelihood(truth, scores),
         "reliability": value.reliability(truth, scores),
         "expected_calibration_error": value.expected_calibration_error(truth, scores),
-        "value_curve": value_figures(truth, scores @ np.array(mission.values), mission),
+        "value_curve": value_figures(truth, expected_value(scores, guess, mission.values), mission),
         "risk_coverage": {
             "coverage": kept.coverage.tolist(),
             "error_rate": kept.error_rate.tolist(),
             "area": kept.area,
         },
     }
+
+
+def expected_value(scores: value.Floats, guess: Integers, values: Sequence[float]) -> value.Floats:
+    """The value by which frames are ranked for sending [frames]; -1 for one decided LOW, which is deleted on board."""
+    return np.where(guess == value.LOW, -1.0, scores @ np.array(values))
 
 
 def value_figures(truth: Integers, ranking: value.Floats, mission: MissionSettings) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 
 from orion_triage.dataset.dataset import Dataset
 from orion_triage.errors import OrionError
-from orion_triage.evaluate import features, threshold, variants
+from orion_triage.evaluate import features, threshold, variants, verdict
 from orion_triage.evaluate.baselines import LOGISTIC_REGRESSION, baselines
 from orion_triage.evaluate.conditions import CONDITIONS
 from orion_triage.evaluate.judgement import judge, value_figures
@@ -19,16 +21,23 @@ from orion_triage.evaluate.run import predictions_in
 from orion_triage.evaluate.seeds import over_training_seeds
 from orion_triage.evaluate.statistics import holm
 from orion_triage.evaluate.variants import Variant
+from orion_triage.export.quantize import PAIR
 from orion_triage.mission.decide import Rules
 from orion_triage.mission.verdict import CATEGORIES, Category
 from orion_triage.runs.manifest import Manifest, read_manifest
-from orion_triage.runs.run import EVALUATE, MAKING, Run, changed_settings
+from orion_triage.runs.run import EVALUATE, MAKING, SETTINGS_FILE, WORK_FOLDER, Run, changed_settings
+from orion_triage.safe.files import sha256_of_file, sha256_of_text
+from orion_triage.safe.reading import read_object
 from orion_triage.settings import overrides
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 DELTAS = {"fine-tuning": ("base", "fine-tuned"), "quantization": ("fine-tuned", "quantized")}
-FLIGHT = "flight"  # constrained answers with the blank rule, as in `orion triage`
+FLIGHT = "flight"  # constrained answers with the blank rule and the threshold if one was chosen, as in `orion triage`
+NO_THRESHOLD = "no-threshold"  # the same without the threshold; only if one was chosen
+SHOWN = (*variants.MODELS, NO_THRESHOLD, FLIGHT)  # in the tables of the report, as far as they were evaluated
+BENCH_FILE = "bench_frame.json"  # of `orion bench-frame`, in the run's folder
 SERVER_FIGURES = ("server", "served_model", "server_build")  # in the manifest if a third-party server answered
+_NO_PRODUCTS = ("logs", "bundle", WORK_FOLDER)  # in the run's folder, without effect on the results
 ARTIFACTS = (
     "orion_lora_weights/adapter_model.safetensors",
     "orion_merged/*.safetensors",
@@ -45,6 +54,8 @@ def build_results(run: Run, *, with_others: bool = True) -> dict[str, Any]:
     """
     settings, dataset = run.settings, Dataset(run.dataset)
     wanted = [variant.name for variant in variants.wanted(settings)]
+    if variants.CONSTRAINED not in wanted and read_manifest(run.evaluation(variants.CONSTRAINED)):
+        wanted.append(variants.CONSTRAINED)  # 'orion threshold' evaluates it in any run
     making = [name for name in MAKING if name != "vision features" or settings.variants.all]
     manifests = {name: _made_here(run.product(name)) for name in (*making, *(EVALUATE + name for name in wanted))}
     finished = {name: manifest for name, manifest in manifests.items() if manifest}
@@ -55,8 +66,11 @@ def build_results(run: Run, *, with_others: bool = True) -> dict[str, Any]:
     vision = features.read(run.vision_features) if "vision features" in finished else None
     of_frames = _of_frames(run, dataset, finished.get("dataset"), vision)
     predictions = {name: predictions_in(run.evaluation(name)) for name in wanted if EVALUATE + name in finished}
+    rules = threshold.rules_of(run) if "constrained" in predictions else Rules()
     if "constrained" in predictions:
-        predictions[FLIGHT] = as_flown(predictions["constrained"], of_frames["blank_frames"])
+        predictions[FLIGHT] = as_flown(predictions["constrained"], of_frames["blank_frames"], rules)
+        if rules.low_threshold is not None:
+            predictions[NO_THRESHOLD] = as_flown(predictions["constrained"], of_frames["blank_frames"], Rules())
     records = dataset.records(run.split) if predictions else []
     places = {record.name: record.coordinates for record in records if record.coordinates}
     models = {model: summarize(rows) for model, rows in predictions.items()}
@@ -65,7 +79,7 @@ def build_results(run: Run, *, with_others: bool = True) -> dict[str, Any]:
             rates |= judge(under(predictions[model], condition), places, settings.mission)
     server, other_pair = (finished.get(EVALUATE + name) for name in (variants.SERVER, variants.OTHER_PAIR))
     f16 = finished.get("evaluate F16")
-    return {
+    results: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "preset": settings.preset,
         "split": run.split,
@@ -94,6 +108,29 @@ def build_results(run: Run, *, with_others: bool = True) -> dict[str, Any]:
         "figures": {name: manifest.figures for name, manifest in finished.items() if "evaluate" not in name},
         "versions": next((manifest.versions for manifest in finished.values()), {}),
     }
+    # On val the checkpoint and the threshold were chosen: what a model shows there says too much.
+    judged = run.split == "test"
+    measured = seconds_per_frame(run)
+    results["verdict"] = (
+        verdict.assess(results, predictions, settings.verdict, flight=FLIGHT, seconds_per_frame=measured)
+        if judged
+        else None
+    )
+    return results
+
+
+def seconds_per_frame(run: Run) -> dict[str, Any] | None:
+    """{seconds_per_frame, processor} of the run's pair as `orion bench-frame` measured it last; None if it did not."""
+    try:
+        measured = read_object(run.folder / BENCH_FILE)
+        if measured["pair_sha256"] != sha256_of_file(run.gguf / PAIR):
+            return None
+        return {"seconds_per_frame": float(measured["seconds_per_frame"]), "processor": str(measured["processor"])}
+    except FileNotFoundError:
+        return None
+    except (KeyError, TypeError, ValueError) as error:
+        path = run.folder / BENCH_FILE
+        raise OrionError(f"{path} is damaged: {error!r}.", "Run 'orion bench-frame' again.") from None
 
 
 def _made_here(folder: Path) -> Manifest | None:
@@ -112,27 +149,24 @@ def _against_linear_probe(baselines: dict[str, Any], predictions: list[Predictio
 
 
 def _at_threshold(run: Run, predictions: list[Prediction] | None) -> dict[str, Any] | None:
-    """The effect of the run's threshold on this split's frames, by condition; None if none was chosen."""
+    """The threshold that decides `flight`, with the temperature and its effect on the scores; None without one."""
     chosen = threshold.read(run.folder, run.gguf) if predictions else None
     if chosen is None or predictions is None:
         return None
     low_threshold, temperature = chosen
-    rules = Rules(low_threshold=low_threshold)
-    by_condition: dict[str, Any] = {
-        c: threshold.measurements(rows, rules, run.settings.mission) | threshold.tempered(rows, temperature)
-        for c in CONDITIONS
-        if (rows := under(predictions, c))
+    tempered: dict[str, Any] = {
+        c: threshold.tempered(rows, temperature) for c in CONDITIONS if (rows := under(predictions, c))
     }
-    return {"low_threshold": low_threshold, "temperature": temperature, **by_condition}
+    return {"low_threshold": low_threshold, "temperature": temperature, **tempered}
 
 
-def as_flown(predictions: list[Prediction], blank_frames: list[str]) -> list[Prediction]:
-    """The answers with the flight's decisions without a threshold; a blank frame is LOW with probability 1."""
+def as_flown(predictions: list[Prediction], blank_frames: list[str], rules: Rules) -> list[Prediction]:
+    """The answers with the decisions of these rules; a blank frame is LOW with probability 1."""
     certain = tuple(float(category == Category.LOW) for category in CATEGORIES)
     marked = threshold.with_blank(predictions, blank_frames)
     return [
         replace(p, predicted=category, scores=certain if p.blank else p.scores)
-        for p, category in zip(marked, threshold.decided(marked, Rules()), strict=True)
+        for p, category in zip(marked, threshold.decided(marked, rules), strict=True)
     ]
 
 
@@ -164,12 +198,22 @@ def steps(predictions: dict[str, list[Prediction]], table: Sequence[Variant]) ->
     """
     rows = [(variant.name, variant.changes, variant.compared_with) for variant in table if variant.role != "other"]
     others = [(variant.name, variant.changes, variant.compared_with) for variant in table if variant.role == "other"]
+    blank_rule = "the rule for blank frames"
+    flown = [
+        (NO_THRESHOLD, blank_rule, ""),
+        (FLIGHT, "the threshold" if NO_THRESHOLD in predictions else blank_rule, ""),
+    ]
     found: list[dict[str, Any]] = []
-    for name, changes, other in [*rows, (FLIGHT, "the rule for blank frames", ""), *others]:
-        if name in predictions:
-            against = (other or found[-1]["model"]) if found else None
-            change = differences(predictions[against], predictions[name]) if against in predictions else None
-            found.append({"model": name, "step": changes, "compared_with": against, "change": change})
+    skipped: list[str] = []  # what the variants that were not evaluated would have changed
+    for name, changes, other in [*rows, *flown, *others]:
+        if name not in predictions:
+            skipped += [changes] if found and not other and name not in (NO_THRESHOLD, FLIGHT) else []
+            continue
+        step = changes if other else " and ".join([*skipped, changes])
+        skipped = []
+        against = (other or found[-1]["model"]) if found else None
+        change = differences(predictions[against], predictions[name]) if against in predictions else None
+        found.append({"model": name, "step": step, "compared_with": against, "change": change})
     return found
 
 
@@ -199,6 +243,45 @@ def compare_variants(run: Run, asked: Sequence[Variant], finished: Sequence[Vari
         }
         for variant in asked
     ]
+
+
+def current_results(run: Run) -> tuple[dict[str, Any], bool]:
+    """The run's results, and whether they are those of the last report because nothing changed since.
+
+    Computing them takes half a minute, most of it for the baselines on the frames and the bootstraps.
+    """
+    key, path = made_from(run), results_path(run)
+    if path.is_file():
+        with suppress(OrionError, FileNotFoundError):
+            last = read_object(path)
+            if last.get("made_from") == key:
+                return last, True
+    return build_results(run) | {"made_from": key}, False
+
+
+def made_from(run: Run) -> str:
+    """A hash of all that the results depend on: this code, the settings, the run's products, and runs of other seeds.
+
+    Of a product's files, names, sizes and times of change count; 'orion verify' compares bytes with the manifests.
+    """
+    code, own = Path(str(resources.files("orion_triage"))), run.folder.resolve()
+    products = [path for path in own.glob("*/*") if path.parent.name not in _NO_PRODUCTS]
+    others = [path.parent for path in own.parent.glob(f"*/{SETTINGS_FILE}") if path.parent != own]
+    files = {
+        code: [path for path in code.rglob("*") if path.suffix in (".py", ".j2")],
+        own: [
+            *(file for path in products for file in (path.rglob("*") if path.is_dir() else [path])),
+            *(own / name for name in (threshold.FILE_NAME, BENCH_FILE)),
+        ],
+        own.parent: [file for other in others for file in other.glob(f"evaluation/{run.split}/*/*")],
+    }
+    told = [run.split, run.settings.model_dump_json()]
+    for folder, found in files.items():  # without the folder: a copy that keeps the times is current
+        for path in sorted({path for path in found if path.is_file()}):
+            state = path.stat()
+            told.append(f"{path.relative_to(folder)} {state.st_size} {state.st_mtime_ns}")
+    told += [(other / SETTINGS_FILE).read_text(encoding="utf-8", errors="replace") for other in sorted(others)]
+    return sha256_of_text("\n".join(told))
 
 
 def results_path(run: Run) -> Path:

@@ -41,26 +41,110 @@ def parse_share(text: str) -> float:
     return share
 
 
-def choose(run: Run, max_irrecoverable_loss: float, blank_frames: Sequence[str]) -> dict[str, Any]:
+def choose(
+    run: Run, max_irrecoverable_loss: float, blank_frames: Sequence[str], *, loosen: bool = False
+) -> dict[str, Any]:
     """Choose the threshold on the val evaluation of `run` (a Run of that split) and write it into the run's folder.
 
-    Returns the written values: the threshold, its effect on the frames of val, and the temperature that calibrates the
-    scores best (it keeps their order, so it changes no decision). `blank_frames` are the names of the split's blank
-    frames.
+    Returns the written values: the threshold, its effect on the frames of val with the decisions before beside it, the
+    temperature that calibrates the scores best (it keeps their order, so it changes no decision). The file also has
+    the thresholds before it (`history`, the latest first). `blank_frames` are the names of the split's blank frames.
+
+    Raises OrionError if the decisions of now are within the limit and the threshold would lose more frames, unless
+    `loosen` is set.
     """
     answered = predictions_in(run.evaluation(CONSTRAINED))
     rows = under(with_blank(answered, blank_frames), CONDITION)
     rules = Rules(low_threshold=lowest_threshold(rows, max_irrecoverable_loss))
+    earlier, before = _of_this_pair(run), current_rules(run)
+    change = effect(rows, before, rules, run.settings.mission)
+    lost, lost_before = (change[when]["irrecoverable_loss"] for when in ("after", "before"))
+    if not loosen and lost["count"] > lost_before["count"] and lost_before["rate"] <= max_irrecoverable_loss:
+        raise OrionError(
+            f"nothing was changed: {_name(before)} loses {lost_before['count']} of {lost_before['total']} HIGH and "
+            f"MEDIUM frames of val, within the limit of {max_irrecoverable_loss:.1%}. The threshold "
+            f"{rules.low_threshold:.3f} would lose {lost['count']}.",
+            "Keep it as it is, set a smaller --max-irrecoverable-loss, or add --loosen to drop more frames.",
+        )
     record = {
         "max_irrecoverable_loss": max_irrecoverable_loss,
         "low_threshold": rules.low_threshold,
         "temperature": value.fit_temperature(truth_of(rows), scores_of(rows)),  # calibrates the scores
         "chosen_on": {"split": run.split, "condition": CONDITION, "frames": len(rows)},
         "pair_sha256": _pair(run.gguf),
-        "there": measurements(rows, rules, run.settings.mission),
+        "there": change,
     }
-    write_text(run.folder / FILE_NAME, json.dumps(record, indent=2) + "\n")
+    _write(run, [record, *earlier])
     return record
+
+
+def undo(run: Run) -> float | None:
+    """Put back the threshold before the last one; returns it, or None if the model alone decides from now on.
+
+    Raises OrionError if no threshold was chosen for the run's pair.
+    """
+    records = _of_this_pair(run)
+    if not records:
+        raise OrionError(f"{run.folder} has no threshold of its pair.", "Choose one with 'orion threshold'.")
+    _write(run, records[1:])
+    return float(records[1]["low_threshold"]) if records[1:] else None
+
+
+def _of_this_pair(run: Run) -> list[dict[str, Any]]:
+    """The thresholds chosen for the run's pair, the latest first; none if the file is of another pair or damaged."""
+    path = run.folder / FILE_NAME
+    if not path.is_file():
+        return []
+    try:
+        read(run.folder, run.gguf)
+    except OrionError:  # a new threshold replaces it
+        return []
+    latest = read_object(path)
+    return [{key: kept for key, kept in latest.items() if key != "history"}, *latest.get("history", [])]
+
+
+def _write(run: Run, records: Sequence[dict[str, Any]]) -> None:
+    """The file with these thresholds, the latest first; no file without one."""
+    path = run.folder / FILE_NAME
+    if not records:
+        path.unlink(missing_ok=True)
+        return
+    write_text(path, json.dumps(records[0] | {"history": list(records[1:])}, indent=2) + "\n")
+
+
+def current_rules(run: Run) -> Rules:
+    """The rules with the run's threshold; without one if the file is of another pair or damaged."""
+    records = _of_this_pair(run)
+    return Rules(low_threshold=records[0]["low_threshold"] if records else None)
+
+
+def rules_of(run: Run) -> Rules:
+    """The rules that fly: with the run's threshold, if one was chosen; raises OrionError as `read` does."""
+    chosen = read(run.folder, run.gguf)
+    return Rules(low_threshold=chosen[0] if chosen else None)
+
+
+def effect_on(run: Run, before: Rules, blank_frames: Sequence[str]) -> dict[str, Any]:
+    """The effect of the run's threshold on the frames of its split, which was evaluated with the grammar."""
+    rows = under(with_blank(predictions_in(run.evaluation(CONSTRAINED)), blank_frames), CONDITION)
+    return effect(rows, before, rules_of(run), run.settings.mission)
+
+
+def _name(rules: Rules) -> str:
+    return "the model without a threshold" if rules.low_threshold is None else f"threshold {rules.low_threshold:.3f}"
+
+
+def effect(rows: Sequence[Prediction], before: Rules, after: Rules, mission: MissionSettings) -> dict[str, Any]:
+    """The measurements `before` and `after`, and the HIGH and MEDIUM frames `lost` and `saved` by the change."""
+    valuable = [row for row in rows if row.truth != Category.LOW]
+    dropped = [[category == Category.LOW for category in decided(valuable, rules)] for rules in (before, after)]
+    pairs = list(zip(*dropped, strict=True))
+    return {
+        "before": measurements(rows, before, mission),
+        "after": measurements(rows, after, mission),
+        "lost": sum(now and not then for then, now in pairs),
+        "saved": sum(then and not now for then, now in pairs),
+    }
 
 
 def with_blank(rows: Sequence[Prediction], blank_frames: Sequence[str]) -> list[Prediction]:
@@ -71,7 +155,7 @@ def with_blank(rows: Sequence[Prediction], blank_frames: Sequence[str]) -> list[
 
 def decided(rows: Sequence[Prediction], rules: Rules) -> list[Category | None]:
     """The decision for each frame under the rules."""
-    return [decide(row.predicted, row.scores, blank=row.blank, rules=rules) for row in rows]
+    return [decide(row.predicted, row.scores, blank=row.blank, rules=rules).category for row in rows]
 
 
 def lowest_threshold(rows: Sequence[Prediction], max_irrecoverable_loss: float) -> float:
@@ -133,9 +217,13 @@ def read(folder: Path, gguf: Path) -> tuple[float, float] | None:
     try:
         record = read_object(path)
         threshold, pair = float(record["low_threshold"]), record["pair_sha256"]
-        temperature = float(record["temperature"])
+        temperature, history = float(record["temperature"]), record.get("history", [])
         if not (0 <= threshold < math.inf and 0 < temperature < math.inf):
             raise ValueError("out of range")
+        if not isinstance(history, list) or not all(
+            isinstance(one, dict) and "low_threshold" in one for one in history
+        ):
+            raise ValueError("history is not a list of thresholds")
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:

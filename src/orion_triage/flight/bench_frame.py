@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from orion_triage.errors import OrionError, ServerError
 from orion_triage.evaluate.backends import LlamaCppBackend, ask_for_category
+from orion_triage.evaluate.results import BENCH_FILE
 from orion_triage.evaluate.variants import CONSTRAINED, VERDICT_ONLY
 from orion_triage.export import quantize
 from orion_triage.export.convert import convert
@@ -31,7 +32,7 @@ from orion_triage.mission.prompt import render_prompt
 from orion_triage.mission.verdict import ANSWER_TOKENS, Category, Verdict
 from orion_triage.progress import Progress, silent
 from orion_triage.runs import manifest
-from orion_triage.safe.files import locked, temporary_folder
+from orion_triage.safe.files import locked, sha256_of_file, temporary_folder, write_text
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -169,6 +170,13 @@ def run(
                             for count in reason_tokens
                         ]
                         in_flight[str(one.folder)] = asked.in_flight()
+            measured = {
+                "seconds_per_frame": in_flight[str(one.folder)],
+                "processor": machine["processor"],
+                "busy_cores": machine["busy_cores"],
+                "pair_sha256": sha256_of_file(one.gguf / quantize.PAIR),
+            }
+            write_text(one.folder / BENCH_FILE, json.dumps(measured, indent=2) + "\n")  # for the verdict
     progress("measuring", total, total)
     return {
         "machine": machine,

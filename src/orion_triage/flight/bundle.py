@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from orion_triage import __version__, templates
 from orion_triage.dataset.dataset import Dataset
-from orion_triage.errors import OrionError
+from orion_triage.errors import OrionError, one_line
 from orion_triage.evaluate import threshold
+from orion_triage.evaluate.results import current_results
+from orion_triage.evaluate.verdict import DO_NOT_FLY
 from orion_triage.export import quantize
 from orion_triage.imagery.frames import CAMERA_SIZE, Frame, is_blank, shrink
 from orion_triage.imagery.stretch import stretch_of
@@ -40,7 +42,7 @@ from orion_triage.safe.files import locked, replaced_folder, require_free_space,
 if TYPE_CHECKING:
     from orion_triage.runs.run import Run
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 LIST, LIST_HASH = "bundle.json", "bundle.json.sha256"
 CHECKER = "check_flight.py"
 GOLDEN_IMAGES = 5
@@ -54,12 +56,16 @@ CONDITION = "B"  # in flight, the prompt has no coordinates
 TOLERANCES = {"category_nats": 0.05, "other_labels_nats": 0.1, "other_words": GOLDEN_IMAGES // 2}
 
 
-def run(run: "Run", out: Path, progress: Progress = silent) -> dict[str, Any]:
-    """Write the bundle of a run's GGUF pair into the folder `out`; returns its bundle.json and its size in bytes.
+def run(run: "Run", out: Path, progress: Progress = silent, *, accepted_risk: str = "") -> dict[str, Any]:
+    """Write the bundle of a run's GGUF pair into the folder `out`.
 
-    The golden images are frames of the test split; their expected answers come from a server with the flight options.
-    Raises OrionError if the pair is incomplete, changed or not evaluated, if the frames are missing, or if `out` is a
-    folder that is not a bundle.
+    Returns its bundle.json, its size in `bytes`, and the `seconds_per_frame` of the golden images, which are not in the
+    bundle: two bundles of one run are equal to the byte. The golden images are frames of the test split; their expected
+    answers come from a server with the flight options.
+
+    Raises OrionError if the pair is incomplete, changed or not evaluated, if its verdict is DO NOT FLY and
+    `accepted_risk` does not say why it flies nevertheless, if the frames are missing, or if `out` is a folder that is
+    not a bundle.
     """
     out = out.resolve()
     if out.exists() and not (out / LIST).is_file() and (not out.is_dir() or any(out.iterdir())):
@@ -67,6 +73,7 @@ def run(run: "Run", out: Path, progress: Progress = silent) -> dict[str, Any]:
     quantize.check_pair(run.gguf)
     point = threshold.read(run.folder, run.gguf)
     rows = clearest_first(_evaluated(run))
+    verdict = _may_fly(run, accepted_risk)
     names = (quantize.QUANTIZED, quantize.MMPROJ, quantize.PAIR)
     require_free_space(out.parent, sum((run.gguf / name).stat().st_size for name in names) + 20_000_000, "the bundle")
     toolchain = find_toolchain(progress)
@@ -78,7 +85,7 @@ def run(run: "Run", out: Path, progress: Progress = silent) -> dict[str, Any]:
         log, threads = run.folder / "logs" / "bundle-server.log", run.settings.evaluate.threads
         with Server(toolchain, *pair, log=log, threads=threads) as server:
             golden, request, seconds = _ask(server.client, run, rows, folder, progress)
-        _write_texts(folder, run, toolchain, Rules(point[0] if point else None))
+        _write_texts(folder, run, toolchain, Rules(point[0] if point else None), verdict)
         record = {
             "schema_version": SCHEMA_VERSION,
             "preset": run.settings.preset,
@@ -91,17 +98,37 @@ def run(run: "Run", out: Path, progress: Progress = silent) -> dict[str, Any]:
             "versions": {"orion-triage": __version__, **_manifest(run.gguf, "quantize").versions},
             "made_on": platform.machine(),
             "operating_point": {"low_threshold": point[0], "temperature": point[1]} if point else None,
+            "verdict": verdict,
             "request": request,
             "tolerances": TOLERANCES,
             "golden": golden,
             "notes": list(_notes(golden)),
-            "times": {"made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "seconds_per_frame": seconds},
             "files": manifest.hash_outputs(folder),
         }
         write_text(folder / LIST, json.dumps(record, indent=2) + "\n")
         write_text(folder / LIST_HASH, f"{sha256_of_file(folder / LIST)}  {LIST}\n")
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return record | {"bytes": size}
+    return record | {"bytes": size, "seconds_per_frame": seconds}
+
+
+def verdict_line(bundle: dict[str, Any]) -> str:
+    """The ground's verdict on the bundle's model, and the reason for flying it nevertheless."""
+    verdict = bundle["verdict"]
+    because = f" ({', '.join(verdict['because'])})" if verdict["because"] else ""
+    risk = f"; risk accepted: {verdict['accepted_risk']}" if verdict["accepted_risk"] else ""
+    return f"the ground's verdict: {verdict['verdict']}{because}{risk}"
+
+
+def _may_fly(run: "Run", accepted_risk: str) -> dict[str, Any]:
+    """The verdict on the run with `accepted_risk` (one line, or empty)."""
+    verdict = current_results(run)[0]["verdict"]
+    reason = one_line(accepted_risk).strip()
+    if verdict["verdict"] == DO_NOT_FLY and not reason:
+        raise OrionError(
+            f"the verdict on {run.folder} is {DO_NOT_FLY}: {', '.join(verdict['because'])}.",
+            "Run 'orion verdict' to read what to do. To bundle it nevertheless, say why: --accept-risk \"REASON\".",
+        )
+    return {**verdict, "accepted_risk": reason}
 
 
 def _manifest(folder: Path, stage: str) -> manifest.Manifest:
@@ -215,7 +242,7 @@ def _notes(golden: list[dict[str, Any]]) -> Iterator[str]:
         yield f"{len(golden)} golden images instead of {GOLDEN_IMAGES}: the test split has no more verdicts."
 
 
-def _write_texts(folder: Path, run: "Run", toolchain: Toolchain, rules: Rules) -> None:
+def _write_texts(folder: Path, run: "Run", toolchain: Toolchain, rules: Rules, verdict: dict[str, Any]) -> None:
     """Prompt, grammars, launch script, checker and the operator's README."""
     write_text(folder / "prompt.txt", render_prompt(None))
     write_text(folder / "grammar.gbnf", GRAMMAR)
@@ -232,6 +259,7 @@ def _write_texts(folder: Path, run: "Run", toolchain: Toolchain, rules: Rules) -
         "wheel_sha256": WHEEL_SHA256,
         "tolerances": TOLERANCES,
         "decision": in_words(rules),
+        "verdict": verdict,
         "stretch": _stretch(run),
     }
     for template, name in (("serve.sh.j2", "serve.sh"), ("bundle_readme.txt.j2", "README.txt")):

@@ -336,6 +336,7 @@ def check(options: argparse.Namespace, report: dict[str, Any]) -> None:
         with time_limit(options.limit, "reading the bundle's files"):
             bundle = read_bundle(folder)
         report |= {"files": len(bundle["files"]) + 2, "bundle_sha256": _sha256(folder / LIST)}
+        report["verdict"] = bundle.get("verdict")
         own = stack.enter_context(OwnServer(folder, options.llama_server)) if options.llama_server else None
         connection = own.connection if own else Connection(options.url, options.key)
         with time_limit(options.limit, "waiting for the server"):
@@ -381,7 +382,18 @@ def lines_of(report: dict[str, Any]) -> Iterator[str]:
     for image in report["images"]:
         if not image["same_answer"] and not image["why"]:
             yield f"note: {image['image']} has the right category in other words: {image['answer']}"
+    if report["verdict"]:
+        yield from _verdict_lines(report["verdict"])
     yield "GO" if report["go"] else f"NO-GO: {report['why']}"
+
+
+def _verdict_lines(verdict: dict[str, Any]) -> Iterator[str]:
+    """What the ground says of the model; GO and NO-GO only say whether this machine answers like the ground."""
+    because = f" ({', '.join(verdict['because'])})" if verdict["because"] else ""
+    yield f"the ground's verdict on this model: {verdict['verdict']}{because}"
+    if verdict["accepted_risk"]:
+        yield f"risk accepted by the ground: {verdict['accepted_risk']}"
+    yield "this installation answers like the ground (GO) or does not (NO-GO):"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -426,6 +438,7 @@ def main(arguments: list[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, _stopped)  # so that a started server is stopped too
     report: dict[str, Any] = {"go": False, "why": "", "files": 0, "images": [], "notes": [], "peak_bytes": None}
+    report["verdict"] = None  # of the ground, in bundle.json
     try:
         check(options, report)
         report["go"] = True

@@ -2,19 +2,21 @@
 
 import json
 import os
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orion_triage.errors import OrionError
+from orion_triage.evaluate import threshold
 from orion_triage.evaluate.backends import Backend, LlamaCppBackend
 from orion_triage.export import quantize
 from orion_triage.imagery.frames import CAMERA_SIZE, PICTURE_SUFFIXES, is_blank, read_frame, shrink
-from orion_triage.imagery.stretch import Stretch
+from orion_triage.imagery.stretch import Stretch, stretch_of
 from orion_triage.llama_cpp.server import Server
 from orion_triage.llama_cpp.toolchain import find_toolchain
 from orion_triage.mission.answer import Answer
@@ -25,6 +27,9 @@ from orion_triage.progress import Progress, silent
 from orion_triage.safe.files import naming, sha256_of_file, sha256_of_text
 from orion_triage.safe.folders import listing
 
+if TYPE_CHECKING:
+    from orion_triage.runs.run import Run
+
 RULES = Rules()  # a blank frame is LOW; otherwise the answer's category counts
 PICTURES = (*PICTURE_SUFFIXES, ".raw")
 
@@ -33,17 +38,63 @@ PICTURES = (*PICTURE_SUFFIXES, ".raw")
 class FrameVerdict:
     """The outcome for one file: the decided `verdict`, or `error` if the file was refused or nothing was decided.
 
-    `answer` is the model's; None if the model was not asked. `changes` are the conversions that the file needed.
+    `decided_by` is "model", "threshold 0.162", "blank rule" or "no verdict"; empty if the file was refused. `answer` is
+    the model's; None if the model was not asked. `changes` are the conversions that the file needed.
     """
 
     file: str
     verdict: Verdict | None
     seconds: float
     native_size: tuple[int, int] | None = None
+    decided_by: str = ""
     blank: bool = False
     error: str = ""
     answer: Answer | None = None
     changes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Flown:
+    """What classifies: the folder of a GGUF pair, the size and stretch of its frames, and the rules of the decision."""
+
+    name: str
+    gguf: Path
+    frame_size: int
+    stretch: Stretch | None
+    rules: Rules
+    log: Path
+
+
+def of_run(run: "Run") -> Flown:
+    """A run's pair with its threshold, if one was chosen."""
+    stretch, log = stretch_of(run.settings.dataset), run.folder / "logs" / "triage-server.log"
+    rules = threshold.rules_of(run)
+    return Flown(f"{run.folder} ({_rules(rules)})", run.gguf, run.settings.base.frame_size, stretch, rules, log)
+
+
+def of_bundle(folder: Path) -> Flown:
+    """A flight bundle, after a check of all its files; raises OrionError if one was changed or is missing."""
+    from orion_triage.flight.check_flight import NoGoError, read_bundle
+
+    try:
+        bundle = read_bundle(folder)
+        point, stretch = bundle["operating_point"], bundle["stretch"]
+        rules = Rules(low_threshold=float(point["low_threshold"]) if point else None)
+        limits, size = Stretch(**stretch) if stretch else None, int(bundle["frame_size"])
+    except NoGoError as error:
+        raise OrionError(
+            f"{folder}: {error}.", "Pass the folder of a bundle; copy it again if it was changed."
+        ) from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise OrionError(
+            f"{folder / 'bundle.json'} is of another version: {error!r}.", "Run 'orion bundle' again."
+        ) from None
+    log = Path(tempfile.gettempdir()) / f"orion-triage-{os.getpid()}.log"
+    return Flown(f"bundle {folder} ({_rules(rules)})", folder, size, limits, rules, log)
+
+
+def _rules(rules: Rules) -> str:
+    return "no threshold" if rules.low_threshold is None else f"threshold {rules.low_threshold:.3f}"
 
 
 def frames_in(paths: Iterable[Path], *, recursive: bool = False) -> tuple[list[Path], list[str]]:
@@ -72,15 +123,18 @@ def frames_in(paths: Iterable[Path], *, recursive: bool = False) -> tuple[list[P
 
 
 def to_json(outcome: FrameVerdict) -> dict[str, Any]:
-    """The printed and stored outcome of one frame: the answer, with the decided category.
+    """The printed and stored outcome of one frame: the answer, with the decided category and what decided it.
 
-    `category` is null if the file was refused or nothing was decided.
+    `category` is null if the file was refused or nothing was decided; `model_category` is that of the answer, null if
+    the model was not asked.
     """
-    verdict = outcome.verdict
+    verdict, answered = outcome.verdict, (outcome.answer or Answer("")).to_json()
     return {
         "file": outcome.file,
-        **(outcome.answer or Answer("")).to_json(),
+        **answered,
+        "model_category": answered["category"],
         "category": verdict.category.value if verdict else None,
+        "decided_by": outcome.decided_by or None,
         "reason": verdict.reason if verdict else None,
         "blank": outcome.blank,
     }
@@ -177,18 +231,21 @@ def triage_files(
             yield FrameVerdict(str(path), None, time.monotonic() - began, error=str(error))
             continue
         blank = is_blank(frame.image)
-        if by_rule := decide(None, None, blank=blank, rules=rules):
+        if by_rule := decide(None, None, blank=blank, rules=rules).category:
             verdict, seconds = Verdict(BLANK_REASON, by_rule), time.monotonic() - began
-            yield FrameVerdict(str(path), verdict, seconds, frame.native_size, blank=True, changes=frame.changes)
+            yield FrameVerdict(
+                str(path), verdict, seconds, frame.native_size, "blank rule", blank=True, changes=frame.changes
+            )
             continue
         (answer,) = backend.answer([shrink(frame.image, frame_size)], [prompt])
         said = parse_verdict(answer.text)
-        category = decide(said.category if said else None, answer.scores, blank=blank, rules=rules)
-        said = Verdict(said.reason, category) if said and category else None
+        decision = decide(said.category if said else None, answer.scores, blank=blank, rules=rules)
+        by = f"threshold {rules.low_threshold:.3f}" if decision.by == "threshold" else decision.by
+        said = Verdict(said.reason, decision.category) if said and decision.category else None
         error_text = "" if said else f"{path}: the model gave no verdict. Run 'orion evaluate' to check the run."
         seconds = time.monotonic() - began
         yield FrameVerdict(
-            str(path), said, seconds, frame.native_size, error=error_text, answer=answer, changes=frame.changes
+            str(path), said, seconds, frame.native_size, by, error=error_text, answer=answer, changes=frame.changes
         )
 
 
@@ -198,14 +255,20 @@ def triage_with_pair(
     frame_size: int,
     *,
     log: Path,
+    keep_log: bool = True,
     rules: Rules = RULES,
     resize: bool = False,
     stretch: Stretch | None = None,
     progress: Progress = silent,
 ) -> Iterator[FrameVerdict]:
-    """`triage_files` with the GGUF pair in the folder `gguf`, on a server that runs during the iteration."""
+    """`triage_files` with the GGUF pair in the folder `gguf`, on a server that runs during the iteration.
+
+    Its log is kept if the server failed, or with `keep_log`.
+    """
     quantize.check_pair(gguf)
     toolchain = find_toolchain(progress)
     with Server(toolchain, gguf / quantize.QUANTIZED, gguf / quantize.MMPROJ, log=log) as server:
         backend = LlamaCppBackend(server.client, max_new_tokens=ANSWER_TOKENS, constrained=True)
         yield from triage_files(paths, backend, frame_size, rules=rules, resize=resize, stretch=stretch)
+    if not keep_log:
+        log.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from orion_triage.mission.verdict import Category
 
@@ -20,8 +21,19 @@ class Rules:
     blank_is_low: bool = True
 
 
-def decide(said: Category | None, scores: Sequence[float] | None, *, blank: bool, rules: Rules) -> Category | None:
-    """The frame's category. With None, the frame is neither sent nor dropped, and counts as without a verdict.
+@dataclass(frozen=True)
+class Decision:
+    """What happens to a frame, and what decided it.
+
+    With the category None, the frame is neither sent nor dropped, and counts as without a verdict.
+    """
+
+    category: Category | None
+    by: Literal["blank rule", "threshold", "model", "no verdict"]
+
+
+def decide(said: Category | None, scores: Sequence[float] | None, *, blank: bool, rules: Rules) -> Decision:
+    """The decision about one frame.
 
     `said` is the answer's category, None without a verdict; `scores` are the probabilities of HIGH, MEDIUM and LOW, or
     None. Steps in this order:
@@ -32,13 +44,15 @@ def decide(said: Category | None, scores: Sequence[float] | None, *, blank: bool
        if equal). An answer without scores keeps its category.
     """
     if blank and rules.blank_is_low:
-        return Category.LOW
-    if said is None or rules.low_threshold is None or scores is None:
-        return said
+        return Decision(Category.LOW, "blank rule")
+    if said is None:
+        return Decision(None, "no verdict")
+    if rules.low_threshold is None or scores is None:
+        return Decision(said, "model")
     high, medium, low = scores
     if low >= rules.low_threshold:
-        return Category.LOW
-    return Category.HIGH if high >= medium else Category.MEDIUM
+        return Decision(Category.LOW, "threshold")
+    return Decision(Category.HIGH if high >= medium else Category.MEDIUM, "threshold")
 
 
 def in_words(rules: Rules) -> list[str]:

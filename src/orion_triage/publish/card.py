@@ -37,7 +37,7 @@ def render_card(
     """The text of the card: YAML header and Markdown, with the measurements in `results` and `hashes` of the files."""
     from huggingface_hub import ModelCardData
 
-    from orion_triage.report.render import accuracy_rows, rate, sentences, shown
+    from orion_triage.report.render import MET, accuracy_rows, rate, sentences, shown, verdict_in_words
 
     header = ModelCardData(
         base_model=base,
@@ -53,7 +53,8 @@ def render_card(
     return templates.fill(
         "publish",
         "card.md.j2",
-        filters={"sentences": sentences, "shown": shown, "rate": rate},
+        filters={"sentences": sentences, "shown": shown, "rate": rate, "verdict_in_words": verdict_in_words},
+        met=MET,
         header=header.to_yaml(),
         product=product,
         base=base,

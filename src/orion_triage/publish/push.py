@@ -6,7 +6,7 @@ from typing import Any
 
 from orion_triage import hub
 from orion_triage.errors import OrionError
-from orion_triage.evaluate.results import FLIGHT, build_results
+from orion_triage.evaluate.results import FLIGHT, NO_THRESHOLD, build_results
 from orion_triage.evaluate.variants import MODELS
 from orion_triage.export import quantize
 from orion_triage.models.licence import README, base_of, licence_of
@@ -24,7 +24,8 @@ _PAIR = (quantize.QUANTIZED, quantize.MMPROJ, quantize.PAIR)
 # Only measurements of the results are published: settings and manifests contain paths of this machine.
 _PUBLISHED = (
     "schema_version", "preset", "split", "frames", "models", "deltas", "within", "linear_probe", "variants", "parity",
-    "training_seeds", "baselines", "size_ranking", "operating_point", "seconds", "versions",
+    "training_seeds", "baselines", "size_ranking", "operating_point", "verdict", "seconds",
+    "versions",
 )  # fmt: skip
 
 
@@ -68,7 +69,7 @@ def _measured(run: Run, results: dict[str, Any]) -> dict[str, Path | bytes]:
     published = {name: results[name] for name in _PUBLISHED}
     files: dict[str, Path | bytes] = {"evaluation/results.json": (json.dumps(published, indent=2) + "\n").encode()}
     for model in results["models"]:
-        if model != FLIGHT:  # FLIGHT is computed from the constrained answers
+        if model not in (FLIGHT, NO_THRESHOLD):  # computed from the constrained answers
             files[f"evaluation/{model}.jsonl"] = run.evaluation(model) / "predictions.jsonl"
     picture = run.folder / "report.png"
     if not picture.is_file():

@@ -14,14 +14,15 @@ from orion_triage.dataset.records import image_path, read_split
 from orion_triage.errors import printable
 from orion_triage.evaluate.conditions import CONDITIONS
 from orion_triage.evaluate.judgement import BUDGETS
-from orion_triage.evaluate.results import FLIGHT, as_flown
+from orion_triage.evaluate.results import FLIGHT, NO_THRESHOLD, SHOWN, as_flown
 from orion_triage.evaluate.run import Row, prediction_of, read_predictions
-from orion_triage.evaluate.variants import MODELS, OTHER_PAIR, SERVER
+from orion_triage.evaluate.variants import OTHER_PAIR, SERVER
 from orion_triage.imagery.frames import CAMERA_SIZE, read_frame, shrink
+from orion_triage.mission.decide import Rules, decide
 from orion_triage.mission.prompt import Coordinates, format_degrees, render_prompt
 from orion_triage.mission.verdict import CATEGORIES, Category
 from orion_triage.report import plot
-from orion_triage.report.render import against_linear_probe, from_template
+from orion_triage.report.render import MET, OUTCOME_OF, against_linear_probe, from_template
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,7 +48,7 @@ class Chart:
 class WrongAnswer:
     """A card of the gallery. `predicted` is None for an answer without a verdict.
 
-    `by_rule`: the frame is blank, and so LOW whatever the model answers.
+    `decided_by` is that of the decision (see mission/decide.py), and `said` the model's own category.
     """
 
     condition: str
@@ -56,7 +57,8 @@ class WrongAnswer:
     place: str
     truth: Category
     predicted: Category | None
-    by_rule: bool
+    said: Category | None
+    decided_by: str
     cost: float
     confidence: float
     scores: dict[str, float]
@@ -86,9 +88,10 @@ def thumbnail(path: "Path") -> bytes | None:
 def render_html(results: dict[str, Any], rows: Sequence[Row], thumbnail: Thumbnail) -> str:
     """The document; `rows` are the lines of predictions.jsonl from which the answers of the flight model derive."""
     model = flight_model(results)
-    models = [name for name in (*MODELS, FLIGHT) if name in results["models"]]
+    models = [name for name in SHOWN if name in results["models"]]
     scored = [name for name in models if "brier" in results["models"][name]["B"]]
     calibrated = [name for name in ("quantized", FLIGHT) if name in scored] or scored[-1:]
+    drawn = [name for name in models if name != NO_THRESHOLD]  # in the charts it would lie under "flight"
     wrong = wrong_answers(results, rows)
     return from_template(
         "report.html.j2",
@@ -101,8 +104,8 @@ def render_html(results: dict[str, Any], rows: Sequence[Row], thumbnail: Thumbna
         rates=[(condition, main_rates(results["models"][model][condition])) for condition in "BA"] if model else [],
         linear_probe=against_linear_probe(results),
         size=(plot.WIDTH, plot.HEIGHT),
-        accuracy_chart=accuracy_chart(results, models) if models else None,
-        budget_chart=budget_chart(results, scored) if scored else None,
+        accuracy_chart=accuracy_chart(results, drawn) if models else None,
+        budget_chart=budget_chart(results, [name for name in scored if name in drawn]) if scored else None,
         calibration_charts=[reliability_chart(results, name) for name in calibrated]
         + ([coverage_chart(results, calibrated)] if calibrated else []),
         matrices=[
@@ -115,6 +118,8 @@ def render_html(results: dict[str, Any], rows: Sequence[Row], thumbnail: Thumbna
         asked_count=sum(row["condition"] in "AB" for row in rows),
         gallery=[(answer, _data_address(thumbnail(answer.image))) for answer in wrong[:GALLERY]],
         measurements=flat(results["figures"]),
+        met=MET,
+        outcome_of=OUTCOME_OF,
     )
 
 
@@ -209,10 +214,13 @@ def wrong_answers(results: dict[str, Any], rows: Sequence[Row]) -> list[WrongAns
     """
     places = {row["name"]: row["coordinates"] for row in rows if row["condition"] == "A"}
     costs = dict(zip(CATEGORIES, results["settings"]["mission"]["costs"], strict=True))
-    blank = results["blank_frames"] if flight_model(results) == FLIGHT else []
-    ruled = as_flown([prediction_of(row) for row in rows], blank)
+    flown = flight_model(results) == FLIGHT
+    blank = results["blank_frames"] if flown else []
+    point = results["operating_point"] if flown else None
+    rules = Rules(low_threshold=point["low_threshold"] if point else None)
+    answered = [prediction_of(row) for row in rows]
     wrong = []
-    for row, prediction in zip(rows, ruled, strict=True):
+    for row, answer, prediction in zip(rows, answered, as_flown(answered, blank, rules), strict=True):
         predicted = prediction.predicted
         if prediction.condition not in "AB" or predicted == prediction.truth:
             continue
@@ -227,7 +235,8 @@ def wrong_answers(results: dict[str, Any], rows: Sequence[Row]) -> list[WrongAns
                 place=_place(places.get(prediction.name)),
                 truth=prediction.truth,
                 predicted=predicted,
-                by_rule=prediction.name in blank,
+                said=answer.predicted,
+                decided_by=decide(answer.predicted, answer.scores, blank=prediction.blank, rules=rules).by,
                 cost=priced[CATEGORIES.index(predicted)] if predicted else max(priced),
                 confidence=scores.get(predicted, 0.0) if predicted else 0.0,
                 scores={category.value: score for category, score in scores.items()},

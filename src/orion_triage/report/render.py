@@ -6,20 +6,28 @@ from typing import TYPE_CHECKING, Any
 from orion_triage import templates
 from orion_triage.evaluate.baselines import LOGISTIC_REGRESSION
 from orion_triage.evaluate.conditions import CONDITIONS
-from orion_triage.evaluate.results import DELTAS, FLIGHT
+from orion_triage.evaluate.results import DELTAS, SHOWN
 from orion_triage.evaluate.variants import MODELS
+from orion_triage.evaluate.verdict import DO_NOT_FLY, FLY, NOT_ENOUGH
 from orion_triage.templates import percent
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 SIGNIFICANT = 0.05
+MET = {"pass": "yes", "fail": "NO", "open": "open"}  # a criterion's outcome
+OUTCOME_OF = {FLY: "pass", DO_NOT_FLY: "fail", NOT_ENOUGH: "open"}
 
 
 def render_markdown(results: dict[str, Any], figure: str) -> str:
     """The report; `figure` is the file name of the chart in the same folder."""
     return from_template(
-        "report.md.j2", results=results, rows=accuracy_rows(results), figure=figure, conditions=list(CONDITIONS)
+        "report.md.j2",
+        results=results,
+        rows=accuracy_rows(results),
+        figure=figure,
+        conditions=list(CONDITIONS),
+        met=MET,
     )
 
 
@@ -34,6 +42,7 @@ def from_template(name: str, **values: Any) -> str:
         "sentences": sentences,
         "significant": significant,
         "error_rate_at": error_rate_at,
+        "verdict_in_words": verdict_in_words,
     }
     return templates.fill("report", name, filters=filters, **values)
 
@@ -64,6 +73,32 @@ def error_rate_at(rates: dict[str, Any], kept: float) -> float:
     )
 
 
+def verdict_in_words(verdict: dict[str, Any]) -> str:
+    """What the verdict means, and the criteria that decided it."""
+    because = ", ".join(verdict["because"])
+    return {
+        FLY: "All criteria are met on the test frames.",
+        DO_NOT_FLY: f"The test frames show that the model does not meet: {because}.",
+        NOT_ENOUGH: f"No criterion is failed, but these are not shown yet: {because}.",
+    }[verdict["verdict"]]
+
+
+def verdict_table(verdict: dict[str, Any]) -> "Table":
+    """The criteria of a verdict; the cells wrap, so that it fits 80 columns."""
+    from rich.table import Column, Table
+
+    table = Table("criterion", Column("measured (95 % interval)", min_width=31), "needed", "met")
+    for row in verdict["criteria"]:
+        style = {"pass": "", "fail": "bold red", "open": "yellow"}[row["outcome"]]
+        table.add_row(row["name"], row["measured"], row["needed"], MET[row["outcome"]], style=style)
+    return table
+
+
+def advice(verdict: dict[str, Any]) -> list[str]:
+    """What to do about each criterion that is not met."""
+    return [f"{row['name']}: {row['advice']}" for row in verdict["criteria"] if row["advice"]]
+
+
 def notes(results: dict[str, Any]) -> list[str]:
     """Notes for the top of a report: unfinished stages, and models that the run did not make."""
     found = []
@@ -84,11 +119,11 @@ def notes(results: dict[str, Any]) -> list[str]:
 
 
 def shown(results: dict[str, Any], conditions: Iterable[str] = "AB") -> list[tuple[str, str, dict[str, Any]]]:
-    """(model, condition, rates) of base, fine-tuned, quantized and flight, as far as they were evaluated."""
+    """(model, condition, rates) of base, fine-tuned, quantized, and flight with and without its threshold."""
     models = results["models"]
     return [
         (model, condition, models[model][condition])
-        for model in (*MODELS, FLIGHT)
+        for model in SHOWN
         if model in models
         for condition in conditions
         if condition in models[model]
@@ -104,7 +139,7 @@ def significant(change: dict[str, dict[str, Any]]) -> str:
 def sentences(results: dict[str, Any]) -> list[str]:
     """Each difference with its significance, and the number of frames that would make it significant."""
     named = dict(results["deltas"])
-    for model in (*MODELS, FLIGHT):
+    for model in SHOWN:
         if model in results["within"]:
             named[model] = results["within"][model]
     frames = results["frames"]["count"]

@@ -86,13 +86,13 @@ def held(run: Run, name: str) -> AbstractContextManager[None]:
 
 
 def prepare(run: Run) -> None:
-    """Create the run folder and write the settings, unless a finished product was made with others.
+    """Write the settings into an existing run's folder, unless a finished product was made with others.
 
-    A command that is refused must not leave settings that contradict what is there; `running` writes them when a stage
-    begins. Of processes launched together, rank 0 writes: taking the folder clears what others left half-written there,
-    which must not be another rank's file.
+    A command that is refused must not leave a new folder, or settings that contradict what is there; `running` writes
+    them when a stage begins. Of processes launched together, rank 0 writes: taking the folder clears what others left
+    half-written there, which must not be another rank's file.
     """
-    if not processes.is_main():
+    if not processes.is_main() or not run.folder.exists():
         return
     with held(run, "prepare"):
         if not any(changed_settings(run, made) for made in _finished(run)):
@@ -113,7 +113,7 @@ def running(run: Run, stage: str) -> Iterator[None]:
     """Lock the run and write its settings for a stage that begins.
 
     If it is refused (OrionError), the settings of what is finished come back. In a run without a finished product they
-    stay: a dataset that was interrupted goes on with its source.
+    stay with what was begun, since a dataset that was interrupted goes on with its source; in an empty one they go.
     """
     with held(run, stage):
         path = run.folder / SETTINGS_FILE
@@ -125,7 +125,15 @@ def running(run: Run, stage: str) -> Iterator[None]:
         except OrionError:
             if before and processes.is_main() and _finished(run):
                 write_text(path, before)
+            elif not before and processes.is_main() and not _begun(run):
+                path.unlink(missing_ok=True)
             raise
+
+
+def _begun(run: Run) -> bool:
+    """Whether a stage has left anything in the run's folder, finished or not."""
+    own = (SETTINGS_FILE, ".lock")
+    return any(path.is_file() and path.name not in own for path in run.folder.rglob("*"))
 
 
 def _write_settings(run: Run) -> None:
@@ -210,3 +218,14 @@ def newest_run(runs: Path, stage: str) -> Path:
     if not finished:
         raise OrionError(f"{runs} has no run with a finished {stage} stage.", "Run 'orion run', or pass --run FOLDER.")
     return max(finished)[1]
+
+
+def newer_unfinished(chosen: Path, stage: str) -> list[Path]:
+    """The runs beside `chosen` that were begun after its `stage` finished, and have not finished that stage."""
+    product = Run(Path(), Settings()).product(stage)
+    since = (chosen / product / manifest.FILE_NAME).stat().st_mtime
+    return [
+        path.parent
+        for path in sorted(chosen.parent.glob(f"*/{SETTINGS_FILE}"))
+        if path.stat().st_mtime > since and not (path.parent / product / manifest.FILE_NAME).is_file()
+    ]

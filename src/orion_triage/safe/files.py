@@ -157,13 +157,14 @@ _held: set[Path] = set()
 def locked(folder: Path, purpose: str) -> Iterator[None]:
     """Hold an exclusive lock on the folder during the block; the system releases it when the process ends.
 
-    Deletes the temporary files of earlier owners first. Blocks of one process can be nested.
-    Raises OrionError when another process holds the lock.
+    Deletes the temporary files of earlier owners first. Blocks of one process can be nested. A folder that was made for
+    the lock, and got no file, is deleted at the end. Raises OrionError when another process holds the lock.
     """
     path = folder.resolve() / ".lock"
     if path in _held:
         yield
         return
+    is_new = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8") as file:
         try:
@@ -183,6 +184,8 @@ def locked(folder: Path, purpose: str) -> Iterator[None]:
             yield
         finally:
             _held.remove(path)
+            if is_new and all(file == path or file.is_dir() for file in path.parent.rglob("*")):
+                shutil.rmtree(path.parent, ignore_errors=True)
 
 
 def refusal_of_disk(folder: Path) -> str:

@@ -106,26 +106,27 @@ def scripts_folder() -> Path:
     return folder
 
 
-def server_of(host: str, environment: Mapping[str, str]) -> Server:
-    """The server `host` with the paths from the environment; same variables and defaults as in the scripts."""
+def server_of(host: str, environment: Mapping[str, str], folder: str = "") -> Server:
+    """The server `host`, with `folder` there or the paths from the environment, as in the scripts.
+
+    Without either, the folder is `orion` in the login folder, for which the server is asked.
+    """
     if not _HOST.fullmatch(host):  # ssh would read other forms as options
         raise OrionError(f"{host!r} is not a host or user@host.", "Pass --server user@host, or set SERVER.")
-    root = environment.get("ORION_SERVER_HDD_PATH", "")
+    ssh = tuple(shlex.split(environment.get("ORION_SSH") or _SSH))
+    root = folder or environment.get("ORION_SERVER_HDD_PATH", "")
     repository = environment.get("ORION_SERVER_REPO_PATH") or environment.get("ORION_REPO_DIR")
     data = environment.get("ORION_SERVER_DATA_PATH")
-    if not root:
+    if root and not root.startswith("/"):
         raise OrionError(
-            "no folder on the server given: ORION_SERVER_HDD_PATH is not set.",
-            "Set it to a folder on the server for dataset and repository: ORION_SERVER_HDD_PATH=/path",
-        )
-    if not root.startswith("/"):
-        raise OrionError(
-            f"ORION_SERVER_HDD_PATH={root} is not an absolute path on the server.",
+            f"{'--server-folder' if folder else 'ORION_SERVER_HDD_PATH'} {root} is not an absolute path on the server.",
             "Begin it with /; ~ is not expanded there.",
         )
+    if not root:
+        root = f"{_call(Server(host, ssh, '', ''), 'home')['home'].rstrip('/')}/orion"
     return Server(
         host,
-        tuple(shlex.split(environment.get("ORION_SSH") or _SSH)),
+        ssh,
         repository or f"{root}/orion-triage",
         data or f"{root}/orion_data",
         environment.get("ORION_SERVER_SETUP") or SETUP,

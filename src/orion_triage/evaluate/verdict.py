@@ -1,0 +1,351 @@
+"""May this model fly? The criteria: what was measured on the test frames, what is needed, what to do; pure functions.
+
+A criterion fails if the frames show that it is not met, and is open if there are too few of them to tell. One that
+fails makes the verdict DO NOT FLY; without a failure, one that is open makes it NOT ENOUGH EVIDENCE. Every criterion
+must be met, so their tests need no correction for their number: a bad model has to pass all of them by chance.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from orion_triage.evaluate.metrics import Prediction, compare, under
+from orion_triage.evaluate.statistics import difference_interval, frames_to_resolve
+from orion_triage.mission.verdict import CATEGORIES, Category
+from orion_triage.settings import VerdictSettings
+
+FLY, DO_NOT_FLY, NOT_ENOUGH = "FLY", "DO NOT FLY", "NOT ENOUGH EVIDENCE"
+CONDITION = "B"  # in flight, the prompt has no coordinates
+Outcome = Literal["pass", "fail", "open"]
+Predictions = Mapping[str, Sequence[Prediction]]  # by model, all conditions
+DRAWN = "synthetic"  # the source of frames that no camera took
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """One row of the verdict.
+
+    `measured` and `needed` are words; `value`, `low` and `high` are the same as numbers (shares, or seconds), null
+    where nothing was measured. `advice` is what to do; empty if it is met.
+    """
+
+    name: str
+    measured: str
+    needed: str
+    outcome: Outcome
+    advice: str = ""
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+def assess(
+    results: Mapping[str, Any],
+    predictions: Predictions,
+    needed: VerdictSettings,
+    *,
+    flight: str,
+    seconds_per_frame: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """{verdict, because, criteria}: the verdict on the run that `results` and `predictions` are of.
+
+    `flight` is the name of the model with the decisions that fly; without it, the quantized model is judged. `because`
+    names the criteria that decided. `seconds_per_frame` is {seconds_per_frame, processor} as measured by
+    `orion bench-frame`, or None.
+    """
+    criteria = list(_criteria(results, predictions, needed, flight, seconds_per_frame))
+    failed, still_open = ([c for c in criteria if c.outcome == outcome] for outcome in ("fail", "open"))
+    return {
+        "verdict": DO_NOT_FLY if failed else NOT_ENOUGH if still_open else FLY,
+        "because": [criterion.name for criterion in failed or still_open],
+        "criteria": [asdict(criterion) for criterion in criteria],
+    }
+
+
+def _criteria(
+    results: Mapping[str, Any],
+    predictions: Predictions,
+    needed: VerdictSettings,
+    flight: str,
+    seconds_per_frame: Mapping[str, Any] | None,
+) -> Iterator[Criterion]:
+    yield complete(results, flight)
+    judged = flight if flight in predictions else "quantized"
+    if judged not in predictions:
+        return
+    answers = predictions[judged]
+    rates, flown = results["models"][judged], under(answers, CONDITION)
+    yield camera(results["figures"].get("dataset", {}).get("source"))
+    yield frames(flown, needed.smallest_frames_per_category)
+    baselines = results["baselines"]
+    constants = [name for name in baselines if name.startswith("always ")]
+    if constants:
+        commonest = max(constants, key=lambda name: baselines[name]["right"])
+        yield better_than(commonest, flown, baselines[commonest], needed, "The model does not use what it sees.")
+    for name, advice in (
+        ("colour k-NN", "The model does no better than the colours of the frame: train longer, or on more frames."),
+        (
+            "coordinates k-NN",
+            "The model does no better than a map: it needs more frames of each category in each region.",
+        ),
+    ):
+        if name in baselines:
+            yield better_than(name, flown, baselines[name], needed, advice)
+    yield several_answers(flown, needed.largest_share_of_one_answer)
+    yield lost(rates[CONDITION]["irrecoverable_loss"], needed.largest_irrecoverable_loss)
+    yield found(rates[CONDITION]["high_recall"], needed.smallest_high_recall)
+    if "C" in rates and "A" in rates:
+        yield looks(answers, needed)
+    if "D" in rates:
+        yield trusts_the_image(rates["D"], needed.significance)
+    if "quantized" in predictions and "fine-tuned" in predictions:
+        yield quantization(predictions, needed)
+    yield parity(results["parity"])
+    yield blank_rule(flown, results["blank_frames"], judged == flight, needed.largest_irrecoverable_loss)
+    if needed.largest_seconds_per_frame is not None:
+        yield in_time(seconds_per_frame, needed.largest_seconds_per_frame)
+
+
+def complete(results: Mapping[str, Any], flight: str) -> Criterion:
+    """Whether the decisions that fly were evaluated, and everything was made with the run's settings."""
+    name, wanted = "evaluated as it flies", "all stages"
+    if unfinished := list(results["missing"]):
+        said = f"not finished: {', '.join(unfinished)}"
+    elif outdated := list(results["outdated"]):
+        said = f"made with other settings: {', '.join(outdated)}"
+    elif flight not in results["models"]:
+        said = "the flight's decoding was not evaluated"
+        return Criterion(
+            name, said, wanted, "open", "Run 'orion evaluate --variants constrained', then 'orion report'."
+        )
+    else:
+        return Criterion(name, "all stages", wanted, "pass")
+    return Criterion(name, said, wanted, "open", "Run 'orion run' again to finish them.")
+
+
+def camera(source: str | None) -> Criterion:
+    """Frames that a program drew cannot show how the model does on those of a camera."""
+    if source != DRAWN:
+        return Criterion("frames of a camera", f"source: {source}", "a camera's", "pass")
+    return Criterion(
+        "frames of a camera", "drawn frames (source: synthetic)", "a camera's", "open",
+        "Evaluate on frames of your camera: 'orion run --dataset FOLDER'.",
+    )  # fmt: skip
+
+
+def frames(rows: Sequence[Prediction], smallest: int) -> Criterion:
+    """Frames of each category; a blank one shows nothing, so it counts as LOW only."""
+    counts = {
+        category: sum(row.truth == category and not (row.blank and category != Category.LOW) for row in rows)
+        for category in CATEGORIES
+    }
+    rarest = min(counts, key=lambda category: counts[category])
+    enough = counts[rarest] >= smallest
+    return Criterion(
+        "test frames",
+        ", ".join(f"{count} {category}" for category, count in counts.items()),
+        f"{smallest} of each",
+        "pass" if enough else "open",
+        "" if enough else f"Label {smallest - counts[rarest]} more {rarest} frames, and as many of each rare category.",
+        value=counts[rarest],
+    )
+
+
+def better_than(
+    name: str, rows: Sequence[Prediction], baseline: Mapping[str, Any], needed: VerdictSettings, advice: str
+) -> Criterion:
+    """Whether the model is right on significantly more frames than a baseline, on the frames that the baseline has."""
+    said: Mapping[str, str] = baseline["predictions"]
+    both = [row for row in rows if row.name in said]
+    gained = sum(row.predicted == row.truth and said[row.name] != row.truth for row in both)
+    dropped = sum(row.predicted != row.truth and said[row.name] == row.truth for row in both)
+    right = sum(row.predicted == row.truth for row in both)
+    counts = f"{right}/{len(both)} against {baseline['right']}/{baseline['count']}"
+    return _difference(f"better than {name}", counts, (gained, dropped, len(both)), needed, advice)
+
+
+def _difference(
+    name: str, counts: str, differing: tuple[int, int, int], needed: VerdictSettings, advice: str
+) -> Criterion:
+    """A paired difference that must be significantly above 0; `differing` is (gained, lost, frames)."""
+    from orion_triage.evaluate.statistics import mcnemar
+
+    gained, dropped, total = differing
+    low, high = difference_interval(gained, dropped, total)
+    difference, p = (gained - dropped) / total, mcnemar(gained, dropped).exact_p
+    p_in_words = "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+    measured = f"{counts}: {_points(difference, low, high)}, {p_in_words}"
+    wanted = f"more, p < {needed.significance:g}"
+    if gained > dropped and p < needed.significance:
+        return Criterion(name, measured, wanted, "pass", "", difference, low, high)
+    if gained <= dropped or 100 * high < needed.smallest_gain_points:
+        return Criterion(name, measured, wanted, "fail", advice, difference, low, high)
+    more = frames_to_resolve(gained, dropped, total)
+    few = f"A difference of this size takes about {more:,} test frames to show."
+    return Criterion(name, measured, wanted, "open", few, difference, low, high)
+
+
+def _points(difference: float, low: float, high: float) -> str:
+    return f"{100 * difference:+.0f} points ({100 * low:.0f} to {100 * high:.0f})"
+
+
+def several_answers(rows: Sequence[Prediction], largest: float) -> Criterion:
+    """Whether the commonest decision leaves room for others; a split of mostly one category may be answered so."""
+    counts = {category: sum(row.predicted == category for row in rows) for category in (*CATEGORIES, None)}
+    commonest = max(counts, key=lambda category: counts[category])
+    share = counts[commonest] / len(rows)
+    true = sum(row.truth == commonest for row in rows) / len(rows)
+    name = "several answers"
+    measured = f"{commonest or 'no verdict'} for {counts[commonest]} of {len(rows)} frames"
+    wanted = f"none for {largest:.0%}"
+    if share < max(largest, true + 0.05):
+        return Criterion(name, measured, wanted, "pass", "", share)
+    advice = "The model gives one answer to almost everything: train longer, or read its answers in the report."
+    return Criterion(name, measured, wanted, "fail", advice, share)
+
+
+def lost(loss: Mapping[str, Any], largest: float) -> Criterion:
+    """The share of HIGH and MEDIUM frames that are decided LOW, which deletes them on board."""
+    name, wanted = "HIGH and MEDIUM lost", f"upper end at most {largest:.0%}"
+    if not loss["total"]:
+        return Criterion(name, "no such frame", wanted, "open", "Add HIGH and MEDIUM frames to the test split.")
+    measured = f"{loss['count']} of {loss['total']}: {_rate(loss)}"
+    values = (loss["rate"], loss["low"], loss["high"])
+    if loss["high"] <= largest:
+        return Criterion(name, measured, wanted, "pass", "", *values)
+    if loss["rate"] > largest:
+        advice = (
+            f"Choose a threshold: 'orion threshold --max-irrecoverable-loss {100 * largest:g}%'; if one was chosen, "
+            "'orion threshold --undo'. Read the lost frames in the report."
+        )
+        return Criterion(name, measured, wanted, "fail", advice, *values)
+    more = _frames_to_bound(loss["count"], loss["total"], largest)
+    advice = (
+        f"About {more:,} HIGH and MEDIUM test frames would show it at this loss."
+        if more
+        else "Reduce the loss first: it is too near the limit for any number of frames to show."
+    )
+    return Criterion(name, measured, wanted, "open", advice, *values)
+
+
+def _frames_to_bound(count: int, total: int, largest: float) -> int | None:
+    """The number of frames at which the interval of this rate ends at `largest`; None above a million."""
+    from orion_triage.evaluate.statistics import wilson
+
+    frames = total
+    while frames < 1_000_000:
+        if wilson(round(count * frames / total), frames)[1] <= largest:
+            return frames
+        frames += max(1, frames // 50)
+    return None
+
+
+def found(recall: Mapping[str, Any], smallest: float) -> Criterion:
+    """The share of HIGH frames that are answered HIGH, which sends them now."""
+    name, wanted = "HIGH found", f"lower end at least {smallest:.0%}"
+    if not recall["total"]:
+        return Criterion(name, "no such frame", wanted, "open", "Add HIGH frames to the test split.")
+    measured = f"{recall['count']} of {recall['total']}: {_rate(recall)}"
+    values = (recall["rate"], recall["low"], recall["high"])
+    if recall["low"] >= smallest:
+        return Criterion(name, measured, wanted, "pass", "", *values)
+    if recall["rate"] < smallest:
+        advice = "Train on more HIGH frames, and read the missed ones in the report."
+        return Criterion(name, measured, wanted, "fail", advice, *values)
+    return Criterion(name, measured, wanted, "open", "Label more HIGH test frames.", *values)
+
+
+def _rate(value: Mapping[str, Any]) -> str:
+    return f"{value['rate']:.0%} ({100 * value['low']:.0f} to {100 * value['high']:.0f})"
+
+
+def looks(answers: Sequence[Prediction], needed: VerdictSettings) -> Criterion:
+    """Whether the image helps: A (image and coordinates) against C (noise and the same coordinates)."""
+    with_image, blind = under(answers, "A"), under(answers, "C")
+    change = compare(blind, with_image)
+    right = [sum(row.predicted == row.truth for row in rows) for rows in (with_image, blind)]
+    return _difference(
+        "looks at the image", f"{right[0]}/{len(blind)} with it, {right[1]}/{len(blind)} with noise (C)",
+        (change.gained, change.lost, len(blind)), needed,
+        "The image does not help the model: check the frames that it was trained on ('orion dataset view').",
+    )  # fmt: skip
+
+
+def trusts_the_image(rates: Mapping[str, Any], significance: float) -> Criterion:
+    """Whether conflicting coordinates (D) leave the answer to the image.
+
+    Frames right under D against those that moved to the category of the coordinates' place; a frame that has the same
+    wrong answer without coordinates is an error of vision, and counts for neither.
+    """
+    from scipy.stats import binomtest
+
+    kept, moved = rates["trusted_vision"], rates["moved_to_coordinates"]
+    name, wanted = "trusts the image (D)", f"more right, p < {significance:g}"
+    measured = f"{kept} of {rates['count']} right, {moved} moved to false coordinates"
+    p = float(binomtest(kept, kept + moved).pvalue) if kept + moved else 1.0
+    share = moved / rates["count"]
+    if kept > moved and p < significance:
+        return Criterion(name, measured, wanted, "pass", "", share)
+    if kept <= moved:
+        advice = "The model follows the coordinates: train with more places, so that it cannot learn them by heart."
+        return Criterion(name, measured, wanted, "fail", advice, share)
+    return Criterion(name, measured, wanted, "open", "Label more test frames.", share)
+
+
+def quantization(predictions: Predictions, needed: VerdictSettings) -> Criterion:
+    """The quantized model against the fused one, in flight's condition."""
+    before, after = (under(predictions[model], CONDITION) for model in ("fine-tuned", "quantized"))
+    change = compare(before, after)
+    low, high = difference_interval(change.gained, change.lost, len(after))
+    limit = needed.largest_quantization_loss_points
+    name, wanted = "quantization", f"lower end above -{limit:g}"
+    right = [sum(row.predicted == row.truth for row in rows) for rows in (before, after)]
+    before_and_after = f"{right[1]}/{len(after)} after {right[0]}/{len(after)}"
+    measured = f"{before_and_after}: {_points(change.points / 100, low, high)}"
+    values = (change.points / 100, low, high)
+    if change.lost > change.gained and (change.exact_p < needed.significance or -change.points > limit):
+        advice = "Find the step that loses: 'Accuracy by step' in the report; then docs/quantization.md."
+        return Criterion(name, measured, wanted, "fail", advice, *values)
+    if 100 * low < -limit:
+        return Criterion(name, measured, wanted, "open", "Label more test frames.", *values)
+    return Criterion(name, measured, wanted, "pass", "", *values)
+
+
+def parity(measured: Mapping[str, Any] | None) -> Criterion:
+    """Whether llama.cpp computes what transformers does; its evaluation is refused if it does not."""
+    name, wanted = "llama.cpp as transformers", "measured"
+    if measured is None:
+        advice = "Run 'orion evaluate --variants F16': it measures the difference, and says where it is too large."
+        return Criterion(name, "not measured", wanted, "open", advice)
+    agreement = measured["agreement"]
+    said = f"{agreement:.1%} agree, {measured['largest_difference']:.4f} nats apart"
+    return Criterion(name, said, wanted, "pass", "", agreement)
+
+
+def blank_rule(rows: Sequence[Prediction], blank: Sequence[str], in_flight: bool, largest: float) -> Criterion:
+    """Blank frames are dropped without asking the model, so frames with content must not be among them."""
+    name, wanted = "blank rule", f"on; at most {largest:.0%} of those"
+    if not in_flight:
+        return Criterion(name, "not evaluated", wanted, "open", "Run 'orion evaluate --variants constrained'.")
+    valuable = [row for row in rows if row.truth != Category.LOW]
+    dropped = sum(row.name in set(blank) for row in valuable)
+    share = dropped / max(1, len(valuable))
+    measured = f"on; {dropped} of {len(valuable)} HIGH and MEDIUM frames are blank"
+    if share <= largest:
+        return Criterion(name, measured, wanted, "pass", "", share)
+    advice = "Look at the blank frames ('orion dataset view'): the pictures or their labels are wrong."
+    return Criterion(name, measured, wanted, "fail", advice, share)
+
+
+def in_time(measured: Mapping[str, Any] | None, largest: float) -> Criterion:
+    """Seconds per frame of the flight's setup, on the machine that measured it."""
+    name, wanted = "seconds per frame", f"at most {largest:g} s"
+    if measured is None:
+        advice = "Run 'orion bench-frame' on the flight computer."
+        return Criterion(name, "not measured", wanted, "open", advice)
+    seconds = float(measured["seconds_per_frame"])
+    said = f"{seconds:.2f} s on {measured['processor']}"
+    if seconds <= largest:
+        return Criterion(name, said, wanted, "pass", "", seconds)
+    advice = "Train at a smaller frame size, or take a smaller base: see 'orion bench-frame'."
+    return Criterion(name, said, wanted, "fail", advice, seconds)
