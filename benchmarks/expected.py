@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from orion_triage.dataset.records import split_path
-from orion_triage.machine.describe import describe
+from orion_triage.machine.describe import describe, kind_of_processor
 from orion_triage.safe.files import sha256_of_file, write_text
 from orion_triage.settings import SPLITS
 
@@ -24,12 +24,6 @@ HERE = Path(__file__).parent / "expected"
 TRAINED_FRAMES = 5
 LOSS = 0.1  # nats per token of the validation loss
 EXACT_BASELINES = ("majority class", "colour k-NN", "coordinates k-NN")
-
-
-def kind_of_machine() -> str:
-    """avx512 or avx2 (the two kinds that were seen), else the machine's architecture."""
-    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
-    return "avx512" if "avx512f" in flags else "avx2" if "avx2" in flags else "other"
 
 
 def measured(run: Path) -> dict[str, Any]:
@@ -74,7 +68,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="a finished run of 'make run'")
     parser.add_argument("--write", action="store_true", help="write the file instead of comparing with it")
     options = parser.parse_args()
-    kind, found = kind_of_machine(), measured(options.run)
+    kind, found = kind_of_processor(), measured(options.run)
     path = HERE / f"{kind}.json"
     if options.write:
         write_text(path, json.dumps({"made_on": describe()["processor"], **found}, indent=1) + "\n")

@@ -29,8 +29,8 @@ STAGES = stages(Settings())
 REAL_FRAMES = SHARED / "frames"
 COMMANDS = (
     "run", "dataset", "ablation", "fine-tune", "fuse", "quantize", "evaluate", "threshold",
-    "report", "compare", "push", "clean", "verify", "triage", "bench-frame", "toolchain", "rehearse",
-    "doctor", "settings", "bundle", "remote",
+    "report", "verdict", "compare", "push", "clean", "verify", "triage", "bench-frame", "toolchain", "rehearse",
+    "plan", "doctor", "settings", "bundle", "remote",
 )  # fmt: skip
 
 

@@ -13,6 +13,8 @@ from orion_triage.dataset.dataset import Dataset
 from orion_triage.errors import OrionError
 from orion_triage.evaluate import variants
 from orion_triage.evaluate.variants import Variant
+from orion_triage.machine import rates
+from orion_triage.machine.describe import machine_name
 from orion_triage.models.load import base_name, resolve_base
 from orion_triage.progress import Progress, silent
 from orion_triage.runs import manifest
@@ -177,6 +179,41 @@ def is_current(stage: Stage, run: Run) -> bool:
     return manifest.is_current(stage.folder(run), settings=stage.settings_of(run.settings), inputs=inputs)
 
 
+@dataclass(frozen=True)
+class Forecast:
+    """A stage before a run starts: whether it is skipped, or how long it takes as measured (None: not known)."""
+
+    stage: str
+    skipped: bool
+    measured: rates.Measured | None = None
+
+
+def forecast(run: Run) -> list[Forecast]:
+    """The stages of the run in order, before any of them starts; reads all finished products, and changes nothing.
+
+    A stage is to be done if it is not current or is made from something that will be made again. If that comes out the
+    same, the run skips it after all.
+    """
+    machine = machine_name()
+    remade: set[Path] = set()
+    counts: rates.Counts | None = None
+    planned = []
+    for stage in stages(run.settings):
+        try:
+            skipped = is_current(stage, run) and remade.isdisjoint(stage.inputs(run).values())
+        except OrionError:  # a damaged manifest, which the stage reports
+            skipped = False
+        if stage is DATASET:
+            counts = rates.counts_of(run) if skipped else None
+        if skipped:
+            planned.append(Forecast(stage.name, True))
+            continue
+        remade.add(stage.folder(run))
+        seconds = rates.measured(stage.name, stage.settings_of(run.settings), machine, run, counts)
+        planned.append(Forecast(stage.name, False, seconds))
+    return planned
+
+
 def run_stage(
     stage: Stage, run: Run, *, progress: Progress = silent, force: bool = False
 ) -> tuple[manifest.Manifest, bool]:
@@ -230,6 +267,7 @@ def _do(stage: Stage, run: Run, inputs: dict[str, str], progress: Progress) -> m
             inputs=inputs,
             seconds=time.monotonic() - began,
             figures=figures,
+            machine=machine_name(),
         )
 
 

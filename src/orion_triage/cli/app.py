@@ -9,9 +9,9 @@ from typer.core import TyperGroup
 
 COMMANDS = (
     "run", "dataset", "fine-tune", "fuse", "quantize", "bundle", "verify", "clean", "push", "settings", "remote",
-    "ablation", "evaluate", "report", "compare", "threshold",
+    "ablation", "evaluate", "report", "verdict", "compare", "threshold",
     "triage", "bench-frame",
-    "doctor", "toolchain", "rehearse",
+    "plan", "doctor", "toolchain", "rehearse",
 )  # fmt: skip
 
 

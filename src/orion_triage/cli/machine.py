@@ -191,3 +191,56 @@ def doctor(
             messages().print(f"No measurements yet. Run 'orion rehearse --preset {preset}'.")
     if any(finding.state == "missing" for finding in findings):
         raise typer.Exit(1)
+
+
+@command(
+    epilog="Example: orion plan\n\n"
+    "Example: orion plan --preset lfm2.5-vl-1.6b --gpu rtx-4090 --frames 400\n\n"
+    "Example: orion plan --preset lfm2.5-vl-1.6b --gpu none --frames 1000 --json"
+)
+def plan(
+    preset: PresetOption = "tiny",
+    assignments: SetOption = [],  # noqa: B006
+    gpu: Annotated[str, typer.Option("--gpu", metavar="NAME", help="GPU that you have or rent, or none.")] = "none",
+    frames: Annotated[int, typer.Option("--frames", help="Number of labelled frames, all splits together.")] = 360,
+    as_json: JsonOption = False,
+) -> None:
+    """Print the steps from the laptop to the Pi with time, memory and disk.
+
+    Every number is marked: m measured by this project, s from a source, e
+    estimated. Runs nothing. docs/from-laptop-to-pi.md explains the steps.
+    """
+    from dataclasses import asdict
+
+    from rich.table import Table
+
+    from orion_triage.machine.plan import COLUMNS, GPUS, plan, reasons, rows, time_in_words
+    from orion_triage.settings import load_settings
+
+    made = plan(load_settings(preset, assignments), gpu, frames)
+    low, high = made.seconds
+    if as_json:
+        typer.echo(json.dumps(asdict(made) | {"seconds": {"low": low, "high": high}}, indent=2))
+        return
+    split = ", ".join(f"{count:,} {name}" for name, count in made.frames.items())
+    table = Table(
+        title=f"{made.preset}, GPU {gpu}, {frames:,} frames ({split})",
+        caption="m: measured by this project, on another machine. s: from a source. e: estimated. "
+        "-: not known, or not needed.",
+    )
+    for name in COLUMNS:
+        table.add_column(name, overflow="fold")
+    for row in rows(made):
+        table.add_row(*row)
+    console = output()
+    console.print(table)
+    console.print(f"in all, without the steps whose time is not known: {time_in_words(low, high, exact=False)} (e)")
+    for title, lines in (
+        ("How each number is known:", reasons(made)),
+        ("What the last 'orion rehearse' on this machine says instead:", made.rehearsed),
+        ("What so many frames show:", made.claims),
+    ):
+        for line in [title, *(f"- {line}" for line in lines)] if lines else []:
+            console.print(line, soft_wrap=True)
+    if made.gpu is None:
+        console.print(f"GPUs for --gpu: {', '.join(GPUS)}", soft_wrap=True)

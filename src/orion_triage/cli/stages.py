@@ -1,10 +1,12 @@
 """Pipeline commands: run all stages or one stage, then verify, clean or publish the results."""
 
 import json
+import time
+from collections.abc import Iterator
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -27,6 +29,9 @@ from orion_triage.cli.terminal import (
     run_of,
 )
 
+if TYPE_CHECKING:
+    from orion_triage.pipeline import Forecast
+
 command = partial(app.command, rich_help_panel="Pipeline")
 
 
@@ -45,16 +50,22 @@ def run(
 ) -> None:
     """Run all stages in order, from the dataset to the report.
 
-    Skips finished stages. Run the same command again to resume.
+    Skips finished stages. Run the same command again to resume. Says first what
+    it will do and about how long, by earlier runs on this machine.
     """
     from orion_triage.llama_cpp.toolchain import built_meanwhile, find_toolchain
-    from orion_triage.pipeline import check_inputs, stages
+    from orion_triage.pipeline import check_inputs, forecast, stages
+    from orion_triage.progress import in_words
+    from orion_triage.runs.manifest import read_manifest
     from orion_triage.safe.files import locked
 
+    began = time.monotonic()
     current = run_of(preset, assignments, folder, source=source, dataset=dataset, test_size=test_size)
     check_inputs(current)
     dataset_stage, *others = stages(current.settings)
     with locked(current.folder, "orion run"):
+        for line in announcement(current, forecast(current)):
+            messages().print(line, soft_wrap=True)
         # llama.cpp is compiled only during the first stage: in parallel, a training took 690 s instead of 560 s.
         with built_meanwhile() as building:
             do_stage(dataset_stage, current)
@@ -63,7 +74,49 @@ def run(
                     find_toolchain(progress)
         for stage in others:
             do_stage(stage, current)
+    made = [read_manifest(stage.folder(current)) for stage in (dataset_stage, *others)]
+    stages_took = in_words(sum(one.seconds for one in made if one))
+    this_took = in_words(time.monotonic() - began)
+    messages().print(f"all {len(made)} stages by their manifests: {stages_took}; this command: {this_took}")
     write_report(current, as_json=False)
+
+
+def announcement(current: Any, planned: "list[Forecast]") -> Iterator[str]:
+    """What a run will do and about how long, by what was measured on this machine, if anything was."""
+    from orion_triage.llama_cpp.toolchain import existing_tools
+    from orion_triage.machine import plan
+    from orion_triage.models.load import TINY_BASE
+    from orion_triage.progress import in_words
+
+    to_do = [stage for stage in planned if not stage.skipped]
+    skipped = ", ".join(stage.stage for stage in planned if stage.skipped)
+    yield f"to skip, because they are current ({len(planned) - len(to_do)} of {len(planned)}): {skipped or 'none'}"
+    if not to_do:
+        return
+    times = [in_words(stage.measured.seconds) if stage.measured else "not known" for stage in to_do]
+    listed = (f"{stage.stage} ({time})" for stage, time in zip(to_do, times, strict=True))
+    yield f"to do ({len(to_do)}): {', '.join(listed)}"
+    measured = [stage.measured for stage in to_do if stage.measured]
+    if measured:
+        runs = ", ".join(sorted({one.folder.name for one in measured}))
+        rest = "" if len(measured) == len(to_do) else ", without the stages whose time is not known"
+        total = in_words(sum(one.seconds for one in measured))
+        yield f"about {total}{rest}, by the seconds that run {runs} took on this machine"
+    else:
+        yield f"how long: not known yet, no run in {current.folder.parent} has measured this machine"
+        if current.settings.base.model == TINY_BASE:
+            low, high = (sum(seconds[end] for seconds in plan.TINY_SECONDS.values()) for end in (0, 1))
+            yield (
+                f"  for orientation, not measured here: all stages of the preset tiny took "
+                f"{plan.time_in_words(low, high, exact=True)} on {plan.AVX512}, and "
+                f"{in_words(plan.TINY_SECONDS_AVX2)} on {plan.AVX2}"
+            )
+        else:
+            preset = current.settings.preset
+            yield f"  for orientation, estimates: orion plan --preset {preset} --gpu NAME --frames N"
+    if existing_tools() is None:
+        built = plan.time_in_words(plan.BUILD.low, plan.BUILD.high, exact=True)
+        yield f"llama.cpp is built meanwhile, once: {built} on 2 cores of another machine, and longer beside other work"
 
 
 def _single(name: str, help_text: str, odd_example: str) -> None:

@@ -5,7 +5,8 @@ Results go to standard output. Messages and progress go to standard error.
 
 import json
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -15,7 +16,7 @@ import typer
 
 from orion_triage import processes
 from orion_triage.errors import one_line
-from orion_triage.progress import Progress
+from orion_triage.progress import Lines, Progress
 
 
 class SplitName(StrEnum):
@@ -94,8 +95,15 @@ def styled(style: str, text: str, rest: str = "") -> Any:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """Show a progress bar with the remaining time if standard error is a terminal."""
+def progress_bar(name: str = "", clock: Callable[[], float] = time.monotonic) -> Iterator[Progress]:
+    """Show a progress bar with the remaining time if standard error is a terminal.
+
+    In a file or a pipe, long work writes lines instead, which begin with the stage's `name`; see `Lines`.
+    """
+    console = messages()
+    if not console.is_terminal:
+        yield Lines(lambda line: console.print(line, soft_wrap=True), name, clock)
+        return
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -112,8 +120,7 @@ def progress_bar() -> Iterator[Progress]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    console = messages()
-    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Bar(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=None)
 
         def progress(description: str, done: int, total: int) -> None:
@@ -173,7 +180,7 @@ def do_stage(stage: Any, run: Any, force: bool = False) -> None:
     from orion_triage.pipeline import run_stage, stage_named
 
     stage = stage_named(stage, run.settings) if isinstance(stage, str) else stage
-    with progress_bar() as progress:
+    with progress_bar(stage.name) as progress:
         stage_manifest, skipped = run_stage(stage, run, progress=progress, force=force)
     say(stage_manifest, stage.folder(run), skipped=skipped)
 

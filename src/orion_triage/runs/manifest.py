@@ -34,7 +34,8 @@ _LIBRARIES = (
 class Manifest:
     """`inputs` and `outputs` map a name or relative path to a sha256; `figures` are the stage's measurements.
 
-    `environment` has the variables that were set and can change numbers (see processes.RECORDED).
+    `environment` has the variables that were set and can change numbers (see processes.RECORDED), and `machine` names
+    the machine that `seconds` belong to (empty: written by an earlier version).
 
     `removed` lists outputs that `orion clean` deleted. They count as unchanged, since only their hashes are needed.
     """
@@ -48,6 +49,7 @@ class Manifest:
     figures: dict[str, Any] = field(default_factory=dict)
     removed: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
+    machine: str = ""
 
 
 def hash_inputs(inputs: dict[str, Path]) -> dict[str, str]:
@@ -98,10 +100,11 @@ def write_manifest(
     inputs: dict[str, str],
     seconds: float,
     figures: dict[str, Any] | None = None,
+    machine: str = "",
 ) -> Manifest:
     """Hash all files in `folder` and write its manifest; the last step of a stage.
 
-    `seconds` is the duration of the stage. Only rank 0 writes; every process gets the manifest.
+    `seconds` is the duration of the stage on `machine`. Only rank 0 writes; every process gets the manifest.
     """
     versions = {"python": platform.python_version()}
     for library in _LIBRARIES:
@@ -118,6 +121,7 @@ def write_manifest(
         seconds=round(seconds, 3),
         figures=figures or {},
         environment=processes.recorded_environment(),
+        machine=machine,
     )
     if not processes.is_main():
         return manifest
@@ -141,7 +145,8 @@ def _checked(value: Any) -> Manifest:
     """Raises ValueError or TypeError if the value is not a valid manifest; the content of `figures` is not checked."""
     manifest = Manifest(**value)
     maps = ("settings", "inputs", "outputs", "versions", "figures", "environment")
-    if not all(isinstance(getattr(manifest, name), dict) for name in maps) or not isinstance(manifest.removed, list):
+    others = isinstance(manifest.removed, list) and isinstance(manifest.machine, str)
+    if not others or not all(isinstance(getattr(manifest, name), dict) for name in maps):
         raise ValueError("a field has the wrong type")
     # `orion clean` deletes these paths
     for name in (*manifest.outputs, *manifest.removed):
