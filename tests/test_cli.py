@@ -228,6 +228,9 @@ def test_a_second_run_skips_and_a_changed_setting_redoes_what_follows(
     assert again.returncode == 0, again.stderr
     assert re.findall(r"^(.+): unchanged, skipped", again.stderr, re.MULTILINE) == [stage.name for stage in STAGES]
     assert "fine-tuned" in again.stdout
+    names = ", ".join(stage.name for stage in STAGES)
+    assert f"to skip, because they are current ({len(STAGES)} of {len(STAGES)}): {names}\n" in again.stderr
+    assert "to do (" not in again.stderr
     structured_picture(1).save("good.png")
     assert orion("triage", "good.png").returncode == 0
 
@@ -243,6 +246,13 @@ def test_a_second_run_skips_and_a_changed_setting_redoes_what_follows(
 
     changed = orion(*run_command(), "--set", "fuse.dtype=bfloat16", "--set", "variants.all=false")
     assert changed.returncode == 0, changed.stderr
+    time = (
+        r"\(\d[^)]+\)"  # of the run that is repeated, on this machine; with another dtype, a fusion was never measured
+    )
+    to_do = rf"fuse \(not known\), quantize {time}, evaluate fine-tuned {time}, evaluate quantized {time}"
+    assert re.search(rf"^to do \(4\): {to_do}$", changed.stderr, re.MULTILINE), changed.stderr
+    assert re.search(r"^about .+, by the seconds that run small took on this machine$", changed.stderr, re.MULTILINE)
+    assert re.search(r"^all 7 stages by their manifests: .+; this command: ", changed.stderr, re.MULTILINE)
     state = re.findall(r"^(.+): (unchanged, skipped|done)", changed.stderr, re.MULTILINE)
     assert state == [
         *((name, "unchanged, skipped") for name in ("dataset", "evaluate base", "fine-tune")),

@@ -72,6 +72,18 @@ def test_what_depends_on_frames_or_gpu_is_never_called_measured(preset: str) -> 
     assert {one[key].known for key in changed} == {"estimate"}
 
 
+def test_the_missions_limits_are_its_own_for_its_own_base_only() -> None:
+    limits = {"memory", "gpu_memory"}
+
+    def known(preset: str, *assignments: str) -> set[str]:
+        training = step_of(plan_of(preset, "rtx-4090", 400, *assignments), "fine-tune")
+        return {figure.known for name, figure in vars(training).items() if name in limits and figure}
+
+    assert known(FULL) == {"source"}
+    assert known(SMALLER) == {"estimate"}
+    assert known(FULL, "fine_tune.base_weights=16-bit") == {"source", "estimate"}
+
+
 def test_a_measurement_of_the_shipped_run_is_one_for_that_run_only() -> None:
     def known(*case: Any) -> str:
         time = step_of(plan_of("tiny", "none", *case), "fine-tune").time

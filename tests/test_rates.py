@@ -184,6 +184,23 @@ def test_pictures_from_the_cache_say_nothing_about_fetching_them(tmp_path: Path)
     assert seconds_of(Run(tmp_path / "seed-43", settings_of()))["dataset"] is None
 
 
+def test_without_the_counts_of_its_dataset_a_run_says_only_what_does_not_depend_on_them(
+    tmp_path: Path, small_dataset: Path
+) -> None:
+    settings = settings_of(f"dataset.folder={small_dataset}")
+    earlier = earlier_run(tmp_path / "seed-42", settings)
+    (earlier.dataset / "manifest.json").unlink()
+    run = Run(tmp_path / "mine", settings)
+    run_stage(DATASET, run)
+    assert {stage for stage, seconds in seconds_of(run).items() if seconds} == {"fuse", "quantize"}
+
+
+@pytest.mark.parametrize("figures", [{}, {"steps": "x", "resumed_from_step": 0, "epochs": 5}, {"steps": 0}])
+def test_figures_that_make_no_sense_are_left_out(tmp_path: Path, figures: dict[str, Any]) -> None:
+    earlier_run(tmp_path / "seed-42", settings_of(), fine_tune={"figures": figures}, dataset={"figures": figures})
+    assert seconds_of(Run(tmp_path / "seed-43", settings_of()))["fine-tune"] is None
+
+
 def test_the_newest_run_counts_and_a_damaged_one_is_left_out(tmp_path: Path) -> None:
     old = earlier_run(tmp_path / "old", settings_of(), fuse={"seconds": 50.0})
     new = earlier_run(tmp_path / "new", settings_of(), fuse={"seconds": 7.0})

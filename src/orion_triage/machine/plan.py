@@ -137,7 +137,6 @@ class _Measured:
     fuse_memory: float
     quantize_seconds: float  # with its checks
     quantize_memory: float
-    answer_memory: float
     rehearsal_seconds: float
     pair_bytes: float  # Q4_K_M and mmproj
     merged_bytes: float
@@ -149,14 +148,13 @@ class _Measured:
 _BUDGETS = f"docs/budgets.md, {AVX512}"
 _SPLIT_OF_A_QUESTION = f"docs/performance.md, {AVX512}"
 _OF_1600M = _Measured(
-    1_596_625_904, 107, 5.06e9, 68, 1.83e9, 2.31e9, 244, 0.730e9 + 0.854e9, 3.193e9,
+    1_596_625_904, 107, 5.06e9, 68, 1.83e9, 244, 0.730e9 + 0.854e9, 3.193e9,
     Figure(3.926e9, 3.926e9, "measured", "F16 2.342, Q4_K_M 0.730 and mmproj 0.854 GB"),
     Figure(11, 11, "measured", _SPLIT_OF_A_QUESTION), Figure(2.5, 2.5, "measured", _SPLIT_OF_A_QUESTION),
 )  # fmt: skip
-_SHARE_450M = 450_816_512 / _OF_1600M.parameters
 _FIFTH = "as at 1.6B, times 5 s / 18 s (one answer with its start at 450M and at 1.6B, docs/budgets.md)"
 _OF_450M = _Measured(
-    450_816_512, 34, 2.30e9, 29, 1.74e9, 2.31e9 * _SHARE_450M, 90, 0.228e9 + 0.193e9, 0.902e9,
+    450_816_512, 34, 2.30e9, 29, 1.74e9, 90, 0.228e9 + 0.193e9, 0.902e9,
     Figure(1.08e9, 1.08e9, "estimate", "Q4_K_M 0.228, mmproj 0.193 GB (measured); F16 as at 1.6B, by parameters"),
     Figure(11 * 5 / 18, 11 * 5 / 18, "estimate", _FIFTH), Figure(2.5 * 5 / 18, 2.5 * 5 / 18, "estimate", _FIFTH),
 )  # fmt: skip
@@ -381,13 +379,10 @@ def _full_size_steps(settings: Settings, base: _Measured, gpu: Gpu | None, count
     preset, frames = settings.preset, sum(counts.values())
     share = base.parameters / _OF_1600M.parameters
     needs = needs_of(settings, base.parameters)
-    limit = Figure(needs.memory, needs.memory, "source", "the mission document's limit for any stage, by parameters")
+    is_mission = base is _OF_1600M
+    limit = _limit(needs.memory, is_mission)
+    gpu_memory = _limit(needs.gpu_memory, is_mission and settings.fine_tune.base_weights == "nf4")
     too_small = _too_small(gpu, needs.gpu_memory)
-    gpu_memory = (
-        Figure(needs.gpu_memory, needs.gpu_memory, "source", "the mission document's limit; not measured on a GPU")
-        if needs.gpu_memory
-        else None
-    )
     asking = _asking(base, gpu, counts["test"], share)
     rehearsal = Step(
         "rehearse", "GPU machine", f"orion rehearse --preset {preset}",
@@ -432,7 +427,6 @@ def _full_size_steps(settings: Settings, base: _Measured, gpu: Gpu | None, count
         _GOLDEN,
         f"{_GOLDEN} golden images: image and question, {_SPLIT_OF_A_QUESTION}",
     )
-    is_mission = base is _OF_1600M
     check = (
         Figure(_GOLDEN * _OUR_PI_FRAME[0], _GOLDEN * _PI_FRAME.high, "estimate", f"{_GOLDEN} golden images, each "
                f"{_OUR_PI_FRAME[0]} s (estimate, docs/raspberry-pi.md) to {_PI_FRAME.high:.0f} s (published flight)")
@@ -449,6 +443,17 @@ def _full_size_steps(settings: Settings, base: _Measured, gpu: Gpu | None, count
 
 def _at_home(steps: Sequence[Step]) -> list[Step]:
     return [replace(step, where="laptop") if step.where == "GPU machine" else step for step in steps]
+
+
+def _limit(needed: int | None, is_missions: bool) -> Figure | None:
+    """What `orion doctor` asks for: the mission document's limit, or for another base or weights scaled from it."""
+    if needed is None:
+        return None
+    if is_missions:
+        return Figure(needed, needed, "source", "the mission document's limit; not measured on a GPU")
+    return Figure(
+        needed, needed, "estimate", "the mission document's limit for 1.6B in 4 bits, by parameters and weights"
+    )
 
 
 def _too_small(gpu: Gpu | None, needed: int | None) -> str:

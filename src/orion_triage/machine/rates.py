@@ -18,6 +18,7 @@ _SAME_SECONDS = frozenset(
     {"seed", "epochs", "learning_rate", "learning_rate_schedule", "warmup_fraction", "alpha", "noise"}
     | {"catalogue", "split_seed", "imagery_seed", "split_distance_km", "test_size", "largest_missing_share"}
 )
+_WITHOUT_COUNTS = ("fuse", "quantize")  # their seconds depend on the base
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,9 @@ def measured(stage: str, settings: dict[str, Any], machine: str, run: Run, count
         if _without(made.settings) != _without(settings) or (stage == "quantize" and not _same_base(folder, run)):
             continue
         earlier = counts_of(Run(folder, run.settings))
-        with suppress(OrionError, KeyError, TypeError, ZeroDivisionError):
+        if earlier is None and stage not in _WITHOUT_COUNTS:
+            continue
+        with suppress(OrionError, AttributeError, KeyError, TypeError, ZeroDivisionError):  # figures are not checked
             seconds, epochs, share = _whole(stage, folder, made, run)
             if not share:  # resumed when only the end was left, or fetched from a cache
                 continue
@@ -120,7 +123,7 @@ def _whole(stage: str, folder: Path, made: Manifest, run: Run) -> tuple[float, i
 
 def _units(stage: str, counts: Counts | None, epochs: int) -> float:
     """The work of a stage, in a unit that only a ratio of two needs."""
-    if counts is None or stage in ("fuse", "quantize"):
+    if counts is None or stage in _WITHOUT_COUNTS:
         return 1.0
     if stage == "fine-tune":
         return float(counts.train_records * epochs)
