@@ -204,7 +204,7 @@ def steps(predictions: dict[str, list[Prediction]], table: Sequence[Variant]) ->
         (FLIGHT, "the threshold" if NO_THRESHOLD in predictions else blank_rule, ""),
     ]
     found: list[dict[str, Any]] = []
-    # What the variants that were not evaluated change for those after them; other quantizations change nothing for them.
+    # What the variants that were not evaluated change for those after them: other quantizations change nothing there.
     cumulative = {one.name for one in table if not one.compared_with and one.weights != "quantized F16"}
     skipped: list[str] = []
     for name, changes, other in [*rows, *flown, *others]:
