@@ -43,7 +43,7 @@ program=$(command -v orion || true)
 orion() {{
     case "$1 ${{2:-}}" in
         "--help ") command orion "$@" ;;
-        "dataset check" | "dataset view") "$program" "$@" ;;
+        "dataset check" | "dataset new" | "dataset view") "$program" "$@" ;;
         *) case "$1" in
             {STAGES}) "$program" "$1" {shlex.join(run_command()[3:])} "${{@:2}}" ;;
             *) "$program" "$@" ;;
