@@ -59,7 +59,7 @@ LONGEST_FIRST = (
     "test_html", "test_reliability", "test_fuse", "test_bundle", "test_fine_tune", "test_hostile_weights",
     "test_sentinel2", "test_simsat", "test_verdict", "test_report", "test_hostile_text", "test_directory",
     "test_synthetic", "test_share",
-    "test_build", "test_base", "test_tables", "test_stretch", "test_refused", "test_foreign_servers",
+    "test_build", "test_base", "test_tables", "test_own_folder", "test_stretch", "test_refused", "test_foreign_servers",
     "test_cleanup", "test_prerequisites", "test_training_device", "test_twins", "test_validation",
 )  # fmt: skip
 

@@ -19,18 +19,21 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from orion_triage.errors import OrionError
 from orion_triage.evaluate import threshold
 from orion_triage.export import quantize
-from orion_triage.flight import bundle, check_flight
+from orion_triage.flight import ask_frame, bundle, check_flight
+from orion_triage.imagery.frames import is_blank, shrink
 from orion_triage.llama_cpp.client import Client
 from orion_triage.llama_cpp.server import Server
 from orion_triage.llama_cpp.toolchain import WHEEL_SHA256, Toolchain, find_toolchain
 from orion_triage.llama_cpp.tools import quantize_file
 from orion_triage.mission.answer import Answer
+from orion_triage.mission.decide import Rules, decide
 from orion_triage.mission.prompt import render_prompt
 from orion_triage.mission.verdict import (
     ANSWER_TOKENS,
@@ -38,6 +41,7 @@ from orion_triage.mission.verdict import (
     CATEGORY_CUE,
     CATEGORY_GRAMMAR,
     GRAMMAR,
+    Category,
     parse_verdict,
 )
 from orion_triage.models.load import TINY_BASE_FOLDER
@@ -45,6 +49,7 @@ from orion_triage.pipeline import run_stage, stage_named
 from orion_triage.runs.run import Run, prepare
 from orion_triage.safe.files import sha256_of_file
 from orion_triage.settings import load_settings
+from tests.conftest import orion, structured_picture
 
 Check = Callable[..., subprocess.CompletedProcess[str]]
 LABELS = {"HIGH": 10, "MEDIUM": 11, "LOW": 12}  # of the stub
@@ -157,8 +162,8 @@ def test_a_bundle_has_all_that_flies_and_says_what_it_is(made: Path, small_run: 
     golden = [image["image"] for image in record["golden"]]
     assert files == {
         quantize.QUANTIZED, quantize.MMPROJ, quantize.PAIR, "LICENSE", "README.txt", "bundle.json",
-        "bundle.json.sha256", "check_flight.py", "serve.sh", "prompt.txt", "grammar.gbnf", "category_grammar.gbnf",
-        *golden,
+        "bundle.json.sha256", "check_flight.py", "ask_frame.py", "serve.sh", "prompt.txt", "grammar.gbnf",
+        "category_grammar.gbnf", *golden,
     }  # fmt: skip
     assert record["files"] == {
         name: sha256_of_file(made / name) for name in sorted(files - {"bundle.json", "bundle.json.sha256"})
@@ -258,6 +263,87 @@ def test_a_half_made_bundle_is_never_left(
     assert (mine / "thesis.txt").read_text() == "all of it"
 
 
+@pytest.mark.parametrize("size", [256, 384, 512])
+def test_the_flight_client_shrinks_as_the_ground_does(size: int) -> None:
+    noise = np.random.default_rng(size).integers(0, 256, (512, 512, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise)
+    assert ask_frame.shrink(picture.tobytes(), size) == shrink(picture, size).tobytes()
+    with Image.open(io.BytesIO(ask_frame.png(shrink(picture, size).tobytes(), size))) as read:
+        assert read.tobytes() == shrink(picture, size).tobytes()
+
+
+def test_the_flight_client_calls_blank_what_the_ground_does() -> None:
+    ramp = np.linspace(90, 90 + 14, 512 * 512 * 3).reshape(512, 512, 3)  # entropy just below 4 bits
+    frames = {
+        "white": np.full((512, 512, 3), 250.0),
+        "ramp": ramp,
+        "wider": 90 + (ramp - 90) * 1.5,
+        "grain": ramp + np.random.default_rng(1).integers(0, 2, ramp.shape),
+        "scene": np.asarray(structured_picture(3), dtype=np.float64),
+    }
+    pictures = {name: Image.fromarray(values.astype(np.uint8)) for name, values in frames.items()}
+    for name, picture in pictures.items():
+        assert b"".join(ask_frame.grey(picture.tobytes())) == picture.convert("L").tobytes(), name
+    of_ground = {name: is_blank(picture) for name, picture in pictures.items()}
+    assert {name: ask_frame.is_blank(picture.tobytes()) for name, picture in pictures.items()} == of_ground
+    assert (of_ground["ramp"], of_ground["wider"], of_ground["scene"]) == (True, False, False)
+
+
+@pytest.mark.parametrize("threshold", [None, 0.0, 0.3, 0.5, 2.0])
+def test_the_flight_client_decides_as_the_ground_does(threshold: float | None) -> None:
+    scores = [(0.3, 0.3, 0.4), (0.1, 0.3, 0.6), (0.2, 0.39, 0.41), (0.0, 0.0, 1.0), (0.5, 0.2, 0.3), None]
+    for said in ("HIGH", "MEDIUM", "LOW", None):
+        for one in scores:
+            named = dict(zip(("HIGH", "MEDIUM", "LOW"), one, strict=True)) if one else None
+            expected = decide(Category(said) if said else None, one, blank=False, rules=Rules(threshold))
+            category, by = ask_frame.decide(said, named, threshold)
+            assert (category, by.split()[0]) == (expected.category, expected.by.split()[0])
+
+
+@pytest.mark.llama_cpp
+def test_the_flight_client_answers_as_the_ground_does(
+    small_run: Run, copied: Path, running: Client, tmp_path: Path
+) -> None:
+    frame = structured_picture(1234)
+    (tmp_path / "a.raw").write_bytes(frame.tobytes())
+    (tmp_path / "white.raw").write_bytes(bytes([250]) * (512 * 512 * 3))
+    ground = json.loads(orion("triage", "a.raw", "white.raw", "--bundle", copied, "--json", cwd=tmp_path).stdout)
+    told = subprocess.run(
+        [sys.executable, "-I", "-S", copied / "ask_frame.py", "a.raw", "white.raw", "--url", running.base_url],
+        capture_output=True, text=True, cwd=tmp_path, check=False, env={"LLAMA_API_KEY": key_of(running)},
+    )  # fmt: skip
+    assert (told.returncode, told.stderr) == (0, "")
+    flown = [json.loads(line) for line in told.stdout.splitlines()]
+    assert flown[1]["decided_by"] == ground[1]["decided_by"] == "blank rule"
+    for key in ("answer", "category", "decided_by", "model_category", "reason", "blank"):
+        assert flown[0][key] == ground[0][key], key
+    assert flown[0]["scores"] == pytest.approx(ground[0]["scores"], abs=1e-6)
+    (tmp_path / "a.raw").write_bytes(b"short")
+    told = subprocess.run(
+        [sys.executable, copied / "ask_frame.py", "a.raw", "--url", running.base_url],
+        capture_output=True, text=True, cwd=tmp_path, check=False, env={"LLAMA_API_KEY": key_of(running)},
+    )  # fmt: skip
+    assert (told.returncode, told.stderr) == (1, "error: a.raw has 5 bytes, not 786432\n")
+
+
+@pytest.mark.llama_cpp
+def test_a_bundle_triages_as_its_run_does(small_run: Run, copied: Path, tmp_path: Path) -> None:
+    frame = next((small_run.dataset / "orion_dataset" / "images").glob("*.png"))
+    results = [
+        orion("triage", frame, where, folder, "--json", cwd=tmp_path)
+        for where, folder in (("--run", small_run.folder), ("--bundle", copied))
+    ]
+    assert [result.returncode for result in results] == [0, 0], results[1].stderr
+    of_run, of_bundle = (json.loads(result.stdout)[0] for result in results)
+    assert of_run == of_bundle
+    assert (of_bundle["category"], of_bundle["decided_by"]) == ("LOW", "model")
+    assert f"triage with bundle {copied} (no threshold)" in results[1].stderr
+    (copied / "prompt.txt").write_text("What is this?")
+    refused = orion("triage", frame, "--bundle", copied, cwd=tmp_path)
+    assert refused.returncode == 1
+    assert "prompt.txt was changed" in refused.stderr
+
+
 def _row(name: str, truth: str, category: str | None, *scores: float) -> dict[str, Any]:
     named = dict(zip(CATEGORIES, scores, strict=True)) if scores else None
     return {"name": name, "truth": truth, "category": category, "scores": named}
@@ -323,7 +409,12 @@ def test_go_with_a_server_that_runs(copied: Path, running: Client, tmp_path: Pat
     result = check(copied, "--url", running.base_url + "/", "--key-file", key)
     assert (result.returncode, result.stderr) == (0, ""), result.stdout
     lines = result.stdout.splitlines()
-    assert lines[-1] == "GO"
+    assert lines[-4].startswith("the ground's verdict on this model: DO NOT FLY (several answers, ")
+    assert lines[-3:] == [
+        f"risk accepted by the ground: {RISK}",
+        "this installation answers like the ground (GO) or does not (NO-GO):",
+        "GO",
+    ]
     assert sha256_of_file(copied / "bundle.json") in lines[0]
     assert sum(line.startswith("golden/") for line in lines) == 5
     assert check(copied, "--url", running.base_url, LLAMA_API_KEY=key_of(running)).returncode == 0

@@ -63,7 +63,9 @@ def test_a_run_folder_keeps_where_its_dataset_comes_from(tmp_path: Path) -> None
     assert (kept()["source"], kept()["folder"]) == ("synthetic", "")
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "dataset check", "dataset view", "dataset push", "remote train"])
+@pytest.mark.parametrize(
+    "command", [*COMMANDS, "dataset check", "dataset new", "dataset view", "dataset push", "remote train"]
+)
 def test_every_command_explains_itself_with_an_example(command: str) -> None:
     result = CliRunner().invoke(app, [*command.split(), "--help"])
     assert result.exit_code == 0

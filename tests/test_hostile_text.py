@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from orion_triage.dataset.catalogue import COLUMNS, load_catalogue
 from orion_triage.dataset.records import Record, image_path, parse_record, read_records, read_split
 from orion_triage.dataset.sources import simsat
+from orion_triage.dataset.sources.contents import read_contents
 from orion_triage.dataset.sources.directory import Directory
 from orion_triage.errors import AnswerError, OrionError, RecordError, ServerError
 from orion_triage.evaluate import threshold
@@ -294,6 +295,28 @@ def test_each_of_these_catalogues_is_refused_by_name(name: str, data: str, said:
     found = outcome(load_catalogue, path, drawable=False, named=path)
     assert isinstance(found, OrionError)
     assert re.search(said, found.message)
+
+
+TABLE = 'file;Label;lon;lat;caption;x\np0.png;HIGH;1,5;2;"Long\nquays.";1\npictures/P1;low;;;Forest.;\n'
+
+
+@given(st.one_of(mutated(TABLE.encode()), st.tuples(texts, texts).map(lambda cells: "\n".join(cells).encode())))
+def test_a_table_of_pictures_is_read_or_each_mistake_is_named(own: Path, data: bytes) -> None:
+    (own / "labels.csv").write_bytes(data)
+    contents = outcome(read_contents, own, named=own)
+    assert contents.layout
+    assert all(finding.place and finding.message and finding.fix for finding in contents.findings)
+    found = outcome(Directory, own, named=own)
+    assert isinstance(found, OrionError) == bool(contents.errors)
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "pictures").mkdir()
+    for name in ("p0.png", "pictures/p1.png"):
+        (folder / name).touch()
+    return folder
 
 
 @pytest.mark.parametrize("name", [way for way in WAYS_OUT if "C:" not in way])

@@ -1,5 +1,6 @@
 """What a refused command leaves: a finished run is the same to the last byte, and still flies."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -7,9 +8,10 @@ import pytest
 
 from orion_triage import pipeline
 from orion_triage.runs import run as runs
-from orion_triage.runs.manifest import read_manifest
-from orion_triage.runs.run import SETTINGS_FILE, changed_settings, open_run
+from orion_triage.runs.manifest import read_manifest, write_manifest
+from orion_triage.runs.run import SETTINGS_FILE, Run, changed_settings, open_run, prepare
 from orion_triage.safe.files import sha256_of_file
+from orion_triage.settings import load_settings
 
 from .conftest import orion, places_of, run_command, structured_picture, write_catalogue
 
@@ -74,6 +76,9 @@ def test_settings_of_an_unfinished_run_are_those_of_the_last_command(tmp_path: P
     """A dataset that was interrupted goes on with its source, although nothing is finished yet."""
     write_catalogue(tmp_path / "places.csv", places_of("ocean_water", "urban_grid", "mega_airport", count=4))
     sets = ("--set", "dataset.catalogue=places.csv", "--set", "dataset.split_distance_km=20")
+    begun = tmp_path / "runs" / "tiny" / "dataset_work"
+    begun.mkdir(parents=True)
+    (begun / "frame.png").write_bytes(b"of a build that was interrupted")
     assert orion("dataset", "--dataset", "gone", cwd=tmp_path).returncode == 1
     assert open_run(tmp_path / "runs" / "tiny").settings.dataset.folder == "gone"
     assert orion("dataset", *sets, cwd=tmp_path).returncode == 0
@@ -83,6 +88,38 @@ def test_settings_of_an_unfinished_run_are_those_of_the_last_command(tmp_path: P
     made = read_manifest(run.dataset)
     assert made is not None
     assert changed_settings(run, made) == []
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("dataset", "--dataset", "gone"), ("run", "--dataset", "gone"), ("run", "--set", "base.model=nowhere"),
+        ("fine-tune", "--set", "base.model=nowhere"), ("evaluate", "--variants", "F17"), ("ablation",),
+    ],
+)  # fmt: skip
+def test_a_refused_command_leaves_no_new_run_folder(command: tuple[str, ...], tmp_path: Path) -> None:
+    result = orion(*command, cwd=tmp_path)
+    assert (result.returncode, result.stderr[:7]) == (1, "error: ")
+    assert list(tmp_path.glob("runs/*")) == []
+
+
+def test_the_default_is_the_newest_finished_run_and_a_newer_unfinished_one_is_named(tmp_path: Path) -> None:
+    for number, name in enumerate(("old", "new", "begun")):
+        run = Run(tmp_path / "runs" / name, load_settings("tiny"))
+        run.dataset.mkdir(parents=True)
+        prepare(run)
+        times = (1_700_000_000 + number,) * 2
+        for stage in ("dataset", "quantize")[: 1 if name == "begun" else 2]:
+            run.product(stage).mkdir(exist_ok=True)
+            write_manifest(run.product(stage), stage=stage, settings={}, inputs={}, seconds=1)
+            os.utime(run.product(stage) / "manifest.json", times)
+        os.utime(run.folder / SETTINGS_FILE, times)
+    for command in ("verify", "report"):
+        result = orion(command, cwd=tmp_path)
+        assert result.stderr.splitlines()[:2] == ["run: runs/new", "note: runs/begun is newer, but not finished"]
+    for name in ("old", "new"):
+        shutil.rmtree(tmp_path / "runs" / name)
+    assert orion("verify", cwd=tmp_path).stderr.splitlines()[0] == "run: runs/begun"
 
 
 def test_the_stages_that_make_something_are_named_alike_where_runs_and_pipeline_know_them() -> None:

@@ -39,6 +39,8 @@ def locate(name: str, kind: Kind) -> Path:
     if folder.is_dir():
         refuse_lfs_pointers(folder)
         return folder
+    if folder.is_file():
+        raise OrionError(f"{kind} {name!r} is a file, not a folder.", f"Pass its folder: {folder.parent}.")
     match = _ID.fullmatch(name)
     if match is None or name.startswith((".", "/", "~")):
         raise OrionError(

@@ -13,7 +13,8 @@ from orion_triage.dataset import build
 from orion_triage.dataset.catalogue import COLUMNS, load_catalogue
 from orion_triage.dataset.check.soundness import check_dataset
 from orion_triage.dataset.records import FRAMES_TABLE, IMAGES_FOLDER, read_split, split_path
-from orion_triage.dataset.sources.directory import Directory, unique_ids
+from orion_triage.dataset.sources.directory import Directory
+from orion_triage.dataset.sources.picture_names import unique_ids
 from orion_triage.errors import OrionError, RecordError
 from orion_triage.evaluate.run import read_predictions
 from orion_triage.mission.prompt import Coordinates
@@ -80,7 +81,11 @@ def test_the_same_table_in_many_dialects(tmp_path: Path, name: str, data: bytes)
     ("table", "said", "fix"),
     [
         (COMMAS.replace("category", "kind"), "has no column category (found: file_name, kind, lon", "label, class"),
-        ("\n".join(LINES), "has no column file_name (found: p0.png, high", "The first line is the header"),
+        (
+            "\n".join(LINES),
+            "has no column file_name and no column category (found: p0.png, high",
+            "The first line is the header",
+        ),
         (COMMAS.replace(",lat", ",y"), "has the column lon, but not lat", "Add the column lat"),
         (COMMAS.replace("reason", "Category"), "the header has the column 'category' twice", "Delete one"),
         (COMMAS.replace("48.25", "48,25"), "line 2 has more cells than the header: 6 instead of 5", "decimal comma"),
@@ -88,8 +93,8 @@ def test_the_same_table_in_many_dialects(tmp_path: Path, name: str, data: bytes)
         (COMMAS.replace("Long quays.", r'"A \"long\" quay."'), "line 2: not CSV: ',' expected after '\"'", "double"),
         (COMMAS.encode().replace(b"Dense", b"For\xeat"), "line 3 is not UTF-8: byte 0xea", "CSV UTF-8"),
         (COMMAS.encode("utf-16-le"), "line 1 has a NUL character", "UTF-8"),
-        (COMMAS.replace("48.25", "1_0"), "metadata.csv line 2: lat '1_0' is not a number", "Correct"),
-        (COMMAS.replace("p1", "p0"), "line 3: picture 'p0.png' is already on metadata.csv line 2", "Correct"),
+        (COMMAS.replace("48.25", "1_0"), "metadata.csv line 2: lat '1_0' is not a number", "Write degrees"),
+        (COMMAS.replace("p1", "p0"), "line 3: picture 'p0.png' is already on metadata.csv line 2", "one row"),
     ],
 )
 def test_a_table_that_cannot_be_read_is_named_once(tmp_path: Path, table: str | bytes, said: str, fix: str) -> None:

@@ -51,9 +51,9 @@ def test_each_variant_says_what_its_step_gained_and_lost() -> None:
     }
     rows = steps(predictions, table(load_settings("tiny", ["variants.quantizations=Q8_0,Q6_K"])))
     assert [row["step"] for row in rows] == [
-        "the base", "training, on 4-bit weights", "the adapter on 16-bit weights and fusing",
-        "the runtime: llama.cpp and quantization to Q8_0", "quantization to Q6_K and quantization to Q4_K_M",
-        "the grammar and the rule for blank frames",
+        "the base", "training, on 4-bit weights", "the adapter on 16-bit weights, then fusing",
+        "the runtime: llama.cpp, then quantization to Q8_0", "quantization to Q4_K_M",
+        "the grammar, then the rule for blank frames",
     ]  # fmt: skip
     assert rows[0]["change"] is None
     changes = [(row["change"]["B"]["gained"], row["change"]["B"]["lost"]) for row in rows[1:]]

@@ -1,6 +1,8 @@
-"""Dataset commands: build, check, view, publish."""
+"""Dataset commands: build, check, view, publish, and an example to start from."""
 
-from itertools import groupby
+import json
+import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,7 +42,7 @@ FolderArgument = Annotated[
     str,
     typer.Argument(metavar="[FOLDER|ID]", help="Dataset folder or Hub id. Default: the dataset of the newest run."),
 ]
-_PLACES_SHOWN = 5  # findings printed of each kind; --json lists all
+_PLACES_SHOWN = 3  # findings printed of each kind, so that all kinds fit a screen; --json lists all
 
 
 @dataset_app.callback(invoke_without_command=True)
@@ -80,44 +82,117 @@ def _checked(folder: Path, root: Path) -> Any:
         return check_dataset(folder, root=root, progress=progress)
 
 
+@dataset_app.command(epilog="Example: orion dataset new my-frames")
+def new(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to make.")]) -> None:
+    """Write a small example of a folder of your own images.
+
+    Twelve drawn pictures, a table labels.csv and a README.txt. Replace them by
+    your own. Refuses a folder that is not empty.
+    """
+    from orion_triage.dataset.example import TABLE, write_example
+
+    count = write_example(folder)
+    messages().print(f"dataset new: {folder} ({count} pictures, {TABLE}, README.txt)", soft_wrap=True)
+    messages().print(f"next: {shlex.join(['orion', 'dataset', 'check', str(folder)])}", soft_wrap=True)
+
+
 @dataset_app.command(
     epilog="Example: orion dataset check\n\n"
-    "Example: orion dataset check OWNER/NAME\n\n"
-    "Example: orion dataset check runs/tiny/dataset --json"
+    "Example: orion dataset check my-frames\n\n"
+    "Example: orion dataset check OWNER/NAME --json"
 )
-def check(name: FolderArgument = "", as_json: JsonOption = False) -> None:
-    """Check a dataset for errors before training.
+def check(name: FolderArgument = "", assignments: SetOption = [], as_json: JsonOption = False) -> None:  # noqa: B006
+    """Check a dataset, or a folder of your own images, for errors before training.
 
-    Prints a fix for each kind of error.
+    Prints what the folder is, each kind of error with its fix, and the next command.
     Exits with status 1 if there are errors.
     """
-    report = _checked(*_located(name))
+    from orion_triage.dataset.records import is_published
+
+    folder, root = _located(name)
+    published = is_published(folder)
+    if published and assignments:
+        raise typer.BadParameter("has no effect on a finished dataset. Remove it.", param_hint="'--set'")
+    report = _checked(folder, root) if published else _checked_own(folder, assignments)
+    report = replace(report, next=_next(report, name, folder, assignments))
     if as_json:
         typer.echo(report.to_json())
     else:
-        _print_findings(report)
+        _print_findings(report, name or str(folder))
     if report.errors:
         raise typer.Exit(1)
 
 
-def _print_findings(report: Any) -> None:
+def _checked_own(folder: Path, assignments: list[str]) -> Any:
+    from orion_triage.dataset.check.own_folder import check_own_folder
+    from orion_triage.settings import load_settings
+
+    named = f"dataset.folder={json.dumps(str(folder))}"
+    settings = load_settings("tiny", [*assignments, named]).dataset
+    with progress_bar() as progress:
+        return check_own_folder(folder, settings, progress=progress)
+
+
+def _next(report: Any, name: str, folder: Path, assignments: list[str]) -> str:
+    """The command that comes next, or what to correct before it."""
+    sets = [word for assignment in assignments for word in ("--set", assignment)]
+    if report.errors:
+        again = shlex.join(["orion", "dataset", "check", *([name] if name else []), *sets])
+        return f"correct the errors, then run: {again}"
+    if folder.name == "dataset" and (run := _run_around(folder)):
+        preset = ["--preset", run.settings.preset] if run.settings.preset != "tiny" else []
+        default = Path("runs") / run.settings.preset
+        return shlex.join(
+            ["orion", "fine-tune", *preset, *(["--run", str(run.folder)] if run.folder != default else [])]
+        )
+    words = ["orion", "run", "--dataset", name or str(folder), "--run", f"runs/{_short(folder)}"]
+    return shlex.join([*words, *sets])
+
+
+def _run_around(folder: Path) -> Any:
+    """The run that the dataset in `folder` belongs to, or None."""
+    from orion_triage.errors import OrionError
+    from orion_triage.runs.run import open_run
+
+    try:
+        return open_run(folder.parent)
+    except OrionError:
+        return None
+
+
+def _short(folder: Path) -> str:
+    """The last part of a folder's path or of a Hub id, for the name of a run."""
+    from orion_triage import hub
+
+    return (hub.id_of(folder) or str(folder.resolve())).rpartition("/")[2] or "mine"
+
+
+def _print_findings(report: Any, name: str) -> None:
     console = output()
-    ordered = sorted(report.findings, key=lambda finding: (finding.severity, finding.check))
-    for (severity, kind), group in groupby(ordered, key=lambda finding: (finding.severity, finding.check)):
-        found = list(group)
+    console.print(f"{name}: {report.recognised}", soft_wrap=True)
+    for table in report.tables[:_PLACES_SHOWN]:
+        console.print(f"columns of {table['table']}: {_columns_in_words(table)}", soft_wrap=True)
+    for severity, kind, found in report.groups():
         colour = {"error": "bold red", "warning": "yellow"}[severity]
         console.print(styled(colour, severity, f" {kind}: {len(found)}"), soft_wrap=True)
         for finding in found[:_PLACES_SHOWN]:
-            console.print(f"  {finding.place}: {finding.message}", soft_wrap=True)
+            place = "" if finding.place == "." else f"{finding.place}: "
+            console.print(f"  {place}{finding.message}", soft_wrap=True)
         if len(found) > _PLACES_SHOWN:
             console.print(f"  and {len(found) - _PLACES_SHOWN} more (--json lists all)", soft_wrap=True)
         console.print(styled("bold", "  fix:", f" {found[0].fix}"), soft_wrap=True)
     lines = ", ".join(f"{count} {split}" for split, count in report.lines.items())
-    console.print(
-        f"{report.folder}: {len(report.errors)} errors, {len(report.warnings)} warnings in {report.frames} frames "
-        f"and {lines} records",
-        soft_wrap=True,
-    )
+    of_what = f"{report.frames} frames and {lines} records"
+    if report.rows is not None:
+        of_what = f"{report.rows} labelled pictures"
+    console.print(f"{name}: {len(report.errors)} errors, {len(report.warnings)} warnings in {of_what}", soft_wrap=True)
+    console.print(styled("bold", "next:", f" {report.next}"), soft_wrap=True)
+
+
+def _columns_in_words(table: dict[str, Any]) -> str:
+    taken = [ours if ours == theirs else f"{ours} from {theirs}" for ours, theirs in table["columns"].items()]
+    unused = f"; not used: {', '.join(table['unused'])}" if table["unused"] else ""
+    return (", ".join(taken) or "none") + unused
 
 
 @dataset_app.command(

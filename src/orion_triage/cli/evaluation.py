@@ -235,19 +235,20 @@ def print_verdict(verdict: dict[str, Any]) -> None:
 @command(
     "verdict",
     epilog="Example: orion verdict\n\nExample: orion verdict runs/tiny --json\n\n"
-    "Example: orion verdict runs/tiny || echo 'not yet'",
+    "Example: orion verdict runs/tiny --require && orion bundle runs/tiny",
 )
 def verdict_command(
     folder: Annotated[
         Path | None, typer.Argument(metavar="[RUN]", help="Run folder. Default: the newest finished run.")
     ] = None,
+    required: Annotated[bool, typer.Option("--require", help="Exit with status 1 unless the verdict is FLY.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Say whether a run's model may fly: FLY, DO NOT FLY or NOT ENOUGH EVIDENCE.
 
     Prints each criterion with what was measured on the test frames, what is
     needed, and what to do. Change the limits with --set verdict.NAME=VALUE in
-    'orion run'. Exits with status 1 unless the verdict is FLY.
+    'orion run'.
     """
     from orion_triage.evaluate.results import current_results
     from orion_triage.evaluate.verdict import FLY
@@ -259,7 +260,7 @@ def verdict_command(
         typer.echo(json.dumps({"run": str(run.folder), **verdict}, indent=2))
     else:
         print_verdict(verdict)
-    if verdict["verdict"] != FLY:
+    if required and verdict["verdict"] != FLY:
         raise typer.Exit(1)
 
 

@@ -158,9 +158,9 @@ def run_of(
 
 
 def finished_run(folder: Path | None, stage: str, split: Any = "test", *, named: bool = True) -> Any:
-    """The run that a command reads, with its saved settings. Default: the newest run that has finished `stage`.
+    """The run that a command reads, with its saved settings. Default: see `newest_run`.
 
-    Names the default on standard error (`named`), and runs that are newer and have not finished the stage.
+    Names the default on standard error (`named`), and newer runs that are not finished.
     """
     from orion_triage.runs.run import newer_unfinished, newest_run, open_run, require_settings_of_pair
 
@@ -168,8 +168,8 @@ def finished_run(folder: Path | None, stage: str, split: Any = "test", *, named:
     run = open_run(chosen, split)
     if folder is None and named:
         messages().print(f"run: {chosen}", soft_wrap=True)
-        for other in newer_unfinished(chosen, stage):
-            messages().print(f"note: {other} is newer, but its {stage} stage is not finished", soft_wrap=True)
+        for other in newer_unfinished(chosen):
+            messages().print(f"note: {other} is newer, but not finished", soft_wrap=True)
     if stage == "quantize":
         require_settings_of_pair(run)
     return run

@@ -15,7 +15,7 @@ from orion_triage import hub
 from orion_triage.dataset.catalogue import Target, load_catalogue
 from orion_triage.dataset.collect import ABSENT_TABLE, Conversions, collect, image_name, stored_bytes
 from orion_triage.dataset.land import perhaps_swapped
-from orion_triage.dataset.records import FRAMES_TABLE, Record, image_path, read_split, split_path, write_split
+from orion_triage.dataset.records import FRAMES_TABLE, Record, image_path, is_published, read_split, write_split
 from orion_triage.dataset.sources.directory import Directory
 from orion_triage.dataset.sources.simsat import METRES_PER_PIXEL_AT_500_KM, SIMSAT_URL, SimSat
 from orion_triage.dataset.sources.source import ImagerySource, Shot
@@ -44,7 +44,7 @@ def run(out_folder: Path, settings: DatasetSettings, *, progress: Progress = sil
     if published := published_folder(settings):
         return _copy(published, out_folder, settings, progress)
     source, splits = plan(settings)
-    more = _repeated(splits["test"], settings)
+    more = repeated(splits["test"], settings)
     asked: list[tuple[Split, Shot]] = [(split, Shot(target)) for split in SPLITS for target in splits[split]]
     asked += [("test", shot) for shot in more]
     require_free_space(out_folder, _BYTES_PER_FRAME * len(asked), "the dataset")
@@ -68,9 +68,9 @@ def run(out_folder: Path, settings: DatasetSettings, *, progress: Progress = sil
         "split_distance_km": None if named else settings.split_distance_km,
         "account": dict(collected.account),
         "warnings": [
-            *_close_places(splits, _footprint_km(settings, source)),
+            *close_places(splits, footprint_km(settings, source)),
             *_far_out(splits),
-            *_respaced(splits),
+            *respaced(splits),
             *getattr(source, "warnings", []),
             *collected.conversions.in_words(),
             *_missing_in_words(collected.absent),
@@ -84,7 +84,7 @@ def published_folder(settings: DatasetSettings) -> Path | None:
     if settings.source != "directory":
         return None
     folder = hub.locate(settings.folder, "dataset")
-    return folder if split_path(folder, "train").exists() else None
+    return folder if is_published(folder) else None
 
 
 def plan(settings: DatasetSettings) -> tuple[ImagerySource, Splits]:
@@ -100,16 +100,21 @@ def plan(settings: DatasetSettings) -> tuple[ImagerySource, Splits]:
         own = Path(settings.catalogue) if settings.catalogue else None
         targets = load_catalogue(own, drawable=settings.source == "synthetic")
         source = _source(settings)
+    return source, splits_of(targets, source, settings)
+
+
+def splits_of(targets: list[Target], source: ImagerySource, settings: DatasetSettings) -> Splits:
+    """The places by split: as they say themselves, else by distance. Raises OrionError for what cannot be split."""
     if given := given_splits(targets):
-        return source, given
-    footprint = _footprint_km(settings, source)
+        return given
+    footprint = footprint_km(settings, source)
     if settings.split_distance_km < footprint:
         raise OrionError(
             f"dataset.split_distance_km={settings.split_distance_km:g} is less than a frame's diagonal of "
             f"{footprint:.1f} km: two splits could show the same ground.",
             f"Set it to at least {math.ceil(footprint)}.",
         )
-    return source, split_targets(targets, seed=settings.split_seed, distance_km=settings.split_distance_km)
+    return split_targets(targets, seed=settings.split_seed, distance_km=settings.split_distance_km)
 
 
 def _source(settings: DatasetSettings) -> ImagerySource:
@@ -137,7 +142,7 @@ def _source(settings: DatasetSettings) -> ImagerySource:
             assert_never(settings.source)
 
 
-def _footprint_km(settings: DatasetSettings, source: ImagerySource) -> float:
+def footprint_km(settings: DatasetSettings, source: ImagerySource) -> float:
     """The diagonal of a frame on the ground, in km: two places closer than that can show the same ground.
 
     In a folder, the widest GeoTIFF counts; without GeoTIFFs, `metres_per_pixel` of the settings.
@@ -157,15 +162,15 @@ def _footprint_km(settings: DatasetSettings, source: ImagerySource) -> float:
     return CAMERA_SIZE * math.sqrt(2) * metres / 1000
 
 
-def _close_places(splits: Splits, footprint_km: float) -> list[str]:
+def close_places(splits: Splits, diagonal_km: float) -> list[str]:
     """A warning about pairs of places that share ground."""
     placed = [target for split in SPLITS for target in splits[split] if target.coordinates]
-    pairs = pairs_within([target.coordinates for target in placed if target.coordinates], footprint_km)
+    pairs = pairs_within([target.coordinates for target in placed if target.coordinates], diagonal_km)
     if not len(pairs):
         return []
     first, second = (placed[index] for index in pairs[0])
     return [
-        f"{len(pairs)} pairs of places are closer than a frame's diagonal ({footprint_km:.1f} km) and can show the "
+        f"{len(pairs)} pairs of places are closer than a frame's diagonal ({diagonal_km:.1f} km) and can show the "
         f"same ground, for example {first.name} ({first.origin}) and {second.name} ({second.origin})"
     ]
 
@@ -187,7 +192,7 @@ def _far_out(splits: Splits) -> list[str]:
     ]
 
 
-def _respaced(splits: Splits) -> list[str]:
+def respaced(splits: Splits) -> list[str]:
     """A warning about reasons whose line breaks and other odd blanks became spaces."""
     found = [target for split in SPLITS for target in splits[split] if target.respaced]
     if not found:
@@ -198,7 +203,7 @@ def _respaced(splits: Splits) -> list[str]:
     ]
 
 
-def _repeated(targets: list[Target], settings: DatasetSettings) -> list[Shot]:
+def repeated(targets: list[Target], settings: DatasetSettings) -> list[Shot]:
     """The test frames in addition to one per place, spread evenly over the places."""
     size = settings.test_size
     if size and size < len(targets):

@@ -8,17 +8,18 @@ optional. A decimal comma in a position is read as a decimal point.
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from difflib import get_close_matches
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from orion_triage.errors import OrionError
 from orion_triage.mission.prompt import Coordinates
 from orion_triage.mission.verdict import CATEGORIES, LONGEST_REASON, Category, reason_fault
 from orion_triage.safe.reading import LARGEST_TABLE_BYTES, parse_json, read_bytes, shown
-from orion_triage.safe.tables import csv_rows, decoded, json_lines, number_of
+from orion_triage.safe.tables import Faults, csv_rows, decoded, json_lines, keep, number_of
 from orion_triage.settings import Split
 
 COLUMNS = ("name", "category", "morphology", "lon", "lat", "reason")
@@ -42,6 +43,13 @@ SPLIT_NAMES: dict[str, Split] = {"train": "train", "val": "val", "validation": "
 _ODD_BLANKS = re.compile(r"\s*[^\S ]\s*")
 
 Row = tuple[str, dict[str, str]]  # position ("line 3") and cells by column in lower case; a missing cell is empty
+
+
+class Problem(NamedTuple):
+    """A mistake in a row: its kind (label, position, swapped, reason, split, name, morphology) and a sentence."""
+
+    kind: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -85,13 +93,16 @@ def columns_of(rows: Iterable[Row]) -> list[str]:
     return list(dict.fromkeys(column for _, cells in rows for column in cells))
 
 
-def read_rows(source: Path | Traversable) -> Iterator[Row]:
-    """The rows of a CSV, JSONL or GeoJSON file, all values as text; raises OrionError if the file is invalid."""
+def read_rows(source: Path | Traversable, faults: Faults | None = None) -> Iterator[Row]:
+    """The rows of a CSV, JSONL or GeoJSON file, all values as text; raises OrionError if the file is invalid.
+
+    With `faults`, a row that cannot be read, in a file that otherwise can, is added to them and left out.
+    """
     name = str(source)
     suffix = Path(name).suffix.lower()
     try:
         if isinstance(source, Path) and suffix in (".jsonl", ".ndjson"):
-            yield from _jsonl_rows(source)
+            yield from _jsonl_rows(source, faults)
             return
         # The shipped catalogue may be in an archive.
         data = read_bytes(source, LARGEST_TABLE_BYTES) if isinstance(source, Path) else source.read_bytes()
@@ -99,38 +110,54 @@ def read_rows(source: Path | Traversable) -> Iterator[Row]:
         raise OrionError(f"{name} does not exist.", "Pass the path of a CSV, JSONL or GeoJSON catalogue.") from None
     text = decoded(data, name)
     if suffix in (".geojson", ".json"):
-        yield from _geojson_rows(text, name)
+        yield from _geojson_rows(text, name, faults)
     else:
-        for line, cells in csv_rows(text, name):
+        for line, cells in csv_rows(text, name, faults):
             yield f"line {line}", _texts(cells, f"{name}: the header")
 
 
-def _jsonl_rows(path: Path) -> Iterator[Row]:
+def _jsonl_rows(path: Path, faults: Faults | None) -> Iterator[Row]:
     for number, line in json_lines(path):
-        value = _json(line, f"{path}: line {number}")
-        if not isinstance(value, dict):
-            raise OrionError(f"{path}: line {number} is not a JSON object.", "Write one object per line.")
-        yield f"line {number}", _texts(value, f"{path}: line {number}")
+        try:
+            cells = _object_cells(line, f"{path}: line {number}")
+        except OrionError as error:
+            keep(error, faults)
+        else:
+            yield f"line {number}", cells
 
 
-def _geojson_rows(text: str, name: str) -> Iterator[Row]:
+def _object_cells(line: str, place: str) -> dict[str, str]:
+    value = _json(line, place)
+    if not isinstance(value, dict):
+        raise OrionError(f"{place} is not a JSON object.", "Write one object per line.")
+    return _texts(value, place)
+
+
+def _geojson_rows(text: str, name: str, faults: Faults | None) -> Iterator[Row]:
     value = _json(text, name)
     features = value.get("features") if isinstance(value, dict) else None
     if not isinstance(features, list):
         raise OrionError(f"{name} is not a GeoJSON FeatureCollection.", "Write points as its features, or use CSV.")
     for number, feature in enumerate(features, start=1):
-        geometry = feature.get("geometry") if isinstance(feature, dict) else None
-        position = geometry.get("coordinates") if isinstance(geometry, dict) else None
-        if not isinstance(geometry, dict) or not isinstance(position, list) or geometry.get("type") != "Point":
-            raise OrionError(f"{name}: feature {number} is not a Point.", "Use a Point with [longitude, latitude].")
-        if len(position) < 2:
-            raise OrionError(
-                f"{name}: feature {number} has {len(position)} coordinates, not two.", "Use [longitude, latitude]."
-            )
-        properties = feature.get("properties")
-        cells = properties if isinstance(properties, dict) else {}
-        cells = {key: value for key, value in cells.items() if key.lower() not in ("lon", "lat")}
-        yield f"feature {number}", _texts(cells | {"lon": position[0], "lat": position[1]}, f"{name}: feature {number}")
+        try:
+            cells = _feature_cells(feature, f"{name}: feature {number}")
+        except OrionError as error:
+            keep(error, faults)
+        else:
+            yield f"feature {number}", cells
+
+
+def _feature_cells(feature: Any, place: str) -> dict[str, str]:
+    geometry = feature.get("geometry") if isinstance(feature, dict) else None
+    position = geometry.get("coordinates") if isinstance(geometry, dict) else None
+    if not isinstance(geometry, dict) or not isinstance(position, list) or geometry.get("type") != "Point":
+        raise OrionError(f"{place} is not a Point.", "Use a Point with [longitude, latitude].")
+    if len(position) < 2:
+        raise OrionError(f"{place} has {len(position)} coordinates, not two.", "Use [longitude, latitude].")
+    properties = feature.get("properties")
+    cells = properties if isinstance(properties, dict) else {}
+    cells = {key: value for key, value in cells.items() if key.lower() not in ("lon", "lat")}
+    return _texts(cells | {"lon": position[0], "lat": position[1]}, place)
 
 
 def _json(text: str, place: str) -> Any:
@@ -154,27 +181,15 @@ def _texts(values: Mapping[str, Any], place: str) -> dict[str, str]:
     return texts
 
 
-def targets_of(rows: Iterable[Row], source: str, *, drawable: bool = True, with_positions: bool = True) -> list[Target]:
-    """The targets of rows; raises OrionError that lists all mistakes.
-
-    Without `with_positions`, a row whose lon and lat are both empty is a target without coordinates.
-    """
+def targets_of(rows: Iterable[Row], source: str, *, drawable: bool = True) -> list[Target]:
+    """The targets of rows; raises OrionError that lists all mistakes."""
     targets: list[Target] = []
     mistakes: list[str] = []
     seen: dict[str, str] = {}
     for where, cells in rows:
-        reason = _ODD_BLANKS.sub(" ", cells.get("reason", ""))
-        row = cells | {"reason": reason}
-        problems = _problems(row, seen, drawable)
-        unplaced = not with_positions and not row.get("lon") and not row.get("lat")
-        problems += [] if unplaced else _position_problems(row)
-        mistakes += [f"{where}: {problem}" for problem in problems]
-        seen.setdefault(row.get("name", ""), where)
-        if not problems:
-            place = None if unplaced else Coordinates(number_of(row["lon"]), number_of(row["lat"]))
-            split = SPLIT_NAMES[row["split"].lower()] if row.get("split") else None
-            target = Target(row["name"], Category(row["category"]), row["morphology"], place, reason, split, where)
-            targets.append(replace(target, respaced=reason != cells.get("reason", "")))
+        target, problems = target_of(where, cells, seen, drawable=drawable)
+        mistakes += [f"{where}: {problem.text}" for problem in problems]
+        targets += [target] if target else []
     if mistakes:
         more = f"; and {len(mistakes) - 20} more" if len(mistakes) > 20 else ""
         raise OrionError(f"{source}: {'; '.join(mistakes[:20])}{more}.", "Correct these lines.")
@@ -183,33 +198,73 @@ def targets_of(rows: Iterable[Row], source: str, *, drawable: bool = True, with_
     return targets
 
 
-def _problems(row: Mapping[str, str], seen: Mapping[str, str], drawable: bool) -> list[str]:
+def target_of(
+    where: str,
+    cells: Mapping[str, str],
+    seen: dict[str, str],
+    *,
+    drawable: bool = True,
+    with_positions: bool = True,
+    called: Mapping[str, str] | None = None,
+) -> tuple[Target | None, list[Problem]]:
+    """The target of one row, or None and the row's mistakes.
+
+    `seen` has the names of earlier rows and their lines, and gets this one's. Without `with_positions`, a row whose lon
+    and lat are both empty is a target without coordinates. `called` has the table's own names of our columns, for the
+    sentences.
+    """
+    reason = _ODD_BLANKS.sub(" ", cells.get("reason", ""))
+    row = {**cells, "reason": reason}
+    names = {column: column for column in (*COLUMNS, "split")} | dict(called or {})
+    problems = _problems(row, seen, drawable, names)
+    unplaced = not with_positions and not row.get("lon") and not row.get("lat")
+    problems += [] if unplaced else _position_problems(row, names)
+    seen.setdefault(row.get("name", ""), where)
+    if problems:
+        return None, problems
+    place = None if unplaced else Coordinates(number_of(row["lon"]), number_of(row["lat"]))
+    split = SPLIT_NAMES[row["split"].lower()] if row.get("split") else None
+    respaced = reason != cells.get("reason", "")
+    category = Category(row["category"])
+    return Target(row["name"], category, row["morphology"], place, reason, split, where, respaced=respaced), []
+
+
+def _problems(
+    row: Mapping[str, str], seen: Mapping[str, str], drawable: bool, names: Mapping[str, str]
+) -> list[Problem]:
     problems = []
     name, category, morphology = (row.get(column, "") for column in ("name", "category", "morphology"))
     if not re.fullmatch(r"[a-z0-9_]+", name):
-        problems.append(f"name {shown(name)} has characters other than a-z, 0-9 and _")
+        problems.append(Problem("name", f"{names['name']} {shown(name)} has characters other than a-z, 0-9 and _"))
     if name in seen:
-        problems.append(f"name {shown(name)} is already used on {seen[name]}")
+        problems.append(Problem("name", f"{names['name']} {shown(name)} is already used on {seen[name]}"))
     if category not in CATEGORIES:
-        problems.append(f"category {shown(category)} is not one of {', '.join(CATEGORIES)}")
+        near = get_close_matches(category.upper(), CATEGORIES, 1)
+        meant = f" (is {near[0]} meant?)" if near else ""
+        listed = ", ".join(CATEGORIES)
+        problems.append(Problem("label", f"{names['category']} {shown(category)} is not one of {listed}{meant}"))
     elif drawable and morphology not in MORPHOLOGIES[Category(category)]:
         drawn = ", ".join(MORPHOLOGIES[Category(category)])
-        problems.append(f"morphology {shown(morphology)} cannot be drawn for {category}; supported: {drawn}")
+        text = f"morphology {shown(morphology)} cannot be drawn for {category}; supported: {drawn}"
+        problems.append(Problem("morphology", text))
     elif not re.fullmatch(r"[a-z0-9_]+", morphology):
-        problems.append(f"morphology {shown(morphology)} has characters other than a-z, 0-9 and _")
+        text = f"morphology {shown(morphology)} has characters other than a-z, 0-9 and _"
+        problems.append(Problem("morphology", text))
     if (split := row.get("split", "")) and split.lower() not in SPLIT_NAMES:
-        problems.append(f"split {shown(split)} is not one of {', '.join(SPLIT_NAMES)}")
+        text = f"{names['split']} {shown(split)} is not one of {', '.join(SPLIT_NAMES)}"
+        problems.append(Problem("split", text))
     reason = row.get("reason", "")
     if not reason:
-        problems.append("the reason is empty")
+        problems.append(Problem("reason", f"the {names['reason']} is empty"))
     if len(reason) > LONGEST_REASON:
-        problems.append(f"the reason has {len(reason)} characters; the limit is {LONGEST_REASON}")
+        text = f"the {names['reason']} has {len(reason)} characters; the limit is {LONGEST_REASON}"
+        problems.append(Problem("reason", text))
     if fault := reason_fault(reason):
-        problems.append(f"the reason {fault}")
+        problems.append(Problem("reason", f"the {names['reason']} {fault}"))
     return problems
 
 
-def _position_problems(row: Mapping[str, str]) -> list[str]:
+def _position_problems(row: Mapping[str, str], names: Mapping[str, str]) -> list[Problem]:
     values = {}
     for column in ("lon", "lat"):
         try:
@@ -217,14 +272,15 @@ def _position_problems(row: Mapping[str, str]) -> list[str]:
         except ValueError:
             values[column] = math.nan
     lon, lat = values["lon"], values["lat"]
-    problems = [
-        f"{column} {shown(row.get(column, ''))} "
+    texts = [
+        f"{names[column]} {shown(row.get(column, ''))} "
         + ("is not a number" if math.isnan(values[column]) else f"is outside -{limit}..{limit}")
         for column, limit in (("lon", 180), ("lat", 90))
         if not abs(values[column]) <= limit
     ]
-    if abs(lon) <= 90 < abs(lat) <= 180:
-        problems[-1] += " (are lon and lat swapped?)"
+    swapped = abs(lon) <= 90 < abs(lat) <= 180
+    if swapped:
+        texts[-1] += f" (are {names['lon']} and {names['lat']} swapped?)"
     if 180 < lon <= 360:
-        problems[0] += f" (for {lon:g} degrees east, write {lon - 360:g})"
-    return problems
+        texts[0] += f" (for {lon:g} degrees east, write {lon - 360:g})"
+    return [Problem("swapped" if swapped else "position", text) for text in texts]

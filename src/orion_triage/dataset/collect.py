@@ -66,8 +66,8 @@ def collect(
     Raises OrionError as soon as more than `largest_missing_share` of the shots have no usable picture.
     """
     collected = Collected()
-    blank_pixels: set[str] = set()
-    most = max(_FEWEST_MISSING, int(largest_missing_share * len(asked)))
+    blank_pixels: set[bytes] = set()
+    most = most_missing(len(asked), largest_missing_share)
     verb = "drawing" if source.name == "synthetic" else "fetching"
     answers = source.pictures([shot for _, shot in asked])
     for done, ((split, shot), answer) in enumerate(zip(asked, answers, strict=True), start=1):
@@ -98,12 +98,24 @@ def collect(
     return collected
 
 
-def _usable(answer: Picture | Absent, shot: Shot, blank_pixels: set[str], stretch: Stretch | None) -> Frame | Absent:
-    """The frame of an answer, or the reason for its absence.
+def most_missing(asked: int, largest_missing_share: float) -> int:
+    """How many of the places may have no picture; one more stops the build."""
+    return max(_FEWEST_MISSING, int(largest_missing_share * asked))
+
+
+def useless_blank(pixels: bytes, category: Category, seen: set[bytes]) -> bool:
+    """Whether a blank frame is left out; `pixels` is a hash, and `seen` has those of earlier blank frames.
 
     A blank frame labelled HIGH or MEDIUM is useless. Labelled LOW, it may be open water, but the same blank pixels a
-    second time are a server's tile for "no imagery". `blank_pixels` collects the hashes of blank LOW frames.
+    second time are a server's tile for "no imagery".
     """
+    before = pixels in seen
+    seen.add(pixels)
+    return before or category != Category.LOW
+
+
+def _usable(answer: Picture | Absent, shot: Shot, blank_pixels: set[bytes], stretch: Stretch | None) -> Frame | Absent:
+    """The frame of an answer, or the reason for its absence; `blank_pixels` has the hashes of earlier blank frames."""
     if isinstance(answer, Absent):
         return answer
     try:
@@ -114,10 +126,8 @@ def _usable(answer: Picture | Absent, shot: Shot, blank_pixels: set[str], stretc
     except FrameError as error:
         return Absent("failed", str(error))
     if is_blank(frame.image):
-        pixels = hashlib.sha256(frame.image.tobytes()).hexdigest()
-        seen_before = pixels in blank_pixels
-        blank_pixels.add(pixels)
-        if seen_before or shot.target.category != Category.LOW:
+        pixels = hashlib.sha256(frame.image.tobytes()).digest()
+        if useless_blank(pixels, shot.target.category, blank_pixels):
             return Absent("blank", f"{shot.name} is blank.")
     return frame
 

@@ -22,7 +22,7 @@ from orion_triage.safe.files import write_text
 from orion_triage.safe.folders import existing
 from orion_triage.safe.reading import parse_json, shown
 from orion_triage.safe.tables import numbered_lines
-from orion_triage.settings import Split
+from orion_triage.settings import SPLITS, Split
 
 IMAGES_FOLDER = "orion_dataset/images"
 _LONGEST_PATH, _LONGEST_NAME = 1024, 255  # characters, and bytes of one component: limits of file systems
@@ -68,6 +68,11 @@ class Record:
 
 def split_path(dataset: Path, split: Split) -> Path:
     return dataset / f"{split}_dataset.jsonl"
+
+
+def is_published(dataset: Path) -> bool:
+    """Whether the folder has at least one of the three splits."""
+    return any(split_path(dataset, split).is_file() for split in SPLITS)
 
 
 def parse_record(line: str) -> Record:

@@ -204,12 +204,14 @@ def steps(predictions: dict[str, list[Prediction]], table: Sequence[Variant]) ->
         (FLIGHT, "the threshold" if NO_THRESHOLD in predictions else blank_rule, ""),
     ]
     found: list[dict[str, Any]] = []
-    skipped: list[str] = []  # what the variants that were not evaluated would have changed
+    # What the variants that were not evaluated change for those after them: other quantizations change nothing there.
+    cumulative = {one.name for one in table if not one.compared_with and one.weights != "quantized F16"}
+    skipped: list[str] = []
     for name, changes, other in [*rows, *flown, *others]:
         if name not in predictions:
-            skipped += [changes] if found and not other and name not in (NO_THRESHOLD, FLIGHT) else []
+            skipped += [changes] if found and name in cumulative else []
             continue
-        step = changes if other else " and ".join([*skipped, changes])
+        step = changes if other else ", then ".join([*skipped, changes])
         skipped = []
         against = (other or found[-1]["model"]) if found else None
         change = differences(predictions[against], predictions[name]) if against in predictions else None

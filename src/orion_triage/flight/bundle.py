@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 2
 LIST, LIST_HASH = "bundle.json", "bundle.json.sha256"
-CHECKER = "check_flight.py"
+CHECKER, CLIENT = "check_flight.py", "ask_frame.py"
 GOLDEN_IMAGES = 5
 CONDITION = "B"  # in flight, the prompt has no coordinates
 # Measured on the tiny preset's test frames. Differences by rounding: threads change nothing; flash attention, batches
@@ -85,7 +85,7 @@ def run(run: "Run", out: Path, progress: Progress = silent, *, accepted_risk: st
         log, threads = run.folder / "logs" / "bundle-server.log", run.settings.evaluate.threads
         with Server(toolchain, *pair, log=log, threads=threads) as server:
             golden, request, seconds = _ask(server.client, run, rows, folder, progress)
-        _write_texts(folder, run, toolchain, Rules(point[0] if point else None), verdict)
+        _write_texts(folder, run, toolchain, point, verdict)
         record = {
             "schema_version": SCHEMA_VERSION,
             "preset": run.settings.preset,
@@ -242,12 +242,15 @@ def _notes(golden: list[dict[str, Any]]) -> Iterator[str]:
         yield f"{len(golden)} golden images instead of {GOLDEN_IMAGES}: the test split has no more verdicts."
 
 
-def _write_texts(folder: Path, run: "Run", toolchain: Toolchain, rules: Rules, verdict: dict[str, Any]) -> None:
+def _write_texts(
+    folder: Path, run: "Run", toolchain: Toolchain, point: tuple[float, float] | None, verdict: dict[str, Any]
+) -> None:
     """Prompt, grammars, launch script, checker and the operator's README."""
     write_text(folder / "prompt.txt", render_prompt(None))
     write_text(folder / "grammar.gbnf", GRAMMAR)
     write_text(folder / "category_grammar.gbnf", CATEGORY_GRAMMAR)
-    shutil.copyfile(Path(__file__).with_name(CHECKER), folder / CHECKER)
+    for name in (CHECKER, CLIENT):
+        shutil.copyfile(Path(__file__).with_name(name), folder / name)
     values: dict[str, Any] = {
         "model": quantize.QUANTIZED,
         "mmproj": quantize.MMPROJ,
@@ -258,11 +261,12 @@ def _write_texts(folder: Path, run: "Run", toolchain: Toolchain, rules: Rules, v
         "wheel": WHEEL,
         "wheel_sha256": WHEEL_SHA256,
         "tolerances": TOLERANCES,
-        "decision": in_words(rules),
+        "decision": in_words(Rules(point[0] if point else None)),
+        "temperature": point[1] if point else None,
         "verdict": verdict,
         "stretch": _stretch(run),
     }
     for template, name in (("serve.sh.j2", "serve.sh"), ("bundle_readme.txt.j2", "README.txt")):
         write_text(folder / name, templates.fill("flight", template, **values))
-    for name in (CHECKER, "serve.sh"):
+    for name in (CHECKER, CLIENT, "serve.sh"):
         (folder / name).chmod(0o755)

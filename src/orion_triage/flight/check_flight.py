@@ -240,9 +240,13 @@ class Questions:
         self._grammars = [(folder / name).read_text(encoding="utf-8") for name in self._request["grammars"]]
 
     def ask(self, image: str) -> tuple[str, dict[str, float]]:
-        """The answer to one image, and the log-probability of each label at the first token of its category."""
+        """The answer to a golden image, and the log-probability of each label at the first token of its category."""
+        return self.ask_picture(image, (self._folder / image).read_bytes())
+
+    def ask_picture(self, image: str, png: bytes) -> tuple[str, dict[str, float]]:
+        """The same for the bytes of a PNG file; `image` names it in errors."""
         cue, most = self._request["cue"], self._request["answer_tokens"]
-        first = self._completion(image, "", most, {"stop": [cue], "grammar": self._grammars[0]})
+        first = self._completion(png, "", most, {"stop": [cue], "grammar": self._grammars[0]})
         start, used = str(first.get("content")), first.get("tokens_predicted")
         if first.get("stopping_word") != cue or not isinstance(used, int):
             raise NoGoError(f"{image}: the answer has no category: {_short(start)}")
@@ -251,16 +255,17 @@ class Questions:
                 f"{image}: the server reads {first.get('tokens_evaluated')} tokens instead of "
                 f"{self._request['prompt_tokens']}: the model or the image settings differ"
             )
-        return self._category(image, start + cue, most - used)
+        return self._category(image, png, start + cue, most - used)
 
     def score_after(self, image: str, answer: str) -> dict[str, float]:
         """The log-probability of each label after the reason of the ground's answer."""
         cue = self._request["cue"]
-        return self._category(image, answer.partition(cue)[0] + cue, 1)[1]
+        png = (self._folder / image).read_bytes()
+        return self._category(image, png, answer.partition(cue)[0] + cue, 1)[1]
 
-    def _category(self, image: str, start: str, most: int) -> tuple[str, dict[str, float]]:
+    def _category(self, image: str, png: bytes, start: str, most: int) -> tuple[str, dict[str, float]]:
         more = {"cache_prompt": True, "n_probs": self._request["candidates"], "grammar": self._grammars[1]}
-        reply = self._completion(image, start, most, more)
+        reply = self._completion(png, start, most, more)
         try:
             listed = {int(c["id"]): float(c["logprob"]) for c in reply["completion_probabilities"][0]["top_logprobs"]}
             if not all(math.isfinite(value) for value in listed.values()):
@@ -271,8 +276,8 @@ class Questions:
             raise NoGoError(f"{image}: the reply has no log-probabilities") from None
         return start + str(reply.get("content")), found
 
-    def _completion(self, image: str, start: str, most: int, more: dict[str, Any]) -> dict[str, Any]:
-        picture = base64.b64encode((self._folder / image).read_bytes()).decode()
+    def _completion(self, png: bytes, start: str, most: int, more: dict[str, Any]) -> dict[str, Any]:
+        picture = base64.b64encode(png).decode()
         return self._connection.ask(
             "/completion",
             {

@@ -207,25 +207,33 @@ def require_settings_of_pair(run: Run) -> None:
         )
 
 
+FLIES = "quantize"  # the stage after which a run has all that flies
+
+
 def newest_run(runs: Path, stage: str) -> Path:
-    """The run in `runs` whose `stage` finished last; raises OrionError if there is none."""
-    product = Run(Path(), Settings()).product(stage)
-    finished = [
-        (stage_manifest.stat().st_mtime, folder)
-        for folder in (runs.iterdir() if runs.is_dir() else [])
-        if (stage_manifest := folder / product / manifest.FILE_NAME).is_file()
-    ]
-    if not finished:
-        raise OrionError(f"{runs} has no run with a finished {stage} stage.", "Run 'orion run', or pass --run FOLDER.")
-    return max(finished)[1]
+    """The run in `runs` whose flight pair was finished last; if none has a pair, the one that finished `stage` last.
+
+    Raises OrionError if no run has finished `stage`.
+    """
+    for needed in (FLIES, stage):
+        if finished := _finished_by(runs, needed):
+            return finished[-1]
+    raise OrionError(f"{runs} has no run with a finished {stage} stage.", "Run 'orion run', or pass --run FOLDER.")
 
 
-def newer_unfinished(chosen: Path, stage: str) -> list[Path]:
-    """The runs beside `chosen` that were begun after its `stage` finished, and have not finished that stage."""
-    product = Run(Path(), Settings()).product(stage)
-    since = (chosen / product / manifest.FILE_NAME).stat().st_mtime
-    return [
-        path.parent
-        for path in sorted(chosen.parent.glob(f"*/{SETTINGS_FILE}"))
-        if path.stat().st_mtime > since and not (path.parent / product / manifest.FILE_NAME).is_file()
-    ]
+def _finished_by(runs: Path, stage: str) -> list[Path]:
+    """The runs that finished this stage, the latest last."""
+    product = Run(Path(), Settings()).product(stage) / manifest.FILE_NAME
+    folders = runs.iterdir() if runs.is_dir() else []
+    found = [((folder / product).stat().st_mtime, folder) for folder in folders if (folder / product).is_file()]
+    return [folder for _, folder in sorted(found)]
+
+
+def newer_unfinished(chosen: Path) -> list[Path]:
+    """The runs beside `chosen` that were begun after its flight pair was finished, and have none."""
+    product = Run(Path(), Settings()).product(FLIES) / manifest.FILE_NAME
+    if not (chosen / product).is_file():
+        return []
+    since = (chosen / product).stat().st_mtime
+    begun = [path.parent for path in sorted(chosen.parent.glob(f"*/{SETTINGS_FILE}")) if path.stat().st_mtime > since]
+    return [folder for folder in begun if not (folder / product).is_file()]

@@ -18,6 +18,7 @@ from orion_triage.errors import OrionError
 from orion_triage.safe.reading import LARGEST_TABLE_BYTES, read_bytes, shown
 
 CsvRow = tuple[int, dict[str, str]]  # the line in which the row starts, and its cells
+Faults = list[OrionError]  # one for each row that cannot be read
 
 _MARKS = (  # UTF-32's first: UTF-16's mark is its beginning
     (codecs.BOM_UTF32_LE, "utf-32-le"),
@@ -84,12 +85,20 @@ def read_csv(path: Path) -> list[CsvRow]:
     return list(csv_rows(decoded(read_bytes(path, LARGEST_TABLE_BYTES), str(path)), str(path)))
 
 
-def csv_rows(text: str, name: str) -> Iterator[CsvRow]:
+def keep(fault: OrionError, faults: Faults | None) -> None:
+    """Add the fault of a row to `faults`; raise it if nobody collects them."""
+    if faults is None:
+        raise fault
+    faults.append(fault)
+
+
+def csv_rows(text: str, name: str, faults: Faults | None = None) -> Iterator[CsvRow]:
     """The rows of a CSV text; every row has all named columns of the header, and cells are stripped.
 
     The separator is that of a first line `sep=X`, else the one of comma, semicolon, tab and | that gives the header
     the most columns. Empty rows, columns without a name (an index), and missing last cells are allowed. Raises
-    OrionError for a column that appears twice, for a row that is longer than the header, and for wrong quotes.
+    OrionError for a column that appears twice, for a row that is longer than the header (with `faults`, it is added to
+    them, and the row left out), and for wrong quotes, after which rows cannot be told apart.
     """
     before, separator = 0, ""
     if declared := _SEPARATOR_LINE.match(text):
@@ -112,11 +121,13 @@ def csv_rows(text: str, name: str) -> Iterator[CsvRow]:
                     )
                 continue
             if any(cells[len(columns) :]):
-                raise OrionError(
+                long = OrionError(
                     f"{name}: line {first + before} has more cells than the header: {len(cells)} instead of "
                     f"{len(columns)}.",
                     "Put cells that contain the separator in double quotes, also numbers with a decimal comma.",
                 )
+                keep(long, faults)
+                continue
             cells += [""] * (len(columns) - len(cells))
             yield first + before, {column: cell for column, cell in zip(columns, cells, strict=False) if column}
     except csv.Error as error:

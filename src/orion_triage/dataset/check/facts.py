@@ -6,6 +6,7 @@ Only 0.7 kB of numbers are kept per picture, so memory does not grow with the pi
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +15,7 @@ import numpy as np
 from orion_triage.dataset.records import IMAGES_FOLDER, EncodingError, Record, image_path, record_of, split_path
 from orion_triage.errors import FrameError, OrionError, RecordError
 from orion_triage.imagery.frames import CAMERA_SIZE, is_blank, read_frame, shrink
+from orion_triage.imagery.stretch import Stretch
 from orion_triage.progress import Progress
 from orion_triage.safe.children import workers
 from orion_triage.safe.folders import composed, listing
@@ -38,15 +40,16 @@ class Finding:
 
 @dataclass(frozen=True)
 class Entry:
-    """A record and its line, counted from 1."""
+    """A record and its line, counted from 1; `origin` is where it stands in a folder that is no dataset yet."""
 
     split: Split
     line: int
     record: Record
+    origin: str = ""
 
     @property
     def place(self) -> str:
-        return f"{split_path(Path(), self.split)}:{self.line}"
+        return self.origin or f"{split_path(Path(), self.split)}:{self.line}"
 
     @property
     def image(self) -> str:
@@ -107,12 +110,12 @@ def read_pictures(
     """Image -> its facts, each decoded once; an unusable image is a finding at its first line."""
     paths, findings = _paths(folder, entries, root)
     found: dict[str, Picture] = {}
-    looks = _looks([str(path) for _, path in paths])
+    looks = looks_at([str(path) for _, path in paths])
     for done, ((entry, _), look) in enumerate(zip(paths, looks, strict=True), start=1):
         progress("checking frames", done, len(paths))
         if isinstance(look, Picture):
             found[entry.image] = look
-            findings += _form_findings(entry, look, resize)
+            findings += form_findings(entry, look, resize)
         else:
             findings.append(entry.finding("error", "unusable-image", look[0], look[1]))
     return found, findings
@@ -147,21 +150,22 @@ def _paths(folder: Path, entries: Sequence[Entry], root: Path | None) -> tuple[l
     return paths, findings
 
 
-def _looks(paths: list[str]) -> Iterator[Picture | tuple[str, str]]:
+def looks_at(paths: list[str], stretch: Stretch | None = None) -> Iterator[Picture | tuple[str, str]]:
     """`_look` at each picture, in order; a worker holds one picture at a time."""
+    look = partial(_look, stretch=stretch) if stretch else _look
     if len(paths) < _FEWEST_FOR_WORKERS:
-        yield from map(_look, paths)
+        yield from map(look, paths)
         return
     with workers() as pool:
-        yield from pool.map(_look, paths, chunksize=16)
+        yield from pool.map(look, paths, chunksize=16)
 
 
-def _look(path: str) -> Picture | tuple[str, str]:
+def _look(path: str, stretch: Stretch | None = None) -> Picture | tuple[str, str]:
     """The picture's facts, or the fault and its fix."""
     import imagehash
 
     try:
-        frame = read_frame(Path(path), CAMERA_SIZE, resize=True)
+        frame = read_frame(Path(path), CAMERA_SIZE, resize=True, stretch=stretch)
     except FrameError as error:
         return error.message, error.fix
     grey = np.asarray(shrink(frame.image.convert("L").convert("F"), THUMBNAIL_SIZE), dtype=np.float64).ravel()
@@ -177,7 +181,7 @@ def _look(path: str) -> Picture | tuple[str, str]:
     )
 
 
-def _form_findings(entry: Entry, picture: Picture, resize: bool) -> Iterator[Finding]:
+def form_findings(entry: Entry, picture: Picture, resize: bool) -> Iterator[Finding]:
     if picture.native_size != (CAMERA_SIZE, CAMERA_SIZE):
         width, height = picture.native_size
         size = f"{entry.image} is {width}x{height}, not {CAMERA_SIZE}x{CAMERA_SIZE}"

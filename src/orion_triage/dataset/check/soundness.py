@@ -8,8 +8,9 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from orion_triage.dataset.check.facts import (
     Entry,
@@ -23,7 +24,7 @@ from orion_triage.dataset.check.facts import (
 from orion_triage.dataset.check.leakage import leaks
 from orion_triage.dataset.check.reasons import reason_findings
 from orion_triage.dataset.land import perhaps_swapped
-from orion_triage.dataset.records import FRAMES_TABLE, split_path
+from orion_triage.dataset.records import FRAMES_TABLE, is_published, split_path
 from orion_triage.errors import OrionError, one_line
 from orion_triage.mission.prompt import Coordinates
 from orion_triage.mission.verdict import CATEGORIES, Category
@@ -44,7 +45,8 @@ class Report:
     """The findings of the check, errors first, in the order of the files.
 
     `lines` counts the valid records by split, `pictures` the distinct pictures that they name by split and category,
-    `frames` the pictures that could be decoded.
+    `frames` the pictures that could be decoded. `recognised` says what the folder is. Of a folder of the user's own,
+    `rows` is the number of its labelled pictures, and `tables` has the columns; `next` is the command that comes next.
     """
 
     folder: str
@@ -52,6 +54,10 @@ class Report:
     lines: dict[Split, int]
     pictures: dict[Split, dict[str, int]]
     frames: int
+    recognised: str = "a dataset in the published layout"
+    rows: int | None = None
+    tables: list[dict[str, Any]] = field(default_factory=list)
+    next: str = ""
 
     @property
     def errors(self) -> list[Finding]:
@@ -60,6 +66,13 @@ class Report:
     @property
     def warnings(self) -> list[Finding]:
         return [finding for finding in self.findings if finding.severity == "warning"]
+
+    def groups(self) -> list[tuple[Severity, str, list[Finding]]]:
+        """The findings by severity and kind, errors first."""
+        kinds: dict[tuple[Severity, str], list[Finding]] = defaultdict(list)
+        for finding in self.findings:
+            kinds[finding.severity, finding.check].append(finding)
+        return [(severity, check, kinds[severity, check]) for severity, check in sorted(kinds)]
 
     def summary(self) -> list[str]:
         """One line that counts the warnings; empty without warnings."""
@@ -90,27 +103,24 @@ def check_dataset(
     With `resize`, pictures that are not 512x512 are warnings, because the dataset stage scales them; without, they
     are errors. Raises OrionError only if `folder` is not a folder with at least one of the three splits.
     """
-    if not any(split_path(folder, split).is_file() for split in SPLITS):
+    if not is_published(folder):
         raise OrionError(
             f"{folder} has no {', '.join(split_path(Path(), split).name for split in SPLITS)}.",
-            "Pass a dataset folder, or build one with 'orion dataset'.",
+            "Pass a finished dataset, such as RUN/dataset. 'orion dataset --dataset FOLDER' makes one of a folder.",
         )
     known_metres, known_distance, of_table = _made_with(folder)
     entries, findings = read_entries(folder)
     # The picture of an invalid line is unknown, so pictures may only seem to be unused or to have no second record.
     of_all_lines = [] if findings else [*unused_pictures(folder, entries), *_twins(entries)]
     pictures, more = read_pictures(folder, entries, root=root, resize=resize, progress=progress)
-    counts = _counts(entries)
     findings += [
         *more,
         *of_table,
         *of_all_lines,
         *_repeated_lines(entries),
-        *_contradictions(entries),
-        *reason_findings(entries),
-        *_balance(counts),
-        *_coordinates(entries),
-        *_blanks(entries, pictures),
+        *_without_coordinates(entries),
+        *of_any_split(entries, pictures),
+        *of_the_splits(entries),
         *leaks(
             entries,
             pictures,
@@ -118,10 +128,25 @@ def check_dataset(
             split_distance_km=split_distance_km or known_distance,
         ),
     ]
-    findings = [replace(f, place=one_line(f.place), message=one_line(f.message)) for f in findings]
+    return report_of(folder, findings, entries, len(pictures))
+
+
+def of_any_split(entries: Sequence[Entry], pictures: Mapping[str, Picture]) -> list[Finding]:
+    """The findings about records and pictures that do not depend on their splits."""
+    return [*_contradictions(entries), *_odd_positions(entries), *_blanks(entries, pictures)]
+
+
+def of_the_splits(entries: Sequence[Entry]) -> list[Finding]:
+    """The findings about reasons, and about how many pictures each split has."""
+    return [*reason_findings(entries), *_balance(_counts(entries))]
+
+
+def report_of(folder: Path, findings: Sequence[Finding], entries: Sequence[Entry], frames: int) -> Report:
+    """The report, with the findings in order and each on one line."""
+    plain = [replace(f, place=one_line(f.place), message=one_line(f.message)) for f in findings]
     lines = Counter(entry.split for entry in entries)
     return Report(
-        str(folder), sorted(findings, key=_order), {split: lines[split] for split in SPLITS}, counts, len(pictures)
+        str(folder), sorted(plain, key=_order), {split: lines[split] for split in SPLITS}, _counts(entries), frames
     )
 
 
@@ -280,12 +305,15 @@ def _twins(entries: Sequence[Entry]) -> Iterator[Finding]:
             yield lone[0].finding("warning", "coordinate-twin", message, fix)
 
 
-def _coordinates(entries: Sequence[Entry]) -> Iterator[Finding]:
+def _without_coordinates(entries: Sequence[Entry]) -> Iterator[Finding]:
     for split in ("val", "test"):
         if bare := [entry for entry in entries if entry.split == split and not entry.record.coordinates]:
             message = f"{len(bare)} records of the {split} split have no coordinates, for example {bare[0].image}."
             fix = "Add coordinates: conditions that need them skip these records."
             yield bare[0].finding("warning", "no-coordinates", message, fix)
+
+
+def _odd_positions(entries: Sequence[Entry]) -> Iterator[Finding]:
     if null := [entry for entry in entries if entry.record.coordinates == Coordinates(0.0, 0.0)]:
         message = f"{len(null)} records are at (0, 0), for example {null[0].image}: often a missing position."
         yield null[0].finding("warning", "null-island", message, "Write the true position, or remove it.")
