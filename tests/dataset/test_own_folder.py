@@ -337,7 +337,7 @@ def test_a_swap_that_only_a_map_shows_is_a_warning_with_the_users_columns(tmp_pa
         finding for finding in report.warnings if finding.check == "perhaps-swapped" and "p0" in finding.message
     )
     assert finding.place == "metadata.csv line 2"
-    assert finding.message.endswith("on land if x and y are swapped.")
+    assert finding.message.endswith("on other land if x and y are swapped.")
     assert "exchange the cells of x and y" in finding.fix
 
 
