@@ -367,6 +367,26 @@ def test_damaged_and_blank_pictures_are_warnings_until_they_stop_the_stage(tmp_p
     assert kinds(folder) == {"unusable-image": 2, "blank-frame": 2}
 
 
+def test_folders_of_categories_pass_and_the_fix_for_positions_is_a_table(tmp_path: Path) -> None:
+    for n in range(9):
+        touched(tmp_path, f"own/{CATEGORIES[n % 3]}/p{n}.png")
+        (tmp_path / "own" / CATEGORIES[n % 3] / f"p{n}.png").write_bytes(png(n))
+    touched(tmp_path, "own/p9.png", "own/README.md")
+    result = check(tmp_path / "own")
+    assert result.exit_code == 0
+    assert "9 of 9 frames have no position" in result.stdout
+    assert (
+        "fix: Write a table labels.csv with the columns file_name, category, lon and lat, in degrees." in result.stdout
+    )
+    assert "  p9.png: has no label and is not used.\n  fix: Move them into HIGH/, MEDIUM/ or LOW/" in result.stdout
+    assert [line for line in result.stdout.splitlines() if line.startswith("warning ")] == [
+        "warning few-test-frames: 1",
+        "warning no-position: 1",
+        "warning no-reason: 1",
+        "warning picture-in-no-row: 1",
+    ]
+
+
 def test_settings_of_the_stage_are_those_of_the_check_and_stay_in_the_next_command(tmp_path: Path) -> None:
     table = rows(9)
     for n, row in enumerate(table):
