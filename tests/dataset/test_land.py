@@ -16,10 +16,12 @@ def test_land_and_sea() -> None:
 
 
 def test_none_of_the_catalogue_looks_exchanged_and_exchanged_many_do() -> None:
-    """Of 140 built places that can be exchanged, 41: a whole file is noticed, a single place three times in ten."""
+    """Of 140 built places that can be exchanged, 67, of them 30 by lying in Antarctica: a whole file is noticed."""
     places = [t.coordinates for t in load_catalogue() if t.category != Category.LOW and t.coordinates]
     assert len(places) == 240
     assert perhaps_swapped(places) == []
     exchanged = [Coordinates(place.lat, place.lon) for place in places if abs(place.lon) <= 90]
-    assert len(perhaps_swapped(exchanged)) > len(exchanged) / 4
+    found = [exchanged[index] for index in perhaps_swapped(exchanged)]
+    assert len(found) > 0.4 * len(exchanged)
+    assert Coordinates(33.64, -84.42) in found  # Atlanta
     assert perhaps_swapped([]) == []

@@ -187,8 +187,8 @@ def _far_out(splits: Splits) -> list[str]:
     if not found:
         return []
     return [
-        f"{len(found)} of {len(built)} HIGH and MEDIUM places are far out at sea, but on land if longitude and "
-        f"latitude are swapped, for example {found[0].name} ({found[0].origin})"
+        f"{len(found)} of {len(built)} HIGH and MEDIUM places are far out at sea or in Antarctica, but on other land "
+        f"if longitude and latitude are swapped, for example {found[0].name} ({found[0].origin})"
     ]
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from orion_triage.mission.prompt import Coordinates
 
 OUTLINE = "coastline.json"
+_ANTARCTIC_LATITUDE = -60.0
 _MARGIN_DEGREES = 2.0  # ports, platforms and small islands can be off the outline, but not 220 km on all sides
 
 
@@ -36,9 +37,10 @@ def on_land(lon: NDArray[np.float64], lat: NDArray[np.float64]) -> NDArray[np.bo
 
 
 def perhaps_swapped(places: Sequence[Coordinates]) -> list[int]:
-    """Indices of places that are far out at sea, but on land if longitude and latitude are swapped.
+    """Indices of places that are far out at sea or in Antarctica, but on other land if the two numbers are swapped.
 
-    Use it only for places that show something built: a third of the open sea would be on land when swapped.
+    Use it only for places that show something built: a third of the open sea would be on land when swapped. Antarctica
+    has a few stations, but much of America lies there when swapped (longitudes of -60 to -90).
     """
     if not places:
         return []
@@ -48,5 +50,6 @@ def perhaps_swapped(places: Sequence[Coordinates]) -> list[int]:
     for east in steps:
         for north in steps:
             near |= on_land((lon + east + 180) % 360 - 180, np.clip(lat + north, -90, 90))
-    swapped = (np.abs(lon) <= 90) & on_land(lat, np.clip(lon, -90, 90))
+    near &= lat > _ANTARCTIC_LATITUDE
+    swapped = (np.abs(lon) <= 90) & (lon > _ANTARCTIC_LATITUDE) & on_land(lat, np.clip(lon, -90, 90))
     return [int(index) for index in np.flatnonzero(~near & swapped)]

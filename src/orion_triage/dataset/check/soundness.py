@@ -322,7 +322,8 @@ def _odd_positions(entries: Sequence[Entry]) -> Iterator[Finding]:
     for index in perhaps_swapped([entry.record.coordinates for entry in once if entry.record.coordinates]):
         category = once[index].record.verdict.category
         message = (
-            f"{once[index].image} is {category} and far out at sea, but on land if longitude and latitude are swapped."
+            f"{once[index].image} is {category} and far out at sea or in Antarctica, but on other land if "
+            "longitude and latitude are swapped."
         )
         yield once[index].finding("warning", "perhaps-swapped", message, "Check the order: longitude, then latitude.")
 

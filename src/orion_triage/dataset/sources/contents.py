@@ -41,7 +41,7 @@ _FIXES = {
     "swapped": (
         "swapped-position",
         "Exchange the two cells of these rows, or, if all rows are swapped, the two names in the header. Look at the "
-        "other rows, too: where both numbers are below 90, a swap cannot be seen.",
+        "other rows, too: where both numbers are below 90, a swap is not always seen.",
     ),
     "position": ("position", "Write degrees with a sign and no letters, or leave both cells empty if unknown."),
     "reason": ("reason", f"Write one plain sentence of at most {LONGEST_REASON} characters, or leave the cell empty."),
@@ -190,18 +190,19 @@ def _completed(row: _Row, path: Path | None, contents: Contents) -> tuple[dict[s
 def _add_warnings(contents: Contents, without_reason: int) -> None:
     count = len(contents.targets)
     place = contents.tables[0].name if len(contents.tables) == 1 else "."
+    add = "Add to the table" if contents.tables else "Write a table labels.csv with the columns file_name, category,"
     if without_reason:
         message = (
             f"{without_reason} of {count} frames have no reason and get the standard sentence of their category: "
             "a model trained on them gives only these sentences."
         )
-        contents.add("warning", "no-reason", place, message, "Add a column reason: what the picture shows.")
+        contents.add("warning", "no-reason", place, message, f"{add} reason: one sentence on what the picture shows.")
     if unplaced := sum(target.coordinates is None for target in contents.targets):
         message = (
             f"{unplaced} of {count} frames have no position: conditions with coordinates cannot evaluate them, "
             "and the split cannot separate neighbouring places."
         )
-        contents.add("warning", "no-position", place, message, "Add the columns lon and lat, in degrees.")
+        contents.add("warning", "no-position", place, message, f"{add} lon and lat, in degrees.")
     # Of rows that could not be read, the pictures are unknown.
     unread = not contents.rows or any(finding.check == "table" for finding in contents.findings)
     for path in () if unread else contents.unlisted:
