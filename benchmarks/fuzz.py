@@ -167,6 +167,7 @@ def llama_server() -> Target:
 
     from orion_triage.evaluate.backends import LlamaCppBackend
     from orion_triage.llama_cpp.client import Client
+    from orion_triage.safe.bounded_http import BoundedHttp
 
     class Answer(httpx.BaseTransport):
         data = b""
@@ -176,7 +177,7 @@ def llama_server() -> Target:
 
     answer, picture = Answer(), Image.new("RGB", (32, 32))
     client = Client("http://127.0.0.1:1")
-    client._http = httpx.Client(transport=answer, base_url="http://127.0.0.1:1")
+    client._http = BoundedHttp(client.base_url, base_url=client.base_url, transport=answer)
 
     def target(data: bytes) -> Any:
         answer.data = data
