@@ -55,6 +55,9 @@ def test_a_run_folder_keeps_where_its_dataset_comes_from(tmp_path: Path) -> None
         return json.loads((tmp_path / "runs" / "tiny" / "settings.json").read_text())["dataset"]
 
     (tmp_path / "own").mkdir()
+    begun = tmp_path / "runs" / "tiny" / "dataset_work"
+    begun.mkdir(parents=True)
+    (begun / "frame.png").write_bytes(b"of a build that was interrupted")
     assert_refused(orion("dataset", "--dataset", "own", cwd=tmp_path), "is not a dataset")
     assert (kept()["source"], kept()["folder"]) == ("directory", "own")
     assert_refused(orion("fine-tune", "--set", "fine_tune.epochs=1", cwd=tmp_path), "dataset does not exist")
@@ -98,7 +101,7 @@ def test_mistakes_are_one_line_and_a_fix(tmp_path: Path) -> None:
     assert_refused(orion("triage", "x.png", cwd=tmp_path), "no run with a finished quantize stage")
     assert_refused(orion("report", "--run", "gone", cwd=tmp_path), "gone/settings.json does not exist")
     assert_refused(orion("fuse", cwd=tmp_path), "does not exist", "First, run the stage that makes it")
-    shutil.rmtree(tmp_path / "runs")
+    shutil.rmtree(tmp_path / "runs", ignore_errors=True)
     assert not list(tmp_path.iterdir())
 
 

@@ -125,9 +125,8 @@ def test_of_several_processes_the_first_writes_the_settings(tmp_path: Path, monk
     run = Run(tmp_path / "run", load_settings("tiny"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    run.folder.mkdir()
     prepare(run)
-    assert not list(run.folder.iterdir())
+    assert not run.folder.exists()
     monkeypatch.setenv("RANK", "0")
     prepare(run)
     assert open_run(run.folder).settings == run.settings

@@ -144,7 +144,9 @@ def test_triage_takes_the_stretch_of_the_run(
 
     answer = Verdict("Long quays.", Category.HIGH).to_json()
 
-    def without_server(paths: Any, gguf: Path, size: int, *, log: Path, progress: Any, **options: Any) -> Any:
+    def without_server(
+        paths: Any, gguf: Path, size: int, *, log: Path, keep_log: bool, progress: Any, **options: Any
+    ) -> Any:
         return triage_files(paths, ConstantBackend(answer), size, **options)
 
     # Only the server is left out: the run has no weights.
@@ -168,12 +170,15 @@ def test_the_operators_readme_has_the_formula() -> None:
         "pinned": False,
         "tolerances": dict.fromkeys(("category_nats", "other_labels_nats", "other_words"), 1),
         "decision": [],
+        "temperature": 1.5,
+        "verdict": {"verdict": "FLY", "because": [], "accepted_risk": ""},
     }
     said = templates.fill(
         "flight", "bundle_readme.txt.j2", **values, stretch={"low": 6.5, "high": 9, "samples": "int16"}
     )
     assert "(int16) become 8 bits" in said
     assert "floor(255 * clip((value - 6.5) / (9 - 6.5), 0, 1) + 0.5)" in said
+    assert "to the power of 1 / 1.5000" in said
     assert "Stretch" not in templates.fill("flight", "bundle_readme.txt.j2", **values, stretch=None)
 
 

@@ -153,7 +153,8 @@ def run_of(
     run = Run(folder or Path("runs") / settings.preset, settings, split, **sources)
     if not named and not any(assignment.startswith("dataset.") for assignment in assignments):
         run = with_its_dataset(run)
-    prepare(run)
+    if run.folder.exists():  # a command that is refused leaves no new folder
+        prepare(run)
     return run
 
 

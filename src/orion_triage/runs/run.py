@@ -86,13 +86,13 @@ def held(run: Run, name: str) -> AbstractContextManager[None]:
 
 
 def prepare(run: Run) -> None:
-    """Write the settings into an existing run's folder, unless a finished product was made with others.
+    """Create the run folder and write the settings, unless a finished product was made with others.
 
-    A command that is refused must not leave a new folder, or settings that contradict what is there; `running` writes
-    them when a stage begins. Of processes launched together, rank 0 writes: taking the folder clears what others left
-    half-written there, which must not be another rank's file.
+    A command that is refused must not leave settings that contradict what is there; `running` writes them when a stage
+    begins. Of processes launched together, rank 0 writes: taking the folder clears what others left half-written there,
+    which must not be another rank's file.
     """
-    if not processes.is_main() or not run.folder.exists():
+    if not processes.is_main():
         return
     with held(run, "prepare"):
         if not any(changed_settings(run, made) for made in _finished(run)):
