@@ -84,6 +84,7 @@ def test_a_run_takes_as_long_as_the_last_one_on_this_machine(tmp_path: Path) -> 
     assert seconds_of(run) == pytest.approx(expected)
     said = list(announcement(run, forecast(run)))
     assert said[1].startswith("to do (13): dataset (36 s), evaluate base (20 s), fine-tune (5 min), fuse (5 s)")
+    assert not any("orientation" in line for line in said)
     assert said[2] == "about 9 min, by the seconds that run seed-42 took on this machine"  # 355 and 8 times 20
 
 
@@ -144,6 +145,7 @@ def test_what_cannot_be_compared_is_not_used(tmp_path: Path, change: dict[str, A
     assert said[2].startswith(
         "about 4 min, without the stages whose time is not known, by the seconds that run seed-42"
     )
+    assert said[3].startswith("  for orientation, not measured here: ")
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,7 @@ def announcement(current: Any, planned: "list[Forecast]") -> Iterator[str]:
         yield f"about {total}{rest}, by the seconds that run {runs} took on this machine"
     else:
         yield f"how long: not known yet, no run in {current.folder.parent} has measured this machine"
+    if len(measured) < len(to_do):
         if current.settings.base.model == TINY_BASE:
             low, high = (sum(seconds[end] for seconds in plan.TINY_SECONDS.values()) for end in (0, 1))
             yield (
