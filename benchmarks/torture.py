@@ -86,7 +86,9 @@ PARTS: dict[str, Script | Tests] = {
     "disk_faults": Script("disk_faults.py", ("--faults-per-stage", "1", "--only", "dataset", "quantize")),
     "hostile": Tests(("tests/test_hostile_text.py", "tests/test_hostile_pictures.py", "tests/test_hostile_weights.py")),
     "fuzz": Script("fuzz.py", ("--seconds", "3")),
-    "servers": Tests(("tests/test_reliability.py", "tests/remote/test_scripts.py")),
+    "servers": Tests(
+        ("tests/test_reliability.py", *(f"tests/remote/test_{n}.py" for n in ("upload", "download", "scripts")))
+    ),
     "long_haul": Script("long_haul.py", ("--frames", "200")),
 }
 

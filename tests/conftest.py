@@ -53,7 +53,7 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 # Two workers take a file of tests at a time, so the short ones come last and even out the end. The first ones do not
 # need the run of `finished`, which is made meanwhile. All of these are slow: 'make quick' leaves them out.
 LONGEST_FIRST = (
-    "test_scripts", "test_gpu_benchmark", "test_processes", "test_hub",
+    "test_upload", "test_gpu_benchmark", "test_download", "test_scripts", "test_processes", "test_hub",
     "test_simsat_build", "test_rehearse", "test_remote", "test_cli",
     "test_guides", "test_torture", "test_bench_frame", "test_disk_faults", "test_speed_benchmark", "test_check",
     "test_html", "test_reliability", "test_fuse", "test_bundle", "test_fine_tune", "test_hostile_weights",
@@ -131,10 +131,21 @@ def write_catalogue(path: Path, targets: Iterable[Target]) -> Path:
     return path
 
 
+def made_once(name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that the first worker to need it lets `make` fill, for all workers; nobody changes it."""
+    folder = _shared_run().with_name(name)
+    with filelock.FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            begun = Path(tempfile.mkdtemp(dir=folder.parent)) / name
+            make(begun)
+            begun.rename(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
-def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_base() -> Path:
     """A saved LFM2-VL of 1 M random parameters: one conv and one attention layer, three vision layers."""
-    return make_base(tmp_path_factory.mktemp("small") / "small-base", seed=0)
+    return made_once("small-base", lambda folder: make_base(folder, seed=0))
 
 
 @pytest.fixture(scope="session")
@@ -188,9 +199,12 @@ def structured_picture(seed: int) -> Image.Image:
 
 
 @pytest.fixture(scope="session")
-def small_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_dataset() -> Path:
     """12 training targets twice (with and without coordinates), 6 to validate, 6 to test."""
-    folder = tmp_path_factory.mktemp("small") / "dataset"
+    return made_once("small-dataset", make_dataset)
+
+
+def make_dataset(folder: Path) -> None:
     (folder / IMAGES_FOLDER).mkdir(parents=True)
     number = 0
     for split, count in (("train", 12), ("val", 6), ("test", 6)):
@@ -204,7 +218,6 @@ def small_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
             records += [record, record.without_coordinates()] if split == "train" else [record]
             number += 1
         write_split(folder, split, records)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -219,7 +232,6 @@ def small_adapter(tmp_path_factory: pytest.TempPathFactory, small_base: Path, sm
     from orion_triage.settings import FineTuneSettings
     from orion_triage.train import fine_tune
 
-    work = tmp_path_factory.mktemp("small-adapter")
     settings = FineTuneSettings(
         micro_batch_size=8,
         gradient_accumulation_steps=1,
@@ -227,8 +239,10 @@ def small_adapter(tmp_path_factory: pytest.TempPathFactory, small_base: Path, sm
         learning_rate=1e-2,
         gradient_checkpointing=False,
     )
-    fine_tune.run(small_base, Dataset(small_dataset), work / "adapter", work / "work", settings, 256)
-    return work / "adapter"
+    work = tmp_path_factory.mktemp("small-adapter")
+    return made_once(
+        "small-adapter", lambda out: fine_tune.run(small_base, Dataset(small_dataset), out, work, settings, 256)
+    )
 
 
 @pytest.fixture(scope="session")
@@ -269,26 +283,34 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         return
     folder = _shared_run()
     folder.mkdir()
-    write_catalogue(folder / "places.csv", places_of("ocean_water", "urban_grid", "mega_airport", count=12))
+    write_catalogue(folder / "places.csv", places_of("ocean_water", "agriculture", "mega_airport", count=12))
     with (folder / "log").open("wb") as log:
         script = '"$@"; echo $? > status.new; mv status.new status'
-        subprocess.Popen(["sh", "-c", script, "sh", *ORION, *run_command()], cwd=folder, stdout=log, stderr=log)
+        command = [sys.executable, warm.__file__, "run", *warm.ORION] if warm.is_possible() else ORION
+        subprocess.Popen(["sh", "-c", script, "sh", *command, *run_command()], cwd=folder, stdout=log, stderr=log)
 
 
 def _shared_run() -> Path:
     return Path(os.environ[warm.SOCKET]).with_name("run")
 
 
+@pytest.fixture
+def warm_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python programs that this process starts, such as llama.cpp's converter, begin with their libraries loaded."""
+    monkeypatch.setattr(sys, "executable", warm.python())
+
+
 @pytest.fixture(scope="session")
 def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shipped base as GGUF: F16 and Q4_K_M backbones and the mmproj; made once for all workers."""
+    """The shipped base as GGUF: F16 and Q4_K_M backbones and the mmproj; a copy of each worker's own."""
     from orion_triage.export import quantize
     from orion_triage.settings import QuantizeSettings
 
-    shared = _shared_run().with_name("tiny-pair")
-    with filelock.FileLock(f"{shared}.lock"):
-        if not shared.exists():
-            quantize.run(TINY_BASE_FOLDER, shared, QuantizeSettings(), prompts=["x"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", warm.python())  # as in warm_python
+        shared = made_once(
+            "tiny-pair", lambda out: quantize.run(TINY_BASE_FOLDER, out, QuantizeSettings(), prompts=["x"])
+        )
     folder = tmp_path_factory.mktemp("tiny") / "gguf"
     shutil.copytree(shared, folder)
     return folder

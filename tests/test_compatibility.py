@@ -40,7 +40,9 @@ def test_transformers_keeps_the_published_names(saved: Path) -> None:
 
 
 @pytest.mark.llama_cpp
-def test_the_converter_reads_what_transformers_saved(saved: Path, tiny_pair: Path, tmp_path: Path) -> None:
+def test_the_converter_reads_what_transformers_saved(
+    saved: Path, tiny_pair: Path, tmp_path: Path, warm_python: None
+) -> None:
     from gguf import GGUFReader
 
     tools = find_toolchain()

@@ -107,7 +107,7 @@ class _Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server() -> Iterator[ThreadingHTTPServer]:
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    threading.Thread(target=httpd.serve_forever, args=(0.05,), daemon=True).start()
     yield httpd
     httpd.shutdown()
     httpd.server_close()
@@ -239,7 +239,7 @@ def test_files_of_two_conversions_are_not_a_pair(tiny_pair: Path, tmp_path: Path
 
 @pytest.mark.llama_cpp
 def test_a_trained_tower_has_an_mmproj_of_its_own_and_refuses_the_bases(
-    toolchain: Toolchain, tiny_pair: Path, tmp_path: Path
+    toolchain: Toolchain, tiny_pair: Path, tmp_path: Path, warm_python: None
 ) -> None:
     """The shipped base with other weights where an adapter of the tower has its own."""
     from gguf import GGUFReader

@@ -8,6 +8,7 @@ import functools
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from orion_triage.dataset.records import read_split, write_split
 from orion_triage.train.checkpoints import HASHES_FILE
 
 from . import warm
@@ -56,24 +58,44 @@ def words(base: Path, dataset: Path, name: str, accumulation: int) -> list[objec
         f"fine_tune.gradient_accumulation_steps={accumulation}",
         "fine_tune.epochs=2",
         "fine_tune.learning_rate=1e-3",
+        "fuse.check_records=8",
         "evaluate.batch_size=4",  # so that there are several, for the processes to share
         "evaluate.max_new_tokens=24",
     ]
     return ["--run", name, *(word for value in sets for word in ("--set", value))]
 
 
+@pytest.fixture(scope="module")
+def few(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight training targets twice: two steps an epoch; four to validate; three to test, whose 12 questions are three
+    batches."""
+    folder = shutil.copytree(small_dataset, tmp_path_factory.mktemp("few") / "dataset")
+    for split, count in (("train", 16), ("val", 4), ("test", 3)):
+        write_split(folder, split, read_split(small_dataset, split)[:count])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def begun(small_base: Path, few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose dataset is there; nobody changes it."""
+    folder = tmp_path_factory.mktemp("begun")
+    done = orion(folder, "dataset", *words(small_base, few, "run", 1))[0]
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
 @pytest.mark.slow
-def test_two_processes_train_and_answer_as_one_does(small_base: Path, small_dataset: Path, tmp_path: Path) -> None:
+def test_two_processes_train_and_answer_as_one_does(small_base: Path, few: Path, begun: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     for name, accumulation, processes in (("one", 2, 1), ("two", 1, 2)):
-        options = words(small_base, small_dataset, name, accumulation)
-        assert orion(tmp_path, "dataset", *options)[0].returncode == 0
+        options = words(small_base, few, name, accumulation)
+        shutil.copytree(begun, tmp_path / name)
         results = orion(tmp_path, "fine-tune", *options, processes=processes)
         assert [result.returncode for result in results] == [0] * processes, [result.stderr for result in results]
         assert [result.stderr.count("fine-tune: done") for result in results] == [1, 0][:processes]
     logs = [json.loads((tmp_path / name / "orion_lora_weights/loss_log.json").read_text()) for name in ("one", "two")]
-    for kind, count, tolerance in (("loss", 6, 1e-3), ("eval_loss", 2, 1e-4), ("eval_loss_category", 2, 1e-4)):
+    for kind, count, tolerance in (("loss", 4, 1e-3), ("eval_loss", 2, 1e-4), ("eval_loss_category", 2, 1e-4)):
         one, two = ([entry[kind] for entry in log if kind in entry] for log in logs)
         assert len(one) == count
         assert two == pytest.approx(one, rel=tolerance)
@@ -85,7 +107,7 @@ def test_two_processes_train_and_answer_as_one_does(small_base: Path, small_data
     assert stage_manifest["figures"]["processes"] == 2
 
     for name, accumulation, processes in (("one", 2, 1), ("two", 1, 2)):
-        options = words(small_base, small_dataset, name, accumulation)
+        options = words(small_base, few, name, accumulation)
         results = orion(tmp_path, "ablation", *options, processes=processes)
         assert [result.returncode for result in results] == [0] * processes, [result.stderr for result in results]
         assert [result.stdout.count("correct") for result in results] == [4, 0][:processes]
@@ -136,7 +158,7 @@ def shared_out(cwd: Path, launcher: Sequence[str], words: Sequence[object], **mo
     _, launcher_environment = launched(HERE.parent / "docs" / "accelerate" / "fsdp.yaml")
     fsdp = {n: v for n, v in launcher_environment.items() if n.startswith(("FSDP_", "ACCELERATE_USE_FSDP"))}
     environment = {**os.environ, **fsdp, "OMP_NUM_THREADS": "1", **more}
-    command = [sys.executable, *launcher, str(HERE / "fsdp_on_cpu.py"), *map(str, words)]
+    command = [*launcher, warm.python(), str(HERE / "fsdp_on_cpu.py"), *map(str, words)]
     return subprocess.Popen(
         command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -144,25 +166,25 @@ def shared_out(cwd: Path, launcher: Sequence[str], words: Sequence[object], **mo
 
 @pytest.mark.slow
 def test_a_shared_out_base_trains_is_killed_goes_on_and_fuses(
-    small_base: Path, small_dataset: Path, tmp_path: Path
+    small_base: Path, few: Path, begun: Path, tmp_path: Path
 ) -> None:
     """FSDP2 end to end: the adapter is that of one process, although one of two was killed after the first epoch."""
     from safetensors.torch import load_file
 
     sharded = ["--set", "fine_tune.base_weights=16-bit", "--set", "fine_tune.optimizer=adamw_torch_fused"]
     sharded += ["--set", "fine_tune.learning_rate=1e-2"]
-    options = [*words(small_base, small_dataset, "one", 2), *sharded]
-    assert orion(tmp_path, "dataset", *options)[0].returncode == 0
+    options = [*words(small_base, few, "one", 2), *sharded]
+    shutil.copytree(begun, tmp_path / "one")
     straight = orion(tmp_path, "fine-tune", *options)[0]
     assert straight.returncode == 0, straight.stderr
 
-    options = [*words(small_base, small_dataset, "two", 1), *sharded]
-    assert orion(tmp_path, "dataset", *options)[0].returncode == 0
+    options = [*words(small_base, few, "two", 1), *sharded]
+    shutil.copytree(begun, tmp_path / "two")
     meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     first, second = (
         shared_out(tmp_path, [], ["fine-tune", *options], **meeting, RANK=rank, LOCAL_RANK=rank) for rank in "01"
     )
-    whole = tmp_path / "two" / "fine_tune_work" / "checkpoints" / "checkpoint-3" / HASHES_FILE
+    whole = tmp_path / "two" / "fine_tune_work" / "checkpoints" / "checkpoint-2" / HASHES_FILE
     while not whole.exists():
         assert first.poll() is None, first.stdout and first.stdout.read()
         time.sleep(0.02)
@@ -180,13 +202,13 @@ def test_a_shared_out_base_trains_is_killed_goes_on_and_fuses(
         for name in "abc":
             (damaged / name).touch()
     # torch's launcher, which accelerate's uses; without --, it takes --run for an option of its own
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
-    again = shared_out(tmp_path, launcher, ["fine-tune", *options])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    again = shared_out(tmp_path, [*launcher, "--"], ["fine-tune", *options])
     said, _ = again.communicate(timeout=600)
     assert again.returncode == 0, said
     adapters = [tmp_path / name / "orion_lora_weights" for name in ("one", "two")]
     figures = json.loads((adapters[1] / "manifest.json").read_text())["figures"]
-    assert figures["resumed_from_step"] == 3
+    assert figures["resumed_from_step"] == 2
     assert figures["processes"] == 2
     one, two = (load_file(folder / "adapter_model.safetensors") for folder in adapters)
     assert one.keys() == two.keys()

@@ -1,6 +1,7 @@
 """rehearse.py, budgets.py and doctor.py: the real commands on a small shape, and the published shapes' counts."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from orion_triage.runs.run import Run
 from orion_triage.settings import load_settings
 from orion_triage.train.device import gpu_fault
 
+from . import warm
 from .conftest import orion
 
 PUBLISHED = {"lfm2.5-vl-1.6b": 1_596_625_904, "lfm2.5-vl-450m": 450_816_512}
@@ -46,7 +48,12 @@ def test_a_rehearsal_measures_every_stage(
     preset = "lfm2.5-vl-450m"
     # The same stages at a size of seconds.
     monkeypatch.setitem(rehearse.SHAPES, preset, SMALL)
-    figures = rehearse.run(preset, tmp_path / "rehearsal", steps=1)
+
+    def begin(stage: str, done: int, total: int) -> None:
+        """As an ordinary process where a stage's memory is compared with its tools'; else with its libraries loaded."""
+        monkeypatch.setattr(sys, "executable", warm.PYTHON if stage == "rehearsing: quantize" else warm.python())
+
+    figures = rehearse.run(preset, tmp_path / "rehearsal", steps=1, progress=begin)
     stages = {stage["stage"]: stage for stage in figures["stages"]}
     expected = ["fine-tune", "fuse", "convert", "convert mmproj", "quantize", "all of quantize", "answer"]
     assert list(stages) == expected
@@ -69,7 +76,7 @@ def test_a_rehearsal_measures_every_stage(
 
 @pytest.mark.slow
 def test_without_steps_a_random_adapter_is_fused_and_a_stage_that_fails_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_of_its_own: Path
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_of_its_own: Path, warm_python: None
 ) -> None:
     from orion_triage.dataset.dataset import Dataset
     from orion_triage.export import fuse

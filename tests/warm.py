@@ -1,12 +1,14 @@
-"""The command line as a process of its own, without the 5 to 14 s in which Python loads its libraries each time.
+"""Python programs as processes of their own, without the 5 to 14 s in which Python loads its libraries each time.
 
-A server has imported them and forks for every command: a new process with arguments, folder, environment, and standard
-streams of its own, which begins where `python -m orion_triage.cli` begins after its imports, and ends in the usual way.
-What imports do, and what kills do, is tested with ordinary processes; so is everything on a machine with a GPU, whose
-driver does not survive a fork.
+A server has imported them and forks for every program: a new process with arguments, folder, environment, and standard
+streams of its own, which begins where `python WORDS` begins after its imports, and ends in the usual way. The Python
+programs that it starts itself begin so too: its sys.executable is the one of `python()`.
+What imports do, what kills do and what memory a program takes is tested with ordinary processes; so is everything on a
+machine with a GPU, whose driver does not survive a fork.
 
     python warm.py serve SOCKET PID    until process PID is gone
-    python warm.py call SOCKET WORDS   one command, as `orion WORDS`
+    python warm.py call SOCKET WORDS   one program, as `python WORDS`
+    python warm.py run WORDS           the same; starts a server if there is none
 """
 
 import array
@@ -26,20 +28,24 @@ import tempfile
 import threading
 import time
 import traceback
+import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 SOCKET, OWNER = "ORION_TESTS_SOCKET", "ORION_TESTS_PID"
 AT_IMPORT = ("HF_", "OMP_", "PYTHON", "TRANSFORMERS_", "TORCH", "MPLBACKEND", "LD_")  # what is read while loading
+OF_TORCH = "TORCHINDUCTOR_CACHE_DIR"  # torch sets it itself, in a worker that has trained, and nothing depends on it
 GPU = Path("/dev/nvidia0")
+ORION = ("-m", "orion_triage.cli")
+PYTHON = sys.executable  # as it was when these tests began: some put the program of `python` in its place
 _DEATH_SIGNAL = 1
 _START_SECONDS = 120
 
 
 def read_at_import(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables that libraries look at while they are loaded."""
-    return {name: value for name, value in environment.items() if name.startswith(AT_IMPORT)}
+    return {name: value for name, value in environment.items() if name.startswith(AT_IMPORT) and name != OF_TORCH}
 
 
 def is_possible() -> bool:
@@ -52,7 +58,8 @@ def run(words: Sequence[str], cwd: str, environment: Mapping[str, str]) -> tuple
     The server is one that was started with the same variables as far as libraries read them while they are loaded.
     """
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, Path(os.devnull).open("rb") as empty:
-        status = _call(_socket(environment), words, cwd, environment, (empty.fileno(), out.fileno(), err.fileno()))
+        streams = (empty.fileno(), out.fileno(), err.fileno())
+        status = _call(_socket(environment), [*ORION, *words], cwd, environment, streams)
         texts = []
         for file in (out, err):
             file.seek(0)
@@ -60,13 +67,44 @@ def run(words: Sequence[str], cwd: str, environment: Mapping[str, str]) -> tuple
     return status, texts[0], texts[1]
 
 
+def python() -> str:
+    """A program that does what sys.executable does; its libraries have seen this process's variables.
+
+    It asks the server for a module of this project's command line, a script and code (-c), and is Python itself for all
+    else. Open files other than the standard streams do not pass.
+    """
+    return str(_python(_socket(os.environ))) if is_possible() else PYTHON
+
+
 def shim(folder: Path) -> Path:
-    """A program `orion` in `folder`, for a shell's PATH; its libraries have seen this process's variables."""
-    program = folder / "orion"
-    folder.mkdir(parents=True, exist_ok=True)
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S {__file__} call {_socket(os.environ)} "$@"\n')
-    program.chmod(0o755)
+    """A program `orion` in `folder`, for a shell's PATH."""
+    return _program(folder / "orion", f'exec {python()} {" ".join(ORION)} "$@"')
+
+
+def _python(path: Path) -> Path:
+    return path.with_name(f"{path.name}-bin") / "python"
+
+
+def _make_python(path: Path) -> Path:
+    """The program of `python` for the server at `path`; beside it what lies beside Python itself and is looked for."""
+    program = _program(
+        _python(path),
+        f"""case "$1 $2" in
+"{" ".join(ORION)}" | "-c "* | [!-]*.py\\ *) exec {PYTHON} -I -S {__file__} call {path} "$@" ;;
+*) exec {PYTHON} "$@" ;;
+esac""",
+    )
+    for name in ("cmake", "ninja"):
+        if Path(PYTHON).with_name(name).exists():
+            program.with_name(name).symlink_to(Path(PYTHON).with_name(name))
     return program
+
+
+def _program(path: Path, lines: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{lines}\n")
+    path.chmod(0o755)
+    return path
 
 
 def _socket(environment: Mapping[str, str]) -> Path:
@@ -77,7 +115,7 @@ def _socket(environment: Mapping[str, str]) -> Path:
     path = Path(f"{os.environ[SOCKET]}-{hashlib.sha256(loaded_with.encode()).hexdigest()[:8]}")
     with filelock.FileLock(f"{path}.lock"):
         if not path.exists():
-            command = [sys.executable, __file__, "serve", str(path), os.environ[OWNER]]
+            command = [PYTHON, __file__, "serve", str(path), os.environ[OWNER]]
             log = path.with_suffix(".log")
             with log.open("wb") as file:
                 process = subprocess.Popen(
@@ -129,7 +167,7 @@ def _read(connection: socket.socket, size: int) -> bytes:
 
 
 def _serve(path: Path, owner: int) -> dict[str, object]:
-    """Fork for every caller; returns in a process that has a command to run, and never in the server."""
+    """Fork for every caller; returns in a process that has a program to run, and never in the server."""
     listener = socket.socket(socket.AF_UNIX)
     hidden = path.with_name(f".{path.name}")
     listener.bind(str(hidden))
@@ -189,6 +227,7 @@ def _load() -> None:
     import orion_triage
 
     for name in (
+        "multiprocessing.spawn",  # which remembers sys.executable: its workers get open files, and begin as ever
         "torch",
         "transformers",
         "peft",
@@ -206,11 +245,26 @@ def _load() -> None:
             importlib.import_module(module.name)
 
 
-def _run_and_end() -> NoReturn:
-    """The command, and an interpreter's end without taking 5,000 modules apart, which takes a second."""
+def _interpret(words: list[str]) -> None:
+    """What `python WORDS` does after its start: a module, code, or a script."""
+    first, *rest = words
+    if first == "-m":
+        sys.argv, sys.path[0] = rest, str(Path.cwd())
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    elif first == "-c":
+        sys.argv, sys.path[0] = ["-c", *rest[1:]], ""
+        sys.modules["__main__"] = main = types.ModuleType("__main__")
+        exec(compile(rest[0], "<string>", "exec"), main.__dict__)
+    else:
+        sys.argv, sys.path[0] = words, str(Path(first).parent)
+        runpy.run_path(first, run_name="__main__")
+
+
+def _run_and_end(words: list[str]) -> NoReturn:
+    """The program, and an interpreter's end without taking 5,000 modules apart, which takes a second."""
     status: object = 0
     try:
-        runpy.run_module("orion_triage.cli", run_name="__main__", alter_sys=True)
+        _interpret(words)
     except SystemExit as end:
         status = end.code
     except BaseException:
@@ -228,6 +282,8 @@ def _run_and_end() -> NoReturn:
 
 if __name__ == "__main__":
     what, where, *rest = sys.argv[1:]
+    if what == "run":
+        sys.exit(_call(_socket(os.environ), [where, *rest], str(Path.cwd()), os.environ, (0, 1, 2)))
     if what == "call":
         ended = _call(Path(where), rest, str(Path.cwd()), os.environ, (0, 1, 2), hand_on_signals=True)
         if ended < 0:
@@ -235,6 +291,7 @@ if __name__ == "__main__":
             os.kill(os.getpid(), -ended)
         sys.exit(ended)
     _load()
+    own_python = _make_python(Path(where))
     asked = _serve(Path(where), int(rest[0]))
     os.chdir(str(asked["cwd"]))
     os.environ.clear()
@@ -243,6 +300,5 @@ if __name__ == "__main__":
     # What the server's own streams were, a file or a pipe, is not what the caller's are.
     sys.stdout = open(1, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", 1, encoding=sys.stderr.encoding, errors="backslashreplace", closefd=False)  # noqa: SIM115
-    sys.argv = ["orion", *asked["words"]]  # type: ignore[misc]
-    sys.path[0] = str(asked["cwd"])
-    _run_and_end()
+    sys.executable = str(own_python)
+    _run_and_end(asked["words"])  # type: ignore[arg-type]

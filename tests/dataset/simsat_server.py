@@ -79,6 +79,7 @@ class SimSatServer:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else a body waits up to 40 ms for the acknowledgement of its header
     simsat: SimSatServer
 
     def log_message(self, *arguments: Any) -> None:

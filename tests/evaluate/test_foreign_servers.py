@@ -83,6 +83,7 @@ class Router(StandIn):
 def running(stand_in: StandIn) -> Iterator[StandIn]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # else a body waits up to 40 ms for the acknowledgement of its header
 
         def log_message(self, *_: Any) -> None:
             pass

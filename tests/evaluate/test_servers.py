@@ -173,7 +173,7 @@ class _OpenAI(BaseHTTPRequestHandler):
 def test_a_server_without_llama_cpps_pages_is_asked_as_openais(drawn_questions: Any) -> None:
     _OpenAI.asked = []
     server = ThreadingHTTPServer(("127.0.0.1", 0), _OpenAI)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     try:
         found = connect(f"http://127.0.0.1:{server.server_port}", "", TOKENS)
         assert (found.model, found.build) == ("a-model", "OpenAI API")
