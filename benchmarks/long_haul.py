@@ -27,6 +27,7 @@ import small_run
 from PIL import Image
 
 from orion_triage.dataset.records import IMAGES_FOLDER
+from orion_triage.errors import OrionError
 from orion_triage.runs.run import newest_run, open_run
 from orion_triage.safe.files import write_text
 
@@ -103,15 +104,23 @@ def growth_per_thousand(samples: list[dict[str, int]], what: str) -> float:
     return float(np.polyfit(frames, values, 1)[0] * 1000)
 
 
+def newest() -> Path:
+    """The newest finished run in runs/, else the one that kills.py left: 'make torture' needs no run of before."""
+    try:
+        return newest_run(Path("runs"), "quantize")
+    except OrionError:
+        return newest_run(Path("runs/kills"), "quantize")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--run", type=Path, help="a finished run (default: the newest in runs/)")
+    parser.add_argument("--run", type=Path, help="a finished run (default: the newest in runs/, else in runs/kills/)")
     parser.add_argument("--folder", type=Path, default=Path("runs/long_haul"), help="what is worked in")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    run = open_run(arguments.run or newest_run(Path("runs"), "quantize"))
+    run = open_run(arguments.run or newest())
     folder: Path = arguments.folder.resolve()
     choice = random.Random(arguments.seed)
     print("making frames", flush=True)
