@@ -145,9 +145,7 @@ def main() -> None:
         results = Path(temporary) if arguments.short else HERE / "results"
         for name in arguments.only:
             print(f"--- {name}", flush=True)
-            (results / f"{name}.json").unlink(
-                missing_ok=True
-            )  # a part that ends early leaves no figures of another day
+            (results / f"{name}.json").unlink(missing_ok=True)  # a part that breaks leaves no old figures
             if not PARTS[name].run(results / f"{name}.json", arguments.seed, arguments.short):
                 failed.append(name)
             print(f"{name}: {(time.monotonic() - began) / 60:.1f} minutes in all", flush=True)

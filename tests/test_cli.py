@@ -299,7 +299,7 @@ def test_an_operating_point_is_chosen_on_val_kept_and_flown(finished: Path, tmp_
         else:
             point = f"a frame is dropped if P(LOW) is {low_threshold:.3f} or more" if low_threshold <= 1 else "none; "
             assert result.stdout.startswith(f"threshold: {point}")
-            rows = [line.split("│")[1:6] for line in result.stdout.splitlines() if "after" in line]
+            rows = [line.split("│")[1:6] for line in result.stdout.splitlines() if "│ after" in line]
             assert [[cell.strip() for cell in row[:2]] for row in rows] == [["val", "after"], ["test", "after"]]
             assert rows[0][2].strip().startswith("0/4 = 0.0 %")
             assert re.search(r"val: 0 more HIGH and MEDIUM frames lost, [0-4] saved", result.stdout)

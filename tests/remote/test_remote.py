@@ -285,7 +285,7 @@ def test_the_server_folder_must_be_absolute() -> None:
 
 def test_without_a_folder_the_server_is_asked_for_its_home(prepared: Place) -> None:
     server = remote.server_of(prepared.server.address, {"ORION_SSH": prepared.server.ssh})
-    home = prepared.there.parent / "home"  # of the test's server
+    home = prepared.server.home.resolve()
     assert (server.repository, server.data) == (f"{home}/orion/orion-triage", f"{home}/orion/orion_data")
     named = remote.server_of(prepared.server.address, {"ORION_SERVER_HDD_PATH": "/data"}, "/mine")
     assert named.repository == "/mine/orion-triage"
