@@ -40,7 +40,8 @@ def assert_refused(result: subprocess.CompletedProcess[str], *words: str, status
     for word in words:
         assert word in result.stderr
     if status == 1:
-        assert result.stderr.startswith("error: ")
+        said = result.stderr.splitlines()
+        assert [line for line in said if line.startswith("error: ")], said
         assert "fix: " in result.stderr
 
 
