@@ -96,9 +96,16 @@ class Torture:
     """One folder to work in, one undisturbed run to compare with, and what was found."""
 
     def __init__(
-        self, folder: Path, undisturbed: Run, seed: int, environment: dict[str, str], orion: Sequence[str]
+        self,
+        folder: Path,
+        undisturbed: Run,
+        seed: int,
+        environment: dict[str, str],
+        orion: Sequence[str],
+        frames: int | None,
     ) -> None:
         self.folder, self.environment, self.undisturbed, self.orion = folder, environment, undisturbed, orion
+        self.frames = frames
         self.choice, self.signals = random.Random(seed), cycle(SIGNALS)
         self.settings = undisturbed.settings
         self.kills: list[Kill] = []
@@ -203,8 +210,8 @@ class Torture:
 
     def _triage_words(self, run: Run, out: Path) -> list[str]:
         """Of the undisturbed run's frames in both, so that the lines are the same."""
-        frames = self.undisturbed.dataset / IMAGES_FOLDER
-        return [*self.orion, TRIAGE, str(frames), "--run", str(run.folder), "--out", str(out)]
+        frames = sorted((self.undisturbed.dataset / IMAGES_FOLDER).iterdir())[: self.frames]
+        return [*self.orion, TRIAGE, *map(str, frames), "--run", str(run.folder), "--out", str(out)]
 
 
 def main() -> None:
@@ -212,6 +219,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=70)
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--only", nargs="+", default=[], metavar="STAGE", help="fuse, 'evaluate base', triage, ...")
+    parser.add_argument("--frames", type=int, help="how many frames triage answers (default: all of the run's)")
     parser.add_argument("--run", type=Path, help="an undisturbed run of this size to compare with (default: made here)")
     parser.add_argument("--folder", type=Path, default=Path("runs/kills"), help="what is worked in; emptied first")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -227,7 +235,7 @@ def main() -> None:
         undisturbed = Run(folder / "undisturbed", small_run.prepare_places(folder))
     environment = {**os.environ, "TMPDIR": str(folder / "tmp"), "ORION_KILLS": MARK}
     orion = [arguments.orion] if arguments.orion else small_run.ORION
-    torture = Torture(folder, undisturbed, arguments.seed, environment, orion)
+    torture = Torture(folder, undisturbed, arguments.seed, environment, orion, arguments.frames)
     if not arguments.run:
         torture.make_undisturbed()
     torture.begin()

@@ -53,14 +53,13 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 # Two workers take a file of tests at a time, so the short ones come last and even out the end. The first ones do not
 # need the run of `finished`, which is made meanwhile. All of these are slow: 'make quick' leaves them out.
 LONGEST_FIRST = (
-    "test_upload", "test_gpu_benchmark", "test_download", "test_scripts", "test_processes", "test_hub",
-    "test_simsat_build", "test_rehearse", "test_remote", "test_cli",
-    "test_guides", "test_torture", "test_bench_frame", "test_disk_faults", "test_speed_benchmark", "test_check",
-    "test_html", "test_reliability", "test_fuse", "test_bundle", "test_fine_tune", "test_hostile_weights",
-    "test_sentinel2", "test_simsat", "test_verdict", "test_report", "test_hostile_text", "test_directory",
-    "test_synthetic", "test_share",
-    "test_build", "test_base", "test_tables", "test_own_folder", "test_stretch", "test_refused", "test_foreign_servers",
-    "test_cleanup", "test_prerequisites", "test_training_device", "test_twins", "test_validation",
+    "test_gpu_benchmark", "test_processes", "test_rehearse", "test_upload", "test_hub",
+    "test_fine_tune", "test_remote", "test_simsat_build", "test_scripts", "test_download", "test_twins", "test_verdict",
+    "test_cli", "test_bench_frame", "test_torture", "test_guides", "test_disk_faults", "test_speed_benchmark",
+    "test_reliability", "test_html", "test_fuse", "test_bundle", "test_check", "test_hostile_weights",
+    "test_sentinel2", "test_simsat", "test_report", "test_hostile_text", "test_directory", "test_synthetic",
+    "test_share", "test_build", "test_base", "test_tables", "test_own_folder", "test_stretch", "test_refused",
+    "test_foreign_servers", "test_cleanup", "test_prerequisites", "test_training_device", "test_validation",
 )  # fmt: skip
 
 
@@ -283,7 +282,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         return
     folder = _shared_run()
     folder.mkdir()
-    write_catalogue(folder / "places.csv", places_of("ocean_water", "agriculture", "mega_airport", count=12))
+    write_catalogue(folder / "places.csv", places_of("ocean_water", "urban_grid", "mega_airport", count=12))
     with (folder / "log").open("wb") as log:
         script = '"$@"; echo $? > status.new; mv status.new status'
         command = [sys.executable, warm.__file__, "run", *warm.ORION] if warm.is_possible() else ORION

@@ -11,7 +11,7 @@ import pytest
 from orion_triage import hub
 from orion_triage.dataset.catalogue import read_rows
 from orion_triage.dataset.check.facts import read_entries
-from orion_triage.dataset.records import read_records
+from orion_triage.dataset.records import read_records, read_split, write_split
 from orion_triage.errors import OrionError
 from orion_triage.export import quantize
 from orion_triage.imagery.frames import read_frame
@@ -100,9 +100,13 @@ SIBLING: dict[str, Any] = {
 def test_a_sibling_of_other_sizes_goes_from_training_to_the_pair(small_dataset: Path, tmp_path: Path) -> None:
     """By its configuration alone: adapter targets, fused model, GGUF pair with the converter's parity checks."""
     base = make_base(tmp_path / "base", seed=3, **SIBLING)
+    few = shutil.copytree(small_dataset, tmp_path / "few")
+    for split, count in (("train", 8), ("val", 3), ("test", 3)):
+        write_split(few, split, read_split(small_dataset, split)[:count])
     sets = [
-        f"base.model={base}", f"dataset.folder={json.dumps(str(small_dataset))}", "fine_tune.epochs=1",
+        f"base.model={base}", f"dataset.folder={json.dumps(str(few))}", "fine_tune.epochs=1",
         "fine_tune.learning_rate=1e-2", "fine_tune.micro_batch_size=8", "fine_tune.gradient_accumulation_steps=1",
+        "fuse.check_records=4",
     ]  # fmt: skip
     options = ["--run", tmp_path / "run", *(word for value in sets for word in ("--set", value))]
     for command in ("dataset", "fine-tune", "fuse", "quantize"):

@@ -50,7 +50,7 @@ def by_change(measured: dict) -> dict[str, dict]:
 
 @pytest.mark.llama_cpp
 @pytest.mark.slow
-def test_each_row_is_one_change_and_has_an_accuracy_where_that_was_evaluated(run: Run) -> None:
+def test_each_row_is_one_change_and_has_an_accuracy_where_that_was_evaluated(run: Run, warm_python: None) -> None:
     pipeline.run_stage(pipeline.stage_named("evaluate verdict-only", run.settings), run)
     answers = read_predictions(run.evaluation(VERDICT_ONLY))
     assert {row["reason"] for row in answers} == {""}
@@ -124,7 +124,7 @@ def test_the_table_fits_a_terminal_and_json_is_alone_on_standard_output(run: Run
 
 @pytest.mark.llama_cpp
 @pytest.mark.slow
-def test_a_run_trains_and_flies_at_another_size(small_dataset: Path, tmp_path: Path) -> None:
+def test_a_run_trains_and_flies_at_another_size(small_dataset: Path, tmp_path: Path, warm_python: None) -> None:
     sets = ["base.frame_size=384", "fine_tune.epochs=1", "fuse.check_records=6", "evaluate.threads=1"]
     run = Run(tmp_path / "run", load_settings("tiny", sets))
     prepare(run)
@@ -179,7 +179,7 @@ def test_an_image_out_of_the_cache_is_not_taken_for_an_encoded_one(finished: Pat
 
 
 @pytest.mark.llama_cpp
-def test_a_vision_tower_is_converted_to_eight_bits(finished: Path, tmp_path: Path) -> None:
+def test_a_vision_tower_is_converted_to_eight_bits(finished: Path, tmp_path: Path, warm_python: None) -> None:
     run, path = finished / "runs" / "small", tmp_path / "q8_0.gguf"
     convert(find_toolchain(), run / "orion_merged", path, mmproj=True, outtype="q8_0")
     for file, expected in ((run / "gguf" / quantize.MMPROJ, "F16"), (path, "Q8_0")):

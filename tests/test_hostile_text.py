@@ -495,6 +495,7 @@ class Parrot(BaseHTTPRequestHandler):
     """Says the same to everything, after the three labels were tokenized."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else a body waits up to 40 ms for the acknowledgement of its header
     body = b""
     encoding = ""
 

@@ -74,7 +74,7 @@ def test_a_pair_flies_only_with_the_settings_that_it_was_made_with(finished: Pat
 
 def test_settings_of_an_unfinished_run_are_those_of_the_last_command(tmp_path: Path) -> None:
     """A dataset that was interrupted goes on with its source, although nothing is finished yet."""
-    write_catalogue(tmp_path / "places.csv", places_of("ocean_water", "urban_grid", "mega_airport", count=4))
+    write_catalogue(tmp_path / "places.csv", places_of("ocean_water", "agriculture", "mega_airport", count=4))
     sets = ("--set", "dataset.catalogue=places.csv", "--set", "dataset.split_distance_km=20")
     begun = tmp_path / "runs" / "tiny" / "dataset_work"
     begun.mkdir(parents=True)

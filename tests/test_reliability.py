@@ -34,6 +34,8 @@ from orion_triage.train import fine_tune
 from orion_triage.train.checkpoints import HASHES_FILE
 from orion_triage.train.trainer import _watch
 
+from . import warm
+
 WAIT_SECONDS = 30
 # A command that has begun to write into the run folder that it is given, and does not end by itself.
 WAITING = """
@@ -186,15 +188,11 @@ def test_a_command_that_is_ended_leaves_nothing_half_written(tmp_path: Path, kil
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
-@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("lost", ["swallowed", "renamed", "in a finalizer"])
-def test_a_signal_that_a_library_loses_ends_the_command_all_the_same(
-    tmp_path: Path, kill: signal.Signals, lost: str
-) -> None:
+def test_a_signal_that_a_library_loses_ends_the_command_all_the_same() -> None:
     code = """
 import sys, time
 from orion_triage import cli
-cli._AGAIN_SECONDS = 0.5
+cli._REPEAT_SECONDS = 0.5
 class Finalized:
     def __del__(self):
         print("begun", flush=True)
@@ -218,15 +216,27 @@ cli.app.command()(wait)
 sys.argv = ["orion", "wait", sys.argv[1]]
 cli.main()
 """
-    command = [sys.executable, "-c", code, lost]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "begun\n"
-    process.send_signal(kill)
-    said, errors = process.communicate(timeout=WAIT_SECONDS)
-    assert process.returncode == 128 + kill
-    assert said == ("" if lost == "renamed" else "clean\n")
-    assert errors == "interrupted: run the same command again to resume\n"
+    cases = [
+        (lost, kill) for lost in ("swallowed", "renamed", "in a finalizer") for kill in (signal.SIGTERM, signal.SIGINT)
+    ]
+    processes = [  # beside each other, since they wait most of the time
+        subprocess.Popen([sys.executable, "-c", code, lost], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for lost, _ in cases
+    ]
+    try:
+        for case, process in zip(cases, processes, strict=True):
+            assert process.stdout is not None
+            assert process.stdout.readline() == "begun\n", case
+        for (_, kill), process in zip(cases, processes, strict=True):
+            process.send_signal(kill)
+        for (lost, kill), process in zip(cases, processes, strict=True):
+            said, errors = process.communicate(timeout=WAIT_SECONDS)
+            assert process.returncode == 128 + kill, (lost, kill)
+            assert said == ("" if lost == "renamed" else "clean\n"), (lost, kill)
+            assert errors == "interrupted: run the same command again to resume\n", (lost, kill)
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def test_whoever_comes_next_clears_what_a_killed_run_left(tmp_path: Path) -> None:
@@ -339,7 +349,7 @@ try:
 except OrionError as error:
     print(error.message, "|", error.fix)
 """
-    command = [sys.executable, "-c", code, str(small_base), str(small_dataset), str(tmp_path)]
+    command = [warm.python(), "-c", code, str(small_base), str(small_dataset), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert "fine-tuning ran out of memory: " in done.stdout, done.stderr[-2000:]
     assert (
@@ -494,7 +504,7 @@ def liar(how: str) -> Iterator[str]:
     TOKENS[:] = [[9], [9, 1], [9, 2], [9, 3]]  # of the cue, and of the three labels after it
     server = ThreadingHTTPServer(("127.0.0.1", 0), Liar)
     server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"
     finally:

@@ -43,7 +43,7 @@ def load(name: str) -> ModuleType:
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(finished: Path, tmp_path: Path) -> None:
     results = tmp_path / "kills.json"
     killed = ["evaluate quantized", "evaluate constrained", "triage"]  # the last ones: little is done again
-    words = ["--run", "runs/small", "--kills", 3, "--only", *killed]
+    words = ["--run", "runs/small", "--kills", 3, "--only", *killed, "--frames", 9]
     words += ["--orion", warm.shim(tmp_path / "bin")] if warm.is_possible() else []
     done = script("kills.py", *words, "--folder", tmp_path / "work", "--results", results, cwd=finished)
     assert done.returncode == 0, done.stdout + done.stderr

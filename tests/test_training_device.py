@@ -108,7 +108,7 @@ def test_the_number_of_gpus_in_the_box_changes_nothing(
     device = TrainingArguments._setup_devices.func
     adapters: dict[int, dict[str, Any]] = {}
     logs: dict[int, list[float]] = {}
-    for visible in (1, 2, 8):
+    for visible in (1, 8):
 
         def counted(arguments: Any, visible: int = visible) -> Any:
             found = device(arguments)
@@ -130,10 +130,9 @@ def test_the_number_of_gpus_in_the_box_changes_nothing(
         logs[visible] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         adapters[visible] = {name: value for name, value in model.named_parameters() if value.requires_grad}
     assert len(logs[1]) == 4
-    for visible in (2, 8):
-        assert logs[visible] == pytest.approx(logs[1], rel=1e-5)
-        for name, value in adapters[1].items():
-            assert torch.allclose(adapters[visible][name], value, atol=1e-6), name
+    assert logs[8] == pytest.approx(logs[1], rel=1e-5)
+    for name, value in adapters[1].items():
+        assert torch.allclose(adapters[8][name], value, atol=1e-6), name
 
 
 def test_float16_that_overflows_again_and_again_ends_in_a_clear_word() -> None:

@@ -1,7 +1,9 @@
 """Tables that people bring: CSV in its dialects, JSON lines, encodings; and names of files in every script."""
 
 import json
+import os
 import re
+import subprocess
 import unicodedata
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from orion_triage.mission.prompt import Coordinates
 from orion_triage.mission.verdict import CATEGORIES
 from orion_triage.safe.tables import csv_rows, number_of, read_csv
 from orion_triage.settings import SPLITS, DatasetSettings, load_settings
-from tests.conftest import orion
+from tests.conftest import ORION
 
 HEADER = "file_name,category,lon,lat,reason"
 LINES = ("p0.png,HIGH,1.5,48.25,Long quays.", "p1.png,LOW,-60.5,-3.25,Dense forest.")
@@ -316,6 +318,13 @@ def test_hidden_files_are_no_pictures_and_no_tables_and_are_counted(tmp_path: Pa
     assert "'HIGH/low/p.png' is in folders of 2 categories" in refusal(tmp_path / "HIGH").message
 
 
+def on_an_ascii_terminal(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The command in an interpreter that begins as usual: this variable is read at its start."""
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "120"}
+    command = [*ORION, *map(str, words)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+
+
 def test_the_stage_keeps_the_users_own_names(tmp_path: Path) -> None:
     """Through the command line with an ASCII terminal. One name is not UTF-8."""
     names = [
@@ -329,7 +338,7 @@ def test_the_stage_keeps_the_users_own_names(tmp_path: Path) -> None:
         coarse = np.random.default_rng(n).integers(0, 256, (16, 16, 3)).astype(np.uint8)
         Image.fromarray(coarse, "RGB").resize((512, 512), Image.Resampling.BICUBIC).save(path, compress_level=1)
     (tmp_path / "own" / "HIGH" / "[b04].webp").touch()
-    result = orion("dataset", "--run", "run", "--dataset", "own", cwd=tmp_path, PYTHONIOENCODING="ascii")
+    result = on_an_ascii_terminal("dataset", "--run", "run", "--dataset", "own", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "left out: 1 file with other suffixes (1 .webp)" in result.stderr
     found = [row for _, row in read_csv(tmp_path / "run" / "dataset" / FRAMES_TABLE)]
@@ -352,7 +361,7 @@ def test_text_from_files_is_never_markup(small_dataset: Path, tmp_path: Path) ->
     for path in (small_dataset / IMAGES_FOLDER).iterdir():
         (tmp_path / IMAGES_FOLDER / path.name).write_bytes(path.read_bytes())
     (tmp_path / IMAGES_FOLDER / "[b04]:x:[bold]北京.png").touch()
-    result = orion("dataset", "check", tmp_path, cwd=tmp_path, PYTHONIOENCODING="ascii")
+    result = on_an_ascii_terminal("dataset", "check", tmp_path, cwd=tmp_path)
     assert rf"{IMAGES_FOLDER}/[b04]:x:[bold]\u5317\u4eac.png: 1 pictures are in no record" in result.stdout
 
 
