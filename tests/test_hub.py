@@ -186,6 +186,10 @@ def test_a_whole_run_by_hub_ids(hub: Hub, small_base: Path, small_dataset: Path,
         micro_batch_size = 8
         gradient_accumulation_steps = 1
         gradient_checkpointing = false
+        [fuse]
+        check_records = 4
+        [evaluate]
+        max_new_tokens = 40
         """
     )
     own = ("--preset", settings)

@@ -27,7 +27,7 @@ MEASURES = {
 def results(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The figures of one invocation at toy size, by what was compared."""
     folder = tmp_path_factory.mktemp("speed")
-    command = [sys.executable, str(SCRIPT), "--toy", "--only", "training", "evaluation-gguf", "frame"]
+    command = [warm.python(), str(SCRIPT), "--toy", "--only", "training", "evaluation-gguf", "frame"]
     command += ["--run", "runs/small", "--folder", str(folder / "bench"), "--results", str(folder / "results")]
     command += ["--orion", str(warm.shim(folder))] if warm.is_possible() else []
     done = subprocess.run(command, cwd=finished, capture_output=True, text=True, env={**os.environ}, check=False)
