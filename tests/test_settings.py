@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from orion_triage.cli.terminal import run_of
 from orion_triage.errors import OrionError
 from orion_triage.runs.manifest import hash_inputs, is_current, read_manifest, write_manifest
 from orion_triage.runs.run import SETTINGS_FILE, Run, open_run, prepare, with_its_dataset
@@ -118,6 +119,27 @@ def test_a_run_of_another_version_is_named_and_its_dataset_kept(tmp_path: Path) 
         OrionError, match="has no valid dataset settings, so the source of the run's dataset is unknown"
     ):
         with_its_dataset(Run(tmp_path, load_settings("tiny")))
+
+
+def test_limits_that_were_set_once_stay_until_they_are_named_again(tmp_path: Path) -> None:
+    def limits(*assignments: str, preset: str = "tiny") -> tuple[float, float, float]:
+        settings = run_of(preset, list(assignments), folder).settings
+        return (settings.verdict.significance, settings.verdict.largest_irrecoverable_loss, settings.mission.prior[0])
+
+    folder = tmp_path / "run"
+    folder.mkdir()
+    default = limits()
+    strict = (0.01, 0.10, 0.02)
+    assert limits("verdict.significance=0.01", "mission.prior=[0.02, 0.08, 0.9]") == strict != default
+    assert limits() == limits("fine_tune.epochs=2") == strict
+    assert limits("verdict.largest_irrecoverable_loss=0.05") == (0.01, 0.05, 0.02)
+    own = tmp_path / "own.toml"
+    own.write_text('preset = "tiny"\n[verdict]\nsignificance = 0.03\n')
+    assert limits(preset=str(own)) == (0.03, 0.10, 0.005)
+    path = folder / "settings.json"
+    path.write_text(path.read_text().replace('"significance": 0.03', '"significance": 7'))
+    with pytest.raises(OrionError, match=r"no valid mission or verdict settings: .*significance"):
+        limits()
 
 
 def test_of_several_processes_the_first_writes_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,7 +141,7 @@ def run_of(
     **sources: str,
 ) -> Any:
     """The run that a command changes. Its settings come from the preset and are saved in its folder."""
-    from orion_triage.runs.run import Run, prepare, with_its_dataset
+    from orion_triage.runs.run import Run, prepare, with_its_dataset, with_its_judging
     from orion_triage.settings import load_settings
 
     if source and dataset:
@@ -153,6 +153,8 @@ def run_of(
     run = Run(folder or Path("runs") / settings.preset, settings, split, **sources)
     if not named and not any(assignment.startswith("dataset.") for assignment in assignments):
         run = with_its_dataset(run)
+    if not preset.endswith(".toml"):  # a file of the user's own says it each time
+        run = with_its_judging(run, [assignment.partition("=")[0].strip() for assignment in assignments])
     if run.folder.exists():  # a command that is refused leaves no new folder
         prepare(run)
     return run

@@ -1,7 +1,7 @@
 """One run: its folder, its settings, and the location of each stage's product in it."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from orion_triage import __version__, hub, processes
-from orion_triage.errors import OrionError
+from orion_triage.errors import OrionError, one_line
 from orion_triage.runs import manifest
 from orion_triage.safe.files import locked, write_text
 from orion_triage.safe.reading import read_object
@@ -160,6 +160,34 @@ def with_its_dataset(run: Run) -> Run:
             "Add --dataset FOLDER or --source NAME, or choose another folder with --run.",
         ) from None
     return replace(run, settings=run.settings.model_copy(update={"dataset": dataset}))
+
+
+JUDGING = ("mission", "verdict")  # the settings that change no answer, only how answers are judged
+
+
+def with_its_judging(run: Run, named: Sequence[str]) -> Run:
+    """The run with the JUDGING settings stored in its folder, except the `named` ones ("verdict.significance").
+
+    Limits that were set once would otherwise fall back to the defaults with the next command, without a word. Raises
+    OrionError if they cannot be read.
+    """
+    path, kept = run.folder / SETTINGS_FILE, {}
+    try:
+        before = read_object(path)
+        if before.get("preset") != run.settings.preset:
+            return run
+        for section in JUDGING:
+            now = getattr(run.settings, section)
+            new = {key: value for key, value in now.model_dump(mode="json").items() if f"{section}.{key}" in named}
+            kept[section] = type(now).model_validate_json(json.dumps({**before.get(section, {}), **new}))
+    except FileNotFoundError:
+        return run
+    except (ValidationError, TypeError) as error:
+        raise OrionError(
+            f"{path} has no valid {' or '.join(JUDGING)} settings: {one_line(str(error))[:200]}.",
+            "Correct the file, or choose another folder with --run.",
+        ) from None
+    return replace(run, settings=run.settings.model_copy(update=kept))
 
 
 def open_run(folder: Path, split: Split = "test") -> Run:
