@@ -115,7 +115,9 @@ def test_the_first_line_says_what_the_folder_is(layout: str, tmp_path: Path) -> 
 def test_a_finished_dataset_is_recognised_too(small_dataset: Path, tmp_path: Path) -> None:
     result = check(small_dataset)
     assert result.stdout.startswith(f"{small_dataset}: a dataset in the published layout\n")
-    assert result.stdout.splitlines()[-1] == f"next: orion run --dataset {small_dataset} --run runs/dataset"
+    assert (
+        result.stdout.splitlines()[-1] == f"next: orion run --dataset {small_dataset} --run runs/{small_dataset.name}"
+    )
     assert check(small_dataset, "--set", "dataset.split_seed=1").exit_code == 2
     for split in ("val", "test"):  # without train_dataset.jsonl, the stage takes it for the same
         shutil.copy(split_path(small_dataset, split), tmp_path)
