@@ -216,9 +216,11 @@ def test_a_run_bundled_again_differs_in_its_operating_point_only(made: Path, sma
         {"low_threshold": 0.25, "temperature": 1.5},
     )
     first, second = ((folder / "README.txt").read_text().splitlines() for folder in (made, again))
-    decision, unscored = [line for line in second if line not in first]
+    *calibrated, decision, unscored = [line for line in second if line not in first]
+    assert "the scores to the power of 1 / 1.5000" in calibrated[0]
+    assert [line.strip() for line in calibrated[1:]] == ["The decision takes the scores without it."]
     assert "LOW if the score of LOW is at least 0.25" in decision
-    assert unscored == "   - Without scores: use the category in the answer."
+    assert unscored.strip() == "- Without scores: use the category in the answer."
     for record in (one, two):
         del record["files"]["README.txt"]
     assert one == two  # hashes of all other files among it

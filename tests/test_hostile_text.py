@@ -300,7 +300,11 @@ def test_each_of_these_catalogues_is_refused_by_name(name: str, data: str, said:
 TABLE = 'file;Label;lon;lat;caption;x\np0.png;HIGH;1,5;2;"Long\nquays.";1\npictures/P1;low;;;Forest.;\n'
 
 
-@given(st.one_of(mutated(TABLE.encode()), st.tuples(texts, texts).map(lambda cells: "\n".join(cells).encode())))
+@given(
+    st.one_of(
+        mutated(TABLE.encode()), st.tuples(texts, texts).map(lambda cells: "\n".join(cells).encode(errors="replace"))
+    )
+)
 def test_a_table_of_pictures_is_read_or_each_mistake_is_named(own: Path, data: bytes) -> None:
     (own / "labels.csv").write_bytes(data)
     contents = outcome(read_contents, own, named=own)
