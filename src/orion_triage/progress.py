@@ -31,10 +31,7 @@ class Lines:
         self._last_line = clock()
         self._tenth: int | None = None  # of the last line; None: the work has had none
         self._done, self._total = 0, -1  # of the last report
-        self._began, self._first = (
-            0.0,
-            0,
-        )  # time and steps of the work's first report: a resumed one does not begin at 0
+        self._began, self._first = 0.0, 0  # time and steps of the first report: resumed work does not begin at 0
 
     def __call__(self, description: str, done: int, total: int) -> None:
         now = self._clock()

@@ -7,7 +7,7 @@ optional. A decimal comma in a position is read as a decimal point.
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib import resources
@@ -117,13 +117,21 @@ def read_rows(source: Path | Traversable, faults: Faults | None = None) -> Itera
 
 
 def _jsonl_rows(path: Path, faults: Faults | None) -> Iterator[Row]:
-    for number, line in json_lines(path):
+    lines = ((f"line {number}", line) for number, line in json_lines(path))
+    return _readable(lines, _object_cells, str(path), faults)
+
+
+def _readable(
+    found: Iterable[tuple[str, Any]], cells_of: Callable[[Any, str], dict[str, str]], name: str, faults: Faults | None
+) -> Iterator[Row]:
+    """The rows of (place, content) in the file `name`, without those that cannot be read."""
+    for where, content in found:
         try:
-            cells = _object_cells(line, f"{path}: line {number}")
+            cells = cells_of(content, f"{name}: {where}")
         except OrionError as error:
             keep(error, faults)
         else:
-            yield f"line {number}", cells
+            yield where, cells
 
 
 def _object_cells(line: str, place: str) -> dict[str, str]:
@@ -138,13 +146,8 @@ def _geojson_rows(text: str, name: str, faults: Faults | None) -> Iterator[Row]:
     features = value.get("features") if isinstance(value, dict) else None
     if not isinstance(features, list):
         raise OrionError(f"{name} is not a GeoJSON FeatureCollection.", "Write points as its features, or use CSV.")
-    for number, feature in enumerate(features, start=1):
-        try:
-            cells = _feature_cells(feature, f"{name}: feature {number}")
-        except OrionError as error:
-            keep(error, faults)
-        else:
-            yield f"feature {number}", cells
+    found = ((f"feature {number}", feature) for number, feature in enumerate(features, start=1))
+    yield from _readable(found, _feature_cells, name, faults)
 
 
 def _feature_cells(feature: Any, place: str) -> dict[str, str]:

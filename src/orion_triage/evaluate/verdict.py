@@ -6,11 +6,11 @@ must be met, so their tests need no correction for their number: a bad model has
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from orion_triage.evaluate.metrics import Prediction, compare, under
-from orion_triage.evaluate.statistics import difference_interval, frames_to_resolve
+from orion_triage.evaluate.metrics import Change, Prediction, compare, under
+from orion_triage.evaluate.statistics import difference_interval, wilson
 from orion_triage.mission.verdict import CATEGORIES, Category
 from orion_triage.settings import VerdictSettings
 
@@ -101,7 +101,7 @@ def _criteria(
     if "quantized" in predictions and "fine-tuned" in predictions:
         yield quantization(predictions, needed)
     yield parity(results["parity"])
-    yield blank_rule(flown, results["blank_frames"], judged == flight, needed.largest_irrecoverable_loss)
+    yield blank_rule(flown, judged == flight, needed.largest_irrecoverable_loss)
     if needed.largest_seconds_per_frame is not None:
         yield in_time(seconds_per_frame, needed.largest_seconds_per_frame)
 
@@ -157,22 +157,17 @@ def better_than(
     """Whether the model is right on significantly more frames than a baseline, on the frames that the baseline has."""
     said: Mapping[str, str] = baseline["predictions"]
     both = [row for row in rows if row.name in said]
-    gained = sum(row.predicted == row.truth and said[row.name] != row.truth for row in both)
-    dropped = sum(row.predicted != row.truth and said[row.name] == row.truth for row in both)
+    change = compare([replace(row, predicted=Category(said[row.name])) for row in both], both)
     right = sum(row.predicted == row.truth for row in both)
     counts = f"{right}/{len(both)} against {baseline['right']}/{baseline['count']}"
-    return _difference(f"better than {name}", counts, (gained, dropped, len(both)), needed, advice)
+    return _difference(f"better than {name}", counts, change, len(both), needed, advice)
 
 
-def _difference(
-    name: str, counts: str, differing: tuple[int, int, int], needed: VerdictSettings, advice: str
-) -> Criterion:
-    """A paired difference that must be significantly above 0; `differing` is (gained, lost, frames)."""
-    from orion_triage.evaluate.statistics import mcnemar
-
-    gained, dropped, total = differing
+def _difference(name: str, counts: str, change: Change, total: int, needed: VerdictSettings, advice: str) -> Criterion:
+    """A paired difference on `total` frames that must be significantly above 0."""
+    gained, dropped, p = change.gained, change.lost, change.exact_p
     low, high = difference_interval(gained, dropped, total)
-    difference, p = (gained - dropped) / total, mcnemar(gained, dropped).exact_p
+    difference = (gained - dropped) / total
     p_in_words = "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
     measured = f"{counts}: {_points(difference, low, high)}, {p_in_words}"
     wanted = f"more, p < {needed.significance:g}"
@@ -180,8 +175,7 @@ def _difference(
         return Criterion(name, measured, wanted, "pass", "", difference, low, high)
     if gained <= dropped or 100 * high < needed.smallest_gain_points:
         return Criterion(name, measured, wanted, "fail", advice, difference, low, high)
-    more = frames_to_resolve(gained, dropped, total)
-    few = f"A difference of this size takes about {more:,} test frames to show."
+    few = f"A difference of this size takes about {change.frames_to_resolve:,} test frames to show."
     return Criterion(name, measured, wanted, "open", few, difference, low, high)
 
 
@@ -230,8 +224,6 @@ def lost(loss: Mapping[str, Any], largest: float) -> Criterion:
 
 def _frames_to_bound(count: int, total: int, largest: float) -> int | None:
     """The number of frames at which the interval of this rate ends at `largest`; None above a million."""
-    from orion_triage.evaluate.statistics import wilson
-
     frames = total
     while frames < 1_000_000:
         if wilson(round(count * frames / total), frames)[1] <= largest:
@@ -266,7 +258,7 @@ def looks(answers: Sequence[Prediction], needed: VerdictSettings) -> Criterion:
     right = [sum(row.predicted == row.truth for row in rows) for rows in (with_image, blind)]
     return _difference(
         "looks at the image", f"{right[0]}/{len(blind)} with it, {right[1]}/{len(blind)} with noise (C)",
-        (change.gained, change.lost, len(blind)), needed,
+        change, len(blind), needed,
         "The image does not help the model: check the frames that it was trained on ('orion dataset view').",
     )  # fmt: skip
 
@@ -322,13 +314,13 @@ def parity(measured: Mapping[str, Any] | None) -> Criterion:
     return Criterion(name, said, wanted, "pass", "", agreement)
 
 
-def blank_rule(rows: Sequence[Prediction], blank: Sequence[str], in_flight: bool, largest: float) -> Criterion:
+def blank_rule(rows: Sequence[Prediction], in_flight: bool, largest: float) -> Criterion:
     """Blank frames are dropped without asking the model, so frames with content must not be among them."""
     name, wanted = "blank rule", f"on; at most {largest:.0%} of those"
     if not in_flight:
         return Criterion(name, "not evaluated", wanted, "open", "Run 'orion evaluate --variants constrained'.")
     valuable = [row for row in rows if row.truth != Category.LOW]
-    dropped = sum(row.name in set(blank) for row in valuable)
+    dropped = sum(row.blank for row in valuable)
     share = dropped / max(1, len(valuable))
     measured = f"on; {dropped} of {len(valuable)} HIGH and MEDIUM frames are blank"
     if share <= largest:
