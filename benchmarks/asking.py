@@ -30,17 +30,20 @@ from orion_triage.imagery.frames import noise_frame, read_frame
 from orion_triage.llama_cpp.server import Server
 from orion_triage.llama_cpp.toolchain import find_toolchain
 from orion_triage.mission.answer import Answer
+from orion_triage.mission.mission import default_mission
 from orion_triage.mission.prompt import render_prompt
-from orion_triage.mission.verdict import Category, parse_verdict
+from orion_triage.mission.verdict import parse_verdict
 from orion_triage.runs.run import newest_run, open_run
 from orion_triage.safe.files import write_text
+
+MISSION = default_mission()
 
 RESULTS = Path(__file__).parent / "results" / "asking.json"
 Asked = Callable[[Image.Image, str], Answer]
 
 
 def published_b(record: Record) -> str:
-    return render_prompt(None).replace(" satellite image.\n", " satellite image captured\n", 1)
+    return render_prompt(MISSION, None).replace(" satellite image.\n", " satellite image captured\n", 1)
 
 
 def six_decimals(record: Record) -> str:
@@ -61,10 +64,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path)
     run = open_run(parser.parse_args().run or newest_run(Path("runs"), "quantize"))
-    records, size = read_split(run.dataset, "test"), run.settings.base.frame_size
+    records, size = read_split(run.dataset, "test", MISSION), run.settings.base.frame_size
     truth = [record.verdict.category for record in records]
     frames = [read_frame(image_path(run.dataset, record), size).image for record in records]
-    with_coordinates, without = [record.prompt for record in records], [render_prompt(None)] * len(records)
+    with_coordinates, without = [record.prompt for record in records], [render_prompt(MISSION, None)] * len(records)
     assert all(published_b(r) != b and six_decimals(r) != r.prompt for r, b in zip(records, without, strict=True))
     noise = {kind: [noise_frame(kind, size)] * len(records) for kind in ("gaussian", "uniform")}
     pair = (run.gguf / quantize.QUANTIZED, run.gguf / quantize.MMPROJ)
@@ -72,8 +75,8 @@ def main() -> None:
         backend = LlamaCppBackend(server.client, max_new_tokens=run.settings.evaluate.max_new_tokens)
         chat = server.client.chat
 
-        def ask(images: list[Image.Image], prompts: list[str]) -> list[Category | None]:
-            verdicts = [parse_verdict(answer.text) for answer in backend.answer(images, prompts)]
+        def ask(images: list[Image.Image], prompts: list[str]) -> list[str | None]:
+            verdicts = [parse_verdict(MISSION, answer.text) for answer in backend.answer(images, prompts)]
             return [verdict.category if verdict else None for verdict in verdicts]
 
         a, b, c = ask(frames, with_coordinates), ask(frames, without), ask(noise["gaussian"], with_coordinates)

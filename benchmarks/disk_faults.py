@@ -40,11 +40,14 @@ import small_run
 from orion_triage.dataset.records import image_path, read_split
 from orion_triage.errors import OrionError
 from orion_triage.flight import bundle
+from orion_triage.mission.mission import default_mission
 from orion_triage.pipeline import Stage, stages, verify
 from orion_triage.runs import manifest
 from orion_triage.runs.run import SETTINGS_FILE, WORK_FOLDER, Run, open_run
 from orion_triage.safe.children import tied
 from orion_triage.safe.files import sha256_of_file, write_text
+
+MISSION = default_mission()
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "disk_faults.json"
@@ -452,7 +455,7 @@ def prepare(folder: Path, finished: Path | None) -> Run:
         run = Run(folder / "undisturbed" / "run", open_run(finished).settings)
         shutil.copytree(finished, run.folder, ignore=shutil.ignore_patterns("logs", WORK_FOLDER))
     frames_of(run).mkdir()
-    for record in read_split(run.dataset, "test")[:FRAMES]:
+    for record in read_split(run.dataset, "test", MISSION)[:FRAMES]:
         path = image_path(run.dataset, record)
         shutil.copyfile(path, frames_of(run) / path.name)
     return run

@@ -27,6 +27,7 @@ from orion_triage.dataset.records import Record
 from orion_triage.evaluate import run as evaluate
 from orion_triage.evaluate.backends import TransformersBackend
 from orion_triage.export import fuse
+from orion_triage.mission.mission import default_mission
 from orion_triage.models.encode import encode
 from orion_triage.models.load import (
     _keep_gradients_on_cpu,
@@ -44,6 +45,8 @@ from orion_triage.settings import Settings, load_settings
 from orion_triage.train import fine_tune
 from orion_triage.train.device import Device
 from orion_triage.train.trainer import collator, make_trainer
+
+MISSION = default_mission()
 
 RESULTS = Path(__file__).parent / "results" / "faults.json"
 
@@ -109,7 +112,7 @@ def add_unresolved_adapter(model: Any, settings: Settings) -> Any:
 
 def loss_everywhere(collate: Callable[[list[Record]], Any], processor: Any, frames: Any) -> Any:
     def with_all_labels(records: list[Record]) -> Any:
-        answers = [record.verdict.to_json() for record in records]
+        answers = [record.answer for record in records]
         pictures = [frames[record.image] for record in records]
         batch = encode(processor, pictures, [record.prompt for record in records], answers)
         batch["labels"] = batch["input_ids"].clone()
@@ -123,7 +126,7 @@ def train(recipe: Recipe, run: Run, folder: Path) -> dict[str, Any]:
     from transformers import set_seed
 
     settings, base = run.settings, resolve_base(run.settings.base.model)
-    dataset = Dataset(run.dataset)
+    dataset = Dataset(run.dataset, MISSION)
     train_records, val_records = dataset.records("train"), dataset.records("val")
     processor = load_processor(base, settings.base.frame_size)
     frames = fine_tune.decode_frames(dataset, [*train_records, *val_records], settings.base.frame_size, silent)
@@ -167,14 +170,14 @@ def measure(recipe: Recipe, run: Run) -> dict[str, Any]:
     fuse.run(
         base,
         folder / "adapter",
-        Dataset(run.dataset),
+        Dataset(run.dataset, MISSION),
         folder / "merged",
         settings.fuse,
         settings.base.frame_size,
     )
     backend = TransformersBackend.load(folder / "merged", settings.evaluate, settings.base.frame_size)
     figures["metrics"] = evaluate.run(
-        Dataset(run.dataset), "test", backend, folder / "evaluation", settings.evaluate, settings.base.frame_size,
+        Dataset(run.dataset, MISSION), "test", backend, folder / "evaluation", settings.evaluate, settings.base.frame_size,
         fingerprint=recipe.name,
     )  # fmt: skip
     write_text(finished, json.dumps(figures, indent=1) + "\n")

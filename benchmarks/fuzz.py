@@ -22,6 +22,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from orion_triage.mission.mission import default_mission
+
+MISSION = default_mission()
+
 MEMORY_MIB, LONGEST_SECONDS, LARGEST_INPUT = 2048, 10, 8192
 # What is watched branch by branch: our parsers, and those below them that are written in Python.
 WATCHED = [
@@ -98,7 +102,7 @@ def verdict() -> Target:
 
     def target(data: bytes) -> Any:
         text = data.decode("utf-8", "surrogateescape")
-        return parse_verdict(text) or parse_prompt(text)
+        return parse_verdict(MISSION, text) or parse_prompt(MISSION, text)
 
     return target
 
@@ -232,10 +236,10 @@ def seeds(target: str) -> list[bytes]:
 
     from orion_triage.dataset.records import Record
     from orion_triage.mission.prompt import Coordinates, render_prompt
-    from orion_triage.mission.verdict import Category, Verdict
+    from orion_triage.mission.verdict import Verdict
 
-    said = Verdict("Long quays.", Category.HIGH)
-    record = Record("orion_dataset/images/a.png", Coordinates(1.5, -2.25), said)
+    said = Verdict("Long quays.", "HIGH")
+    record = Record("orion_dataset/images/a.png", Coordinates(1.5, -2.25), said, MISSION)
     place = {"name": "a", "category": "HIGH", "morphology": "mega_port", "lon": 1.5, "lat": 2, "reason": "Long quays."}
     point = {"type": "Feature", "geometry": {"type": "Point", "coordinates": [1.5, 2]}, "properties": place}
     reply = {
@@ -260,7 +264,11 @@ def seeds(target: str) -> list[bytes]:
         ],
         "preset": [b'preset = "a"\n[fine_tune]\nrank = 8\n[mission]\nprior = [0.1, 0.2, 0.7]\n'],
         "assignment": [b"fine_tune.rank=8", b"variants.quantizations=Q8_0,Q6_K\0base.frame_size=256"],
-        "verdict": [said.to_json().encode(), f"```json\n{said.to_json()}\n```".encode(), render_prompt(None).encode()],
+        "verdict": [
+            said.to_json().encode(),
+            f"```json\n{said.to_json()}\n```".encode(),
+            render_prompt(MISSION, None).encode(),
+        ],
         "gguf": [_gguf()],
         "safetensors": [struct.pack("<Q", len(header)) + header + bytes(4)],
         "pair": [b'{"files": {"orion-q4_k_m.gguf": "0", "orion-mmproj-f16.gguf": "0"}}'],

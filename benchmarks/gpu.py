@@ -41,6 +41,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orion_triage.mission.mission import default_mission
+
+MISSION = default_mission()
+
 HERE = Path(__file__).resolve().parent
 MINUTES = 9
 GOAL = 6  # times as fast as the reference, at the shapes of the 1.6B model
@@ -299,7 +303,7 @@ class Clock:
     def evaluation(self, metrics: Figures) -> None:
         from orion_triage.dataset.records import read_split
 
-        records = len(read_split(self.bench.dataset, "val"))
+        records = len(read_split(self.bench.dataset, "val", MISSION))
         self.report(validation_seconds_per_record=round(metrics["eval_runtime"] / records, 5))
 
 
@@ -312,7 +316,7 @@ def fine_tune(bench: Bench, name: str) -> Figures:
     shutil.rmtree(folder, ignore_errors=True)
     return fine_tune.run(
         bench.base,
-        Dataset(bench.dataset),
+        Dataset(bench.dataset, MISSION),
         folder / "adapter",
         folder / "work",
         settings.fine_tune,
@@ -499,7 +503,7 @@ def evaluation(bench: Bench, report: Report) -> None:
     from orion_triage.evaluate.backends import TransformersBackend
     from orion_triage.settings import EvaluateSettings
 
-    dataset, frame_size = Dataset(bench.dataset), bench.settings().base.frame_size
+    dataset, frame_size = Dataset(bench.dataset, MISSION), bench.settings().base.frame_size
     backend = TransformersBackend.load(
         bench.base, EvaluateSettings(max_new_tokens=bench.size.answer_tokens), frame_size
     )
@@ -540,7 +544,7 @@ def fuse(bench: Bench, report: Report) -> None:
     figures = fuse.run(
         bench.base,
         adapter,
-        Dataset(bench.dataset),
+        Dataset(bench.dataset, MISSION),
         bench.folder / "merged",
         FuseSettings(check_records=bench.size.check_records),
         settings.base.frame_size,

@@ -18,9 +18,12 @@ from orion_triage.export import quantize
 from orion_triage.imagery.frames import read_frame
 from orion_triage.llama_cpp.server import Server
 from orion_triage.llama_cpp.toolchain import find_toolchain
+from orion_triage.mission.mission import default_mission
 from orion_triage.mission.verdict import parse_verdict
 from orion_triage.runs.run import newest_run, open_run
 from orion_triage.safe.files import write_text
+
+MISSION = default_mission()
 
 RESULTS = Path(__file__).parent / "results" / "grammar_seeds.json"
 WILD = {"temperature": 2.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
@@ -32,7 +35,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path)
     arguments = parser.parse_args()
     run = open_run(arguments.run or newest_run(Path("runs"), "quantize"))
-    records, size = read_split(run.dataset, "test"), run.settings.base.frame_size
+    records, size = read_split(run.dataset, "test", MISSION), run.settings.base.frame_size
     figures = {"seeds": arguments.seeds, "sampling": WILD}
     with Server(
         find_toolchain(),
@@ -48,7 +51,7 @@ def main() -> None:
                 backend = LlamaCppBackend(server.client, max_new_tokens=96, constrained=constrained, options=options)
                 image = read_frame(image_path(run.dataset, record), size).image
                 text = backend.answer([image], [record.prompt])[0].text
-                verdict = parse_verdict(text)
+                verdict = parse_verdict(MISSION, text)
                 parsed += verdict is not None
                 exact += verdict is not None and verdict.to_json() == text
                 longest = max(longest, len(text))

@@ -35,8 +35,11 @@ from PIL import Image
 from orion_triage.dataset.records import Record, image_path, read_split
 from orion_triage.evaluate.conditions import NOISE, Question, conflict_pairs, questions
 from orion_triage.imagery.frames import noise_frame, read_frame
+from orion_triage.mission.mission import default_mission
 from orion_triage.mission.verdict import parse_verdict
 from orion_triage.settings import Settings
+
+MISSION = default_mission()
 
 END_OF_TURN = "<|im_end|>"
 IGNORED = -100
@@ -77,7 +80,7 @@ class EncodedRecords:
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.records[index]
         image = read_frame(image_path(self.dataset, record), self.size).image
-        return encode(self.processor, image, record.prompt, record.verdict.to_json())
+        return encode(self.processor, image, record.prompt, record.answer)
 
 
 # --- training -------------------------------------------------------------------------------------------------------
@@ -143,8 +146,8 @@ def train(base: Path, dataset: Path, settings: Settings, out: Path) -> dict[str,
     tuning, size = settings.fine_tune, settings.base.frame_size
     processor = load_processor(base, size)
     model = load_with_adapter(base, settings)
-    train_records = EncodedRecords(dataset, read_split(dataset, "train"), processor, size)
-    val_records = EncodedRecords(dataset, read_split(dataset, "val"), processor, size)
+    train_records = EncodedRecords(dataset, read_split(dataset, "train", MISSION), processor, size)
+    val_records = EncodedRecords(dataset, read_split(dataset, "val", MISSION), processor, size)
     accumulation = tuning.micro_batch_size * tuning.gradient_accumulation_steps
     steps = math.ceil(len(train_records) / accumulation) * tuning.epochs
     arguments = TrainingArguments(
@@ -226,7 +229,7 @@ def operations(base: Path, dataset: Path, settings: Settings) -> dict[str, Any]:
     device = "cuda:0" if on_gpu() else "cpu"
     dtype = getattr(torch, precision_of(settings))
     model = load_with_adapter(base, settings).train()
-    row = EncodedRecords(dataset, read_split(dataset, "train"), processor, settings.base.frame_size)[0]
+    row = EncodedRecords(dataset, read_split(dataset, "train", MISSION), processor, settings.base.frame_size)[0]
     kept = int((row["labels"] != IGNORED).sum()) + 1
     row |= {"labels": row["labels"][:, -kept:], "logits_to_keep": kept}
     row = {name: value.to(device) if hasattr(value, "to") else value for name, value in row.items()}
@@ -250,7 +253,7 @@ def operations(base: Path, dataset: Path, settings: Settings) -> dict[str, Any]:
 
 
 def asked_of(dataset: Path) -> list[Question]:
-    records = read_split(dataset, "test")
+    records = read_split(dataset, "test", MISSION)
     return questions(records, conflict_pairs(records))
 
 
@@ -265,7 +268,7 @@ def picture(question: Question, dataset: Path, settings: Settings) -> Image.Imag
 def write_answers(out: Path, answers: dict[str, str]) -> None:
     rows = []
     for name, text in answers.items():
-        verdict = parse_verdict(text)
+        verdict = parse_verdict(MISSION, text)
         rows.append({"id": name, "answer": text, "category": verdict.category if verdict else None})
     (out / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
@@ -383,7 +386,7 @@ def evaluate_gguf(backbone: Path, mmproj: Path, dataset: Path, settings: Setting
 
 def frame_requests(dataset: Path, size: int) -> list[tuple[Image.Image, str, int]]:
     """(frame, prompt, answer tokens): one whose time does not count, then the one whose time does."""
-    first, second = read_split(dataset, "test")[:2]
+    first, second = read_split(dataset, "test", MISSION)[:2]
     return [
         (read_frame(image_path(dataset, record), size).image, record.prompt, tokens)
         for record, tokens in ((first, WARM_UP_TOKENS), (second, FRAME_TOKENS))

@@ -45,12 +45,14 @@ from orion_triage.export.convert import convert
 from orion_triage.llama_cpp.toolchain import existing_tools, find_toolchain
 from orion_triage.llama_cpp.tools import quantize_file, run_measured
 from orion_triage.machine.describe import describe
-from orion_triage.mission.verdict import Category
+from orion_triage.mission.mission import default_mission
 from orion_triage.models.load import base_name, resolve_base
 from orion_triage.runs.manifest import read_manifest
 from orion_triage.runs.run import Run, newest_run, open_run, prepare
 from orion_triage.safe.files import write_text
 from orion_triage.settings import Settings, load_settings, preset_names
+
+MISSION = default_mission()
 
 HERE = Path(__file__).parent
 ORION = [sys.executable, "-m", "orion_triage.cli"]
@@ -221,7 +223,7 @@ def name_of_base(bench: Bench, settings: Settings) -> str:
 def write(
     bench: Bench, what: str, settings: Settings, runs: dict[str, list[Figures]], checks: Figures, **more: Any
 ) -> Path:
-    summary = summarize(runs)
+    summary = summarize(runs, MISSION)
     own_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     kept = settings.model_dump(mode="json", include={"base", "fine_tune", "fuse", "quantize", "evaluate"})
     kept["base"]["model"] = name_of_base(bench, settings)
@@ -304,7 +306,7 @@ def in_turn(records: Sequence[Record], count: int, least: int, what: str) -> lis
     """`count` records, categories in turn, HIGH and LOW first."""
     if not least <= count <= len(records):
         raise OrionError(f"{count} {what} were asked for.", f"Give {least} to {len(records)}.")
-    order = (Category.HIGH, Category.LOW, Category.MEDIUM)
+    order = ("HIGH", "LOW", "MEDIUM")
     turns = [[record for record in records if record.verdict.category == category] for category in order]
     ordered = [turn[place] for place in range(len(records)) for turn in turns if place < len(turn)]
     return ordered[:count]
@@ -312,15 +314,17 @@ def in_turn(records: Sequence[Record], count: int, least: int, what: str) -> lis
 
 def training_subset(dataset: Path, count: int, validation: int, folder: Path) -> None:
     """A dataset of `count` training records, each target with its twin without coordinates."""
-    records = read_split(dataset, "train")
+    records = read_split(dataset, "train", MISSION)
     targets = list({record.name: record for record in records}.values())
     a_target = len(records) // len(targets)
     chosen = {record.name for record in in_turn(targets, count // a_target, 3, "training targets")}
     train = [record for record in records if record.name in chosen]
     if len(train) != count:
         raise OrionError(f"{count} records cut a target in two.", f"Give --records a multiple of {a_target}.")
-    val = in_turn(read_split(dataset, "val"), validation, 3, "validation records")
-    test = in_turn(read_split(dataset, "test"), 3, 3, "test records")  # the dataset's check wants every category
+    val = in_turn(read_split(dataset, "val", MISSION), validation, 3, "validation records")
+    test = in_turn(
+        read_split(dataset, "test", MISSION), 3, 3, "test records"
+    )  # the dataset's check wants every category
     write_dataset(dataset, {"train": train, "val": val, "test": test}, folder)
 
 
@@ -470,9 +474,9 @@ def evaluation_gguf(bench: Bench) -> None:
 
 def evaluate(bench: Bench, what: str, model: str, command: str) -> None:
     source = finished_run(bench)
-    records = read_split(source.dataset, "test")
+    records = read_split(source.dataset, "test", MISSION)
     if bench.asks_random_weights:  # they have learned from no split
-        records = [*records, *read_split(source.dataset, "val")]
+        records = [*records, *read_split(source.dataset, "val", MISSION)]
     usual = TEST_RECORDS if bench.preset == "tiny" else FEWEST_TEST_RECORDS
     count = FEWEST_TEST_RECORDS if bench.toy else bench.records or min(usual, len(records))
     run = Run((bench.folder / f"{what}_{bench.preset}").resolve(), source.settings)
@@ -571,7 +575,9 @@ def frame(bench: Bench) -> None:
 def compare_on_frames(bench: Bench, run: Run, what: str, reference_size: int, our_size: int, our_mmproj: Path) -> None:
     folder = bench.folder / f"{what}_{bench.preset}"
     dataset = folder / "dataset"
-    write_dataset(run.dataset, {"test": in_turn(read_split(run.dataset, "test"), 2, 2, "test records")}, dataset)
+    write_dataset(
+        run.dataset, {"test": in_turn(read_split(run.dataset, "test", MISSION), 2, 2, "test records")}, dataset
+    )
     backbone, mmproj = run.gguf / quantize.QUANTIZED, run.gguf / quantize.MMPROJ
 
     def side(script: str, name: str, mmproj: Path, size: int) -> Side:

@@ -65,11 +65,11 @@ def batches(processor: Any, records: int, size: int) -> dict[str, Any]:
         else draw_tile(target.morphology, tile_seed(0, target.name)).image
         for target in targets
     }
-    every = [Record(t.name, t.coordinates, Verdict(t.reason, t.category)) for t in targets]
+    every = [Record(t.name, t.coordinates, Verdict(t.reason, t.category), MISSION) for t in targets]
     halves = [place // 2 for place in range(records)]
     pairs = [every[half].without_coordinates() if place % 2 else every[half] for place, half in enumerate(halves)]
     # The same texts on other images: the difference is then that of the images alone.
-    apart = [Record(every[place].image, one.coordinates, one.verdict) for place, one in enumerate(pairs)]
+    apart = [Record(every[place].image, one.coordinates, one.verdict, MISSION) for place, one in enumerate(pairs)]
     return {
         "shuffled": collator(processor, frames)(apart),
         "twins": collator(processor, frames)(pairs),

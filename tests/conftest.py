@@ -25,8 +25,9 @@ from orion_triage.dataset.dataset import Dataset
 from orion_triage.dataset.records import IMAGES_FOLDER, Record, write_split
 from orion_triage.imagery.frames import shrink
 from orion_triage.mission.answer import Answer
+from orion_triage.mission.mission import default_mission
 from orion_triage.mission.prompt import Coordinates, render_prompt
-from orion_triage.mission.verdict import CATEGORIES, Category, Verdict
+from orion_triage.mission.verdict import Verdict, answer_text
 from orion_triage.models.load import TINY_BASE_FOLDER
 
 from . import warm
@@ -45,6 +46,8 @@ hypothesis.settings.register_profile(
     "torture", hypothesis.settings.get_profile("suite"), max_examples=500, derandomize=False, print_blob=True
 )
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
+
+MISSION = default_mission()  # of most tests; the mission of one's own is that of test_mission.py
 
 # The published splits and real frames, which are not the project's to copy.
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -90,9 +93,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 ORION = [sys.executable, "-m", "orion_triage.cli"]
 REASONS = {
-    Category.HIGH: "Dense geometric port infrastructure with long quays.",
-    Category.MEDIUM: "Ordinary street grid beside checkerboard fields.",
-    Category.LOW: "Unbroken dunes without any human infrastructure.",
+    "HIGH": "Dense geometric port infrastructure with long quays.",
+    "MEDIUM": "Ordinary street grid beside checkerboard fields.",
+    "LOW": "Unbroken dunes without any human infrastructure.",
 }
 
 
@@ -159,8 +162,8 @@ def make_base(folder: Path, seed: int, layernorm: bool = False, **other_sizes: A
 
     from orion_triage.models import lfm2_vl
 
-    texts = [render_prompt(Coordinates(lon / 7, lon / 3)) for lon in range(-60, 60, 5)]
-    texts += [Verdict(reason, category).to_json() for category, reason in REASONS.items()]
+    texts = [render_prompt(MISSION, Coordinates(lon / 7, lon / 3)) for lon in range(-60, 60, 5)]
+    texts += [answer_text(MISSION, Verdict(reason, category)) for category, reason in REASONS.items()]
     tokenizer = lfm2_vl.train_tokenizer(texts, 704)
     sizes: dict[str, Any] = {
         "layer_types": ("conv", "full_attention"),
@@ -209,11 +212,11 @@ def make_dataset(folder: Path) -> None:
     for split, count in (("train", 12), ("val", 6), ("test", 6)):
         records = []
         for index in range(count):
-            category = CATEGORIES[index % 3]
+            category = MISSION.names[index % 3]
             name = f"{category.lower()}_place_{number:02d}"
             structured_picture(number).save(folder / IMAGES_FOLDER / f"{name}.png", compress_level=1)
             where = Coordinates(round(-170 + 14.17 * number, 2), round(-55 + 4.5 * number, 2))
-            record = Record(f"{IMAGES_FOLDER}/{name}.png", where, Verdict(REASONS[category], category))
+            record = Record(f"{IMAGES_FOLDER}/{name}.png", where, Verdict(REASONS[category], category), MISSION)
             records += [record, record.without_coordinates()] if split == "train" else [record]
             number += 1
         write_split(folder, split, records)
@@ -240,7 +243,8 @@ def small_adapter(tmp_path_factory: pytest.TempPathFactory, small_base: Path, sm
     )
     work = tmp_path_factory.mktemp("small-adapter")
     return made_once(
-        "small-adapter", lambda out: fine_tune.run(small_base, Dataset(small_dataset), out, work, settings, 256)
+        "small-adapter",
+        lambda out: fine_tune.run(small_base, Dataset(small_dataset, MISSION), out, work, settings, 256),
     )
 
 
@@ -254,7 +258,7 @@ def drawn_questions() -> Callable[[int], tuple[list[Image.Image], list[str]]]:
         images, prompts = [], []
         for target in load_catalogue()[:: 360 // count][:count]:
             images.append(shrink(draw_tile(target.morphology, tile_seed(1, target.name)).image, 256))
-            prompts.append(render_prompt(target.coordinates if len(images) % 2 else None))
+            prompts.append(render_prompt(MISSION, target.coordinates if len(images) % 2 else None))
         return images, prompts
 
     return draw

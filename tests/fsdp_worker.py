@@ -20,6 +20,7 @@ from orion_triage.progress import silent
 from orion_triage.settings import FineTuneSettings
 from orion_triage.train import fine_tune
 from orion_triage.train.trainer import collator
+from tests.conftest import MISSION
 
 
 def adapted(base: Path) -> Any:
@@ -44,8 +45,8 @@ def compare(base: Path, dataset: Path, classes: Set[str], meeting: Path, count: 
 
 
 def _compare(base: Path, dataset: Path, classes: Set[str], count: int, rank: int) -> dict[str, Any]:
-    records = read_split(dataset, "train")[: 2 * count]
-    frames = fine_tune.decode_frames(Dataset(dataset), records, 256, silent)
+    records = read_split(dataset, "train", MISSION)[: 2 * count]
+    frames = fine_tune.decode_frames(Dataset(dataset, MISSION), records, 256, silent)
     collate = collator(load_processor(base, 256), frames)
     batches = [collate(records[2 * number : 2 * number + 2]) for number in range(count)]
 

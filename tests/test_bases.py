@@ -20,6 +20,7 @@ from orion_triage.machine import doctor
 from orion_triage.models.adapter import adapter_census, attach_adapter, read_adapter
 from orion_triage.models.load import load_model, load_processor, resolve_base, save_processor
 from orion_triage.settings import load_settings
+from tests.conftest import MISSION
 
 from .conftest import make_base, orion
 
@@ -102,7 +103,7 @@ def test_a_sibling_of_other_sizes_goes_from_training_to_the_pair(small_dataset: 
     base = make_base(tmp_path / "base", seed=3, **SIBLING)
     few = shutil.copytree(small_dataset, tmp_path / "few")
     for split, count in (("train", 8), ("val", 3), ("test", 3)):
-        write_split(few, split, read_split(small_dataset, split)[:count])
+        write_split(few, split, read_split(small_dataset, split, MISSION)[:count])
     sets = [
         f"base.model={base}", f"dataset.folder={json.dumps(str(few))}", "fine_tune.epochs=1",
         "fine_tune.learning_rate=1e-2", "fine_tune.micro_batch_size=8", "fine_tune.gradient_accumulation_steps=1",
@@ -199,7 +200,7 @@ READERS: list[tuple[str, Callable[[Path], Any]]] = [
     ("orion-q4_k_m.gguf", lambda path: quantize.check_pair(path.parent)),
     ("some-Q4_K_M.gguf", lambda path: quantize.read_integers(path)),
     ("mmproj-F16.gguf", lambda path: hub.locate(str(path.parent), "GGUF pair")),
-    ("train_dataset.jsonl", lambda path: read_records(path)),
+    ("train_dataset.jsonl", lambda path: read_records(path, MISSION)),
     ("train_dataset.jsonl", lambda path: hub.locate(str(path.parent), "dataset")),
     ("frame.png", lambda path: read_frame(path, 256)),
     ("frame.raw", lambda path: read_frame(path, 256)),

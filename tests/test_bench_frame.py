@@ -30,6 +30,7 @@ from orion_triage.mission.prompt import render_prompt
 from orion_triage.runs import manifest
 from orion_triage.runs.run import Run, open_run, prepare
 from orion_triage.settings import load_settings
+from tests.conftest import MISSION
 
 from .conftest import orion, structured_picture
 
@@ -52,7 +53,7 @@ def by_change(measured: dict) -> dict[str, dict]:
 @pytest.mark.slow
 def test_each_row_is_one_change_and_has_an_accuracy_where_that_was_evaluated(run: Run, warm_python: None) -> None:
     pipeline.run_stage(pipeline.stage_named("evaluate verdict-only", run.settings), run)
-    answers = read_predictions(run.evaluation(VERDICT_ONLY))
+    answers = read_predictions(run.evaluation(VERDICT_ONLY), MISSION)
     assert {row["reason"] for row in answers} == {""}
     assert {row["category"] for row in answers} <= {"HIGH", "MEDIUM", "LOW"}
     assert all(max(row["scores"], key=row["scores"].get) == row["category"] for row in answers)
@@ -130,12 +131,12 @@ def test_a_run_trains_and_flies_at_another_size(small_dataset: Path, tmp_path: P
     prepare(run)
     shutil.copytree(small_dataset, run.dataset)
     for split, count in (("train", 6), ("val", 3), ("test", 3)):  # a place of each category
-        write_split(run.dataset, split, read_split(run.dataset, split)[:count])
+        write_split(run.dataset, split, read_split(run.dataset, split, MISSION)[:count])
     for stage in ("fine-tune", "fuse", "quantize", "evaluate quantized"):
         pipeline.run_stage(pipeline.stage_named(stage, run.settings), run)
-    record = read_split(run.dataset, "test")[0]
+    record = read_split(run.dataset, "test", MISSION)[0]
     frame = read_frame(image_path(run.dataset, record), 384)
-    asked = [row for row in read_predictions(run.evaluation("quantized")) if row["name"] == record.name]
+    asked = [row for row in read_predictions(run.evaluation("quantized"), MISSION) if row["name"] == record.name]
     seen = {row["condition"]: row["pixels_sha256"] for row in asked}
     assert seen["A"] == seen["B"] == hashlib.sha256(frame.image.tobytes()).hexdigest()
     with pytest.raises(OrionError, match=r"was trained on frames of 384 px; base\.frame_size is 256"):
@@ -163,7 +164,7 @@ def test_a_run_trains_and_flies_at_another_size(small_dataset: Path, tmp_path: P
 def test_an_image_out_of_the_cache_is_not_taken_for_an_encoded_one(finished: Path, tmp_path: Path) -> None:
     gguf, log = finished / "runs" / "small" / "gguf", tmp_path / "server.log"
     image = shrink(structured_picture(1), 256)
-    png, prompt = Frame(image, image.size).png(), render_prompt(None)
+    png, prompt = Frame(image, image.size).png(), render_prompt(MISSION, None)
     options = bench_frame._options(bench_frame.Setup(256, "Q4_K_M"))
     tools = find_toolchain()
     with Server(

@@ -36,12 +36,10 @@ from orion_triage.mission.answer import Answer
 from orion_triage.mission.decide import Rules, decide
 from orion_triage.mission.prompt import render_prompt
 from orion_triage.mission.verdict import (
-    ANSWER_TOKENS,
-    CATEGORIES,
     CATEGORY_CUE,
-    CATEGORY_GRAMMAR,
-    GRAMMAR,
-    Category,
+    answer_tokens,
+    category_grammar,
+    grammar,
     parse_verdict,
 )
 from orion_triage.models.load import TINY_BASE_FOLDER
@@ -49,7 +47,7 @@ from orion_triage.pipeline import run_stage, stage_named
 from orion_triage.runs.run import Run, prepare
 from orion_triage.safe.files import sha256_of_file
 from orion_triage.settings import load_settings
-from tests.conftest import orion, structured_picture
+from tests.conftest import MISSION, orion, structured_picture
 
 Check = Callable[..., subprocess.CompletedProcess[str]]
 LABELS = {"HIGH": 10, "MEDIUM": 11, "LOW": 12}  # of the stub
@@ -168,21 +166,21 @@ def test_a_bundle_has_all_that_flies_and_says_what_it_is(made: Path, small_run: 
     assert record["files"] == {
         name: sha256_of_file(made / name) for name in sorted(files - {"bundle.json", "bundle.json.sha256"})
     }
-    assert (made / "prompt.txt").read_text() == render_prompt(None)
-    assert (made / "grammar.gbnf").read_text() == GRAMMAR
-    assert (made / "category_grammar.gbnf").read_text() == CATEGORY_GRAMMAR
+    assert (made / "prompt.txt").read_text() == render_prompt(MISSION, None)
+    assert (made / "grammar.gbnf").read_text() == grammar(MISSION)
+    assert (made / "category_grammar.gbnf").read_text() == category_grammar(MISSION)
     assert (record["frame_size"], record["preset"], record["llama_cpp_build"]) == (256, "tiny", 10605)
     assert len(golden) == 5
     for image in record["golden"]:
         with Image.open(made / image["image"]) as picture:
             assert (picture.format, picture.size, picture.mode) == ("PNG", (256, 256), "RGB")
-        verdict = parse_verdict(image["answer"])
+        verdict = parse_verdict(MISSION, image["answer"])
         assert verdict is not None
         assert verdict.category == image["category"]
-        values = [image["log_probabilities"][category] for category in CATEGORIES]
+        values = [image["log_probabilities"][category] for category in MISSION.names]
         scores = Answer.scored("", values).scores
         assert scores is not None
-        assert [image["scores"][category] for category in CATEGORIES] == pytest.approx(scores, abs=1e-5)
+        assert [image["scores"][category] for category in MISSION.names] == pytest.approx(scores, abs=1e-5)
     # The shipped base is not fine-tuned: it calls every such frame LOW, of which two of the six are.
     assert {image["category"] for image in record["golden"]} == {"LOW"}
     assert [image["truth"] for image in record["golden"][:2]] == ["LOW", "LOW"]
@@ -199,7 +197,7 @@ def test_a_bundle_has_all_that_flies_and_says_what_it_is(made: Path, small_run: 
 
 @pytest.mark.llama_cpp
 def test_a_run_bundled_again_differs_in_its_operating_point_only(made: Path, small_run: Run, tmp_path: Path) -> None:
-    point = {"low_threshold": 0.25, "temperature": 1.5, "pair_sha256": sha256_of_file(small_run.gguf / quantize.PAIR)}
+    point = {"drop_threshold": 0.25, "temperature": 1.5, "pair_sha256": sha256_of_file(small_run.gguf / quantize.PAIR)}
     path, again = small_run.folder / threshold.FILE_NAME, tmp_path / "again"
     path.write_text(json.dumps(point))
     try:
@@ -213,7 +211,7 @@ def test_a_run_bundled_again_differs_in_its_operating_point_only(made: Path, sma
     assert record["golden"] == two["golden"]  # the refused bundle has not replaced it
     assert (one.pop("operating_point"), two.pop("operating_point")) == (
         None,
-        {"low_threshold": 0.25, "temperature": 1.5},
+        {"drop_threshold": 0.25, "temperature": 1.5},
     )
     first, second = ((folder / "README.txt").read_text().splitlines() for folder in (made, again))
     *calibrated, decision, unscored = [line for line in second if line not in first]
@@ -297,7 +295,7 @@ def test_the_flight_client_decides_as_the_ground_does(threshold: float | None) -
     for said in ("HIGH", "MEDIUM", "LOW", None):
         for one in scores:
             named = dict(zip(("HIGH", "MEDIUM", "LOW"), one, strict=True)) if one else None
-            expected = decide(Category(said) if said else None, one, blank=False, rules=Rules(threshold))
+            expected = decide(MISSION, said if said else None, one, blank=False, rules=Rules(threshold))
             category, by = ask_frame.decide(said, named, threshold)
             assert (category, by.split()[0]) == (expected.category, expected.by.split()[0])
 
@@ -347,7 +345,7 @@ def test_a_bundle_triages_as_its_run_does(small_run: Run, copied: Path, tmp_path
 
 
 def _row(name: str, truth: str, category: str | None, *scores: float) -> dict[str, Any]:
-    named = dict(zip(CATEGORIES, scores, strict=True)) if scores else None
+    named = dict(zip(MISSION.names, scores, strict=True)) if scores else None
     return {"name": name, "truth": truth, "category": category, "scores": named}
 
 
@@ -836,12 +834,12 @@ def test_the_checker_asks_with_the_bytes_of_the_flight(stubbed: Path) -> None:
     with stub(seen=seen) as url:
         client = Client(url)
         flown = client.complete_and_score(
-            render_prompt(None),
+            render_prompt(MISSION, None),
             (stubbed / image).read_bytes(),
-            ANSWER_TOKENS,
+            answer_tokens(MISSION),
             cue=CATEGORY_CUE,
             tokens=list(LABELS.values()),
-            grammars=(GRAMMAR, CATEGORY_GRAMMAR),
+            grammars=(grammar(MISSION), category_grammar(MISSION)),
         )
         asked = check_flight.Questions(check_flight.Connection(url, ""), stubbed, record, "<__media_x__>").ask(image)
     assert flown == (asked[0], list(asked[1].values()))

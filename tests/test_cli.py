@@ -285,7 +285,7 @@ def test_an_operating_point_is_chosen_on_val_kept_and_flown(finished: Path, tmp_
         record = json.loads((run / "operating_point.json").read_text())
         assert record["chosen_on"] == {"split": "val", "condition": "B", "frames": 6}
         assert 0.04 < record["temperature"] < 21
-        there, low_threshold = record["there"]["after"], record["low_threshold"]
+        there, drop_threshold = record["there"]["after"], record["drop_threshold"]
         assert there["irrecoverable_loss"]["rate"] <= float(limit.rstrip("%"))
         if limit == "100%":
             printed = json.loads(result.stdout)
@@ -293,12 +293,12 @@ def test_an_operating_point_is_chosen_on_val_kept_and_flown(finished: Path, tmp_
             assert printed | {"history": []} == record
             assert there["downlink"]["dropped"] == 1.0
             flown = json.loads(orion("triage", "good.png", "--json", cwd=folder).stdout)[0]
-            below = flown["scores"]["LOW"] < low_threshold
+            below = flown["scores"]["LOW"] < drop_threshold
             assert (flown["category"] == "LOW") is not below
-            assert flown["decided_by"] == f"threshold {low_threshold:.3f}"
+            assert flown["decided_by"] == f"threshold {drop_threshold:.3f}"
             assert flown["model_category"] == plain["category"]
         else:
-            point = f"a frame is dropped if P(LOW) is {low_threshold:.3f} or more" if low_threshold <= 1 else "none; "
+            point = f"a frame is dropped if P(LOW) is {drop_threshold:.3f} or more" if drop_threshold <= 1 else "none; "
             assert result.stdout.startswith(f"threshold: {point}")
             rows = [line.split("│")[1:6] for line in result.stdout.splitlines() if "│ after" in line]
             assert [[cell.strip() for cell in row[:2]] for row in rows] == [["val", "after"], ["test", "after"]]
@@ -307,7 +307,7 @@ def test_an_operating_point_is_chosen_on_val_kept_and_flown(finished: Path, tmp_
     refused = orion("threshold", "--max-irrecoverable-loss", "100%", cwd=folder)
     assert_refused(refused, "nothing was changed", "--loosen")
     report = json.loads(orion("report", "--json", cwd=folder).stdout)
-    assert report["operating_point"]["low_threshold"] == record["low_threshold"]
+    assert report["operating_point"]["drop_threshold"] == record["drop_threshold"]
     assert report["models"].keys() >= {"flight", "no-threshold"}
     again = orion("report", cwd=folder)
     assert "report (unchanged): " in again.stdout

@@ -8,8 +8,9 @@ import pytest
 from orion_triage.dataset.records import parse_record, read_records, read_split, split_path, write_split
 from orion_triage.errors import OrionError, RecordError
 from orion_triage.mission.prompt import Coordinates, format_degrees, parse_prompt, render_prompt
-from orion_triage.mission.verdict import Category, Verdict, parse_verdict
+from orion_triage.mission.verdict import Verdict, parse_verdict
 from orion_triage.settings import SPLITS
+from tests.conftest import MISSION
 
 from .conftest import SHARED
 
@@ -39,9 +40,9 @@ def test_coordinates_are_the_shortest_form_of_two_decimals(value: float, text: s
 
 
 def test_a_record_has_exactly_the_published_bytes() -> None:
-    record = parse_record(LINE)
+    record = parse_record(LINE, MISSION)
     assert record.coordinates == Coordinates(-120.62, 34.0)
-    assert record.verdict == Verdict("Pads.", Category.HIGH)
+    assert record.verdict == Verdict("Pads.", "HIGH")
     assert record.name == "high_x"
     assert record.to_line() == LINE
     assert "satellite image.\nStrictly" in record.without_coordinates().prompt
@@ -52,7 +53,7 @@ def test_the_published_splits_come_back_byte_for_byte() -> None:
     counts = []
     for split in SPLITS:
         path = split_path(PUBLISHED, split)
-        records = read_records(path)
+        records = read_records(path, MISSION)
         assert "".join(record.to_line() + "\n" for record in records).encode() == path.read_bytes()
         counts.append(len(records))
     assert counts == [480, 60, 60]
@@ -60,11 +61,11 @@ def test_the_published_splits_come_back_byte_for_byte() -> None:
 
 def test_prompts_parse_back_and_others_are_refused() -> None:
     for coordinates in (None, Coordinates(1.5, -2.25)):
-        assert parse_prompt(render_prompt(coordinates)) == coordinates
+        assert parse_prompt(MISSION, render_prompt(MISSION, coordinates)) == coordinates
     with pytest.raises(OrionError, match="not in the prompt's two-decimal form"):
-        parse_prompt(render_prompt(Coordinates(1.5, -2.25)).replace("1.5", "1.50"))
+        parse_prompt(MISSION, render_prompt(MISSION, Coordinates(1.5, -2.25)).replace("1.5", "1.50"))
     with pytest.raises(OrionError, match="not the triage prompt"):
-        parse_prompt(render_prompt(None).replace("image.\n", "image captured\n"))
+        parse_prompt(MISSION, render_prompt(MISSION, None).replace("image.\n", "image captured\n"))
 
 
 @pytest.mark.parametrize(
@@ -83,7 +84,7 @@ def test_prompts_parse_back_and_others_are_refused() -> None:
     ],
 )
 def test_only_a_whole_verdict_counts(answer: str, category: str | None) -> None:
-    verdict = parse_verdict(answer)
+    verdict = parse_verdict(MISSION, answer)
     assert (verdict.category if verdict else None) == category
 
 
@@ -107,13 +108,13 @@ def test_a_bad_line_is_named_with_its_number(tmp_path: Path, line: str, message:
     path = tmp_path / "train_dataset.jsonl"
     path.write_text(f"{LINE}\n{line}\n", encoding="utf-8")
     with pytest.raises(RecordError, match=message) as caught:
-        read_records(path)
+        read_records(path, MISSION)
     assert f"{path}:2:" in str(caught.value)
 
 
 def test_splits_round_trip_and_a_missing_one_is_named(tmp_path: Path) -> None:
-    record = parse_record(LINE)
+    record = parse_record(LINE, MISSION)
     write_split(tmp_path, "val", [record, record.without_coordinates()])
-    assert read_split(tmp_path, "val") == [record, record.without_coordinates()]
+    assert read_split(tmp_path, "val", MISSION) == [record, record.without_coordinates()]
     with pytest.raises(RecordError, match=r"test_dataset\.jsonl does not exist"):
-        read_split(tmp_path, "test")
+        read_split(tmp_path, "test", MISSION)

@@ -19,6 +19,7 @@ from orion_triage.train.checkpoints import HASHES_FILE, last_checkpoint, remove_
 from orion_triage.train.device import Device
 from orion_triage.train.grouping import groupings
 from orion_triage.train.trainer import collator, make_trainer, warmup_steps
+from tests.conftest import MISSION
 
 # Spoken by PEFT and by a CPU's paged optimizer; `run` filters them, its parts do not.
 pytestmark = [
@@ -40,7 +41,7 @@ def few(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four training targets twice, two to validate."""
     folder = shutil.copytree(small_dataset, tmp_path_factory.mktemp("few") / "dataset")
     for split, count in (("train", 8), ("val", 2)):
-        write_split(folder, split, read_split(small_dataset, split)[:count])
+        write_split(folder, split, read_split(small_dataset, split, MISSION)[:count])
     return folder
 
 
@@ -63,7 +64,7 @@ def test_a_run_leaves_an_adapter_with_its_papers(
         warnings.simplefilter("error", UserWarning)
         figures = fine_tune.run(
             small_base,
-            Dataset(small_dataset),
+            Dataset(small_dataset, MISSION),
             tmp_path / "adapter",
             tmp_path / "work",
             QUICK,
@@ -128,8 +129,8 @@ def test_only_adapter_weights_move_and_all_of_them(
 ) -> None:
     model = make_adapted(small_base, QUICK.model_copy(update={"scope": scope}))
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
-    records = read_split(small_dataset, "train")[:8]
-    frames = fine_tune.decode_frames(Dataset(small_dataset), records, 256, silent)
+    records = read_split(small_dataset, "train", MISSION)[:8]
+    frames = fine_tune.decode_frames(Dataset(small_dataset, MISSION), records, 256, silent)
     processor = load_processor(small_base, 256)
     collate = collator(processor, frames)
     settings = QUICK.model_copy(update={"epochs": 1, "micro_batch_size": 4})
@@ -149,8 +150,8 @@ def test_gradients_cross_the_four_bit_layers_even_after_an_evaluation(small_base
     import torch
 
     processor = load_processor(small_base, 256)
-    records = read_split(small_dataset, "train")[:2]
-    frames = fine_tune.decode_frames(Dataset(small_dataset), records, 256, silent)
+    records = read_split(small_dataset, "train", MISSION)[:2]
+    frames = fine_tune.decode_frames(Dataset(small_dataset, MISSION), records, 256, silent)
     batch = collator(processor, frames)(records)
 
     def gradients(model: Any) -> dict[str, Any]:
@@ -183,13 +184,13 @@ def test_loss_of_a_training_batch_is_the_loss_of_the_whole_rows(small_base: Path
     import torch
 
     processor = load_processor(small_base, 256)
-    records = read_split(small_dataset, "train")[:6]  # rows of different lengths
-    frames = fine_tune.decode_frames(Dataset(small_dataset), records, 256, silent)
+    records = read_split(small_dataset, "train", MISSION)[:6]  # rows of different lengths
+    frames = fine_tune.decode_frames(Dataset(small_dataset, MISSION), records, 256, silent)
     whole = encode(
         processor,
         [frames[record.image] for record in records],
         [record.prompt for record in records],
-        [record.verdict.to_json() for record in records],
+        [record.answer for record in records],
     )
     model = load_model(small_base, dtype="float32")
     cut = collator(processor, frames)(records)
@@ -205,11 +206,11 @@ def test_gradients_are_those_of_the_plain_recipe(small_base: Path, small_dataset
     from transformers import Lfm2VlForConditionalGeneration
 
     processor = load_processor(small_base, 256)
-    every = read_split(small_dataset, "train")
+    every = read_split(small_dataset, "train", MISSION)
     images = sorted({record.image for record in every})[:3]
     records = [record for record in every if record.image in images]  # each with and without coordinates
     assert len(records) == 6
-    frames = fine_tune.decode_frames(Dataset(small_dataset), records, 256, silent)
+    frames = fine_tune.decode_frames(Dataset(small_dataset, MISSION), records, 256, silent)
     settings = QUICK.model_copy(update={"dropout": 0.0})
     ours = make_adapted(small_base, settings)
     plain = Lfm2VlForConditionalGeneration.from_pretrained(small_base, dtype=torch.float32)
@@ -226,7 +227,7 @@ def test_gradients_are_those_of_the_plain_recipe(small_base: Path, small_dataset
     (ours.train()(**batch).loss).backward()
     tokens = 0
     for record in records:
-        whole = encode(processor, [frames[record.image]], [record.prompt], [record.verdict.to_json()])
+        whole = encode(processor, [frames[record.image]], [record.prompt], [record.answer])
         del whole["image_of_row"]
         count = int((whole["labels"] != IGNORED).sum())
         (plain.train()(**whole).loss * count).backward()
@@ -264,9 +265,9 @@ def test_a_tower_that_is_not_trained_is_asked_once_a_frame(
             # The same training without the shortcut.
             monkeypatch.setattr(FineTuneSettings, "trains_tower", property(lambda self: True))
         out, work = tmp_path / f"{kept}", tmp_path / f"work-{kept}"
-        figures = fine_tune.run(small_base, Dataset(few), out, work, settings, 256, progress)
+        figures = fine_tune.run(small_base, Dataset(few, MISSION), out, work, settings, 256, progress)
         runs[kept] = (len(looks), figures["eval_losses"])
-    images = {record.image for split in ("train", "val") for record in read_split(few, split)}
+    images = {record.image for split in ("train", "val") for record in read_split(few, split, MISSION)}
     assert runs[True][0] == len(images)
     assert runs[False][0] == 4  # two steps and two validations
     assert runs[True][1] == pytest.approx(runs[False][1], abs=1e-5)
@@ -320,7 +321,7 @@ def test_batch_two_by_one_equals_one_by_two(small_base: Path, few: Path, tmp_pat
             }
         )
         out = tmp_path / f"adapter-{micro}"
-        fine_tune.run(small_base, Dataset(few), out, tmp_path / f"work-{micro}", settings, 256)
+        fine_tune.run(small_base, Dataset(few, MISSION), out, tmp_path / f"work-{micro}", settings, 256)
         results.append(tensors_of(out))
     assert largest_difference(*results) < 2e-4  # four steps of 1e-3 each
 
@@ -331,7 +332,7 @@ def test_gradient_checkpointing_changes_no_result(small_base: Path, few: Path, t
     for on in (False, True):
         settings = QUICK.model_copy(update={"gradient_checkpointing": on, "epochs": 1, "micro_batch_size": 4})
         out = tmp_path / f"adapter-{on}"
-        fine_tune.run(small_base, Dataset(few), out, tmp_path / f"work-{on}", settings, 256)
+        fine_tune.run(small_base, Dataset(few, MISSION), out, tmp_path / f"work-{on}", settings, 256)
         results.append(tensors_of(out))
     assert largest_difference(*results) < 1e-4
 
@@ -340,7 +341,9 @@ def test_a_base_in_sixteen_bits_trains_too(
     small_base: Path, small_adapter: Path, small_dataset: Path, tmp_path: Path
 ) -> None:
     settings = QUICK.model_copy(update={"base_weights": "16-bit", "epochs": 1})
-    figures = fine_tune.run(small_base, Dataset(small_dataset), tmp_path / "adapter", tmp_path / "work", settings, 256)
+    figures = fine_tune.run(
+        small_base, Dataset(small_dataset, MISSION), tmp_path / "adapter", tmp_path / "work", settings, 256
+    )
     assert figures["preflight"]["smallest_vision_cosine"] == pytest.approx(1)
     assert figures["last_loss"] < figures["first_loss"]
     assert figures["trained_parameters"] == {"text": 28672, "vision": 24576}
@@ -370,7 +373,9 @@ def test_ways_to_share_out_a_base_that_do_not_train_right_are_refused_by_name(
         for name, value in (right | more).items():
             monkeypatch.setenv(name, value)
         with pytest.raises(OrionError, match=said):
-            fine_tune.run(small_base, Dataset(small_dataset), tmp_path / "adapter", tmp_path / "work", settings, 256)
+            fine_tune.run(
+                small_base, Dataset(small_dataset, MISSION), tmp_path / "adapter", tmp_path / "work", settings, 256
+            )
         for name in more:
             monkeypatch.delenv(name)
     assert not list(tmp_path.iterdir())
@@ -388,7 +393,7 @@ def test_an_interrupted_run_ends_like_a_straight_one(
     work = tmp_path / "work"
 
     def train(out: str, settings: FineTuneSettings = QUICK, progress: Any = silent) -> dict[str, Any]:
-        return fine_tune.run(small_base, Dataset(small_dataset), tmp_path / out, work, settings, 256, progress)
+        return fine_tune.run(small_base, Dataset(small_dataset, MISSION), tmp_path / out, work, settings, 256, progress)
 
     def stop_at(step: int) -> Any:
         def progress(description: str, done: int, total: int) -> None:
@@ -427,13 +432,13 @@ def test_an_interrupted_run_ends_like_a_straight_one(
 
 def test_mistakes_are_named_before_a_model_is_loaded(small_base: Path, small_dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(OrionError, match=r"train_dataset\.jsonl does not exist"):
-        fine_tune.run(small_base, Dataset(tmp_path), tmp_path / "a", tmp_path / "work", QUICK, 256)
+        fine_tune.run(small_base, Dataset(tmp_path, MISSION), tmp_path / "a", tmp_path / "work", QUICK, 256)
     broken = tmp_path / "dataset"
     shutil.copytree(small_dataset, broken)
-    record = read_split(broken, "val")[0]
+    record = read_split(broken, "val", MISSION)[0]
     (broken / record.image).unlink()
     with pytest.raises(OrionError, match=rf"{record.name}\.png does not exist"):
-        fine_tune.run(small_base, Dataset(broken), tmp_path / "a", tmp_path / "work", QUICK, 256)
+        fine_tune.run(small_base, Dataset(broken, MISSION), tmp_path / "a", tmp_path / "work", QUICK, 256)
 
 
 def test_a_dataset_of_one_picture_is_refused(small_base: Path, small_dataset: Path, tmp_path: Path) -> None:
@@ -443,19 +448,19 @@ def test_a_dataset_of_one_picture_is_refused(small_base: Path, small_dataset: Pa
     for image in images[1:]:
         shutil.copy(images[0], image)
     with pytest.raises(OrionError, match="have the same picture"):
-        fine_tune.run(small_base, Dataset(flat), tmp_path / "a", tmp_path / "work", QUICK, 256)
+        fine_tune.run(small_base, Dataset(flat, MISSION), tmp_path / "a", tmp_path / "work", QUICK, 256)
 
 
 def test_an_unknown_target_is_refused(small_base: Path, small_dataset: Path, tmp_path: Path) -> None:
     settings = QUICK.model_copy(update={"target_modules": ("q_proj", "c_proj")})
     with pytest.raises(OrionError, match="c_proj matches no module"):
-        fine_tune.run(small_base, Dataset(small_dataset), tmp_path / "a", tmp_path / "work", settings, 256)
+        fine_tune.run(small_base, Dataset(small_dataset, MISSION), tmp_path / "a", tmp_path / "work", settings, 256)
 
 
 def test_every_line_of_the_file_is_trained_on(small_dataset: Path, small_base: Path) -> None:
-    records = read_split(small_dataset, "train")
+    records = read_split(small_dataset, "train", MISSION)
     lines = split_path(small_dataset, "train").read_text().splitlines()
-    frames = fine_tune.decode_frames(Dataset(small_dataset), records, 256, silent)
+    frames = fine_tune.decode_frames(Dataset(small_dataset, MISSION), records, 256, silent)
     batch = collator(load_processor(small_base, 256), frames)(records)
     tokenizer = load_processor(small_base, 256).tokenizer
     for line, ids in zip(lines, batch["input_ids"], strict=True):

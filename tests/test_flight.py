@@ -16,11 +16,12 @@ from orion_triage.flight.triage import appending, frames_in, left_to_do, triage_
 from orion_triage.mission.answer import Answer
 from orion_triage.mission.decide import BLANK_REASON, Rules
 from orion_triage.mission.prompt import render_prompt
-from orion_triage.mission.verdict import Category, Verdict
+from orion_triage.mission.verdict import Verdict, answer_text
+from tests.conftest import MISSION
 
 from .conftest import structured_picture
 
-HIGH = Verdict("Long quays.", Category.HIGH)
+HIGH = Verdict("Long quays.", "HIGH")
 
 # 'orion triage' on a run whose server dies after argv[1] answers. Only who answers and the run are replaced: starting
 # a real server takes a finished run.
@@ -71,15 +72,15 @@ class Saying:
 
 def test_a_threshold_decides_by_the_scores_and_keeps_the_reason(tmp_path: Path) -> None:
     structured_picture(1).save(tmp_path / "a.png")
-    low = Verdict("Long quays.", Category.LOW).to_json()
-    for threshold, category in ((0.5, Category.LOW), (0.7, Category.MEDIUM), (2.0, Category.MEDIUM)):
+    low = answer_text(MISSION, Verdict("Long quays.", "LOW"))
+    for threshold, category in ((0.5, "LOW"), (0.7, "MEDIUM"), (2.0, "MEDIUM")):
         backend = Saying(low, scores=(0.1, 0.3, 0.6))
         (outcome,) = triage_files([tmp_path / "a.png"], backend, 256, rules=Rules(threshold))
         assert outcome.verdict == Verdict("Long quays.", category)
         assert outcome.answer is not None
         assert outcome.answer.scores == (0.1, 0.3, 0.6)
     (plain,) = triage_files([tmp_path / "a.png"], Saying(low, scores=(0.1, 0.3, 0.6)), 256)
-    assert plain.verdict == Verdict("Long quays.", Category.LOW)
+    assert plain.verdict == Verdict("Long quays.", "LOW")
 
 
 def test_each_file_has_an_outcome_and_only_pictures_are_asked_about(tmp_path: Path) -> None:
@@ -91,13 +92,13 @@ def test_each_file_has_an_outcome_and_only_pictures_are_asked_about(tmp_path: Pa
     a, b, c, d = triage_files([tmp_path / f"{name}" for name in ("a.png", "b.raw", "c.png", "d.png")], backend, 256)
     assert a.verdict == HIGH
     assert (b.verdict, "b.raw has 5 bytes" in b.error) == (None, True)
-    assert c.verdict == Verdict(BLANK_REASON, Category.LOW)
+    assert c.verdict == Verdict(BLANK_REASON, "LOW")
     assert c.blank
     assert d.verdict is None
     assert "d.png: the model gave no verdict" in d.error
-    assert backend.asked == [((256, 256), render_prompt(None))] * 2
+    assert backend.asked == [((256, 256), render_prompt(MISSION, None))] * 2
     asked = Saying(HIGH.to_json())
-    (without,) = triage_files([tmp_path / "c.png"], asked, 256, rules=Rules(blank_is_low=False))
+    (without,) = triage_files([tmp_path / "c.png"], asked, 256, rules=Rules(blank=False))
     assert (without.verdict, without.blank, len(asked.asked)) == (HIGH, False, 1)
 
 

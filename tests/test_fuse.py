@@ -17,6 +17,7 @@ from orion_triage.models.generate import answer_log_probabilities
 from orion_triage.models.load import fingerprint, load_model, load_processor, resolve_base
 from orion_triage.settings import FineTuneSettings, FuseSettings
 from orion_triage.train import fine_tune
+from tests.conftest import MISSION
 
 SETTINGS = FuseSettings(check_records=6)
 
@@ -31,19 +32,19 @@ def merged(
 
 
 def fused(base: Path, adapter: Path, dataset: Path, out: Path, **changes: Any) -> dict[str, Any]:
-    return fuse.run(base, adapter, Dataset(dataset), out, SETTINGS.model_copy(update=changes), 256)
+    return fuse.run(base, adapter, Dataset(dataset, MISSION), out, SETTINGS.model_copy(update=changes), 256)
 
 
 def log_probabilities(model: Any, base: Path, dataset: Path) -> Any:
     import torch
 
-    records = read_split(dataset, "test")  # other records than the stage's own check
+    records = read_split(dataset, "test", MISSION)  # other records than the stage's own check
     scores = answer_log_probabilities(
         model,
         load_processor(base, 256),
         [read_frame(image_path(dataset, record), 256).image for record in records],
         [record.prompt for record in records],
-        [record.verdict.to_json() for record in records],
+        [record.answer for record in records],
     )
     return torch.cat(scores)
 
@@ -185,7 +186,7 @@ def test_the_widest_scope_fuses(small_base: Path, small_dataset: Path, tmp_path:
     settings = FineTuneSettings(
         scope="language-all", micro_batch_size=8, gradient_accumulation_steps=1, epochs=1, learning_rate=1e-2
     )
-    fine_tune.run(small_base, Dataset(small_dataset), tmp_path / "adapter", tmp_path / "work", settings, 256)
+    fine_tune.run(small_base, Dataset(small_dataset, MISSION), tmp_path / "adapter", tmp_path / "work", settings, 256)
     figures = fused(small_base, tmp_path / "adapter", small_dataset, tmp_path / "merged", dtype="float16")
     assert figures["largest_difference"] <= figures["allowed_difference"]
     before, after = (load_file(folder / "model.safetensors") for folder in (small_base, tmp_path / "merged"))
@@ -258,7 +259,7 @@ def test_another_frame_size_is_refused(
     small_base: Path, small_adapter: Path, small_dataset: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(OrionError, match=r"trained on frames of 256 px; base\.frame_size is 512"):
-        fuse.run(small_base, small_adapter, Dataset(small_dataset), tmp_path / "merged", SETTINGS, 512)
+        fuse.run(small_base, small_adapter, Dataset(small_dataset, MISSION), tmp_path / "merged", SETTINGS, 512)
 
 
 def test_too_few_records_and_missing_files_are_named(

@@ -19,6 +19,7 @@ from orion_triage.train import fine_tune
 from orion_triage.train.checkpoints import CHECKPOINTS
 from orion_triage.train.preflight import preflight
 from orion_triage.train.trainer import collator
+from tests.conftest import MISSION
 
 
 def _has_gpu() -> bool:
@@ -44,7 +45,7 @@ def test_the_base_in_four_bits_sees_like_the_one_in_sixteen(
     reference_model = load_model(small_base, dtype=precision, device="cuda")
     reference = vision_features(reference_model, processor, small_frames)
     model = load_model(small_base, dtype=precision, four_bit=True, device="cuda")
-    figures = preflight(model, reference, processor, small_frames, render_prompt(None))
+    figures = preflight(model, reference, processor, small_frames, render_prompt(MISSION, None))
     assert figures["smallest_vision_cosine"] > 0.999
     tower = model.model.vision_tower
     assert {parameter.dtype for parameter in tower.parameters()} == {getattr(torch, precision)}
@@ -59,7 +60,9 @@ def test_training_learns_and_its_adapter_fuses(
     small_base: Path, small_dataset: Path, tmp_path: Path, precision: str
 ) -> None:
     settings = SETTINGS.model_copy(update={"precision": precision})
-    figures = fine_tune.run(small_base, Dataset(small_dataset), tmp_path / "adapter", tmp_path / "work", settings, 256)
+    figures = fine_tune.run(
+        small_base, Dataset(small_dataset, MISSION), tmp_path / "adapter", tmp_path / "work", settings, 256
+    )
     assert figures["precision_used"] == precision
     assert figures["notes"] == []
     assert figures["last_loss"] < figures["first_loss"]
@@ -68,7 +71,7 @@ def test_training_learns_and_its_adapter_fuses(
     merged = fuse.run(
         small_base,
         tmp_path / "adapter",
-        Dataset(small_dataset),
+        Dataset(small_dataset, MISSION),
         tmp_path / "merged",
         FuseSettings(check_records=20),
         256,
@@ -79,8 +82,8 @@ def test_training_learns_and_its_adapter_fuses(
 def test_the_first_loss_is_the_cpus(small_base: Path, small_dataset: Path, tmp_path: Path) -> None:
     """Before any step, so that only precision and device differ; bfloat16 keeps three digits."""
     losses = {}
-    records = read_split(small_dataset, "train")[:8]
-    frames = fine_tune.decode_frames(Dataset(small_dataset), records, 256, silent)
+    records = read_split(small_dataset, "train", MISSION)[:8]
+    frames = fine_tune.decode_frames(Dataset(small_dataset, MISSION), records, 256, silent)
     batch = collator(load_processor(small_base, 256), frames)(records)
     for device, dtype in (("cpu", "float32"), ("cuda", "float16")):
         import torch
@@ -106,7 +109,7 @@ def test_the_optimizer_is_paged(
     catch = Catch()
     monkeypatch.setattr(trainer, "DEFAULT_CALLBACKS", [*trainer.DEFAULT_CALLBACKS, catch])
     settings = SETTINGS.model_copy(update={"rank": 512, "alpha": 512, "epochs": 1, "learning_rate": 1e-4})
-    fine_tune.run(small_base, Dataset(small_dataset), tmp_path / "adapter", tmp_path / "work", settings, 256)
+    fine_tune.run(small_base, Dataset(small_dataset, MISSION), tmp_path / "adapter", tmp_path / "work", settings, 256)
     optimizer = catch.optimizer
     assert type(optimizer).__module__.startswith("bitsandbytes")
     assert optimizer.is_paged
@@ -116,7 +119,7 @@ def test_the_optimizer_is_paged(
 
 
 def test_evaluation_answers_like_the_cpu(small_base: Path, small_frames: list[Any]) -> None:
-    prompts = [render_prompt(None)] * len(small_frames)
+    prompts = [render_prompt(MISSION, None)] * len(small_frames)
     settings = EvaluateSettings(max_new_tokens=8)
     backend = TransformersBackend.load(small_base, settings, 256)
     assert backend._model.device.type == "cuda"
@@ -132,11 +135,13 @@ def test_evaluation_answers_like_the_cpu(small_base: Path, small_frames: list[An
 
 
 def test_an_interrupted_training_goes_on(small_base: Path, small_dataset: Path, tmp_path: Path) -> None:
-    first = fine_tune.run(small_base, Dataset(small_dataset), tmp_path / "a", tmp_path / "work", SETTINGS, 256)
+    first = fine_tune.run(small_base, Dataset(small_dataset, MISSION), tmp_path / "a", tmp_path / "work", SETTINGS, 256)
     checkpoints = sorted((tmp_path / "work" / CHECKPOINTS).glob("checkpoint-*"))
     state = json.loads((checkpoints[-1] / "trainer_state.json").read_text())
     assert state["global_step"] == first["steps"]
-    second = fine_tune.run(small_base, Dataset(small_dataset), tmp_path / "b", tmp_path / "work", SETTINGS, 256)
+    second = fine_tune.run(
+        small_base, Dataset(small_dataset, MISSION), tmp_path / "b", tmp_path / "work", SETTINGS, 256
+    )
     assert second["resumed_from_step"] == first["steps"]
     assert second["seconds_per_sample"] is None
 
@@ -149,7 +154,7 @@ def test_a_small_model_takes_a_whole_step_at_once_without_checkpointing(
     for fill in (True, False):
         out, work = tmp_path / f"adapter-{fill}", tmp_path / f"work-{fill}"
         figures = fine_tune.run(
-            small_base, Dataset(small_dataset), out, work, settings.model_copy(update={"fill_gpu": fill}), 256
+            small_base, Dataset(small_dataset, MISSION), out, work, settings.model_copy(update={"fill_gpu": fill}), 256
         )
         assert (figures["micro_batch_size"], figures["gradient_checkpointing"]) == ((16, False) if fill else (1, True))
         losses[fill] = figures["eval_losses"]

@@ -23,7 +23,7 @@ from orion_triage.errors import FrameError, OrionError
 from orion_triage.flight.triage import triage_files
 from orion_triage.imagery.frames import Frame, decode_frame, read_frame
 from orion_triage.imagery.stretch import Stretch
-from orion_triage.mission.verdict import Category, Verdict
+from orion_triage.mission.verdict import Verdict
 from orion_triage.settings import DatasetSettings
 from tests.conftest import ConstantBackend
 
@@ -287,7 +287,7 @@ def test_triage_refuses_what_is_no_picture_and_goes_on(tmp_path: Path) -> None:
     (tmp_path / "2.png").mkdir()
     (tmp_path / "3.png").symlink_to("/dev/zero")
     (tmp_path / "4.png").write_bytes(WHOLE_PNG)
-    answer = Verdict("Long quays.", Category.HIGH)
+    answer = Verdict("Long quays.", "HIGH")
     backend = ConstantBackend(answer.to_json())
     outcomes = outcome(lambda: list(triage_files(sorted(tmp_path.iterdir()), backend, 256)))
     assert [found.verdict for found in outcomes] == [None, None, None, answer]

@@ -26,18 +26,19 @@ from orion_triage.evaluate.run import read_predictions
 from orion_triage.export import quantize
 from orion_triage.llama_cpp.client import Client, first_log_probabilities
 from orion_triage.mission.prompt import Coordinates, parse_prompt, render_prompt
-from orion_triage.mission.verdict import CATEGORIES, Category, Verdict, parse_verdict, reason_fault
+from orion_triage.mission.verdict import Verdict, answer_text, parse_verdict, reason_fault
 from orion_triage.runs import manifest
 from orion_triage.runs.run import SETTINGS_FILE, open_run
 from orion_triage.safe.reading import parse_json, read_text
 from orion_triage.safe.tables import json_lines, numbered_lines, read_csv
 from orion_triage.settings import Settings, load_settings
+from tests.conftest import MISSION
 
 from .conftest import SHARED
 from .hostile import CONTROL_TOKENS, DEEP, NUMBERS, WAYS_OUT, json_values, mutated, outcome, replaced, texts, to_bytes
 
-SAID = Verdict("Long quays with cranes.", Category.HIGH)
-RECORD = Record("orion_dataset/images/a.png", Coordinates(1.5, -2.25), SAID)
+SAID = Verdict("Long quays with cranes.", "HIGH")
+RECORD = Record("orion_dataset/images/a.png", Coordinates(1.5, -2.25), SAID, MISSION)
 LINE = RECORD.to_line()
 PLACE = {"name": "a", "category": "HIGH", "morphology": "mega_port", "lon": 1.5, "lat": 2.0, "reason": "Long quays."}
 FEATURE = {"type": "Feature", "geometry": {"type": "Point", "coordinates": [1.5, 2.0]}, "properties": PLACE}
@@ -62,15 +63,15 @@ def test_a_line_is_a_record_or_named(folder: Path, line: bytes) -> None:
         assert re.search(rf"{re.escape(str(path))}(:\d+: | is not UTF-8 \(byte \d+\))", found.message)
         return
     for record in found:
-        assert parse_record(record.to_line()) == record
+        assert parse_record(record.to_line(), MISSION) == record
         assert not reason_fault(record.verdict.reason)
         assert (folder / record.image).resolve().is_relative_to(folder.resolve())
 
 
-@given(texts, st.one_of(st.none(), st.floats(-180, 180)), st.sampled_from(CATEGORIES))
-def test_what_is_written_is_read_or_refused(reason: str, lon: float | None, category: Category) -> None:
+@given(texts, st.one_of(st.none(), st.floats(-180, 180)), st.sampled_from(MISSION.names))
+def test_what_is_written_is_read_or_refused(reason: str, lon: float | None, category: str) -> None:
     place = None if lon is None else Coordinates(round(lon, 2), round(lon / 2, 2))
-    record = Record("a.png", place, Verdict(reason, category))
+    record = Record("a.png", place, Verdict(reason, category), MISSION)
     found = outcome(parse_record, record.to_line())
     if reason_fault(reason):
         assert isinstance(found, RecordError)
@@ -82,9 +83,9 @@ def test_what_is_written_is_read_or_refused(reason: str, lon: float | None, cate
 @pytest.mark.parametrize("token", CONTROL_TOKENS)
 def test_a_control_token_is_taught_to_no_model(token: str, tmp_path: Path) -> None:
     """Trained on, <|im_end|> in a reason would end answers in the middle."""
-    line = Record("a.png", None, Verdict(f"Quays. {token}", Category.HIGH)).to_line()
+    line = Record("a.png", None, Verdict(f"Quays. {token}", "HIGH"), MISSION).to_line()
     with pytest.raises(RecordError, match="control token"):
-        parse_record(line)
+        parse_record(line, MISSION)
     path = tmp_path / "places.jsonl"
     path.write_text(json.dumps(PLACE | {"reason": f"Quays. {token}"}))
     with pytest.raises(OrionError, match=r"places\.jsonl: line 1: the reason contains the model's control token"):
@@ -111,9 +112,12 @@ def as_line(**parts: Any) -> str:
         (as_line(assistant='{"reason": "x", "category": ' + DEEP), "not a verdict"),
         (as_line(assistant='{"reason": "x", "category": ' + "1" * 4000 + "}"), "category 1111"),
         (LINE.replace("-2.25", "-2." + "9" * 9999), "not the triage prompt"),
-        (as_line(assistant=Verdict("a\nb", Category.LOW).to_json()), r"unprintable character '\\n'"),
-        (as_line(assistant=Verdict("a\ud800b", Category.LOW).to_json()), r"unprintable character '\\ud800'"),
-        *((as_line(user=f"<image>\n{render_prompt(None)}".replace("image captured", n)), "") for n in NUMBERS[:1]),
+        (as_line(assistant=answer_text(MISSION, Verdict("a\nb", "LOW"))), r"unprintable character '\\n'"),
+        (as_line(assistant=answer_text(MISSION, Verdict("a\ud800b", "LOW"))), r"unprintable character '\\ud800'"),
+        *(
+            (as_line(user=f"<image>\n{render_prompt(MISSION, None)}".replace("image captured", n)), "")
+            for n in NUMBERS[:1]
+        ),
         ('{"image": "a.png", ' + LINE[1:], "the key 'image' appears twice"),
         ("\ufeff" + LINE, "BOM"),
         (DEEP, "nested too deeply"),
@@ -126,7 +130,7 @@ def as_line(**parts: Any) -> str:
 )
 def test_each_of_these_lines_is_refused_by_name(line: str, said: str) -> None:
     if not said:  # the one that is right
-        assert parse_record(line)
+        assert parse_record(line, MISSION)
         return
     found = outcome(parse_record, line)
     assert isinstance(found, RecordError)
@@ -135,7 +139,7 @@ def test_each_of_these_lines_is_refused_by_name(line: str, said: str) -> None:
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_a_prompt_has_no_other_numbers(number: str) -> None:
-    found = outcome(parse_prompt, render_prompt(Coordinates(1.5, 2.5)).replace("1.5", number))
+    found = outcome(parse_prompt, render_prompt(MISSION, Coordinates(1.5, 2.5)).replace("1.5", number))
     assert isinstance(found, OrionError)
 
 
@@ -148,7 +152,7 @@ def test_coordinates_are_on_the_globe(lon: float, lat: float) -> None:
     if isinstance(where, Coordinates):
         assert abs(where.lon) <= 180
         assert abs(where.lat) <= 90
-        again = parse_prompt(render_prompt(where))
+        again = parse_prompt(MISSION, render_prompt(MISSION, where))
         assert again is not None
         assert abs(again.lon - where.lon) <= 0.0051
 
@@ -165,7 +169,7 @@ def test_links_out_of_the_folder_are_not_followed(tmp_path: Path) -> None:
         ("round.png", "is not a valid path"),
     ):
         with pytest.raises(RecordError, match=said):
-            image_path(dataset, Record(image, None, SAID))
+            image_path(dataset, Record(image, None, SAID, MISSION))
 
 
 # Files that are none
@@ -337,7 +341,7 @@ def test_the_shipped_catalogue_has_only_reasons_that_can_be_taught() -> None:
 
 @pytest.mark.shared
 def test_the_published_splits_have_only_reasons_that_can_be_taught() -> None:
-    assert {name: len(read_split(SHARED / "orion-dataset", name)) for name in ("train", "val", "test")}  # type: ignore[arg-type]
+    assert {name: len(read_split(SHARED / "orion-dataset", name, MISSION)) for name in ("train", "val", "test")}  # type: ignore[arg-type]
 
 
 # Settings
@@ -399,7 +403,7 @@ FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
 @given(st.one_of(texts, mutated(SAID.to_json().encode()).map(lambda data: data.decode("utf-8", "surrogateescape"))))
 def test_an_answer_is_a_verdict_or_none(answer: str) -> None:
     found = outcome(parse_verdict, answer)
-    assert found is None or found.category in CATEGORIES
+    assert found is None or found.category in MISSION.names
 
 
 @given(st.text(alphabet="`json \n{}x\t\u2003", max_size=24), st.booleans())
@@ -415,7 +419,7 @@ def test_fences_are_taken_off_as_their_pattern_does(inside: str, fenced: bool) -
         plain = json.loads(match[1] if match else text) == json.loads(SAID.to_json())
     except ValueError:
         plain = False
-    assert (parse_verdict(answer) is not None) == plain
+    assert (parse_verdict(MISSION, answer) is not None) == plain
 
 
 @pytest.mark.parametrize(

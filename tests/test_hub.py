@@ -19,6 +19,7 @@ from orion_triage.models.licence import README, licence_of
 from orion_triage.publish.card import write_card
 from orion_triage.runs.manifest import read_manifest
 from orion_triage.settings import SPLITS, load_settings, overrides
+from tests.conftest import MISSION
 
 from .conftest import orion_with, structured_picture
 from .hub_server import TOKEN, Hub, serve
@@ -265,7 +266,7 @@ def test_a_dataset_is_checked_before_it_is_taken(small_dataset: Path, tmp_path: 
 
     source = tmp_path / "source"
     shutil.copytree(small_dataset, source)
-    first = image_path(source, read_split(source, "train")[0])
+    first = image_path(source, read_split(source, "train", MISSION)[0])
     structured_picture(5).resize((640, 512)).save(first)
     figures = build.run(tmp_path / "out", DatasetSettings(folder=str(source)))
     assert figures["warnings"] == ["1 of 24 pictures were not 512x512: cropped and scaled"]

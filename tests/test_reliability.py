@@ -33,6 +33,7 @@ from orion_triage.settings import FineTuneSettings
 from orion_triage.train import fine_tune
 from orion_triage.train.checkpoints import HASHES_FILE
 from orion_triage.train.trainer import _watch
+from tests.conftest import MISSION
 
 from . import warm
 
@@ -310,7 +311,7 @@ def test_a_loss_that_is_no_number_stops_training_and_names_the_last_good_checkpo
     sound = FineTuneSettings(micro_batch_size=8, gradient_accumulation_steps=1, epochs=1, gradient_checkpointing=False)
     settings = sound.model_copy(update={"learning_rate": 1e30})
     with pytest.raises(OrionError, match=r"loss is (nan|inf) at step \d of 3; there is no checkpoint yet") as raised:
-        fine_tune.run(small_base, Dataset(small_dataset), tmp_path / "out", tmp_path / "work", settings, 256)
+        fine_tune.run(small_base, Dataset(small_dataset, MISSION), tmp_path / "out", tmp_path / "work", settings, 256)
     assert "Lower fine_tune.learning_rate" in raised.value.fix
     assert not (tmp_path / "out").exists()
     checkpoints = tmp_path / "checkpoints"
@@ -345,7 +346,7 @@ def limited(*arguments):
     return trainer
 fine_tune.make_trainer = limited
 try:
-    fine_tune.run(base, Dataset(dataset), out / "out", out / "work", settings, 256)
+    fine_tune.run(base, Dataset(dataset, MISSION), out / "out", out / "work", settings, 256)
 except OrionError as error:
     print(error.message, "|", error.fix)
 """

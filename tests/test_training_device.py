@@ -17,6 +17,7 @@ from orion_triage.settings import FineTuneSettings
 from orion_triage.train import fine_tune
 from orion_triage.train.device import Device, choose_device, driver_fault, gpu_fault, needs_gpu
 from orion_triage.train.trainer import collator, fault_of, make_trainer
+from tests.conftest import MISSION
 
 from .conftest import orion
 
@@ -99,9 +100,9 @@ def test_the_number_of_gpus_in_the_box_changes_nothing(
     import torch
     from transformers import TrainingArguments, set_seed
 
-    records = read_split(small_dataset, "train")[:16]
+    records = read_split(small_dataset, "train", MISSION)[:16]
     processor = load_processor(small_base, 256)
-    collate = collator(processor, fine_tune.decode_frames(Dataset(small_dataset), records, 256, silent))
+    collate = collator(processor, fine_tune.decode_frames(Dataset(small_dataset, MISSION), records, 256, silent))
     settings = FineTuneSettings(
         micro_batch_size=2, gradient_accumulation_steps=2, epochs=1, learning_rate=1e-2, gradient_checkpointing=False
     )

@@ -10,7 +10,7 @@ from orion_triage.dataset.dataset import Dataset
 from orion_triage.dataset.records import Record, read_split
 from orion_triage.errors import OrionError
 from orion_triage.mission.prompt import Coordinates
-from orion_triage.mission.verdict import Category, Verdict
+from orion_triage.mission.verdict import Verdict
 from orion_triage.models.encode import encode_rows, shared_tokens
 from orion_triage.models.load import TINY_BASE_FOLDER, load_model, load_processor
 from orion_triage.models.shared_image import Lfm2VlForConditionalGeneration
@@ -20,6 +20,7 @@ from orion_triage.train import fine_tune
 from orion_triage.train.device import Device
 from orion_triage.train.trainer import collator, make_trainer
 from orion_triage.train.twins import TwinsSampler, check_shared_prefix, costliest_first, twins_of
+from tests.conftest import MISSION
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*checkpointing.* is deprecated:FutureWarning"),
@@ -38,7 +39,7 @@ TOGETHER = FineTuneSettings(
 
 def record(name: str, *, coordinates: bool = True) -> Record:
     where = Coordinates(2.5, 1.25) if coordinates else None
-    return Record(f"{name}.png", where, Verdict("Dunes.", Category.LOW))
+    return Record(f"{name}.png", where, Verdict("Dunes.", "LOW"), MISSION)
 
 
 def twins(*names: str) -> list[Record]:
@@ -153,7 +154,7 @@ def gradients(model: Any, batch: Any) -> tuple[float, dict[str, Any]]:
 
 
 def batch_of(base: Path, dataset: Path, records: list[Record]) -> Any:
-    frames = fine_tune.decode_frames(Dataset(dataset), records, 256, silent)
+    frames = fine_tune.decode_frames(Dataset(dataset, MISSION), records, 256, silent)
     return collator(load_processor(base, 256), frames, share_prefix=True)(records)
 
 
@@ -173,7 +174,7 @@ def test_a_shared_prefix_gives_the_plain_loss_and_gradients(
 
     folder = small_base if base == "small" else TINY_BASE_FOLDER
     # Images with two rows, one row and two rows, whose lengths differ.
-    records = [*read_split(small_dataset, "train")[:3], *read_split(small_dataset, "train")[4:6]]
+    records = [*read_split(small_dataset, "train", MISSION)[:3], *read_split(small_dataset, "train", MISSION)[4:6]]
     batch = batch_of(folder, small_dataset, records)
     assert batch["image_of_row"].tolist() == [0, 0, 1, 2, 2]
     assert batch["shared_tokens"] > 64
@@ -205,7 +206,7 @@ def test_a_shared_prefix_gives_the_plain_loss_and_gradients(
 def test_the_language_model_reads_a_prefix_once_an_image(
     small_base: Path, small_dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    records = read_split(small_dataset, "train")[:4]
+    records = read_split(small_dataset, "train", MISSION)[:4]
     batch = batch_of(small_base, small_dataset, records)
     model = load_model(small_base, dtype="float32")
     shapes = []
@@ -220,7 +221,7 @@ def test_the_language_model_reads_a_prefix_once_an_image(
 def test_gradients_pass_in_sixteen_bits_of_autocast(small_base: Path, small_dataset: Path) -> None:
     import torch
 
-    batch = batch_of(small_base, small_dataset, read_split(small_dataset, "train")[:4])
+    batch = batch_of(small_base, small_dataset, read_split(small_dataset, "train", MISSION)[:4])
     settings = TOGETHER.model_copy(update={"dropout": 0.0})
     model = adapted(small_base, settings, four_bit=False).train()
     _, exact = gradients(model, plain(batch))
@@ -257,8 +258,8 @@ def test_a_cache_that_loses_something_is_refused(
     small_dataset: Path, monkeypatch: pytest.MonkeyPatch, fault: Any
 ) -> None:
     """What another version of transformers could do; none is at hand, so it is done here to what the cache holds."""
-    records = read_split(small_dataset, "train")[:4]
-    frames = fine_tune.decode_frames(Dataset(small_dataset), records, 256, silent)
+    records = read_split(small_dataset, "train", MISSION)[:4]
+    frames = fine_tune.decode_frames(Dataset(small_dataset, MISSION), records, 256, silent)
     collate = collator(load_processor(TINY_BASE_FOLDER, 256), frames, share_prefix=True)
     model = load_model(TINY_BASE_FOLDER, dtype="float32")
     if fault is None:
@@ -295,7 +296,7 @@ def test_a_training_of_twins_keeps_its_steps_and_resumes_to_the_same_adapter(
 
     def train(name: str, work: str, progress: Any = silent) -> dict[str, Any]:
         return fine_tune.run(
-            small_base, Dataset(small_dataset), tmp_path / name, tmp_path / work, TOGETHER, 256, progress
+            small_base, Dataset(small_dataset, MISSION), tmp_path / name, tmp_path / work, TOGETHER, 256, progress
         )
 
     straight = train("straight", "work")
@@ -312,8 +313,11 @@ def test_a_training_of_twins_keeps_its_steps_and_resumes_to_the_same_adapter(
 
 def test_the_order_of_a_training_is_the_samplers(small_base: Path, small_dataset: Path, tmp_path: Path) -> None:
     """Whatever transformers and accelerate wrap around it: the records of two epochs, as they reach the collator."""
-    records, val_records = read_split(small_dataset, "train")[:16], read_split(small_dataset, "val")[:2]
-    frames = fine_tune.decode_frames(Dataset(small_dataset), [*records, *val_records], 256, silent)
+    records, val_records = (
+        read_split(small_dataset, "train", MISSION)[:16],
+        read_split(small_dataset, "val", MISSION)[:2],
+    )
+    frames = fine_tune.decode_frames(Dataset(small_dataset, MISSION), [*records, *val_records], 256, silent)
     processor = load_processor(small_base, 256)
     collate = collator(processor, frames, share_prefix=True)
     seen: list[int] = []

@@ -9,7 +9,7 @@ import pytest
 from orion_triage.dataset.dataset import Dataset
 from orion_triage.dataset.records import Record, read_split
 from orion_triage.mission.prompt import Coordinates
-from orion_triage.mission.verdict import CATEGORIES, Category, Verdict
+from orion_triage.mission.verdict import Verdict, answer_text
 from orion_triage.models.generate import answer_log_probabilities
 from orion_triage.models.load import TINY_BASE_FOLDER, load_model, load_processor
 from orion_triage.progress import silent
@@ -18,18 +18,21 @@ from orion_triage.train import fine_tune
 from orion_triage.train.device import Device
 from orion_triage.train.trainer import collator, losses_of, make_trainer
 from orion_triage.train.validation import asked_twice, category_place, chosen_step
+from tests.conftest import MISSION
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*checkpointing.* is deprecated:FutureWarning")
 
 REASONS = ("", "A reef.", 'It says "category": in words.', "Port. " * 20)
 
 
-@pytest.mark.parametrize("category", CATEGORIES)
+@pytest.mark.parametrize("category", MISSION.names)
 @pytest.mark.parametrize("reason", REASONS)
 @pytest.mark.parametrize("of", ["shipped", "small"])
-def test_the_category_is_found_in_an_answers_tokens(category: Category, reason: str, of: str, small_base: Path) -> None:
+def test_the_category_is_found_in_an_answers_tokens(category: str, reason: str, of: str, small_base: Path) -> None:
     tokenizer = load_processor(TINY_BASE_FOLDER if of == "shipped" else small_base, 256).tokenizer
-    answer = tokenizer(Verdict(reason, category).to_json() + "<|im_end|>", add_special_tokens=False)["input_ids"]
+    answer = tokenizer(answer_text(MISSION, Verdict(reason, category)) + "<|im_end|>", add_special_tokens=False)[
+        "input_ids"
+    ]
     place = category_place(tokenizer, answer)
     spelled = tokenizer.decode([answer[index] for index in place])
     assert category.value in spelled
@@ -38,7 +41,7 @@ def test_the_category_is_found_in_an_answers_tokens(category: Category, reason: 
 
 
 def test_a_record_is_asked_without_and_with_its_coordinates() -> None:
-    first = Record("a.png", Coordinates(1, 2), Verdict("", Category.LOW))
+    first = Record("a.png", Coordinates(1, 2), Verdict("", "LOW"), MISSION)
     blind = first.without_coordinates()
     assert asked_twice([first, blind]) == [blind, first, blind]
 
@@ -66,20 +69,23 @@ def test_the_figures_do_not_depend_on_the_batches(
     batch: int, small_base: Path, small_dataset: Path, tmp_path: Path
 ) -> None:
     """Against `answer_log_probabilities`, one row at a time; the reasons differ in length."""
-    records = read_split(small_dataset, "val")
+    records = read_split(small_dataset, "val", MISSION)
     records = [
         Record(
-            record.image, Coordinates(3.5, 4.5), Verdict(record.verdict.reason * (1 + number), record.verdict.category)
+            record.image,
+            Coordinates(3.5, 4.5),
+            Verdict(record.verdict.reason * (1 + number), record.verdict.category),
+            MISSION,
         )
         for number, record in enumerate(records[:3])
     ]
     processor = load_processor(small_base, 256)
-    frames = fine_tune.decode_frames(Dataset(small_dataset), records, 256, silent)
+    frames = fine_tune.decode_frames(Dataset(small_dataset, MISSION), records, 256, silent)
     settings = FineTuneSettings(micro_batch_size=batch, gradient_checkpointing=False)
     model = load_model(small_base, dtype="float32")
     expected: dict[str, float] = {}
     for form, rows in (("", [r.without_coordinates() for r in records]), ("_with_coordinates", records)):
-        answers = [row.verdict.to_json() for row in rows]
+        answers = [row.answer for row in rows]
         scores = answer_log_probabilities(
             model, processor, [frames[row.image] for row in rows], [row.prompt for row in rows], answers
         )

@@ -24,7 +24,6 @@ from orion_triage.evaluate.value import (
     value_at,
     value_curve,
 )
-from orion_triage.mission.verdict import Category
 
 H, M, L, NONE = 0, 1, 2, -1
 VALUES = (10.0, 2.0, 0.0)
@@ -141,7 +140,7 @@ def test_kappa_of_one_category_or_no_answer_is_undefined() -> None:
 
 
 def test_a_prior_reweights_the_answers() -> None:
-    prior = {Category.HIGH: 0.1, Category.MEDIUM: 0.3, Category.LOW: 0.6}
+    prior = {"HIGH": 0.1, "MEDIUM": 0.3, "LOW": 0.6}
     rates = at_prior(TRUTH, GUESS, prior)
     high_sent, medium_sent = 0.1 * 2 / 4, 0.3 * 1 / 3
     assert rates["sent"] == pytest.approx(high_sent + medium_sent)
@@ -152,7 +151,7 @@ def test_a_prior_reweights_the_answers() -> None:
 
 
 def test_the_splits_own_prior_changes_nothing() -> None:
-    prior = {Category.HIGH: 0.4, Category.MEDIUM: 0.3, Category.LOW: 0.3}
+    prior = {"HIGH": 0.4, "MEDIUM": 0.3, "LOW": 0.3}
     rates, shares = at_prior(TRUTH, GUESS, prior), downlink(TRUTH, GUESS, VALUES)
     assert all(rates[name] == pytest.approx(shares[name]) for name in ("sent", "stored", "dropped", "no_verdict"))
     assert rates["precision"] == pytest.approx({"HIGH": 2 / 3, "MEDIUM": 1 / 2, "LOW": 2 / 4})
@@ -160,14 +159,14 @@ def test_the_splits_own_prior_changes_nothing() -> None:
 
 def test_what_a_split_cannot_say_about_a_prior_is_undefined() -> None:
     truth, guess = np.array([H, H, L]), np.array([H, L, L])
-    missing = at_prior(truth, guess, {Category.HIGH: 0.1, Category.MEDIUM: 0.3, Category.LOW: 0.6})
+    missing = at_prior(truth, guess, {"HIGH": 0.1, "MEDIUM": 0.3, "LOW": 0.6})
     assert missing["sent"] is missing["dropped"] is missing["precision"]["HIGH"] is None
-    known = at_prior(truth, guess, {Category.HIGH: 0.5, Category.LOW: 0.5})
+    known = at_prior(truth, guess, {"HIGH": 0.5, "LOW": 0.5})
     assert known["sent"] == 0.25
     assert known["precision"] == pytest.approx({"HIGH": 1, "MEDIUM": None, "LOW": 0.5 / 0.75})
     for wrong in (
-        {Category.HIGH: 0.5, Category.LOW: 0.4},
-        {Category.HIGH: 1.5, Category.LOW: -0.5},
+        {"HIGH": 0.5, "LOW": 0.4},
+        {"HIGH": 1.5, "LOW": -0.5},
     ):
         with pytest.raises(OrionError, match="does not sum to 1"):
             at_prior(truth, guess, wrong)

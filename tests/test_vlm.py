@@ -8,16 +8,17 @@ from PIL import Image
 
 from orion_triage.errors import OrionError
 from orion_triage.mission.prompt import Coordinates, render_prompt
-from orion_triage.mission.verdict import Category, Verdict
+from orion_triage.mission.verdict import Verdict, answer_text
 from orion_triage.models.encode import IGNORED, check_template, encode, render_turn
 from orion_triage.models.generate import answer_log_probabilities, generate
 from orion_triage.models.load import fingerprint, float32_compute, load_model, load_processor, resolve_base
+from tests.conftest import MISSION
 
 VERDICTS = [
-    Verdict("Dense port.", Category.HIGH).to_json(),
-    Verdict("Ordinary street grid beside checkerboard fields.", Category.MEDIUM).to_json(),
+    answer_text(MISSION, Verdict("Dense port.", "HIGH")),
+    answer_text(MISSION, Verdict("Ordinary street grid beside checkerboard fields.", "MEDIUM")),
 ]
-PROMPTS = [render_prompt(None), render_prompt(Coordinates(-120.62, 34.63))]
+PROMPTS = [render_prompt(MISSION, None), render_prompt(MISSION, Coordinates(-120.62, 34.63))]
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,7 @@ def test_other_frame_size_is_refused(processor: Any) -> None:
 
 
 def test_answers_do_not_depend_on_the_batch(model: Any, processor: Any, small_frames: list[Image.Image]) -> None:
-    prompts = [render_prompt(Coordinates(-120.62 + 31 * n, 3.5)) if n % 2 else PROMPTS[0] for n in range(5)]
+    prompts = [render_prompt(MISSION, Coordinates(-120.62 + 31 * n, 3.5)) if n % 2 else PROMPTS[0] for n in range(5)]
     images = [*small_frames[:3], small_frames[0], small_frames[1]]
     together = generate(model, processor, images, prompts, 20)
     alone = [

@@ -15,6 +15,8 @@ from orion_triage.evaluate import variants
 from orion_triage.evaluate.variants import Variant
 from orion_triage.machine import rates
 from orion_triage.machine.describe import machine_name
+from orion_triage.mission.contract import contract_sha256, require_mission, write_mission
+from orion_triage.mission.mission import Mission, default_mission
 from orion_triage.models.load import base_name, resolve_base
 from orion_triage.progress import Progress, silent
 from orion_triage.runs import manifest
@@ -47,6 +49,9 @@ class Stage:
 
     def settings_of(self, settings: Settings) -> Figures:
         sections = settings.model_dump(mode="json", include=set(self.settings))
+        # Values, costs and actions of a mission change no product; products of before are of the published mission.
+        if contract_sha256(settings.mission) != contract_sha256(default_mission()):
+            sections["mission"] = {"name": settings.mission.name, "contract": contract_sha256(settings.mission)}
         if "dataset" in sections:  # settings that are empty leave datasets current that were made before they existed
             sections["dataset"] = {key: value for key, value in sections["dataset"].items() if value is not None}
         return sections | ({"protocol": self.protocol} if self.protocol else {})
@@ -55,17 +60,19 @@ class Stage:
 def _dataset(run: Run, progress: Progress) -> Figures:
     from orion_triage.dataset import build
 
-    return build.run(run.dataset, run.settings.dataset, progress=progress)
+    return build.run(run.dataset, run.settings.dataset, run.settings.mission, progress=progress)
 
 
 def _fine_tune(run: Run, progress: Progress) -> Figures:
     from orion_triage.dataset.check.soundness import require_sound
     from orion_triage.train import fine_tune
 
-    found = require_sound(run.dataset, progress=progress) if processes.is_main() else None
+    found = require_sound(run.dataset, run.settings.mission, progress=progress) if processes.is_main() else None
     work, settings = run.folder / WORK_FOLDER, run.settings
     size = settings.base.frame_size
-    figures = fine_tune.run(_base(run), Dataset(run.dataset), run.adapter, work, settings.fine_tune, size, progress)
+    figures = fine_tune.run(
+        _base(run), Dataset(run.dataset, run.settings.mission), run.adapter, work, settings.fine_tune, size, progress
+    )
     return figures | {"warnings": found.summary() if found else []}
 
 
@@ -74,20 +81,28 @@ def _fuse(run: Run, progress: Progress) -> Figures:
 
     settings, adapter = run.settings, run.adapter_to_fuse
     size = settings.base.frame_size
-    return fuse.run(_base(run), adapter, Dataset(run.dataset), run.merged, settings.fuse, size, progress)
+    return fuse.run(
+        _base(run), adapter, Dataset(run.dataset, run.settings.mission), run.merged, settings.fuse, size, progress
+    )
 
 
 def _quantize(run: Run, progress: Progress) -> Figures:
     from orion_triage.export import quantize
 
-    prompts = sorted({record.prompt for record in Dataset(run.dataset).every_record()})
-    return quantize.run(run.merged, run.gguf, run.settings.quantize, prompts=prompts, progress=progress)
+    texts = sorted({record.user_text for record in Dataset(run.dataset, run.settings.mission).every_record()})
+    return quantize.run(run.merged, run.gguf, run.settings.quantize, user_texts=texts, progress=progress)
 
 
 def _vision_features(run: Run, progress: Progress) -> Figures:
     from orion_triage.evaluate import features
 
-    return features.run(_base(run), Dataset(run.dataset), run.vision_features, run.settings.base.frame_size, progress)
+    return features.run(
+        _base(run),
+        Dataset(run.dataset, run.settings.mission),
+        run.vision_features,
+        run.settings.base.frame_size,
+        progress,
+    )
 
 
 def _base(run: Run) -> Path:
@@ -99,10 +114,12 @@ def _write_card(product: "Product", run: Run, folder: Path) -> None:
     from orion_triage.models.licence import base_of
     from orion_triage.publish.card import write_card
 
+    mission = run.settings.mission
+    write_mission(folder, mission)
     if product == "gguf":
-        write_card(product, run.merged, base_of(run.merged) or run.merged.name, folder)
+        write_card(product, run.merged, base_of(run.merged) or run.merged.name, folder, mission)
     else:
-        write_card(product, _base(run), base_name(_base(run)), folder)
+        write_card(product, _base(run), base_name(_base(run)), folder, mission)
 
 
 def _dataset_inputs(run: Run) -> dict[str, Path]:
@@ -135,21 +152,21 @@ VISION_FEATURES = Stage("vision features", ("base",), _of_base_and_dataset, _vis
 MAKING = (DATASET, FINE_TUNE, FUSE, QUANTIZE, VISION_FEATURES)
 
 
-def evaluation(variant: Variant) -> Stage:
+def evaluation(variant: Variant, mission: Mission) -> Stage:
     """The stage that asks one variant all questions of the run's split."""
     return Stage(
         EVALUATE + variant.name,
         ("base", "evaluate"),
         lambda run: variants.inputs(variant, run) | {"dataset": run.dataset},
         partial(variants.evaluate, variant),
-        protocol=variants.protocol(variant),
+        protocol=variants.protocol(variant, mission),
         in_parallel=variant.in_parallel,
     )
 
 
 def stages(settings: Settings) -> tuple[Stage, ...]:
     """All stages of a run in order; each model is evaluated as soon as it exists."""
-    evaluated = [evaluation(variant) for variant in variants.wanted(settings)]
+    evaluated = [evaluation(variant, settings.mission) for variant in variants.wanted(settings)]
     base, *others = evaluated
     of_the_adapter = [VISION_FEATURES] if settings.variants.all else []
     return (DATASET, base, FINE_TUNE, FUSE, QUANTIZE, *of_the_adapter, *others)
@@ -158,7 +175,7 @@ def stages(settings: Settings) -> tuple[Stage, ...]:
 def stage_named(name: str, settings: Settings) -> Stage:
     """A stage by its name; raises OrionError for the evaluation of an unknown variant."""
     if name.startswith(EVALUATE):
-        return evaluation(variants.named(settings, name.removeprefix(EVALUATE)))
+        return evaluation(variants.named(settings, name.removeprefix(EVALUATE)), settings.mission)
     return next(stage for stage in MAKING if stage.name == name)
 
 
@@ -256,6 +273,9 @@ def _do(stage: Stage, run: Run, inputs: dict[str, str], progress: Progress) -> m
     folder = stage.folder(run)
     with running(run, stage.name):
         began = time.monotonic()
+        for name in ("dataset", "adapter", "merged", "gguf") if stage is not DATASET else ():
+            if path := stage.inputs(run).get(name):
+                require_mission(path, run.settings.mission)
         figures = stage.run(run, progress)
         if stage.card and processes.is_main():
             _write_card(stage.card, run, folder)
@@ -280,12 +300,12 @@ def check_inputs(run: Run) -> None:
 
     _base(run)
     if build.published_folder(run.settings.dataset) is None:
-        build.plan(run.settings.dataset)
+        build.plan(run.settings.dataset, run.settings.mission)
 
 
 def verify(run: Run) -> dict[str, list[str]]:
     """Finished stage -> differences between its files and its manifest; reads all files from the disk."""
-    every = (*MAKING, *(evaluation(variant) for variant in variants.table(run.settings)))
+    every = (*MAKING, *(evaluation(variant, run.settings.mission) for variant in variants.table(run.settings)))
     return {
         stage.name: manifest.damaged(folder)
         for stage in every

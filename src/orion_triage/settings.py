@@ -10,17 +10,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    PositiveFloat,
-    ValidationError,
-    model_validator,
-)
+from pydantic import Field, NonNegativeFloat, PositiveFloat, ValidationError, model_validator
 
 from orion_triage.errors import OrionError
+from orion_triage.mission.mission import Mission, Strict, default_mission, load_mission
 from orion_triage.safe.reading import LARGEST_JSON_BYTES, read_text, shown
 
 # Limits: larger values cannot be computed, and numbers can have more digits than Python prints.
@@ -35,13 +28,7 @@ StretchedSamples = Literal["uint16", "int16", "uint32", "int32", "float32", "flo
 STRETCHED_SAMPLES: tuple[str, ...] = get_args(StretchedSamples)
 
 
-class Section(BaseModel):
-    """A frozen model; unknown keys, nan and inf are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class BaseSettings(Section):
+class BaseSettings(Strict):
     """The base model that is fine-tuned."""
 
     # A Hub id (owner/name@revision), a local folder in the Hub's layout, or "orion-tiny".
@@ -49,7 +36,7 @@ class BaseSettings(Section):
     frame_size: Literal[256, 384, 512] = 512  # pixels; decoding, training, evaluation and flight share it
 
 
-class DatasetSettings(Section):
+class DatasetSettings(Strict):
     """The places, their split and the imagery."""
 
     # Image source: synthetic tiles, a SimSat server, a STAC catalogue of Sentinel-2, or `folder`.
@@ -105,7 +92,7 @@ class DatasetSettings(Section):
         return self
 
 
-class FineTuneSettings(Section):
+class FineTuneSettings(Strict):
     """QLoRA, with the values of the mission document's tables."""
 
     rank: Count = 16
@@ -146,20 +133,20 @@ class FineTuneSettings(Section):
         return not self.scope.startswith("language")
 
 
-class FuseSettings(Section):
+class FuseSettings(Strict):
     """Merging the adapter into the 16-bit base."""
 
     dtype: Literal["float16", "bfloat16"] = "float16"
     check_records: Count = 24  # records on which the merge is compared with the adapter; fewer than 20 are too few
 
 
-class QuantizeSettings(Section):
+class QuantizeSettings(Strict):
     """llama.cpp's conversion and quantization."""
 
     type: Literal["Q4_K_M"] = "Q4_K_M"
 
 
-class EvaluateSettings(Section):
+class EvaluateSettings(Strict):
     """The four-condition protocol."""
 
     noise: Literal["gaussian", "uniform"] = "gaussian"  # image of condition C
@@ -171,7 +158,7 @@ class EvaluateSettings(Section):
     servers: Count | None = None
 
 
-class VariantSettings(Section):
+class VariantSettings(Strict):
     """Evaluations of the models between the base and the flight pair, to show which step loses accuracy."""
 
     all: bool = True  # five more evaluations; the report shows the effect of each step
@@ -180,22 +167,7 @@ class VariantSettings(Section):
     parity_records: Count = 4  # records on which llama.cpp's F16 must give the same probabilities as transformers
 
 
-class MissionSettings(Section):
-    """Values of frames and costs of mistakes, for metrics only; they do not affect training or prompts."""
-
-    # Value of a HIGH, a MEDIUM and a LOW frame on the ground.
-    values: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = (10.0, 1.0, 0.0)
-    # Costs: rows are truths (HIGH, MEDIUM, LOW), columns decisions (sent, stored, dropped). A dropped frame is lost.
-    costs: tuple[tuple[float, float, float], tuple[float, float, float], tuple[float, float, float]] = (
-        (0.0, 2.0, 10.0),
-        (1.0, 0.0, 3.0),
-        (1.0, 0.2, 0.0),
-    )
-    # Shares of HIGH, MEDIUM and LOW frames in orbit.
-    prior: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = (0.005, 0.095, 0.90)
-
-
-class VerdictSettings(Section):
+class VerdictSettings(Strict):
     """What a model must show on the test frames before it flies; `orion verdict` alone reads it."""
 
     # Largest p-value of a paired difference that counts. Smaller: fewer models fly by chance, on more frames.
@@ -217,7 +189,7 @@ class VerdictSettings(Section):
     largest_seconds_per_frame: PositiveFloat | None = None
 
 
-class Settings(Section):
+class Settings(Strict):
     """All settings of a run."""
 
     preset: str = "tiny"
@@ -228,7 +200,7 @@ class Settings(Section):
     quantize: QuantizeSettings = QuantizeSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     variants: VariantSettings = VariantSettings()
-    mission: MissionSettings = MissionSettings()
+    mission: Mission = Field(default_factory=default_mission)
     verdict: VerdictSettings = VerdictSettings()
 
 
@@ -240,12 +212,17 @@ def preset_names() -> list[str]:
     )
 
 
-def load_settings(preset: str = "tiny", assignments: tuple[str, ...] | list[str] = ()) -> Settings:
+def load_settings(
+    preset: str = "tiny", assignments: tuple[str, ...] | list[str] = (), mission: Path | None = None
+) -> Settings:
     """The settings of a preset (a shipped name or a TOML file) with `stage.key=value` assignments applied.
 
-    Raises OrionError that lists all mistakes: unknown keys, wrong types, values out of range.
+    `mission` is a mission file; without it, the mission is the preset's or the published one. Raises OrionError that
+    lists all mistakes: unknown keys, wrong types, values out of range.
     """
     values, source = _read_preset(preset)
+    if mission:
+        values["mission"] = load_mission(mission).model_dump()
     values.setdefault("preset", Path(preset).stem if preset.endswith(".toml") else preset)
     for assignment in assignments:
         _assign(values, assignment)
@@ -311,12 +288,22 @@ def _assign(values: dict[str, Any], assignment: str) -> None:
 
 
 def overrides(settings: Settings) -> dict[str, tuple[Any, Any]]:
-    """`stage.key` -> (default, value) for every setting that differs from the mission's defaults."""
-    default, actual = Settings().model_dump(), settings.model_dump()
+    """`stage.key` -> (default, value) for every setting that differs from the mission document's."""
+    default, actual = (one.model_dump() | {"mission": _in_short(one.mission)} for one in (Settings(), settings))
     return {
         f"{stage}.{key}": (default[stage][key], value)
         for stage, section in actual.items()
         if isinstance(section, dict)
         for key, value in section.items()
         if value != default[stage][key]
+    }
+
+
+def _in_short(mission: Mission) -> dict[str, Any]:
+    """A mission's settings without the texts of the prompt."""
+    kept = ("name", "image", "keys", "longest_reason", "blank", "unparsable", "costs")
+    return {key: getattr(mission, key) for key in kept} | {
+        "categories": mission.names,
+        "values": mission.values,
+        "prior": mission.prior,
     }

@@ -12,9 +12,8 @@ from orion_triage.errors import OrionError
 from orion_triage.evaluate.judgement import judge
 from orion_triage.evaluate.metrics import Prediction
 from orion_triage.mission.prompt import Coordinates
-from orion_triage.mission.verdict import Category
-from orion_triage.settings import DatasetSettings, MissionSettings
-from tests.conftest import places_of, write_catalogue
+from orion_triage.settings import DatasetSettings
+from tests.conftest import MISSION, places_of, write_catalogue
 
 
 @pytest.fixture
@@ -30,12 +29,12 @@ def test_several_tiles_a_place_are_all_different_and_only_in_test(places: Path, 
     figures = build.run(tmp_path / "more", settings)
     assert (plain["records"]["test"], figures["records"]["test"]) == (3, 8)
     for split in ("train", "val"):
-        assert read_split(tmp_path / "more", split) == read_split(tmp_path / "plain", split)  # type: ignore[arg-type]
-    records = read_split(tmp_path / "more", "test")
+        assert read_split(tmp_path / "more", split, MISSION) == read_split(tmp_path / "plain", split, MISSION)  # type: ignore[arg-type]
+    records = read_split(tmp_path / "more", "test", MISSION)
     assert sorted(Counter(record.coordinates for record in records).values()) == [2, 3, 3]
     hashes = [hashlib.sha256(image_path(tmp_path / "more", record).read_bytes()).hexdigest() for record in records]
     assert len(set(hashes)) == 8
-    first = read_split(tmp_path / "plain", "test")
+    first = read_split(tmp_path / "plain", "test", MISSION)
     assert [record for record in records if "~" not in record.name] == first
     with pytest.raises(OrionError, match="test_size=2 is less than the 3 test places"):
         build.run(tmp_path / "fewer", settings.model_copy(update={"test_size": 2}))
@@ -46,16 +45,16 @@ def test_several_tiles_a_place_are_all_different_and_only_in_test(places: Path, 
 
 def test_copies_of_one_place_narrow_no_interval() -> None:
     """Twenty places, ten right: with each of them five times, Wilson's interval would be half as wide."""
-    guesses = [Category.HIGH] * 10 + [Category.LOW] * 10
+    guesses = ["HIGH"] * 10 + ["LOW"] * 10
 
     def judged(copies: int) -> tuple[dict, dict]:
         predictions, places = [], {}
         for number, guess in enumerate(guesses):
             for copy in range(copies):
                 name = f"p{number}~{copy}"
-                predictions.append(Prediction("B", name, Category.HIGH, guess))
+                predictions.append(Prediction("B", name, "HIGH", guess))
                 places[name] = Coordinates(number * 11.0 - 110, 0)
-        return judge(predictions, places, MissionSettings()), places
+        return judge(predictions, places, MISSION), places
 
     once, five = judged(1)[0], judged(5)[0]
     assert "accuracy_low" not in once  # Wilson's stands

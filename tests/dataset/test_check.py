@@ -20,9 +20,9 @@ from orion_triage.dataset.check.soundness import Report, check_dataset, require_
 from orion_triage.dataset.records import IMAGES_FOLDER, Record, parse_record, split_path
 from orion_triage.errors import OrionError
 from orion_triage.mission.prompt import Coordinates
-from orion_triage.mission.verdict import Category, Verdict
+from orion_triage.mission.verdict import Verdict
 from orion_triage.settings import SPLITS, DatasetSettings, Split
-from tests.conftest import SHARED, places_of, structured_picture
+from tests.conftest import MISSION, SHARED, places_of, structured_picture
 
 MORPHOLOGIES = ("ocean_water", "coastline", "urban_grid", "agriculture", "mega_port", "mega_airport")
 Place = tuple[str, str, str]  # severity, check, place
@@ -78,11 +78,13 @@ class Copy:
         self.write(split_path(Path(), split).name, "".join(line + "\n" for line in lines).encode())
 
     def record(self, split: Split, line: int) -> Record:
-        return parse_record(self.lines(split)[line - 1])
+        return parse_record(self.lines(split)[line - 1], MISSION)
 
     def first(self, split: Split, category: str) -> int:
         """The line of the split's first record of a category, which has coordinates."""
-        return next(n for n, text in enumerate(self.lines(split), 1) if parse_record(text).verdict.category == category)
+        return next(
+            n for n, text in enumerate(self.lines(split), 1) if parse_record(text, MISSION).verdict.category == category
+        )
 
     def set(self, split: Split, line: int, text: str | Record) -> None:
         lines = self.lines(split)
@@ -96,8 +98,8 @@ class Copy:
 
     def say(self, split: Split, line: int, reason: str, category: str | None = None) -> None:
         record = self.record(split, line)
-        verdict = Verdict(reason, Category(category or record.verdict.category))
-        self.set(split, line, Record(record.image, record.coordinates, verdict))
+        verdict = Verdict(reason, category or record.verdict.category)
+        self.set(split, line, Record(record.image, record.coordinates, verdict, MISSION))
 
     def say_twice(self, line: int, reason: str, category: str | None = None) -> None:
         """Of a training picture: both of its lines."""
@@ -106,7 +108,7 @@ class Copy:
 
     def move(self, split: Split, line: int, where: Coordinates | None) -> None:
         record = self.record(split, line)
-        self.set(split, line, Record(record.image, where, record.verdict))
+        self.set(split, line, Record(record.image, where, record.verdict, MISSION))
 
     def where(self, split: Split, line: int) -> Coordinates:
         where = self.record(split, line).coordinates
@@ -314,7 +316,7 @@ def picture_in_two_places(copy: Copy) -> list[Place]:
     record = copy.record("val", 1)
     assert record.coordinates
     elsewhere = Coordinates(record.coordinates.lon, record.coordinates.lat / 2 + 0.77)
-    place = copy.append("val", Record(record.image, elsewhere, record.verdict))
+    place = copy.append("val", Record(record.image, elsewhere, record.verdict, MISSION))
     return [("error", "image-coordinates", place)]
 
 
@@ -411,7 +413,9 @@ def one_reason_for_two_categories(copy: Copy) -> list[Place]:
 
 @fault
 def one_reason_for_a_category(copy: Copy) -> list[Place]:
-    lines = [n for n, text in enumerate(copy.lines("train"), 1) if parse_record(text).verdict.category == "LOW"]
+    lines = [
+        n for n, text in enumerate(copy.lines("train"), 1) if parse_record(text, MISSION).verdict.category == "LOW"
+    ]
     for line in lines:
         copy.say("train", line, "Waves without ships.")
     return [("warning", "single-reason", f"train_dataset.jsonl:{lines[0]}")]
@@ -420,13 +424,15 @@ def one_reason_for_a_category(copy: Copy) -> list[Place]:
 @fault
 def category_missing_in_test(copy: Copy) -> list[Place]:
     lines = enumerate(copy.lines("test"), 1)
-    copy.remove("test", [n for n, text in lines if parse_record(text).verdict.category == "HIGH"])
+    copy.remove("test", [n for n, text in lines if parse_record(text, MISSION).verdict.category == "HIGH"])
     return [("error", "missing-category", "test_dataset.jsonl")]
 
 
 @fault
 def category_rare_in_training(copy: Copy) -> list[Place]:
-    lines = [n for n, text in enumerate(copy.lines("train"), 1) if parse_record(text).verdict.category == "HIGH"]
+    lines = [
+        n for n, text in enumerate(copy.lines("train"), 1) if parse_record(text, MISSION).verdict.category == "HIGH"
+    ]
     copy.remove("train", lines[4:])
     return [("warning", "imbalance", "train_dataset.jsonl")]
 
@@ -680,7 +686,12 @@ def test_swapped_coordinates_of_a_picture_are_told(good: Path, tmp_path: Path) -
     where = copy.where("train", line)
     copy.append(
         "train",
-        Record(copy.record("train", line).image, Coordinates(where.lat, where.lon), copy.record("train", line).verdict),
+        Record(
+            copy.record("train", line).image,
+            Coordinates(where.lat, where.lon),
+            copy.record("train", line).verdict,
+            MISSION,
+        ),
     )
     (error,) = check_dataset(copy.folder).errors
     assert (error.check, error.place) == ("image-coordinates", "train_dataset.jsonl:49")
@@ -690,14 +701,14 @@ def test_swapped_coordinates_of_a_picture_are_told(good: Path, tmp_path: Path) -
 def test_many_pictures_are_looked_at_by_workers(good: Path, tmp_path: Path) -> None:
     """Three names for every training picture make 84 of them, enough for a pool."""
     copy = Copy(good, tmp_path / "dataset")
-    records = [parse_record(text) for text in copy.lines("train")]
+    records = [parse_record(text, MISSION) for text in copy.lines("train")]
     more = [*records]
     for number in (2, 3):
         for record in records:
             image = record.image.replace(".png", f"~{number}.png")
             if not (copy.folder / image).exists():
                 os.link(copy.folder / record.image, copy.folder / image)
-            more.append(Record(image, record.coordinates, record.verdict))
+            more.append(Record(image, record.coordinates, record.verdict, MISSION))
     copy.set_lines("train", [record.to_line() for record in more])
     copy.write(more[99].image, b"GIF89a")
     report = check_dataset(copy.folder)
@@ -717,7 +728,7 @@ def test_hostile_names_are_findings_too(good: Path, tmp_path: Path) -> None:
         assert record.coordinates
         where = Coordinates(record.coordinates.lon, -record.coordinates.lat / 2)
         verdict = Verdict(f"Quays number {number}.", record.verdict.category)
-        copy.append("val", Record(f"{IMAGES_FOLDER}/{name}", where, verdict))
+        copy.append("val", Record(f"{IMAGES_FOLDER}/{name}", where, verdict, MISSION))
     copy.say("val", 1, "Quays \x1b[2J of stone.")
     report = check_dataset(copy.folder)
     first = len(copy.lines("val")) - len(names) + 1

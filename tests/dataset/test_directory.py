@@ -18,9 +18,8 @@ from orion_triage.dataset.records import FRAMES_TABLE, read_split
 from orion_triage.errors import OrionError
 from orion_triage.imagery.frames import read_frame
 from orion_triage.mission.prompt import Coordinates
-from orion_triage.mission.verdict import CATEGORIES, Category
 from orion_triage.settings import SPLITS, DatasetSettings
-from tests.conftest import SHARED
+from tests.conftest import MISSION, SHARED
 
 Dataset = Callable[[Path], dict]
 
@@ -43,7 +42,7 @@ def rows(count: int = 18) -> list[dict[str, str]]:
     return [
         {
             "file_name": f"pictures/p{n}.png",
-            "category": CATEGORIES[n % 3],
+            "category": MISSION.names[n % 3],
             "lon": str(-170 + 18 * n),
             "lat": str(5 * (n % 9) - 20),
             "reason": f"Reason number {n} in plain words.",
@@ -94,9 +93,9 @@ def test_a_table_gives_places_reasons_and_a_split(tmp_path: Path, name: str) -> 
     assert figures["targets"] == {"train": 12, "val": 3, "test": 3}
     assert figures["account"] == {"fetched": 18}
     assert figures["warnings"] == []
-    records = {record.name: record for split in SPLITS for record in read_split(tmp_path / "out", split)}
+    records = {record.name: record for split in SPLITS for record in read_split(tmp_path / "out", split, MISSION)}
     record = records["high_pictures_p3"] if "high_pictures_p3" in records else records["high_pictures_p0"]
-    assert record.verdict.category == Category.HIGH
+    assert record.verdict.category == "HIGH"
     assert record.verdict.reason.startswith("Reason number")
     found = frames_table(tmp_path / "out")
     assert {row["morphology"] for row in found} == {"port", "fields", "forest"}
@@ -129,13 +128,13 @@ def test_other_column_names_suffixes_and_sizes_are_understood(tmp_path: Path) ->
 def test_folders_of_categories_load_without_positions_and_say_what_that_costs(tmp_path: Path) -> None:
     folder = tmp_path / "own"
     for n in range(18):
-        path = folder / CATEGORIES[n % 3].lower() / f"p{n}.png"
+        path = folder / MISSION.names[n % 3].lower() / f"p{n}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(png(n))
     figures = built(folder, tmp_path / "out")
     assert figures["records"] == {"train": 12, "val": 3, "test": 3}  # no coordinates, so no second record
     assert any("18 of 18 frames have no position" in warning for warning in figures["warnings"])
-    assert all(record.coordinates is None for record in read_split(tmp_path / "out", "test"))
+    assert all(record.coordinates is None for record in read_split(tmp_path / "out", "test", MISSION))
 
 
 def test_split_folders_with_hugging_face_metadata_keep_their_splits(tmp_path: Path) -> None:
@@ -143,11 +142,11 @@ def test_split_folders_with_hugging_face_metadata_keep_their_splits(tmp_path: Pa
     for number, split in enumerate(("train", "validation", "test")):
         table = [row | {"file_name": f"{n}-{number}.png"} for n, row in enumerate(rows()) if n % 3 == number]
         for row in table:
-            row["category"] = CATEGORIES[int(row["file_name"][0]) % 3]
+            row["category"] = MISSION.names[int(row["file_name"][0]) % 3]
         write(folder / split, table)
     figures = built(folder, tmp_path / "out")
     assert figures["targets"] == {"train": 6, "val": 6, "test": 6}
-    assert all(record.name.split("_")[1] == "validation" for record in read_split(tmp_path / "out", "val"))
+    assert all(record.name.split("_")[1] == "validation" for record in read_split(tmp_path / "out", "val", MISSION))
 
 
 def test_a_half_given_split_is_refused(tmp_path: Path) -> None:
@@ -205,7 +204,7 @@ def test_damaged_and_blank_pictures_are_left_out_by_name_and_too_many_stop_the_b
     with (tmp_path / "out" / ABSENT_TABLE).open(newline="") as file:
         absent = {row["name"]: row["outcome"] for row in csv.DictReader(file)}
     assert absent == {"pictures_p0": "failed", "pictures_p1": "blank", "pictures_p2": "blank"}
-    left = {record.image for split in SPLITS for record in read_split(tmp_path / "out", split)}
+    left = {record.image for split in SPLITS for record in read_split(tmp_path / "out", split, MISSION)}
     assert len(left) == 15
     assert left == {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.png")}
     (folder / "pictures" / "p3.png").write_bytes(b"nothing")
@@ -273,7 +272,7 @@ def test_places_of_one_footprint_are_told_and_kept_in_one_split(tmp_path: Path) 
     assert "metadata.csv line 2" in warning
     splits = {row["name"]: row["split"] for row in frames_table(tmp_path / "out")}
     assert splits["pictures_p0"] == splits["pictures_p3"]
-    near = Counter(record.coordinates for split in SPLITS for record in read_split(tmp_path / "out", split))
+    near = Counter(record.coordinates for split in SPLITS for record in read_split(tmp_path / "out", split, MISSION))
     assert Coordinates(179.99, 0.0) in near
 
 

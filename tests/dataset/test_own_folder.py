@@ -22,8 +22,8 @@ from orion_triage.dataset.sources.columns import choose
 from orion_triage.dataset.sources.directory import Directory
 from orion_triage.errors import OrionError
 from orion_triage.mission.prompt import Coordinates
-from orion_triage.mission.verdict import CATEGORIES
 from orion_triage.settings import SPLITS, DatasetSettings
+from tests.conftest import MISSION
 from tests.dataset.test_directory import picture, png, rows, write
 
 Table = list[dict[str, str]]
@@ -371,8 +371,8 @@ def test_damaged_and_blank_pictures_are_warnings_until_they_stop_the_stage(tmp_p
 
 def test_folders_of_categories_pass_and_the_fix_for_positions_is_a_table(tmp_path: Path) -> None:
     for n in range(9):
-        touched(tmp_path, f"own/{CATEGORIES[n % 3]}/p{n}.png")
-        (tmp_path / "own" / CATEGORIES[n % 3] / f"p{n}.png").write_bytes(png(n))
+        touched(tmp_path, f"own/{MISSION.names[n % 3]}/p{n}.png")
+        (tmp_path / "own" / MISSION.names[n % 3] / f"p{n}.png").write_bytes(png(n))
     touched(tmp_path, "own/p9.png", "own/README.md")
     result = check(tmp_path / "own")
     assert result.exit_code == 0
@@ -497,7 +497,7 @@ def test_the_example_passes_the_check_and_is_written_whole_or_not_at_all(
         assert "exists and is not an empty folder" in error.message
     assert sorted(tmp_path.rglob("*")) == before
     targets = Directory(tmp_path / "empty").targets
-    assert Counter(target.category for target in targets) == dict.fromkeys(CATEGORIES, 4)
+    assert Counter(target.category for target in targets) == dict.fromkeys(MISSION.names, 4)
     assert targets[0].coordinates == Coordinates(4.33, 51.28)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")

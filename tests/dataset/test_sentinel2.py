@@ -25,7 +25,6 @@ from orion_triage.dataset.sources.source import Absent, ImagerySource, Picture, 
 from orion_triage.errors import OrionError
 from orion_triage.imagery.frames import decode_frame
 from orion_triage.mission.prompt import Coordinates
-from orion_triage.mission.verdict import Category
 from orion_triage.settings import DatasetSettings
 from tests.dataset.stac_server import CONFORMANCE, Stac, position_of, positions, serve, write_cog
 
@@ -46,7 +45,7 @@ def stac(tmp_path: Path) -> Iterator[Stac]:
 
 
 def place(where: tuple[float, float] = PRAGUE, name: str = "prague") -> Shot:
-    return Shot(Target(name, Category.MEDIUM, "urban_grid", Coordinates(*where), "A street grid."))
+    return Shot(Target(name, "MEDIUM", "urban_grid", Coordinates(*where), "A street grid."))
 
 
 def source(stac: Stac, **options: Any) -> Sentinel2:

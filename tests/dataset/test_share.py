@@ -19,6 +19,7 @@ from orion_triage.dataset.split import given_splits
 from orion_triage.runs.manifest import write_manifest
 from orion_triage.runs.run import Run, prepare
 from orion_triage.settings import SPLITS, DatasetSettings, load_settings
+from tests.conftest import MISSION
 from tests.dataset.test_directory import rows, write
 from tests.hub_server import TOKEN, Hub, serve
 
@@ -72,7 +73,7 @@ def test_a_pushed_dataset_loads_with_datasets_and_runs_again(
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     loaded = datasets.load_dataset(str(shared), cache_dir=str(tmp_path / "cache"))
     assert {name: len(part) for name, part in loaded.items()} == {"train": 12, "validation": 3, "test": 3}
-    records = {record.image.rpartition("/")[2]: record for record in read_split(run.dataset, "test")}
+    records = {record.image.rpartition("/")[2]: record for record in read_split(run.dataset, "test", MISSION)}
     for row in loaded["test"]:
         record = next(r for r in records.values() if r.verdict.reason == row["reason"])
         assert (row["category"], row["lon"], row["lat"]) == (
@@ -84,8 +85,8 @@ def test_a_pushed_dataset_loads_with_datasets_and_runs_again(
     again = build.run(tmp_path / "again", DatasetSettings(folder=str(shared)))
     assert again["records"] == {"train": 24, "val": 3, "test": 3}
     for split in SPLITS:
-        ours = [(r.coordinates, r.verdict) for r in read_split(run.dataset, split)]
-        assert [(r.coordinates, r.verdict) for r in read_split(tmp_path / "again", split)] == ours
+        ours = [(r.coordinates, r.verdict) for r in read_split(run.dataset, split, MISSION)]
+        assert [(r.coordinates, r.verdict) for r in read_split(tmp_path / "again", split, MISSION)] == ours
     assert (tmp_path / "again" / FRAMES_TABLE).is_file()
 
 

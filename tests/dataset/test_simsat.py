@@ -21,7 +21,6 @@ from orion_triage.dataset.sources.simsat import SimSat
 from orion_triage.dataset.sources.source import Absent, ImagerySource, Picture, Shot
 from orion_triage.errors import OrionError
 from orion_triage.mission.prompt import Coordinates
-from orion_triage.mission.verdict import Category
 from tests.conftest import structured_picture
 from tests.dataset.simsat_server import KEY, Place, SimSatServer, serve
 
@@ -56,9 +55,7 @@ def place(number: int) -> Place:
 
 
 def shot(where: Place, name: str = "") -> Shot:
-    return Shot(
-        Target(name or f"place_{where[0]}_{where[1]}", Category.LOW, "ocean_water", Coordinates(*where), "Nothing.")
-    )
+    return Shot(Target(name or f"place_{where[0]}_{where[1]}", "LOW", "ocean_water", Coordinates(*where), "Nothing."))
 
 
 def shots(count: int) -> list[Shot]:

@@ -21,9 +21,8 @@ from orion_triage.dataset.collect import ABSENT_TABLE
 from orion_triage.dataset.records import FRAMES_TABLE, read_split
 from orion_triage.dataset.sources.simsat import SimSat
 from orion_triage.errors import OrionError
-from orion_triage.mission.verdict import Category
 from orion_triage.settings import SPLITS, DatasetSettings
-from tests.conftest import places_of, write_catalogue
+from tests.conftest import MISSION, places_of, write_catalogue
 from tests.dataset.simsat_server import Place, SimSatServer, serve
 from tests.dataset.test_simsat import ATTEMPTS, READ_SECONDS, jpegs
 
@@ -90,7 +89,7 @@ def test_a_catalogue_through_every_fault(server: SimSatServer, cache: Path, tmp_
         "white": (1, "blank", 1),
     }
     faulty = random.Random(5).sample(
-        [target for target in targets if target.category != Category.LOW], sum(count for count, _, _ in mix.values())
+        [target for target in targets if target.category != "LOW"], sum(count for count, _, _ in mix.values())
     )
     expected = {target.name: ("fetched", 1) for target in targets}
     for name, (count, outcome, requests) in mix.items():
@@ -115,7 +114,7 @@ def test_a_catalogue_through_every_fault(server: SimSatServer, cache: Path, tmp_
     assert "11 places have no picture and are left out" in figures["warnings"][0]
     frames = table(tmp_path / "out" / FRAMES_TABLE)
     assert len(frames) == 49
-    named = {record.image for split in SPLITS for record in read_split(tmp_path / "out", split)}
+    named = {record.image for split in SPLITS for record in read_split(tmp_path / "out", split, MISSION)}
     assert named == {row["image"] for row in frames}
     assert named == {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.png")}
     assert {(row["source"], row["redistributable"]) for row in frames} == {("simsat", "no")}

@@ -11,11 +11,10 @@ from orion_triage.dataset.catalogue import Target
 from orion_triage.dataset.split import clusters, given_splits, great_circle_km, pairs_within, split_targets
 from orion_triage.errors import OrionError
 from orion_triage.mission.prompt import Coordinates
-from orion_triage.mission.verdict import Category
 
 
 def target(name: str, lon: float, lat: float, morphology: str = "fields", split: str | None = None) -> Target:
-    return Target(name, Category.MEDIUM, morphology, Coordinates(lon, lat), "Fields.", split)  # type: ignore[arg-type]
+    return Target(name, "MEDIUM", morphology, Coordinates(lon, lat), "Fields.", split)  # type: ignore[arg-type]
 
 
 def test_neighbours_are_those_of_the_great_circle_everywhere() -> None:
@@ -35,7 +34,7 @@ def test_neighbours_are_those_of_the_great_circle_everywhere() -> None:
 
 def test_groups_are_chains_and_a_frame_without_a_position_is_alone() -> None:
     chain = [target(f"c{n}", 179.0 + 0.5 * n if n < 3 else -180 + 0.5 * (n - 2), 0) for n in range(5)]
-    lost = Target("lost", Category.LOW, "sea", None, "Sea.")
+    lost = Target("lost", "LOW", "sea", None, "Sea.")
     far = target("far", 0, 89)
     groups = clusters([far, lost, *chain], 60.0)
     assert [[member.name for member in group] for group in groups] == [

@@ -17,11 +17,11 @@ from orion_triage.errors import OrionError
 from orion_triage.flight.triage import asked_by, triage_files
 from orion_triage.imagery.frames import read_frame
 from orion_triage.imagery.stretch import Stretch, stretch_of
-from orion_triage.mission.verdict import CATEGORIES, Category, Verdict
+from orion_triage.mission.verdict import Verdict, answer_text
 from orion_triage.pipeline import DATASET, is_current, run_stage
 from orion_triage.runs.run import Run, open_run, prepare
 from orion_triage.settings import DatasetSettings, Settings, load_settings, overrides
-from tests.conftest import ConstantBackend, orion, structured_picture
+from tests.conftest import MISSION, ConstantBackend, orion, structured_picture
 
 rasterio = pytest.importorskip("rasterio")
 from rasterio.enums import ColorInterp  # noqa: E402
@@ -56,7 +56,9 @@ def folder_of(folder: Path, count: int = 18) -> Path:
         table.writerow(["file_name", "category", "lon", "lat", "reason"])
         for n in range(count):
             write(folder / f"p{n}.png", deep(n))
-            table.writerow([f"p{n}.png", CATEGORIES[n % 3], -170 + 18 * n, 5 * (n % 9) - 20, f"Reason {n} in words."])
+            table.writerow(
+                [f"p{n}.png", MISSION.names[n % 3], -170 + 18 * n, 5 * (n % 9) - 20, f"Reason {n} in words."]
+            )
     return folder
 
 
@@ -119,7 +121,7 @@ def test_the_flight_stretches_like_the_dataset(run: Run, own: Path, tmp_path: Pa
             self.seen += [np.asarray(image) for image in images]
             return super().answer(images, prompts)
 
-    backend = Keeping(Verdict("Long quays.", Category.HIGH).to_json())
+    backend = Keeping(answer_text(MISSION, Verdict("Long quays.", "HIGH")))
     structured_picture(1).save(tmp_path / "eight.png")
     write(tmp_path / "float.tif", deep(2).astype(np.float32), "GTiff")
     paths = [own / "p4.png", tmp_path / "eight.png", tmp_path / "float.tif"]
@@ -142,7 +144,7 @@ def test_triage_takes_the_stretch_of_the_run(
     from orion_triage.cli.app import app
     from orion_triage.flight import triage
 
-    answer = Verdict("Long quays.", Category.HIGH).to_json()
+    answer = answer_text(MISSION, Verdict("Long quays.", "HIGH"))
 
     def without_server(
         paths: Any, gguf: Path, size: int, *, log: Path, keep_log: bool, progress: Any, **options: Any
@@ -271,7 +273,7 @@ def test_geotiffs_of_a_folder_give_places_distances_and_bands(tmp_path: Path) ->
         for n in range(18):
             place = ("", "") if n < 3 else (-170 + 18 * n, -5 * (n % 9))
             name = f"p{n}.tif"
-            table.writerow([name, CATEGORIES[n % 3], *place, f"Reason {n} in words."])
+            table.writerow([name, MISSION.names[n % 3], *place, f"Reason {n} in words."])
             crs, grid, colours = grids.get(n, (None, None, "red green blue"))
             options = {"crs": crs, "transform": grid} if crs else {}
             values = right(n)[..., ::-1] if colours.startswith("blue") else right(n)

@@ -20,10 +20,9 @@ from orion_triage.dataset.sources.picture_names import unique_ids
 from orion_triage.errors import OrionError, RecordError
 from orion_triage.evaluate.run import read_predictions
 from orion_triage.mission.prompt import Coordinates
-from orion_triage.mission.verdict import CATEGORIES
 from orion_triage.safe.tables import csv_rows, number_of, read_csv
 from orion_triage.settings import SPLITS, DatasetSettings, load_settings
-from tests.conftest import ORION
+from tests.conftest import MISSION, ORION
 
 HEADER = "file_name,category,lon,lat,reason"
 LINES = ("p0.png,HIGH,1.5,48.25,Long quays.", "p1.png,LOW,-60.5,-3.25,Dense forest.")
@@ -174,25 +173,25 @@ def test_a_mark_and_line_separators_do_not_move_the_lines_of_a_split(small_datas
     for split in SPLITS:
         data = split_path(small_dataset, split).read_bytes() if split != "val" else b"\xef\xbb\xbf" + b"\n".join(lines)
         split_path(tmp_path, split).write_bytes(data if split == "val" else b"\xef\xbb\xbf" + data)
-    assert len(read_split(tmp_path, "train")) == 24
+    assert len(read_split(tmp_path, "train", MISSION)) == 24
     with pytest.raises(RecordError, match=r"val_dataset.jsonl:2: the answer is not in the exact form"):
-        read_split(tmp_path, "val")
+        read_split(tmp_path, "val", MISSION)
     (tmp_path / IMAGES_FOLDER).parent.mkdir()
     (tmp_path / IMAGES_FOLDER).symlink_to(small_dataset / IMAGES_FOLDER)
     found = check_dataset(tmp_path, root=small_dataset.parent.parent).findings
     assert [finding.place for finding in found if finding.check == "schema"] == ["val_dataset.jsonl:2"]
     split_path(tmp_path, "val").write_bytes(b"\n".join(lines[:1]).decode().encode("utf-16"))
-    assert len(read_split(tmp_path, "val")) == 1
+    assert len(read_split(tmp_path, "val", MISSION)) == 1
 
 
 def test_predictions_are_read_with_any_text_in_an_answer(tmp_path: Path) -> None:
     row = {"condition": "A", "name": "a", "truth": "LOW", "category": "LOW", "donor": None, "scores": None}
     line = json.dumps(row | {"answer": "one\u2028two"}, ensure_ascii=False)
     (tmp_path / "predictions.jsonl").write_text(f"\ufeff{line}\n\n{line}\n", encoding="utf-8")
-    assert [row["answer"] for row in read_predictions(tmp_path)] == ["one\u2028two"] * 2
+    assert [row["answer"] for row in read_predictions(tmp_path, MISSION)] == ["one\u2028two"] * 2
     (tmp_path / "predictions.jsonl").write_text(f"{line}\n\n{{\n", encoding="utf-8")
     with pytest.raises(OrionError, match=r"predictions\.jsonl:3 is damaged"):
-        read_predictions(tmp_path)
+        read_predictions(tmp_path, MISSION)
 
 
 def test_a_frames_table_that_a_spreadsheet_saved_is_read_and_a_broken_one_is_a_finding(
@@ -304,14 +303,14 @@ def test_hidden_files_are_no_pictures_and_no_tables_and_are_counted(tmp_path: Pa
         "left out: 1 file with other suffixes (1 .md)",
         "left out: 5 hidden or system files or folders, for example ._metadata.csv",
     ]
-    for n, category in enumerate(CATEGORIES):
+    for n, category in enumerate(MISSION.names):
         for name in (f"p{n}.PNG", f"._p{n}.PNG"):
             path = tmp_path / "HIGH" / category / name  # the folder above is no category
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
     source = Directory(tmp_path / "HIGH")
     assert [(target.category, target.file) for target in source.targets] == [
-        (category, f"{category}/p{n}.PNG") for n, category in sorted(enumerate(CATEGORIES), key=lambda pair: pair[1])
+        (category, f"{category}/p{n}.PNG") for n, category in sorted(enumerate(MISSION.names), key=lambda pair: pair[1])
     ]
     (tmp_path / "HIGH" / "HIGH" / "low").mkdir()
     (tmp_path / "HIGH" / "HIGH" / "low" / "p.png").touch()
@@ -333,7 +332,7 @@ def test_the_stage_keeps_the_users_own_names(tmp_path: Path) -> None:
         "p\udcff",
     ]
     for n, name in enumerate(names):
-        path = tmp_path / "own" / CATEGORIES[n % 3] / f"{name}.png"
+        path = tmp_path / "own" / MISSION.names[n % 3] / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         coarse = np.random.default_rng(n).integers(0, 256, (16, 16, 3)).astype(np.uint8)
         Image.fromarray(coarse, "RGB").resize((512, 512), Image.Resampling.BICUBIC).save(path, compress_level=1)
@@ -343,7 +342,7 @@ def test_the_stage_keeps_the_users_own_names(tmp_path: Path) -> None:
     assert "left out: 1 file with other suffixes (1 .webp)" in result.stderr
     found = [row for _, row in read_csv(tmp_path / "run" / "dataset" / FRAMES_TABLE)]
     assert len({row["image"] for row in found}) == len(names)
-    own = {f"{CATEGORIES[n % 3]}/{name}.png".replace("\udcff", r"\udcff") for n, name in enumerate(names)}
+    own = {f"{MISSION.names[n % 3]}/{name}.png".replace("\udcff", r"\udcff") for n, name in enumerate(names)}
     assert {row["file"] for row in found} == own
     (tmp_path / "own" / "HIGH" / "北京.png").write_bytes(b"broken")
     settings = DatasetSettings(folder=str(tmp_path / "own"))

@@ -21,8 +21,9 @@ from orion_triage.dataset.check.facts import Finding
 from orion_triage.dataset.records import IMAGES_FOLDER, Record, read_split, split_path, write_split
 from orion_triage.errors import RecordError
 from orion_triage.mission.prompt import Coordinates
-from orion_triage.mission.verdict import CATEGORIES, Category, Verdict
+from orion_triage.mission.verdict import Verdict
 from tests.chromium import Chromium
+from tests.conftest import MISSION
 from tests.report.test_html import HOSTILE, Document, contrast, faults
 
 
@@ -57,7 +58,7 @@ def dataset(small_dataset: Path, tmp_path: Path) -> Path:
 def rewrite(folder: Path, name: str, **changes: object) -> None:
     """Change fields of every record of one frame."""
     for split in ("train", "val", "test"):
-        records = read_split(folder, split)
+        records = read_split(folder, split, MISSION)
         write_split(folder, split, [Record(**vars(r) | changes) if r.name == name else r for r in records])
 
 
@@ -205,7 +206,7 @@ def test_a_large_dataset_is_sampled_evenly_and_says_so(dataset: Path, monkeypatc
     assert "more that have findings" not in document.section("Counts")
     assert "all 8 8 8 24" in document.section("Counts")
     groups = Counter((card["data-split"], card["data-category"]) for card in document.cards().values())
-    assert groups == {(s, c): 2 if s == "train" else 1 for s in ("train", "val", "test") for c in CATEGORIES}
+    assert groups == {(s, c): 2 if s == "train" else 1 for s in ("train", "val", "test") for c in MISSION.names}
     assert "train, HIGH 2 frames of 4" in document.all("h3")
     text = view.render_view(dataset, findings, progress=lambda told, at, total: done.append((at, total)))
     document = Page(text)
@@ -221,11 +222,11 @@ def test_a_large_dataset_is_sampled_evenly_and_says_so(dataset: Path, monkeypatc
 
 
 def test_a_sample_leaves_out_no_group_and_is_spread() -> None:
-    def card(split: str, category: Category, number: int) -> view.Card:
-        return view.Card(split, Record(f"{number}.png", None, Verdict("r", category)), number=number)  # type: ignore[arg-type]
+    def card(split: str, category: str, number: int) -> view.Card:
+        return view.Card(split, Record(f"{number}.png", None, Verdict("r", category), MISSION), number=number)  # type: ignore[arg-type]
 
-    cards = [card("train", Category.HIGH, n) for n in range(9000)]
-    cards += [card("test", Category.LOW, n) for n in range(9000, 9003)]
+    cards = [card("train", "HIGH", n) for n in range(9000)]
+    cards += [card("test", "LOW", n) for n in range(9000, 9003)]
     shown, extra = view.sampled(cards)
     assert extra == 0
     assert 1990 <= len(shown) <= view.SAMPLE
@@ -247,7 +248,7 @@ def test_frames_without_coordinates_are_not_on_the_map_and_counted(dataset: Path
         point["href"][1:] for point in points
     }
     for split in ("train", "val", "test"):
-        write_split(dataset, split, [r.without_coordinates() for r in read_split(dataset, split)])
+        write_split(dataset, split, [r.without_coordinates() for r in read_split(dataset, split, MISSION)])
     document = page(dataset)
     assert "24 frames have no coordinates and are not on the map." in document.section("Map")
     assert "map-description" not in document.attributes("id")
@@ -273,8 +274,8 @@ def test_the_rarest_and_high_points_lie_on_top(dataset: Path) -> None:
         for *_, card in view.world(view.read_contents(dataset).cards)["points"]
     ]
     assert [split for split, _ in points[:12]] == ["train"] * 12
-    assert [category for _, category in points[8:12]] == [Category.HIGH] * 4
-    assert [category for _, category in points[-4:]] == [Category.HIGH] * 4
+    assert [category for _, category in points[8:12]] == ["HIGH"] * 4
+    assert [category for _, category in points[-4:]] == ["HIGH"] * 4
 
 
 def test_morphologies_come_from_the_table_that_is_there(dataset: Path) -> None:
@@ -302,11 +303,11 @@ def test_morphologies_come_from_the_table_that_is_there(dataset: Path) -> None:
 
 
 def test_a_frame_with_two_labels_or_reasons_shows_both(dataset: Path) -> None:
-    records = read_split(dataset, "train")
-    records[1] = Record(records[1].image, None, Verdict("Another reason.", Category.HIGH))
-    records[3] = Record(records[3].image, None, Verdict("Nothing.", Category.LOW))
-    records[4] = Record(records[4].image, Coordinates(1.0, 2.0), records[4].verdict)
-    records[5] = Record(records[5].image, Coordinates(3.0, 4.0), records[5].verdict)
+    records = read_split(dataset, "train", MISSION)
+    records[1] = Record(records[1].image, None, Verdict("Another reason.", "HIGH"), MISSION)
+    records[3] = Record(records[3].image, None, Verdict("Nothing.", "LOW"), MISSION)
+    records[4] = Record(records[4].image, Coordinates(1.0, 2.0), records[4].verdict, MISSION)
+    records[5] = Record(records[5].image, Coordinates(3.0, 4.0), records[5].verdict, MISSION)
     write_split(dataset, "train", records)
     contents = view.read_contents(dataset)
     by_name = {(card.record.name, card.record.verdict.category.value): card for card in contents.cards}
@@ -322,7 +323,7 @@ def test_a_frame_with_two_labels_or_reasons_shows_both(dataset: Path) -> None:
 def test_hostile_text_is_text(dataset: Path) -> None:
     for hostile in HOSTILE:
         said = hostile + "\u202e\ud800"  # as no record may have it
-        rewrite(dataset, "high_place_18", verdict=Verdict(hostile, Category.HIGH))
+        rewrite(dataset, "high_place_18", verdict=Verdict(hostile, "HIGH"))
         rewrite(dataset, "low_place_20", image=f"{IMAGES_FOLDER}/{hostile.replace('/', '')}.png")
         (dataset / "targets.csv").write_text(f'name,morphology\nplace_00,"{hostile.replace(chr(34), chr(34) * 2)}"\n')
         document = page(dataset, [error("test_dataset.jsonl:1", said, check=hostile, fix=said), error(said)])
@@ -375,7 +376,7 @@ def test_thumbnails_keep_a_page_of_360_frames_under_4_mb(dataset: Path) -> None:
     from orion_triage.dataset.catalogue import load_catalogue
     from orion_triage.dataset.sources.synthetic.draw import draw_tile, tile_seed
 
-    records = read_split(dataset, "test")
+    records = read_split(dataset, "test", MISSION)
     for record, target in zip(records, load_catalogue()[::60], strict=True):
         draw_tile(target.morphology, tile_seed(1, target.name)).image.save(dataset / record.image)
     for split in ("train", "val"):
@@ -401,7 +402,7 @@ CONTROLS = "[...document.querySelectorAll('.filters, .zoom, .tip, dialog')].filt
 def written(dataset: Path, tmp_path: Path) -> Path:
     """The page of a dataset with hostile reasons, a missing frame, morphologies and three findings."""
     (dataset / IMAGES_FOLDER / "low_place_23.png").unlink()
-    rewrite(dataset, "high_place_18", verdict=Verdict("".join(HOSTILE) + "a" * 300, Category.HIGH))
+    rewrite(dataset, "high_place_18", verdict=Verdict("".join(HOSTILE) + "a" * 300, "HIGH"))
     rewrite(dataset, "medium_place_19", coordinates=None)
     names = [f"place_{n:02d}" for n in range(24)]
     rows = [f"{name},{('mega_port', 'town', 'coastline')[n % 3]}" for n, name in enumerate(names)]

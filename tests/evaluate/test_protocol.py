@@ -17,16 +17,16 @@ from orion_triage.evaluate.conditions import NOISE, OPPOSITE, conflict_pairs, qu
 from orion_triage.evaluate.metrics import Prediction, compare, summarize, wilson
 from orion_triage.evaluate.run import read_predictions, run
 from orion_triage.mission.prompt import Coordinates, render_prompt
-from orion_triage.mission.verdict import Category, Verdict
+from orion_triage.mission.verdict import Verdict
 from orion_triage.settings import EvaluateSettings
-from tests.conftest import ConstantBackend
+from tests.conftest import MISSION, ConstantBackend
 
-H, M, L = Category.HIGH, Category.MEDIUM, Category.LOW
+H, M, L = "HIGH", "MEDIUM", "LOW"
 
 
 def some_records(count: int = 9) -> list[Record]:
     return [
-        Record(f"orion_dataset/images/r{n}.png", Coordinates(n, -n), Verdict("Why.", (H, M, L)[n % 3]))
+        Record(f"orion_dataset/images/r{n}.png", Coordinates(n, -n), Verdict("Why.", (H, M, L)[n % 3]), MISSION)
         for n in range(count)
     ]
 
@@ -54,17 +54,17 @@ def test_the_four_conditions_ask_exactly_this() -> None:
     asked = {question.id: question for question in questions(records, pairs)}
     assert len(asked) == 36
     record = records[0]
-    assert asked["A/r0"].prompt == render_prompt(record.coordinates)
-    assert asked["B/r0"].prompt == render_prompt(None)
+    assert asked["A/r0"].prompt == render_prompt(MISSION, record.coordinates)
+    assert asked["B/r0"].prompt == render_prompt(MISSION, None)
     assert asked["C/r0"].prompt == asked["A/r0"].prompt
-    assert asked["D/r0"].prompt == render_prompt(pairs["r0"].coordinates) != asked["A/r0"].prompt
+    assert asked["D/r0"].prompt == render_prompt(MISSION, pairs["r0"].coordinates) != asked["A/r0"].prompt
     assert [asked[f"{c}/r0"].image for c in "ABCD"] == [record.image, record.image, NOISE, record.image]
 
 
 def test_rates_of_a_case_counted_by_hand() -> None:
     guesses = [(H, H), (H, L), (M, M), (M, None), (L, L), (L, L)]
     predictions = [Prediction("A", str(n), truth, guess) for n, (truth, guess) in enumerate(guesses)]
-    rates = summarize(predictions)["A"]
+    rates = summarize(predictions, MISSION)["A"]
     assert (rates["right"], rates["count"], rates["unparsable"]) == (4, 6, 1)
     assert rates["classes"]["HIGH"] == {"recall": 0.5, "precision": 1.0, "f1": pytest.approx(2 / 3)}
     assert rates["classes"]["LOW"] == {
@@ -85,7 +85,7 @@ def test_conflict_counts_whom_the_model_trusted() -> None:
         Prediction("D", "y", H, None, L),
         Prediction("D", "z", L, L, H),
     ]
-    trust = summarize(predictions)["D"]
+    trust = summarize(predictions, MISSION)["D"]
     assert [trust[f"trusted_{who}"] for who in ("vision", "coordinates", "neither")] == [1, 1, 1]
     assert trust["same_wrong_answer_in_b"] == 1
 
@@ -117,9 +117,9 @@ class Interrupted(ConstantBackend):
 
 
 def test_an_interrupted_evaluation_goes_on_where_it_stopped(small_dataset: Path, tmp_path: Path) -> None:
-    records = read_split(small_dataset, "test")
+    records = read_split(small_dataset, "test", MISSION)
     answer = '{"reason": "r", "category": "LOW"}'
-    arguments = (Dataset(small_dataset), "test")
+    arguments = (Dataset(small_dataset, MISSION), "test")
     rest = (EvaluateSettings(), 256)
     straight = run(*arguments, ConstantBackend(answer), tmp_path / "straight", *rest, fingerprint="f")
     total = -(-4 * len(records) // 5)
@@ -129,7 +129,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(small_dataset: Path,
     second = Interrupted(answer, total - 1)
     assert run(*arguments, second, tmp_path / "cut", *rest, fingerprint="f") == straight
     assert second.left == 0
-    rows = [read_predictions(tmp_path / name) for name in ("straight", "cut")]
+    rows = [read_predictions(tmp_path / name, MISSION) for name in ("straight", "cut")]
     for row in [*rows[0], *rows[1]]:
         del row["seconds"]
     assert rows[0] == rows[1]
@@ -141,9 +141,9 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(small_dataset: Path,
 
 
 def test_unparsable_answers_are_kept_and_counted(small_dataset: Path, tmp_path: Path) -> None:
-    records = read_split(small_dataset, "test")
+    records = read_split(small_dataset, "test", MISSION)
     metrics = run(
-        Dataset(small_dataset),
+        Dataset(small_dataset, MISSION),
         "test",
         ConstantBackend("no"),
         tmp_path / "e",
@@ -164,16 +164,16 @@ def test_baselines_of_a_small_dataset(small_dataset: Path, tmp_path: Path) -> No
     random = np.random.default_rng(49)
     placed: dict[str, list[Record]] = {}
     for split in ("train", "val", "test"):
-        records = {record.image: record for record in read_split(folder, split) if record.coordinates}
+        records = {record.image: record for record in read_split(folder, split, MISSION) if record.coordinates}
         placed[split] = []
         for image in sorted(records):
             verdict = records[image].verdict
             where = Coordinates(round(random.uniform(-180, 180), 2), round(random.uniform(-85, 85), 2))
             if split == "val":  # where training knows the answer, so that one neighbour is the best choice
                 where = next(known.coordinates for known in placed["train"] if known.verdict == verdict)
-            placed[split].append(Record(image, where, verdict))
+            placed[split].append(Record(image, where, verdict, MISSION))
         write_split(folder, split, placed[split])
-    result = baselines(Dataset(folder), "test")
+    result = baselines(Dataset(folder, MISSION), "test")
     always = {f"always {category}" for category in "HIGH MEDIUM LOW".split()}
     assert set(result) == {"majority class", "colour k-NN", "coordinates k-NN", *always}
     assert all(result[name]["right"] == 2 for name in always)
@@ -218,15 +218,15 @@ def test_logistic_regression_has_the_least_loss_with_its_penalty() -> None:
 
 
 def test_a_linear_probe_is_a_baseline(small_dataset: Path, small_base: Path, tmp_path: Path) -> None:
-    figures = features.run(small_base, Dataset(small_dataset), tmp_path / "features", 256)
+    figures = features.run(small_base, Dataset(small_dataset, MISSION), tmp_path / "features", 256)
     assert figures == {"frames": 24, "width": 256}
     vision = features.read(tmp_path / "features")
-    result = baselines(Dataset(small_dataset), "test", vision)[LOGISTIC_REGRESSION]
+    result = baselines(Dataset(small_dataset, MISSION), "test", vision)[LOGISTIC_REGRESSION]
     assert result["count"] == 6
     assert result["penalty"] in (0.001, 0.01, 0.1, 1.0)
-    test = {record.image: record.verdict.category for record in read_split(small_dataset, "test")}
+    test = {record.image: record.verdict.category for record in read_split(small_dataset, "test", MISSION)}
     known = {image: vector + 100 * (test[image] == H) if image in test else vector for image, vector in vision.items()}
-    cheated = baselines(Dataset(small_dataset), "test", known)[LOGISTIC_REGRESSION]
+    cheated = baselines(Dataset(small_dataset, MISSION), "test", known)[LOGISTIC_REGRESSION]
     assert cheated["predictions"] != result["predictions"]  # it looks at the vectors it is given
     (tmp_path / "features" / "features.npz").write_bytes(b"")
     with pytest.raises(OrionError, match="is damaged"):

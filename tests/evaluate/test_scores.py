@@ -14,11 +14,12 @@ from orion_triage.imagery.frames import Frame
 from orion_triage.llama_cpp.server import Server
 from orion_triage.llama_cpp.toolchain import find_toolchain
 from orion_triage.mission.answer import Answer
-from orion_triage.mission.verdict import CATEGORIES, CATEGORY_CUE, Verdict, category_tokens, parse_verdict
+from orion_triage.mission.verdict import CATEGORY_CUE, Verdict, answer_text, parse_verdict
 from orion_triage.models import generate
 from orion_triage.models.generate import answer_log_probabilities
 from orion_triage.models.load import TINY_BASE_FOLDER, load_model, load_processor
 from orion_triage.settings import EvaluateSettings
+from tests.conftest import MISSION
 
 SETTINGS = EvaluateSettings()
 
@@ -66,13 +67,13 @@ def test_scores_are_the_probabilities_of_the_whole_answer_so_far(of_transformers
     processor = load_processor(TINY_BASE_FOLDER, 256)
     model = load_model(TINY_BASE_FOLDER, dtype="float32")
     for answer, image, prompt in list(zip(of_transformers, *questions, strict=True))[:2]:
-        verdict = parse_verdict(answer.text)
+        verdict = parse_verdict(MISSION, answer.text)
         assert verdict is not None
         expected = []
         head = answer.text.partition(CATEGORY_CUE)[0] + CATEGORY_CUE
         place = len(processor.tokenizer(head, add_special_tokens=False)["input_ids"])
-        for category in CATEGORIES:
-            text = Verdict(verdict.reason, category).to_json()
+        for category in MISSION.names:
+            text = answer_text(MISSION, Verdict(verdict.reason, category))
             scores = answer_log_probabilities(model, processor, [image], [prompt], [text])[0]
             expected.append(scores[place])
         assert answer.scores == pytest.approx(torch.stack(expected).softmax(0).tolist(), abs=1e-4)
@@ -154,7 +155,7 @@ def test_the_grammar_holds_against_sampling_at_temperature_two(questions: Any, s
         options = {"temperature": 2.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": seed}
         backend = LlamaCppBackend(served, max_new_tokens=96, constrained=True, options=options)
         answer = backend.answer([questions[0][0]], [questions[1][0]])[0]
-        verdict = parse_verdict(answer.text)
+        verdict = parse_verdict(MISSION, answer.text)
         assert verdict is not None, answer.text
         assert verdict.to_json() == answer.text  # exactly the bytes of training
         assert answer.scores is not None
@@ -170,5 +171,5 @@ def test_broken_bytes_are_an_unparsable_answer_and_the_server_goes_on(questions:
     ]
     broken = [answer for answer in said if answer.text == "[the answer is not UTF-8.]"]
     assert broken  # most of them: 96 tokens at random from a byte-level vocabulary
-    assert all(parse_verdict(answer.text) is None and answer.scores is None for answer in broken)
-    assert parse_verdict(LlamaCppBackend(served, max_new_tokens=96).answer([image], [prompt])[0].text)
+    assert all(parse_verdict(MISSION, answer.text) is None and answer.scores is None for answer in broken)
+    assert parse_verdict(MISSION, LlamaCppBackend(served, max_new_tokens=96).answer([image], [prompt])[0].text)

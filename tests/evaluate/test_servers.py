@@ -20,6 +20,7 @@ from orion_triage.llama_cpp.server import Server
 from orion_triage.llama_cpp.toolchain import find_toolchain
 from orion_triage.mission.answer import Answer
 from orion_triage.mission.verdict import parse_verdict
+from tests.conftest import MISSION
 
 TOKENS = 96
 
@@ -144,7 +145,7 @@ def test_the_chat_interface_gives_the_same_answers(servers: list[Server], drawn_
     expected = [answer.text for answer in LlamaCppBackend(client, max_new_tokens=TOKENS).answer(images, prompts)]
     chat = OpenAIBackend(client, client.served_models()[0], max_new_tokens=TOKENS).answer(images, prompts)
     assert [answer.text for answer in chat] == expected
-    assert all(parse_verdict(answer.text) and answer.scores is None for answer in chat)
+    assert all(parse_verdict(MISSION, answer.text) and answer.scores is None for answer in chat)
 
 
 class _OpenAI(BaseHTTPRequestHandler):

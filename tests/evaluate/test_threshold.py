@@ -14,17 +14,16 @@ from orion_triage.evaluate.threshold import decided, lowest_threshold, measureme
 from orion_triage.flight.triage import triage_files
 from orion_triage.mission.answer import Answer
 from orion_triage.mission.decide import Rules, decide, in_words
-from orion_triage.mission.verdict import CATEGORIES, Category, Verdict, parse_verdict
-from orion_triage.settings import MissionSettings
-from tests.conftest import structured_picture
+from orion_triage.mission.verdict import Verdict, answer_text, parse_verdict
+from tests.conftest import MISSION, structured_picture
 
-H, M, L = CATEGORIES
+H, M, L = MISSION.names
 Scores = tuple[float, float, float]
 
 
-def rows_of(truth: Sequence[Category], scores: Sequence[Scores | None]) -> list[Prediction]:
+def rows_of(truth: Sequence[str], scores: Sequence[Scores | None]) -> list[Prediction]:
     """Answers that name the likeliest category, LOW where they have no scores."""
-    said = [CATEGORIES[int(np.argmax(one))] if one else L for one in scores]
+    said = [MISSION.names[int(np.argmax(one))] if one else L for one in scores]
     return [
         Prediction("B", f"f{number}", true, guess, scores=one)
         for number, (true, guess, one) in enumerate(zip(truth, said, scores, strict=True))
@@ -38,8 +37,8 @@ def lows(*values: float) -> list[Scores]:
 def test_scores_decide_at_a_threshold_and_the_answer_without_one() -> None:
     scores = [(0.3, 0.3, 0.4), (0.1, 0.3, 0.6), (0.2, 0.39, 0.41), (0.0, 0.0, 1.0)]
 
-    def decisions(threshold: float | None) -> list[Category | None]:
-        return [decide(M, one, blank=False, rules=Rules(threshold)).category for one in scores]
+    def decisions(threshold: float | None) -> list[str | None]:
+        return [decide(MISSION, M, one, blank=False, rules=Rules(threshold)).category for one in scores]
 
     assert decisions(0.6) == [H, L, M, L]
     assert decisions(0.0) == [L, L, L, L]
@@ -65,11 +64,11 @@ def test_a_limit_that_is_met_exactly_counts() -> None:
 def test_no_threshold_of_the_frames_does_better(limit: float) -> None:
     generator = np.random.default_rng(3)
     scores = [tuple(map(float, row)) for row in generator.dirichlet([1, 1, 1], 150)]
-    rows = rows_of([CATEGORIES[int(generator.choice(3, p=one))] for one in scores], scores)
+    rows = rows_of([MISSION.names[int(generator.choice(3, p=one))] for one in scores], scores)
     chosen = lowest_threshold(rows, limit)
 
     def loss(threshold: float) -> float:
-        return measurements(rows, Rules(threshold), MissionSettings())["irrecoverable_loss"]["rate"]
+        return measurements(rows, Rules(threshold), MISSION)["irrecoverable_loss"]["rate"]
 
     assert loss(chosen) <= limit
     assert all(loss(low) > limit for _, _, low in scores if low < chosen)
@@ -111,7 +110,7 @@ class _Saying:
 @pytest.mark.parametrize("threshold", [None, 0.0, 0.5, 2.0])
 def test_flight_and_report_decide_alike_frame_by_frame(threshold: float | None, tmp_path: Path) -> None:
     """Blank, scored, unscored and unparsable frames, through the flight's road and through the report's."""
-    saying = {category: Verdict("Dust.", category).to_json() for category in CATEGORIES}
+    saying = {category: answer_text(MISSION, Verdict("Dust.", category)) for category in MISSION.names}
     of_frames: dict[str, Answer] = {
         "blank-said-high": Answer(saying[H], (0.9, 0.05, 0.05)),
         "blank-unscored": Answer(saying[H]),
@@ -133,7 +132,7 @@ def test_flight_and_report_decide_alike_frame_by_frame(threshold: float | None, 
         Path(outcome.file).stem: outcome.verdict.category if outcome.verdict else None
         for outcome in triage_files([tmp_path / f"{name}.png" for name in of_frames], _Saying(asked), 256, rules=rules)
     }
-    verdicts = {name: parse_verdict(answer.text) for name, answer in of_frames.items()}
+    verdicts = {name: parse_verdict(MISSION, answer.text) for name, answer in of_frames.items()}
     rows = [
         Prediction("B", name, H, verdict.category if (verdict := verdicts[name]) else None, scores=answer.scores)
         for name, answer in of_frames.items()
@@ -142,7 +141,7 @@ def test_flight_and_report_decide_alike_frame_by_frame(threshold: float | None, 
     reported = {row.name: row.predicted for row in as_flown(rows, blank_frames, rules)}
     marked = with_blank(rows, blank_frames)
     assert dict(zip(of_frames, decided(marked, rules), strict=True)) == reported == flown
-    shares = measurements(marked, rules, MissionSettings())["downlink"]
+    shares = measurements(marked, rules, MISSION)["downlink"]
     assert shares["dropped"] == pytest.approx(list(flown.values()).count(L) / len(flown))
     assert shares["no_verdict"] == pytest.approx(list(flown.values()).count(None) / len(flown))
     assert (flown["blank-said-high"], flown["blank-unscored"], flown["unparsable"]) == (L, L, None)
@@ -150,10 +149,10 @@ def test_flight_and_report_decide_alike_frame_by_frame(threshold: float | None, 
 
 
 def test_the_rules_in_words_name_every_step() -> None:
-    assert in_words(Rules()) == [
+    assert in_words(MISSION, Rules()) == [
         "A blank frame is LOW. The model is not asked about it.",
         "An answer without a valid verdict decides nothing: keep the frame and count it.",
         "Otherwise, use the category in the answer. No threshold was chosen.",
     ]
-    assert "at least 0.25 (the threshold" in " ".join(in_words(Rules(0.25)))
-    assert not any("blank" in sentence for sentence in in_words(Rules(blank_is_low=False)))
+    assert "at least 0.25 (the threshold" in " ".join(in_words(MISSION, Rules(0.25)))
+    assert not any("blank" in sentence for sentence in in_words(MISSION, Rules(blank=False)))

@@ -29,17 +29,17 @@ from orion_triage.export.quantize import PAIR
 from orion_triage.mission.answer import Answer
 from orion_triage.mission.decide import Rules
 from orion_triage.mission.prompt import Coordinates, render_prompt
-from orion_triage.mission.verdict import CATEGORIES, Category, Verdict
+from orion_triage.mission.verdict import Verdict, answer_text
 from orion_triage.runs.manifest import write_manifest
 from orion_triage.runs.run import Run
 from orion_triage.safe.files import sha256_of_file
 from orion_triage.settings import load_settings
-from tests.conftest import REASONS, structured_picture
+from tests.conftest import MISSION, REASONS, structured_picture
 
-H, M, L = CATEGORIES
+H, M, L = MISSION.names
 SIZE = 256
 TINTS = {H: (200, 60, 60), M: (60, 200, 60), L: (60, 60, 200)}
-Thought = Callable[[Image.Image, Coordinates | None], tuple[Category, float]]  # -> category, P(LOW) of a valuable frame
+Thought = Callable[[Image.Image, Coordinates | None], tuple[str, float]]  # -> category, P(LOW) of a valuable frame
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Model:
     def _one(self, image: Image.Image, where: Coordinates | None) -> Answer:
         category, low = self.thought(image, where)
         scores = {H: (0.99 - low, 0.01, low), M: (0.01, 0.99 - low, low), L: (0.02, 0.03, 0.95)}[category]
-        return Answer(Verdict(REASONS[category], category).to_json(), scores)
+        return Answer(answer_text(MISSION, Verdict(REASONS[category], category)), scores)
 
 
 def _coordinates(prompt: str) -> Coordinates | None:
@@ -63,28 +63,28 @@ def _coordinates(prompt: str) -> Coordinates | None:
     return Coordinates(float(found[1]), float(found[2].rstrip("."))) if found else None
 
 
-def scene(number: int, category: Category) -> Image.Image:
+def scene(number: int, category: str) -> Image.Image:
     """A frame whose colours say nothing of its category."""
     return structured_picture(number)
 
 
-def tinted(number: int, category: Category) -> Image.Image:
+def tinted(number: int, category: str) -> Image.Image:
     """A frame whose category is its colour."""
     return Image.blend(structured_picture(number), Image.new("RGB", (512, 512), TINTS[category]), 0.7)
 
 
-def white(number: int, category: Category) -> Image.Image:
+def white(number: int, category: str) -> Image.Image:
     return Image.new("RGB", (512, 512), (250, 250, 250 - number % 3))
 
 
-def anywhere(number: int, category: Category) -> Coordinates:
+def anywhere(number: int, category: str) -> Coordinates:
     lon, lat = np.random.default_rng(number).uniform((-179, -80), (179, 80))
     return Coordinates(round(lon, 2), round(lat, 2))
 
 
-def by_region(number: int, category: Category) -> Coordinates:
+def by_region(number: int, category: str) -> Coordinates:
     """Each category has a part of the world of its own."""
-    return Coordinates(round(-150 + 120 * CATEGORIES.index(category) + number / 10, 2), round(-60 + number / 2, 2))
+    return Coordinates(round(-150 + 120 * MISSION.names.index(category) + number / 10, 2), round(-60 + number / 2, 2))
 
 
 @dataclass
@@ -99,8 +99,8 @@ class Frames:
 def draw(
     folder: Path,
     test: int,
-    picture: Callable[[int, Category], Image.Image],
-    place: Callable[[int, Category], Coordinates],
+    picture: Callable[[int, str], Image.Image],
+    place: Callable[[int, str], Coordinates],
 ) -> Frames:
     """30 frames for training, 30 for val, `test` for test, of each category by turns."""
     (folder / IMAGES_FOLDER).mkdir(parents=True)
@@ -108,16 +108,16 @@ def draw(
     for split, count in (("train", 30), ("val", 30), ("test", test)):
         records = []
         for index in range(count):
-            category = CATEGORIES[index % 3]
+            category = MISSION.names[index % 3]
             name = f"{category.lower()}_{number:03d}"
             picture(number, category).save(folder / IMAGES_FOLDER / f"{name}.png", compress_level=1)
             verdict = Verdict(REASONS[category], category)
-            record = Record(f"{IMAGES_FOLDER}/{name}.png", place(number, category), verdict)
+            record = Record(f"{IMAGES_FOLDER}/{name}.png", place(number, category), verdict, MISSION)
             records += [record, record.without_coordinates()] if split == "train" else [record]
             number += 1
         write_split(folder, split, records)
         drawn.records[split] = records
-        opened = Dataset(folder)
+        opened = Dataset(folder, MISSION)
         drawn.pixels[split] = [opened.frame(record, SIZE).tobytes() for record in records] if split != "train" else []
     write_manifest(folder, stage="dataset", settings={}, inputs={}, seconds=1, figures={"source": "directory"})
     return drawn
@@ -153,23 +153,23 @@ def looking(frames: Frames, wrong: int = 0, low: float = 0.02, uncertain: int = 
     return lambda image, where: (known.get(image.tobytes(), H), 0.4 if image.tobytes() in doubt else low)
 
 
-def always_high(image: Image.Image, where: Coordinates | None) -> tuple[Category, float]:
+def always_high(image: Image.Image, where: Coordinates | None) -> tuple[str, float]:
     return H, 0.02
 
 
-def by_colour(image: Image.Image, where: Coordinates | None) -> tuple[Category, float]:
+def by_colour(image: Image.Image, where: Coordinates | None) -> tuple[str, float]:
     mean = np.asarray(image).mean(axis=(0, 1))
-    return CATEGORIES[int(np.argmax(mean))], 0.02
+    return MISSION.names[int(np.argmax(mean))], 0.02
 
 
-def by_map(image: Image.Image, where: Coordinates | None) -> tuple[Category, float]:
+def by_map(image: Image.Image, where: Coordinates | None) -> tuple[str, float]:
     """The region's category; without coordinates the image does not help it."""
-    return (CATEGORIES[round((where.lon + 145) / 120)], 0.02) if where else (M, 0.02)
+    return (MISSION.names[round((where.lon + 145) / 120)], 0.02) if where else (M, 0.02)
 
 
-def blind(image: Image.Image, where: Coordinates | None) -> tuple[Category, float]:
+def blind(image: Image.Image, where: Coordinates | None) -> tuple[str, float]:
     """As good as by chance, whatever it is shown."""
-    return CATEGORIES[int(where.lat * 100) % 3 if where else 1], 0.02
+    return MISSION.names[int(where.lat * 100) % 3 if where else 1], 0.02
 
 
 def by_other_tower(frames: Frames) -> Thought:
@@ -189,7 +189,7 @@ def run_of(folder: Path, frames: Frames, thought: Thought, quantized: Thought | 
         product.mkdir(parents=True)
         (product / PAIR).write_text("{}")
         write_manifest(product, stage=stage, settings={}, inputs={}, seconds=1)
-    images = sorted({record.image for record in Dataset(run.dataset).every_record()})
+    images = sorted({record.image for record in Dataset(run.dataset, MISSION).every_record()})
     run.vision_features.mkdir()
     vectors = np.random.default_rng(1).normal(size=(len(images), 4))
     np.savez(run.vision_features / features.FILE_NAME, images=np.array(images), vectors=vectors)
@@ -210,7 +210,9 @@ def run_of(folder: Path, frames: Frames, thought: Thought, quantized: Thought | 
 
 
 def ask(run: Run, thought: Thought, out: Path) -> None:
-    evaluate(Dataset(run.dataset), run.split, Model(thought), out, run.settings.evaluate, SIZE, fingerprint="x")
+    evaluate(
+        Dataset(run.dataset, MISSION), run.split, Model(thought), out, run.settings.evaluate, SIZE, fingerprint="x"
+    )
 
 
 def outcome(verdict: dict[str, Any]) -> tuple[str, dict[str, str]]:
@@ -288,7 +290,9 @@ def test_a_threshold_that_loses_frames_does_not_fly_until_it_is_undone(
     run = Run(shutil.copytree(good.folder, tmp_path / "run", symlinks=True), good.settings)
     on_val = replace(run, split="val")
     ask(on_val, looking(frames(), uncertain=6), on_val.evaluation("constrained"))
-    assert threshold.lowest_threshold(predictions_in(on_val.evaluation("constrained")), 0.4) == pytest.approx(0.4)
+    assert threshold.lowest_threshold(predictions_in(on_val.evaluation("constrained"), MISSION), 0.4) == pytest.approx(
+        0.4
+    )
     with pytest.raises(OrionError, match="loses 0 of 20 HIGH and MEDIUM frames of val, within the limit of 40"):
         threshold.choose(on_val, 0.4, [])
     chosen = threshold.choose(on_val, 0.4, [], loosen=True)["there"]
@@ -318,7 +322,9 @@ def test_what_was_not_measured_is_open(good: Run, tmp_path: Path) -> None:
 
 def judged(run: Run, results: dict[str, Any], *settings: str) -> tuple[str, dict[str, str]]:
     """The verdict on the same answers with other limits, and with the frame time that was measured last."""
-    answers = {model: predictions_in(run.evaluation(model)) for model in ("fine-tuned", "quantized", "constrained")}
+    answers = {
+        model: predictions_in(run.evaluation(model), MISSION) for model in ("fine-tuned", "quantized", "constrained")
+    }
     answers["flight"] = as_flown(answers["constrained"], results["blank_frames"], Rules())
     needed = load_settings("tiny", settings).verdict
     measured = seconds_per_frame(run)
@@ -400,5 +406,5 @@ def test_a_baseline_is_beaten_failed_against_or_undecided() -> None:
 
 
 def test_prompts_are_read_as_the_product_writes_them() -> None:
-    assert _coordinates(render_prompt(Coordinates(-120.62, 34.0))) == Coordinates(-120.62, 34.0)
-    assert _coordinates(render_prompt(None)) is None
+    assert _coordinates(render_prompt(MISSION, Coordinates(-120.62, 34.0))) == Coordinates(-120.62, 34.0)
+    assert _coordinates(render_prompt(MISSION, None)) is None

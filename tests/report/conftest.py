@@ -13,7 +13,7 @@ from orion_triage.evaluate.run import run as evaluate
 from orion_triage.runs.manifest import write_manifest
 from orion_triage.runs.run import Run
 from orion_triage.settings import Settings, load_settings
-from tests.conftest import ConstantBackend
+from tests.conftest import MISSION, ConstantBackend
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +22,7 @@ def made(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     run = Run(tmp_path_factory.mktemp("report") / "run", load_settings("tiny"))
     shutil.copytree(small_dataset, run.dataset)
     write_manifest(run.dataset, stage="dataset", settings={}, inputs={}, seconds=3)
-    dataset = Dataset(run.dataset)
+    dataset = Dataset(run.dataset, MISSION)
     for model, answer in (("base", "no"), ("fine-tuned", '{"reason": "r", "category": "HIGH"}')):
         folder = run.evaluation(model)
         evaluate(dataset, "test", ConstantBackend(answer), folder, Settings().evaluate, 256, fingerprint=model)

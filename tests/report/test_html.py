@@ -17,12 +17,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from orion_triage.evaluate.results import build_results
-from orion_triage.mission.verdict import CATEGORIES
 from orion_triage.report import html, plot
 from orion_triage.runs.manifest import write_manifest
 from orion_triage.runs.run import Run, prepare
 from tests.chromium import Chromium
-from tests.conftest import orion
+from tests.conftest import MISSION, orion
 
 HOSTILE = ("<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "' onload='alert(1)", "{{ 7 * 7 }}")
 BLOCKS = {"td", "th", "tr", "br", "div", "small", "p", "li", "dt", "dd", "caption"}  # apart from the text before them
@@ -147,7 +146,7 @@ def _say(run: Run, condition: str, name: str, category: str | None, sure: float 
     folder, rows = run.evaluation("constrained"), _rows(run.evaluation("constrained"))
     for row in rows:
         if (row["condition"], row["name"]) == (condition, name):
-            rest = {other.value: (1 - sure) / 2 for other in CATEGORIES}
+            rest = {other.value: (1 - sure) / 2 for other in MISSION.names}
             row["category"], row["scores"] = category, rest | {category: sure} if category else None
             row["answer"] = answer
     (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -310,7 +309,7 @@ def test_the_threshold_has_its_section(wrong_results: dict[str, Any]) -> None:
         without[condition]["cost"] |= {"expected": 0.75}
     point = {"negative_log_likelihood": 0.33}
     for threshold, said in ((0.42, "is dropped if P(LOW) is at least 0.42"), (2.0, "drops no frame")):
-        results["operating_point"] = {"low_threshold": threshold, "temperature": 1.75, "A": point, "B": point}
+        results["operating_point"] = {"drop_threshold": threshold, "temperature": 1.75, "A": point, "B": point}
         document = check(html.render_html(results, [], lambda image: None))
         section = document.section("Threshold")
         assert said in section

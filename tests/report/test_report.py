@@ -20,14 +20,14 @@ from orion_triage.evaluate.results import as_flown, build_results, differences, 
 from orion_triage.evaluate.seeds import over_training_seeds
 from orion_triage.evaluate.variants import table
 from orion_triage.mission.decide import Rules
-from orion_triage.mission.verdict import CATEGORIES, Category
 from orion_triage.report import plot
 from orion_triage.report.render import accuracy_rows, render_markdown, sentences, significant, terminal_tables
 from orion_triage.runs.manifest import remove_outputs, write_manifest
 from orion_triage.runs.run import Run, open_run, prepare
 from orion_triage.settings import load_settings
+from tests.conftest import MISSION
 
-H, M, L = Category.HIGH, Category.MEDIUM, Category.LOW
+H, M, L = "HIGH", "MEDIUM", "LOW"
 
 
 def answers(guesses: str, *, scores: bool = False) -> list[Prediction]:
@@ -182,8 +182,8 @@ def test_the_report_says_when_a_linear_probe_is_better(run: Run, results: dict[s
     assert results["linear_probe"] is None
     shutil.rmtree(run.evaluation("base"))  # a report of fewer models takes less time
     folder = run.vision_features
-    records = [record for split in ("train", "val", "test") for record in read_split(run.dataset, split)]
-    seen = {record.image: np.eye(3)[CATEGORIES.index(record.verdict.category)] for record in records}
+    records = [record for split in ("train", "val", "test") for record in read_split(run.dataset, split, MISSION)]
+    seen = {record.image: np.eye(3)[MISSION.names.index(record.verdict.category)] for record in records}
     folder.mkdir()
     np.savez(folder / "features.npz", images=np.array(list(seen)), vectors=np.array(list(seen.values())))
     write_manifest(folder, stage="vision features", settings={}, inputs={}, seconds=1)

@@ -14,11 +14,12 @@ from orion_triage.dataset.sources.synthetic.draw import SUBTYPES, draw_tile, til
 from orion_triage.dataset.split import split_targets
 from orion_triage.imagery.frames import shrink
 from orion_triage.mission.prompt import render_prompt
-from orion_triage.mission.verdict import CATEGORIES, parse_verdict
+from orion_triage.mission.verdict import parse_verdict
 from orion_triage.models.licence import Licence, licence_of
 from orion_triage.models.load import TINY_BASE_FOLDER
 from orion_triage.safe.files import sha256_of_file
 from orion_triage.settings import DatasetSettings
+from tests.conftest import MISSION
 from tools.tiny_base import texts
 from tools.tiny_base.build import held_out_places
 from tools.tiny_base.instruct import AWAY_DEGREES, coordinates_away_from
@@ -93,7 +94,7 @@ def test_every_scene_that_a_tile_can_show_has_its_words() -> None:
 def test_labels_are_never_those_of_triage(facts: list[Facts]) -> None:
     source = random.Random(3)
     assert not texts.FORBIDDEN & {label for _ in range(20_000) for label in texts.labels(source, 3)}
-    assert set(CATEGORIES) <= texts.FORBIDDEN
+    assert set(MISSION.names) <= texts.FORBIDDEN
     tokenizer_text = "\n".join(texts.corpus(200, facts))
     assert not re.search(r"\b(HIGH|MEDIUM|LOW)\b", tokenizer_text)
 
@@ -125,8 +126,8 @@ def test_zero_shot_answers_parse_and_follow_the_image() -> None:
     processor = load_processor(TINY_BASE_FOLDER, 256)
     targets = split_targets(load_catalogue())["test"][::6]
     frames = [shrink(draw_tile(target.morphology, tile_seed(7, target.name)).image, 256) for target in targets]
-    answers = generate(model, processor, frames, [render_prompt(None)] * len(frames), 96)
-    parsed = [parse_verdict(answer) for answer in answers]
+    answers = generate(model, processor, frames, [render_prompt(MISSION, None)] * len(frames), 96)
+    parsed = [parse_verdict(MISSION, answer) for answer in answers]
     assert sum(verdict is not None for verdict in parsed) >= 0.9 * len(frames)
     assert len({verdict.reason for verdict in parsed if verdict}) > len(frames) / 2
     swapped = answers[1:] + answers[:1]

@@ -13,9 +13,11 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from orion_triage.mission.mission import default_mission
 from orion_triage.mission.prompt import render_prompt
-from orion_triage.mission.verdict import CATEGORIES
 from tools.tiny_base.tiles import Facts
+
+MISSION = default_mission()
 
 # How each scene (`SUBTYPES`) is put into words: (what it is, what is seen in it). Many wordings of the same thing,
 # in ordinary words, because fine-tuning spends its few steps on spelling whatever was never written here.
@@ -376,7 +378,7 @@ def corpus(count: int, facts: list[Facts], seed: int = 0) -> list[str]:
     source = random.Random(seed)
     where = " captured at Longitude: 12.5, Latitude: -3.25"
     texts = ["\n".join(question(source, facts[i % len(facts)], where, named=False)) for i in range(count)]
-    contract = render_prompt(None)
-    for category in CATEGORIES:
+    contract = render_prompt(MISSION, None)
+    for category in MISSION.names:
         contract = contract.replace(f"- {category}:", "-")
     return [_CAPITALS.sub("", text) for text in texts + [contract] * (count // 20)]

@@ -13,6 +13,7 @@ from orion_triage.cli.terminal import (
     DatasetOption,
     ForceOption,
     JsonOption,
+    MissionOption,
     NewestRunOption,
     PresetOption,
     RunOption,
@@ -54,6 +55,7 @@ def dataset(
     source: SourceOption = None,
     dataset: DatasetOption = "",
     test_size: TestSizeOption = 0,
+    mission: MissionOption = None,
     force: ForceOption = False,
 ) -> None:
     """Build a dataset, or check and copy an existing one.
@@ -62,9 +64,8 @@ def dataset(
     Use --dataset for your own images or an existing dataset.
     """
     if context.invoked_subcommand is None:
-        do_stage(
-            "dataset", run_of(preset, assignments, folder, source=source, dataset=dataset, test_size=test_size), force
-        )
+        asked: dict[str, Any] = {"source": source, "dataset": dataset, "test_size": test_size, "mission": mission}
+        do_stage("dataset", run_of(preset, assignments, folder, **asked), force)
 
 
 def _located(name: str) -> tuple[Path, Path]:
@@ -75,11 +76,11 @@ def _located(name: str) -> tuple[Path, Path]:
     return folder, hub.root_of(folder)
 
 
-def _checked(folder: Path, root: Path) -> Any:
+def _checked(folder: Path, root: Path, mission: Any = None) -> Any:
     from orion_triage.dataset.check.soundness import check_dataset
 
     with progress_bar() as progress:
-        return check_dataset(folder, root=root, progress=progress)
+        return check_dataset(folder, mission, root=root, progress=progress)
 
 
 @dataset_app.command(epilog="Example: orion dataset new my-frames")
@@ -101,7 +102,12 @@ def new(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to
     "Example: orion dataset check my-frames\n\n"
     "Example: orion dataset check OWNER/NAME --json"
 )
-def check(name: FolderArgument = "", assignments: SetOption = [], as_json: JsonOption = False) -> None:  # noqa: B006
+def check(
+    name: FolderArgument = "",
+    assignments: SetOption = [],  # noqa: B006
+    mission: MissionOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Check a dataset, or a folder of your own images, for errors before training.
 
     Prints what the folder is, each kind of error with its fix, and the next command.
@@ -113,8 +119,8 @@ def check(name: FolderArgument = "", assignments: SetOption = [], as_json: JsonO
     published = is_published(folder)
     if published and assignments:
         raise typer.BadParameter("has no effect on a finished dataset. Remove it.", param_hint="'--set'")
-    report = _checked(folder, root) if published else _checked_own(folder, assignments)
-    report = replace(report, next=_next(report, name, folder, assignments))
+    report = _checked(folder, root, _mission(mission)) if published else _checked_own(folder, assignments, mission)
+    report = replace(report, next=_next(report, name, folder, assignments, mission))
     if as_json:
         typer.echo(report.to_json())
     else:
@@ -123,19 +129,26 @@ def check(name: FolderArgument = "", assignments: SetOption = [], as_json: JsonO
         raise typer.Exit(1)
 
 
-def _checked_own(folder: Path, assignments: list[str]) -> Any:
+def _mission(path: Path | None) -> Any:
+    from orion_triage.mission.mission import load_mission
+
+    return load_mission(path) if path else None
+
+
+def _checked_own(folder: Path, assignments: list[str], mission: Path | None) -> Any:
     from orion_triage.dataset.check.own_folder import check_own_folder
     from orion_triage.settings import load_settings
 
     named = f"dataset.folder={json.dumps(str(folder))}"
-    settings = load_settings("tiny", [*assignments, named]).dataset
+    settings = load_settings("tiny", [*assignments, named], mission)
     with progress_bar() as progress:
-        return check_own_folder(folder, settings, progress=progress)
+        return check_own_folder(folder, settings.dataset, settings.mission, progress=progress)
 
 
-def _next(report: Any, name: str, folder: Path, assignments: list[str]) -> str:
+def _next(report: Any, name: str, folder: Path, assignments: list[str], mission: Path | None) -> str:
     """The command that comes next, or what to correct before it."""
     sets = [word for assignment in assignments for word in ("--set", assignment)]
+    sets += ["--mission", str(mission)] if mission else []
     if report.errors:
         again = shlex.join(["orion", "dataset", "check", *([name] if name else []), *sets])
         return f"correct the errors, then run: {again}"

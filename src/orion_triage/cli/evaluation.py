@@ -145,10 +145,10 @@ def _evaluate_variants(
     current = run_of(preset, assignments, folder, file.value)
     asked = chosen(current.settings, words)
     for variant in asked:
-        do_stage(evaluation(variant), current, force)
+        do_stage(evaluation(variant, current.settings.mission), current, force)
     if not processes.is_main():
         return
-    finished = [one for one in table(current.settings) if one in asked or is_current(evaluation(one), current)]
+    finished = [one for one in table(current.settings) if one in asked or is_current(evaluation(one, current.settings.mission), current)]
     rows = compare_variants(current, asked, finished)
     if as_json:
         typer.echo(json.dumps(rows, indent=2))

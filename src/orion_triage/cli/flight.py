@@ -87,7 +87,7 @@ def triage(
         bool, typer.Option("--resize", help="Accept frames of other sizes: crop to a square and scale.")
     ] = False,
     blank_rule: Annotated[
-        bool, typer.Option("--blank-rule/--no-blank-rule", help="Classify blank frames as LOW without using the model.")
+        bool, typer.Option("--blank-rule/--no-blank-rule", help="Decide blank frames without using the model.")
     ] = True,
     out: Annotated[
         Path | None,
@@ -112,8 +112,8 @@ def triage(
     paths, left_out = triage.frames_in(files, recursive=recursive)
     for said in left_out:
         messages().print(f"left out of {one_line(said)}", soft_wrap=True)
-    rules = Rules(flown.rules.low_threshold, blank_rule)
-    pair = triage.asked_by(flown.gguf, flown.frame_size, rules, resize, flown.stretch) if out else ""
+    rules = Rules(flown.rules.drop_threshold, blank_rule)
+    pair = triage.asked_by(flown, rules, resize) if out else ""
     left = triage.left_to_do(paths, out, pair) if out else paths
     counts: Counter[str] = Counter()
     conversions: Counter[str] = Counter()
@@ -122,20 +122,17 @@ def triage(
         with progress_bar() as progress, triage.appending(out) as write:
             outcomes = triage.triage_with_pair(
                 left,
-                flown.gguf,
-                flown.frame_size,
-                log=flown.log,
+                flown,
                 keep_log=bundle is None,
                 rules=rules,
                 resize=resize,
-                stretch=flown.stretch,
                 progress=progress,
             )
             for done, outcome in enumerate(outcomes if left else (), start=len(paths) - len(left) + 1):
                 counts[outcome.verdict.category if outcome.verdict else "refused"] += 1
                 conversions.update(outcome.changes)
                 if out:
-                    write(triage.to_json(outcome) | {"error": outcome.error, "pair": pair})
+                    write(triage.to_json(outcome, flown.mission) | {"error": outcome.error, "pair": pair})
                 elif outcome.verdict:
                     shown.append(outcome)
                 if outcome.error:
@@ -143,7 +140,7 @@ def triage(
                 progress("classifying frames", done, len(paths))
     finally:  # verdicts that were computed are shown, also if a server dies or the user interrupts
         if out is None and (shown or not left or counts):
-            _show_verdicts(shown, as_json)
+            _show_verdicts(shown, flown.mission, as_json)
     for change, count in sorted(conversions.items()):
         messages().print(f"note: {count} of {len(left)} frames: {change}")
     if out:
@@ -154,7 +151,7 @@ def triage(
         raise typer.Exit(1)
 
 
-def _show_verdicts(outcomes: list[Any], as_json: bool) -> None:
+def _show_verdicts(outcomes: list[Any], mission: Any, as_json: bool) -> None:
     """Print the verdicts as JSON or as a table. No file name is shortened: reasons wrap first, then names."""
     from rich.cells import cell_len
     from rich.table import Table
@@ -162,7 +159,7 @@ def _show_verdicts(outcomes: list[Any], as_json: bool) -> None:
     from orion_triage.flight.triage import to_json
 
     if as_json:
-        typer.echo(json.dumps([to_json(outcome) for outcome in outcomes], indent=2))
+        typer.echo(json.dumps([to_json(outcome, mission) for outcome in outcomes], indent=2))
         return
     if not outcomes:
         return
@@ -171,11 +168,11 @@ def _show_verdicts(outcomes: list[Any], as_json: bool) -> None:
     table = Table()
     table.add_column("file", overflow="fold", min_width=min(longest, max(len("file"), console.width - REST_COLUMNS)))
     table.add_column("decision\nby")
-    table.add_column("model\nP(HIGH MEDIUM LOW)")
+    table.add_column(f"model\nP({' '.join(mission.names)})")
     table.add_column("the model's reason", overflow="fold")
     table.add_column("seconds", justify="right")
     for outcome in outcomes:
-        verdict, answered = outcome.verdict, to_json(outcome)
+        verdict, answered = outcome.verdict, to_json(outcome, mission)
         scores = " ".join(f"{score:.2f}" for score in (answered["scores"] or {}).values())
         table.add_row(
             cell(outcome.file),

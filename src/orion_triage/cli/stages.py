@@ -17,6 +17,7 @@ from orion_triage.cli.terminal import (
     FinishedRunOption,
     ForceOption,
     JsonOption,
+    MissionOption,
     PresetOption,
     RunOption,
     SetOption,
@@ -47,6 +48,7 @@ def run(
     source: SourceOption = None,
     dataset: DatasetOption = "",
     test_size: TestSizeOption = 0,
+    mission: MissionOption = None,
 ) -> None:
     """Run all stages in order, from the dataset to the report.
 
@@ -60,7 +62,7 @@ def run(
     from orion_triage.safe.files import locked
 
     began = time.monotonic()
-    current = run_of(preset, assignments, folder, source=source, dataset=dataset, test_size=test_size)
+    current = run_of(preset, assignments, folder, source=source, dataset=dataset, test_size=test_size, mission=mission)
     check_inputs(current)
     dataset_stage, *others = stages(current.settings)
     with locked(current.folder, "orion run"):
@@ -235,8 +237,12 @@ def push(
     "Example: orion settings --preset lfm2.5-vl-1.6b\n\n"
     "Example: orion settings --preset my-preset.toml --set fine_tune.epochs=5"
 )
-def settings(preset: PresetOption = "tiny", assignments: SetOption = []) -> None:  # noqa: B006
+def settings(
+    preset: PresetOption = "tiny",
+    assignments: SetOption = [],  # noqa: B006
+    mission: MissionOption = None,
+) -> None:
     """Print all settings of a preset as JSON."""
     from orion_triage.settings import load_settings
 
-    typer.echo(load_settings(preset, assignments).model_dump_json(indent=2))
+    typer.echo(load_settings(preset, assignments, mission).model_dump_json(indent=2))

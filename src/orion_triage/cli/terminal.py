@@ -36,6 +36,12 @@ class SourceName(StrEnum):
 
 PresetOption = Annotated[str, typer.Option("--preset", help="Name of a shipped preset, or path of a TOML file.")]
 SetOption = Annotated[list[str], typer.Option("--set", help="Change one setting: stage.key=value. Repeatable.")]
+MissionOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--mission", help="Mission file: categories, prompt, values. Default: the run's, or the published one."
+    ),
+]
 RunOption = Annotated[Path | None, typer.Option("--run", help="Run folder. Default: runs/PRESET.")]
 NewestRunOption = Annotated[Path | None, typer.Option("--run", help="Run folder. Default: the newest run.")]
 FinishedRunOption = Annotated[Path | None, typer.Option("--run", help="Run folder. Default: the newest finished run.")]
@@ -138,6 +144,7 @@ def run_of(
     source: SourceName | None = None,
     dataset: str = "",
     test_size: int = 0,
+    mission: Path | None = None,
     **sources: str,
 ) -> Any:
     """The run that a command changes. Its settings come from the preset and are saved in its folder."""
@@ -149,15 +156,25 @@ def run_of(
     named = [f"dataset.folder={json.dumps(dataset)}"] if dataset else []
     named += [f"dataset.source={source.value}"] if source else []
     named += [f"dataset.test_size={test_size}"] if test_size else []
-    settings = load_settings(preset, [*assignments, *named])
-    run = Run(folder or Path("runs") / settings.preset, settings, split, **sources)
+    settings = load_settings(preset, [*assignments, *named], mission)
+    run = Run(folder or default_folder(settings), settings, split, **sources)
     if not named and not any(assignment.startswith("dataset.") for assignment in assignments):
         run = with_its_dataset(run)
     if not preset.endswith(".toml"):  # a file of the user's own says it each time
-        run = with_its_judging(run, [assignment.partition("=")[0].strip() for assignment in assignments])
+        changed = [assignment.partition("=")[0].strip() for assignment in assignments]
+        run = with_its_judging(run, [*changed, *(["mission"] if mission else [])])
     if run.folder.exists():  # a command that is refused leaves no new folder
         prepare(run)
     return run
+
+
+def default_folder(settings: Any) -> Path:
+    """runs/PRESET, and runs/PRESET-MISSION for a mission that is not the published one."""
+    from orion_triage.mission.mission import default_mission
+
+    name = settings.mission.name
+    own = "" if name == default_mission().name else f"-{name.replace(' ', '-')}"
+    return Path("runs") / f"{settings.preset}{own}"
 
 
 def finished_run(folder: Path | None, stage: str, split: Any = "test", *, named: bool = True) -> Any:

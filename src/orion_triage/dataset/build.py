@@ -24,7 +24,9 @@ from orion_triage.errors import OrionError
 from orion_triage.imagery.frames import CAMERA_SIZE, read_frame
 from orion_triage.imagery.png_jpeg import JPEG, PNG
 from orion_triage.imagery.stretch import stretch_of
-from orion_triage.mission.verdict import Category, Verdict
+from orion_triage.mission.contract import require_mission, write_mission
+from orion_triage.mission.mission import Mission, listed
+from orion_triage.mission.verdict import Verdict
 from orion_triage.progress import Progress, silent
 from orion_triage.safe.files import cache_folder, replaced_folder, require_free_space, write_bytes
 from orion_triage.safe.reading import shown
@@ -35,30 +37,34 @@ _BYTES_PER_FRAME = 700_000  # a noisy 512x512 PNG
 Splits = dict[Split, list[Target]]
 
 
-def run(out_folder: Path, settings: DatasetSettings, *, progress: Progress = silent) -> dict[str, Any]:
+def run(
+    out_folder: Path, settings: DatasetSettings, mission: Mission, *, progress: Progress = silent
+) -> dict[str, Any]:
     """Build the dataset folder: three JSONL splits, the frames, `frames.csv`, and `absent.csv` if places are missing.
 
     A folder in the published layout is checked and copied instead. Returns counts, the outcomes of all places, and
     warnings. Raises OrionError for a mistake in the catalogue or the settings, and if too many places are missing.
     """
     if published := published_folder(settings):
-        return _copy(published, out_folder, settings, progress)
-    source, splits = plan(settings)
+        return _copy(published, out_folder, settings, mission, progress)
+    source, splits = plan(settings, mission)
     more = repeated(splits["test"], settings)
     asked: list[tuple[Split, Shot]] = [(split, Shot(target)) for split in SPLITS for target in splits[split]]
     asked += [("test", shot) for shot in more]
     require_free_space(out_folder, _BYTES_PER_FRAME * len(asked), "the dataset")
     with replaced_folder(out_folder) as folder:
-        collected = collect(folder, source, asked, settings.largest_missing_share, progress, stretch_of(settings))
+        share, stretch = settings.largest_missing_share, stretch_of(settings)
+        collected = collect(folder, source, asked, share, progress, stretch, blank_category=mission.blank)
         taken = collected.taken
         counts = {}
         for split in SPLITS:
-            records = [record for shot in taken[split] for record in records_of(shot, split)]
+            records = [record for shot in taken[split] for record in records_of(shot, split, mission)]
             if not records:
                 raise OrionError(f"no place of the {split} split has a picture.", "Add places to the catalogue.")
             write_split(folder, split, records)
             counts[split] = len(records)
         collected.write_tables(folder)
+        write_mission(folder, mission)
     named = any(target.split for members in splits.values() for target in members)
     return {
         "targets": {split: len({shot.target.name for shot in taken[split]}) for split in SPLITS},
@@ -69,7 +75,7 @@ def run(out_folder: Path, settings: DatasetSettings, *, progress: Progress = sil
         "account": dict(collected.account),
         "warnings": [
             *close_places(splits, footprint_km(settings, source)),
-            *_far_out(splits),
+            *_far_out(splits, mission),
             *respaced(splits),
             *getattr(source, "warnings", []),
             *collected.conversions.in_words(),
@@ -87,18 +93,18 @@ def published_folder(settings: DatasetSettings) -> Path | None:
     return folder if is_published(folder) else None
 
 
-def plan(settings: DatasetSettings) -> tuple[ImagerySource, Splits]:
+def plan(settings: DatasetSettings, mission: Mission) -> tuple[ImagerySource, Splits]:
     """The source that the settings name, and the places by split; fetches nothing.
 
     Raises OrionError for mistakes in the catalogue, the split or the options.
     """
     source: ImagerySource
     if settings.source == "directory":
-        folder = Directory(hub.locate(settings.folder, "dataset"))
+        folder = Directory(hub.locate(settings.folder, "dataset"), mission)
         source, targets = folder, folder.targets
     else:
         own = Path(settings.catalogue) if settings.catalogue else None
-        targets = load_catalogue(own, drawable=settings.source == "synthetic")
+        targets = load_catalogue(own, mission, drawable=settings.source == "synthetic")
         source = _source(settings)
     return source, splits_of(targets, source, settings)
 
@@ -175,19 +181,20 @@ def close_places(splits: Splits, diagonal_km: float) -> list[str]:
     ]
 
 
-def _far_out(splits: Splits) -> list[str]:
-    """A warning about HIGH and MEDIUM places at sea that would be on land with longitude and latitude swapped."""
+def _far_out(splits: Splits, mission: Mission) -> list[str]:
+    """A warning about places to be sent or stored that are at sea, but on land with longitude and latitude swapped."""
     built = [
         (target, target.coordinates)
         for split in SPLITS
         for target in splits[split]
-        if target.coordinates and target.category != Category.LOW
+        if target.coordinates and mission.kept(target.category)
     ]
     found = [built[index][0] for index in perhaps_swapped([place for _, place in built])]
     if not found:
         return []
     return [
-        f"{len(found)} of {len(built)} HIGH and MEDIUM places are far out at sea or in Antarctica, but on other land "
+        f"{len(found)} of {len(built)} {listed(mission.that('send', 'store'))} places are far out at sea or in "
+        "Antarctica, but on other land "
         f"if longitude and latitude are swapped, for example {found[0].name} ({found[0].origin})"
     ]
 
@@ -227,14 +234,17 @@ def _missing_in_words(absent: list[dict[str, Any]]) -> list[str]:
     return [f"{len(absent)} places have no picture and are left out ({ABSENT_TABLE} lists them): {named}"]
 
 
-def _copy(source: Path, out_folder: Path, settings: DatasetSettings, progress: Progress) -> dict[str, Any]:
+def _copy(
+    source: Path, out_folder: Path, settings: DatasetSettings, mission: Mission, progress: Progress
+) -> dict[str, Any]:
     """Decode every frame of a finished dataset and copy it; raises OrionError for the first bad line or frame.
 
     A picture that is not 512x512 (the published generator saved 2560x2560) is cropped and scaled as in flight. One that
     is not plain 8-bit RGB is converted.
     """
+    require_mission(source, mission)
     test_size, stretch, conversions = settings.test_size, stretch_of(settings), Conversions()
-    records = {split: read_split(source, split) for split in SPLITS}
+    records = {split: read_split(source, split, mission) for split in SPLITS}
     if test_size > len(records["test"]):
         raise OrionError(
             f"dataset.test_size={test_size}, but {source} has only {len(records['test'])} test records.",
@@ -262,6 +272,7 @@ def _copy(source: Path, out_folder: Path, settings: DatasetSettings, progress: P
         for table in (FRAMES_TABLE, ABSENT_TABLE):
             if (source / table).is_file():
                 write_bytes(folder / table, (source / table).read_bytes())
+        write_mission(folder, mission)
     return {
         "targets": {split: len({record.image for record in records[split]}) for split in SPLITS},
         "records": {split: len(records[split]) for split in SPLITS},
@@ -280,10 +291,10 @@ def _stretch_of_record(settings: DatasetSettings) -> dict[str, Any]:
     return {"stretch": asdict(stretch)} if stretch else {}
 
 
-def records_of(shot: Shot, split: Split) -> Iterator[Record]:
+def records_of(shot: Shot, split: Split, mission: Mission) -> Iterator[Record]:
     """The record of a shot with its coordinates; for training, also one without."""
     target = shot.target
-    record = Record(image_name(shot), target.coordinates, Verdict(target.reason, target.category))
+    record = Record(image_name(shot), target.coordinates, Verdict(target.reason, target.category), mission)
     yield record
     if split == "train" and target.coordinates:
         yield record.without_coordinates()

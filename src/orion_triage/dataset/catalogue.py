@@ -16,25 +16,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from orion_triage.errors import OrionError
+from orion_triage.mission.mission import Mission, default_mission
 from orion_triage.mission.prompt import Coordinates
-from orion_triage.mission.verdict import CATEGORIES, LONGEST_REASON, Category, reason_fault
+from orion_triage.mission.verdict import reason_fault
 from orion_triage.safe.reading import LARGEST_TABLE_BYTES, parse_json, read_bytes, shown
 from orion_triage.safe.tables import Faults, csv_rows, decoded, json_lines, keep, number_of
 from orion_triage.settings import Split
 
 COLUMNS = ("name", "category", "morphology", "lon", "lat", "reason")
 # The morphologies that synthetic tiles can show. Real imagery can have others.
-MORPHOLOGIES: dict[Category, tuple[str, ...]] = {
-    Category.LOW: ("ocean_water", "desert_ice_canopy", "coastline", "geological", "fractal_texture"),
-    Category.MEDIUM: ("urban_grid", "suburb", "agriculture", "ordinary_infrastructure", "town"),
-    Category.HIGH: (
-        "mega_port",
-        "mega_airport",
-        "energy_dam",
-        "mega_mine_industry",
-        "space_military_chokepoint",
-    ),
-}
+MORPHOLOGIES = (
+    "ocean_water", "desert_ice_canopy", "coastline", "geological", "fractal_texture",
+    "urban_grid", "suburb", "agriculture", "ordinary_infrastructure", "town",
+    "mega_port", "mega_airport", "energy_dam", "mega_mine_industry", "space_military_chokepoint",
+)  # fmt: skip
 
 SPLIT_NAMES: dict[str, Split] = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}
 
@@ -61,7 +56,7 @@ class Target:
     """
 
     name: str
-    category: Category
+    category: str
     morphology: str
     coordinates: Coordinates | None
     reason: str
@@ -71,8 +66,8 @@ class Target:
     respaced: bool = field(default=False, compare=False)
 
 
-def load_catalogue(path: Path | None = None, *, drawable: bool = True) -> list[Target]:
-    """The places of a catalogue (by default the shipped one), in the file's order.
+def load_catalogue(path: Path | None = None, mission: Mission | None = None, *, drawable: bool = True) -> list[Target]:
+    """The places of a catalogue (by default the shipped one, of the published mission), in the file's order.
 
     With `drawable`, only morphologies that synthetic tiles can show are allowed. Raises OrionError that lists all
     mistakes in the file.
@@ -85,7 +80,7 @@ def load_catalogue(path: Path | None = None, *, drawable: bool = True) -> list[T
             f"{source} has no column {', '.join(missing)} (found: {', '.join(columns)[:200]}).",
             f"Use the columns {', '.join(COLUMNS)}.",
         )
-    return targets_of(rows, str(source), drawable=drawable)
+    return targets_of(rows, str(source), mission or default_mission(), drawable=drawable)
 
 
 def columns_of(rows: Iterable[Row]) -> list[str]:
@@ -184,13 +179,13 @@ def _texts(values: Mapping[str, Any], place: str) -> dict[str, str]:
     return texts
 
 
-def targets_of(rows: Iterable[Row], source: str, *, drawable: bool = True) -> list[Target]:
+def targets_of(rows: Iterable[Row], source: str, mission: Mission, *, drawable: bool = True) -> list[Target]:
     """The targets of rows; raises OrionError that lists all mistakes."""
     targets: list[Target] = []
     mistakes: list[str] = []
     seen: dict[str, str] = {}
     for where, cells in rows:
-        target, problems = target_of(where, cells, seen, drawable=drawable)
+        target, problems = target_of(where, cells, seen, mission, drawable=drawable)
         mistakes += [f"{where}: {problem.text}" for problem in problems]
         targets += [target] if target else []
     if mistakes:
@@ -205,6 +200,7 @@ def target_of(
     where: str,
     cells: Mapping[str, str],
     seen: dict[str, str],
+    mission: Mission,
     *,
     drawable: bool = True,
     with_positions: bool = True,
@@ -219,7 +215,7 @@ def target_of(
     reason = _ODD_BLANKS.sub(" ", cells.get("reason", ""))
     row = {**cells, "reason": reason}
     names = {column: column for column in (*COLUMNS, "split")} | dict(called or {})
-    problems = _problems(row, seen, drawable, names)
+    problems = _problems(row, seen, mission, drawable, names)
     unplaced = not with_positions and not row.get("lon") and not row.get("lat")
     problems += [] if unplaced else _position_problems(row, names)
     seen.setdefault(row.get("name", ""), where)
@@ -228,12 +224,11 @@ def target_of(
     place = None if unplaced else Coordinates(number_of(row["lon"]), number_of(row["lat"]))
     split = SPLIT_NAMES[row["split"].lower()] if row.get("split") else None
     respaced = reason != cells.get("reason", "")
-    category = Category(row["category"])
-    return Target(row["name"], category, row["morphology"], place, reason, split, where, respaced=respaced), []
+    return Target(row["name"], row["category"], row["morphology"], place, reason, split, where, respaced=respaced), []
 
 
 def _problems(
-    row: Mapping[str, str], seen: Mapping[str, str], drawable: bool, names: Mapping[str, str]
+    row: Mapping[str, str], seen: Mapping[str, str], mission: Mission, drawable: bool, names: Mapping[str, str]
 ) -> list[Problem]:
     problems = []
     name, category, morphology = (row.get(column, "") for column in ("name", "category", "morphology"))
@@ -241,14 +236,13 @@ def _problems(
         problems.append(Problem("name", f"{names['name']} {shown(name)} has characters other than a-z, 0-9 and _"))
     if name in seen:
         problems.append(Problem("name", f"{names['name']} {shown(name)} is already used on {seen[name]}"))
-    if category not in CATEGORIES:
-        near = get_close_matches(category.upper(), CATEGORIES, 1)
-        meant = f" (is {near[0]} meant?)" if near else ""
-        listed = ", ".join(CATEGORIES)
+    if category not in mission.names:
+        near = get_close_matches(category.upper(), [name.upper() for name in mission.names], 1)
+        meant = f" (is {mission.named(near[0])} meant?)" if near else ""
+        listed = ", ".join(mission.names)
         problems.append(Problem("label", f"{names['category']} {shown(category)} is not one of {listed}{meant}"))
-    elif drawable and morphology not in MORPHOLOGIES[Category(category)]:
-        drawn = ", ".join(MORPHOLOGIES[Category(category)])
-        text = f"morphology {shown(morphology)} cannot be drawn for {category}; supported: {drawn}"
+    elif drawable and morphology not in MORPHOLOGIES:
+        text = f"morphology {shown(morphology)} cannot be drawn; supported: {', '.join(MORPHOLOGIES)}"
         problems.append(Problem("morphology", text))
     elif not re.fullmatch(r"[a-z0-9_]+", morphology):
         text = f"morphology {shown(morphology)} has characters other than a-z, 0-9 and _"
@@ -259,8 +253,8 @@ def _problems(
     reason = row.get("reason", "")
     if not reason:
         problems.append(Problem("reason", f"the {names['reason']} is empty"))
-    if len(reason) > LONGEST_REASON:
-        text = f"the {names['reason']} has {len(reason)} characters; the limit is {LONGEST_REASON}"
+    if len(reason) > mission.longest_reason:
+        text = f"the {names['reason']} has {len(reason)} characters; the limit is {mission.longest_reason}"
         problems.append(Problem("reason", text))
     if fault := reason_fault(reason):
         problems.append(Problem("reason", f"the {names['reason']} {fault}"))

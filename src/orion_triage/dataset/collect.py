@@ -15,7 +15,6 @@ from orion_triage.errors import FrameError, OrionError
 from orion_triage.imagery.frames import CAMERA_SIZE, LARGEST_BYTES, Frame, decode_frame, is_blank, read_frame
 from orion_triage.imagery.png_jpeg import PNG
 from orion_triage.imagery.stretch import Stretch
-from orion_triage.mission.verdict import Category
 from orion_triage.progress import Progress
 from orion_triage.safe.files import write_bytes, write_text
 from orion_triage.safe.reading import read_bytes
@@ -60,8 +59,12 @@ def collect(
     largest_missing_share: float,
     progress: Progress,
     stretch: Stretch | None = None,
+    *,
+    blank_category: str,
 ) -> Collected:
     """Request every shot from the source and write its frame into `folder`; `stretch` is for the user's own files.
+
+    A blank frame is left out unless it is labelled as the mission labels blank frames (`blank_category`).
 
     Raises OrionError as soon as more than `largest_missing_share` of the shots have no usable picture.
     """
@@ -71,7 +74,7 @@ def collect(
     verb = "drawing" if source.name == "synthetic" else "fetching"
     answers = source.pictures([shot for _, shot in asked])
     for done, ((split, shot), answer) in enumerate(zip(asked, answers, strict=True), start=1):
-        frame = _usable(answer, shot, blank_pixels, stretch)
+        frame = _usable(answer, shot, blank_pixels, stretch, blank_category)
         if isinstance(frame, Frame) and isinstance(answer, Picture):
             data = stored_bytes(answer.data, frame, PNG)
             write_bytes(folder / image_name(shot), data)
@@ -103,18 +106,20 @@ def most_missing(asked: int, largest_missing_share: float) -> int:
     return max(_FEWEST_MISSING, int(largest_missing_share * asked))
 
 
-def useless_blank(pixels: bytes, category: Category, seen: set[bytes]) -> bool:
+def useless_blank(pixels: bytes, category: str, blank_category: str, seen: set[bytes]) -> bool:
     """Whether a blank frame is left out; `pixels` is a hash, and `seen` has those of earlier blank frames.
 
-    A blank frame labelled HIGH or MEDIUM is useless. Labelled LOW, it may be open water, but the same blank pixels a
-    second time are a server's tile for "no imagery".
+    A blank frame of another category than the mission's for blank frames is useless. Of that one, it may be open water,
+    but the same blank pixels a second time are a server's tile for "no imagery".
     """
     before = pixels in seen
     seen.add(pixels)
-    return before or category != Category.LOW
+    return before or category != blank_category
 
 
-def _usable(answer: Picture | Absent, shot: Shot, blank_pixels: set[bytes], stretch: Stretch | None) -> Frame | Absent:
+def _usable(
+    answer: Picture | Absent, shot: Shot, blank_pixels: set[bytes], stretch: Stretch | None, blank_category: str
+) -> Frame | Absent:
     """The frame of an answer, or the reason for its absence; `blank_pixels` has the hashes of earlier blank frames."""
     if isinstance(answer, Absent):
         return answer
@@ -127,7 +132,7 @@ def _usable(answer: Picture | Absent, shot: Shot, blank_pixels: set[bytes], stre
         return Absent("failed", str(error))
     if is_blank(frame.image):
         pixels = hashlib.sha256(frame.image.tobytes()).digest()
-        if useless_blank(pixels, shot.target.category, blank_pixels):
+        if useless_blank(pixels, shot.target.category, blank_category, blank_pixels):
             return Absent("blank", f"{shot.name} is blank.")
     return frame
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from orion_triage.dataset.records import Record, image_path, read_split
 from orion_triage.imagery.frames import CAMERA_SIZE, is_blank, read_frame
+from orion_triage.mission.mission import Mission
 from orion_triage.settings import SPLITS, Split
 
 if TYPE_CHECKING:
@@ -15,20 +16,20 @@ KEPT_FRAMES = 512  # decoded frames in the cache (least recently used go): 0.4 G
 
 
 class Dataset:
-    """The dataset in a folder. Each split is read at its first use and cached.
+    """The dataset of a mission in a folder. Each split is read at its first use and cached.
 
     Raises the errors of `read_split`, `image_path` and `read_frame`, which name the file and line.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, mission: Mission) -> None:
+        self.folder, self.mission = folder, mission
         self._records: dict[Split, list[Record]] = {}
         self._frame = lru_cache(KEPT_FRAMES)(lambda path, size: read_frame(path, size).image)
 
     def records(self, split: Split) -> list[Record]:
         """The split's records, in the file's order."""
         if split not in self._records:
-            self._records[split] = read_split(self.folder, split)
+            self._records[split] = read_split(self.folder, split, self.mission)
         return self._records[split]
 
     def every_record(self) -> list[Record]:

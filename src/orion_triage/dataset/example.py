@@ -6,6 +6,7 @@ from pathlib import Path
 from orion_triage.dataset.catalogue import Target, load_catalogue
 from orion_triage.dataset.collect import csv_text
 from orion_triage.errors import OrionError
+from orion_triage.mission.mission import DONE, default_mission, listed
 from orion_triage.safe.files import replaced_folder, write_bytes, write_text
 
 TABLE = "labels.csv"
@@ -22,13 +23,13 @@ _README = """An example of a dataset of your own: drawn pictures, and one table 
 pictures/   PNG, JPEG or TIFF of any size. The central square is scaled to 512x512 pixels.
 labels.csv  one row per picture:
   file_name  the picture's path; the folder pictures/ may be left out
-  category   HIGH (send now), MEDIUM (send later) or LOW (drop)
+  category   {categories}
   lon, lat   degrees, longitude -180..180, latitude -90..90; both empty if unknown
   reason     one sentence: what the picture shows
   Three more columns are possible: split (train, val or test), morphology (a group that is divided evenly between the
   splits) and name (an id).
 
-Replace the pictures and the rows by your own: some hundred, at least 60 of them HIGH. Then:
+Replace the pictures and the rows by your own: some hundred, at least 60 of each rare category. Then:
 
   orion dataset check FOLDER   everything that is wrong, with the line
   orion run --dataset FOLDER   train, quantize and evaluate on it
@@ -58,7 +59,8 @@ def write_example(folder: Path) -> int:
             cells = (name, place.category, where and where.lon, where and where.lat, place.reason)
             rows.append(dict(zip(COLUMNS, cells, strict=True)))
         write_text(work / TABLE, csv_text(COLUMNS, rows))
-        write_text(work / "README.txt", _README)
+        names = [f"{one.name} ({DONE[one.action]})" for one in default_mission().categories]
+        write_text(work / "README.txt", _README.replace("{categories}", listed(names, "or")))
     return len(places)
 
 

@@ -11,13 +11,14 @@ that the lines name.
 import contextlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from orion_triage.errors import OrionError, RecordError
-from orion_triage.mission.prompt import IMAGE_PLACEHOLDER, Coordinates, parse_prompt, render_prompt
-from orion_triage.mission.verdict import CATEGORIES, Verdict, parse_verdict, reason_fault
+from orion_triage.mission.mission import Mission, listed
+from orion_triage.mission.prompt import Coordinates, parse_prompt, render_prompt, with_image, without_image
+from orion_triage.mission.verdict import Verdict, answer_text, parse_verdict, reason_fault
 from orion_triage.safe.files import write_text
 from orion_triage.safe.folders import existing
 from orion_triage.safe.reading import parse_json, shown
@@ -40,6 +41,7 @@ class Record:
     image: str
     coordinates: Coordinates | None
     verdict: Verdict
+    mission: Mission = field(repr=False)
 
     @property
     def name(self) -> str:
@@ -48,7 +50,17 @@ class Record:
 
     @property
     def prompt(self) -> str:
-        return render_prompt(self.coordinates)
+        return render_prompt(self.mission, self.coordinates)
+
+    @property
+    def user_text(self) -> str:
+        """The user's whole turn: the prompt, with `<image>` in the place of the image."""
+        return with_image(self.mission, self.prompt)
+
+    @property
+    def answer(self) -> str:
+        """The right answer's bytes."""
+        return answer_text(self.mission, self.verdict)
 
     def without_coordinates(self) -> "Record":
         return replace(self, coordinates=None)
@@ -59,8 +71,8 @@ class Record:
             {
                 "image": self.image,
                 "conversations": [
-                    {"role": "user", "content": IMAGE_PLACEHOLDER + self.prompt},
-                    {"role": "assistant", "content": self.verdict.to_json()},
+                    {"role": "user", "content": self.user_text},
+                    {"role": "assistant", "content": self.answer},
                 ],
             }
         )
@@ -75,8 +87,8 @@ def is_published(dataset: Path) -> bool:
     return any(split_path(dataset, split).is_file() for split in SPLITS)
 
 
-def parse_record(line: str) -> Record:
-    """The record in one line; raises RecordError that states what is wrong and how to correct it."""
+def parse_record(line: str, mission: Mission) -> Record:
+    """The record in one line of a dataset of this mission; raises RecordError that states how to correct it."""
     try:
         value = parse_json(line)
     except ValueError as error:
@@ -88,16 +100,20 @@ def parse_record(line: str) -> Record:
         )
     image = _checked_image(value["image"])
     user, assistant = _turns(value["conversations"])
-    if not user.startswith(IMAGE_PLACEHOLDER):
-        raise RecordError(f"the user's turn starts with {user[:12]!r}.", f"It must start with {IMAGE_PLACEHOLDER!r}.")
+    prompt = without_image(mission, user)
+    if prompt is None:
+        before = mission.image == "before the text"
+        shown_part, needed = (f"starts with {user[:12]!r}", "start") if before else (f"ends with {user[-12:]!r}", "end")
+        placeholder = with_image(mission, "")
+        raise RecordError(f"the user's turn {shown_part}.", f"It must {needed} with {placeholder!r}.")
     try:
-        coordinates = parse_prompt(user.removeprefix(IMAGE_PLACEHOLDER))
+        coordinates = parse_prompt(mission, prompt)
     except OrionError as error:
         raise RecordError(error.message + ".", error.fix) from None
-    return Record(image, coordinates, _checked_verdict(assistant))
+    return Record(image, coordinates, _checked_verdict(assistant, mission), mission)
 
 
-def record_of(line: bytes) -> Record:
+def record_of(line: bytes, mission: Mission) -> Record:
     """`parse_record` of one line of a split file as read; raises RecordError also for bytes that are not UTF-8."""
     try:
         text = line.decode()
@@ -105,7 +121,7 @@ def record_of(line: bytes) -> Record:
         raise EncodingError(
             f"the line is not UTF-8: byte 0x{line[error.start]:02x}.", "Save the file as UTF-8."
         ) from None
-    return parse_record(text)
+    return parse_record(text, mission)
 
 
 def _checked_image(image: Any) -> str:
@@ -139,32 +155,35 @@ def _turns(conversations: Any) -> tuple[str, str]:
     return conversations[0]["content"], conversations[1]["content"]
 
 
-def _checked_verdict(answer: str) -> Verdict:
-    verdict = parse_verdict(answer)
+def _checked_verdict(answer: str, mission: Mission) -> Verdict:
+    verdict = parse_verdict(mission, answer)
     if verdict is None:
         category = None
         with contextlib.suppress(ValueError, AttributeError, RecursionError):
             category = json.loads(answer).get("category")
-        if category is not None and category not in CATEGORIES:
-            raise RecordError(f"category {shown(category)} is not one of {', '.join(CATEGORIES)}.", "Correct it.")
-        raise RecordError(f"the answer is not a verdict: {answer[:80]!r}.", 'Write {"reason": ..., "category": ...}.')
-    if verdict.to_json() != answer:
+        if category is not None and category not in mission.names:
+            names = listed(mission.names, "or")
+            raise RecordError(f"category {shown(category)} is not {names}.", "Correct it, or name the mission's file.")
+        wanted = ", ".join(f'"{key}": ...' for key in mission.keys)
+        raise RecordError(f"the answer is not a verdict: {answer[:80]!r}.", f"Write {{{wanted}}}.")
+    exact = answer_text(mission, verdict)
+    if exact != answer:
         raise RecordError(
             f"the answer is not in the exact form of a verdict: {answer[:80]!r}.",
-            f"Write {verdict.to_json()[:80]}... (reason first, one space after each colon and comma).",
+            f"Write {exact[:80]}... ({mission.keys[0]} first, one space after each colon and comma).",
         )
     if fault := reason_fault(verdict.reason):
         raise RecordError(f"the reason {shown(verdict.reason)} {fault}.", "Remove it from the reason.")
     return verdict
 
 
-def read_records(path: Path) -> list[Record]:
+def read_records(path: Path, mission: Mission) -> list[Record]:
     """All records of one split file; raises RecordError that names the first bad line as `file:line`."""
     records = []
     try:
         for number, line in numbered_lines(path):
             try:
-                records.append(record_of(line))
+                records.append(record_of(line, mission))
             except RecordError as error:
                 raise RecordError(f"{path}:{number}: {error.message}", error.fix) from None
     except FileNotFoundError:
@@ -180,8 +199,8 @@ def read_records(path: Path) -> list[Record]:
     return records
 
 
-def read_split(dataset: Path, split: Split) -> list[Record]:
-    return read_records(split_path(dataset, split))
+def read_split(dataset: Path, split: Split, mission: Mission) -> list[Record]:
+    return read_records(split_path(dataset, split), mission)
 
 
 def write_split(dataset: Path, split: Split, records: Iterable[Record]) -> None:

@@ -20,7 +20,8 @@ from orion_triage.dataset.catalogue import COLUMNS
 from orion_triage.dataset.collect import csv_text
 from orion_triage.dataset.records import FRAMES_TABLE, Record, image_path, read_split, split_path
 from orion_triage.errors import OrionError
-from orion_triage.mission.verdict import CATEGORIES
+from orion_triage.mission.contract import mission_of
+from orion_triage.mission.mission import DONE
 from orion_triage.safe.files import sha256_of_file, sha256_of_text
 from orion_triage.safe.tables import read_csv
 from orion_triage.settings import SPLITS, Split
@@ -69,7 +70,7 @@ def read_frames(folder: Path) -> list[Frame]:
         table = {row.get("image", ""): row for _, row in read_csv(folder / FRAMES_TABLE)}
     frames: dict[str, Frame] = {}
     for split in SPLITS:
-        for record in read_split(folder, split):
+        for record in read_split(folder, split, mission_of(folder)):
             known = table.get(record.image, {})
             frame = frames.setdefault(record.image, {"record": record, "split": split, **_origin(known)})
             if record.coordinates:
@@ -110,7 +111,9 @@ def picture_files(folder: Path, frames: Sequence[Frame]) -> Files:
     for split, hub_split in _HUB_SPLITS.items():
         rows = [json.dumps(_metadata(frame)) + "\n" for frame in frames if frame["split"] == split]
         files[f"{hub_split}/metadata.jsonl"] = "".join(rows).encode()
-        records = [replace(record, image=moved[record.image]) for record in read_split(folder, split)]
+        records = [
+            replace(record, image=moved[record.image]) for record in read_split(folder, split, mission_of(folder))
+        ]
         files[split_path(Path(), split).name] = "".join(record.to_line() + "\n" for record in records).encode()
     if (folder / FRAMES_TABLE).is_file():
         known = [row for _, row in read_csv(folder / FRAMES_TABLE)]
@@ -182,14 +185,17 @@ def _card(frames: Sequence[Frame], about: Mapping[str, Any]) -> str:
         configs=configs,
     )
     counts = Counter((frame["split"], frame["record"].verdict.category) for frame in frames)
+    mission = frames[0]["record"].mission
     return templates.fill(
         "dataset",
         "dataset_card.md.j2",
         header=header.to_yaml(),
         about=about,
         splits=_HUB_SPLITS,
-        categories=[category.value for category in CATEGORIES],
-        counts={split: [counts[split, category] for category in CATEGORIES] for split in SPLITS},
+        categories=mission.names,
+        labels=mission.categories,
+        done=DONE,
+        counts={split: [counts[split, category] for category in mission.names] for split in SPLITS},
         sources=Counter(
             (frame["source"] or "unknown", frame["licence"] or "unknown", frame["attribution"]) for frame in frames
         ),

@@ -22,8 +22,9 @@ from orion_triage.dataset.land import outline
 from orion_triage.dataset.records import Record, image_path, split_path
 from orion_triage.errors import OrionError, RecordError, printable
 from orion_triage.imagery.frames import CAMERA_SIZE, read_frame, shrink
+from orion_triage.mission.contract import mission_of
+from orion_triage.mission.mission import colours, what_happens
 from orion_triage.mission.prompt import Coordinates
-from orion_triage.mission.verdict import CATEGORIES, Category
 from orion_triage.progress import Progress, silent
 from orion_triage.safe.tables import read_csv
 from orion_triage.settings import SPLITS, Split
@@ -89,6 +90,7 @@ def render_view(
     missing, damaged or outside `root` (default: the folder), are reported on the page. Raises RecordError if the
     folder has no split.
     """
+    mission = mission_of(folder)
     contents = read_contents(folder)
     found = linked(folder, contents.cards, findings)
     shown, extra = sampled(contents.cards)
@@ -103,8 +105,10 @@ def render_view(
         name="/".join(folder.resolve().parts[-2:]),  # usually RUN/dataset
         contents=contents,
         splits=SPLITS,
-        categories=[category.value for category in CATEGORIES],
-        counts=Counter((card.split, card.record.verdict.category.value) for card in contents.cards),
+        categories=mission.names,
+        colours=colours(mission),
+        what_happens=what_happens(mission),
+        counts=Counter((card.split, card.record.verdict.category) for card in contents.cards),
         morphologies=_morphology_table(contents.cards),
         shown=shown,
         extra=extra,
@@ -125,9 +129,9 @@ def read_contents(folder: Path) -> Contents:
     if not any(split_path(folder, split).is_file() for split in SPLITS):
         names = ", ".join(split_path(Path(), split).name for split in SPLITS)
         raise RecordError(f"{folder} has no {names}.", "Pass a dataset folder, or build one with 'orion dataset'.")
-    entries, faults = read_entries(folder)
+    entries, faults = read_entries(folder, mission_of(folder))
     morphologies = _morphologies(folder)
-    cards: dict[tuple[Split, str, Category], Card] = {}
+    cards: dict[tuple[Split, str, str], Card] = {}
     for entry in entries:
         record = entry.record
         card = cards.setdefault((entry.split, record.image, record.verdict.category), Card(entry.split, record))
@@ -151,7 +155,7 @@ def read_contents(folder: Path) -> Contents:
 
 
 def _group(card: Card) -> tuple[int, int]:
-    return SPLITS.index(card.split), CATEGORIES.index(card.record.verdict.category)
+    return SPLITS.index(card.split), card.record.mission.names.index(card.record.verdict.category)
 
 
 def _names(record: Record) -> Iterator[str]:
@@ -251,17 +255,20 @@ def _with_pictures(folder: Path, cards: Sequence[Card], root: Path | None, pixel
 def _groups(cards: Sequence[Card]) -> list[tuple[str, str, list[Card]]]:
     """(split, category, cards) of the contact sheet."""
     grouped = groupby(cards, key=_group)
-    return [(SPLITS[split], CATEGORIES[category].value, list(members)) for (split, category), members in grouped]
+    return [(SPLITS[key[0]], one.record.verdict.category, [one, *rest]) for key, (one, *rest) in grouped]
 
 
 def _morphology_table(cards: Iterable[Card]) -> list[tuple[str, str, dict[str, int]]]:
     """(category, morphology, frames by split); empty if no morphology is known."""
     counts: dict[tuple[int, str], Counter[str]] = defaultdict(Counter)
+    names: dict[int, str] = {}
     for card in cards:
-        counts[_group(card)[1], card.morphology][card.split] += 1
+        place = _group(card)[1]
+        names[place] = card.record.verdict.category
+        counts[place, card.morphology][card.split] += 1
     if not any(morphology for _, morphology in counts):
         return []
-    return [(CATEGORIES[place].value, name, by_split) for (place, name), by_split in sorted(counts.items())]
+    return [(names[place], name, by_split) for (place, name), by_split in sorted(counts.items())]
 
 
 def world(cards: Sequence[Card]) -> dict[str, Any]:

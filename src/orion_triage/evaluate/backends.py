@@ -5,15 +5,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from orion_triage.errors import AnswerError
 from orion_triage.mission.answer import Answer
+from orion_triage.mission.mission import Mission
 from orion_triage.mission.verdict import (
-    ANSWER_TOKENS,
-    CATEGORIES,
     CATEGORY_CUE,
-    CATEGORY_GRAMMAR,
-    GRAMMAR,
-    VERDICT_START,
     Verdict,
-    category_tokens,
+    answer_start,
+    answer_text,
+    answer_tokens,
+    category_grammar,
+    grammar,
+    label_scores,
+    label_tree,
 )
 
 if TYPE_CHECKING:
@@ -22,32 +24,35 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from orion_triage.llama_cpp.client import Client
+    from orion_triage.mission.verdict import LabelNode
     from orion_triage.models.encode import EncodedImage
     from orion_triage.settings import EvaluateSettings
 
 
 class Backend(Protocol):
-    """Answers a batch of (image, prompt) pairs; the answers do not depend on the batch."""
+    """Answers a batch of (image, user's text) pairs; the answers do not depend on the batch."""
 
     batch_size: int
 
-    def answer(self, images: "Sequence[Image.Image]", prompts: Sequence[str]) -> list[Answer]: ...
+    def answer(self, images: "Sequence[Image.Image]", user_texts: Sequence[str]) -> list[Answer]: ...
 
 
 class TransformersBackend:
     """The base, the base with an adapter, or the fused model in transformers, with greedy decoding."""
 
-    def __init__(self, model: Any, processor: Any, *, max_new_tokens: int, batch_size: int) -> None:
+    def __init__(self, model: Any, processor: Any, mission: Mission, *, max_new_tokens: int, batch_size: int) -> None:
         self.batch_size = batch_size
         self._model, self._processor, self._max_new_tokens = model, processor, max_new_tokens
+        self._mission = mission
         tokenizer = processor.tokenizer
-        self._labels = category_tokens(lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
+        self._labels = label_tree(mission, lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
         self._seen: dict[int, tuple[Image.Image, EncodedImage]] = {}  # the last batch's images, by identity
 
     @classmethod
     def load(
         cls,
         folder: "Path",
+        mission: Mission,
         settings: "EvaluateSettings",
         frame_size: int,
         *,
@@ -67,11 +72,12 @@ class TransformersBackend:
         return cls(
             change(model) if change else model,
             load_processor(folder, frame_size),
+            mission,
             max_new_tokens=settings.max_new_tokens,
             batch_size=settings.batch_size,
         )
 
-    def answer(self, images: "Sequence[Image.Image]", prompts: Sequence[str]) -> list[Answer]:
+    def answer(self, images: "Sequence[Image.Image]", user_texts: Sequence[str]) -> list[Answer]:
         from orion_triage.models.encode import encode_image, encode_row
         from orion_triage.models.generate import generate_and_score, look
 
@@ -82,13 +88,14 @@ class TransformersBackend:
             for key, image in distinct.items()
         }
         rows = [
-            encode_row(self._processor, self._seen[id(image)][1], prompt)
-            for image, prompt in zip(images, prompts, strict=True)
+            encode_row(self._processor, self._seen[id(image)][1], user_text)
+            for image, user_text in zip(images, user_texts, strict=True)
         ]
+        after_cue = [(node.text, node.tokens) for node in self._labels]
         answers = generate_and_score(
-            self._model, self._processor, rows, self._max_new_tokens, cue=CATEGORY_CUE, tokens=self._labels
+            self._model, self._processor, rows, self._max_new_tokens, cue=CATEGORY_CUE, after_cue=after_cue
         )
-        return [Answer.scored(text, log_probabilities) for text, log_probabilities in answers]
+        return [Answer.scored(text, scores_of(self._mission, self._labels, found)) for text, found in answers]
 
 
 class LlamaCppBackend:
@@ -105,6 +112,7 @@ class LlamaCppBackend:
     def __init__(
         self,
         client: "Client",
+        mission: Mission,
         *,
         max_new_tokens: int,
         constrained: bool = False,
@@ -113,67 +121,93 @@ class LlamaCppBackend:
     ) -> None:
         self._primed = primed
         self._packed: tuple[Image.Image, bytes] | None = None  # the last image and its PNG
-        self._client, self._constrained, self._options = client, constrained, dict(options or {})
-        self._max_new_tokens = ANSWER_TOKENS if constrained else max_new_tokens
-        self._labels = category_tokens(client.tokenize)
+        self._client, self._options = client, dict(options or {})
+        self._max_new_tokens = answer_tokens(mission) if constrained else max_new_tokens
+        self._mission, self._labels = mission, label_tree(mission, client.tokenize)
+        self._grammars = (grammar(mission), category_grammar(mission)) if constrained else ("", "")
 
-    def answer(self, images: "Sequence[Image.Image]", prompts: Sequence[str]) -> list[Answer]:
-        return [self._answer(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+    def answer(self, images: "Sequence[Image.Image]", user_texts: Sequence[str]) -> list[Answer]:
+        return [self._answer(image, text) for image, text in zip(images, user_texts, strict=True)]
 
-    def _answer(self, image: "Image.Image", prompt: str) -> Answer:
+    def _answer(self, image: "Image.Image", user_text: str) -> Answer:
         from orion_triage.imagery.frames import Frame
 
         if self._packed is None or self._packed[0] is not image:
             self._packed = (image, Frame(image, image.size).png())
         try:
-            text, log_probabilities = self._client.complete_and_score(
-                prompt,
+            text, found = self._client.complete_and_score(
+                user_text,
                 self._packed[1],
                 self._max_new_tokens,
                 cue=CATEGORY_CUE,
-                tokens=self._labels,
-                grammars=(GRAMMAR, CATEGORY_GRAMMAR) if self._constrained else ("", ""),
+                after_cue=[(node.text, node.tokens) for node in self._labels],
+                grammars=self._grammars,
                 options=self._options,
                 primed=self._primed,
             )
         except AnswerError as error:  # an outcome of the model, counted as unparsable
             return Answer(f"[{error.message}]")
-        return Answer.scored(text, log_probabilities)
+        return Answer.scored(text, scores_of(self._mission, self._labels, found))
 
 
 class VerdictOnlyBackend:
     """The category without a reason, from a GGUF pair behind llama.cpp's HTTP server: one token instead of an answer.
 
-    The request contains the beginning of the answer, up to the category, with an empty reason. With the grammar, the
-    first letter of the category decides, so one token is enough.
+    The request contains the beginning of the answer, up to the category, with an empty reason. The token in which the
+    names differ decides; one request more for each further place where they do.
     """
 
     batch_size = 1
 
-    def __init__(self, client: "Client") -> None:
-        self._client = client
-        self._labels = category_tokens(client.tokenize)
+    def __init__(self, client: "Client", mission: Mission) -> None:
+        self._client, self._mission = client, mission
+        self._labels = label_tree(mission, client.tokenize)
 
-    def answer(self, images: "Sequence[Image.Image]", prompts: Sequence[str]) -> list[Answer]:
-        return [self._answer(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+    def answer(self, images: "Sequence[Image.Image]", user_texts: Sequence[str]) -> list[Answer]:
+        return [self._answer(image, text) for image, text in zip(images, user_texts, strict=True)]
 
-    def _answer(self, image: "Image.Image", prompt: str) -> Answer:
+    def _answer(self, image: "Image.Image", user_text: str) -> Answer:
         from orion_triage.imagery.frames import Frame
         from orion_triage.llama_cpp.client import first_log_probabilities
 
-        png = Frame(image, image.size).png()
-        self._client.prime(png)
-        reply = ask_for_category(self._client, prompt, png, cache_prompt=True)
-        said = [category for category in CATEGORIES if reply["content"] and category.startswith(reply["content"][0])]
-        if not said:  # a server that ignores the grammar
-            return Answer(VERDICT_START + reply["content"])
-        found = first_log_probabilities(reply, self._labels)
-        return Answer.scored(Verdict("", said[0]).to_json(), found)
+        png, names = Frame(image, image.size).png(), self._mission.names
+        self._client.prime(user_text, png)
+        replies = [
+            ask_for_category(self._client, self._mission, user_text, png, node.text, cache_prompt=True)
+            for node in self._labels
+        ]
+        content = replies[0]["content"]
+        if not content or not any(name.startswith(content[0]) for name in names):  # a server that ignores the grammar
+            return Answer(answer_start(self._mission) + content)
+        found = [first_log_probabilities(reply, node.tokens) for reply, node in zip(replies, self._labels, strict=True)]
+        scores = scores_of(self._mission, self._labels, [one for one in found if one] if all(found) else None)
+        begun = [name for name in names if name.startswith(content[:1])]
+        said = begun[0] if len(begun) == 1 or scores is None else max(names, key=lambda name: scores[names.index(name)])
+        return Answer.scored(answer_text(self._mission, Verdict("", said)), scores)
 
 
-def ask_for_category(client: "Client", prompt: str, image_png: bytes, *, cache_prompt: bool = False) -> dict[str, Any]:
-    """The server's reply with the token that decides the category, after a given beginning of the answer."""
-    from orion_triage.llama_cpp.client import CANDIDATES
+def scores_of(
+    mission: Mission, labels: "Sequence[LabelNode]", found: Sequence[Sequence[float]] | None
+) -> list[float] | None:
+    """`label_scores` of an answer; None without log-probabilities."""
+    return None if found is None else label_scores(mission, labels, found)
 
-    more = {"n_probs": CANDIDATES, "grammar": CATEGORY_GRAMMAR, "cache_prompt": cache_prompt}
-    return client.completion(prompt, image_png, 1, start=VERDICT_START, **more)
+
+def ask_for_category(
+    client: "Client",
+    mission: Mission,
+    user_text: str,
+    image_png: bytes,
+    begun: str = "",
+    *,
+    cache_prompt: bool = False,
+) -> dict[str, Any]:
+    """The server's reply with the token that decides the category, after a given beginning of the answer.
+
+    `begun` is the beginning of the category that several names have.
+    """
+    from orion_triage.llama_cpp.client import CANDIDATES, PRINTABLE
+
+    rule = PRINTABLE if begun else category_grammar(mission)
+    more = {"n_probs": CANDIDATES, "grammar": rule, "cache_prompt": cache_prompt}
+    return client.completion(user_text, image_png, 1, start=answer_start(mission) + begun, **more)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from orion_triage.dataset.dataset import Dataset
 from orion_triage.dataset.records import Record
 from orion_triage.imagery.frames import CAMERA_SIZE
-from orion_triage.mission.verdict import CATEGORIES
+from orion_triage.mission.mission import Mission
 from orion_triage.settings import Split
 
 NEIGHBOURS = (1, 3, 5, 9, 25)
@@ -23,16 +23,17 @@ Vectors = NDArray[np.float64]  # one row per record, each of unit length
 def baselines(dataset: Dataset, split: Split, vision: Mapping[str, Vectors] | None = None) -> dict[str, dict[str, Any]]:
     """Name -> accuracy, right, count, predictions (record name -> category), and the hyperparameter chosen on val.
 
-    Baselines: "always HIGH" and so on; "majority class", "colour k-NN" and "coordinates k-NN" of the training targets;
-    and LOGISTIC_REGRESSION with `vision` (image path -> vector). k and the penalty are chosen on val, the smallest of
+    Baselines: "always CATEGORY"; "majority class", "colour k-NN" and "coordinates k-NN" of the training targets; and
+    LOGISTIC_REGRESSION with `vision` (image path -> vector). k and the penalty are chosen on val, the smallest of
     equals, so the results on val are optimistic. Every target counts once. The coordinates k-NN uses only records with
     coordinates.
     """
+    mission = dataset.mission
     train, val, asked = (_distinct(dataset.records(name)) for name in ("train", "val", split))
     counts = Counter(record.verdict.category for record in train)
-    majority = max(CATEGORIES, key=lambda category: counts[category])
+    majority = max(mission.names, key=lambda category: counts[category])
     result = {"majority class": _score(asked, [majority] * len(asked))}
-    result |= {f"always {category}": _score(asked, [category] * len(asked)) for category in CATEGORIES}
+    result |= {f"always {category}": _score(asked, [category] * len(asked)) for category in mission.names}
     for name, features in (("colour k-NN", _colours), ("coordinates k-NN", _places)):
         known, tried, scored = features(dataset, train), features(dataset, val), features(dataset, asked)
         if not known.vectors.size or not tried.vectors.size or not scored.vectors.size:
@@ -40,17 +41,19 @@ def baselines(dataset: Dataset, split: Split, vision: Mapping[str, Vectors] | No
         on_val = {k: _right(tried, nearest(known.vectors, known.labels, tried.vectors, k)) for k in NEIGHBOURS}
         best = max(NEIGHBOURS, key=lambda k: (on_val[k], -k))
         votes = nearest(known.vectors, known.labels, scored.vectors, best)
-        result[name] = _score(scored.records, [CATEGORIES[vote] for vote in votes]) | {
+        result[name] = _score(scored.records, [mission.names[vote] for vote in votes]) | {
             "k": best,
             "val_accuracy": on_val[best],
         }
     if vision is not None:
-        known, tried, scored = (_Features(r, [vision[record.image] for record in r]) for r in (train, val, asked))
+        known, tried, scored = (
+            _Features(r, [vision[record.image] for record in r], mission) for r in (train, val, asked)
+        )
         fits = {penalty: logistic_regression(known.vectors, known.labels, penalty) for penalty in PENALTIES}
         right_on_val = {penalty: _right(tried, fit.predict(tried.vectors)) for penalty, fit in fits.items()}
         best_penalty = max(PENALTIES, key=lambda penalty: (right_on_val[penalty], penalty))
         votes = fits[best_penalty].predict(scored.vectors)
-        result[LOGISTIC_REGRESSION] = _score(asked, [CATEGORIES[vote] for vote in votes]) | {
+        result[LOGISTIC_REGRESSION] = _score(asked, [mission.names[vote] for vote in votes]) | {
             "penalty": best_penalty,
             "val_accuracy": right_on_val[best_penalty],
         }
@@ -99,22 +102,23 @@ def nearest(known: Vectors, labels: NDArray[np.int64], asked: Vectors, k: int) -
 
 
 class _Features:
-    """Records that have the feature, their vectors, and their classes as indices into CATEGORIES."""
+    """Records that have the feature, their vectors, and their classes as indices of the mission."""
 
-    def __init__(self, records: Sequence[Record], vectors: Sequence[Vectors]) -> None:
+    def __init__(self, records: Sequence[Record], vectors: Sequence[Vectors], mission: Mission) -> None:
         self.records = records
         self.vectors: Vectors = np.array(vectors, dtype=np.float64)
-        self.labels = np.array([CATEGORIES.index(record.verdict.category) for record in records], dtype=np.int64)
+        self.labels = np.array([mission.names.index(record.verdict.category) for record in records], dtype=np.int64)
 
 
 def _colours(dataset: Dataset, records: Sequence[Record]) -> _Features:
     images = (dataset.frame(record, CAMERA_SIZE) for record in records)
-    return _Features(records, [colour_histogram(np.asarray(image)) for image in images])
+    return _Features(records, [colour_histogram(np.asarray(image)) for image in images], dataset.mission)
 
 
 def _places(dataset: Dataset, records: Sequence[Record]) -> _Features:
     placed = [record for record in records if record.coordinates is not None]
-    return _Features(placed, [unit_vector(r.coordinates.lon, r.coordinates.lat) for r in placed if r.coordinates])
+    vectors = [unit_vector(r.coordinates.lon, r.coordinates.lat) for r in placed if r.coordinates]
+    return _Features(placed, vectors, dataset.mission)
 
 
 def _distinct(records: Sequence[Record]) -> list[Record]:

@@ -1,7 +1,7 @@
 """The questions of the four conditions of the protocol; pure functions, independent of the backend.
 
 A full: image and coordinates. B vision only: the image. C blind: noise and coordinates. D conflict: the image
-and the coordinates of a place of the opposite category.
+and the coordinates of a place of another category.
 """
 
 import random
@@ -12,8 +12,8 @@ from typing import Literal
 
 from orion_triage.dataset.records import Record
 from orion_triage.errors import OrionError
-from orion_triage.mission.prompt import Coordinates, render_prompt
-from orion_triage.mission.verdict import CATEGORIES, Category
+from orion_triage.mission.mission import listed
+from orion_triage.mission.prompt import Coordinates, render_prompt, user_text
 
 Condition = Literal["A", "B", "C", "D"]
 CONDITIONS: dict[Condition, str] = {
@@ -22,8 +22,6 @@ CONDITIONS: dict[Condition, str] = {
     "C": "blind on noise",
     "D": "sensor conflict",
 }
-# The category whose coordinates a frame gets under D.
-OPPOSITE = {Category.HIGH: Category.LOW, Category.LOW: Category.HIGH, Category.MEDIUM: Category.HIGH}
 NOISE = "noise"  # the image key of condition C
 
 
@@ -32,7 +30,7 @@ class Donor:
     """The place whose coordinates a record gets under D."""
 
     name: str
-    category: Category
+    category: str
     coordinates: Coordinates
 
 
@@ -52,7 +50,12 @@ class Question:
 
     @property
     def prompt(self) -> str:
-        return render_prompt(self.coordinates)
+        return render_prompt(self.record.mission, self.coordinates)
+
+    @property
+    def user_text(self) -> str:
+        """The user's whole turn, as the backends get it."""
+        return user_text(self.record.mission, self.coordinates)
 
 
 def conflict_pairs(records: Sequence[Record], seed: int = 42) -> dict[str, Donor]:
@@ -63,8 +66,9 @@ def conflict_pairs(records: Sequence[Record], seed: int = 42) -> dict[str, Donor
     """
     ordered = _usable(records)
     pairs = {}
-    for category in CATEGORIES:
-        takers = [record for record in ordered if OPPOSITE[record.verdict.category] == category]
+    mission = ordered[0].mission
+    for category in mission.names:
+        takers = [record for record in ordered if mission.of(record.verdict.category).conflict == category]
         donors = [
             Donor(record.name, category, record.coordinates)
             for record in ordered
@@ -74,7 +78,7 @@ def conflict_pairs(records: Sequence[Record], seed: int = 42) -> dict[str, Donor
             raise OrionError(
                 f"condition D needs coordinates of a {category} record for {takers[0].name}, but the split has no "
                 f"{category} record.",
-                "Evaluate a split with all three categories.",
+                f"Evaluate a split with the categories {listed(mission.names)}.",
             )
         # A string seed is hashed by its bytes, so the shuffle is the same in every process.
         random.Random(f"{seed}/{category}").shuffle(donors)

@@ -19,45 +19,42 @@ from orion_triage.evaluate.statistics import (
     geographic_block,
     macro_f1,
 )
+from orion_triage.mission.mission import Mission
 from orion_triage.mission.prompt import Coordinates
-from orion_triage.mission.verdict import CATEGORIES, Category
-from orion_triage.settings import MissionSettings
 
 BUDGETS = (0.05, 0.10, 0.25)  # shares of the frames that are sent
 _SEED = 42
 
 
-def judge(
-    predictions: Sequence[Prediction], places: Mapping[str, Coordinates], mission: MissionSettings
-) -> dict[str, Any]:
+def judge(predictions: Sequence[Prediction], places: Mapping[str, Coordinates], mission: Mission) -> dict[str, Any]:
     """The metrics of one model under one condition; `places` has the true coordinates of each frame, by name.
 
     Intervals of macro-F1 and balanced accuracy are bootstrapped over blocks of 10 degrees, because frames of one region
     are not independent. If places have several frames, the intervals of the rates are bootstrapped over places, because
-    Wilson's interval assumes independent frames. An answer without scores counts as one third for each category.
+    Wilson's interval assumes independent frames. An answer without scores counts as equally likely categories.
     """
-    truth = truth_of(predictions)
-    guess = guess_of([p.predicted for p in predictions])
+    truth = truth_of(predictions, mission)
+    guess = guess_of([p.predicted for p in predictions], mission)
     where = [places[p.name] for p in predictions]
     blocks = [geographic_block(place.lon, place.lat) for place in where]
-    costs = np.array(mission.costs)
-    constant, constant_cost = value.best_constant(truth, costs)
-    kappa, left_out = value.quadratic_kappa(truth, guess)
+    constant, constant_cost = value.best_constant(truth, mission)
+    kappa, left_out = value.quadratic_kappa(truth, guess, mission)
+    categories = len(mission.names)
 
     def bootstrapped(statistic: Any) -> dict[str, float | None]:
-        low, high = confusion_bootstrap(statistic, truth, guess, blocks, seed=_SEED)
-        measured = float(statistic(confusion(truth, guess)))
+        low, high = confusion_bootstrap(statistic, truth, guess, categories, blocks, seed=_SEED)
+        measured = float(statistic(confusion(truth, guess, categories)))
         return {name: _number(x) for name, x in (("value", measured), ("low", low), ("high", high))}
 
-    headline = value.headline(truth, guess)
+    headline = value.headline(truth, guess, mission)
     several: dict[str, Any] = {}
     if len(set(where)) < len(where):
         names = [f"{place.lon} {place.lat}" for place in where]
         several["accuracy_low"], several["accuracy_high"] = _by_place(guess == truth, names)
-        valuable = truth != value.LOW
+        wanted, done = value.acted(truth, mission), value.acted(guess, mission)
         for key, rows, hits in (
-            ("high_recall", truth == value.HIGH, guess == value.HIGH),
-            ("irrecoverable_loss", valuable, guess == value.LOW),
+            ("high_recall", wanted == value.SEND, done == value.SEND),
+            ("irrecoverable_loss", wanted != value.DROP, done == value.DROP),
         ):
             low, high = _by_place(hits[rows], [name for name, row in zip(names, rows, strict=True) if row])
             headline[key] |= {"low": low, "high": high}
@@ -68,15 +65,15 @@ def judge(
         "macro_f1": bootstrapped(macro_f1),
         "balanced_accuracy_interval": bootstrapped(balanced_accuracy),
         **headline,
-        "downlink": value.downlink(truth, guess, mission.values),
+        "downlink": value.downlink(truth, guess, mission),
         "cost": {
-            "expected": value.expected_cost(truth, guess, costs),
-            "best_constant": CATEGORIES[constant].value,
+            "expected": value.expected_cost(truth, guess, mission),
+            "best_constant": mission.names[constant],
             "best_constant_cost": constant_cost,
         },
         "quadratic_kappa": kappa,
         "quadratic_kappa_left_out": left_out,
-        "at_prior": value.at_prior(truth, guess, dict(zip(CATEGORIES, mission.prior, strict=True))),
+        "at_prior": value.at_prior(truth, guess, mission),
         "scored": sum(p.scores is not None for p in predictions),
         **(_of_scores(predictions, truth, guess, mission) if any(p.scores for p in predictions) else {}),
     }
@@ -88,33 +85,31 @@ def _by_place(hits: NDArray[np.bool_], places: Sequence[str]) -> tuple[float | N
     return _number(low), _number(high)
 
 
-def truth_of(predictions: Sequence[Prediction]) -> Integers:
-    """The true categories [frames], as indices into CATEGORIES."""
-    return np.array([CATEGORIES.index(p.truth) for p in predictions], dtype=np.int64)
+def truth_of(predictions: Sequence[Prediction], mission: Mission) -> Integers:
+    """The true categories [frames], as indices into the mission's."""
+    return np.array([mission.names.index(p.truth) for p in predictions], dtype=np.int64)
 
 
-def guess_of(categories: Sequence[Category | None]) -> Integers:
-    """The answered categories [frames], as indices into CATEGORIES; NO_VERDICT for None."""
-    return np.array([NO_VERDICT if c is None else CATEGORIES.index(c) for c in categories], dtype=np.int64)
+def guess_of(categories: Sequence[str | None], mission: Mission) -> Integers:
+    """The answered categories [frames], as indices into the mission's; NO_VERDICT for None."""
+    return np.array([NO_VERDICT if c is None else mission.names.index(c) for c in categories], dtype=np.int64)
 
 
-def scores_of(predictions: Sequence[Prediction]) -> value.Floats:
-    """The scores [frames, 3]; one third each for an answer without scores."""
-    even = (1 / len(CATEGORIES),) * len(CATEGORIES)
+def scores_of(predictions: Sequence[Prediction], mission: Mission) -> value.Floats:
+    """The scores [frames, K]; an equal share for each category where an answer has none."""
+    even = (1 / len(mission.names),) * len(mission.names)
     return np.array([p.scores or even for p in predictions], dtype=np.float64)
 
 
-def _of_scores(
-    predictions: Sequence[Prediction], truth: Integers, guess: Integers, mission: MissionSettings
-) -> dict[str, Any]:
-    scores = scores_of(predictions)
+def _of_scores(predictions: Sequence[Prediction], truth: Integers, guess: Integers, mission: Mission) -> dict[str, Any]:
+    scores = scores_of(predictions, mission)
     kept = value.risk_coverage(truth, guess, scores.max(axis=1))
     return {
         "brier": value.brier(truth, scores),
         "negative_log_likelihood": value.negative_log_likelihood(truth, scores),
         "reliability": value.reliability(truth, scores),
         "expected_calibration_error": value.expected_calibration_error(truth, scores),
-        "value_curve": value_figures(truth, expected_value(scores, guess, mission.values), mission),
+        "value_curve": value_figures(truth, expected_value(scores, guess, mission), mission),
         "risk_coverage": {
             "coverage": kept.coverage.tolist(),
             "error_rate": kept.error_rate.tolist(),
@@ -123,12 +118,12 @@ def _of_scores(
     }
 
 
-def expected_value(scores: value.Floats, guess: Integers, values: Sequence[float]) -> value.Floats:
-    """The value by which frames are ranked for sending [frames]; -1 for one decided LOW, which is deleted on board."""
-    return np.where(guess == value.LOW, -1.0, scores @ np.array(values))
+def expected_value(scores: value.Floats, guess: Integers, mission: Mission) -> value.Floats:
+    """The value by which frames are ranked for sending [frames]; -1 for one that is dropped: it is deleted on board."""
+    return np.where(value.acted(guess, mission) == value.DROP, -1.0, scores @ np.array(mission.values))
 
 
-def value_figures(truth: Integers, ranking: value.Floats, mission: MissionSettings) -> dict[str, Any]:
+def value_figures(truth: Integers, ranking: value.Floats, mission: Mission) -> dict[str, Any]:
     """The curve of value against budget, its normalized area, and the value at each of BUDGETS."""
     curve = value.value_curve(truth, ranking, mission.values)
     return {

@@ -6,7 +6,7 @@ from typing import Any
 
 from orion_triage.errors import OrionError
 from orion_triage.evaluate.statistics import frames_to_resolve, mcnemar, wilson
-from orion_triage.mission.verdict import CATEGORIES, Category
+from orion_triage.mission.mission import Mission
 
 UNPARSABLE = "unparsable"
 
@@ -17,9 +17,9 @@ class Prediction:
 
     condition: str
     name: str
-    truth: Category
-    predicted: Category | None
-    donor_category: Category | None = None
+    truth: str
+    predicted: str | None
+    donor_category: str | None = None
     scores: tuple[float, ...] | None = None
     blank: bool = False
 
@@ -64,32 +64,30 @@ def under(predictions: Sequence[Prediction], condition: str) -> list[Prediction]
     return sorted((p for p in predictions if p.condition == condition), key=lambda p: p.name)
 
 
-def summarize(predictions: Sequence[Prediction]) -> dict[str, Any]:
+def summarize(predictions: Sequence[Prediction], mission: Mission) -> dict[str, Any]:
     """Condition -> accuracy, Wilson interval, per-class metrics, confusion matrix; for D also the trusted source.
 
     An unparsable answer is a separate column of the confusion matrix and counts as wrong in every rate.
     """
     summary: dict[str, Any] = {}
     for condition in sorted({prediction.condition for prediction in predictions}):
-        summary[condition] = _rates([p for p in predictions if p.condition == condition])
+        summary[condition] = _rates([p for p in predictions if p.condition == condition], mission)
     if "D" in summary:
         summary["D"] |= _trust(predictions)
     return summary
 
 
-def _rates(predictions: Sequence[Prediction]) -> dict[str, Any]:
+def _rates(predictions: Sequence[Prediction], mission: Mission) -> dict[str, Any]:
     total = len(predictions)
     right = sum(p.predicted == p.truth for p in predictions)
     confusion = {
-        truth.value: {
-            **{
-                guess.value: sum(p.truth == truth and p.predicted == guess for p in predictions) for guess in CATEGORIES
-            },
+        truth: {
+            **{guess: sum(p.truth == truth and p.predicted == guess for p in predictions) for guess in mission.names},
             UNPARSABLE: sum(p.truth == truth and p.predicted is None for p in predictions),
         }
-        for truth in CATEGORIES
+        for truth in mission.names
     }
-    classes = {category.value: _class_rates(confusion, category.value) for category in CATEGORIES}
+    classes = {category: _class_rates(confusion, category) for category in mission.names}
     recalls = [rates["recall"] for rates in classes.values() if rates["recall"] is not None]
     low, high = wilson(right, total)
     return {

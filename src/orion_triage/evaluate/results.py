@@ -23,14 +23,14 @@ from orion_triage.evaluate.statistics import holm
 from orion_triage.evaluate.variants import Variant
 from orion_triage.export.quantize import PAIR
 from orion_triage.mission.decide import Rules
-from orion_triage.mission.verdict import CATEGORIES, Category
+from orion_triage.mission.mission import Mission
 from orion_triage.runs.manifest import Manifest, read_manifest
 from orion_triage.runs.run import EVALUATE, MAKING, SETTINGS_FILE, WORK_FOLDER, Run, changed_settings
 from orion_triage.safe.files import sha256_of_file, sha256_of_text
 from orion_triage.safe.reading import read_object
 from orion_triage.settings import overrides
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 DELTAS = {"fine-tuning": ("base", "fine-tuned"), "quantization": ("fine-tuned", "quantized")}
 FLIGHT = "flight"  # constrained answers with the blank rule and the threshold if one was chosen, as in `orion triage`
 NO_THRESHOLD = "no-threshold"  # the same without the threshold; only if one was chosen
@@ -52,7 +52,7 @@ def build_results(run: Run, *, with_others: bool = True) -> dict[str, Any]:
 
     `with_others`: also those of a pair or server that the run did not make, if they were evaluated.
     """
-    settings, dataset = run.settings, Dataset(run.dataset)
+    settings, dataset = run.settings, Dataset(run.dataset, run.settings.mission)
     wanted = [variant.name for variant in variants.wanted(settings)]
     if variants.CONSTRAINED not in wanted and read_manifest(run.evaluation(variants.CONSTRAINED)):
         wanted.append(variants.CONSTRAINED)  # 'orion threshold' evaluates it in any run
@@ -65,18 +65,22 @@ def build_results(run: Run, *, with_others: bool = True) -> dict[str, Any]:
             wanted.append(other)
     vision = features.read(run.vision_features) if "vision features" in finished else None
     of_frames = _of_frames(run, dataset, finished.get("dataset"), vision)
-    predictions = {name: predictions_in(run.evaluation(name)) for name in wanted if EVALUATE + name in finished}
+    mission = settings.mission
+    predictions = {
+        name: predictions_in(run.evaluation(name), mission) for name in wanted if EVALUATE + name in finished
+    }
     rules = threshold.rules_of(run) if "constrained" in predictions else Rules()
     if "constrained" in predictions:
-        predictions[FLIGHT] = as_flown(predictions["constrained"], of_frames["blank_frames"], rules)
-        if rules.low_threshold is not None:
-            predictions[NO_THRESHOLD] = as_flown(predictions["constrained"], of_frames["blank_frames"], Rules())
+        predictions[FLIGHT] = as_flown(predictions["constrained"], of_frames["blank_frames"], rules, mission)
+        if rules.drop_threshold is not None:
+            blank = of_frames["blank_frames"]
+            predictions[NO_THRESHOLD] = as_flown(predictions["constrained"], blank, Rules(), mission)
     records = dataset.records(run.split) if predictions else []
     places = {record.name: record.coordinates for record in records if record.coordinates}
-    models = {model: summarize(rows) for model, rows in predictions.items()}
+    models = {model: summarize(rows, mission) for model, rows in predictions.items()}
     for model, by_condition in models.items():
         for condition, rates in by_condition.items():
-            rates |= judge(under(predictions[model], condition), places, settings.mission)
+            rates |= judge(under(predictions[model], condition), places, mission)
     server, other_pair = (finished.get(EVALUATE + name) for name in (variants.SERVER, variants.OTHER_PAIR))
     f16 = finished.get("evaluate F16")
     results: dict[str, Any] = {
@@ -112,7 +116,7 @@ def build_results(run: Run, *, with_others: bool = True) -> dict[str, Any]:
     judged = run.split == "test"
     measured = seconds_per_frame(run)
     results["verdict"] = (
-        verdict.assess(results, predictions, settings.verdict, flight=FLIGHT, seconds_per_frame=measured)
+        verdict.assess(results, predictions, settings.verdict, mission, flight=FLIGHT, seconds_per_frame=measured)
         if judged
         else None
     )
@@ -145,7 +149,7 @@ def _against_linear_probe(baselines: dict[str, Any], predictions: list[Predictio
         return None
     said = baselines[LOGISTIC_REGRESSION]["predictions"]
     model = under(predictions, "B")
-    return asdict(compare([replace(p, predicted=Category(said[p.name])) for p in model], model))
+    return asdict(compare([replace(p, predicted=said[p.name]) for p in model], model))
 
 
 def _at_threshold(run: Run, predictions: list[Prediction] | None) -> dict[str, Any] | None:
@@ -153,20 +157,24 @@ def _at_threshold(run: Run, predictions: list[Prediction] | None) -> dict[str, A
     chosen = threshold.read(run.folder, run.gguf) if predictions else None
     if chosen is None or predictions is None:
         return None
-    low_threshold, temperature = chosen
+    drop_threshold, temperature = chosen
     tempered: dict[str, Any] = {
-        c: threshold.tempered(rows, temperature) for c in CONDITIONS if (rows := under(predictions, c))
+        c: threshold.tempered(rows, temperature, run.settings.mission)
+        for c in CONDITIONS
+        if (rows := under(predictions, c))
     }
-    return {"low_threshold": low_threshold, "temperature": temperature, **tempered}
+    return {"drop_threshold": drop_threshold, "temperature": temperature, **tempered}
 
 
-def as_flown(predictions: list[Prediction], blank_frames: list[str], rules: Rules) -> list[Prediction]:
-    """The answers with the decisions of these rules; a blank frame is LOW with probability 1."""
-    certain = tuple(float(category == Category.LOW) for category in CATEGORIES)
+def as_flown(
+    predictions: list[Prediction], blank_frames: list[str], rules: Rules, mission: Mission
+) -> list[Prediction]:
+    """The answers with the decisions of these rules; a blank frame has the category of the rule with probability 1."""
+    certain = tuple(float(category == mission.blank) for category in mission.names)
     marked = threshold.with_blank(predictions, blank_frames)
     return [
-        replace(p, predicted=category, scores=certain if p.blank else p.scores)
-        for p, category in zip(marked, threshold.decided(marked, rules), strict=True)
+        replace(p, predicted=category, scores=certain if p.blank and mission.blank else p.scores)
+        for p, category in zip(marked, threshold.decided(marked, rules, mission), strict=True)
     ]
 
 
@@ -225,7 +233,9 @@ def compare_variants(run: Run, asked: Sequence[Variant], finished: Sequence[Vari
     Each is compared, as in `steps`, with one of `finished`: the variants with up-to-date answers, in the table's order.
     The change is null without such a variant.
     """
-    predictions = {variant.name: predictions_in(run.evaluation(variant.name)) for variant in finished}
+    predictions = {
+        variant.name: predictions_in(run.evaluation(variant.name), run.settings.mission) for variant in finished
+    }
     found = {row["model"]: row for row in steps(predictions, finished)}
     return [
         {
@@ -298,7 +308,7 @@ def _of_frames(run: Run, dataset: Dataset, made: Manifest | None, vision: Mappin
     if made.removed:
         return _of_last_report(run)
     records = sorted(dataset.records(run.split), key=lambda record: record.name)
-    truth = np.array([CATEGORIES.index(record.verdict.category) for record in records], dtype=np.int64)
+    truth = np.array([dataset.mission.names.index(record.verdict.category) for record in records], dtype=np.int64)
     ranking = np.array([dataset.path(record).stat().st_size for record in records], dtype=np.float64)
     return {
         "baselines": baselines(dataset, run.split, vision),
@@ -312,7 +322,7 @@ def blank_frames(run: Run) -> list[str]:
     made = read_manifest(run.dataset)
     if made is not None and made.removed:
         return list(_of_last_report(run)["blank_frames"])
-    return Dataset(run.dataset).blank_names(run.split)
+    return Dataset(run.dataset, run.settings.mission).blank_names(run.split)
 
 
 def _of_last_report(run: Run) -> dict[str, Any]:

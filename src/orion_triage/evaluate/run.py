@@ -20,7 +20,7 @@ from orion_triage.evaluate.conditions import NOISE, Donor, Question, conflict_pa
 from orion_triage.evaluate.metrics import Prediction, summarize
 from orion_triage.imagery.frames import noise_frame
 from orion_triage.mission.answer import Answer
-from orion_triage.mission.verdict import CATEGORIES, Category
+from orion_triage.mission.mission import Mission
 from orion_triage.progress import Progress, silent
 from orion_triage.safe.files import naming, replaced_folder, sha256_of_text, write_text
 from orion_triage.safe.tables import json_lines
@@ -71,7 +71,7 @@ def run(
                 continue
             pictures = [images.of(question) for question in batch]
             began = time.monotonic()
-            answers = backend.answer(pictures, [question.prompt for question in batch])
+            answers = backend.answer(pictures, [question.user_text for question in batch])
             seconds = (time.monotonic() - began) / len(batch)
             for question, picture, answer in zip(batch, pictures, answers, strict=True):
                 row = _row(question, picture, answer, seconds)
@@ -83,7 +83,7 @@ def run(
     rows = {name: row for own in works for name, row in _kept(own, key).items()}
     processes.wait()  # every process must have read the files before rank 0 deletes them
     ordered = [rows[question.id] for question in asked]
-    metrics = summarize([prediction_of(row) for row in ordered])
+    metrics = summarize([prediction_of(row, dataset.mission) for row in ordered], dataset.mission)
     if not processes.is_main():
         return metrics
     with replaced_folder(out_folder) as folder:
@@ -95,7 +95,7 @@ def run(
     return metrics
 
 
-def read_predictions(folder: Path) -> list[Row]:
+def read_predictions(folder: Path, mission: Mission) -> list[Row]:
     """The rows of a finished evaluation; raises OrionError if the file is missing or damaged."""
     path = folder / "predictions.jsonl"
     rows: list[Row] = []
@@ -103,7 +103,7 @@ def read_predictions(folder: Path) -> list[Row]:
     try:
         for last, line in json_lines(path):  # noqa: B007
             row = json.loads(line)
-            prediction_of(row)
+            prediction_of(row, mission)
             rows.append(row)
     except FileNotFoundError:
         raise OrionError(f"{path} does not exist.", "Run 'orion evaluate' first.") from None
@@ -112,20 +112,24 @@ def read_predictions(folder: Path) -> list[Row]:
     return rows
 
 
-def predictions_in(folder: Path) -> list[Prediction]:
+def predictions_in(folder: Path, mission: Mission) -> list[Prediction]:
     """The counted answers of a finished evaluation; raises OrionError if the file is missing or damaged."""
-    return [prediction_of(row) for row in read_predictions(folder)]
+    return [prediction_of(row, mission) for row in read_predictions(folder, mission)]
 
 
-def prediction_of(row: Row) -> Prediction:
+def prediction_of(row: Row, mission: Mission) -> Prediction:
+    """The counted part of a stored answer; raises ValueError for a category that the mission does not have."""
     donor = row["donor"]
+    for category in (row["truth"], row["category"], donor and donor["category"]):
+        if category and category not in mission.names:
+            raise ValueError(f"{category!r} is not a category of the mission {mission.name}")
     return Prediction(
         condition=row["condition"],
         name=row["name"],
-        truth=Category(row["truth"]),
-        predicted=Category(row["category"]) if row["category"] else None,
-        donor_category=Category(donor["category"]) if donor else None,
-        scores=tuple(row["scores"][category] for category in CATEGORIES) if row["scores"] else None,
+        truth=row["truth"],
+        predicted=row["category"] or None,
+        donor_category=donor["category"] if donor else None,
+        scores=tuple(row["scores"][category] for category in mission.names) if row["scores"] else None,
     )
 
 
@@ -156,7 +160,7 @@ def _row(question: Question, picture: "Image.Image", answer: Answer, seconds: fl
         "coordinates": asdict(question.coordinates) if question.coordinates else None,
         "donor": {"name": donor.name, "category": donor.category} if donor else None,
         "prompt_sha256": sha256_of_text(question.prompt),
-        **answer.to_json(),
+        **answer.to_json(question.record.mission),
         "truth": question.record.verdict.category,
         "seconds": round(seconds, 4),
     }

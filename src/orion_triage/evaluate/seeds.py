@@ -23,7 +23,7 @@ def spread(runs: Sequence[Run]) -> dict[str, dict[str, list[float]]]:
     common = [name for name in evaluated(runs[0]) if all(name in evaluated(run) for run in runs[1:])]
     found: dict[str, dict[str, list[float]]] = {}
     for model in common:
-        rows = [predictions_in(run.evaluation(model)) for run in runs]
+        rows = [predictions_in(run.evaluation(model), run.settings.mission) for run in runs]
         found[model] = {
             c: [sum(p.predicted == p.truth for p in asked) / len(asked) for asked in (under(side, c) for side in rows)]
             for c in CONDITIONS

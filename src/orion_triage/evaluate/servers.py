@@ -18,6 +18,8 @@ from orion_triage.evaluate.backends import Backend, LlamaCppBackend
 from orion_triage.llama_cpp.client import Client
 from orion_triage.llama_cpp.server import said_of_itself
 from orion_triage.mission.answer import Answer
+from orion_triage.mission.mission import Mission
+from orion_triage.mission.prompt import IMAGE
 from orion_triage.runs import manifest
 from orion_triage.safe.reading import shown
 
@@ -41,7 +43,7 @@ class Connected:
     said: Mapping[str, Any] = field(default_factory=dict)  # what it says of itself, for the manifest
 
 
-def connect(address: str, key: str, max_new_tokens: int) -> Connected:
+def connect(address: str, key: str, mission: Mission, max_new_tokens: int) -> Connected:
     """Wait until the server has loaded its model, and detect its interface.
 
     `address` is a URL as people copy it (see `split_address`), optionally with `#MODEL`. A server is llama.cpp's if its
@@ -66,7 +68,7 @@ def connect(address: str, key: str, max_new_tokens: int) -> Connected:
             raise ServerError(
                 f"{url} serves {_shown(_names_of(props))}, not {asked!r}.", f"Pass {url} to ask what it serves."
             )
-        backend: Backend = LlamaCppBackend(client, max_new_tokens=max_new_tokens, primed=True)
+        backend: Backend = LlamaCppBackend(client, mission, max_new_tokens=max_new_tokens, primed=True)
         return Connected(
             url,
             backend,
@@ -150,24 +152,26 @@ class OpenAIBackend:
     def __init__(self, client: Client, model: str, *, max_new_tokens: int) -> None:
         self._client, self._model, self._max_new_tokens = client, model, max_new_tokens
 
-    def answer(self, images: "Sequence[Image.Image]", prompts: Sequence[str]) -> list[Answer]:
+    def answer(self, images: "Sequence[Image.Image]", user_texts: Sequence[str]) -> list[Answer]:
         from orion_triage.imagery.frames import Frame
 
         asked = [
-            self._messages(Frame(image, image.size).png(), prompt)
-            for image, prompt in zip(images, prompts, strict=True)
+            self._messages(Frame(image, image.size).png(), user_text)
+            for image, user_text in zip(images, user_texts, strict=True)
         ]
         return [Answer(self._client.chat_completion(self._model, messages, self._max_new_tokens)) for messages in asked]
 
     @staticmethod
-    def _messages(png: bytes, prompt: str) -> list[dict[str, Any]]:
-        """One image and one text that starts with the newline between them, as in training."""
+    def _messages(png: bytes, user_text: str) -> list[dict[str, Any]]:
+        """One image and one text, with the newline between them, as in training."""
+        before, _, after = user_text.partition(IMAGE)
         address = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-        content = [
+        content: list[dict[str, Any]] = [
+            {"type": "text", "text": before},
             {"type": "image_url", "image_url": {"url": address}},
-            {"type": "text", "text": f"\n{prompt}"},
+            {"type": "text", "text": after},
         ]
-        return [{"role": "user", "content": content}]
+        return [{"role": "user", "content": [part for part in content if part.get("text") != ""]}]
 
 
 class SharedBackend:
@@ -188,8 +192,8 @@ class SharedBackend:
         self._pause_seconds = pause_seconds
         self.lost: list[str] = []  # the reason for each server that was left out
 
-    def answer(self, images: "Sequence[Image.Image]", prompts: Sequence[str]) -> list[Answer]:
-        asked = list(zip(images, prompts, strict=True))
+    def answer(self, images: "Sequence[Image.Image]", user_texts: Sequence[str]) -> list[Answer]:
+        asked = list(zip(images, user_texts, strict=True))
         servers = max(1, self._left)
         with ThreadPoolExecutor(servers) as pool:
             return list(chain.from_iterable(pool.map(self._ask_all, pieces(asked, -(-len(asked) // servers)))))
@@ -206,21 +210,21 @@ class SharedBackend:
                     f"no server is left: {lost}", "Start a server, then run the same command again to resume."
                 )
             try:
-                answers += (self._ask(server, image, prompt) for image, prompt in asked[len(answers) :])
+                answers += (self._ask(server, image, user_text) for image, user_text in asked[len(answers) :])
             except ServerError as error:
                 self._leave_out(server, error)
             else:
                 self._free.put(server)
                 return answers
 
-    def _ask(self, server: Connected, image: "Image.Image", prompt: str) -> Answer:
+    def _ask(self, server: Connected, image: "Image.Image", user_text: str) -> Answer:
         again = Retrying(
             stop=stop_after_attempt(TRIES),
             wait=wait_incrementing(start=0, increment=self._pause_seconds),
             retry=retry_if_exception_type(ServerError),
             reraise=True,
         )
-        (answer,) = again(server.backend.answer, [image], [prompt])
+        (answer,) = again(server.backend.answer, [image], [user_text])
         if server.now and server.now() != server.identity:
             raise ServerError(f"the server no longer serves {server.model}.", f"Load {server.model} again.")
         return answer
@@ -250,9 +254,9 @@ def share_own(clients: Sequence[Client], backend: Callable[[Client], Backend]) -
     return SharedBackend([Connected(client.base_url, backend(client), "", "", "") for client in clients])
 
 
-def share(urls: Sequence[str], key: str, max_new_tokens: int) -> tuple[Backend, Connected]:
+def share(urls: Sequence[str], key: str, mission: Mission, max_new_tokens: int) -> tuple[Backend, Connected]:
     """The servers as one backend, and the first of them; raises OrionError unless all serve the same model."""
-    servers = [connect(url, key, max_new_tokens) for url in urls]
+    servers = [connect(url, key, mission, max_new_tokens) for url in urls]
     for server in servers[1:]:
         if server.identity != servers[0].identity:
             raise OrionError(

@@ -1,6 +1,6 @@
-"""Statistics: intervals, tests of paired answers, statistical power, rates over three classes; pure functions.
+"""Statistics: intervals, tests of paired answers, statistical power, rates over K categories; pure functions.
 
-Answers are integer arrays [frames]: the index into CATEGORIES, or NO_VERDICT.
+Answers are integer arrays [frames]: the index of the category in the mission, or NO_VERDICT.
 """
 
 import math
@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-
-from orion_triage.mission.verdict import CATEGORIES
 
 Integers = NDArray[np.int64]
 
@@ -143,12 +141,13 @@ def confusion_bootstrap(
     statistic: Callable[[Integers], NDArray[np.float64]],
     truth: Integers,
     guess: Integers,
+    categories: int,
     clusters: Sequence[str],
     *,
     seed: int,
     resamples: int = 2000,
 ) -> tuple[float, float]:
-    """`cluster_bootstrap` of a statistic of confusion matrices [resamples, 3, 4], with the same draws.
+    """`cluster_bootstrap` of a statistic of confusion matrices [resamples, K, K + 1], with the same draws.
 
     All resamples are counted at once: 0.01 s for 60 frames, and 0.5 s with one call of a statistic each.
     """
@@ -156,7 +155,7 @@ def confusion_bootstrap(
     if not names:
         return math.nan, math.nan
     number = {name: index for index, name in enumerate(names)}
-    shape = len(CATEGORIES), len(CATEGORIES) + 1
+    shape = categories, categories + 1
     of_cluster = np.zeros((len(names), *shape), dtype=np.int64)
     np.add.at(of_cluster, (np.array([number[name] for name in clusters]), truth, guess), 1)
     draws = np.random.default_rng(seed).integers(len(names), size=(resamples, len(names)))
@@ -169,15 +168,15 @@ def confusion_bootstrap(
     return float(low), float(high)
 
 
-def confusion(truth: Integers, guess: Integers) -> Integers:
-    """The confusion matrix [3, 4]: rows are truths, columns answers, in the order of CATEGORIES; last no verdict."""
-    counts = np.zeros((len(CATEGORIES), len(CATEGORIES) + 1), dtype=np.int64)
+def confusion(truth: Integers, guess: Integers, categories: int) -> Integers:
+    """The confusion matrix [K, K + 1]: rows are truths, columns answers, in the mission's order; last no verdict."""
+    counts = np.zeros((categories, categories + 1), dtype=np.int64)
     np.add.at(counts, (truth, guess), 1)
     return counts
 
 
 def macro_f1(counts: Integers) -> NDArray[np.float64]:
-    """The mean F1 of the classes that occur as truth or answer, of confusion matrices [..., 3, 4]; NaN without frames.
+    """The mean F1 of the classes that occur as truth or answer, of confusions [..., K, K + 1]; NaN without frames.
 
     An answer without a verdict is a miss of its frame's class, not a separate class. Checked against scikit-learn,
     which takes 4 ms for one matrix.
@@ -187,7 +186,7 @@ def macro_f1(counts: Integers) -> NDArray[np.float64]:
 
 
 def balanced_accuracy(counts: Integers) -> NDArray[np.float64]:
-    """The mean recall of the classes that occur as truth, of confusion matrices [..., 3, 4]; NaN without frames.
+    """The mean recall of the classes that occur as truth, of confusion matrices [..., K, K + 1]; NaN without frames.
 
     No verdict counts as a miss.
     """

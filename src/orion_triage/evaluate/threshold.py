@@ -1,4 +1,4 @@
-"""The probability of LOW from which a frame is dropped: chosen on val, stored with the run, used in flight."""
+"""The probability from which a frame is dropped: chosen on val, stored with the run, used in flight."""
 
 import json
 import math
@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from orion_triage.errors import OrionError
 from orion_triage.evaluate import value
 from orion_triage.evaluate.judgement import guess_of, scores_of, truth_of
@@ -17,12 +15,11 @@ from orion_triage.evaluate.metrics import Prediction, under
 from orion_triage.evaluate.run import predictions_in
 from orion_triage.evaluate.variants import CONSTRAINED
 from orion_triage.export.quantize import PAIR
-from orion_triage.mission.decide import Rules, decide
-from orion_triage.mission.verdict import Category
+from orion_triage.mission.decide import Rules, decide, drop_probability
+from orion_triage.mission.mission import Mission, listed
 from orion_triage.runs.run import Run
 from orion_triage.safe.files import sha256_of_file, write_text
 from orion_triage.safe.reading import read_object
-from orion_triage.settings import MissionSettings
 
 FILE_NAME = "operating_point.json"
 CONDITION = "B"  # in flight, the prompt has no coordinates
@@ -53,23 +50,26 @@ def choose(
     Raises OrionError if the decisions of now are within the limit and the threshold would lose more frames, unless
     `loosen` is set.
     """
-    answered = predictions_in(run.evaluation(CONSTRAINED))
+    mission = run.settings.mission
+    answered = predictions_in(run.evaluation(CONSTRAINED), mission)
     rows = under(with_blank(answered, blank_frames), CONDITION)
-    rules = Rules(low_threshold=lowest_threshold(rows, max_irrecoverable_loss))
+    rules = Rules(drop_threshold=lowest_threshold(rows, max_irrecoverable_loss, mission))
     earlier, before = _of_this_pair(run), current_rules(run)
-    change = effect(rows, before, rules, run.settings.mission)
+    change = effect(rows, before, rules, mission)
     lost, lost_before = (change[when]["irrecoverable_loss"] for when in ("after", "before"))
     if not loosen and lost["count"] > lost_before["count"] and lost_before["rate"] <= max_irrecoverable_loss:
         raise OrionError(
-            f"nothing was changed: {_name(before)} loses {lost_before['count']} of {lost_before['total']} HIGH and "
-            f"MEDIUM frames of val, within the limit of {max_irrecoverable_loss:.1%}. The threshold "
-            f"{rules.low_threshold:.3f} would lose {lost['count']}.",
+            f"nothing was changed: {_name(before)} loses {lost_before['count']} of {lost_before['total']} "
+            f"{listed(mission.that('send', 'store'))} frames of val, within the limit of {max_irrecoverable_loss:.1%}. "
+            f"The threshold {rules.drop_threshold:.3f} would lose {lost['count']}.",
             "Keep it as it is, set a smaller --max-irrecoverable-loss, or add --loosen to drop more frames.",
         )
     record = {
         "max_irrecoverable_loss": max_irrecoverable_loss,
-        "low_threshold": rules.low_threshold,
-        "temperature": value.fit_temperature(truth_of(rows), scores_of(rows)),  # calibrates the scores
+        "drop_threshold": rules.drop_threshold,
+        "temperature": value.fit_temperature(
+            truth_of(rows, mission), scores_of(rows, mission)
+        ),  # calibrates the scores
         "chosen_on": {"split": run.split, "condition": CONDITION, "frames": len(rows)},
         "pair_sha256": _pair(run.gguf),
         "there": change,
@@ -87,7 +87,7 @@ def undo(run: Run) -> float | None:
     if not records:
         raise OrionError(f"{run.folder} has no threshold of its pair.", "Choose one with 'orion threshold'.")
     _write(run, records[1:])
-    return float(records[1]["low_threshold"]) if records[1:] else None
+    return float(records[1]["drop_threshold"]) if records[1:] else None
 
 
 def _of_this_pair(run: Run) -> list[dict[str, Any]]:
@@ -99,7 +99,7 @@ def _of_this_pair(run: Run) -> list[dict[str, Any]]:
         read(run.folder, run.gguf)
     except OrionError:  # a new threshold replaces it
         return []
-    latest = read_object(path)
+    latest = _renamed(read_object(path))
     return [{key: kept for key, kept in latest.items() if key != "history"}, *latest.get("history", [])]
 
 
@@ -115,29 +115,29 @@ def _write(run: Run, records: Sequence[dict[str, Any]]) -> None:
 def current_rules(run: Run) -> Rules:
     """The rules with the run's threshold; without one if the file is of another pair or damaged."""
     records = _of_this_pair(run)
-    return Rules(low_threshold=records[0]["low_threshold"] if records else None)
+    return Rules(drop_threshold=records[0]["drop_threshold"] if records else None)
 
 
 def rules_of(run: Run) -> Rules:
     """The rules that fly: with the run's threshold, if one was chosen; raises OrionError as `read` does."""
     chosen = read(run.folder, run.gguf)
-    return Rules(low_threshold=chosen[0] if chosen else None)
+    return Rules(drop_threshold=chosen[0] if chosen else None)
 
 
 def effect_on(run: Run, before: Rules, blank_frames: Sequence[str]) -> dict[str, Any]:
     """The effect of the run's threshold on the frames of its split, which was evaluated with the grammar."""
-    rows = under(with_blank(predictions_in(run.evaluation(CONSTRAINED)), blank_frames), CONDITION)
+    rows = under(with_blank(predictions_in(run.evaluation(CONSTRAINED), run.settings.mission), blank_frames), CONDITION)
     return effect(rows, before, rules_of(run), run.settings.mission)
 
 
 def _name(rules: Rules) -> str:
-    return "the model without a threshold" if rules.low_threshold is None else f"threshold {rules.low_threshold:.3f}"
+    return "the model without a threshold" if rules.drop_threshold is None else f"threshold {rules.drop_threshold:.3f}"
 
 
-def effect(rows: Sequence[Prediction], before: Rules, after: Rules, mission: MissionSettings) -> dict[str, Any]:
-    """The measurements `before` and `after`, and the HIGH and MEDIUM frames `lost` and `saved` by the change."""
-    valuable = [row for row in rows if row.truth != Category.LOW]
-    dropped = [[category == Category.LOW for category in decided(valuable, rules)] for rules in (before, after)]
+def effect(rows: Sequence[Prediction], before: Rules, after: Rules, mission: Mission) -> dict[str, Any]:
+    """The measurements `before` and `after`, and the valuable frames `lost` and `saved` by the change."""
+    valuable = [row for row in rows if mission.kept(row.truth)]
+    dropped = [[_is_dropped(c, mission) for c in decided(valuable, rules, mission)] for rules in (before, after)]
     pairs = list(zip(*dropped, strict=True))
     return {
         "before": measurements(rows, before, mission),
@@ -153,58 +153,69 @@ def with_blank(rows: Sequence[Prediction], blank_frames: Sequence[str]) -> list[
     return [replace(row, blank=row.name in blank and row.condition != "C") for row in rows]
 
 
-def decided(rows: Sequence[Prediction], rules: Rules) -> list[Category | None]:
+def decided(rows: Sequence[Prediction], rules: Rules, mission: Mission) -> list[str | None]:
     """The decision for each frame under the rules."""
-    return [decide(row.predicted, row.scores, blank=row.blank, rules=rules).category for row in rows]
+    return [decide(mission, row.predicted, row.scores, blank=row.blank, rules=rules).category for row in rows]
 
 
-def lowest_threshold(rows: Sequence[Prediction], max_irrecoverable_loss: float) -> float:
+def _is_dropped(category: str | None, mission: Mission) -> bool:
+    return category is not None and not mission.kept(category)
+
+
+def lowest_threshold(rows: Sequence[Prediction], max_irrecoverable_loss: float, mission: Mission) -> float:
     """The threshold that drops the most frames with at most this irrecoverable loss (a share) on these frames.
 
-    The loss is the share of valuable frames (HIGH or MEDIUM) that are decided LOW. Choose the threshold on val, because
-    the loss is underestimated on the frames used for the choice. Raises OrionError for a limit outside 0..1, if no
-    frame is valuable, or if no threshold keeps the limit.
+    The loss is the share of valuable frames (to be sent or stored) that are dropped. Choose the threshold on val,
+    because the loss is underestimated on the frames used for the choice. Raises OrionError for a limit outside 0..1, if
+    no frame is valuable, if the mission has no categories to choose between, or if no threshold keeps the limit.
     """
     if not 0 <= max_irrecoverable_loss <= 1:
         raise OrionError(
             f"--max-irrecoverable-loss {max_irrecoverable_loss} is outside 0..1.",
             "Write it as a share: 0.02 allows the loss of two of a hundred valuable frames.",
         )
-    valuable = [row for row in rows if row.truth != Category.LOW]
+    kept, dropped = mission.that("send", "store"), mission.that("drop")
+    if not kept or not dropped:
+        raise OrionError(
+            f"the mission {mission.name} drops {'every' if dropped else 'no'} category: a threshold decides nothing.",
+            "Set the action of a category to drop, and of another to send or store, in the mission's file.",
+        )
+    valuable = [row for row in rows if mission.kept(row.truth)]
     if not valuable:
         raise OrionError(
-            "no frame is HIGH or MEDIUM, so the loss of a threshold cannot be measured.",
-            "Choose the threshold on a split with all three categories.",
+            f"no frame is {listed(kept, 'or')}, so the loss of a threshold cannot be measured.",
+            "Choose the threshold on a split with all categories.",
         )
 
     def loss(threshold: float) -> float:
-        return decided(valuable, Rules(low_threshold=threshold)).count(Category.LOW) / len(valuable)
+        found = decided(valuable, Rules(drop_threshold=threshold), mission)
+        return sum(_is_dropped(category, mission) for category in found) / len(valuable)
 
-    thresholds = [*sorted({row.scores[-1] for row in rows if row.scores}), _NEVER]
+    thresholds = [*sorted({drop_probability(mission, row.scores) for row in rows if row.scores}), _NEVER]
     # The loss falls as the threshold rises.
     place = bisect_left(thresholds, True, key=lambda threshold: loss(threshold) <= max_irrecoverable_loss)
     if place == len(thresholds):
         raise OrionError(
-            f"{loss(_NEVER):.1%} of the valuable frames are LOW at any threshold, because they are blank or have a LOW "
-            "answer without scores.",
+            f"{loss(_NEVER):.1%} of the valuable frames are {listed(dropped, 'or')} at any threshold, because they are "
+            "blank or have such an answer without scores.",
             "Set a larger --max-irrecoverable-loss, or inspect these frames.",
         )
     return thresholds[place]
 
 
-def measurements(rows: Sequence[Prediction], rules: Rules, mission: MissionSettings) -> dict[str, Any]:
+def measurements(rows: Sequence[Prediction], rules: Rules, mission: Mission) -> dict[str, Any]:
     """The effect of the rules on the frames of one condition: headline, downlink and cost."""
-    truth, guess = truth_of(rows), guess_of(decided(rows, rules))
+    truth, guess = truth_of(rows, mission), guess_of(decided(rows, rules, mission), mission)
     return {
-        **value.headline(truth, guess),
-        "downlink": value.downlink(truth, guess, mission.values),
-        "cost": value.expected_cost(truth, guess, np.array(mission.costs)),
+        **value.headline(truth, guess, mission),
+        "downlink": value.downlink(truth, guess, mission),
+        "cost": value.expected_cost(truth, guess, mission),
     }
 
 
-def tempered(rows: Sequence[Prediction], temperature: float) -> dict[str, float]:
+def tempered(rows: Sequence[Prediction], temperature: float, mission: Mission) -> dict[str, float]:
     """Negative log-likelihood and Brier score of one condition's scores, scaled by the temperature chosen on val."""
-    truth, scores = truth_of(rows), value.temper(scores_of(rows), temperature)
+    truth, scores = truth_of(rows, mission), value.temper(scores_of(rows, mission), temperature)
     return {
         "negative_log_likelihood": value.negative_log_likelihood(truth, scores),
         "brier": value.brier(truth, scores),
@@ -215,13 +226,13 @@ def read(folder: Path, gguf: Path) -> tuple[float, float] | None:
     """The run's threshold and temperature, or None; raises OrionError if it is damaged or of another GGUF pair."""
     path = folder / FILE_NAME
     try:
-        record = read_object(path)
-        threshold, pair = float(record["low_threshold"]), record["pair_sha256"]
+        record = _renamed(read_object(path))
+        threshold, pair = float(record["drop_threshold"]), record["pair_sha256"]
         temperature, history = float(record["temperature"]), record.get("history", [])
         if not (0 <= threshold < math.inf and 0 < temperature < math.inf):
             raise ValueError("out of range")
         if not isinstance(history, list) or not all(
-            isinstance(one, dict) and "low_threshold" in one for one in history
+            isinstance(one, dict) and "drop_threshold" in one for one in history
         ):
             raise ValueError("history is not a list of thresholds")
     except FileNotFoundError:
@@ -233,6 +244,15 @@ def read(folder: Path, gguf: Path) -> tuple[float, float] | None:
             f"{path} was chosen for another GGUF pair.", "Run 'orion threshold' again, or delete the file."
         )
     return threshold, temperature
+
+
+def _renamed(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with the key's name of now; before version 7 of the results it was low_threshold."""
+    now = {"drop_threshold" if key == "low_threshold" else key: kept for key, kept in record.items()}
+    history = now.get("history")
+    if isinstance(history, list):
+        now["history"] = [_renamed(one) if isinstance(one, dict) else one for one in history]
+    return now
 
 
 def _pair(gguf: Path) -> str:

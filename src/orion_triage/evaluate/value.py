@@ -1,12 +1,12 @@
 """Metrics of the answers for the downlink, and of their calibration; pure functions.
 
-Arrays share one order of frames, at least one: `truth` int [frames] is the index into CATEGORIES, `guess` int
-[frames] likewise or NO_VERDICT, `scores` float [frames, 3] the probability of each category, rows summing to 1.
-`values` are what a HIGH, a MEDIUM and a LOW frame are worth on the ground, none negative.
+Arrays share one order of frames, at least one: `truth` int [frames] is the index of the category in the mission,
+`guess` int [frames] likewise or NO_VERDICT, `scores` float [frames, K] the probability of each category, rows summing
+to 1. `values` are what a frame of each category is worth on the ground, none negative.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from orion_triage.errors import OrionError
 from orion_triage.evaluate.statistics import NO_VERDICT, Integers, confusion, wilson
-from orion_triage.mission.verdict import CATEGORIES, Category
+from orion_triage.mission.mission import ACTIONS, Mission
 
 Floats = NDArray[np.float64]
 
-HIGH, MEDIUM, LOW = range(len(CATEGORIES))
+SEND, STORE, DROP = range(len(ACTIONS))
 # Equal probabilities can differ in the last bits between rows of a matrix product, which would break ties.
 _DECIMALS_OF_A_RANK = 12
 _SMALLEST_PROBABILITY = 1e-12  # one frame costs at most 27.6 nats
@@ -27,18 +27,24 @@ _SMALLEST_PROBABILITY = 1e-12  # one frame costs at most 27.6 nats
 _FEWEST_FRAMES_FOR_CALIBRATION = 300
 
 
-def headline(truth: Integers, guess: Integers) -> dict[str, Any]:
+def acted(categories: Integers, mission: Mission) -> Integers:
+    """What happens to frames of these categories [frames]: SEND, STORE or DROP; NO_VERDICT stays."""
+    return np.array([*(ACTIONS.index(category.action) for category in mission.categories), NO_VERDICT])[categories]
+
+
+def headline(truth: Integers, guess: Integers, mission: Mission) -> dict[str, Any]:
     """The two most important rates for a mission, each {count, total, rate, low, high} with its Wilson interval.
 
-    `high_recall`: frames answered HIGH among the HIGH frames. `irrecoverable_loss`: frames answered LOW, which are
-    deleted on board, among the valuable frames (HIGH or MEDIUM). Valuable frames without a verdict are not lost;
-    `no_verdict` counts them. A rate is None if its total is 0.
+    `high_recall`: frames that are sent among those that ought to be. `irrecoverable_loss`: frames that are dropped,
+    which deletes them on board, among the valuable ones, which ought to be sent or stored. Valuable frames without a
+    verdict are not lost; `no_verdict` counts them. A rate is None if its total is 0.
     """
-    valuable = truth != LOW
+    wanted, done = acted(truth, mission), acted(guess, mission)
+    valuable = wanted != DROP
     return {
-        "high_recall": _rate(guess[truth == HIGH] == HIGH),
-        "irrecoverable_loss": _rate(guess[valuable] == LOW),
-        "no_verdict": int(np.sum(guess[valuable] == NO_VERDICT)),
+        "high_recall": _rate(done[wanted == SEND] == SEND),
+        "irrecoverable_loss": _rate(done[valuable] == DROP),
+        "no_verdict": int(np.sum(done[valuable] == NO_VERDICT)),
     }
 
 
@@ -48,20 +54,21 @@ def _rate(hits: NDArray[np.bool_]) -> dict[str, Any]:
     return {"count": count, "total": total, "rate": count / total if total else None, "low": low, "high": high}
 
 
-def downlink(truth: Integers, guess: Integers, values: Sequence[float]) -> dict[str, float | None]:
+def downlink(truth: Integers, guess: Integers, mission: Mission) -> dict[str, float | None]:
     """Shares of frames that are sent, stored, dropped, and without a verdict; they sum to 1.
 
     `value_density` is the mean value of the sent frames divided by that of all frames: 1 for random sending. None if no
     frame is sent or no frame has a value.
     """
-    worth = np.asarray(values, dtype=np.float64)[truth]
-    sent = guess == HIGH
+    worth = np.asarray(mission.values, dtype=np.float64)[truth]
+    done = acted(guess, mission)
+    sent = done == SEND
     defined = sent.any() and worth.any()
     return {
         "sent": float(np.mean(sent)),
-        "stored": float(np.mean(guess == MEDIUM)),
-        "dropped": float(np.mean(guess == LOW)),
-        "no_verdict": float(np.mean(guess == NO_VERDICT)),
+        "stored": float(np.mean(done == STORE)),
+        "dropped": float(np.mean(done == DROP)),
+        "no_verdict": float(np.mean(done == NO_VERDICT)),
         "value_density": float(worth[sent].mean() / worth.mean()) if defined else None,
     }
 
@@ -115,62 +122,68 @@ def _cumulated(ranking: Floats, amounts: Floats) -> tuple[Integers, Floats]:
     return np.cumsum(np.bincount(tie)), np.cumsum(np.bincount(tie, weights=amounts))
 
 
-def expected_cost(truth: Integers, guess: Integers, costs: Floats) -> float:
-    """Mean cost per frame. `costs` [3, 3]: rows are truths, columns decisions; no verdict costs the row's maximum."""
+def expected_cost(truth: Integers, guess: Integers, mission: Mission) -> float:
+    """Mean cost per frame of what happens to it; no verdict costs the maximum of the frame's category."""
+    costs = np.array(mission.costs)
     priced = np.column_stack([costs, np.max(costs, axis=1)])
-    return float(priced[truth, guess].mean())
+    return float(priced[truth, acted(guess, mission)].mean())
 
 
-def best_constant(truth: Integers, costs: Floats) -> tuple[int, float]:
+def best_constant(truth: Integers, mission: Mission) -> tuple[int, float]:
     """The category (as an index) with the lowest cost if every frame gets it, and that cost per frame.
 
-    Of equal categories, the first in CATEGORIES.
+    Of equal categories, the first.
     """
-    per_category = np.asarray(costs, dtype=np.float64)[truth].mean(axis=0)
+    per_action = np.asarray(mission.costs, dtype=np.float64)[truth].mean(axis=0)
+    per_category = per_action[acted(np.arange(len(mission.names)), mission)]
     best = int(per_category.argmin())
     return best, float(per_category[best])
 
 
-def quadratic_kappa(truth: Integers, guess: Integers) -> tuple[float | None, int]:
-    """Cohen's kappa over LOW < MEDIUM < HIGH with quadratic weights, and the number of answers without a verdict.
+def quadratic_kappa(truth: Integers, guess: Integers, mission: Mission) -> tuple[float | None, int]:
+    """Cohen's kappa over dropped < stored < sent with quadratic weights, and the number of answers without a verdict.
 
-    Answers without a verdict are excluded. Kappa is None if expected agreement is 1: with only one category.
+    Answers without a verdict are excluded. Kappa is None if expected agreement is 1: with only one action.
     """
     from sklearn.metrics import cohen_kappa_score
 
     answered = guess != NO_VERDICT
     left_out = int((~answered).sum())
-    if len(np.unique(np.concatenate([truth[answered], guess[answered]]))) < 2:
+    wanted, done = acted(truth[answered], mission), acted(guess[answered], mission)
+    if len(np.unique(np.concatenate([wanted, done]))) < 2:
         return None, left_out
-    order = range(len(CATEGORIES))
-    return float(cohen_kappa_score(truth[answered], guess[answered], labels=order, weights="quadratic")), left_out
+    order = range(len(ACTIONS))
+    return float(cohen_kappa_score(wanted, done, labels=order, weights="quadratic")), left_out
 
 
-def at_prior(truth: Integers, guess: Integers, prior: Mapping[Category, float]) -> dict[str, Any]:
-    """Shares sent, stored, dropped and without a verdict, and `precision` per category, with the categories of `prior`.
+def at_prior(truth: Integers, guess: Integers, mission: Mission) -> dict[str, Any]:
+    """Shares sent, stored, dropped and without a verdict, and `precision` per category, with the mission's prior.
 
-    A split has more HIGH frames than an orbit. The answers to a category's frames come from the split, and the
-    frequency of the category from `prior`; a category that is not in `prior` has frequency 0. All results are None if
-    the split has no frame of a category with a frequency above 0. A precision is also None if its category is never
-    answered. Raises OrionError unless the probabilities sum to 1.
+    A split has more valuable frames than an orbit. The answers to a category's frames come from the split, and the
+    frequency of the category from the prior. All results are None if the split has no frame of a category with a
+    frequency above 0. A precision is also None if its category is never answered. Raises OrionError unless the
+    prior sums to 1.
     """
-    shares = np.array([prior.get(category, 0.0) for category in CATEGORIES])
-    if not (shares >= 0).all() or not math.isclose(shares.sum(), 1, abs_tol=1e-6):
+    shares = np.array(mission.prior)
+    if not math.isclose(shares.sum(), 1, abs_tol=1e-6):
         raise OrionError(
-            f"the prior {', '.join(f'{c} {p:g}' for c, p in prior.items())} does not sum to 1.",
+            f"the prior {', '.join(f'{c} {p:g}' for c, p in zip(mission.names, mission.prior, strict=True))} does not "
+            "sum to 1.",
             "Set each category to its share of the camera's frames.",
         )
-    counts = confusion(truth, guess)
+    counts = confusion(truth, guess, len(mission.names))
     frames = counts.sum(axis=1)
     known = not (shares[frames == 0] > 0).any()
     joint = shares[:, None] * counts / np.maximum(frames, 1)[:, None]
     answers = joint.sum(axis=0)
+    done = acted(np.arange(len(mission.names)), mission)
+    by_action = [*(answers[:-1][done == action].sum() for action in (SEND, STORE, DROP)), answers[-1]]
     names = ("sent", "stored", "dropped", "no_verdict")
     return {
-        **{name: float(share) if known else None for name, share in zip(names, answers, strict=True)},
+        **{name: float(share) if known else None for name, share in zip(names, by_action, strict=True)},
         "precision": {
-            category.value: float(joint[index, index] / answers[index]) if known and answers[index] else None
-            for index, category in enumerate(CATEGORIES)
+            category: float(joint[index, index] / answers[index]) if known and answers[index] else None
+            for index, category in enumerate(mission.names)
         },
     }
 
@@ -179,7 +192,7 @@ def brier(truth: Integers, scores: Floats) -> float:
     """Mean over frames of the sum of squared differences over the categories: 0 is best, 2 worst (Brier 1950)."""
     from sklearn.metrics import brier_score_loss
 
-    order = range(len(CATEGORIES))
+    order = range(scores.shape[1])
     return float(brier_score_loss(truth, scores, labels=order, scale_by_half=False))
 
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, assert_never
 
 from orion_triage.errors import OrionError
-from orion_triage.mission.prompt import IMAGE_PLACEHOLDER, Coordinates, render_prompt
-from orion_triage.mission.verdict import CATEGORY_GRAMMAR, GRAMMAR
+from orion_triage.mission.mission import Mission
+from orion_triage.mission.prompt import Coordinates, render_prompt, with_image
+from orion_triage.mission.verdict import category_grammar, grammar
 from orion_triage.progress import Progress
 from orion_triage.runs import manifest
 from orion_triage.safe.files import sha256_of_text
@@ -142,13 +143,15 @@ def chosen(settings: Settings, names: Sequence[str]) -> list[Variant]:
     return [variant for variant in own if variant in asked]
 
 
-def protocol(variant: Variant) -> dict[str, Any]:
+def protocol(variant: Variant, mission: Mission) -> dict[str, Any]:
     """The parts of the code that determine a variant's answers; if they change, finished answers are outdated.
 
     The conditions are not included: more conditions do not change the answers to the other questions.
     """
-    asked = [render_prompt(None), render_prompt(Coordinates(-120.625, 0.0)), IMAGE_PLACEHOLDER]
-    grammars = [GRAMMAR, CATEGORY_GRAMMAR] if variant.decoding.constrained or variant.decoding.verdict_only else []
+    prompts = [render_prompt(mission, None), render_prompt(mission, Coordinates(-120.625, 0.0))]
+    asked = [*prompts, with_image(mission, "")]
+    uses_grammar = variant.decoding.constrained or variant.decoding.verdict_only
+    grammars = [grammar(mission), category_grammar(mission)] if uses_grammar else []
     return {
         "version": PROTOCOL_VERSION,
         "prompt_sha256": sha256_of_text("\n".join(asked)),
@@ -182,7 +185,7 @@ def inputs(variant: Variant, run: "Run") -> dict[str, Path]:
 
 def evaluate(variant: Variant, run: "Run", progress: Progress) -> Figures:
     """Load the variant, ask it all questions of the run's split, and release it; returns the metrics."""
-    how = json.dumps([variant.weights, protocol(variant)])
+    how = json.dumps([variant.weights, protocol(variant, run.settings.mission)])
     if variant.in_parallel:
         made_from = inputs(variant, run)
         return ask(run, variant.name, _load(variant, made_from, run.settings), made_from, progress, how)
@@ -215,6 +218,7 @@ def _load(variant: Variant, made_from: Mapping[str, Path], settings: Settings) -
             assert_never(variant.weights)
     return TransformersBackend.load(
         made_from[folder],
+        settings.mission,
         settings.evaluate,
         settings.base.frame_size,
         four_bit=four_bit,
@@ -227,11 +231,12 @@ def _backend(variant: Variant, run: "Run", clients: "Sequence[Client]") -> "Back
     from orion_triage.evaluate.servers import share_own
 
     if variant.decoding.verdict_only:
-        return share_own(clients, VerdictOnlyBackend)
+        return share_own(clients, lambda client: VerdictOnlyBackend(client, run.settings.mission))
     return share_own(
         clients,
         lambda client: LlamaCppBackend(
             client,
+            run.settings.mission,
             max_new_tokens=run.settings.evaluate.max_new_tokens,
             constrained=variant.decoding.constrained,
             options=variant.decoding.options,
@@ -288,8 +293,8 @@ def through_servers(urls: Sequence[str], run: "Run") -> tuple[Callable[[Progress
     """
     from orion_triage.evaluate import servers
 
-    settings = run.settings.evaluate
-    backend, first = servers.share(urls, os.environ.get("LLAMA_API_KEY", ""), settings.max_new_tokens)
+    settings, key = run.settings.evaluate, os.environ.get("LLAMA_API_KEY", "")
+    backend, first = servers.share(urls, key, run.settings.mission, settings.max_new_tokens)
 
     def evaluate(progress: Progress) -> Figures:
         figures = ask(run, SERVER, backend, {}, progress, first.identity)
@@ -316,7 +321,7 @@ def check_parity(run: "Run", client: "Client") -> Figures:
     from orion_triage.models.load import float32_compute, load_model, load_processor
 
     size, count = run.settings.base.frame_size, run.settings.variants.parity_records
-    dataset = Dataset(run.dataset)
+    dataset = Dataset(run.dataset, run.settings.mission)
     records = dataset.records(run.split)
     spread = [records[index * len(records) // count] for index in range(min(count, len(records)))]
     processor, model = load_processor(run.merged, size), load_model(run.merged, dtype="auto")
@@ -324,8 +329,8 @@ def check_parity(run: "Run", client: "Client") -> Figures:
     with float32_compute(model):
         for record in spread:
             frame = Frame(dataset.frame(record, size), (size, size))
-            for prompt in (record.prompt, record.without_coordinates().prompt):
-                difference = parity.largest_difference(model, processor, client, frame, prompt)
+            for text in (record.user_text, record.without_coordinates().user_text):
+                difference = parity.largest_difference(model, processor, client, frame, text)
                 differences[record.name] = max(difference, differences.get(record.name, 0.0))
     worst = max(differences, key=lambda name: differences[name])
     if differences[worst] > parity.LARGEST_DIFFERENCE:
@@ -344,8 +349,8 @@ def check_agreement(run: "Run", model: str) -> float:
     """
     from orion_triage.evaluate.run import read_predictions
 
-    ours = {row["id"]: row["category"] for row in read_predictions(run.evaluation("fine-tuned"))}
-    theirs = {row["id"]: row["category"] for row in read_predictions(run.evaluation(model))}
+    ours = {row["id"]: row["category"] for row in read_predictions(run.evaluation("fine-tuned"), run.settings.mission)}
+    theirs = {row["id"]: row["category"] for row in read_predictions(run.evaluation(model), run.settings.mission)}
     other = [name for name in ours if ours[name] != theirs[name]]
     share = 1 - len(other) / len(ours)
     if share < SMALLEST_AGREEMENT:
@@ -373,7 +378,7 @@ def ask(
         progress(f"{description} the {model} model", done, total)
 
     return evaluate(
-        Dataset(run.dataset),
+        Dataset(run.dataset, run.settings.mission),
         run.split,
         backend,
         run.evaluation(model),

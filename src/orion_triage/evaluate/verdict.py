@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from orion_triage.evaluate.metrics import Change, Prediction, compare, under
 from orion_triage.evaluate.statistics import difference_interval, wilson
-from orion_triage.mission.verdict import CATEGORIES, Category
+from orion_triage.mission.mission import Mission, listed
 from orion_triage.settings import VerdictSettings
 
 FLY, DO_NOT_FLY, NOT_ENOUGH = "FLY", "DO NOT FLY", "NOT ENOUGH EVIDENCE"
@@ -43,6 +43,7 @@ def assess(
     results: Mapping[str, Any],
     predictions: Predictions,
     needed: VerdictSettings,
+    mission: Mission,
     *,
     flight: str,
     seconds_per_frame: Mapping[str, Any] | None = None,
@@ -53,7 +54,7 @@ def assess(
     names the criteria that decided. `seconds_per_frame` is {seconds_per_frame, processor} as measured by
     `orion bench-frame`, or None.
     """
-    criteria = list(_criteria(results, predictions, needed, flight, seconds_per_frame))
+    criteria = list(_criteria(results, predictions, needed, mission, flight, seconds_per_frame))
     failed, still_open = ([c for c in criteria if c.outcome == outcome] for outcome in ("fail", "open"))
     return {
         "verdict": DO_NOT_FLY if failed else NOT_ENOUGH if still_open else FLY,
@@ -66,6 +67,7 @@ def _criteria(
     results: Mapping[str, Any],
     predictions: Predictions,
     needed: VerdictSettings,
+    mission: Mission,
     flight: str,
     seconds_per_frame: Mapping[str, Any] | None,
 ) -> Iterator[Criterion]:
@@ -76,7 +78,7 @@ def _criteria(
     answers = predictions[judged]
     rates, flown = results["models"][judged], under(answers, CONDITION)
     yield camera(results["figures"].get("dataset", {}).get("source"))
-    yield frames(flown, needed.smallest_frames_per_category)
+    yield frames(flown, needed.smallest_frames_per_category, mission)
     baselines = results["baselines"]
     constants = [name for name in baselines if name.startswith("always ")]
     if constants:
@@ -91,9 +93,12 @@ def _criteria(
     ):
         if name in baselines:
             yield better_than(name, flown, baselines[name], needed, advice)
-    yield several_answers(flown, needed.largest_share_of_one_answer)
-    yield lost(rates[CONDITION]["irrecoverable_loss"], needed.largest_irrecoverable_loss)
-    yield found(rates[CONDITION]["high_recall"], needed.smallest_high_recall)
+    yield several_answers(flown, needed.largest_share_of_one_answer, mission)
+    kept, sent = mission.that("send", "store"), mission.that("send")
+    if kept:
+        yield lost(rates[CONDITION]["irrecoverable_loss"], needed.largest_irrecoverable_loss, listed(kept))
+    if sent:
+        yield found(rates[CONDITION]["high_recall"], needed.smallest_high_recall, listed(sent))
     if "C" in rates and "A" in rates:
         yield looks(answers, needed)
     if "D" in rates:
@@ -101,7 +106,7 @@ def _criteria(
     if "quantized" in predictions and "fine-tuned" in predictions:
         yield quantization(predictions, needed)
     yield parity(results["parity"])
-    yield blank_rule(flown, judged == flight, needed.largest_irrecoverable_loss)
+    yield blank_rule(flown, judged == flight, needed.largest_irrecoverable_loss, mission)
     if needed.largest_seconds_per_frame is not None:
         yield in_time(seconds_per_frame, needed.largest_seconds_per_frame)
 
@@ -133,11 +138,11 @@ def camera(source: str | None) -> Criterion:
     )  # fmt: skip
 
 
-def frames(rows: Sequence[Prediction], smallest: int) -> Criterion:
-    """Frames of each category; a blank one shows nothing, so it counts as LOW only."""
+def frames(rows: Sequence[Prediction], smallest: int, mission: Mission) -> Criterion:
+    """Frames of each category; a blank one shows nothing, so it counts only for the category of blank frames."""
     counts = {
-        category: sum(row.truth == category and not (row.blank and category != Category.LOW) for row in rows)
-        for category in CATEGORIES
+        category: sum(row.truth == category and not (row.blank and category != mission.blank) for row in rows)
+        for category in mission.names
     }
     rarest = min(counts, key=lambda category: counts[category])
     enough = counts[rarest] >= smallest
@@ -157,7 +162,7 @@ def better_than(
     """Whether the model is right on significantly more frames than a baseline, on the frames that the baseline has."""
     said: Mapping[str, str] = baseline["predictions"]
     both = [row for row in rows if row.name in said]
-    change = compare([replace(row, predicted=Category(said[row.name])) for row in both], both)
+    change = compare([replace(row, predicted=said[row.name]) for row in both], both)
     right = sum(row.predicted == row.truth for row in both)
     counts = f"{right}/{len(both)} against {baseline['right']}/{baseline['count']}"
     return _difference(f"better than {name}", counts, change, len(both), needed, advice)
@@ -183,9 +188,9 @@ def _points(difference: float, low: float, high: float) -> str:
     return f"{100 * difference:+.0f} points ({100 * low:.0f} to {100 * high:.0f})"
 
 
-def several_answers(rows: Sequence[Prediction], largest: float) -> Criterion:
+def several_answers(rows: Sequence[Prediction], largest: float, mission: Mission) -> Criterion:
     """Whether the commonest decision leaves room for others; a split of mostly one category may be answered so."""
-    counts = {category: sum(row.predicted == category for row in rows) for category in (*CATEGORIES, None)}
+    counts = {category: sum(row.predicted == category for row in rows) for category in (*mission.names, None)}
     commonest = max(counts, key=lambda category: counts[category])
     share = counts[commonest] / len(rows)
     true = sum(row.truth == commonest for row in rows) / len(rows)
@@ -198,11 +203,11 @@ def several_answers(rows: Sequence[Prediction], largest: float) -> Criterion:
     return Criterion(name, measured, wanted, "fail", advice, share)
 
 
-def lost(loss: Mapping[str, Any], largest: float) -> Criterion:
-    """The share of HIGH and MEDIUM frames that are decided LOW, which deletes them on board."""
-    name, wanted = "HIGH and MEDIUM lost", f"upper end at most {largest:.0%}"
+def lost(loss: Mapping[str, Any], largest: float, kept: str) -> Criterion:
+    """The share of valuable frames (`kept`: their categories) that are dropped, which deletes them on board."""
+    name, wanted = f"{kept} lost", f"upper end at most {largest:.0%}"
     if not loss["total"]:
-        return Criterion(name, "no such frame", wanted, "open", "Add HIGH and MEDIUM frames to the test split.")
+        return Criterion(name, "no such frame", wanted, "open", f"Add {kept} frames to the test split.")
     measured = f"{loss['count']} of {loss['total']}: {_rate(loss)}"
     values = (loss["rate"], loss["low"], loss["high"])
     if loss["high"] <= largest:
@@ -215,7 +220,7 @@ def lost(loss: Mapping[str, Any], largest: float) -> Criterion:
         return Criterion(name, measured, wanted, "fail", advice, *values)
     more = _frames_to_bound(loss["count"], loss["total"], largest)
     advice = (
-        f"About {more:,} HIGH and MEDIUM test frames would show it at this loss."
+        f"About {more:,} {kept} test frames would show it at this loss."
         if more
         else "Reduce the loss first: it is too near the limit for any number of frames to show."
     )
@@ -232,19 +237,19 @@ def _frames_to_bound(count: int, total: int, largest: float) -> int | None:
     return None
 
 
-def found(recall: Mapping[str, Any], smallest: float) -> Criterion:
-    """The share of HIGH frames that are answered HIGH, which sends them now."""
-    name, wanted = "HIGH found", f"lower end at least {smallest:.0%}"
+def found(recall: Mapping[str, Any], smallest: float, sent: str) -> Criterion:
+    """The share of the frames to be sent (`sent`: their categories) that are sent."""
+    name, wanted = f"{sent} found", f"lower end at least {smallest:.0%}"
     if not recall["total"]:
-        return Criterion(name, "no such frame", wanted, "open", "Add HIGH frames to the test split.")
+        return Criterion(name, "no such frame", wanted, "open", f"Add {sent} frames to the test split.")
     measured = f"{recall['count']} of {recall['total']}: {_rate(recall)}"
     values = (recall["rate"], recall["low"], recall["high"])
     if recall["low"] >= smallest:
         return Criterion(name, measured, wanted, "pass", "", *values)
     if recall["rate"] < smallest:
-        advice = "Train on more HIGH frames, and read the missed ones in the report."
+        advice = f"Train on more {sent} frames, and read the missed ones in the report."
         return Criterion(name, measured, wanted, "fail", advice, *values)
-    return Criterion(name, measured, wanted, "open", "Label more HIGH test frames.", *values)
+    return Criterion(name, measured, wanted, "open", f"Label more {sent} test frames.", *values)
 
 
 def _rate(value: Mapping[str, Any]) -> str:
@@ -314,15 +319,17 @@ def parity(measured: Mapping[str, Any] | None) -> Criterion:
     return Criterion(name, said, wanted, "pass", "", agreement)
 
 
-def blank_rule(rows: Sequence[Prediction], in_flight: bool, largest: float) -> Criterion:
-    """Blank frames are dropped without asking the model, so frames with content must not be among them."""
+def blank_rule(rows: Sequence[Prediction], in_flight: bool, largest: float, mission: Mission) -> Criterion:
+    """Blank frames get their category without asking the model, so frames with content must not be among them."""
     name, wanted = "blank rule", f"on; at most {largest:.0%} of those"
+    if not mission.blank:
+        return Criterion(name, "the mission has none", "-", "pass")
     if not in_flight:
         return Criterion(name, "not evaluated", wanted, "open", "Run 'orion evaluate --variants constrained'.")
-    valuable = [row for row in rows if row.truth != Category.LOW]
+    valuable = [row for row in rows if mission.kept(row.truth)]
     dropped = sum(row.blank for row in valuable)
     share = dropped / max(1, len(valuable))
-    measured = f"on; {dropped} of {len(valuable)} HIGH and MEDIUM frames are blank"
+    measured = f"on; {dropped} of {len(valuable)} {listed(mission.that('send', 'store'))} frames are blank"
     if share <= largest:
         return Criterion(name, measured, wanted, "pass", "", share)
     advice = "Look at the blank frames ('orion dataset view'): the pictures or their labels are wrong."

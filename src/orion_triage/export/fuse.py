@@ -149,8 +149,8 @@ class _Samples:
 
         scores = []
         for done, (record, image) in enumerate(zip(self.records, self.images, strict=True), start=1):
-            answer = record.verdict.to_json()
-            scores += answer_log_probabilities(model, self.processor, [image], [record.prompt], [answer])
+            answer = record.answer
+            scores += answer_log_probabilities(model, self.processor, [image], [record.user_text], [answer])
             self.progress(description, done, len(self.records))
         return torch.cat(scores)
 

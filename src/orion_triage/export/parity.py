@@ -13,7 +13,7 @@ LARGEST_DIFFERENCE = 0.01  # measured: 0.0026 at the 1.6B's shapes, F16 against 
 CANDIDATES = 5
 
 
-def largest_difference(model: Any, processor: Any, client: "Client", frame: Frame, prompt: str) -> float:
+def largest_difference(model: Any, processor: Any, client: "Client", frame: Frame, user_text: str) -> float:
     """The largest difference of log-probabilities between server and model over the server's five most likely tokens.
 
     Raises OrionError if the two render the prompt differently or read a different number of tokens, because then their
@@ -21,16 +21,16 @@ def largest_difference(model: Any, processor: Any, client: "Client", frame: Fram
     """
     import torch
 
-    rendered = render_turn(processor, prompt).removeprefix(processor.tokenizer.bos_token or "")
-    if rendered != (sent := client.chat(prompt, processor.image_token)):
+    rendered = render_turn(processor, user_text).removeprefix(processor.tokenizer.bos_token or "")
+    if rendered != (sent := client.chat(user_text, processor.image_token)):
         raise OrionError(
             f"the chat template renders {rendered[:60]!r}..., but llama.cpp gets {sent[:60]!r}....",
             "Use a base model with the LFM2 chat template.",
         )
     # The grammar keeps the answer of an untrained model printable (else the server replies 500). It does not affect
     # the probabilities, which are computed before it.
-    reply = client.completion(prompt, frame.png(), 1, n_probs=CANDIDATES, grammar="root ::= [a-z]+")
-    batch = encode(processor, [frame.image], [prompt]).to(model.device)
+    reply = client.completion(user_text, frame.png(), 1, n_probs=CANDIDATES, grammar="root ::= [a-z]+")
+    batch = encode(processor, [frame.image], [user_text]).to(model.device)
     length = batch["input_ids"].shape[1]
     if reply["tokens_evaluated"] != length:
         raise OrionError(

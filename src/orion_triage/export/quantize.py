@@ -34,12 +34,12 @@ def run(
     out_folder: Path,
     settings: QuantizeSettings,
     *,
-    prompts: Sequence[str],
+    user_texts: Sequence[str],
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Write the three files and `pair.json` into `out_folder`; returns sizes, tensor types and the build.
 
-    Raises OrionError if a tool fails, if a file has unexpected content, or if llama.cpp splits one of `prompts` into
+    Raises OrionError if a tool fails, if a file has unexpected content, or if llama.cpp splits one of `user_texts` into
     other tokens than the model's tokenizer.
     """
     weights = sum(path.stat().st_size for path in merged.glob("*.safetensors"))
@@ -59,7 +59,7 @@ def run(
         types = {name: check_file(folder / name, merged) for name in (F16, MMPROJ, QUANTIZED)}
         log = out_folder.parent / "logs" / "quantize-server.log"
         with Server(toolchain, folder / QUANTIZED, None, log=log) as server:
-            compared = check_tokenization(server.client, merged, prompts)
+            compared = check_tokenization(server.client, merged, user_texts)
         pair = {
             "merged_sha256": fingerprint(merged),
             "llama_cpp_build": toolchain.build,
@@ -105,16 +105,16 @@ def check_file(path: Path, merged: Path) -> dict[str, int]:
     return dict(sorted(types.items()))
 
 
-def check_tokenization(client: Client, merged: Path, prompts: Sequence[str]) -> int:
-    """Compare the tokens of every prompt between llama.cpp and transformers; returns the number of prompts.
+def check_tokenization(client: Client, merged: Path, user_texts: Sequence[str]) -> int:
+    """Compare the tokens of every user's text between llama.cpp and transformers; returns their number.
 
     Raises OrionError at the first difference.
     """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(merged, trust_remote_code=False)
-    for prompt in prompts:
-        text = f"<|im_start|>user\n\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+    for user_text in user_texts:
+        text = client.chat(user_text, "")
         theirs, ours = client.tokenize(text), tokenizer(text, add_special_tokens=False)["input_ids"]
         if theirs != ours:
             place = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), 0)
@@ -124,7 +124,7 @@ def check_tokenization(client: Client, merged: Path, prompts: Sequence[str]) -> 
                 f"{pieces[1]!r}. The tokenizer is not LFM2's.",
                 "Do not deploy this pair; use a base of the LFM2-VL family.",
             )
-    return len(prompts)
+    return len(user_texts)
 
 
 def find_pair(folder: Path) -> tuple[Path, Path]:

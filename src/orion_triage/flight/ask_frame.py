@@ -97,15 +97,17 @@ def png(pixels: bytes, size: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
-def decide(said: str | None, scores: dict[str, float] | None, threshold: float | None) -> tuple[str | None, str]:
+def decide(
+    said: str | None, scores: dict[str, float] | None, threshold: float | None, mission: dict[str, Any]
+) -> tuple[str | None, str]:
     """The decision about a frame that is not blank, and what decided it; the README's steps in their order."""
     if said is None:
-        return None, "no verdict"
+        return mission["unparsable"] or None, "no verdict"
     if threshold is None or scores is None:
         return said, "model"
-    if scores["LOW"] >= threshold:
-        return "LOW", f"threshold {threshold:.3f}"
-    return ("HIGH" if scores["HIGH"] >= scores["MEDIUM"] else "MEDIUM"), f"threshold {threshold:.3f}"
+    kept = {category["name"]: category["action"] != "drop" for category in mission["categories"]}
+    drops = sum(scores[name] for name in kept if not kept[name]) >= threshold
+    return max((name for name in kept if kept[name] != drops), key=scores.__getitem__), f"threshold {threshold:.3f}"
 
 
 def ask(questions: Questions, frame: bytes, bundle: dict[str, Any]) -> dict[str, Any]:
@@ -113,8 +115,15 @@ def ask(questions: Questions, frame: bytes, bundle: dict[str, Any]) -> dict[str,
 
     Raises NoGoError if the server's reply is not an answer.
     """
-    if is_blank(frame):
-        return {"category": "LOW", "decided_by": "blank rule", "model_category": None, "scores": None, "blank": True}
+    mission = bundle["mission"]
+    if mission["blank"] and is_blank(frame):
+        return {
+            "category": mission["blank"],
+            "decided_by": "blank rule",
+            "model_category": None,
+            "scores": None,
+            "blank": True,
+        }
     size = bundle["frame_size"]
     answer, found = questions.ask_picture("the frame", png(shrink(frame, size), size))
     weights = {label: math.exp(value) for label, value in found.items()}
@@ -123,10 +132,12 @@ def ask(questions: Questions, frame: bytes, bundle: dict[str, Any]) -> dict[str,
     try:
         verdict = json.loads(answer)
         said, reason = verdict["category"], verdict["reason"]
+        if said not in scores:
+            raise ValueError
     except (ValueError, KeyError, TypeError):
         said, reason = None, None
     point = bundle["operating_point"]
-    category, by = decide(said, scores, point["low_threshold"] if point else None)
+    category, by = decide(said, scores, point["drop_threshold"] if point else None, mission)
     return {
         "answer": answer, "category": category, "decided_by": by, "model_category": said, "reason": reason,
         "scores": scores, "label_mass": mass, "blank": False,

@@ -28,8 +28,9 @@ from orion_triage.llama_cpp.server import OPTIONS, Server
 from orion_triage.llama_cpp.toolchain import Toolchain, existing_tools, fetch_source, find_toolchain
 from orion_triage.llama_cpp.tools import quantize_file
 from orion_triage.machine.describe import describe
-from orion_triage.mission.prompt import render_prompt
-from orion_triage.mission.verdict import ANSWER_TOKENS, Category, Verdict
+from orion_triage.mission.mission import Mission
+from orion_triage.mission.prompt import user_text
+from orion_triage.mission.verdict import Verdict, answer_text, answer_tokens
 from orion_triage.progress import Progress, silent
 from orion_triage.runs import manifest
 from orion_triage.safe.files import locked, sha256_of_file, temporary_folder, write_text
@@ -308,8 +309,9 @@ class _Asked:
     def __init__(self, server: "Server", run: "Run", setup: Setup, repeats: int) -> None:
         self._server, self._run, self._setup, self._repeats = server, run, setup, repeats
         self._frames = _frames(setup.frame_size)
-        self._prompt = render_prompt(None)
-        self.frame_tokens = _tokens(server.client, Verdict("", Category.HIGH).to_json())
+        self._mission = run.settings.mission
+        self._text = user_text(self._mission, None)
+        self.frame_tokens = _tokens(server.client, _empty_answer(self._mission))
         self._peak_memory_bytes = 0
         self._complete(next(self._frames), 4)  # warm-up: the first frame includes one-time costs
 
@@ -320,22 +322,27 @@ class _Asked:
 
     def without_reason(self) -> Row:
         """Measure answers with only the category."""
-        row = self._measure(VERDICT_ONLY, 1, lambda png: ask_for_category(self._server.client, self._prompt, png))
+
+        def ask(png: bytes) -> dict[str, Any]:
+            return ask_for_category(self._server.client, self._mission, self._text, png)
+
+        row = self._measure(VERDICT_ONLY, 1, ask)
         return _beside_accuracy(row, self._run, self._setup, VERDICT_ONLY)
 
     def in_flight(self) -> float:
         """Seconds per frame as in 'orion triage': with the grammar and reasons of the model's own length."""
-        backend = LlamaCppBackend(self._server.client, max_new_tokens=ANSWER_TOKENS, constrained=True)
+        mission = self._mission
+        backend = LlamaCppBackend(self._server.client, mission, max_new_tokens=answer_tokens(mission), constrained=True)
         seconds = []
         for _ in range(self._repeats):
             image = _decoded(next(self._frames))
             began = time.monotonic()
-            backend.answer([image], [self._prompt])
+            backend.answer([image], [self._text])
             seconds.append(time.monotonic() - began)
         return round(statistics.median(seconds), 4)
 
     def _complete(self, png: bytes, tokens: int) -> dict[str, Any]:
-        return self._server.client.completion(self._prompt, png, tokens, grammar=_OPEN_GRAMMAR, ignore_eos=True)
+        return self._server.client.completion(self._text, png, tokens, grammar=_OPEN_GRAMMAR, ignore_eos=True)
 
     def _measure(self, change: str, answer_tokens: int, ask: Callable[[bytes], dict[str, Any]]) -> Row:
         parts: list[tuple[float, float, float, float]] = []
@@ -424,10 +431,16 @@ def _own_answer_tokens(run: "Run", client: "Client") -> int:
     """Tokens of the flight pair's median answer under condition B; a usual length if it was not evaluated."""
     from orion_triage.evaluate.run import read_predictions
 
+    mission = run.settings.mission
     if model := next((name for name in _FLOWN if _is_of_this_pair(run, name)), ""):
-        answers = [row["answer"] for row in read_predictions(run.evaluation(model)) if row["condition"] == "B"]
+        answers = [row["answer"] for row in read_predictions(run.evaluation(model), mission) if row["condition"] == "B"]
         return int(statistics.median_high([_tokens(client, answer) for answer in answers]))
-    return _tokens(client, Verdict("", Category.HIGH).to_json()) + USUAL_REASON_TOKENS
+    return _tokens(client, _empty_answer(mission)) + USUAL_REASON_TOKENS
+
+
+def _empty_answer(mission: Mission) -> str:
+    """An answer without a reason."""
+    return answer_text(mission, Verdict("", mission.names[0]))
 
 
 def _beside_accuracy(row: Row, run: "Run", setup: Setup, model: str = "") -> Row:

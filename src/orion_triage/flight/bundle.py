@@ -19,19 +19,20 @@ from orion_triage.evaluate.verdict import DO_NOT_FLY
 from orion_triage.export import quantize
 from orion_triage.imagery.frames import CAMERA_SIZE, Frame, is_blank, shrink
 from orion_triage.imagery.stretch import stretch_of
-from orion_triage.llama_cpp.client import CANDIDATES, GREEDY, Client
+from orion_triage.llama_cpp.client import CANDIDATES, GREEDY, PRINTABLE, Client
 from orion_triage.llama_cpp.server import OPTIONS, Server
 from orion_triage.llama_cpp.toolchain import PINNED_BUILD, WHEEL, WHEEL_SHA256, Toolchain, find_toolchain
 from orion_triage.mission.answer import Answer
 from orion_triage.mission.decide import Rules, in_words
-from orion_triage.mission.prompt import render_prompt
+from orion_triage.mission.mission import Mission
+from orion_triage.mission.prompt import render_prompt, user_text, with_image
 from orion_triage.mission.verdict import (
-    ANSWER_TOKENS,
-    CATEGORIES,
     CATEGORY_CUE,
-    CATEGORY_GRAMMAR,
-    GRAMMAR,
-    category_tokens,
+    answer_tokens,
+    category_grammar,
+    grammar,
+    label_scores,
+    label_tree,
     parse_verdict,
 )
 from orion_triage.models.licence import base_of, licence_files
@@ -42,7 +43,7 @@ from orion_triage.safe.files import locked, replaced_folder, require_free_space,
 if TYPE_CHECKING:
     from orion_triage.runs.run import Run
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 LIST, LIST_HASH = "bundle.json", "bundle.json.sha256"
 CHECKER, CLIENT = "check_flight.py", "ask_frame.py"
 GOLDEN_IMAGES = 5
@@ -72,7 +73,7 @@ def run(run: "Run", out: Path, progress: Progress = silent, *, accepted_risk: st
         raise OrionError(f"{out} exists and is not a bundle.", "Choose another folder with --out.")
     quantize.check_pair(run.gguf)
     point = threshold.read(run.folder, run.gguf)
-    rows = clearest_first(_evaluated(run))
+    rows = clearest_first(_evaluated(run), run.settings.mission)
     verdict = _may_fly(run, accepted_risk)
     names = (quantize.QUANTIZED, quantize.MMPROJ, quantize.PAIR)
     require_free_space(out.parent, sum((run.gguf / name).stat().st_size for name in names) + 20_000_000, "the bundle")
@@ -92,17 +93,18 @@ def run(run: "Run", out: Path, progress: Progress = silent, *, accepted_risk: st
             "base": base_of(run.gguf) or run.settings.base.model,
             "frame_size": run.settings.base.frame_size,
             "stretch": _stretch(run),
+            "mission": run.settings.mission.model_dump(mode="json"),
             "model": quantize.QUANTIZED,
             "mmproj": quantize.MMPROJ,
             "llama_cpp_build": toolchain.build,
             "versions": {"orion-triage": __version__, **_manifest(run.gguf, "quantize").versions},
             "made_on": platform.machine(),
-            "operating_point": {"low_threshold": point[0], "temperature": point[1]} if point else None,
+            "operating_point": {"drop_threshold": point[0], "temperature": point[1]} if point else None,
             "verdict": verdict,
             "request": request,
             "tolerances": TOLERANCES,
             "golden": golden,
-            "notes": list(_notes(golden)),
+            "notes": list(_notes(golden, run.settings.mission)),
             "files": manifest.hash_outputs(folder),
         }
         write_text(folder / LIST, json.dumps(record, indent=2) + "\n")
@@ -146,10 +148,10 @@ def _evaluated(run: "Run") -> list[dict[str, Any]]:
     stage_manifest = _manifest(folder, "evaluate --gguf")
     if stage_manifest.inputs.get("gguf") != manifest.hash_inputs({"gguf": run.gguf})["gguf"]:
         raise OrionError(f"{folder} is the evaluation of another pair.", "Run 'orion evaluate --gguf' again.")
-    return [row for row in read_predictions(folder) if row["condition"] == CONDITION]
+    return [row for row in read_predictions(folder, run.settings.mission) if row["condition"] == CONDITION]
 
 
-def clearest_first(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def clearest_first(rows: Iterable[dict[str, Any]], mission: Mission) -> list[dict[str, Any]]:
     """Candidates for golden images: right answers, alternating between categories, by falling margin; then wrong ones.
 
     The margin is that of the score over the second best: a clear answer is stable under the rounding of another
@@ -161,7 +163,7 @@ def clearest_first(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         return second - first, row["name"]
 
     scored = sorted((row for row in rows if row["category"] and row["scores"]), key=place)
-    right = [[row for row in scored if row["category"] == row["truth"] == category] for category in CATEGORIES]
+    right = [[row for row in scored if row["category"] == row["truth"] == category] for category in mission.names]
     in_turn = [row for row in chain.from_iterable(zip_longest(*right)) if row]
     return in_turn + [row for row in scored if row["category"] != row["truth"]]
 
@@ -170,9 +172,12 @@ def _ask(
     client: Client, run: "Run", rows: list[dict[str, Any]], folder: Path, progress: Progress
 ) -> tuple[list[dict[str, Any]], dict[str, Any], list[float]]:
     """Write the golden images into the folder; returns them with their expected answers, the requests, and seconds."""
-    dataset = Dataset(run.dataset)
+    dataset = Dataset(run.dataset, run.settings.mission)
     records = {record.name: record for record in dataset.records(run.split)}
-    prompt, labels = render_prompt(None), category_tokens(client.tokenize)
+    mission = run.settings.mission
+    text, labels, most = user_text(mission, None), label_tree(mission, client.tokenize), answer_tokens(mission)
+    grammars = (grammar(mission), category_grammar(mission))
+    after_cue = [(node.text, node.tokens) for node in labels]
     golden: list[dict[str, Any]] = []
     seconds: list[float] = []
     for row in rows:
@@ -184,18 +189,19 @@ def _ask(
         if not path.is_file():
             raise OrionError(f"{path} does not exist.", "Run 'orion dataset' to make it again.")
         image = dataset.frame(record, CAMERA_SIZE)
-        if is_blank(image):
-            continue  # LOW by the blank rule: in flight, the model is not asked
+        if mission.blank and is_blank(image):
+            continue  # decided by the blank rule: in flight, the model is not asked
         image = shrink(image, run.settings.base.frame_size)
         png = Frame(image, image.size).png()
         began = time.monotonic()
         answer, found = client.complete_and_score(
-            prompt, png, ANSWER_TOKENS, cue=CATEGORY_CUE, tokens=labels, grammars=(GRAMMAR, CATEGORY_GRAMMAR)
+            text, png, most, cue=CATEGORY_CUE, after_cue=after_cue, grammars=grammars
         )
-        took, verdict = time.monotonic() - began, parse_verdict(answer)
+        took, verdict = time.monotonic() - began, parse_verdict(mission, answer)
         if found is None or verdict is None or verdict.category != row["category"]:
             continue  # with the grammar, the category is another one
-        scored = Answer.scored(answer, found).to_json()
+        each = label_scores(mission, labels, found)
+        scored = Answer.scored(answer, each).to_json(mission)
         name = f"golden/{len(golden) + 1}-{verdict.category.lower()}.png"
         write_bytes(folder / name, png)
         golden.append(
@@ -204,7 +210,7 @@ def _ask(
                 "frame": row["name"],
                 "truth": row["truth"],
                 **{key: scored[key] for key in ("answer", "category")},
-                "log_probabilities": {c: round(value, 6) for c, value in zip(CATEGORIES, found, strict=True)},
+                "log_probabilities": {c: round(value, 6) for c, value in zip(mission.names, each, strict=True)},
                 "scores": {c: round(value, 6) for c, value in scored["scores"].items()},
             }
         )
@@ -214,14 +220,22 @@ def _ask(
             "the pair gives no verdict for any test frame.", "Run 'orion evaluate' and read the invalid answers."
         )
     request = {
-        "chat": client.chat("{prompt}", "{image}"),
+        "chat": client.chat(with_image(mission, "{prompt}"), "{image}"),
         "cue": CATEGORY_CUE,
-        "answer_tokens": ANSWER_TOKENS,
+        "answer_tokens": most,
         "candidates": CANDIDATES,
         "sampling": GREEDY,
         "grammars": ["grammar.gbnf", "category_grammar.gbnf"],
-        "label_tokens": dict(zip(CATEGORIES, labels, strict=True)),
-        "prompt_tokens": client.completion(prompt, png, 1, grammar=GRAMMAR)["tokens_evaluated"],
+        "printable": PRINTABLE,
+        "labels": [
+            {
+                "after": node.text,
+                "tokens": list(node.tokens),
+                "categories": [[mission.names[index] for index in indices] for indices in node.names],
+            }
+            for node in labels
+        ],
+        "prompt_tokens": client.completion(text, png, 1, grammar=grammars[0])["tokens_evaluated"],
     }
     return golden, request, seconds
 
@@ -232,8 +246,8 @@ def _stretch(run: "Run") -> dict[str, Any] | None:
     return asdict(stretch) if stretch else None
 
 
-def _notes(golden: list[dict[str, Any]]) -> Iterator[str]:
-    missing = [category for category in CATEGORIES if category not in {image["category"] for image in golden}]
+def _notes(golden: list[dict[str, Any]], mission: Mission) -> Iterator[str]:
+    missing = [category for category in mission.names if category not in {image["category"] for image in golden}]
     if missing:
         yield f"No golden image has the answer {' or '.join(missing)}: the model gives none on the test split."
     if wrong := [image["image"] for image in golden if image["category"] != image["truth"]]:
@@ -246,9 +260,10 @@ def _write_texts(
     folder: Path, run: "Run", toolchain: Toolchain, point: tuple[float, float] | None, verdict: dict[str, Any]
 ) -> None:
     """Prompt, grammars, launch script, checker and the operator's README."""
-    write_text(folder / "prompt.txt", render_prompt(None))
-    write_text(folder / "grammar.gbnf", GRAMMAR)
-    write_text(folder / "category_grammar.gbnf", CATEGORY_GRAMMAR)
+    mission = run.settings.mission
+    write_text(folder / "prompt.txt", render_prompt(mission, None))
+    write_text(folder / "grammar.gbnf", grammar(mission))
+    write_text(folder / "category_grammar.gbnf", category_grammar(mission))
     for name in (CHECKER, CLIENT):
         shutil.copyfile(Path(__file__).with_name(name), folder / name)
     values: dict[str, Any] = {
@@ -261,7 +276,8 @@ def _write_texts(
         "wheel": WHEEL,
         "wheel_sha256": WHEEL_SHA256,
         "tolerances": TOLERANCES,
-        "decision": in_words(Rules(point[0] if point else None)),
+        "decision": in_words(mission, Rules(point[0] if point else None)),
+        "mission": mission,
         "temperature": point[1] if point else None,
         "verdict": verdict,
         "stretch": _stretch(run),

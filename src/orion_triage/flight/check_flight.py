@@ -234,13 +234,13 @@ class Questions:
 
     def __init__(self, connection: Connection, folder: Path, bundle: dict[str, Any], marker: str) -> None:
         self._connection, self._folder, self._request = connection, folder, bundle["request"]
-        self._labels: dict[str, int] = self._request["label_tokens"]
+        self._labels: list[dict[str, Any]] = self._request["labels"]
         self._prompt = (folder / "prompt.txt").read_text(encoding="utf-8")
         self._chat = self._request["chat"].replace("{image}", marker).replace("{prompt}", self._prompt)
         self._grammars = [(folder / name).read_text(encoding="utf-8") for name in self._request["grammars"]]
 
     def ask(self, image: str) -> tuple[str, dict[str, float]]:
-        """The answer to a golden image, and the log-probability of each label at the first token of its category."""
+        """The answer to a golden image, and the log-probability of each category where their names differ."""
         return self.ask_picture(image, (self._folder / image).read_bytes())
 
     def ask_picture(self, image: str, png: bytes) -> tuple[str, dict[str, float]]:
@@ -264,17 +264,29 @@ class Questions:
         return self._category(image, png, answer.partition(cue)[0] + cue, 1)[1]
 
     def _category(self, image: str, png: bytes, start: str, most: int) -> tuple[str, dict[str, float]]:
-        more = {"cache_prompt": True, "n_probs": self._request["candidates"], "grammar": self._grammars[1]}
-        reply = self._completion(png, start, most, more)
+        more = {"cache_prompt": True, "n_probs": self._request["candidates"]}
+        reply = self._completion(png, start, most, {**more, "grammar": self._grammars[1]})
+        found: dict[str, float] = {}
+        for place in self._labels:
+            # Further places, where names with the same beginning part, take a request each.
+            rule = {"grammar": self._request["printable"]}
+            asked = self._completion(png, start + place["after"], 1, {**more, **rule}) if place["after"] else reply
+            for token, value in self._listed(image, asked, place["tokens"]).items():
+                for label in place["categories"][token]:
+                    found[label] = found.get(label, 0.0) + value
+        return start + str(reply.get("content")), found
+
+    @staticmethod
+    def _listed(image: str, reply: dict[str, Any], tokens: list[int]) -> dict[int, float]:
+        """Place in `tokens` -> log-probability of that token as the reply's first one."""
         try:
             listed = {int(c["id"]): float(c["logprob"]) for c in reply["completion_probabilities"][0]["top_logprobs"]}
             if not all(math.isfinite(value) for value in listed.values()):
                 raise ValueError
-            least = min(listed.values())  # the upper bound of a label that is not listed
-            found = {label: listed.get(token, least) for label, token in self._labels.items()}
+            least = min(listed.values())  # the upper bound of a token that is not listed
+            return {place: listed.get(token, least) for place, token in enumerate(tokens)}
         except (KeyError, IndexError, TypeError, ValueError):
             raise NoGoError(f"{image}: the reply has no log-probabilities") from None
-        return start + str(reply.get("content")), found
 
     def _completion(self, png: bytes, start: str, most: int, more: dict[str, Any]) -> dict[str, Any]:
         picture = base64.b64encode(png).decode()

@@ -21,8 +21,9 @@ from orion_triage.llama_cpp.server import Server
 from orion_triage.llama_cpp.toolchain import find_toolchain
 from orion_triage.mission.answer import Answer
 from orion_triage.mission.decide import BLANK_REASON, Rules, decide
-from orion_triage.mission.prompt import render_prompt
-from orion_triage.mission.verdict import ANSWER_TOKENS, Verdict, parse_verdict
+from orion_triage.mission.mission import Mission, default_mission
+from orion_triage.mission.prompt import user_text
+from orion_triage.mission.verdict import Verdict, answer_tokens, parse_verdict
 from orion_triage.progress import Progress, silent
 from orion_triage.safe.files import naming, sha256_of_file, sha256_of_text
 from orion_triage.safe.folders import listing
@@ -30,7 +31,7 @@ from orion_triage.safe.folders import listing
 if TYPE_CHECKING:
     from orion_triage.runs.run import Run
 
-RULES = Rules()  # a blank frame is LOW; otherwise the answer's category counts
+RULES = Rules()  # a blank frame has its category; otherwise the answer's category counts
 PICTURES = (*PICTURE_SUFFIXES, ".raw")
 
 
@@ -55,10 +56,11 @@ class FrameVerdict:
 
 @dataclass(frozen=True)
 class Flown:
-    """What classifies: the folder of a GGUF pair, the size and stretch of its frames, and the rules of the decision."""
+    """What classifies: a GGUF pair, its mission, the size and stretch of its frames, and the rules of the decision."""
 
     name: str
     gguf: Path
+    mission: Mission
     frame_size: int
     stretch: Stretch | None
     rules: Rules
@@ -69,7 +71,8 @@ def of_run(run: "Run") -> Flown:
     """A run's pair with its threshold, if one was chosen."""
     stretch, log = stretch_of(run.settings.dataset), run.folder / "logs" / "triage-server.log"
     rules = threshold.rules_of(run)
-    return Flown(f"{run.folder} ({_rules(rules)})", run.gguf, run.settings.base.frame_size, stretch, rules, log)
+    mission, size = run.settings.mission, run.settings.base.frame_size
+    return Flown(f"{run.folder} ({_rules(rules)})", run.gguf, mission, size, stretch, rules, log)
 
 
 def of_bundle(folder: Path) -> Flown:
@@ -79,8 +82,9 @@ def of_bundle(folder: Path) -> Flown:
     try:
         bundle = read_bundle(folder)
         point, stretch = bundle["operating_point"], bundle["stretch"]
-        rules = Rules(low_threshold=float(point["low_threshold"]) if point else None)
+        rules = Rules(drop_threshold=float(point["drop_threshold"]) if point else None)
         limits, size = Stretch(**stretch) if stretch else None, int(bundle["frame_size"])
+        mission = Mission.model_validate(bundle["mission"])
     except NoGoError as error:
         raise OrionError(
             f"{folder}: {error}.", "Pass the folder of a bundle; copy it again if it was changed."
@@ -90,11 +94,11 @@ def of_bundle(folder: Path) -> Flown:
             f"{folder / 'bundle.json'} is of another version: {error!r}.", "Run 'orion bundle' again."
         ) from None
     log = Path(tempfile.gettempdir()) / f"orion-triage-{os.getpid()}.log"
-    return Flown(f"bundle {folder} ({_rules(rules)})", folder, size, limits, rules, log)
+    return Flown(f"bundle {folder} ({_rules(rules)})", folder, mission, size, limits, rules, log)
 
 
 def _rules(rules: Rules) -> str:
-    return "no threshold" if rules.low_threshold is None else f"threshold {rules.low_threshold:.3f}"
+    return "no threshold" if rules.drop_threshold is None else f"threshold {rules.drop_threshold:.3f}"
 
 
 def frames_in(paths: Iterable[Path], *, recursive: bool = False) -> tuple[list[Path], list[str]]:
@@ -122,28 +126,29 @@ def frames_in(paths: Iterable[Path], *, recursive: bool = False) -> tuple[list[P
     return frames, left_out
 
 
-def to_json(outcome: FrameVerdict) -> dict[str, Any]:
+def to_json(outcome: FrameVerdict, mission: Mission) -> dict[str, Any]:
     """The printed and stored outcome of one frame: the answer, with the decided category and what decided it.
 
     `category` is null if the file was refused or nothing was decided; `model_category` is that of the answer, null if
     the model was not asked.
     """
-    verdict, answered = outcome.verdict, (outcome.answer or Answer("")).to_json()
+    verdict, answered = outcome.verdict, (outcome.answer or Answer("")).to_json(mission)
     return {
         "file": outcome.file,
         **answered,
         "model_category": answered["category"],
-        "category": verdict.category.value if verdict else None,
+        "category": verdict.category if verdict else None,
         "decided_by": outcome.decided_by or None,
         "reason": verdict.reason if verdict else None,
         "blank": outcome.blank,
     }
 
 
-def asked_by(gguf: Path, frame_size: int, rules: Rules, resize: bool, stretch: Stretch | None = None) -> str:
+def asked_by(flown: Flown, rules: Rules, resize: bool) -> str:
     """A short hash of the model and its settings; it must be the same for all lines of a results file."""
-    parts = [sha256_of_file(gguf / quantize.PAIR), frame_size, rules.low_threshold, resize, rules.blank_is_low]
-    parts += [str(stretch)] if stretch else []
+    parts = [sha256_of_file(flown.gguf / quantize.PAIR), flown.frame_size, rules.drop_threshold, resize, rules.blank]
+    parts += [str(flown.stretch)] if flown.stretch else []
+    parts += [flown.mission.model_dump(mode="json")] if flown.mission != default_mission() else []
     return sha256_of_text(json.dumps(parts))[:12]
 
 
@@ -211,6 +216,7 @@ def _finished_before(out: Path, pair: str) -> Counter[str]:
 def triage_files(
     paths: Iterable[Path],
     backend: Backend,
+    mission: Mission,
     frame_size: int,
     *,
     rules: Rules = RULES,
@@ -220,9 +226,9 @@ def triage_files(
     """Yield outcomes in the order of `paths`; a refused file gives an outcome with `error`.
 
     `decide` determines the category from the answer and the rules; the reason is the model's. The model is not asked
-    about a frame that is LOW by the blank rule.
+    about a frame that the blank rule decides.
     """
-    prompt = render_prompt(None)
+    text = user_text(mission, None)
     for path in paths:
         began = time.monotonic()
         try:
@@ -231,17 +237,17 @@ def triage_files(
             yield FrameVerdict(str(path), None, time.monotonic() - began, error=str(error))
             continue
         blank = is_blank(frame.image)
-        if by_rule := decide(None, None, blank=blank, rules=rules).category:
+        if by_rule := _by_blank_rule(mission, blank, rules):
             verdict, seconds = Verdict(BLANK_REASON, by_rule), time.monotonic() - began
             yield FrameVerdict(
                 str(path), verdict, seconds, frame.native_size, "blank rule", blank=True, changes=frame.changes
             )
             continue
-        (answer,) = backend.answer([shrink(frame.image, frame_size)], [prompt])
-        said = parse_verdict(answer.text)
-        decision = decide(said.category if said else None, answer.scores, blank=blank, rules=rules)
-        by = f"threshold {rules.low_threshold:.3f}" if decision.by == "threshold" else decision.by
-        said = Verdict(said.reason, decision.category) if said and decision.category else None
+        (answer,) = backend.answer([shrink(frame.image, frame_size)], [text])
+        said = parse_verdict(mission, answer.text)
+        decision = decide(mission, said.category if said else None, answer.scores, blank=blank, rules=rules)
+        by = f"threshold {rules.drop_threshold:.3f}" if decision.by == "threshold" else decision.by
+        said = Verdict(said.reason if said else "", decision.category) if decision.category else None
         error_text = "" if said else f"{path}: the model gave no verdict. Run 'orion evaluate' to check the run."
         seconds = time.monotonic() - began
         yield FrameVerdict(
@@ -249,26 +255,30 @@ def triage_files(
         )
 
 
+def _by_blank_rule(mission: Mission, blank: bool, rules: Rules) -> str | None:
+    """The category of a frame about which the model is not asked, or None."""
+    decision = decide(mission, None, None, blank=blank, rules=rules)
+    return decision.category if decision.by == "blank rule" else None
+
+
 def triage_with_pair(
     paths: Iterable[Path],
-    gguf: Path,
-    frame_size: int,
+    flown: Flown,
     *,
-    log: Path,
     keep_log: bool = True,
     rules: Rules = RULES,
     resize: bool = False,
-    stretch: Stretch | None = None,
     progress: Progress = silent,
 ) -> Iterator[FrameVerdict]:
-    """`triage_files` with the GGUF pair in the folder `gguf`, on a server that runs during the iteration.
+    """`triage_files` with a GGUF pair, on a server that runs during the iteration; `rules` replace its own.
 
     Its log is kept if the server failed, or with `keep_log`.
     """
+    gguf, mission, size = flown.gguf, flown.mission, flown.frame_size
     quantize.check_pair(gguf)
     toolchain = find_toolchain(progress)
-    with Server(toolchain, gguf / quantize.QUANTIZED, gguf / quantize.MMPROJ, log=log) as server:
-        backend = LlamaCppBackend(server.client, max_new_tokens=ANSWER_TOKENS, constrained=True)
-        yield from triage_files(paths, backend, frame_size, rules=rules, resize=resize, stretch=stretch)
+    with Server(toolchain, gguf / quantize.QUANTIZED, gguf / quantize.MMPROJ, log=flown.log) as server:
+        backend = LlamaCppBackend(server.client, mission, max_new_tokens=answer_tokens(mission), constrained=True)
+        yield from triage_files(paths, backend, mission, size, rules=rules, resize=resize, stretch=flown.stretch)
     if not keep_log:
-        log.unlink(missing_ok=True)
+        flown.log.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 from orion_triage.errors import AnswerError, ServerError
+from orion_triage.mission.prompt import IMAGE
 from orion_triage.safe.reading import parse_json, shown
 
 _NOT_UTF8 = b"does not match the expected Content-only format"  # llama.cpp's message for an answer of invalid bytes
@@ -26,6 +27,8 @@ GREEDY = {
     "xtc_probability": 0.0, "dynatemp_range": 0.0, "typical_p": 1.0, "top_p": 1.0, "min_p": 0.0, "top_n_sigma": -1.0,
     "mirostat": 0, "n_keep": 0, "ignore_eos": False, "logit_bias": [],
 }  # fmt: skip
+# Keeps the token after part of a name printable, which an untrained model's is not; the server would answer 500.
+PRINTABLE = "root ::= [ -~]+"
 CANDIDATES = 100  # candidates per token with probabilities; each costs 9 microseconds and 0.1 kB per token
 
 
@@ -137,49 +140,53 @@ class Client:
             )
         return tokens
 
-    def prime(self, image_png: bytes) -> None:
+    def prime(self, user_text: str, image_png: bytes) -> None:
         """Let the server encode the image and cache its state for the following prompts about the same image.
 
         The state of LFM2's short convolutions can only be restored at a saved checkpoint, not at any token. The end
-        of this request is such a checkpoint. Does nothing if this client primed the same image last.
+        of this request is such a checkpoint. Does nothing if this client primed the same image last, or if there is
+        text before the image.
         """
-        if image_png == self._primed:
+        if image_png == self._primed or not user_text.startswith(IMAGE):
             return
         self._primed = b""
         self._complete(
-            self.chat("", self.marker).partition(self.marker)[0] + self.marker, image_png, 0, cache_prompt=True
+            self.chat(IMAGE, self.marker).partition(self.marker)[0] + self.marker, image_png, 0, cache_prompt=True
         )
         self._primed = image_png
 
-    def complete(self, prompt: str, image_png: bytes, max_tokens: int, grammar: str = "") -> str:
-        """The greedy answer to one frame; the prompt has the same tokens as transformers' chat template."""
-        answer: str = self.completion(prompt, image_png, max_tokens, grammar=grammar)["content"]
+    def complete(self, user_text: str, image_png: bytes, max_tokens: int, grammar: str = "") -> str:
+        """The greedy answer to one frame; the text has the same tokens as transformers' chat template."""
+        answer: str = self.completion(user_text, image_png, max_tokens, grammar=grammar)["content"]
         return answer
 
     def complete_and_score(
         self,
-        prompt: str,
+        user_text: str,
         image_png: bytes,
         max_tokens: int,
         *,
         cue: str,
-        tokens: Sequence[int],
+        after_cue: Sequence[tuple[str, Sequence[int]]],
         grammars: tuple[str, str] = ("", ""),
         options: Mapping[str, float] | None = None,
         primed: bool = False,
-    ) -> tuple[str, list[float] | None]:
-        """The answer, and the log-probabilities of `tokens` right after its first `cue`; None without the cue.
+    ) -> tuple[str, list[list[float]] | None]:
+        """The answer, and the log-probabilities of tokens after its first `cue`; None without the cue.
 
-        Two requests: up to the cue, and from the cue on, each with its entry of `grammars`. The server caches the
-        prompt, so the second request costs only its tokens. Probabilities are the model's before grammar and sampling.
+        `after_cue` are pairs of a text that follows the cue and the tokens that may come next; the first text is empty.
+
+        Two requests: up to the cue, and from the cue on, each with its entry of `grammars`; and one more for each
+        further text. The server caches the prompt, so they cost only their tokens. Probabilities are the model's before
+        grammar and sampling.
         With `primed`, the cached state of the image is used (see `prime`). Without it, the server encodes the image
         again, as in flight.
         """
         sampling: dict[str, Any] = dict(options or {})
         if primed:
-            self.prime(image_png)
+            self.prime(user_text, image_png)
         first = self.completion(
-            prompt, image_png, max_tokens, stop=[cue], cache_prompt=primed, grammar=grammars[0], **sampling
+            user_text, image_png, max_tokens, stop=[cue], cache_prompt=primed, grammar=grammars[0], **sampling
         )
         text: str = first["content"]
         predicted = first.get("tokens_predicted")
@@ -189,10 +196,13 @@ class Client:
         if first.get("stopping_word") != cue or left < 1:
             return text, None
         text += cue
-        rest = self.completion(
-            prompt, image_png, left, start=text, cache_prompt=True, n_probs=CANDIDATES, grammar=grammars[1], **sampling
-        )
-        return text + rest["content"], first_log_probabilities(rest, tokens)
+        asking = {"cache_prompt": True, "n_probs": CANDIDATES, **sampling}
+        rest = self.completion(user_text, image_png, left, start=text, grammar=grammars[1], **asking)
+        found = [first_log_probabilities(rest, after_cue[0][1])]
+        for more, tokens in after_cue[1:]:
+            reply = self.completion(user_text, image_png, 1, start=text + more, grammar=PRINTABLE, **asking)
+            found.append(first_log_probabilities(reply, tokens))
+        return text + rest["content"], [one for one in found if one] if all(found) else None
 
     @property
     def marker(self) -> str:
@@ -208,19 +218,19 @@ class Client:
         return self._marker
 
     @staticmethod
-    def chat(prompt: str, image: str) -> str:
-        """One user turn and the prefix of the answer, with `image` in the place of the image."""
-        return f"<|im_start|>user\n{image}\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+    def chat(user_text: str, image: str) -> str:
+        """One user turn and the prefix of the answer, with `image` in the place of IMAGE."""
+        return f"<|im_start|>user\n{user_text.replace(IMAGE, image)}<|im_end|>\n<|im_start|>assistant\n"
 
     def completion(
-        self, prompt: str, image_png: bytes, max_tokens: int, *, start: str = "", **options: Any
+        self, user_text: str, image_png: bytes, max_tokens: int, *, start: str = "", **options: Any
     ) -> dict[str, Any]:
-        """The server's complete reply to one frame and prompt; `start` is the beginning of the answer, if known.
+        """The server's complete reply to one frame and text; `start` is the beginning of the answer, if known.
 
         This method renders the chat text itself, because the chat endpoint would add a thinking block. The server
         adds the start token, and the image start and end tokens around the marker.
         """
-        return self._complete(self.chat(prompt, self.marker) + start, image_png, max_tokens, **options)
+        return self._complete(self.chat(user_text, self.marker) + start, image_png, max_tokens, **options)
 
     def _complete(self, text: str, image_png: bytes, max_tokens: int, **options: Any) -> dict[str, Any]:
         body = {

@@ -116,7 +116,7 @@ def _whole(stage: str, folder: Path, made: Manifest, run: Run) -> tuple[float, i
     if stage.startswith(EVALUATE):
         from orion_triage.evaluate.run import read_predictions
 
-        answers = read_predictions(Run(folder, run.settings, run.split).product(stage))
+        answers = read_predictions(Run(folder, run.settings, run.split).product(stage), run.settings.mission)
         return max(made.seconds, sum(answer["seconds"] for answer in answers)), 1, 1.0
     return made.seconds, 1, 1.0
 

@@ -172,10 +172,11 @@ def random_config(preset: str, **changes: Any) -> tuple[Any, Any]:
     The tokenizer is trained here and replaces the published vocabulary.
     """
     from orion_triage.dataset.catalogue import load_catalogue
+    from orion_triage.mission.mission import default_mission
     from orion_triage.mission.prompt import render_prompt
     from orion_triage.models.lfm2_vl import make_config, train_tokenizer
 
-    texts = [render_prompt(target.coordinates) for target in load_catalogue()]
+    texts = [render_prompt(default_mission(), target.coordinates) for target in load_catalogue()]
     texts += [target.reason for target in load_catalogue()]
     tokenizer = train_tokenizer(texts, 2048)
     return tokenizer, make_config(tokenizer, **(SHAPES[preset] | changes))
@@ -223,14 +224,15 @@ def make_dataset(
     from orion_triage.dataset.records import IMAGES_FOLDER, Record, write_split
     from orion_triage.dataset.sources.source import Shot
     from orion_triage.dataset.sources.synthetic.draw import draw_tile, tile_seed
-    from orion_triage.mission.verdict import CATEGORIES
+    from orion_triage.mission.mission import default_mission
     from orion_triage.settings import Split
 
-    of = {category: [target for target in load_catalogue() if target.category == category] for category in CATEGORIES}
+    mission = default_mission()
+    of = {name: [target for target in load_catalogue() if target.category == name] for name in mission.names}
     places: dict[Split, list[Target]] = {
-        "train": [target for category in CATEGORIES for target in of[category][:train_frames]],
-        "val": [target for category in CATEGORIES for target in of[category][-val_frames:]],
-        "test": [of[category][-val_frames - 1] for category in CATEGORIES],
+        "train": [target for category in mission.names for target in of[category][:train_frames]],
+        "val": [target for category in mission.names for target in of[category][-val_frames:]],
+        "test": [of[category][-val_frames - 1] for category in mission.names],
     }
     with replaced_folder(folder) as new:
         (new / IMAGES_FOLDER).mkdir(parents=True)
@@ -238,7 +240,7 @@ def make_dataset(
             records: list[Record] = []
             for shot in map(Shot, targets):
                 draw_tile(shot.target.morphology, tile_seed(0, shot.name)).image.save(new / image_name(shot))
-                records += records_of(shot, split)
+                records += records_of(shot, split, mission)
             count = max(train_records, len(records)) if split == "train" else len(records)
             write_split(new, split, [records[index % len(records)] for index in range(count)])
 
@@ -319,7 +321,7 @@ def _parity(run: Run, frame: Path) -> float:
     """Compare the F16 pair with transformers in float32 on one frame."""
     from orion_triage.export import parity
     from orion_triage.imagery.frames import read_frame
-    from orion_triage.mission.prompt import render_prompt
+    from orion_triage.mission.prompt import user_text
     from orion_triage.models.load import float32_compute, load_model, load_processor
 
     size = run.settings.base.frame_size
@@ -330,7 +332,7 @@ def _parity(run: Run, frame: Path) -> float:
         model = load_model(run.merged, dtype="auto")
         with float32_compute(model):
             return parity.largest_difference(
-                model, processor, server.client, read_frame(frame, size), render_prompt(None)
+                model, processor, server.client, read_frame(frame, size), user_text(run.settings.mission, None)
             )
 
 

@@ -5,16 +5,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from orion_triage.mission.verdict import CATEGORIES, parse_verdict
+from orion_triage.mission.mission import Mission
+from orion_triage.mission.verdict import parse_verdict
 
 
 @dataclass(frozen=True)
 class Answer:
     """The text of an answer, and the probability of each category at the place of the category.
 
-    The reason is generated first. Then the three labels are scored by their first tokens. `scores` are the three
-    probabilities in the order of CATEGORIES, normalized to a sum of 1; `label_mass` is their sum before. Both are None
-    if the answer has no category or the backend returns no probabilities.
+    The names of the categories are scored by the tokens in which they differ (`label_tree`). `scores` are the
+    probabilities in the order of the mission's categories, normalized to a sum of 1; `label_mass` is their sum before.
+    Both are None if the answer has no category or the backend returns no probabilities.
     """
 
     text: str
@@ -29,17 +30,17 @@ class Answer:
         mass = sum(weights)
         return cls(text, tuple(weight / mass for weight in weights), mass)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self, mission: Mission) -> dict[str, Any]:
         """The form in predictions.jsonl, the flight's log and a bundle's golden images.
 
         `answer` (the text), `category` and `reason` (null without a verdict), `scores` by category and `label_mass`
         (null without probabilities).
         """
-        verdict = parse_verdict(self.text)
+        verdict = parse_verdict(mission, self.text)
         return {
             "answer": self.text,
-            "category": verdict.category.value if verdict else None,
+            "category": verdict.category if verdict else None,
             "reason": verdict.reason if verdict else None,
-            "scores": dict(zip(CATEGORIES, self.scores, strict=True)) if self.scores else None,
+            "scores": dict(zip(mission.names, self.scores, strict=True)) if self.scores else None,
             "label_mass": self.label_mass,
         }

@@ -1,28 +1,19 @@
 """The contract between ground and flight: prompt and coordinate format.
 
-Datasets, adapters and deployed flight software use these exact bytes. Only this module defines them. Prompts are
-rendered from fields; no other code edits a rendered prompt.
+Datasets, adapters and deployed flight software use these exact bytes. Only this module makes them, from the mission's
+texts. Prompts are rendered from fields; no other code edits a rendered prompt.
 """
 
 import math
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 from orion_triage.errors import OrionError
+from orion_triage.mission.mission import CATEGORIES, COORDINATES, LATITUDE, LONGITUDE, Mission
 
-_OPENING = "You are an autonomous orbital triage assistant. Analyze this high-resolution RGB satellite image"
-_TASK = """
-Strictly use one of these categories based on visual morphology:
-- HIGH: Extreme-scale strategic anomalies, dense geometric cargo/vessel infrastructure, massive cooling \
-towers, sprawling runways, or distinct geological/artificial chokepoints.
-- MEDIUM: Standard human civilization. Ordinary urban grids, low-density suburban sprawl, regular \
-checkerboard agriculture, or localized infrastructure (malls, regional strips).
-- LOW: Complete absence of human infrastructure. Featureless deep oceans, unbroken canopy, barren deserts, \
-or purely natural geological formations (craters, natural cliffs).
-You MUST output your response as a valid JSON object. To ensure accurate visual reasoning, you must output \
-the "reason" key FIRST, followed by the "category" key."""
 # The published splits and the reference's flight software have one newline between image and prompt.
-IMAGE_PLACEHOLDER = "<image>\n"
+IMAGE = "<image>"
 
 
 @dataclass(frozen=True)
@@ -45,35 +36,64 @@ def format_degrees(value: float) -> str:
     return repr(rounded if rounded != 0 else 0.0)
 
 
-def render_prompt(coordinates: Coordinates | None) -> str:
+@lru_cache(16)
+def _around(mission: Mission) -> tuple[str, str]:
+    """The prompt's text before and after the place of the coordinates."""
+    lines = "\n".join(f"- {one.name}: {one.definition}" for one in mission.categories)
+    before, _, after = mission.prompt.replace(CATEGORIES, lines).partition(COORDINATES)
+    return before, after
+
+
+def render_prompt(mission: Mission, coordinates: Coordinates | None) -> str:
     """The user's text of one frame, with or without its coordinates."""
+    before, after = _around(mission)
     if coordinates is None:
-        return f"{_OPENING}.{_TASK}"
-    where = f"Longitude: {format_degrees(coordinates.lon)}, Latitude: {format_degrees(coordinates.lat)}"
-    return f"{_OPENING} captured at {where}.{_TASK}"
+        return before + after
+    clause = mission.coordinates.replace(LONGITUDE, format_degrees(coordinates.lon))
+    return before + clause.replace(LATITUDE, format_degrees(coordinates.lat)) + after
 
 
-_WITH_COORDINATES = re.compile(
-    re.escape(_OPENING)
-    + r" captured at Longitude: (-?\d{1,3}\.\d{1,30}), Latitude: (-?\d{1,3}\.\d{1,30})\."
-    + re.escape(_TASK)
-)
+def with_image(mission: Mission, prompt: str, image: str = IMAGE) -> str:
+    """The prompt with `image` in the place of the image, and one newline between them."""
+    return f"{image}\n{prompt}" if mission.image == "before the text" else f"{prompt}\n{image}"
 
 
-def parse_prompt(prompt: str) -> Coordinates | None:
+def without_image(mission: Mission, text: str) -> str | None:
+    """The prompt in a text of `with_image`; None if the image is not in its place."""
+    if mission.image == "before the text":
+        return text.removeprefix(f"{IMAGE}\n") if text.startswith(f"{IMAGE}\n") else None
+    return text.removesuffix(f"\n{IMAGE}") if text.endswith(f"\n{IMAGE}") else None
+
+
+def user_text(mission: Mission, coordinates: Coordinates | None) -> str:
+    """The user's whole turn: the prompt, with IMAGE in the place of the image."""
+    return with_image(mission, render_prompt(mission, coordinates))
+
+
+@lru_cache(16)
+def _with_coordinates(mission: Mission) -> re.Pattern[str]:
+    before, after = _around(mission)
+    number = r"(-?\d{1,3}\.\d{1,30})"
+    clause = re.escape(mission.coordinates)
+    for placeholder in (LONGITUDE, LATITUDE):
+        clause = clause.replace(re.escape(placeholder), number)
+    return re.compile(re.escape(before) + clause + re.escape(after))
+
+
+def parse_prompt(mission: Mission, prompt: str) -> Coordinates | None:
     """The fields of a rendered prompt; raises OrionError unless they render to the same bytes."""
-    if prompt == render_prompt(None):
+    if prompt == render_prompt(mission, None):
         return None
-    match = _WITH_COORDINATES.fullmatch(prompt)
+    match = _with_coordinates(mission).fullmatch(prompt)
     if match:
         coordinates = Coordinates(float(match[1]), float(match[2]))
-        if render_prompt(coordinates) == prompt:
+        if render_prompt(mission, coordinates) == prompt:
             return coordinates
         raise OrionError(
             f"coordinates {match[1]}, {match[2]} are not in the prompt's two-decimal form",
             f"Write {format_degrees(coordinates.lon)}, {format_degrees(coordinates.lat)}.",
         )
     raise OrionError(
-        f"the prompt is not the triage prompt: {prompt[:80]!r}...",
-        "Write records with orion_triage.dataset.records, which renders the prompt from its fields.",
+        f"the prompt is not that of the mission {mission.name}: {prompt[:80]!r}...",
+        "Use the dataset's own mission (--mission FILE), or write records with orion_triage.dataset.records.",
     )

@@ -1,26 +1,15 @@
-"""The contract between ground and flight: categories, verdict and grammar.
+"""The contract between ground and flight: verdict, grammar, and the tokens that decide the category.
 
-Datasets, adapters and deployed flight software use these exact bytes. Only this module defines them.
+Datasets, adapters and deployed flight software use these exact bytes. Only this module makes them, from the mission's
+categories.
 """
 
 import json
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
 from orion_triage.errors import OrionError
-
-
-class Category(StrEnum):
-    """The action for a frame: HIGH is sent now, MEDIUM is stored and sent in bulk, LOW is dropped."""
-
-    HIGH = "HIGH"
-    MEDIUM = "MEDIUM"
-    LOW = "LOW"
-
-
-CATEGORIES: tuple[Category, ...] = (Category.HIGH, Category.MEDIUM, Category.LOW)
+from orion_triage.mission.mission import CONTROL, Mission
 
 
 @dataclass(frozen=True)
@@ -28,55 +17,143 @@ class Verdict:
     """The model's verdict on one frame."""
 
     reason: str
-    category: Category
-
-    def to_json(self) -> str:
-        """The answer's bytes: `reason` first, one space after each colon and comma."""
-        return json.dumps({"reason": self.reason, "category": self.category.value})
+    category: str
 
 
-CATEGORY_CUE = '"category": "'  # the next letter of the answer determines the category
-# The beginning of an answer without a reason; the model continues it with the category.
-VERDICT_START = Verdict("", Category.HIGH).to_json().partition(CATEGORY_CUE)[0] + CATEGORY_CUE
+def answer_text(mission: Mission, verdict: Verdict) -> str:
+    """The answer's bytes: the mission's keys in their order, one space after each colon and comma."""
+    return json.dumps({key: getattr(verdict, key) for key in mission.keys})
 
 
-def category_tokens(tokenize: Callable[[str], list[int]]) -> list[int]:
-    """The first token of each of CATEGORIES after the cue, in their order.
+CATEGORY_CUE = '"category": "'  # what follows it in the answer determines the category
 
-    `tokenize` adds no special tokens. Raises OrionError if a label's first token merges with the cue, or if two labels
-    have the same first token: one token would then not determine the category.
+
+def answer_start(mission: Mission) -> str:
+    """The beginning of an answer without a reason; the model continues it with the category."""
+    return _around(mission, "")[0]
+
+
+def _around(mission: Mission, reason: str) -> tuple[str, str]:
+    """The answer with this reason, before and after the name of the category."""
+    before, _, after = answer_text(mission, Verdict(reason, "")).partition(CATEGORY_CUE)
+    return before + CATEGORY_CUE, after
+
+
+@dataclass(frozen=True)
+class LabelNode:
+    """A place where names of categories part: after `text` of the name, `tokens` continue different ones.
+
+    `names` has the indices of the categories that each token leads to.
     """
-    head = Verdict("x", Category.HIGH).to_json().partition(CATEGORY_CUE)[0] + CATEGORY_CUE
-    start, tokens = tokenize(head), [tokenize(head + category) for category in CATEGORIES]
-    first = {ids[len(start)] for ids in tokens if ids[: len(start)] == start and len(ids) > len(start)}
-    if len(first) < len(CATEGORIES):
-        raise OrionError(
-            "the model's tokenizer does not give the three labels different first tokens, so they cannot be scored.",
-            "Use a base of the LFM2-VL family.",
-        )
-    return [ids[len(start)] for ids in tokens]
+
+    text: str
+    tokens: tuple[int, ...]
+    names: tuple[tuple[int, ...], ...]
 
 
-LONGEST_REASON = 160  # characters; the catalogue's longest has 88
-# A token has at least one character, and a verdict has 36 characters besides the reason, so an answer that follows the
-# grammar is never cut.
-ANSWER_TOKENS = LONGEST_REASON + 40
-# In llama.cpp's GBNF. Exactly the bytes of a verdict, so the answer has the tokens of training: one space after colon
-# and comma, printable ASCII without quote and backslash.
-_LABELS = " | ".join(f'"{category}"' for category in CATEGORIES)
-GRAMMAR = (
-    f'root ::= "{{\\"reason\\": \\"" reason "\\", \\"category\\": \\"" category "\\"}}"\n'
-    f"reason ::= [ !#-\\[\\]-~]{{1,{LONGEST_REASON}}}\n"
-    f"category ::= {_LABELS}\n"
-)
-CATEGORY_GRAMMAR = f'root ::= category "\\"}}"\ncategory ::= {_LABELS}\n'  # for the text after the cue
-# The tokenizer reads these as the end of a turn, an image or a thought, not as text.
-_CONTROL = re.compile(r"<\|[^<>|]*\|>|<image>|</?think>")
+def label_tree(mission: Mission, tokenize: Callable[[str], list[int]]) -> tuple[LabelNode, ...]:
+    """Where the names of the categories part in tokens, the first place first; one request scores each place.
+
+    Mostly the first tokens of all names differ, and there is one place. `tokenize` adds no special tokens. Raises
+    OrionError if a name cannot be scored: if its first token merges with the cue, or if the name's beginning is
+    tokenized differently without its end.
+    """
+    before, after = _around(mission, "x")
+    start = tokenize(before)
+    paths = []
+    for name in mission.names:
+        ids = tokenize(before + name + after)
+        if ids[: len(start)] != start or len(ids) <= len(start):
+            raise OrionError(
+                f"the model's tokenizer merges the category {name} with the text before it, so it cannot be scored.",
+                "Use a base of the LFM2-VL family.",
+            )
+        paths.append(ids[len(start) :])
+    nodes: list[LabelNode] = []
+    waiting = [(tuple(range(len(paths))), 0)]  # categories with the same first tokens, and how many
+    while waiting:
+        group, depth = waiting.pop(0)
+        following: dict[int, list[int]] = {}
+        for index in group:
+            following.setdefault(paths[index][depth], []).append(index)
+        waiting += [(tuple(names), depth + 1) for names in following.values() if len(names) > 1]
+        if len(following) > 1:
+            name = mission.names[group[0]]
+            text = next(
+                (
+                    name[:n]
+                    for n in range(len(name) + 1)
+                    if tokenize(before + name[:n]) == [*start, *paths[group[0]][:depth]]
+                ),
+                None,
+            )
+            if text is None:
+                raise OrionError(
+                    f"the categories {' and '.join(mission.names[index] for index in group[:2])} begin with the same "
+                    "tokens, and the tokenizer writes their common beginning differently when it stands alone.",
+                    "Rename one of them.",
+                )
+            nodes.append(LabelNode(text, tuple(following), tuple(tuple(names) for names in following.values())))
+    return tuple(nodes)
+
+
+def label_scores(mission: Mission, nodes: Sequence[LabelNode], found: Sequence[Sequence[float]]) -> list[float]:
+    """The log-probability of each category, from those of the `tokens` of each node."""
+    scores = [0.0] * len(mission.names)
+    for node, values in zip(nodes, found, strict=True):
+        for indices, value in zip(node.names, values, strict=True):
+            for index in indices:
+                scores[index] += value
+    return scores
+
+
+def answer_tokens(mission: Mission) -> int:
+    """Tokens that are enough for every answer of the grammar: a token has at least one character."""
+    longest = max(len(name) for name in mission.names)
+    return mission.longest_reason + len(answer_text(mission, Verdict("", ""))) + longest + 4
+
+
+def grammar(mission: Mission) -> str:
+    """The answer in llama.cpp's GBNF.
+
+    Exactly the bytes of `answer_text`, so the answer has the tokens of training: one space after colon and comma,
+    printable ASCII without quote and backslash in the reason.
+    """
+    return f"root ::= {_rule(mission, mission.keys)}\n{_rules(mission, mission.keys)}"
+
+
+def category_grammar(mission: Mission) -> str:
+    """The grammar of the text after the cue: the category, and what follows it."""
+    rest = mission.keys[mission.keys.index("category") + 1 :]
+    return f"root ::= {_rule(mission, ('category', *rest), inside=True)}\n{_rules(mission, ('category', *rest))}"
+
+
+def _rule(mission: Mission, keys: Sequence[str], *, inside: bool = False) -> str:
+    """The keys in their order; `inside`: from the first value on."""
+    parts = []
+    for place, key in enumerate(keys):
+        before = "{" if place == 0 else ", "
+        opening = "" if inside and place == 0 else f'"{_quoted(f"{before}{json.dumps(key)}: ")}\\""'
+        closing = '"\\"}"' if place == len(keys) - 1 else '"\\""'
+        parts += [part for part in (opening, key, closing) if part]
+    return " ".join(parts).replace('" "', "")
+
+
+def _quoted(text: str) -> str:
+    return text.replace('"', '\\"')
+
+
+def _rules(mission: Mission, keys: Sequence[str]) -> str:
+    rules = {
+        "reason": f"reason ::= [ !#-\\[\\]-~]{{1,{mission.longest_reason}}}\n",
+        "category": f"category ::= {' | '.join(json.dumps(name) for name in mission.names)}\n",
+    }
+    return "".join(rules[key] for key in sorted(keys, key=lambda key: key == "category"))
 
 
 def reason_fault(reason: str) -> str:
     """The fault of a reason that must not be used in training, as text; empty if it has none."""
-    if found := _CONTROL.search(reason):
+    if found := CONTROL.search(reason):
         return f"contains the model's control token {found[0][:40]!r}"
     if odd := next((character for character in reason if not character.isprintable()), ""):
         return f"contains the unprintable character {odd!a}"
@@ -86,10 +163,10 @@ def reason_fault(reason: str) -> str:
 _FENCE = "```"
 
 
-def parse_verdict(answer: str) -> Verdict | None:
+def parse_verdict(mission: Mission, answer: str) -> Verdict | None:
     """The verdict in a model's answer, or None.
 
-    Accepted: one JSON object with a string `reason` and a `category` that is exactly one of the three labels, alone or
+    Accepted: one JSON object with a string `reason` and a `category` that is exactly one of the mission's, alone or
     in a Markdown code fence, which instruction-tuned bases often add. A verdict-only answer has an empty reason. If a
     key appears twice, the last value counts, as usual in JSON. Any other text, including a truncated object, is
     unparsable and counted as such by the evaluation.
@@ -102,9 +179,9 @@ def parse_verdict(answer: str) -> Verdict | None:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(value, dict) or set(value) != {"reason", "category"}:
+    if not isinstance(value, dict) or set(value) != set(mission.keys):
         return None
     reason, category = value["reason"], value["category"]
-    if not isinstance(reason, str) or not isinstance(category, str) or category not in CATEGORIES:
+    if not isinstance(reason, str) or not isinstance(category, str) or category not in mission.names:
         return None
-    return Verdict(reason, Category(category))
+    return Verdict(reason, category)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from orion_triage.errors import OrionError
-from orion_triage.mission.prompt import IMAGE_PLACEHOLDER
+from orion_triage.mission.prompt import IMAGE
 
 if TYPE_CHECKING:
     import torch
@@ -20,15 +20,20 @@ from orion_triage.models.load import END_OF_TURN
 IGNORED = -100  # torch's cross entropy ignores these labels
 
 
-def render_turn(processor: "Lfm2VlProcessor", prompt: str) -> str:
-    """The text of one user turn with an image and the prefix of the answer, rendered by the model's chat template.
+def render_turn(processor: "Lfm2VlProcessor", user_text: str) -> str:
+    """The text of one user turn and the prefix of the answer, rendered by the model's chat template.
 
-    The template adds nothing between image and text. The published `<image>\\n` + prompt is therefore an image part
-    and a text part that starts with the newline.
+    `user_text` has IMAGE in the place of the image. The template adds nothing between image and text. The published
+    `<image>\\n` + prompt is therefore an image part and a text part that starts with the newline.
     """
-    text = IMAGE_PLACEHOLDER.removeprefix(processor.image_token) + prompt
-    content = [{"type": "image"}, {"type": "text", "text": text}]
-    return _rendered(processor, [{"role": "user", "content": content}], add_generation_prompt=True)
+    return _rendered(processor, [_user_turn(user_text)], add_generation_prompt=True)
+
+
+def _user_turn(user_text: str) -> dict[str, Any]:
+    before, image, after = user_text.partition(IMAGE)
+    parts: list[dict[str, str]] = [{"type": "text", "text": before}, {"type": "image"}, {"type": "text", "text": after}]
+    assert image, "the user's text has no place for the image"
+    return {"role": "user", "content": [part for part in parts if part.get("text") != ""]}
 
 
 def _rendered(processor: "Lfm2VlProcessor", messages: list[dict[str, Any]], **options: bool) -> str:
@@ -43,14 +48,13 @@ def _rendered(processor: "Lfm2VlProcessor", messages: list[dict[str, Any]], **op
     return text
 
 
-def check_template(processor: "Lfm2VlProcessor", prompt: str, answer: str) -> None:
+def check_template(processor: "Lfm2VlProcessor", user_text: str, answer: str) -> None:
     """Raise OrionError unless a conversation renders as user turn + answer + <|im_end|> + white space."""
-    turn = render_turn(processor, prompt)
-    text = IMAGE_PLACEHOLDER.removeprefix(processor.image_token) + prompt
+    turn = render_turn(processor, user_text)
     whole = _rendered(
         processor,
         [
-            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]},
+            _user_turn(user_text),
             {"role": "assistant", "content": [{"type": "text", "text": answer}]},
         ],
     )
@@ -96,13 +100,15 @@ def encode_image(processor: "Lfm2VlProcessor", image: "Image.Image") -> EncodedI
     return EncodedImage(batch["input_ids"][0], {key: batch[key] for key in _VISION_KEYS})
 
 
-def encode_row(processor: "Lfm2VlProcessor", image: EncodedImage, prompt: str, answer: str | None = None) -> EncodedRow:
+def encode_row(
+    processor: "Lfm2VlProcessor", image: EncodedImage, user_text: str, answer: str | None = None
+) -> EncodedRow:
     """Tokenize one turn, and its answer if there is one.
 
     The answer is tokenized separately, so the ids before it are exactly those that generation starts from. The texts
     before and after the image are tokenized separately too; no token crosses the special tokens between them.
     """
-    before, after = render_turn(processor, prompt).split(processor.image_token)
+    before, after = render_turn(processor, user_text).split(processor.image_token)
     texts = [before, after, *([answer + END_OF_TURN] if answer is not None else [])]
     first, last, *target = processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
     return EncodedRow(image, [*first, *image.tokens, *last], target[0] if target else [])
@@ -158,26 +164,26 @@ def shared_tokens(processor: "Lfm2VlProcessor", rows: Sequence[EncodedRow]) -> i
 def encode_rows(
     processor: "Lfm2VlProcessor",
     images: "Sequence[Image.Image]",
-    prompts: Sequence[str],
+    user_texts: Sequence[str],
     answers: Sequence[str] | None = None,
 ) -> list[EncodedRow]:
-    """One row per pair of image and prompt; an image object that appears several times is encoded once."""
+    """One row per pair of image and user's text; an image object that appears several times is encoded once."""
     distinct = {id(image): image for image in images}
     encoded = {key: encode_image(processor, image) for key, image in distinct.items()}
     return [
-        encode_row(processor, encoded[id(image)], prompt, answers[index] if answers is not None else None)
-        for index, (image, prompt) in enumerate(zip(images, prompts, strict=True))
+        encode_row(processor, encoded[id(image)], user_text, answers[index] if answers is not None else None)
+        for index, (image, user_text) in enumerate(zip(images, user_texts, strict=True))
     ]
 
 
 def encode(
     processor: "Lfm2VlProcessor",
     images: "Sequence[Image.Image]",
-    prompts: Sequence[str],
+    user_texts: Sequence[str],
     answers: Sequence[str] | None = None,
 ) -> "BatchFeature":
     """`encode_rows` as one batch; see `pad`."""
-    return pad(processor, encode_rows(processor, images, prompts, answers))
+    return pad(processor, encode_rows(processor, images, user_texts, answers))
 
 
 _VISION_KEYS = ("pixel_values", "spatial_shapes", "pixel_attention_mask")

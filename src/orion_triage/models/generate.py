@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
     from transformers.models.lfm2_vl import Lfm2VlProcessor
+from orion_triage.mission.prompt import IMAGE
 from orion_triage.models.encode import _VISION_KEYS, IGNORED, EncodedImage, EncodedRow, encode, encode_rows, pad
 from orion_triage.models.load import END_OF_TURN
 
@@ -19,7 +20,7 @@ def vision_features(model: Any, processor: "Lfm2VlProcessor", images: "Sequence[
     features = []
     with torch.inference_mode():
         for image in images:
-            batch = encode(processor, [image], [""]).to(model.device)
+            batch = encode(processor, [image], [IMAGE]).to(model.device)
             features.append(model.look(**{key: batch[key] for key in _VISION_KEYS})[0].float().cpu())
     return torch.stack(features)
 
@@ -37,15 +38,15 @@ def generate(
     model: Any,
     processor: "Lfm2VlProcessor",
     images: "Sequence[Image.Image]",
-    prompts: Sequence[str],
+    user_texts: Sequence[str],
     max_new_tokens: int,
 ) -> list[str]:
-    """Greedy answers, one per pair of image and prompt, without the final <|im_end|>.
+    """Greedy answers, one per pair of image and user's text, without the final <|im_end|>.
 
     A row does not depend on the rest of its batch, except for rounding: left padding is masked in the attention and
     the short-conv layers.
     """
-    rows = encode_rows(processor, images, prompts)
+    rows = encode_rows(processor, images, user_texts)
     return [text for text, _ in generate_and_score(model, processor, rows, max_new_tokens)]
 
 
@@ -56,16 +57,18 @@ def generate_and_score(
     max_new_tokens: int,
     *,
     cue: str = "",
-    tokens: Sequence[int] = (),
-) -> "list[tuple[str, list[float] | None]]":
-    """The answers of `generate`, each with the log-probabilities of `tokens` right after its first `cue`.
+    after_cue: Sequence[tuple[str, Sequence[int]]] = (),
+) -> "list[tuple[str, list[list[float]] | None]]":
+    """The answers of `generate`, each with the log-probabilities of tokens after its first `cue`.
 
-    The log-probabilities are None if the answer does not contain the cue or ends with it.
+    `after_cue` are pairs of a text that follows the cue and the tokens that may come next; the first text is empty. The
+    log-probabilities are None if the answer does not contain the cue or ends with it.
     """
     import torch
 
     # One [rows, len(tokens)] per generated token; all logits of a batch would take 0.3 GB.
     steps: list[torch.Tensor] = []
+    tokens = after_cue[0][1] if after_cue else ()
 
     def remember(_: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         if tokens:
@@ -89,12 +92,29 @@ def generate_and_score(
             logits_processor=[remember],
         )
     decoded: list[str] = processor.tokenizer.batch_decode(output, skip_special_tokens=True)
-    scores: list[list[float] | None] = [None] * len(decoded)
+    scores: list[list[list[float]] | None] = [None] * len(decoded)
     for row, ids in enumerate(output.tolist() if cue else []):
         place = _tokens_up_to(processor.tokenizer, ids, cue)
         if place is not None and place < len(steps) and ids[place] != end:
-            scores[row] = steps[place][row].tolist()
+            more = [
+                _next_log_probabilities(model, processor, rows[row], ids[:place], text, following)
+                for text, following in after_cue[1:]
+            ]
+            scores[row] = [steps[place][row].tolist(), *more]
     return list(zip(decoded, scores, strict=True))
+
+
+def _next_log_probabilities(
+    model: Any, processor: "Lfm2VlProcessor", row: EncodedRow, answered: list[int], text: str, tokens: Sequence[int]
+) -> list[float]:
+    """The log-probabilities of `tokens` after the row's turn, the answered tokens and a text."""
+    import torch
+
+    ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    batch = pad(processor, [EncodedRow(row.image, [*row.turn, *answered, *ids], [])]).to(model.device)
+    with torch.inference_mode():
+        logits = model(**batch, logits_to_keep=1, use_cache=False).logits[0, -1]
+    return [float(value) for value in logits.float().log_softmax(-1)[list(tokens)].cpu()]
 
 
 def _tokens_up_to(tokenizer: Any, ids: list[int], cue: str) -> int | None:
@@ -112,7 +132,7 @@ def answer_log_probabilities(
     model: Any,
     processor: "Lfm2VlProcessor",
     images: "Sequence[Image.Image]",
-    prompts: Sequence[str],
+    user_texts: Sequence[str],
     answers: Sequence[str],
 ) -> "list[torch.Tensor]":
     """Per record, the log-probability of each token of answer + <|im_end|>: [tokens], float32 on the CPU."""
@@ -120,8 +140,8 @@ def answer_log_probabilities(
 
     result = []
     with torch.inference_mode():
-        for image, prompt, answer in zip(images, prompts, answers, strict=True):
-            batch = encode(processor, [image], [prompt], [answer]).to(model.device)
+        for image, user_text, answer in zip(images, user_texts, answers, strict=True):
+            batch = encode(processor, [image], [user_text], [answer]).to(model.device)
             labels = batch.pop("labels")[0]
             positions = (labels != IGNORED).nonzero()[:, 0]
             logits = model(**batch, logits_to_keep=positions - 1, use_cache=False).logits[0].float()

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from orion_triage import templates
 from orion_triage.evaluate.conditions import CONDITIONS
+from orion_triage.mission.mission import Mission
 from orion_triage.models.licence import README, Licence, licence_files, licence_of
 from orion_triage.safe.files import write_text
 
@@ -16,7 +17,7 @@ _RELATION: dict[Product, str] = {"adapter": "adapter", "merged": "finetune", "gg
 _LIBRARY: dict[Product, str] = {"adapter": "peft", "merged": "transformers", "gguf": "gguf"}
 
 
-def write_card(product: Product, source: Path, base: str, folder: Path) -> None:
+def write_card(product: Product, source: Path, base: str, folder: Path, mission: Mission) -> None:
     """Write the card and the licence's text into a product's folder; `source` is the folder that it was made from.
 
     `base` is the base model's Hub id or name. Without a licence in `source`, the card states this, and `orion push`
@@ -24,20 +25,21 @@ def write_card(product: Product, source: Path, base: str, folder: Path) -> None:
     """
     for path in licence_files(source):
         shutil.copyfile(path, folder / path.name)
-    write_text(folder / README, render_card(product, base, licence_of(source)))
+    write_text(folder / README, render_card(product, base, licence_of(source), mission))
 
 
 def render_card(
     product: Product,
     base: str,
     licence: Licence | None,
+    mission: Mission,
     results: dict[str, Any] | None = None,
     hashes: Mapping[str, str] | None = None,
 ) -> str:
     """The text of the card: YAML header and Markdown, with the measurements in `results` and `hashes` of the files."""
     from huggingface_hub import ModelCardData
 
-    from orion_triage.report.render import MET, accuracy_rows, rate, sentences, shown, verdict_in_words
+    from orion_triage.report.render import MET, accuracy_rows, rate, sentences, shown, verdict_in_words, words
 
     header = ModelCardData(
         base_model=base,
@@ -55,6 +57,7 @@ def render_card(
         "card.md.j2",
         filters={"sentences": sentences, "shown": shown, "rate": rate, "verdict_in_words": verdict_in_words},
         met=MET,
+        **words(mission),
         header=header.to_yaml(),
         product=product,
         base=base,
@@ -67,7 +70,7 @@ def render_card(
 
 
 def _model_index(product: Product, results: dict[str, Any]) -> dict[str, Any]:
-    """The product's metrics in the Hub's format: accuracy, HIGH recall and irrecoverable loss by condition."""
+    """The product's metrics in the Hub's format: accuracy, recall of what is sent, irrecoverable loss."""
     from huggingface_hub import EvalResult
 
     model = "quantized" if product == "gguf" else "fine-tuned"

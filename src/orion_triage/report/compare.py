@@ -7,6 +7,7 @@ from orion_triage.evaluate.metrics import under
 from orion_triage.evaluate.results import differences
 from orion_triage.evaluate.run import Row, prediction_of, read_predictions
 from orion_triage.evaluate.seeds import evaluated
+from orion_triage.mission.contract import differences as contract_differences
 from orion_triage.runs.run import Run
 
 _ASKED = ("pixels_sha256", "prompt_sha256", "truth")  # must be equal in both runs
@@ -17,6 +18,11 @@ def compare_runs(first: Run, second: Run) -> dict[str, dict[str, dict[str, Any]]
 
     Raises OrionError if there is no such model, or if the frames, prompts or labels differ.
     """
+    if differing := contract_differences(first.settings.mission, second.settings.mission):
+        raise OrionError(
+            f"{first.folder} and {second.folder} are of different missions: {'; '.join(differing)}.",
+            "Compare runs of one mission.",
+        )
     both = [name for name in evaluated(first) if name in evaluated(second)]
     if not both:
         raise OrionError(
@@ -25,9 +31,9 @@ def compare_runs(first: Run, second: Run) -> dict[str, dict[str, dict[str, Any]]
         )
     compared = {}
     for model in both:
-        before, after = (read_predictions(run.evaluation(model)) for run in (first, second))
+        before, after = (read_predictions(run.evaluation(model), run.settings.mission) for run in (first, second))
         _check_asked_alike(first, second, before, after)
-        rows = [[prediction_of(row) for row in rows] for rows in (before, after)]
+        rows = [[prediction_of(row, first.settings.mission) for row in rows] for rows in (before, after)]
         changes = differences(*rows)
         compared[model] = {
             condition: {

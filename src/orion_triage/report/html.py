@@ -19,10 +19,10 @@ from orion_triage.evaluate.run import Row, prediction_of, read_predictions
 from orion_triage.evaluate.variants import OTHER_PAIR, SERVER
 from orion_triage.imagery.frames import CAMERA_SIZE, read_frame, shrink
 from orion_triage.mission.decide import Rules, decide
+from orion_triage.mission.mission import ACTIONS, Mission
 from orion_triage.mission.prompt import Coordinates, format_degrees, render_prompt
-from orion_triage.mission.verdict import CATEGORIES, Category
 from orion_triage.report import plot
-from orion_triage.report.render import MET, OUTCOME_OF, against_linear_probe, from_template
+from orion_triage.report.render import MET, OUTCOME_OF, against_linear_probe, from_template, mission_of, words
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,9 +55,9 @@ class WrongAnswer:
     name: str
     image: str
     place: str
-    truth: Category
-    predicted: Category | None
-    said: Category | None
+    truth: str
+    predicted: str | None
+    said: str | None
     decided_by: str
     cost: float
     confidence: float
@@ -71,8 +71,11 @@ def of_run(run: "Run", results: dict[str, Any]) -> str:
     model = flight_model(results)
     if model is None:
         return render_html(results, [], lambda image: None)
-    rows = read_predictions(run.evaluation("constrained" if model == FLIGHT else model))
-    paths = {record.image: image_path(run.dataset, record) for record in read_split(run.dataset, run.split)}
+    rows = read_predictions(run.evaluation("constrained" if model == FLIGHT else model), run.settings.mission)
+    paths = {
+        record.image: image_path(run.dataset, record)
+        for record in read_split(run.dataset, run.split, run.settings.mission)
+    }
     return render_html(results, rows, lambda image: thumbnail(paths[image]))
 
 
@@ -87,7 +90,7 @@ def thumbnail(path: "Path") -> bytes | None:
 
 def render_html(results: dict[str, Any], rows: Sequence[Row], thumbnail: Thumbnail) -> str:
     """The document; `rows` are the lines of predictions.jsonl from which the answers of the flight model derive."""
-    model = flight_model(results)
+    model, mission = flight_model(results), mission_of(results)
     models = [name for name in SHOWN if name in results["models"]]
     scored = [name for name in models if "brier" in results["models"][name]["B"]]
     calibrated = [name for name in ("quantized", FLIGHT) if name in scored] or scored[-1:]
@@ -97,11 +100,13 @@ def render_html(results: dict[str, Any], rows: Sequence[Row], thumbnail: Thumbna
         "report.html.j2",
         results=results,
         conditions=CONDITIONS,
-        categories=[category.value for category in CATEGORIES],
+        **words(mission),
         flight_model=model,
         models=models,
         scored=scored,
-        rates=[(condition, main_rates(results["models"][model][condition])) for condition in "BA"] if model else [],
+        rates=[(condition, main_rates(results["models"][model][condition], mission)) for condition in "BA"]
+        if model
+        else [],
         linear_probe=against_linear_probe(results),
         size=(plot.WIDTH, plot.HEIGHT),
         accuracy_chart=accuracy_chart(results, drawn) if models else None,
@@ -109,7 +114,7 @@ def render_html(results: dict[str, Any], rows: Sequence[Row], thumbnail: Thumbna
         calibration_charts=[reliability_chart(results, name) for name in calibrated]
         + ([coverage_chart(results, calibrated)] if calibrated else []),
         matrices=[
-            (name, condition, matrix(results["models"][name][condition]["confusion"]))
+            (name, condition, matrix(results["models"][name][condition]["confusion"], mission))
             for name in models
             for condition in "BA"
         ],
@@ -172,21 +177,21 @@ def flight_model(results: dict[str, Any]) -> str | None:
     return own[-1] if own else None
 
 
-def main_rates(rates: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+def main_rates(rates: dict[str, Any], mission: Mission) -> list[tuple[str, dict[str, Any]]]:
     """The three main rates, each {count, total, rate, low, high}."""
     accuracy = {"count": rates["right"], "total": rates["count"], "rate": rates["accuracy"]}
     accuracy |= {"low": rates["accuracy_low"], "high": rates["accuracy_high"]}
     return [
-        ("HIGH recall", rates["high_recall"]),
+        (f"{words(mission)['sent']} recall", rates["high_recall"]),
         ("Irrecoverable loss", rates["irrecoverable_loss"]),
         ("Accuracy", accuracy),
     ]
 
 
-def matrix(confusion: dict[str, dict[str, int]]) -> list[tuple[str, list[dict[str, Any]]]]:
+def matrix(confusion: dict[str, dict[str, int]], mission: Mission) -> list[tuple[str, list[dict[str, Any]]]]:
     """Truth -> cells {answer, count, share of the row, lost}. The column "unparsable" is left out if it is empty.
 
-    Lost: a HIGH or MEDIUM frame labelled LOW. It is deleted on board.
+    Lost: a frame to be sent or stored that is dropped. It is deleted on board.
     """
     unparsable = any(row["unparsable"] for row in confusion.values())
     return [
@@ -197,10 +202,10 @@ def matrix(confusion: dict[str, dict[str, int]]) -> list[tuple[str, list[dict[st
                     "answer": answer,
                     "count": count,
                     "share": count / max(1, sum(row.values())),
-                    "lost": answer == Category.LOW and truth != Category.LOW,
+                    "lost": mission.kept(truth) and answer in mission.that("drop"),
                 }
                 for answer, count in row.items()
-                if answer in CATEGORIES or unparsable
+                if answer in mission.names or unparsable
             ],
         )
         for truth, row in confusion.items()
@@ -210,22 +215,24 @@ def matrix(confusion: dict[str, dict[str, int]]) -> list[tuple[str, list[dict[st
 def wrong_answers(results: dict[str, Any], rows: Sequence[Row]) -> list[WrongAnswer]:
     """Wrong answers under A and B, by falling cost, then by falling confidence.
 
-    An answer without a verdict has the largest cost of its truth. With the flight rule, a blank frame is LOW.
+    An answer without a verdict has the largest cost of its truth. With the flight rule, a blank frame is as the mission
+    says.
     """
     places = {row["name"]: row["coordinates"] for row in rows if row["condition"] == "A"}
-    costs = dict(zip(CATEGORIES, results["settings"]["mission"]["costs"], strict=True))
+    mission = mission_of(results)
+    costs = dict(zip(mission.names, mission.costs, strict=True))
     flown = flight_model(results) == FLIGHT
     blank = results["blank_frames"] if flown else []
     point = results["operating_point"] if flown else None
-    rules = Rules(low_threshold=point["low_threshold"] if point else None)
-    answered = [prediction_of(row) for row in rows]
+    rules = Rules(drop_threshold=point["drop_threshold"] if point else None)
+    answered = [prediction_of(row, mission) for row in rows]
     wrong = []
-    for row, answer, prediction in zip(rows, answered, as_flown(answered, blank, rules), strict=True):
+    for row, answer, prediction in zip(rows, answered, as_flown(answered, blank, rules, mission), strict=True):
         predicted = prediction.predicted
         if prediction.condition not in "AB" or predicted == prediction.truth:
             continue
         priced = costs[prediction.truth]
-        scores = dict(zip(CATEGORIES, prediction.scores or (), strict=False))
+        scores = dict(zip(mission.names, prediction.scores or (), strict=False))
         asked = Coordinates(**row["coordinates"]) if row["coordinates"] else None
         wrong.append(
             WrongAnswer(
@@ -236,12 +243,12 @@ def wrong_answers(results: dict[str, Any], rows: Sequence[Row]) -> list[WrongAns
                 truth=prediction.truth,
                 predicted=predicted,
                 said=answer.predicted,
-                decided_by=decide(answer.predicted, answer.scores, blank=prediction.blank, rules=rules).by,
-                cost=priced[CATEGORIES.index(predicted)] if predicted else max(priced),
+                decided_by=decide(mission, answer.predicted, answer.scores, blank=prediction.blank, rules=rules).by,
+                cost=priced[ACTIONS.index(mission.actions[predicted])] if predicted else max(priced),
                 confidence=scores.get(predicted, 0.0) if predicted else 0.0,
-                scores={category.value: score for category, score in scores.items()},
+                scores=scores,
                 answer=printable(row["answer"]),
-                prompt=render_prompt(asked),
+                prompt=render_prompt(mission, asked),
             )
         )
     return sorted(wrong, key=lambda answer: (-answer.cost, -answer.confidence, answer.name, answer.condition))

@@ -9,6 +9,7 @@ from orion_triage.evaluate.conditions import CONDITIONS
 from orion_triage.evaluate.results import DELTAS, SHOWN
 from orion_triage.evaluate.variants import MODELS
 from orion_triage.evaluate.verdict import DO_NOT_FLY, FLY, NOT_ENOUGH
+from orion_triage.mission.mission import Mission, listed, what_happens
 from orion_triage.templates import percent
 
 if TYPE_CHECKING:
@@ -28,7 +29,26 @@ def render_markdown(results: dict[str, Any], figure: str) -> str:
         figure=figure,
         conditions=list(CONDITIONS),
         met=MET,
+        **words(mission_of(results)),
     )
+
+
+def mission_of(results: dict[str, Any]) -> Mission:
+    """The mission that the results are of."""
+    return Mission.model_validate(results["settings"]["mission"])
+
+
+def words(mission: Mission) -> dict[str, Any]:
+    """What the templates say of a mission: names by action, `kept` (not dropped), and what happens to each."""
+    return {
+        "mission": mission,
+        "categories": mission.names,
+        "sent": listed(mission.that("send")) or "sent",
+        "precise": [f"{name} among sent" for name in mission.that("send")],
+        "dropped": listed(mission.that("drop"), "or") or "dropped",
+        "kept": listed(mission.that("send", "store")),
+        "what_happens": what_happens(mission),
+    }
 
 
 def from_template(name: str, **values: Any) -> str:

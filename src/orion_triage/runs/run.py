@@ -168,8 +168,8 @@ JUDGING = ("mission", "verdict")  # the settings that change no answer, only how
 def with_its_judging(run: Run, named: Sequence[str]) -> Run:
     """The run with the JUDGING settings stored in its folder, except the `named` ones ("verdict.significance").
 
-    Limits that were set once would otherwise fall back to the defaults with the next command, without a word. Raises
-    OrionError if they cannot be read.
+    A whole section can be named too ("mission"). Limits that were set once would otherwise fall back to the defaults
+    with the next command, without a word. Raises OrionError if they cannot be read.
     """
     path, kept = run.folder / SETTINGS_FILE, {}
     try:
@@ -178,8 +178,9 @@ def with_its_judging(run: Run, named: Sequence[str]) -> Run:
             return run
         for section in JUDGING:
             now = getattr(run.settings, section)
-            new = {key: value for key, value in now.model_dump(mode="json").items() if f"{section}.{key}" in named}
-            kept[section] = type(now).model_validate_json(json.dumps({**before.get(section, {}), **new}))
+            keys = [name.partition(".")[2] for name in named if name.startswith(f"{section}.")]
+            new = {key: getattr(now, key) for key in keys if hasattr(now, key)}
+            kept[section] = now if section in named else type(now).model_validate({**before.get(section, {}), **new})
     except FileNotFoundError:
         return run
     except (ValidationError, TypeError) as error:

@@ -16,7 +16,7 @@ from orion_triage import processes
 from orion_triage.dataset.dataset import Dataset
 from orion_triage.dataset.records import Record
 from orion_triage.errors import OrionError
-from orion_triage.mission.prompt import render_prompt
+from orion_triage.mission.prompt import user_text
 from orion_triage.models.adapter import BASE_FILE, Census, resolve_targets, tower_of
 from orion_triage.models.checkpoint import count_parameters
 from orion_triage.models.encode import check_template
@@ -89,7 +89,7 @@ def run(
     base_sha256 = fingerprint(base)
     processor = load_processor(base, frame_size)
     first = train_records[0]
-    check_template(processor, first.prompt, first.verdict.to_json())
+    check_template(processor, first.user_text, first.answer)
     frames = decode_frames(dataset, [*train_records, *val_records], frame_size, progress)
 
     progress("loading the base", 0, 2)
@@ -101,7 +101,7 @@ def run(
     progress("loading the base", 1, 2)
     four_bit = settings.base_weights == "nf4"
     model = load_model(base, dtype=device.precision, four_bit=four_bit, device=device.name)
-    sees = preflight(model, reference, processor, looked_at, render_prompt(None))
+    sees = preflight(model, reference, processor, looked_at, user_text(dataset.mission, None))
     progress("loading the base", 2, 2)
     features = None if settings.trains_tower else _look_once(model, processor, frames, progress)
     if four_bit and not device.is_gpu:

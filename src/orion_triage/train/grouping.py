@@ -46,7 +46,7 @@ def fill_gpu(
     """The first of `groupings` whose forward and backward pass over the longest records fits the GPU; tries each."""
     import torch
 
-    longest = sorted(records, key=lambda record: -len(record.prompt + record.verdict.to_json()))
+    longest = sorted(records, key=lambda record: -len(record.prompt + record.answer))
     if settings.twins_together:
         longest = costliest_first(longest)
     total = torch.cuda.get_device_properties(model.device).total_memory

@@ -23,7 +23,7 @@ def preflight(
     reference: "torch.Tensor",
     processor: "Lfm2VlProcessor",
     frames: "Sequence[Image.Image]",
-    prompt: str,
+    user_text: str,
 ) -> dict[str, Any]:
     """Three checks that the model to be trained uses its images.
 
@@ -57,7 +57,7 @@ def preflight(
     last_logits = []
     with torch.inference_mode():
         for frame in frames:
-            batch = encode(processor, [frame], [prompt]).to(model.device)
+            batch = encode(processor, [frame], [user_text]).to(model.device)
             last_logits.append(model(**batch, logits_to_keep=1, use_cache=False).logits[0, -1].float().cpu())
     moves = [
         float((logits - last_logits[(index + 1) % len(frames)]).abs().max()) for index, logits in enumerate(last_logits)

@@ -56,7 +56,7 @@ def collator(
 
     @cache
     def row(record: Record) -> EncodedRow:
-        return encode_row(processor, image(record.image), record.prompt, record.verdict.to_json())
+        return encode_row(processor, image(record.image), record.user_text, record.answer)
 
     def collate(records: list[Record]) -> "BatchFeature":
         rows = [row(record) for record in records]

@@ -16,6 +16,7 @@ from orion_triage.dataset.records import IMAGES_FOLDER, EncodingError, Record, i
 from orion_triage.errors import FrameError, OrionError, RecordError
 from orion_triage.imagery.frames import CAMERA_SIZE, is_blank, read_frame, shrink
 from orion_triage.imagery.stretch import Stretch
+from orion_triage.mission.mission import Mission
 from orion_triage.progress import Progress
 from orion_triage.safe.children import workers
 from orion_triage.safe.folders import composed, listing
@@ -76,7 +77,7 @@ class Picture:
     blank: bool
 
 
-def read_entries(folder: Path) -> tuple[list[Entry], list[Finding]]:
+def read_entries(folder: Path, mission: Mission) -> tuple[list[Entry], list[Finding]]:
     """Every valid line of the three splits; an invalid line, a missing file and an empty file are findings."""
     entries: list[Entry] = []
     findings: list[Finding] = []
@@ -87,7 +88,7 @@ def read_entries(folder: Path) -> tuple[list[Entry], list[Finding]]:
             for number, line in numbered_lines(path):
                 lines += 1
                 try:
-                    entries.append(Entry(split, number, record_of(line)))
+                    entries.append(Entry(split, number, record_of(line, mission)))
                 except RecordError as error:
                     check = "not-utf8" if isinstance(error, EncodingError) else "schema"
                     findings.append(Finding("error", check, f"{path.name}:{number}", error.message, error.fix))

@@ -22,23 +22,25 @@ from orion_triage.dataset.sources.source import Shot
 from orion_triage.errors import OrionError, one_line
 from orion_triage.imagery.frames import CAMERA_SIZE
 from orion_triage.imagery.stretch import stretch_of
+from orion_triage.mission.mission import Mission
 from orion_triage.mission.prompt import Coordinates
-from orion_triage.mission.verdict import Category
 from orion_triage.progress import Progress, silent
 from orion_triage.settings import SPLITS, DatasetSettings
 
 _METRES_PER_PIXEL = 10.0  # of pictures that do not say it: what the check of a finished dataset assumes
 
 
-def check_own_folder(folder: Path, settings: DatasetSettings, *, progress: Progress = silent) -> Report:
+def check_own_folder(
+    folder: Path, settings: DatasetSettings, mission: Mission, *, progress: Progress = silent
+) -> Report:
     """The report of a folder in any layout but the published one; each of its labelled pictures is decoded once.
 
     `settings` are those that the dataset stage would have. Raises OSError for a folder that cannot be read.
     """
-    contents = read_contents(folder)
+    contents = read_contents(folder, mission)
     findings = list(contents.findings)
     pictures, unusable = _decoded(contents, settings, progress)
-    blank = _useless_blanks(contents, pictures)
+    blank = _useless_blanks(contents, pictures, mission)
     lost = [*unusable, *blank]
     too_many = len(lost) > most_missing(contents.rows, settings.largest_missing_share)
     for finding in lost:
@@ -50,13 +52,13 @@ def check_own_folder(folder: Path, settings: DatasetSettings, *, progress: Progr
     usable = [target for target in contents.targets if target.origin not in left_out]
     looks = {target.file: pictures[contents.files[target.name]] for target in usable}
     if any(finding.severity == "error" for finding in findings):
-        entries = _entries({"train": usable, "val": [], "test": []})
+        entries = _entries({"train": usable, "val": [], "test": []}, mission)
         findings += [*of_any_split(entries, looks), *leaks(entries, looks, metres_per_pixel=1, split_distance_km=1)]
     else:
-        more, entries = _of_splits(contents, settings, {target.name for target in usable})
-        metres = Directory(folder, contents).footprint_metres()
+        more, entries = _of_splits(contents, settings, {target.name for target in usable}, mission)
+        metres = Directory(folder, mission, contents).footprint_metres()
         findings += more
-        findings += [*of_any_split(entries, looks), *of_the_splits(entries)]
+        findings += [*of_any_split(entries, looks), *of_the_splits(entries, mission)]
         findings += leaks(
             entries,
             looks,
@@ -64,7 +66,7 @@ def check_own_folder(folder: Path, settings: DatasetSettings, *, progress: Progr
             split_distance_km=settings.split_distance_km,
         )
     findings += _form(entries, looks)
-    report = report_of(folder, _in_own_words(findings, contents), entries, len(pictures))
+    report = report_of(folder, _in_own_words(findings, contents), entries, len(pictures), mission)
     tables = [
         {"table": table.name, "rows": table.rows, "columns": dict(table.columns.taken), "unused": table.columns.unused}
         for table in contents.tables
@@ -90,13 +92,13 @@ def _decoded(
     return found, findings
 
 
-def _useless_blanks(contents: Contents, pictures: dict[Path, Picture]) -> list[Finding]:
+def _useless_blanks(contents: Contents, pictures: dict[Path, Picture], mission: Mission) -> list[Finding]:
     seen: set[bytes] = set()
     findings = []
     for target in contents.targets:
         look = pictures.get(contents.files[target.name])
-        if look and look.blank and useless_blank(look.pixels, target.category, seen):
-            twice = " and the same as another one" if target.category == Category.LOW else ""
+        if look and look.blank and useless_blank(look.pixels, target.category, mission.blank, seen):
+            twice = " and the same as another one" if target.category == mission.blank else ""
             message = f"{target.file} is {target.category}, but blank{twice}: one flat colour, white-out or open water."
             fix = "Replace the picture, or delete the row."
             findings.append(Finding("error", "blank-frame", target.origin, message, fix))
@@ -133,15 +135,17 @@ def _in_own_words(findings: Sequence[Finding], contents: Contents) -> list[Findi
     return own
 
 
-def _of_splits(contents: Contents, settings: DatasetSettings, usable: set[str]) -> tuple[list[Finding], list[Entry]]:
+def _of_splits(
+    contents: Contents, settings: DatasetSettings, usable: set[str], mission: Mission
+) -> tuple[list[Finding], list[Entry]]:
     """What the dataset stage would say about the places and their split, and the records that it would write."""
-    source = Directory(contents.folder, contents)
+    source = Directory(contents.folder, mission, contents)
     try:
         splits = splits_of(source.targets, source, settings)
         repeated(splits["test"], settings)
     except OrionError as error:
         every: Splits = {"train": contents.targets, "val": [], "test": []}
-        return [Finding("error", "split", ".", error.message, error.fix)], _entries(every)
+        return [Finding("error", "split", ".", error.message, error.fix)], _entries(every, mission)
     findings = [
         Finding("warning", kind, ".", f"{said}.", fix)
         for kind, fix, messages in (
@@ -160,16 +164,16 @@ def _of_splits(contents: Contents, settings: DatasetSettings, usable: set[str]) 
             message = f"no place of the {split} split has a picture."
             fix = "Add pictures: at least three of each category, so that each split gets one."
             findings.append(Finding("error", "missing-category", f"{split} split", message, fix))
-    return findings, _entries(kept)
+    return findings, _entries(kept, mission)
 
 
-def _entries(splits: Splits) -> list[Entry]:
+def _entries(splits: Splits, mission: Mission) -> list[Entry]:
     """The records that the dataset stage would write, with the user's own names of the pictures."""
     return [
         Entry(split, 0, _with_own_name(record, target), target.origin)
         for split in SPLITS
         for target in splits[split]
-        for record in records_of(Shot(target), split)
+        for record in records_of(Shot(target), split, mission)
     ]
 
 

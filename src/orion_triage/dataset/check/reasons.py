@@ -6,16 +6,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 
 from orion_triage.dataset.check.facts import Entry, Finding, Severity
+from orion_triage.mission.mission import Mission
 from orion_triage.mission.prompt import Coordinates
-from orion_triage.mission.verdict import CATEGORIES, LONGEST_REASON
 
-_UNSAYABLE = re.compile(r"[^ !#-\[\]-~]")  # characters that mission.verdict.GRAMMAR does not allow in a reason
-_ANSWER = re.compile(rf"\b({'|'.join(CATEGORIES)})\b", re.IGNORECASE)
+_UNSAYABLE = re.compile(r"[^ !#-\[\]-~]")  # characters that the grammar of an answer does not allow in a reason
 _WORD = re.compile(r"[^\W\d_]{3,}")
 _DEGREES = re.compile(r"\d+\.\d+|\d+(?=\s?(?:°|degrees|[NSEW]\b))")
 
 
-def reason_findings(entries: Sequence[Entry]) -> Iterator[Finding]:
+def reason_findings(entries: Sequence[Entry], mission: Mission) -> Iterator[Finding]:
     """The faults of the reasons: one finding per fault and reason, at its first line."""
     by_reason: dict[str, list[Entry]] = defaultdict(list)
     for entry in entries:
@@ -27,7 +26,7 @@ def reason_findings(entries: Sequence[Entry]) -> Iterator[Finding]:
     common = small | {word for word, count in in_names.items() if count > 1}
     for reason, (first, *others) in by_reason.items():
         more = f" ({len(others) + 1} lines)" if others else ""
-        for severity, check, message, fix in _reason_faults(reason):
+        for severity, check, message, fix in _reason_faults(reason, mission):
             yield first.finding(severity, check, f"the reason {reason[:60]!r}{more} {message}", fix)
         for entry in (first, *others):
             if named := _named_place(entry, places.get(entry.image), common):
@@ -41,24 +40,25 @@ def reason_findings(entries: Sequence[Entry]) -> Iterator[Finding]:
             fix = "Describe in each reason what distinguishes the two pictures."
             yield entry.finding("warning", "reason-in-two-categories", message, fix)
             break
-    for category in CATEGORIES:
+    for category in mission.names:
         said = [e for e in entries if e.split == "train" and e.record.verdict.category == category]
         if len({e.image for e in said}) > 1 and len({e.record.verdict.reason for e in said}) == 1:
             message = f"all {category} pictures of the train split have the same reason: the model will memorize it."
             yield said[0].finding("warning", "single-reason", message, "Describe what each picture shows.")
 
 
-def _reason_faults(reason: str) -> Iterator[tuple[Severity, str, str, str]]:
+def _reason_faults(reason: str, mission: Mission) -> Iterator[tuple[Severity, str, str, str]]:
     if not reason.strip():
         yield "error", "reason-empty", "is empty.", "Write what the picture shows."
-    if len(reason) > LONGEST_REASON:
-        message = f"has {len(reason)} characters; the flight grammar allows {LONGEST_REASON}."
+    if len(reason) > mission.longest_reason:
+        message = f"has {len(reason)} characters; the flight grammar allows {mission.longest_reason}."
         yield "error", "reason-length", message, "Shorten it."
     if odd := sorted(set(_UNSAYABLE.findall(reason))):
         characters = " ".join(ascii(character) for character in odd[:5])
         message = f"has characters that the flight grammar does not allow: {characters}."
         yield "warning", "reason-characters", message, 'Write plain ASCII without " and \\.'
-    if found := _ANSWER.search(reason):
+    names = "|".join(map(re.escape, mission.names))
+    if found := re.search(rf"\b({names})\b", reason, re.IGNORECASE):
         yield "warning", "reason-names-answer", f"names an answer: {found[0]!r}.", "Use another word."
 
 
@@ -76,7 +76,7 @@ def _named_place(entry: Entry, where: Coordinates | None, common: set[str]) -> s
     for match in _WORD.finditer(reason):
         word = match[0]
         starts = not reason[: match.start()].strip() or bool(re.search(r"[.!?:]\W*$", reason[: match.start()]))
-        known = word.upper() in CATEGORIES or (starts and word.lower() in common)
+        known = entry.record.mission.named(word) or (starts and word.lower() in common)
         if word[0].isupper() and word.lower() in words and not known:
             return word
     for number in _DEGREES.findall(reason):

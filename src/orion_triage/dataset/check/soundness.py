@@ -26,8 +26,9 @@ from orion_triage.dataset.check.reasons import reason_findings
 from orion_triage.dataset.land import perhaps_swapped
 from orion_triage.dataset.records import FRAMES_TABLE, is_published, split_path
 from orion_triage.errors import OrionError, one_line
+from orion_triage.mission.contract import mission_of
+from orion_triage.mission.mission import Mission
 from orion_triage.mission.prompt import Coordinates
-from orion_triage.mission.verdict import CATEGORIES, Category
 from orion_triage.progress import Progress, silent
 from orion_triage.runs.manifest import read_manifest
 from orion_triage.safe.reading import shown
@@ -89,6 +90,7 @@ class Report:
 
 def check_dataset(
     folder: Path,
+    mission: Mission | None = None,
     *,
     metres_per_pixel: float | None = None,
     split_distance_km: float | None = None,
@@ -97,6 +99,8 @@ def check_dataset(
     progress: Progress = silent,
 ) -> Report:
     """Check every line and every picture of a dataset in the published layout; each picture is decoded once.
+
+    `mission` is the dataset's own by default.
 
     The width of a frame on the ground is 512 * `metres_per_pixel`. Without arguments, this value and the distance
     between splits come from the dataset's tables, else they are 10 m and 100 km. `root` is as in records.image_path.
@@ -108,8 +112,9 @@ def check_dataset(
             f"{folder} has no {', '.join(split_path(Path(), split).name for split in SPLITS)}.",
             "Pass a finished dataset, such as RUN/dataset. 'orion dataset --dataset FOLDER' makes one of a folder.",
         )
+    mission = mission or mission_of(folder)
     known_metres, known_distance, of_table = _made_with(folder)
-    entries, findings = read_entries(folder)
+    entries, findings = read_entries(folder, mission)
     # The picture of an invalid line is unknown, so pictures may only seem to be unused or to have no second record.
     of_all_lines = [] if findings else [*unused_pictures(folder, entries), *_twins(entries)]
     pictures, more = read_pictures(folder, entries, root=root, resize=resize, progress=progress)
@@ -120,7 +125,7 @@ def check_dataset(
         *_repeated_lines(entries),
         *_without_coordinates(entries),
         *of_any_split(entries, pictures),
-        *of_the_splits(entries),
+        *of_the_splits(entries, mission),
         *leaks(
             entries,
             pictures,
@@ -128,7 +133,7 @@ def check_dataset(
             split_distance_km=split_distance_km or known_distance,
         ),
     ]
-    return report_of(folder, findings, entries, len(pictures))
+    return report_of(folder, findings, entries, len(pictures), mission)
 
 
 def of_any_split(entries: Sequence[Entry], pictures: Mapping[str, Picture]) -> list[Finding]:
@@ -136,28 +141,30 @@ def of_any_split(entries: Sequence[Entry], pictures: Mapping[str, Picture]) -> l
     return [*_contradictions(entries), *_odd_positions(entries), *_blanks(entries, pictures)]
 
 
-def of_the_splits(entries: Sequence[Entry]) -> list[Finding]:
+def of_the_splits(entries: Sequence[Entry], mission: Mission) -> list[Finding]:
     """The findings about reasons, and about how many pictures each split has."""
-    return [*reason_findings(entries), *_balance(_counts(entries))]
+    return [*reason_findings(entries, mission), *_balance(_counts(entries, mission))]
 
 
-def report_of(folder: Path, findings: Sequence[Finding], entries: Sequence[Entry], frames: int) -> Report:
+def report_of(
+    folder: Path, findings: Sequence[Finding], entries: Sequence[Entry], frames: int, mission: Mission
+) -> Report:
     """The report, with the findings in order and each on one line."""
     plain = [replace(f, place=one_line(f.place), message=one_line(f.message)) for f in findings]
     lines = Counter(entry.split for entry in entries)
-    return Report(
-        str(folder), sorted(plain, key=_order), {split: lines[split] for split in SPLITS}, _counts(entries), frames
-    )
+    of_splits = {split: lines[split] for split in SPLITS}
+    return Report(str(folder), sorted(plain, key=_order), of_splits, _counts(entries, mission), frames)
 
 
 def require_sound(
     folder: Path,
+    mission: Mission,
     *,
     root: Path | None = None,
     progress: Progress = silent,
 ) -> Report:
     """The report of a dataset without errors; raises OrionError that names the first errors."""
-    report = check_dataset(folder, root=root, resize=False, progress=progress)
+    report = check_dataset(folder, mission, root=root, resize=False, progress=progress)
     if report.errors:
         named = [f"{finding.place}: {finding.message}" for finding in report.errors[:_NAMED_IN_ERROR]]
         if rest := len(report.errors) - len(named):
@@ -205,10 +212,10 @@ def _order(finding: Finding) -> tuple[bool, int, int, str]:
     return finding.severity != "error", file, line, finding.check
 
 
-def _counts(entries: Sequence[Entry]) -> dict[Split, dict[str, int]]:
+def _counts(entries: Sequence[Entry], mission: Mission) -> dict[Split, dict[str, int]]:
     named = {(entry.split, entry.image): entry.record.verdict.category for entry in entries}
     counted = Counter((split, category) for (split, _), category in named.items())
-    return {split: {category.value: counted[split, category] for category in CATEGORIES} for split in SPLITS}
+    return {split: {category: counted[split, category] for category in mission.names} for split in SPLITS}
 
 
 def _by_image(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
@@ -317,8 +324,8 @@ def _odd_positions(entries: Sequence[Entry]) -> Iterator[Finding]:
     if null := [entry for entry in entries if entry.record.coordinates == Coordinates(0.0, 0.0)]:
         message = f"{len(null)} records are at (0, 0), for example {null[0].image}: often a missing position."
         yield null[0].finding("warning", "null-island", message, "Write the true position, or remove it.")
-    built = [e for e in entries if e.record.coordinates and e.record.verdict.category != Category.LOW]
-    once = list({entry.image: entry for entry in built}.values())
+    kept = [e for e in entries if e.record.mission.kept(e.record.verdict.category)]
+    once = list({entry.image: entry for entry in kept if entry.record.coordinates}.values())
     for index in perhaps_swapped([entry.record.coordinates for entry in once if entry.record.coordinates]):
         category = once[index].record.verdict.category
         message = (
@@ -332,6 +339,6 @@ def _blanks(entries: Sequence[Entry], pictures: Mapping[str, Picture]) -> Iterat
     for image, (first, *_) in _by_image(entries).items():
         if image in pictures and pictures[image].blank:
             category = first.record.verdict.category
-            severity: Severity = "warning" if category == "LOW" else "error"
+            severity: Severity = "warning" if category == first.record.mission.blank else "error"
             message = f"{image} is {category}, but blank: one flat colour, white-out or open water."
             yield first.finding(severity, "blank-frame", message, "Replace the picture, or leave the place out.")

@@ -2,8 +2,8 @@
 
 Table: one file in the folder, or `metadata.csv`/`metadata.jsonl` in each of train/, val/ and test/. Its columns are
 those of `columns.py`; names of pictures are relative to the table's folder, or to pictures/, images/ or frames/ in it.
-Folders: HIGH/, MEDIUM/ and LOW/, directly in the folder or in train/, val/ and test/. The position of a GeoTIFF is read
-from the file. Hidden files are left out and counted.
+Folders named after the mission's categories, directly in the folder or in train/, val/ and test/. The position of a
+GeoTIFF is read from the file. Hidden files are left out and counted.
 
 The dataset stage (`Directory`) and `orion dataset check` both start from `read_contents`, so that they agree.
 """
@@ -23,28 +23,22 @@ from orion_triage.dataset.sources.picture_names import PictureNameError, Picture
 from orion_triage.errors import OrionError, one_line
 from orion_triage.imagery.frames import PICTURE_SUFFIXES
 from orion_triage.imagery.geotiff import GEOTIFF_SUFFIXES, locate
-from orion_triage.mission.verdict import CATEGORIES, LONGEST_REASON, Category
+from orion_triage.mission.mission import Mission, listed
 from orion_triage.safe.folders import Listing, composed, listing
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".geojson")
 _DOCUMENT = re.compile(r"(readme|licen[cs]e)(\.(txt|md|rst))?", re.IGNORECASE)  # belongs to a folder, and is no mistake
 _SPREADSHEETS = (".xlsx", ".xls", ".ods", ".numbers")
-# For frames without a reason. A model trained on them gives only these reasons, so the build warns.
-STANDARD_REASONS = {
-    Category.HIGH: "Structures of extreme scale that a mission wants to see at once.",
-    Category.MEDIUM: "Ordinary traces of people: streets, fields or small works.",
-    Category.LOW: "Natural ground or water without a trace of people.",
-}
 # Kind of a mistake in a row (catalogue.Problem) -> the finding's kind and the fix.
 _FIXES = {
-    "label": ("label", f"Write one of {', '.join(CATEGORIES)}, in upper or lower case."),
+    "label": ("label", "Write one of {names}, in upper or lower case."),
     "swapped": (
         "swapped-position",
         "Exchange the two cells of these rows, or, if all rows are swapped, the two names in the header. Look at the "
         "other rows, too: where both numbers are below 90, a swap is not always seen.",
     ),
     "position": ("position", "Write degrees with a sign and no letters, or leave both cells empty if unknown."),
-    "reason": ("reason", f"Write one plain sentence of at most {LONGEST_REASON} characters, or leave the cell empty."),
+    "reason": ("reason", "Write one plain sentence of at most {longest} characters, or leave the cell empty."),
     "split": ("split", "Write train, val or test in every row, or leave all empty for an automatic split."),
     "name": ("name", "Give every row its own name of a-z, 0-9 and _, or leave out the column name."),
     "morphology": ("morphology", "Write one word of a-z, 0-9 and _, or leave the cell empty."),
@@ -82,6 +76,7 @@ class Contents:
     """
 
     folder: Path
+    mission: Mission
     listing: Listing
     layout: str = ""
     tables: list[Table] = field(default_factory=list)
@@ -112,12 +107,12 @@ class Contents:
         return path.relative_to(self.folder).as_posix()
 
 
-def read_contents(folder: Path) -> Contents:
-    """Everything in a folder, with all mistakes as findings; decodes no picture.
+def read_contents(folder: Path, mission: Mission) -> Contents:
+    """Everything in a folder of frames for this mission, with all mistakes as findings; decodes no picture.
 
     Raises OSError for a folder that cannot be read.
     """
-    contents = Contents(folder, listing(folder, recursive=True))
+    contents = Contents(folder, mission, listing(folder, recursive=True))
     names = PictureNames(folder, contents.listing.files)
     rows = list(_rows(contents))
     contents.rows = len(rows)
@@ -134,11 +129,14 @@ def read_contents(folder: Path) -> Contents:
         cells, has_reason = _completed(row, path, contents)
         name = ids.get(index, f"row_{index}_without_a_picture")
         cells["name"] = name
-        target, problems = target_of(row.origin, cells, seen, drawable=False, with_positions=False, called=row.called)
+        target, problems = target_of(
+            row.origin, cells, seen, mission, drawable=False, with_positions=False, called=row.called
+        )
         for problem in problems:
             if problem.kind == "label" and "category" in row.unclear:
                 continue
             kind, fix = _FIXES[problem.kind]
+            fix = fix.format(names=", ".join(mission.names), longest=mission.longest_reason)
             contents.add("error", kind, row.origin, f"{problem.text}.", fix)
         if target and path:
             without_reason += not has_reason
@@ -172,18 +170,19 @@ def _completed(row: _Row, path: Path | None, contents: Contents) -> tuple[dict[s
 
     Also whether the row has a reason of its own.
     """
-    category = row.cells["category"].upper()
-    cells = row.cells | ({"category": category} if category in CATEGORIES else {})
+    mission, written = contents.mission, row.cells["category"]
+    category = mission.named(written)
+    cells = row.cells | ({"category": category} if category else {})
     if path and path.suffix.lower() in GEOTIFF_SUFFIXES and not cells["lon"] and not cells["lat"]:
         try:
             centre = locate(path).centre
             cells |= {"lon": repr(centre.lon), "lat": repr(centre.lat)}
         except OrionError as error:
             contents.add("error", "picture-position", row.origin, error.message, error.fix)
-    cells["morphology"] = cells["morphology"] or category.lower()
+    cells["morphology"] = cells["morphology"] or written.lower()
     has_reason = bool(cells["reason"])
     if not has_reason:
-        cells["reason"] = STANDARD_REASONS[Category(category)] if category in CATEGORIES else "-"
+        cells["reason"] = mission.of(category).reason if category else "-"
     return cells, has_reason
 
 
@@ -209,7 +208,8 @@ def _add_warnings(contents: Contents, without_reason: int) -> None:
         where = contents.relative(path)
         fix = "Add their rows, or move them out of the folder."
         if not contents.tables:
-            fix = "Move them into HIGH/, MEDIUM/ or LOW/, or out of the folder."
+            folders = [f"{name}/" for name in contents.mission.names]
+            fix = f"Move them into {listed(folders, 'or')}, or out of the folder."
         contents.add("warning", "picture-in-no-row", where, "has no label and is not used.", fix)
     used = [path for path in contents.listing.files if not _DOCUMENT.fullmatch(path.name)]
     for said in replace(contents.listing, files=used).left_out((*PICTURE_SUFFIXES, *TABLE_SUFFIXES)):
@@ -252,8 +252,9 @@ def _rows(contents: Contents) -> Iterator[_Row]:
             continue
         for path in filter(is_picture, files):
             file_name = contents.relative(path)
-            found = list(dict.fromkeys(p.upper() for p in Path(file_name).parts[:-1] if p.upper() in CATEGORIES))
-            if len(found) > 1:  # LOW/ in HIGH/ may mean a low resolution
+            named = map(contents.mission.named, Path(file_name).parts[:-1])
+            found = list(dict.fromkeys(category for category in named if category))
+            if len(found) > 1:  # "low" in "high" may mean a low resolution
                 message = f"picture {file_name!r} is in folders of {len(found)} categories: {', '.join(found)}."
                 contents.add("error", "two-categories", file_name, message, "Rename or move one of the folders.")
             elif found:
@@ -277,6 +278,7 @@ def _add_unknown(contents: Contents, top: Sequence[Path]) -> None:
     below = [path for path in contents.listing.files if path.suffix.lower() in TABLE_SUFFIXES]
     parents = {path.parent for path in contents.pictures} - {contents.folder}
     folders = sorted(contents.relative(parent) + "/" for parent in parents)
+    categories = listed(contents.mission.names)
     has = _count(len(contents.pictures), "picture") if contents.pictures else "no pictures"
     contents.layout = f"not a dataset: {has} and no labels"
     if sheets:
@@ -287,12 +289,11 @@ def _add_unknown(contents: Contents, top: Sequence[Path]) -> None:
         fix = f"Pass its folder: {shlex.quote(str(below[0].parent))}. Or move {below[0].name} to {contents.folder}."
     elif folders:
         named = ", ".join(folders[:5])
-        fix = f"Rename the folders with pictures ({named}) to HIGH, MEDIUM and LOW, or add a table labels.csv."
+        fix = f"Rename the folders with pictures ({named}) to {categories}, or add a table labels.csv."
     else:
         fix = "Add a table labels.csv with the columns file_name and category. 'orion dataset new' writes an example."
     message = (
-        "this is not a dataset: it has no train_dataset.jsonl, no table, and no folders HIGH, MEDIUM and LOW with "
-        "pictures."
+        f"this is not a dataset: it has no train_dataset.jsonl, no table, and no folders {categories} with pictures."
     )
     contents.add("error", "layout", ".", message, fix)
 

@@ -13,6 +13,7 @@ from orion_triage.dataset.sources.contents import Contents, read_contents
 from orion_triage.dataset.sources.source import Absent, Picture, Shot
 from orion_triage.errors import OrionError
 from orion_triage.imagery.geotiff import GEOTIFF_SUFFIXES, locate
+from orion_triage.mission.mission import Mission
 
 _NAMED_IN_ERROR = 20
 
@@ -28,8 +29,8 @@ class Directory:
     attribution = ""
     redistributable = None
 
-    def __init__(self, folder: Path, contents: Contents | None = None) -> None:
-        contents = contents or read_contents(folder)
+    def __init__(self, folder: Path, mission: Mission, contents: Contents | None = None) -> None:
+        contents = contents or read_contents(folder, mission)
         if contents.errors:
             raise _refusal(contents)
         self.targets = contents.targets

@@ -1,0 +1,391 @@
+"""The mission file: what a team looks for, what happens to each kind of frame, and how the model is asked.
+
+A mission has two to eight categories. `orion.toml` is the published mission and the default.
+"""
+
+import difflib
+import json
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import cache, cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, StringConstraints, ValidationError, model_validator
+
+from orion_triage.errors import OrionError
+from orion_triage.safe.reading import LARGEST_JSON_BYTES, read_text, shown
+
+Action = Literal["send", "store", "drop"]
+ACTIONS: tuple[Action, ...] = get_args(Action)
+DONE = {"send": "sent", "store": "stored", "drop": "dropped"}
+
+COORDINATES, CATEGORIES, LONGITUDE, LATITUDE = "{coordinates}", "{categories}", "{longitude}", "{latitude}"
+# The tokenizer reads these as the end of a turn, an image or a thought, not as text.
+CONTROL = re.compile(r"<\|[^<>|]*\|>|<image>|</?think>")
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,31}$")]
+Text = Annotated[str, StringConstraints(min_length=1, max_length=4000)]
+
+
+Place = tuple[str | int, ...]  # of a key in a file: ("categories", 1, "name")
+Fault = tuple[Place, str]  # and what is wrong there
+_MOST_FAULTS = 100
+
+
+class _MistakesError(ValueError):
+    """Mistakes that no single key shows."""
+
+    def __init__(self, faults: list[Fault]) -> None:
+        super().__init__("; ".join(sentence for _, sentence in faults))
+        self.faults = faults
+
+
+class Strict(BaseModel):
+    """A frozen model; unknown keys, nan and inf are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Category(Strict):
+    """One kind of frame: its name is the model's answer, the name of its folder in a dataset, and its label in tables.
+
+    `definition` are the words of the prompt. `value` is what a frame is worth on the ground, and `prior` its share of
+    the frames in orbit; they change no answer. `reason` stands for the reason of frames that were labelled without one.
+    `conflict` is the category whose coordinates a frame gets under condition D. `colour` (#rrggbb) is for reports.
+    """
+
+    name: Name
+    definition: Text
+    action: Action
+    value: NonNegativeFloat = 0.0
+    prior: NonNegativeFloat = 0.0
+    reason: str = ""
+    conflict: str = ""
+    colour: Annotated[str, StringConstraints(pattern=r"^#[0-9a-fA-F]{6}$")] | None = None
+
+
+class Mission(Strict):
+    """The mission; empty `costs`, `blank`, and a category's `reason` and `conflict` are derived.
+
+    `costs` has one row per category and the columns sent, stored and dropped. `blank` is the category of a blank frame,
+    `unparsable` that of an answer without a verdict (empty: the frame is kept, and counted as without a verdict).
+    """
+
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$")]
+    prompt: Annotated[str, StringConstraints(min_length=1, max_length=20_000)]
+    coordinates: Annotated[str, StringConstraints(min_length=1, max_length=1000)]
+    # Where the image stands. After the text, the text is the same for every frame without coordinates.
+    image: Literal["before the text", "after the text"] = "before the text"
+    # The order of the keys in the answer. The reason first makes the model reason before it decides.
+    keys: tuple[Literal["reason", "category"], Literal["reason", "category"]] = ("reason", "category")
+    longest_reason: Annotated[int, Field(ge=20, le=1000)] = 160
+    blank: str = ""
+    unparsable: str = ""
+    costs: tuple[tuple[float, float, float], ...] = ()
+    categories: Annotated[tuple[Category, ...], Field(min_length=2, max_length=8)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_of_all_categories(cls, given: Any) -> Any:
+        """`values` and `prior` as lists in the order of the categories, as settings and earlier versions write them.
+
+        Without categories, the rest is that of the default mission.
+        """
+        if not isinstance(given, dict):
+            return given
+        lists = {key: given[key] for key in ("values", "prior") if key in given}
+        rest = {key: value for key, value in given.items() if key not in lists}
+        if "categories" not in rest and "prompt" not in rest:
+            rest = default_mission().model_dump() | rest
+        for plural, key in (("values", "value"), ("prior", "prior")):
+            numbers, categories = lists.get(plural), rest.get("categories")
+            if numbers is None or not isinstance(categories, list | tuple):
+                continue
+            if not isinstance(numbers, list | tuple) or len(numbers) != len(categories):
+                raise ValueError(f"{plural} needs one number for each of the {len(categories)} categories")
+            rest["categories"] = [
+                {**(one if isinstance(one, Mapping) else dict(one)), key: number}
+                for one, number in zip(categories, numbers, strict=True)
+            ]
+        return rest
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if faults := mistakes(self):
+            raise _MistakesError(faults)
+        derived = {
+            "blank": self.blank or next((c.name for c in self.categories if c.action == "drop"), ""),
+            "costs": self.costs or tuple(_costs(category) for category in self.categories),
+            "categories": tuple(
+                category.model_copy(
+                    update={
+                        "reason": category.reason or _shortened(category.definition, self.longest_reason),
+                        "conflict": category.conflict or _conflict(category, self.categories),
+                    }
+                )
+                for category in self.categories
+            ),
+        }
+        for key, value in derived.items():
+            object.__setattr__(self, key, value)
+        return self
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The names of the categories, in the file's order."""
+        return tuple(category.name for category in self.categories)
+
+    @cached_property
+    def actions(self) -> dict[str, Action]:
+        return {category.name: category.action for category in self.categories}
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """What a frame of each category is worth on the ground."""
+        return tuple(category.value for category in self.categories)
+
+    @property
+    def prior(self) -> tuple[float, ...]:
+        """The share of each category in orbit."""
+        return tuple(category.prior for category in self.categories)
+
+    def of(self, name: str) -> Category:
+        return self.categories[self.names.index(name)]
+
+    def named(self, text: str) -> str | None:
+        """The category whose name this is in upper or lower case, or None."""
+        return next((name for name in self.names if name.casefold() == text.strip().casefold()), None)
+
+    def that(self, *actions: Action) -> tuple[str, ...]:
+        """The categories with one of these actions."""
+        return tuple(name for name in self.names if self.actions[name] in actions)
+
+    def kept(self, name: str | None) -> bool:
+        """Whether a frame of this category is valuable: sent or stored, not dropped."""
+        return name is not None and self.actions[name] != "drop"
+
+
+def listed(names: Sequence[str], last: str = "and") -> str:
+    """Names in prose: "HIGH", "HIGH and MEDIUM", "A, B and C"."""
+    return f"{', '.join(names[:-1])} {last} {names[-1]}" if len(names) > 1 else "".join(names)
+
+
+def what_happens(mission: Mission) -> str:
+    """One sentence: "HIGH frames are sent now, MEDIUM frames are stored, LOW frames are deleted on board."."""
+    done = {"send": "sent now", "store": "stored", "drop": "deleted on board"}
+    parts = [f"{listed(names)} frames are {done[action]}" for action in ACTIONS if (names := mission.that(action))]
+    return f"{', '.join(parts)}."
+
+
+# On white and on black, each pair told apart from the others also without red and green.
+_PALETTE = (
+    ("#a84605", "#f2a468"), ("#1558c0", "#79acff"), ("#66707f", "#98a4b3"), ("#7b2d8b", "#d59be2"),
+    ("#00695c", "#66c7b9"), ("#8a6d00", "#e3c34f"), ("#b0155a", "#f58ab8"), ("#3d4f00", "#b5cc61"),
+)  # fmt: skip
+
+
+def colours(mission: Mission) -> list[tuple[str, str]]:
+    """The colour of each category on a light and on a dark page; one of the mission's own is made lighter there."""
+    found = []
+    for category, pair in zip(mission.categories, _PALETTE, strict=False):
+        own = category.colour
+        found.append((own, f"color-mix(in srgb, {own} 55%, white)") if own else pair)
+    return found
+
+
+def _shortened(text: str, most: int) -> str:
+    """The first words of a text, in printable ASCII, as the grammar of an answer allows them."""
+    plain = " ".join(re.sub(r"[^ !#-\[\]-~]", " ", text).split())
+    return plain if len(plain) <= most else plain[: most - 1].rsplit(" ", 1)[0].rstrip(",;:") + "."
+
+
+def _costs(category: Category) -> tuple[float, float, float]:
+    """What it costs to send, store and drop a frame of this category, in units of one frame sent for nothing.
+
+    Nothing if it is what the category wants. A frame that is dropped loses its value, one that is stored instead of
+    sent a fifth of it, and storing one for nothing takes a fifth of sending it.
+    """
+    store = 0.2 * category.value if category.action == "send" else 0.2
+    every = {"send": 1.0, "store": store, "drop": max(category.value, 0.2)}
+    return tuple(0.0 if action == category.action else every[action] for action in ACTIONS)  # type: ignore[return-value]
+
+
+def _conflict(category: Category, every: Sequence[Category]) -> str:
+    """The category that differs most in value, and among equal ones in action; the first of several."""
+    return max(
+        (other for other in every if other is not category),
+        key=lambda other: (abs(other.value - category.value), other.action != category.action),
+    ).name
+
+
+def mistakes(mission: Mission) -> list[Fault]:
+    """What is wrong with a mission whose keys and types are right: (place in the file, sentence)."""
+    found: list[Fault] = []
+    for text, key, needed in (
+        (mission.prompt, "prompt", (COORDINATES, CATEGORIES)),
+        (mission.coordinates, "coordinates", (LONGITUDE, LATITUDE)),
+    ):
+        for placeholder in needed:
+            if (times := text.count(placeholder)) != 1:
+                found.append(((key,), f"{key} has {placeholder} {times} times; write it once"))
+    if mission.coordinates.find(LONGITUDE) > mission.coordinates.find(LATITUDE) >= 0:
+        found.append((("coordinates",), f"write {LONGITUDE} before {LATITUDE}"))
+    if len(set(mission.keys)) < len(mission.keys):
+        found.append((("keys",), f"keys has {mission.keys[0]} twice; write each key once"))
+    names = [category.name for category in mission.categories]
+    for key, name in (("blank", mission.blank), ("unparsable", mission.unparsable)):
+        if name and name not in names:
+            found.append(((key,), f"{key} is {shown(name)}, which is no category{_near(name, names)}"))
+    if mission.costs and len(mission.costs) != len(names):
+        found.append(
+            (("costs",), f"costs has {len(mission.costs)} rows; write one for each of {len(names)} categories")
+        )
+    if not any(category.prior for category in mission.categories):
+        found.append((("categories", 0, "prior"), "the priors sum to 0; write the share of each category in orbit"))
+    if not any(category.value for category in mission.categories):
+        found.append((("categories", 0, "value"), "no category has a value above 0"))
+    for index, category in enumerate(mission.categories):
+        found += [(("categories", index, key), text) for key, text in _mistakes_of(category, index, mission)]
+    for key, text in [("prompt", mission.prompt), ("coordinates", mission.coordinates)]:
+        if control := CONTROL.search(text):
+            found.append(((key,), f"{key} contains the control token {control[0]}; remove it"))
+    return found
+
+
+def _mistakes_of(category: Category, index: int, mission: Mission) -> list[tuple[str, str]]:
+    found = []
+    others = [other.name for place, other in enumerate(mission.categories) if place != index]
+    if twin := next((o for o in others[:index] if o.casefold() == category.name.casefold()), None):
+        found.append(("name", f"the category {category.name} is there twice (as {twin}); give them different names"))
+    if category.conflict and category.conflict not in others:
+        near = _near(category.conflict, others)
+        found.append(("conflict", f"conflict of {category.name} is {category.conflict!r}, no other category{near}"))
+    for key, text in (("definition", category.definition), ("reason", category.reason)):
+        if control := CONTROL.search(text):
+            found.append((key, f"the {key} of {category.name} contains the control token {control[0]}; remove it"))
+        elif "\n" in text.strip("\n") or not text.replace("\n", " ").isprintable():
+            found.append((key, f"the {key} of {category.name} is not one line of printable text"))
+        words = set(re.findall(r"[A-Za-z0-9_-]+", text))
+        if other := next((o for o in others if o in words), None):
+            found.append((key, f"the {key} of {category.name} names {other}; describe what is seen instead"))
+    if len(category.reason) > mission.longest_reason:
+        found.append(("reason", f"the reason of {category.name} has more than {mission.longest_reason} characters"))
+    return found
+
+
+def _near(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word.casefold(), [k.casefold() for k in known], 1)
+    original = next((k for k in known if close and k.casefold() == close[0]), None)
+    return f"; did you mean {original}?" if original else f" (there are {', '.join(known)})"
+
+
+@cache
+def default_mission() -> Mission:
+    """The published mission."""
+    text = (resources.files("orion_triage.mission") / "orion.toml").read_text(encoding="utf-8")
+    return Mission.model_validate(tomllib.loads(text))
+
+
+def read_mission(path: Path) -> dict[str, Any]:
+    """The tables of a mission file, not validated; raises OrionError if it is missing or not TOML."""
+    try:
+        return tomllib.loads(read_text(path, LARGEST_JSON_BYTES))
+    except FileNotFoundError:
+        raise OrionError(f"{path} does not exist.", "Write one with 'orion mission new FILE'.") from None
+    except (ValueError, RecursionError) as error:
+        raise OrionError(f"{path} is not TOML: {error}.", "Correct the line.") from None
+
+
+def load_mission(path: Path) -> Mission:
+    """The mission in a file; raises OrionError that lists every mistake with its line."""
+    given = read_mission(path)
+    mission, faults = checked(given)
+    if mission is None:
+        text = read_text(path, LARGEST_JSON_BYTES)
+        lines = [f"{path}:{line_of(text, place)}: {sentence}." for place, sentence in faults]
+        count = f"{len(lines)} mistakes" if len(lines) > 1 else "a mistake"
+        raise OrionError("\n".join([f"{path} has {count}:", *lines]), "Correct the file, then check it again.")
+    return mission
+
+
+# What stands for a value that is wrong, so that the rest can be checked too.
+_STAND_INS: dict[str, Any] = {
+    "name": "other", "prompt": "{coordinates}{categories}", "coordinates": "{longitude}{latitude}",
+    "definition": "-", "action": "store",
+}  # fmt: skip
+
+
+def checked(given: Mapping[str, Any]) -> tuple[Mission | None, list[Fault]]:
+    """The mission of a file's tables, or None with every mistake in them, in the order of the file's keys."""
+    given = {"prompt": None, **given}  # a file is whole: nothing comes from the default mission
+    try:
+        return Mission.model_validate(given), []
+    except ValidationError as error:
+        problems = error.errors()
+    found: list[Fault] = []
+    tables = json.loads(json.dumps(given, default=str))
+    for problem in problems:
+        if problem["type"] == "value_error":
+            found += getattr(problem["ctx"]["error"], "faults", None) or [((), str(problem["ctx"]["error"]))]
+            return None, found
+        place = tuple(problem["loc"])
+        found.append((place, _sentence(problem, place)))
+        _replace(tables, place)
+    with suppress(ValidationError):
+        Mission.model_validate(tables)
+        return None, found
+    more = checked(tables)[1] if len(found) < _MOST_FAULTS else []
+    return None, found + [fault for fault in more if fault not in found]
+
+
+def _sentence(problem: Any, place: Place) -> str:
+    key = ".".join(str(part + 1 if isinstance(part, int) else part) for part in place)
+    inside = next((part for part in reversed(place) if isinstance(part, str)), "")
+    if problem["type"] == "extra_forbidden":
+        known = list(Category.model_fields if place[0] == "categories" else Mission.model_fields)
+        return f"there is no key {inside}{_near(inside, known)}"
+    if problem["type"] == "missing" or problem["input"] is None:
+        return f"{key} is missing"
+    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, and this is {shown(problem['input'])}"
+
+
+def _replace(tables: Any, place: Place) -> None:
+    """Put a value that is right in the place of a wrong one, or remove it where it can be left out."""
+    within, last = tables, ""
+    for part in place:
+        last = part if isinstance(part, str) else last
+        inner = within.get(part) if isinstance(within, dict) else None
+        if isinstance(within, list) and isinstance(part, int) and part < len(within):
+            inner = within[part]
+        if not isinstance(inner, dict | list) or part == place[-1] or last in ("keys", "costs"):
+            break
+        within = inner
+    if isinstance(within, dict):
+        stand_in = _STAND_INS.get(last)
+        if stand_in is None:
+            within.pop(last, None)
+        else:
+            within[last] = f"{stand_in}{place[1]}" if last == "name" and len(place) > 1 else stand_in
+
+
+def line_of(text: str, place: Place) -> int:
+    """The line of a key in a TOML file: of the key, or of its table's header where it is missing; else the first."""
+    lines, start = text.splitlines(), 0
+    if len(place) > 1 and isinstance(place[1], int):
+        headers = [n for n, line in enumerate(lines) if re.match(rf"\s*\[\[\s*{place[0]}\s*\]\]", line)]
+        start = headers[place[1]] if place[1] < len(headers) else 0
+    key = next((part for part in reversed(place) if isinstance(part, str)), "")
+    for number in range(start, len(lines)):
+        if (
+            number > start
+            and re.match(r"\s*\[", lines[number])
+            and not re.match(r"\s*\[[\s\d.,]*(#.*)?$", lines[number])
+        ):
+            break
+        if re.match(rf"""\s*["']?{re.escape(key)}["']?\s*=""", lines[number]):
+            return number + 1
+    return start + 1
