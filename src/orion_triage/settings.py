@@ -176,10 +176,11 @@ class VerdictSettings(Strict):
     smallest_gain_points: NonNegativeFloat = 5.0
     # Share of the commonest answer from which a model counts as giving one answer to everything.
     largest_share_of_one_answer: float = Field(default=0.9, gt=0, le=1)
-    # Share of HIGH and MEDIUM frames that may be dropped. The upper end of the 95 % interval counts: 10 % takes 35
-    # frames without a loss, or 53 with one. Smaller: fewer frames are lost for good, and more are needed to show it.
+    # Share of the frames to be sent or stored that may be dropped. The upper end of the 95 % interval counts: 10 %
+    # takes 35 frames without a loss, or 53 with one. Smaller: fewer frames are lost for good, and more are needed to
+    # show it.
     largest_irrecoverable_loss: float = Field(default=0.10, gt=0, le=1)
-    # Share of HIGH frames that must be answered HIGH; the lower end of the interval counts. The others are stored.
+    # Share of the frames to be sent that are sent; the lower end of the interval counts. The others are stored.
     smallest_high_recall: float = Field(default=0.5, ge=0, lt=1)
     # Points of accuracy that the quantized model may lose; the lower end of the interval of the difference counts.
     largest_quantization_loss_points: PositiveFloat = 10.0
@@ -222,7 +223,10 @@ def load_settings(
     """
     values, source = _read_preset(preset)
     if mission:
-        values["mission"] = load_mission(mission).model_dump()
+        loaded = load_mission(mission)
+        values["mission"] = loaded.model_dump()
+        if loaded.places:
+            values.setdefault("dataset", {}).setdefault("catalogue", loaded.places)
     values.setdefault("preset", Path(preset).stem if preset.endswith(".toml") else preset)
     for assignment in assignments:
         _assign(values, assignment)

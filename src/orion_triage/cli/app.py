@@ -8,7 +8,8 @@ import typer
 from typer.core import TyperGroup
 
 COMMANDS = (
-    "run", "dataset", "fine-tune", "fuse", "quantize", "bundle", "verify", "clean", "push", "settings", "remote",
+    "run", "mission", "dataset", "fine-tune", "fuse", "quantize", "bundle", "verify", "clean", "push", "settings",
+    "remote",
     "ablation", "evaluate", "report", "verdict", "compare", "threshold",
     "triage", "bench-frame",
     "plan", "doctor", "toolchain", "rehearse",

@@ -148,7 +148,11 @@ def _evaluate_variants(
         do_stage(evaluation(variant, current.settings.mission), current, force)
     if not processes.is_main():
         return
-    finished = [one for one in table(current.settings) if one in asked or is_current(evaluation(one, current.settings.mission), current)]
+    finished = [
+        one
+        for one in table(current.settings)
+        if one in asked or is_current(evaluation(one, current.settings.mission), current)
+    ]
     rows = compare_variants(current, asked, finished)
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
@@ -331,7 +335,7 @@ def threshold_command(
         typer.Option(
             "--max-irrecoverable-loss",
             metavar="SHARE",
-            help="Largest share of HIGH and MEDIUM frames that may be dropped: 5% or 0.05.",
+            help="Largest share of the frames to be sent or stored that may be dropped: 5% or 0.05.",
         ),
     ] = "5%",
     folder: FinishedRunOption = None,
@@ -342,7 +346,7 @@ def threshold_command(
     undo: Annotated[bool, typer.Option("--undo", help="Put back the threshold before the last one, or none.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Choose the probability of LOW above which a frame is dropped.
+    """Choose the probability above which a frame is dropped.
 
     Uses the validation split. Shows the frames before and after, on val and on
     test; evaluates both if necessary. 'orion triage', report and bundle apply
@@ -356,9 +360,9 @@ def threshold_command(
     if undo:
         back = threshold.undo(run)
         if as_json:
-            typer.echo(json.dumps({"low_threshold": back}))
+            typer.echo(json.dumps({"drop_threshold": back}))
         else:
-            typer.echo("threshold: none; the model decides" if back is None else _drops(back))
+            typer.echo("threshold: none; the model decides" if back is None else _drops(back, run.settings.mission))
         return
     test = replace(run, split="test")
     for one in (run, test):
@@ -369,24 +373,29 @@ def threshold_command(
     if as_json:
         typer.echo(json.dumps(record | {"on_test": on_test}, indent=2))
         return
-    typer.echo(_drops(record["low_threshold"]))
-    _print_effects({"val": record["there"], "test": on_test})
+    typer.echo(_drops(record["drop_threshold"], run.settings.mission))
+    _print_effects({"val": record["there"], "test": on_test}, run.settings.mission)
     typer.echo("The threshold was chosen on val, so the loss there is too low. 'orion threshold --undo' takes it back.")
 
 
-def _drops(low_threshold: float) -> str:
-    if low_threshold <= 1:
-        return f"threshold: a frame is dropped if P(LOW) is {low_threshold:.3f} or more"
-    return "threshold: none; P(LOW) drops no frame"
+def _drops(drop_threshold: float, mission: Any) -> str:
+    from orion_triage.mission.mission import listed
+
+    dropped = listed(mission.that("drop"), "or")
+    if drop_threshold <= 1:
+        return f"threshold: a frame is dropped if P({dropped}) is {drop_threshold:.3f} or more"
+    return f"threshold: none; P({dropped}) drops no frame"
 
 
-def _print_effects(effects: dict[str, dict[str, Any]]) -> None:
+def _print_effects(effects: dict[str, dict[str, Any]], mission: Any) -> None:
     """A table of the decisions before and after, by split, and the frames that change."""
     from rich.table import Table
 
+    from orion_triage.mission.mission import listed
     from orion_triage.report.render import rate
 
-    table = Table("split", "", "HIGH and MEDIUM lost", "HIGH found", "sent", "dropped", title="Before and after")
+    kept, sent = listed(mission.that("send", "store")), listed(mission.that("send")) or "to be sent"
+    table = Table("split", "", f"{kept} lost", f"{sent} found", "sent", "dropped", title="Before and after")
     for split, effect in effects.items():
         for when in ("before", "after"):
             values = effect[when]
@@ -395,4 +404,4 @@ def _print_effects(effects: dict[str, dict[str, Any]]) -> None:
         table.add_section()
     output().print(table)
     for split, effect in effects.items():
-        typer.echo(f"{split}: {effect['lost']} more HIGH and MEDIUM frames lost, {effect['saved']} saved")
+        typer.echo(f"{split}: {effect['lost']} more {kept} frames lost, {effect['saved']} saved")

@@ -23,6 +23,7 @@ from orion_triage.llama_cpp.client import CANDIDATES, GREEDY, PRINTABLE, Client
 from orion_triage.llama_cpp.server import OPTIONS, Server
 from orion_triage.llama_cpp.toolchain import PINNED_BUILD, WHEEL, WHEEL_SHA256, Toolchain, find_toolchain
 from orion_triage.mission.answer import Answer
+from orion_triage.mission.contract import portable
 from orion_triage.mission.decide import Rules, in_words
 from orion_triage.mission.mission import Mission
 from orion_triage.mission.prompt import render_prompt, user_text, with_image
@@ -93,7 +94,7 @@ def run(run: "Run", out: Path, progress: Progress = silent, *, accepted_risk: st
             "base": base_of(run.gguf) or run.settings.base.model,
             "frame_size": run.settings.base.frame_size,
             "stretch": _stretch(run),
-            "mission": run.settings.mission.model_dump(mode="json"),
+            "mission": portable(run.settings.mission).model_dump(mode="json"),
             "model": quantize.QUANTIZED,
             "mmproj": quantize.MMPROJ,
             "llama_cpp_build": toolchain.build,

@@ -111,7 +111,7 @@ def stretched(
 ) -> tuple[NDArray[np.uint8], float]:
     """The 8-bit values of a stretched picture, and the share of valid values beyond the limits.
 
-    Raises FrameError if no value lies between the limits: a frame of one colour would be blank, which means LOW.
+    Raises FrameError if no value lies between the limits: a frame of one colour would count as blank.
     """
     known = values[valid]
     outside = int(np.count_nonzero((known < stretch.low) | (known > stretch.high)))

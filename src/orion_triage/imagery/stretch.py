@@ -51,6 +51,6 @@ def fix_without_stretch(samples: str) -> str:
         return f"Convert it to one of {', '.join(STRETCHED_SAMPLES)}, or to 8-bit RGB."
     more = "" if samples == DEFAULT_SAMPLES else f" and dataset.stretch_samples={samples}"
     return (
-        f"Build the dataset with --set dataset.stretch_low=LOW --set dataset.stretch_high=HIGH{more}: the values that "
-        "become black and white in all frames. Or save it as 8-bit RGB."
+        f"Build the dataset with --set dataset.stretch_low=BLACK --set dataset.stretch_high=WHITE{more}: the values "
+        "that become black and white in all frames. Or save it as 8-bit RGB."
     )

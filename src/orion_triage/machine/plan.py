@@ -244,8 +244,8 @@ def claims(settings: Settings, test: int) -> list[str]:
             bound = wilson(lost, valuable)[1]
             shows = "enough" if bound <= limits.largest_irrecoverable_loss else "not enough"
             said.append(
-                f"{valuable} HIGH and MEDIUM test frames, {lost} of them lost: the loss is at most {100 * bound:.1f} % "
-                f"(95 %), {shows} for the limit of {100 * limits.largest_irrecoverable_loss:g} %"
+                f"{valuable} test frames to be sent or stored, {lost} of them lost: the loss is at most "
+                f"{100 * bound:.1f} % (95 %), {shows} for the limit of {100 * limits.largest_irrecoverable_loss:g} %"
             )
     return said
 

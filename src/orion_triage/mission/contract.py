@@ -35,7 +35,12 @@ def contract_sha256(mission: Mission) -> str:
 def write_mission(folder: Path, mission: Mission) -> None:
     """Write the mission into a product's folder; nothing for the published one, whose products never had the file."""
     if mission != default_mission():
-        write_text(folder / FILE_NAME, mission.model_dump_json(indent=1) + "\n")
+        write_text(folder / FILE_NAME, portable(mission).model_dump_json(indent=1) + "\n")
+
+
+def portable(mission: Mission) -> Mission:
+    """The mission without paths of this machine."""
+    return mission.model_copy(update={"places": ""})
 
 
 def mission_of(folder: Path) -> Mission:

@@ -8,7 +8,6 @@ import json
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
@@ -17,10 +16,11 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, StringConstraints, ValidationError, model_validator
 
 from orion_triage.errors import OrionError
-from orion_triage.safe.reading import LARGEST_JSON_BYTES, read_text, shown
+from orion_triage.safe.reading import LARGEST_JSON_BYTES, read_object, read_text, shown
 
 Action = Literal["send", "store", "drop"]
 ACTIONS: tuple[Action, ...] = get_args(Action)
+FEWEST, MOST = 2, 8  # categories
 DONE = {"send": "sent", "store": "stored", "drop": "dropped"}
 
 COORDINATES, CATEGORIES, LONGITUDE, LATITUDE = "{coordinates}", "{categories}", "{longitude}", "{latitude}"
@@ -76,6 +76,7 @@ class Mission(Strict):
     """
 
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$")]
+    places: str = ""  # the catalogue of places, relative to the mission's file
     prompt: Annotated[str, StringConstraints(min_length=1, max_length=20_000)]
     coordinates: Annotated[str, StringConstraints(min_length=1, max_length=1000)]
     # Where the image stands. After the text, the text is the same for every frame without coordinates.
@@ -86,7 +87,7 @@ class Mission(Strict):
     blank: str = ""
     unparsable: str = ""
     costs: tuple[tuple[float, float, float], ...] = ()
-    categories: Annotated[tuple[Category, ...], Field(min_length=2, max_length=8)]
+    categories: tuple[Category, ...]
 
     @model_validator(mode="before")
     @classmethod
@@ -237,6 +238,9 @@ def mistakes(mission: Mission) -> list[Fault]:
     if len(set(mission.keys)) < len(mission.keys):
         found.append((("keys",), f"keys has {mission.keys[0]} twice; write each key once"))
     names = [category.name for category in mission.categories]
+    if not FEWEST <= len(names) <= MOST:
+        found.append((("categories",), f"there are {len(names)} categories; write {FEWEST} to {MOST}"))
+        return found
     for key, name in (("blank", mission.blank), ("unparsable", mission.unparsable)):
         if name and name not in names:
             found.append(((key,), f"{key} is {shown(name)}, which is no category{_near(name, names)}"))
@@ -293,6 +297,8 @@ def default_mission() -> Mission:
 def read_mission(path: Path) -> dict[str, Any]:
     """The tables of a mission file, not validated; raises OrionError if it is missing or not TOML."""
     try:
+        if path.suffix == ".json":  # as products carry it
+            return read_object(path)
         return tomllib.loads(read_text(path, LARGEST_JSON_BYTES))
     except FileNotFoundError:
         raise OrionError(f"{path} does not exist.", "Write one with 'orion mission new FILE'.") from None
@@ -306,9 +312,12 @@ def load_mission(path: Path) -> Mission:
     mission, faults = checked(given)
     if mission is None:
         text = read_text(path, LARGEST_JSON_BYTES)
-        lines = [f"{path}:{line_of(text, place)}: {sentence}." for place, sentence in faults]
+        numbered = sorted(((line_of(text, place), sentence) for place, sentence in faults), key=lambda one: one[0])
+        lines = [f"{path}:{number}: {sentence}." for number, sentence in numbered]
         count = f"{len(lines)} mistakes" if len(lines) > 1 else "a mistake"
         raise OrionError("\n".join([f"{path} has {count}:", *lines]), "Correct the file, then check it again.")
+    if mission.places:
+        mission = mission.model_copy(update={"places": str(path.parent / mission.places)})
     return mission
 
 
@@ -326,20 +335,23 @@ def checked(given: Mapping[str, Any]) -> tuple[Mission | None, list[Fault]]:
         return Mission.model_validate(given), []
     except ValidationError as error:
         problems = error.errors()
-    found: list[Fault] = []
+    found = [fault for problem in problems for fault in _faults(problem)]
     tables = json.loads(json.dumps(given, default=str))
     for problem in problems:
-        if problem["type"] == "value_error":
-            found += getattr(problem["ctx"]["error"], "faults", None) or [((), str(problem["ctx"]["error"]))]
-            return None, found
-        place = tuple(problem["loc"])
-        found.append((place, _sentence(problem, place)))
-        _replace(tables, place)
-    with suppress(ValidationError):
+        _replace(tables, tuple(problem["loc"]))
+    try:  # the mistakes that only show when all keys have a value of the right type
         Mission.model_validate(tables)
-        return None, found
-    more = checked(tables)[1] if len(found) < _MOST_FAULTS else []
-    return None, found + [fault for fault in more if fault not in found]
+    except ValidationError as error:
+        found += [fault for problem in error.errors() for fault in _faults(problem) if fault not in found]
+    return None, found[:_MOST_FAULTS]
+
+
+def _faults(problem: Any) -> list[Fault]:
+    place = tuple(problem["loc"])
+    if problem["type"] != "value_error":
+        return [(place, _sentence(problem, place))]
+    error = problem["ctx"]["error"]
+    return error.faults if isinstance(error, _MistakesError) else [(place, str(error))]
 
 
 def _sentence(problem: Any, place: Place) -> str:
@@ -350,7 +362,8 @@ def _sentence(problem: Any, place: Place) -> str:
         return f"there is no key {inside}{_near(inside, known)}"
     if problem["type"] == "missing" or problem["input"] is None:
         return f"{key} is missing"
-    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, and this is {shown(problem['input'])}"
+    said = problem["msg"].partition(", unable to parse")[0].removeprefix("Input ")
+    return f"{key} {said[0].lower()}{said[1:]}, and this is {shown(problem['input'])}"
 
 
 def _replace(tables: Any, place: Place) -> None:

@@ -1,0 +1,40 @@
+"""What a mission makes of a model's task, for `orion mission check`: prompt, grammar, requests per frame."""
+
+from collections.abc import Callable
+from typing import Any
+
+from orion_triage.mission.contract import contract_sha256
+from orion_triage.mission.mission import Mission, listed
+from orion_triage.mission.prompt import Coordinates, user_text
+from orion_triage.mission.verdict import grammar, label_tree
+
+
+def preview(mission: Mission, tokenize: Callable[[str], list[int]]) -> dict[str, Any]:
+    """All that follows from the mission with a model's tokenizer (`tokenize` adds no special tokens).
+
+    Raises OrionError if the tokenizer cannot score the names.
+    """
+    nodes = label_tree(mission, tokenize)
+    in_flight, with_place = user_text(mission, None), user_text(mission, Coordinates(-120.62, 34.0))
+    return {
+        "name": mission.name,
+        "categories": [
+            category.model_dump(mode="json") | {"costs": costs}
+            for category, costs in zip(mission.categories, mission.costs, strict=True)
+        ],
+        "blank": mission.blank,
+        "unparsable": mission.unparsable,
+        "contract_sha256": contract_sha256(mission),
+        "prompt": in_flight,
+        "prompt_tokens": len(tokenize(in_flight)),
+        "prompt_with_coordinates": with_place,
+        "prompt_with_coordinates_tokens": len(tokenize(with_place)),
+        "name_tokens": {name: len(tokenize(name)) for name in mission.names},
+        "grammar": grammar(mission),
+        "scoring_requests": len(nodes),
+        "notes": [
+            f"{listed([mission.names[index] for group in node.names for index in group])} begin alike ({node.text}): "
+            "one request more per frame"
+            for node in nodes[1:]
+        ],
+    }
