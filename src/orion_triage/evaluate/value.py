@@ -161,16 +161,9 @@ def at_prior(truth: Integers, guess: Integers, mission: Mission) -> dict[str, An
 
     A split has more valuable frames than an orbit. The answers to a category's frames come from the split, and the
     frequency of the category from the prior. All results are None if the split has no frame of a category with a
-    frequency above 0. A precision is also None if its category is never answered. Raises OrionError unless the
-    prior sums to 1.
+    frequency above 0. A precision is also None if its category is never answered.
     """
     shares = np.array(mission.prior)
-    if not math.isclose(shares.sum(), 1, abs_tol=1e-6):
-        raise OrionError(
-            f"the prior {', '.join(f'{c} {p:g}' for c, p in zip(mission.names, mission.prior, strict=True))} does not "
-            "sum to 1.",
-            "Set each category to its share of the camera's frames.",
-        )
     counts = confusion(truth, guess, len(mission.names))
     frames = counts.sum(axis=1)
     known = not (shares[frames == 0] > 0).any()

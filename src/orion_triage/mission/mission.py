@@ -5,6 +5,7 @@ A mission has two to eight categories. `orion.toml` is the published mission and
 
 import difflib
 import json
+import math
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -248,8 +249,8 @@ def mistakes(mission: Mission) -> list[Fault]:
         found.append(
             (("costs",), f"costs has {len(mission.costs)} rows; write one for each of {len(names)} categories")
         )
-    if not any(category.prior for category in mission.categories):
-        found.append((("categories", 0, "prior"), "the priors sum to 0; write the share of each category in orbit"))
+    if not math.isclose(total := sum(category.prior for category in mission.categories), 1, abs_tol=1e-6):
+        found.append((("categories", 0, "prior"), f"the priors sum to {total:g}; write shares that sum to 1"))
     if not any(category.value for category in mission.categories):
         found.append((("categories", 0, "value"), "no category has a value above 0"))
     for index, category in enumerate(mission.categories):
