@@ -1,4 +1,4 @@
-# make run    set up and run the whole pipeline on the shipped base
+# make run    set up and run the whole pipeline on the shipped base; MISSION=missions/waterfront.toml: another mission
 # make test   set up and run all tests
 # make quick  those that need no model and no server, in a minute
 # make lint   style and types
@@ -25,7 +25,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: run test quick check lint docs audit torture bench setup setup-dev pins clean
 
 run: setup
-	$(BIN)/orion run
+	$(BIN)/orion run $(if $(MISSION),--mission $(MISSION))
 
 test: setup-dev
 	$(BIN)/python -m pytest $(SPREAD)
