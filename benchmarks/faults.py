@@ -114,7 +114,7 @@ def loss_everywhere(collate: Callable[[list[Record]], Any], processor: Any, fram
     def with_all_labels(records: list[Record]) -> Any:
         answers = [record.answer for record in records]
         pictures = [frames[record.image] for record in records]
-        batch = encode(processor, pictures, [record.prompt for record in records], answers)
+        batch = encode(processor, pictures, [record.user_text for record in records], answers)
         batch["labels"] = batch["input_ids"].clone()
         return batch
 

@@ -50,7 +50,7 @@ def main() -> None:
                 options = WILD | {"seed": seed}
                 backend = LlamaCppBackend(server.client, max_new_tokens=96, constrained=constrained, options=options)
                 image = read_frame(image_path(run.dataset, record), size).image
-                text = backend.answer([image], [record.prompt])[0].text
+                text = backend.answer([image], [record.user_text])[0].text
                 verdict = parse_verdict(MISSION, text)
                 parsed += verdict is not None
                 exact += verdict is not None and verdict.to_json() == text

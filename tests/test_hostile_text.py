@@ -400,7 +400,11 @@ def test_each_of_these_presets_is_refused_by_name(data: str, said: str, tmp_path
 FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
 
 
-@given(st.one_of(texts, mutated(SAID.to_json().encode()).map(lambda data: data.decode("utf-8", "surrogateescape"))))
+@given(
+    st.one_of(
+        texts, mutated(answer_text(MISSION, SAID).encode()).map(lambda data: data.decode("utf-8", "surrogateescape"))
+    )
+)
 def test_an_answer_is_a_verdict_or_none(answer: str) -> None:
     found = outcome(parse_verdict, answer)
     assert found is None or found.category in MISSION.names
@@ -412,11 +416,15 @@ def test_an_answer_is_a_verdict_or_none(answer: str) -> None:
 @example("```jsonjson```", True)
 def test_fences_are_taken_off_as_their_pattern_does(inside: str, fenced: bool) -> None:
     """Put around a verdict: the fence by hand and the pattern agree on every short text."""
-    answer = f"```{inside}{SAID.to_json()}{inside}```" if fenced else f"{inside}{SAID.to_json()}{inside}"
+    answer = (
+        f"```{inside}{answer_text(MISSION, SAID)}{inside}```"
+        if fenced
+        else f"{inside}{answer_text(MISSION, SAID)}{inside}"
+    )
     text = answer.strip()
     match = FENCE.fullmatch(text)
     try:
-        plain = json.loads(match[1] if match else text) == json.loads(SAID.to_json())
+        plain = json.loads(match[1] if match else text) == json.loads(answer_text(MISSION, SAID))
     except ValueError:
         plain = False
     assert (parse_verdict(MISSION, answer) is not None) == plain
@@ -587,7 +595,7 @@ def test_probabilities_are_numbers_or_no_answer(listed: Any) -> None:
 def test_token_numbers_are_numbers(client: Client, change: dict[str, Any], said: str) -> None:
     Parrot.body = to_bytes(REPLY | change)
     with pytest.raises(ServerError, match=said):
-        LlamaCppBackend(client, max_new_tokens=9)
+        LlamaCppBackend(client, MISSION, max_new_tokens=9)
 
 
 @pytest.mark.parametrize(

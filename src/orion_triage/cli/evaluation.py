@@ -148,7 +148,11 @@ def _evaluate_variants(
         do_stage(evaluation(variant, current.settings.mission), current, force)
     if not processes.is_main():
         return
-    finished = [one for one in table(current.settings) if one in asked or is_current(evaluation(one, current.settings.mission), current)]
+    finished = [
+        one
+        for one in table(current.settings)
+        if one in asked or is_current(evaluation(one, current.settings.mission), current)
+    ]
     rows = compare_variants(current, asked, finished)
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
