@@ -175,11 +175,9 @@ def measure(recipe: Recipe, run: Run) -> dict[str, Any]:
         settings.fuse,
         settings.base.frame_size,
     )
-    backend = TransformersBackend.load(folder / "merged", settings.evaluate, settings.base.frame_size)
-    figures["metrics"] = evaluate.run(
-        Dataset(run.dataset, MISSION), "test", backend, folder / "evaluation", settings.evaluate, settings.base.frame_size,
-        fingerprint=recipe.name,
-    )  # fmt: skip
+    backend = TransformersBackend.load(folder / "merged", MISSION, settings.evaluate, settings.base.frame_size)
+    answered = Dataset(run.dataset, MISSION), "test", backend, folder / "evaluation"
+    figures["metrics"] = evaluate.run(*answered, settings.evaluate, settings.base.frame_size, fingerprint=recipe.name)
     write_text(finished, json.dumps(figures, indent=1) + "\n")
     return figures
 

@@ -73,7 +73,7 @@ def _memory_folder() -> str | None:
 def records() -> Target:
     from orion_triage.dataset.records import read_records
 
-    return _file(".jsonl", read_records)
+    return _file(".jsonl", lambda path: read_records(path, MISSION))
 
 
 def catalogue() -> Target:

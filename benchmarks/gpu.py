@@ -505,7 +505,7 @@ def evaluation(bench: Bench, report: Report) -> None:
 
     dataset, frame_size = Dataset(bench.dataset, MISSION), bench.settings().base.frame_size
     backend = TransformersBackend.load(
-        bench.base, EvaluateSettings(max_new_tokens=bench.size.answer_tokens), frame_size
+        bench.base, MISSION, EvaluateSettings(max_new_tokens=bench.size.answer_tokens), frame_size
     )
     records = dataset.records("train")
 

@@ -718,7 +718,8 @@ def stubbed(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle with what the stub answers as its expectation; nobody changes it."""
 
     def expect(record: dict[str, Any]) -> None:
-        record["request"] |= {"label_tokens": LABELS, "prompt_tokens": 30}
+        place = {"after": "", "tokens": list(LABELS.values()), "categories": [[label] for label in LABELS]}
+        record["request"] |= {"labels": [place], "prompt_tokens": 30}
         for image in record["golden"]:
             image |= {"answer": _Stub.answer, "category": "LOW", "log_probabilities": dict.fromkeys(LABELS, -1.0)}
 

@@ -172,7 +172,7 @@ def test_a_router_is_asked_for_one_of_its_models_in_every_request(drawn_question
 
 def test_a_tokenizer_that_gives_a_label_no_token_of_its_own_is_refused() -> None:
     for tokenize in (lambda text: [1, 2, 3], lambda text: [], lambda text: [1] * len(text)):
-        with pytest.raises(OrionError, match="tokenizer merges the category HIGH|begin with the same tokens"):
+        with pytest.raises(OrionError, match=r"tokenizer merges the category HIGH|begin with the same tokens"):
             label_tree(MISSION, tokenize)
 
 
