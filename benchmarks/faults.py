@@ -176,8 +176,15 @@ def measure(recipe: Recipe, run: Run) -> dict[str, Any]:
         settings.base.frame_size,
     )
     backend = TransformersBackend.load(folder / "merged", MISSION, settings.evaluate, settings.base.frame_size)
-    answered = Dataset(run.dataset, MISSION), "test", backend, folder / "evaluation"
-    figures["metrics"] = evaluate.run(*answered, settings.evaluate, settings.base.frame_size, fingerprint=recipe.name)
+    figures["metrics"] = evaluate.run(
+        Dataset(run.dataset, MISSION),
+        "test",
+        backend,
+        folder / "evaluation",
+        settings.evaluate,
+        settings.base.frame_size,
+        fingerprint=recipe.name,
+    )
     write_text(finished, json.dumps(figures, indent=1) + "\n")
     return figures
 
