@@ -73,7 +73,7 @@ def _memory_folder() -> str | None:
 def records() -> Target:
     from orion_triage.dataset.records import read_records
 
-    return _file(".jsonl", read_records)
+    return _file(".jsonl", lambda path: read_records(path, MISSION))
 
 
 def catalogue() -> Target:
@@ -236,7 +236,7 @@ def seeds(target: str) -> list[bytes]:
 
     from orion_triage.dataset.records import Record
     from orion_triage.mission.prompt import Coordinates, render_prompt
-    from orion_triage.mission.verdict import Verdict
+    from orion_triage.mission.verdict import Verdict, answer_text
 
     said = Verdict("Long quays.", "HIGH")
     record = Record("orion_dataset/images/a.png", Coordinates(1.5, -2.25), said, MISSION)
@@ -265,8 +265,8 @@ def seeds(target: str) -> list[bytes]:
         "preset": [b'preset = "a"\n[fine_tune]\nrank = 8\n[mission]\nprior = [0.1, 0.2, 0.7]\n'],
         "assignment": [b"fine_tune.rank=8", b"variants.quantizations=Q8_0,Q6_K\0base.frame_size=256"],
         "verdict": [
-            said.to_json().encode(),
-            f"```json\n{said.to_json()}\n```".encode(),
+            answer_text(MISSION, said).encode(),
+            f"```json\n{answer_text(MISSION, said)}\n```".encode(),
             render_prompt(MISSION, None).encode(),
         ],
         "gguf": [_gguf()],

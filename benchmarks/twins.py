@@ -27,6 +27,7 @@ from orion_triage.dataset.records import Record
 from orion_triage.dataset.sources.synthetic.draw import draw_tile, tile_seed
 from orion_triage.imagery.frames import shrink
 from orion_triage.machine.rehearse import SHAPES, random_config
+from orion_triage.mission.mission import default_mission
 from orion_triage.mission.verdict import Verdict
 from orion_triage.models import lfm2_vl
 from orion_triage.models.load import TINY_BASE_FOLDER, expand_four_bit, load_model, load_processor
@@ -35,6 +36,7 @@ from orion_triage.settings import FineTuneSettings, load_settings
 from orion_triage.train import fine_tune
 from orion_triage.train.trainer import collator
 
+MISSION = default_mission()
 WAYS = ("shuffled", "twins", "twins and prefix")
 
 

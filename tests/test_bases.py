@@ -224,7 +224,7 @@ def test_the_dataset_check_and_the_folder_name_the_pointers(tmp_path: Path) -> N
     names = [f"{split}_dataset.jsonl" for split in ("test", "train", "val")]
     for name in names:
         (tmp_path / name).write_bytes(POINTER)
-    _, findings = read_entries(tmp_path)
+    _, findings = read_entries(tmp_path, MISSION)
     assert [finding.place for finding in findings] == [names[1], names[2], names[0]]
     assert all("is a Git LFS pointer" in finding.message for finding in findings)
     (tmp_path / "a.csv").write_bytes(POINTER)

@@ -34,7 +34,7 @@ from orion_triage.llama_cpp.toolchain import WHEEL_SHA256, Toolchain, find_toolc
 from orion_triage.llama_cpp.tools import quantize_file
 from orion_triage.mission.answer import Answer
 from orion_triage.mission.decide import Rules, decide
-from orion_triage.mission.prompt import render_prompt
+from orion_triage.mission.prompt import render_prompt, user_text
 from orion_triage.mission.verdict import (
     CATEGORY_CUE,
     answer_tokens,
@@ -296,7 +296,7 @@ def test_the_flight_client_decides_as_the_ground_does(threshold: float | None) -
         for one in scores:
             named = dict(zip(("HIGH", "MEDIUM", "LOW"), one, strict=True)) if one else None
             expected = decide(MISSION, said if said else None, one, blank=False, rules=Rules(threshold))
-            category, by = ask_frame.decide(said, named, threshold)
+            category, by = ask_frame.decide(said, named, threshold, MISSION.model_dump(mode="json"))
             assert (category, by.split()[0]) == (expected.category, expected.by.split()[0])
 
 
@@ -362,8 +362,8 @@ def test_golden_images_take_the_categories_in_turn_clearest_first() -> None:
         _row("unscored", "LOW", "LOW"),
     ]
     expected = ["h2", "m1", "l1", "h3", "l2", "h1", "wrong"]
-    assert [row["name"] for row in bundle.clearest_first(rows)] == expected
-    assert [row["name"] for row in bundle.clearest_first(reversed(rows))] == expected
+    assert [row["name"] for row in bundle.clearest_first(rows, MISSION)] == expected
+    assert [row["name"] for row in bundle.clearest_first(reversed(rows), MISSION)] == expected
 
 
 # --- go ---------------------------------------------------------------------------------------------------------
@@ -718,7 +718,8 @@ def stubbed(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle with what the stub answers as its expectation; nobody changes it."""
 
     def expect(record: dict[str, Any]) -> None:
-        record["request"] |= {"label_tokens": LABELS, "prompt_tokens": 30}
+        place = {"after": "", "tokens": list(LABELS.values()), "categories": [[label] for label in LABELS]}
+        record["request"] |= {"labels": [place], "prompt_tokens": 30}
         for image in record["golden"]:
             image |= {"answer": _Stub.answer, "category": "LOW", "log_probabilities": dict.fromkeys(LABELS, -1.0)}
 
@@ -834,14 +835,14 @@ def test_the_checker_asks_with_the_bytes_of_the_flight(stubbed: Path) -> None:
     with stub(seen=seen) as url:
         client = Client(url)
         flown = client.complete_and_score(
-            render_prompt(MISSION, None),
+            user_text(MISSION, None),
             (stubbed / image).read_bytes(),
             answer_tokens(MISSION),
             cue=CATEGORY_CUE,
-            tokens=list(LABELS.values()),
+            after_cue=[("", list(LABELS.values()))],
             grammars=(grammar(MISSION), category_grammar(MISSION)),
         )
         asked = check_flight.Questions(check_flight.Connection(url, ""), stubbed, record, "<__media_x__>").ask(image)
-    assert flown == (asked[0], list(asked[1].values()))
+    assert flown == (asked[0], [list(asked[1].values())])
     assert len(seen) == 4
     assert seen[:2] == seen[2:]

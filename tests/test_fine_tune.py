@@ -189,7 +189,7 @@ def test_loss_of_a_training_batch_is_the_loss_of_the_whole_rows(small_base: Path
     whole = encode(
         processor,
         [frames[record.image] for record in records],
-        [record.prompt for record in records],
+        [record.user_text for record in records],
         [record.answer for record in records],
     )
     model = load_model(small_base, dtype="float32")
@@ -227,7 +227,7 @@ def test_gradients_are_those_of_the_plain_recipe(small_base: Path, small_dataset
     (ours.train()(**batch).loss).backward()
     tokens = 0
     for record in records:
-        whole = encode(processor, [frames[record.image]], [record.prompt], [record.answer])
+        whole = encode(processor, [frames[record.image]], [record.user_text], [record.answer])
         del whole["image_of_row"]
         count = int((whole["labels"] != IGNORED).sum())
         (plain.train()(**whole).loss * count).backward()

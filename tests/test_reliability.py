@@ -541,7 +541,7 @@ def test_no_lie_of_a_server_is_counted_as_an_answer(
     # A limit that is reached sooner: 1 s instead of 10 minutes.
     monkeypatch.setattr(Client.__init__, "__kwdefaults__", {"model": "", "timeout_seconds": 1.0})
     with liar(how) as url:
-        shared = SharedBackend([connect(url, "", 96)], pause_seconds=0)
+        shared = SharedBackend([connect(url, "", MISSION, 96)], pause_seconds=0)
         with pytest.raises(ServerError, match=f"no server is left: {url}: .*{said}.*run the same command again"):
             shared.answer(images, prompts)
         # The image and the question, once, where that is noticed after them; else three tries of what goes wrong.

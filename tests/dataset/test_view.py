@@ -310,7 +310,7 @@ def test_a_frame_with_two_labels_or_reasons_shows_both(dataset: Path) -> None:
     records[5] = Record(records[5].image, Coordinates(3.0, 4.0), records[5].verdict, MISSION)
     write_split(dataset, "train", records)
     contents = view.read_contents(dataset)
-    by_name = {(card.record.name, card.record.verdict.category.value): card for card in contents.cards}
+    by_name = {(card.record.name, card.record.verdict.category): card for card in contents.cards}
     assert len(by_name) == 25
     assert by_name["high_place_00", "HIGH"].reasons == [records[0].verdict.reason, "Another reason."]
     assert by_name["medium_place_01", "MEDIUM"].lines == [3]

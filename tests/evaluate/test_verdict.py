@@ -290,9 +290,9 @@ def test_a_threshold_that_loses_frames_does_not_fly_until_it_is_undone(
     run = Run(shutil.copytree(good.folder, tmp_path / "run", symlinks=True), good.settings)
     on_val = replace(run, split="val")
     ask(on_val, looking(frames(), uncertain=6), on_val.evaluation("constrained"))
-    assert threshold.lowest_threshold(predictions_in(on_val.evaluation("constrained"), MISSION), 0.4) == pytest.approx(
-        0.4
-    )
+    assert threshold.lowest_threshold(
+        predictions_in(on_val.evaluation("constrained"), MISSION), 0.4, MISSION
+    ) == pytest.approx(0.4)
     with pytest.raises(OrionError, match="loses 0 of 20 HIGH and MEDIUM frames of val, within the limit of 40"):
         threshold.choose(on_val, 0.4, [])
     chosen = threshold.choose(on_val, 0.4, [], loosen=True)["there"]
@@ -325,10 +325,10 @@ def judged(run: Run, results: dict[str, Any], *settings: str) -> tuple[str, dict
     answers = {
         model: predictions_in(run.evaluation(model), MISSION) for model in ("fine-tuned", "quantized", "constrained")
     }
-    answers["flight"] = as_flown(answers["constrained"], results["blank_frames"], Rules())
+    answers["flight"] = as_flown(answers["constrained"], results["blank_frames"], Rules(), MISSION)
     needed = load_settings("tiny", settings).verdict
     measured = seconds_per_frame(run)
-    return outcome(assess(results, answers, needed, flight="flight", seconds_per_frame=measured))
+    return outcome(assess(results, answers, needed, MISSION, flight="flight", seconds_per_frame=measured))
 
 
 def test_seconds_per_frame_count_where_a_budget_is_given(good: Run, good_results: dict[str, Any]) -> None:
@@ -366,7 +366,7 @@ def rate(count: int, total: int) -> dict[str, Any]:
 
     truth = np.zeros(total, dtype=np.int64)
     guess = np.array([2] * count + [0] * (total - count))
-    found: dict[str, Any] = headline(truth, guess)["irrecoverable_loss"]
+    found: dict[str, Any] = headline(truth, guess, MISSION)["irrecoverable_loss"]
     return found
 
 
@@ -378,11 +378,11 @@ def rate(count: int, total: int) -> dict[str, Any]:
     ],
 )  # fmt: skip
 def test_a_loss_is_judged_by_its_upper_bound(count: int, total: int, outcome: str, advised: str) -> None:
-    criterion = lost(rate(count, total), 0.10)
+    criterion = lost(rate(count, total), 0.10, "HIGH and MEDIUM")
     assert (criterion.outcome, advised in criterion.advice) == (outcome, True), criterion
     if advised == "About":  # at the advised number of frames, the same loss is shown
         more = int(criterion.advice.split()[1].replace(",", ""))
-        assert lost(rate(round(count * more / total), more), 0.10).outcome == "pass"
+        assert lost(rate(round(count * more / total), more), 0.10, "HIGH and MEDIUM").outcome == "pass"
 
 
 def test_a_baseline_is_beaten_failed_against_or_undecided() -> None:

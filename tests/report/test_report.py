@@ -80,7 +80,7 @@ def test_evaluations_are_compared_under_the_conditions_that_both_know() -> None:
 
 
 def test_a_blank_frame_is_low_by_rule_and_noise_is_none() -> None:
-    ruled = as_flown(answers("HHHHHHHHHH", scores=True), ["f3"], Rules())
+    ruled = as_flown(answers("HHHHHHHHHH", scores=True), ["f3"], Rules(), MISSION)
     changed = [(p.condition, p.predicted, p.scores) for p in ruled if p.predicted != H]
     assert changed == [(condition, L, (0.0, 0.0, 1.0)) for condition in "ABD"]
 
