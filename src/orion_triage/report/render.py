@@ -102,6 +102,11 @@ def advice(verdict: dict[str, Any]) -> list[str]:
 def notes(results: dict[str, Any]) -> list[str]:
     """Notes for the top of a report: unfinished stages, and models that the run did not make."""
     found = []
+    if gate := results["failed_gate"]:
+        found.append(
+            f"The gate at F16 failed: {gate['message']} The answers at F16 are left out. Those of the quantized models "
+            "come from the same llama.cpp: do not rely on them."
+        )
     if results["missing"]:
         found.append(f'Not finished: {", ".join(results["missing"])}. Their values are left out or shown as "-".')
     by_change: dict[str, list[str]] = {}
