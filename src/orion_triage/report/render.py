@@ -43,6 +43,7 @@ def from_template(name: str, **values: Any) -> str:
         "significant": significant,
         "error_rate_at": error_rate_at,
         "verdict_in_words": verdict_in_words,
+        "advice": advice,
     }
     return templates.fill("report", name, filters=filters, **values)
 
@@ -83,11 +84,13 @@ def verdict_in_words(verdict: dict[str, Any]) -> str:
     }[verdict["verdict"]]
 
 
-def verdict_table(verdict: dict[str, Any]) -> "Table":
-    """The criteria of a verdict; the cells wrap, so that it fits 80 columns."""
+def verdict_table(verdict: dict[str, Any], width: int) -> "Table":
+    """The criteria of a verdict for a terminal of `width` columns; the cells wrap, so that it fits 80."""
     from rich.table import Column, Table
 
-    table = Table("criterion", Column("measured (95 % interval)", min_width=31), "needed", "met")
+    # Rich would narrow this column most, to three lines a row. A `min_width` would push "met" off the screen.
+    measured = Column("measured (95 % interval)", width=31 if 80 <= width < 102 else None)
+    table = Table("criterion", measured, "needed", "met")
     for row in verdict["criteria"]:
         style = {"pass": "", "fail": "bold red", "open": "yellow"}[row["outcome"]]
         table.add_row(row["name"], row["measured"], row["needed"], MET[row["outcome"]], style=style)
@@ -95,8 +98,9 @@ def verdict_table(verdict: dict[str, Any]) -> "Table":
 
 
 def advice(verdict: dict[str, Any]) -> list[str]:
-    """What to do about each criterion that is not met."""
-    return [f"{row['name']}: {row['advice']}" for row in verdict["criteria"] if row["advice"]]
+    """What to do about each criterion that is not met; first about those that are failed, which decide."""
+    rows = sorted(verdict["criteria"], key=lambda row: row["outcome"] != "fail")
+    return [f"{row['name']}: {row['advice']}" for row in rows if row["advice"]]
 
 
 def notes(results: dict[str, Any]) -> list[str]:
