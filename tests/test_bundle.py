@@ -323,7 +323,8 @@ def test_the_flight_client_answers_as_the_ground_does(
         [sys.executable, copied / "ask_frame.py", "a.raw", "--url", running.base_url],
         capture_output=True, text=True, cwd=tmp_path, check=False, env={"LLAMA_API_KEY": key_of(running)},
     )  # fmt: skip
-    assert (told.returncode, told.stderr) == (1, "error: a.raw has 5 bytes, not 786432\n")
+    said = "error: a.raw has 5 bytes, not 786432 (512x512x3). Give it raw RGB: PNG and JPEG are not read here.\n"
+    assert (told.returncode, told.stderr) == (1, said)
 
 
 @pytest.mark.llama_cpp

@@ -18,11 +18,12 @@ from PIL import Image
 
 from orion_triage.dataset.dataset import Dataset
 from orion_triage.dataset.records import IMAGES_FOLDER, Record, write_split
-from orion_triage.errors import OrionError
-from orion_triage.evaluate import features, threshold
+from orion_triage.errors import OrionError, ParityError
+from orion_triage.evaluate import features, threshold, variants
 from orion_triage.evaluate.results import BENCH_FILE, as_flown, build_results, seconds_per_frame
 from orion_triage.evaluate.run import predictions_in
 from orion_triage.evaluate.run import run as evaluate
+from orion_triage.evaluate.seeds import evaluated
 from orion_triage.evaluate.variants import wanted
 from orion_triage.evaluate.verdict import DO_NOT_FLY, FLY, NOT_ENOUGH, assess, better_than, camera, lost
 from orion_triage.export.quantize import PAIR
@@ -30,6 +31,7 @@ from orion_triage.mission.answer import Answer
 from orion_triage.mission.decide import Rules
 from orion_triage.mission.prompt import Coordinates, render_prompt
 from orion_triage.mission.verdict import Verdict, answer_text
+from orion_triage.report.render import notes
 from orion_triage.runs.manifest import write_manifest
 from orion_triage.runs.run import Run
 from orion_triage.safe.files import sha256_of_file
@@ -318,6 +320,21 @@ def test_what_was_not_measured_is_open(good: Run, tmp_path: Path) -> None:
     expected = {"evaluated as it flies": "open", "llama.cpp as transformers": "open"}
     assert verdict_of(run) == (NOT_ENOUGH, expected)
     assert (camera("synthetic").outcome, camera("sentinel2").outcome) == ("open", "pass")
+
+
+def test_a_failed_gate_does_not_fly_and_its_answers_do_not_count(good: Run, tmp_path: Path) -> None:
+    run = Run(shutil.copytree(good.folder, tmp_path / "run", symlinks=True), good.settings)
+    with pytest.raises(ParityError), variants._failure_recorded(run):  # as it is asked of a real llama.cpp in test_cli
+        raise ParityError("They differ.", "Use another build.", "0.5 nats apart")
+    results = build_results(run)
+    assert outcome(results["verdict"]) == (DO_NOT_FLY, {"llama.cpp as transformers": "fail"})
+    assert results["verdict"]["because"] == ["llama.cpp as transformers"]
+    row = next(row for row in results["verdict"]["criteria"] if row["name"] == "llama.cpp as transformers")
+    assert (row["measured"], row["advice"]) == ("0.5 nats apart", "They differ. Use another build.")
+    assert "F16" not in results["models"]
+    assert "F16" not in evaluated(run)
+    assert (results["missing"], results["parity"]) == ([], None)
+    assert any("The gate at F16 failed: They differ." in note for note in notes(results))
 
 
 def judged(run: Run, results: dict[str, Any], *settings: str) -> tuple[str, dict[str, str]]:
