@@ -32,6 +32,7 @@ from orion_triage.llama_cpp.toolchain import find_toolchain
 from orion_triage.mission.answer import Answer
 from orion_triage.mission.prompt import render_prompt
 from orion_triage.mission.verdict import Category, parse_verdict
+from orion_triage.models.family import turn_of
 from orion_triage.runs.run import newest_run, open_run
 from orion_triage.safe.files import write_text
 
@@ -68,7 +69,8 @@ def main() -> None:
     assert all(published_b(r) != b and six_decimals(r) != r.prompt for r, b in zip(records, without, strict=True))
     noise = {kind: [noise_frame(kind, size)] * len(records) for kind in ("gaussian", "uniform")}
     pair = (run.gguf / quantize.QUANTIZED, run.gguf / quantize.MMPROJ)
-    with Server(find_toolchain(), *pair, log=run.folder / "logs" / "asking-server.log") as server:
+    log = run.folder / "logs" / "asking-server.log"
+    with Server(find_toolchain(), *pair, log=log, turn=turn_of(pair[0])) as server:
         backend = LlamaCppBackend(server.client, max_new_tokens=run.settings.evaluate.max_new_tokens)
         chat = server.client.chat
 

@@ -23,6 +23,7 @@ from orion_triage.mission.answer import Answer
 from orion_triage.mission.decide import BLANK_REASON, Rules, decide
 from orion_triage.mission.prompt import render_prompt
 from orion_triage.mission.verdict import ANSWER_TOKENS, Verdict, parse_verdict
+from orion_triage.models.family import turn_of
 from orion_triage.progress import Progress, silent
 from orion_triage.safe.files import naming, sha256_of_file, sha256_of_text
 from orion_triage.safe.folders import listing
@@ -267,7 +268,8 @@ def triage_with_pair(
     """
     quantize.check_pair(gguf)
     toolchain = find_toolchain(progress)
-    with Server(toolchain, gguf / quantize.QUANTIZED, gguf / quantize.MMPROJ, log=log) as server:
+    backbone = gguf / quantize.QUANTIZED
+    with Server(toolchain, backbone, gguf / quantize.MMPROJ, log=log, turn=turn_of(backbone)) as server:
         backend = LlamaCppBackend(server.client, max_new_tokens=ANSWER_TOKENS, constrained=True)
         yield from triage_files(paths, backend, frame_size, rules=rules, resize=resize, stretch=stretch)
     if not keep_log:

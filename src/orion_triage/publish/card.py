@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orion_triage import templates
+from orion_triage.errors import OrionError
 from orion_triage.evaluate.conditions import CONDITIONS
+from orion_triage.models.family import DEFAULT, Family, family_in
 from orion_triage.models.licence import README, Licence, licence_files, licence_of
 from orion_triage.safe.files import write_text
 
@@ -24,13 +26,22 @@ def write_card(product: Product, source: Path, base: str, folder: Path) -> None:
     """
     for path in licence_files(source):
         shutil.copyfile(path, folder / path.name)
-    write_text(folder / README, render_card(product, base, licence_of(source)))
+    write_text(folder / README, render_card(product, base, licence_of(source), family_or_default(source)))
+
+
+def family_or_default(folder: Path) -> Family:
+    """The family of the checkpoint in a folder; DEFAULT for a folder without one, as that of someone's adapter."""
+    try:
+        return family_in(folder)
+    except OrionError:
+        return DEFAULT
 
 
 def render_card(
     product: Product,
     base: str,
     licence: Licence | None,
+    family: Family,
     results: dict[str, Any] | None = None,
     hashes: Mapping[str, str] | None = None,
 ) -> str:
@@ -47,7 +58,7 @@ def render_card(
         license_name=licence.name if licence else None,
         license_link=licence.link if licence else None,
         pipeline_tag="image-text-to-text",
-        tags=["earth-observation", "satellite", "triage", "lfm2-vl"],
+        tags=["earth-observation", "satellite", "triage", family.CARD_TAG],
         **(_model_index(product, results) if results else {}),
     )
     return templates.fill(
@@ -57,6 +68,7 @@ def render_card(
         met=MET,
         header=header.to_yaml(),
         product=product,
+        loading=family.LOADING,
         base=base,
         licence=licence,
         results=results,

@@ -54,7 +54,9 @@ def push(run: Run, product: card.Product, repository: str, *, private: bool = Tr
     hashes = {
         name: sha256_of_file(path) for name, path in own_files.items() if name.endswith((".safetensors", ".gguf"))
     }
-    text = card.render_card(product, base, licence, results if complete else None, hashes)
+    text = card.render_card(
+        product, base, licence, card.family_or_default(run.merged), results if complete else None, hashes
+    )
     measured = _measured(run, results) if complete else {}
     return hub.push(
         {**own_files, **measured, README: text.encode()},
