@@ -33,6 +33,7 @@ from orion_triage.mission.answer import Answer
 from orion_triage.mission.mission import default_mission
 from orion_triage.mission.prompt import user_text
 from orion_triage.mission.verdict import parse_verdict
+from orion_triage.models.family import turn_of
 from orion_triage.runs.run import newest_run, open_run
 from orion_triage.safe.files import write_text
 
@@ -71,7 +72,8 @@ def main() -> None:
     assert all(published_b(r) != b and six_decimals(r) != r.user_text for r, b in zip(records, without, strict=True))
     noise = {kind: [noise_frame(kind, size)] * len(records) for kind in ("gaussian", "uniform")}
     pair = (run.gguf / quantize.QUANTIZED, run.gguf / quantize.MMPROJ)
-    with Server(find_toolchain(), *pair, log=run.folder / "logs" / "asking-server.log") as server:
+    log = run.folder / "logs" / "asking-server.log"
+    with Server(find_toolchain(), *pair, log=log, turn=turn_of(pair[0])) as server:
         backend = LlamaCppBackend(server.client, MISSION, max_new_tokens=run.settings.evaluate.max_new_tokens)
         chat = server.client.chat
 

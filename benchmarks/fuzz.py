@@ -115,8 +115,9 @@ def gguf() -> Target:
 
 def safetensors() -> Target:
     from orion_triage.models.checkpoint import check_names
+    from orion_triage.models.lfm2_vl import LANDMARKS
 
-    return _file(".safetensors", lambda path: check_names(path.parent))
+    return _file(".safetensors", lambda path: check_names(path.parent, LANDMARKS))
 
 
 def pair() -> Target:
@@ -171,6 +172,7 @@ def llama_server() -> Target:
 
     from orion_triage.evaluate.backends import LlamaCppBackend
     from orion_triage.llama_cpp.client import Client
+    from orion_triage.models import lfm2_vl
     from orion_triage.safe.bounded_http import BoundedHttp
 
     class Answer(httpx.BaseTransport):
@@ -180,7 +182,7 @@ def llama_server() -> Target:
             return httpx.Response(200, content=self.data, headers={"content-type": "application/json"})
 
     answer, picture = Answer(), Image.new("RGB", (32, 32))
-    client = Client("http://127.0.0.1:1")
+    client = Client("http://127.0.0.1:1", turn=lfm2_vl.TURN)
     client._http = BoundedHttp(client.base_url, base_url=client.base_url, transport=answer)
 
     def target(data: bytes) -> Any:

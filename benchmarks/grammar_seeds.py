@@ -20,6 +20,7 @@ from orion_triage.llama_cpp.server import Server
 from orion_triage.llama_cpp.toolchain import find_toolchain
 from orion_triage.mission.mission import default_mission
 from orion_triage.mission.verdict import answer_text, parse_verdict
+from orion_triage.models.family import turn_of
 from orion_triage.runs.run import newest_run, open_run
 from orion_triage.safe.files import write_text
 
@@ -42,6 +43,7 @@ def main() -> None:
         run.gguf / quantize.QUANTIZED,
         run.gguf / quantize.MMPROJ,
         log=run.folder / "logs" / "grammar-server.log",
+        turn=turn_of(run.gguf / quantize.QUANTIZED),
     ) as server:
         for name, constrained in (("under the grammar", True), ("free", False)):
             parsed = exact = longest = 0

@@ -160,11 +160,11 @@ def make_base(folder: Path, seed: int, layernorm: bool = False, **other_sizes: A
     import torch
     from transformers import Lfm2VlForConditionalGeneration
 
-    from orion_triage.models import lfm2_vl
+    from orion_triage.models import lfm2_vl_shapes
 
     texts = [render_prompt(MISSION, Coordinates(lon / 7, lon / 3)) for lon in range(-60, 60, 5)]
     texts += [answer_text(MISSION, Verdict(reason, category)) for category, reason in REASONS.items()]
-    tokenizer = lfm2_vl.train_tokenizer(texts, 704)
+    tokenizer = lfm2_vl_shapes.train_tokenizer(texts, 704)
     sizes: dict[str, Any] = {
         "layer_types": ("conv", "full_attention"),
         "text_feed_forward": 256,
@@ -176,7 +176,7 @@ def make_base(folder: Path, seed: int, layernorm: bool = False, **other_sizes: A
         "vision_feed_forward": 128,
         "projector_width": 128,
     }
-    config = lfm2_vl.make_config(tokenizer, **(sizes | other_sizes))
+    config = lfm2_vl_shapes.make_config(tokenizer, **(sizes | other_sizes))
     config.projector_use_layernorm = layernorm
     torch.manual_seed(seed)
     model = Lfm2VlForConditionalGeneration(config)
@@ -184,7 +184,7 @@ def make_base(folder: Path, seed: int, layernorm: bool = False, **other_sizes: A
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(4)
-    lfm2_vl.save_base(model, lfm2_vl.make_processor(tokenizer, 256), folder)
+    lfm2_vl_shapes.save_base(model, lfm2_vl_shapes.make_processor(tokenizer, 256), folder)
     return folder
 
 

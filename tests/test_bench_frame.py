@@ -27,6 +27,7 @@ from orion_triage.imagery.frames import Frame, read_frame, shrink
 from orion_triage.llama_cpp.server import Server
 from orion_triage.llama_cpp.toolchain import find_toolchain
 from orion_triage.mission.prompt import user_text
+from orion_triage.models import lfm2_vl
 from orion_triage.runs import manifest
 from orion_triage.runs.run import Run, open_run, prepare
 from orion_triage.settings import load_settings
@@ -168,7 +169,13 @@ def test_an_image_out_of_the_cache_is_not_taken_for_an_encoded_one(finished: Pat
     options = bench_frame._options(bench_frame.Setup(256, "Q4_K_M"))
     tools = find_toolchain()
     with Server(
-        tools, gguf / quantize.QUANTIZED, gguf / quantize.MMPROJ, log=log, threads=1, options=options
+        tools,
+        gguf / quantize.QUANTIZED,
+        gguf / quantize.MMPROJ,
+        log=log,
+        turn=lfm2_vl.TURN,
+        threads=1,
+        options=options,
     ) as server:
         server.client.completion(text, png, 1, cache_prompt=True)
         assert 0.001 < encode_seconds(log, 0) < 60

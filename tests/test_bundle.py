@@ -42,6 +42,7 @@ from orion_triage.mission.verdict import (
     grammar,
     parse_verdict,
 )
+from orion_triage.models import lfm2_vl
 from orion_triage.models.load import TINY_BASE_FOLDER
 from orion_triage.pipeline import run_stage, stage_named
 from orion_triage.runs.run import Run, prepare
@@ -145,7 +146,7 @@ def toolchain() -> Toolchain:
 def running(toolchain: Toolchain, made: Path) -> Iterator[Client]:
     log = made.parent / "server.log"
     pair = (made / quantize.QUANTIZED, made / quantize.MMPROJ)
-    with Server(toolchain, *pair, log=log, threads=1) as server:
+    with Server(toolchain, *pair, log=log, turn=lfm2_vl.TURN, threads=1) as server:
         yield server.client
 
 
@@ -834,7 +835,7 @@ def test_the_checker_asks_with_the_bytes_of_the_flight(stubbed: Path) -> None:
     image = record["golden"][0]["image"]
     seen: list[tuple[str, dict[str, Any]]] = []
     with stub(seen=seen) as url:
-        client = Client(url)
+        client = Client(url, turn=lfm2_vl.TURN)
         flown = client.complete_and_score(
             user_text(MISSION, None),
             (stubbed / image).read_bytes(),

@@ -245,14 +245,13 @@ def test_gradients_are_those_of_the_plain_recipe(small_base: Path, small_dataset
 def test_a_tower_that_is_not_trained_is_asked_once_a_frame(
     small_base: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from orion_triage.models.shared_image import Lfm2VlForConditionalGeneration
+    from orion_triage.models import lfm2_vl
 
     looks: list[int] = []
-    look = Lfm2VlForConditionalGeneration.look
+    kind = lfm2_vl.model_class()
+    look = kind.look
     # Counted, and done as before.
-    monkeypatch.setattr(
-        Lfm2VlForConditionalGeneration, "look", lambda model, **pixels: looks.append(1) or look(model, **pixels)
-    )
+    monkeypatch.setattr(kind, "look", lambda model, **pixels: looks.append(1) or look(model, **pixels))
     runs = {}
 
     def progress(description: str, done: int, total: int) -> None:

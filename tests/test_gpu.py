@@ -11,6 +11,7 @@ from orion_triage.dataset.records import read_split
 from orion_triage.evaluate.backends import TransformersBackend
 from orion_triage.export import fuse
 from orion_triage.mission.prompt import user_text
+from orion_triage.models import lfm2_vl
 from orion_triage.models.generate import answer_log_probabilities, vision_features
 from orion_triage.models.load import load_model, load_processor
 from orion_triage.progress import silent
@@ -67,7 +68,7 @@ def test_training_learns_and_its_adapter_fuses(
     assert figures["notes"] == []
     assert figures["last_loss"] < figures["first_loss"]
     assert figures["peak_vram_bytes"] > 0
-    assert figures["short_convolution"] == ("causal-conv1d" if fine_tune.has_fast_convolution() else "PyTorch")
+    assert figures["short_convolution"] == ("causal-conv1d" if lfm2_vl.has_fast_convolution() else "PyTorch")
     merged = fuse.run(
         small_base,
         tmp_path / "adapter",

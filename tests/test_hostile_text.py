@@ -27,6 +27,7 @@ from orion_triage.export import quantize
 from orion_triage.llama_cpp.client import Client, first_log_probabilities
 from orion_triage.mission.prompt import Coordinates, parse_prompt, render_prompt
 from orion_triage.mission.verdict import Verdict, answer_text, parse_verdict, reason_fault
+from orion_triage.models import lfm2_vl
 from orion_triage.runs import manifest
 from orion_triage.runs.run import SETTINGS_FILE, open_run
 from orion_triage.safe.reading import parse_json, read_text
@@ -537,7 +538,7 @@ def client() -> Iterator[Client]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Parrot)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    found = Client(f"http://127.0.0.1:{server.server_port}")
+    found = Client(f"http://127.0.0.1:{server.server_port}", turn=lfm2_vl.TURN)
     yield found
     found.close()
     server.shutdown()

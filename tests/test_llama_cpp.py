@@ -22,6 +22,7 @@ from orion_triage.llama_cpp.server import Server
 from orion_triage.llama_cpp.toolchain import Toolchain, find_toolchain, parse_build_number, unpack_wheel
 from orion_triage.mission.prompt import Coordinates, user_text
 from orion_triage.mission.verdict import grammar, parse_verdict
+from orion_triage.models import lfm2_vl
 from orion_triage.models.load import TINY_BASE_FOLDER
 from orion_triage.safe.files import sha256_of_file
 from orion_triage.settings import QuantizeSettings
@@ -160,7 +161,9 @@ def test_f16_gives_the_probabilities_of_transformers(
     processor, model = load_processor(TINY_BASE_FOLDER, 256), load_model(TINY_BASE_FOLDER, dtype="float32")
     records = read_split(small_dataset, "test", MISSION)[:2]
     log = tmp_path / "server.log"
-    with Server(toolchain, tiny_pair / quantize.F16, tiny_pair / quantize.MMPROJ, log=log) as running:
+    with Server(
+        toolchain, tiny_pair / quantize.F16, tiny_pair / quantize.MMPROJ, log=log, turn=lfm2_vl.TURN
+    ) as running:
         for record in records:
             frame = read_frame(image_path(small_dataset, record), 256)
             difference = parity.largest_difference(model, processor, running.client, frame, record.user_text)
@@ -190,7 +193,9 @@ def test_the_flight_grammar_gives_verdicts_and_the_server_stops(
     record = read_split(small_dataset, "test", MISSION)[0]
     png = read_frame(image_path(small_dataset, record), 256).png()
     log = tmp_path / "server.log"
-    with Server(toolchain, tiny_pair / quantize.QUANTIZED, tiny_pair / quantize.MMPROJ, log=log) as running:
+    with Server(
+        toolchain, tiny_pair / quantize.QUANTIZED, tiny_pair / quantize.MMPROJ, log=log, turn=lfm2_vl.TURN
+    ) as running:
         assert parse_verdict(MISSION, running.client.complete(record.user_text, png, 250, grammar(MISSION))) is not None
         assert quantize.check_tokenization(running.client, TINY_BASE_FOLDER, TEXTS) == len(TEXTS)
         process, client = running._process, running.client
@@ -214,7 +219,11 @@ def test_a_dead_server_is_reported_with_its_last_words(
     with (
         pytest.raises(ServerError, match="llama-server died"),
         Server(
-            toolchain, tiny_pair / quantize.QUANTIZED, tiny_pair / quantize.MMPROJ, log=tmp_path / "b.log"
+            toolchain,
+            tiny_pair / quantize.QUANTIZED,
+            tiny_pair / quantize.MMPROJ,
+            log=tmp_path / "b.log",
+            turn=lfm2_vl.TURN,
         ) as running,
     ):
         assert running._process is not None
@@ -279,6 +288,6 @@ def test_a_tokenizer_that_is_not_lfm2_is_refused(toolchain: Toolchain, small_bas
     tokenizer = json.loads(path.read_text())
     tokenizer["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\s+"
     path.write_text(json.dumps(tokenizer))
-    with pytest.raises(OrionError, match="does not split text as LFM2 does"):
+    with pytest.raises(OrionError, match="does not split text as LFM2-VL does"):
         quantize.run(other, tmp_path / "gguf", QuantizeSettings(), user_texts=TEXTS)
     assert not (tmp_path / "gguf").exists()

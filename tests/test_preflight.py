@@ -6,7 +6,7 @@ from PIL import Image
 
 from orion_triage.errors import OrionError
 from orion_triage.mission.prompt import user_text
-from orion_triage.models import load
+from orion_triage.models import lfm2_vl
 from orion_triage.models.generate import vision_features
 from orion_triage.models.load import load_model, load_processor
 from orion_triage.train.preflight import preflight
@@ -49,7 +49,7 @@ def test_four_bits_where_pixels_or_verdicts_pass_are_refused(
     named: str,
 ) -> None:
     # The published recipe's fault, planted.
-    monkeypatch.setattr(load, "KEPT_IN_16_BIT", skipped)
+    monkeypatch.setattr(lfm2_vl, "KEPT_IN_16_BIT", skipped)
     model = load_model(small_base, dtype="float32", four_bit=True)
     with pytest.raises(OrionError, match=rf"quantized, for example \S*{named}: "):
         preflight(model, reference, processor, small_frames, user_text(MISSION, None))

@@ -27,6 +27,7 @@ from orion_triage.llama_cpp import client
 from orion_triage.llama_cpp.client import Client
 from orion_triage.llama_cpp.server import Server
 from orion_triage.llama_cpp.toolchain import find_toolchain
+from orion_triage.models import lfm2_vl
 from orion_triage.runs import manifest
 from orion_triage.safe import files
 from orion_triage.settings import FineTuneSettings
@@ -559,5 +560,5 @@ def test_a_server_that_is_still_loading_is_waited_for_and_not_for_ever(monkeypat
     # A limit that is reached sooner.
     monkeypatch.setattr(client, "LOADING_SECONDS", 1)
     with liar("503") as url, pytest.raises(ServerError, match="answered 503"):
-        Client(url).completion("x", b"", 1)
+        Client(url, turn=lfm2_vl.TURN).completion("x", b"", 1)
     assert Liar.asked > 2

@@ -15,7 +15,7 @@ from orion_triage.llama_cpp.server import Server
 from orion_triage.llama_cpp.toolchain import find_toolchain
 from orion_triage.mission.answer import Answer
 from orion_triage.mission.verdict import CATEGORY_CUE, LabelNode, Verdict, answer_text, label_tree, parse_verdict
-from orion_triage.models import generate
+from orion_triage.models import generate, lfm2_vl
 from orion_triage.models.generate import answer_log_probabilities
 from orion_triage.models.load import TINY_BASE_FOLDER, load_model, load_processor
 from orion_triage.settings import EvaluateSettings
@@ -58,7 +58,7 @@ def served(tiny_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The shipped base's F16 pair behind a server."""
     log = tmp_path_factory.mktemp("served") / "server.log"
     tools = find_toolchain()
-    with Server(tools, tiny_pair / quantize.F16, tiny_pair / quantize.MMPROJ, log=log) as server:
+    with Server(tools, tiny_pair / quantize.F16, tiny_pair / quantize.MMPROJ, log=log, turn=lfm2_vl.TURN) as server:
         yield server.client
 
 

@@ -20,6 +20,7 @@ from orion_triage.llama_cpp.server import Server
 from orion_triage.llama_cpp.toolchain import find_toolchain
 from orion_triage.mission.answer import Answer
 from orion_triage.mission.verdict import parse_verdict
+from orion_triage.models import lfm2_vl
 from tests.conftest import MISSION
 
 TOKENS = 96
@@ -33,7 +34,13 @@ def servers(tiny_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     with ExitStack() as stack:
         yield [
             stack.enter_context(
-                Server(tools, tiny_pair / backbone, tiny_pair / quantize.MMPROJ, log=logs / f"{number}.log")
+                Server(
+                    tools,
+                    tiny_pair / backbone,
+                    tiny_pair / quantize.MMPROJ,
+                    log=logs / f"{number}.log",
+                    turn=lfm2_vl.TURN,
+                )
             )
             for number, backbone in enumerate(backbones)
         ]

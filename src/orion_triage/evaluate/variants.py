@@ -281,6 +281,7 @@ def _served(run: "Run", variant: Variant, progress: Progress) -> "Iterator[list[
     from orion_triage.llama_cpp.server import Server
     from orion_triage.llama_cpp.toolchain import find_toolchain
     from orion_triage.llama_cpp.tools import quantize_file
+    from orion_triage.models.family import turn_of
     from orion_triage.safe.files import temporary_folder
 
     toolchain = find_toolchain(progress)
@@ -297,11 +298,19 @@ def _served(run: "Run", variant: Variant, progress: Progress) -> "Iterator[list[
                 progress(f"quantizing to {variant.name}", 0, 1)
                 quantize_file(toolchain, backbone, target, variant.name)
                 backbone = target
+        turn = turn_of(backbone)
         count, threads = how_many_servers(run.settings.evaluate, backbone.stat().st_size + mmproj.stat().st_size)
         with ExitStack() as stack:
             yield [
                 stack.enter_context(
-                    Server(toolchain, backbone, mmproj, log=logs / f"evaluate-server-{number}.log", threads=threads)
+                    Server(
+                        toolchain,
+                        backbone,
+                        mmproj,
+                        log=logs / f"evaluate-server-{number}.log",
+                        turn=turn,
+                        threads=threads,
+                    )
                 )
                 for number in range(count)
             ]

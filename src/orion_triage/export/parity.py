@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from orion_triage.errors import ParityError
 from orion_triage.imagery.frames import Frame
 from orion_triage.models.encode import encode, render_turn
+from orion_triage.models.family import family_of_processor
 
 if TYPE_CHECKING:
     from orion_triage.llama_cpp.client import Client
@@ -25,7 +26,7 @@ def largest_difference(model: Any, processor: Any, client: "Client", frame: Fram
     if rendered != (sent := client.chat(user_text, processor.image_token)):
         raise ParityError(
             f"the chat template renders {rendered[:60]!r}..., but llama.cpp gets {sent[:60]!r}....",
-            "Use a base model with the LFM2 chat template.",
+            f"Use a base model with the {family_of_processor(processor).NAME} chat template.",
             "another prompt",
         )
     # The grammar keeps the answer of an untrained model printable (else the server replies 500). It does not affect

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
@@ -32,13 +33,33 @@ PRINTABLE = "root ::= [ -~]+"
 CANDIDATES = 100  # candidates per token with probabilities; each costs 9 microseconds and 0.1 kB per token
 
 
+@dataclass(frozen=True)
+class Turn:
+    """The text of a user's turn before its content, and after it up to the beginning of the answer.
+
+    It belongs to the family of the model, whose chat template renders the same text.
+    """
+
+    before: str
+    after: str
+
+
 class Client:
     """The calls that evaluation and triage need, over a running server.
 
-    `model` is sent with each request: a llama.cpp router passes the request on to the server of that model.
+    `model` is sent with each request: a llama.cpp router passes the request on to the server of that model. `turn` is
+    needed for questions, not for tokens and properties.
     """
 
-    def __init__(self, base_url: str, api_key: str = "", *, model: str = "", timeout_seconds: float = 600) -> None:
+    def __init__(
+        self,
+        base_url: str,
+        api_key: str = "",
+        *,
+        model: str = "",
+        turn: Turn | None = None,
+        timeout_seconds: float = 600,
+    ) -> None:
         from orion_triage.safe.bounded_http import BoundedHttp
 
         # No compression: a few kilobytes, compressed repeatedly, can unpack to terabytes.
@@ -47,6 +68,7 @@ class Client:
             headers["Authorization"] = f"Bearer {api_key}"
         self.base_url = base_url.rstrip("/")
         self._model = model
+        self._turn = turn
         self._timeout_seconds = timeout_seconds
         self._http = BoundedHttp(self.base_url, base_url=self.base_url, headers=headers)
         self._marker = ""
@@ -143,9 +165,9 @@ class Client:
     def prime(self, user_text: str, image_png: bytes) -> None:
         """Let the server encode the image and cache its state for the following prompts about the same image.
 
-        The state of LFM2's short convolutions can only be restored at a saved checkpoint, not at any token. The end
-        of this request is such a checkpoint. Does nothing if this client primed the same image last, or if there is
-        text before the image.
+        The state of short convolutions can only be restored at a saved checkpoint, not at any token. The end of this
+        request is such a checkpoint. Does nothing if this client primed the same image last, or if there is text before
+        the image.
         """
         if image_png == self._primed or not user_text.startswith(IMAGE):
             return
@@ -217,10 +239,10 @@ class Client:
             self._marker = marker
         return self._marker
 
-    @staticmethod
-    def chat(user_text: str, image: str) -> str:
+    def chat(self, user_text: str, image: str) -> str:
         """One user turn and the prefix of the answer, with `image` in the place of IMAGE."""
-        return f"<|im_start|>user\n{user_text.replace(IMAGE, image)}<|im_end|>\n<|im_start|>assistant\n"
+        assert self._turn is not None, "this client was made without the turn of its model's family"
+        return f"{self._turn.before}{user_text.replace(IMAGE, image)}{self._turn.after}"
 
     def completion(
         self, user_text: str, image_png: bytes, max_tokens: int, *, start: str = "", **options: Any

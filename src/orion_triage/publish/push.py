@@ -54,7 +54,8 @@ def push(run: Run, product: card.Product, repository: str, *, private: bool = Tr
     hashes = {
         name: sha256_of_file(path) for name, path in own_files.items() if name.endswith((".safetensors", ".gguf"))
     }
-    text = card.render_card(product, base, licence, run.settings.mission, results if complete else None, hashes)
+    family, measured_results = card.family_or_default(run.merged), results if complete else None
+    text = card.render_card(product, base, licence, run.settings.mission, family, measured_results, hashes)
     measured = _measured(run, results) if complete else {}
     return hub.push(
         {**own_files, **measured, README: text.encode()},
