@@ -16,6 +16,7 @@ from orion_triage.llama_cpp.gguf_header import read_integers
 from orion_triage.llama_cpp.server import Server
 from orion_triage.llama_cpp.toolchain import find_toolchain
 from orion_triage.llama_cpp.tools import quantize_file
+from orion_triage.mission.prompt import IMAGE
 from orion_triage.models.family import family_in, width_of
 from orion_triage.models.load import fingerprint
 from orion_triage.progress import Progress, silent
@@ -119,7 +120,7 @@ def check_tokenization(client: Client, merged: Path, user_texts: Sequence[str]) 
     family = family_in(merged)
     tokenizer = AutoTokenizer.from_pretrained(merged, trust_remote_code=False)
     for user_text in user_texts:
-        text = client.chat(user_text, "")
+        text = f"{family.TURN.before}{user_text.replace(IMAGE, '')}{family.TURN.after}"
         theirs, ours = client.tokenize(text), tokenizer(text, add_special_tokens=False)["input_ids"]
         if theirs != ours:
             place = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), 0)
