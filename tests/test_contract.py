@@ -100,7 +100,7 @@ def _changed(**changes: object) -> str:
         (_changed(image="../secret.png"), "is outside the dataset folder"),
         (_changed(image="/etc/passwd"), "is outside the dataset folder"),
         (_changed(conversations=[]), "not one user turn"),
-        (LINE.replace('\\"HIGH\\"', '\\"URGENT\\"'), "category 'URGENT' is not one of HIGH, MEDIUM, LOW"),
+        (LINE.replace('\\"HIGH\\"', '\\"URGENT\\"'), "category 'URGENT' is not HIGH, MEDIUM or LOW"),
         (LINE.replace('\\"Pads.\\", ', '\\"Pads.\\",'), "exact form"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from orion_triage.errors import OrionError
-from orion_triage.mission.prompt import Coordinates, user_text
+from orion_triage.mission.prompt import Coordinates, render_prompt, user_text
 from orion_triage.mission.verdict import Verdict, answer_text
 from orion_triage.models.encode import IGNORED, check_template, encode, render_turn
 from orion_triage.models.generate import answer_log_probabilities, generate
@@ -32,13 +32,13 @@ def model(small_base: Path) -> Any:
 
 
 def test_turn_bytes(processor: Any) -> None:
-    assert render_turn(processor, "Look.") == (
+    assert render_turn(processor, "<image>\nLook.") == (
         "<|startoftext|><|im_start|>user\n<image>\nLook.<|im_end|>\n<|im_start|>assistant\n"
     )
 
 
 def test_published_line_and_turn_have_the_same_bytes(processor: Any) -> None:
-    published = "<image>\n" + TEXTS[1]
+    published = "<image>\n" + render_prompt(MISSION, Coordinates(-120.62, 34.63))
     assert f"user\n{published}<|im_end|>" in render_turn(processor, TEXTS[1])
 
 
@@ -82,7 +82,7 @@ def test_frames_are_neither_resized_nor_tiled_nor_padded(small_base: Path, size:
 
     processor = load_processor(small_base, size)
     pixels = np.random.default_rng(size).integers(0, 256, (size, size, 3), dtype=np.uint8)
-    batch = encode(processor, [Image.fromarray(pixels)], ["x"])
+    batch = encode(processor, [Image.fromarray(pixels)], ["<image>\nx"])
     assert batch["spatial_shapes"].tolist() == [[size // 16, size // 16]]
     assert batch["pixel_values"].shape == (1, (size // 16) ** 2, 3 * 16 * 16)
     assert batch["pixel_attention_mask"].all()
@@ -93,7 +93,7 @@ def test_frames_are_neither_resized_nor_tiled_nor_padded(small_base: Path, size:
 
 def test_other_frame_size_is_refused(processor: Any) -> None:
     with pytest.raises(OrionError, match=r"the model needs RGB images of 256x256, and got RGB of 512x512"):
-        encode(processor, [Image.new("RGB", (512, 512))], ["x"])
+        encode(processor, [Image.new("RGB", (512, 512))], ["<image>\nx"])
 
 
 def test_answers_do_not_depend_on_the_batch(model: Any, processor: Any, small_frames: list[Image.Image]) -> None:

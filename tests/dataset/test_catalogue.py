@@ -57,7 +57,7 @@ def test_all_mistakes_are_named_with_their_lines(tmp_path: Path) -> None:
     rows = [
         "ok,HIGH,mega_port,1,2,Fine.",
         "ok,HIGH,mega_port,1,2,Twice.",
-        "Bad Name,HIGH,town,400,nan,",
+        "Bad Name,HIGH,moon,400,nan,",
     ]
     path.write_text("\n".join([",".join(COLUMNS), *rows]), encoding="utf-8")
     with pytest.raises(OrionError) as caught:
@@ -66,7 +66,7 @@ def test_all_mistakes_are_named_with_their_lines(tmp_path: Path) -> None:
     for part in (
         "line 3: name 'ok' is already used on line 2",
         "line 4: name 'Bad Name'",
-        "'town'",
+        "morphology 'moon' cannot be drawn; supported: ocean_water, ",
         "lon '400'",
         "lat 'nan'",
         "reason is empty",
