@@ -125,6 +125,8 @@ class LlamaCppBackend:
         self._max_new_tokens = answer_tokens(mission) if constrained else max_new_tokens
         self._mission, self._labels = mission, label_tree(mission, client.tokenize)
         self._grammars = (grammar(mission), category_grammar(mission)) if constrained else ("", "")
+        if constrained:
+            client.require_grammar()
 
     def answer(self, images: "Sequence[Image.Image]", user_texts: Sequence[str]) -> list[Answer]:
         return [self._answer(image, text) for image, text in zip(images, user_texts, strict=True)]
@@ -160,6 +162,7 @@ class VerdictOnlyBackend:
     batch_size = 1
 
     def __init__(self, client: "Client", mission: Mission) -> None:
+        client.require_grammar()
         self._client, self._mission = client, mission
         self._labels = label_tree(mission, client.tokenize)
 

@@ -177,6 +177,7 @@ def _ask(
     dataset = Dataset(run.dataset, run.settings.mission)
     records = {record.name: record for record in dataset.records(run.split)}
     mission = run.settings.mission
+    client.require_grammar()
     text, labels, most = user_text(mission, None), label_tree(mission, client.tokenize), answer_tokens(mission)
     grammars = (grammar(mission), category_grammar(mission))
     after_cue = [(node.text, node.tokens) for node in labels]

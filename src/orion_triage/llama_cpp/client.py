@@ -30,6 +30,7 @@ GREEDY = {
 }  # fmt: skip
 # Keeps the token after part of a name printable, which an untrained model's is not; the server would answer 500.
 PRINTABLE = "root ::= [ -~]+"
+_PROBE = "zq7 orion probe"
 CANDIDATES = 100  # candidates per token with probabilities; each costs 9 microseconds and 0.1 kB per token
 
 
@@ -161,6 +162,21 @@ class Client:
                 "the reply of /tokenize has no list of token ids.", "Check that it is a llama.cpp server."
             )
         return tokens
+
+    def require_grammar(self) -> None:
+        """Raise ServerError unless the server keeps to a grammar, with a text that no model would write by itself.
+
+        Some builds accept a grammar and drop it without a word (ggml-org/llama.cpp#24144, #24377). A fine-tuned model
+        hides that on most frames.
+        """
+        body = {"prompt": "The", "n_predict": 24, **GREEDY, "cache_prompt": False, "grammar": f'root ::= "{_PROBE}"'}
+        said = self._request("POST", "/completion", body).get("content")
+        if said != _PROBE:
+            raise ServerError(
+                f"the server at {self.base_url} does not keep to a grammar: it answers {shown(said)} where only "
+                f"{_PROBE!r} is allowed.",
+                "Use the llama.cpp build of this project ('orion toolchain').",
+            )
 
     def prime(self, user_text: str, image_png: bytes) -> None:
         """Let the server encode the image and cache its state for the following prompts about the same image.
