@@ -179,14 +179,17 @@ class VerdictOnlyBackend:
             ask_for_category(self._client, self._mission, user_text, png, node.text, cache_prompt=True)
             for node in self._labels
         ]
-        content = replies[0]["content"]
-        if not content or not any(name.startswith(content[0]) for name in names):  # a server that ignores the grammar
-            return Answer(answer_start(self._mission) + content)
+        said, begun = replies[0]["content"], self._labels[0].text
+        begun_with = [name for name in names if said and name.startswith(begun + said[0])]
+        if not begun and not begun_with:  # not a category
+            return Answer(answer_start(self._mission) + said)
         found = [first_log_probabilities(reply, node.tokens) for reply, node in zip(replies, self._labels, strict=True)]
         scores = scores_of(self._mission, self._labels, [one for one in found if one] if all(found) else None)
-        begun = [name for name in names if name.startswith(content[:1])]
-        said = begun[0] if len(begun) == 1 or scores is None else max(names, key=lambda name: scores[names.index(name)])
-        return Answer.scored(answer_text(self._mission, Verdict("", said)), scores)
+        if len(begun_with) == 1 or scores is None:
+            category = (begun_with or names)[0]
+        else:
+            category = max(names, key=lambda name: scores[names.index(name)])
+        return Answer.scored(answer_text(self._mission, Verdict("", category)), scores)
 
 
 def scores_of(

@@ -212,11 +212,11 @@ class Client:
     ) -> tuple[str, list[list[float]] | None]:
         """The answer, and the log-probabilities of tokens after its first `cue`; None without the cue.
 
-        `after_cue` are pairs of a text that follows the cue and the tokens that may come next; the first text is empty.
+        `after_cue` are pairs of a text that follows the cue, mostly none, and the tokens that may come next.
 
-        Two requests: up to the cue, and from the cue on, each with its entry of `grammars`; and one more for each
-        further text. The server caches the prompt, so they cost only their tokens. Probabilities are the model's before
-        grammar and sampling.
+        Two requests: up to the cue, and from the cue on, each with its entry of `grammars`; and one more for each text
+        that is not empty. The server caches the prompt, so they cost only their tokens. Probabilities are the model's
+        before grammar and sampling.
         With `primed`, the cached state of the image is used (see `prime`). Without it, the server encodes the image
         again, as in flight.
         """
@@ -236,9 +236,11 @@ class Client:
         text += cue
         asking = {"cache_prompt": True, "n_probs": CANDIDATES, **sampling}
         rest = self.completion(user_text, image_png, left, start=text, grammar=grammars[1], **asking)
-        found = [first_log_probabilities(rest, after_cue[0][1])]
-        for more, tokens in after_cue[1:]:
-            reply = self.completion(user_text, image_png, 1, start=text + more, grammar=PRINTABLE, **asking)
+        found = []
+        for more, tokens in after_cue:
+            reply = rest
+            if more:
+                reply = self.completion(user_text, image_png, 1, start=text + more, grammar=PRINTABLE, **asking)
             found.append(first_log_probabilities(reply, tokens))
         return text + rest["content"], [one for one in found if one] if all(found) else None
 

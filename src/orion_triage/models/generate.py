@@ -61,14 +61,14 @@ def generate_and_score(
 ) -> "list[tuple[str, list[list[float]] | None]]":
     """The answers of `generate`, each with the log-probabilities of tokens after its first `cue`.
 
-    `after_cue` are pairs of a text that follows the cue and the tokens that may come next; the first text is empty. The
+    `after_cue` are pairs of a text that follows the cue, mostly none, and the tokens that may come next. The
     log-probabilities are None if the answer does not contain the cue or ends with it.
     """
     import torch
 
     # One [rows, len(tokens)] per generated token; all logits of a batch would take 0.3 GB.
     steps: list[torch.Tensor] = []
-    tokens = after_cue[0][1] if after_cue else ()
+    tokens = next((following for text, following in after_cue if not text), ())
 
     def remember(_: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         if tokens:
@@ -95,12 +95,13 @@ def generate_and_score(
     scores: list[list[list[float]] | None] = [None] * len(decoded)
     for row, ids in enumerate(output.tolist() if cue else []):
         place = _tokens_up_to(processor.tokenizer, ids, cue)
-        if place is not None and place < len(steps) and ids[place] != end:
-            more = [
+        if place is not None and place < len(ids) and ids[place] != end:
+            scores[row] = [
                 _next_log_probabilities(model, processor, rows[row], ids[:place], text, following)
-                for text, following in after_cue[1:]
+                if text
+                else steps[place][row].tolist()
+                for text, following in after_cue
             ]
-            scores[row] = [steps[place][row].tolist(), *more]
     return list(zip(decoded, scores, strict=True))
 
 
