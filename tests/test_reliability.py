@@ -503,7 +503,7 @@ TOKENS: list[list[int]] = []
 @contextmanager
 def liar(how: str) -> Iterator[str]:
     Liar.how, Liar.props, Liar.asked = how, PROPS, 0
-    TOKENS[:] = [[9], [9, 1], [9, 2], [9, 3]]  # of the cue, and of the three labels after it
+    TOKENS[:] = [[9], [9, 1], [9, 2], [9, 3], [9]]  # of the cue, of the three labels after it, and of where they part
     server = ThreadingHTTPServer(("127.0.0.1", 0), Liar)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
