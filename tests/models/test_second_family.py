@@ -14,14 +14,14 @@ from orion_triage.export import fuse, parity, quantize
 from orion_triage.imagery.frames import read_frame
 from orion_triage.llama_cpp.server import Server
 from orion_triage.llama_cpp.toolchain import find_toolchain
-from orion_triage.mission.prompt import Coordinates, render_prompt
-from orion_triage.mission.verdict import Verdict
+from orion_triage.mission.prompt import Coordinates, render_prompt, user_text
+from orion_triage.mission.verdict import Verdict, answer_text
 from orion_triage.models import internvl
 from orion_triage.models.family import FAMILIES, turn_of
 from orion_triage.models.load import check_base, load_model, load_processor
 from orion_triage.settings import EvaluateSettings, FineTuneSettings, FuseSettings, QuantizeSettings
 from orion_triage.train import fine_tune
-from tests.conftest import REASONS
+from tests.conftest import MISSION, REASONS
 
 SIZE, LAYERS = 256, 2
 VISION_LAYERS = 4  # the converter takes mlp1.3, a part of the projector, for a block number, which must exist
@@ -51,8 +51,8 @@ def make_internvl(folder: Path) -> Path:
     from transformers.models.got_ocr2 import GotOcr2ImageProcessor
     from transformers.models.internvl import InternVLVideoProcessor
 
-    texts = [render_prompt(Coordinates(lon / 7, lon / 3)) for lon in range(-60, 60, 5)]
-    texts += [Verdict(reason, category).to_json() for category, reason in REASONS.items()]
+    texts = [render_prompt(MISSION, Coordinates(lon / 7, lon / 3)) for lon in range(-60, 60, 5)]
+    texts += [answer_text(MISSION, Verdict(reason, category)) for category, reason in REASONS.items()]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -119,7 +119,7 @@ def test_internvl_is_trained_fused_quantized_and_evaluated(
     tmp_path: Path, small_dataset: Path, warm_python: None
 ) -> None:
     """Two steps; llama.cpp gives the probabilities of transformers; both answer, the pair under the flight grammar."""
-    base, dataset = make_internvl(tmp_path / "base"), Dataset(small_dataset)
+    base, dataset = make_internvl(tmp_path / "base"), Dataset(small_dataset, MISSION)
     check_base(base)
     settings = FineTuneSettings(
         micro_batch_size=12, gradient_accumulation_steps=1, epochs=1, learning_rate=1e-2, gradient_checkpointing=False
@@ -132,8 +132,8 @@ def test_internvl_is_trained_fused_quantized_and_evaluated(
     fused = fuse.run(base, tmp_path / "adapter", dataset, merged, FuseSettings(check_records=4), SIZE)
     own_name = {"text": 0, "vision": VISION_LAYERS, "projector": 0}  # PEFT writes the modules' own names
     assert fused["census"] == tuned["census"] | {"projection_layer": own_name}
-    prompts = [render_prompt(None), render_prompt(Coordinates(-120.62, 34.0))]
-    quantized = quantize.run(merged, gguf, QuantizeSettings(), prompts=prompts)
+    texts = [user_text(MISSION, None), user_text(MISSION, Coordinates(-120.62, 34.0))]
+    quantized = quantize.run(merged, gguf, QuantizeSettings(), user_texts=texts)
     assert quantized["prompts_tokenized_alike"] == 2
 
     evaluate = EvaluateSettings(max_new_tokens=8, batch_size=8)
@@ -143,13 +143,13 @@ def test_internvl_is_trained_fused_quantized_and_evaluated(
     with Server(toolchain, gguf / quantize.F16, mmproj, log=log, turn=turn_of(gguf / quantize.F16)) as server:
         for record in dataset.records("test")[:2]:
             frame = read_frame(dataset.path(record), SIZE)
-            difference = parity.largest_difference(model, processor, server.client, frame, record.prompt)
+            difference = parity.largest_difference(model, processor, server.client, frame, record.user_text)
             assert difference <= parity.LARGEST_DIFFERENCE
     asked: list[dict[str, Any]] = [
         evaluation.run(
             dataset,
             "test",
-            TransformersBackend.load(merged, evaluate, SIZE),
+            TransformersBackend.load(merged, MISSION, evaluate, SIZE),
             tmp_path / "of transformers",
             evaluate,
             SIZE,
@@ -158,7 +158,7 @@ def test_internvl_is_trained_fused_quantized_and_evaluated(
     ]
     pair = gguf / quantize.QUANTIZED
     with Server(toolchain, pair, mmproj, log=log, turn=turn_of(pair)) as server:
-        backend = LlamaCppBackend(server.client, max_new_tokens=8, constrained=True, primed=True)
+        backend = LlamaCppBackend(server.client, MISSION, max_new_tokens=8, constrained=True, primed=True)
         asked.append(
             evaluation.run(dataset, "test", backend, tmp_path / "of the pair", evaluate, SIZE, fingerprint="pair")
         )
@@ -171,7 +171,7 @@ def test_a_family_that_the_pinned_llama_cpp_does_not_know_is_refused_by_name(tmp
     (tmp_path / "config.json").write_text('{"model_type": "lfm3_vl"}')
     for refuse in (
         lambda: check_base(tmp_path),
-        lambda: quantize.run(tmp_path, tmp_path / "gguf", QuantizeSettings(), prompts=["x"]),
+        lambda: quantize.run(tmp_path, tmp_path / "gguf", QuantizeSettings(), user_texts=["<image>x"]),
     ):
         with pytest.raises(OrionError, match=r"'lfm3_vl'\. LFM3-VL needs llama\.cpp b12088 or newer"):
             refuse()
