@@ -44,8 +44,14 @@ def from_template(name: str, **values: Any) -> str:
         "error_rate_at": error_rate_at,
         "verdict_in_words": verdict_in_words,
         "advice": advice,
+        "unbroken": unbroken,
     }
     return templates.fill("report", name, filters=filters, **values)
+
+
+def unbroken(text: str) -> str:
+    """`text` for a narrow table in HTML: "k-NN" and "p < 0.05" keep on one line."""
+    return text.replace("k-NN", "k\N{NON-BREAKING HYPHEN}NN").replace(" < ", "\N{NO-BREAK SPACE}<\N{NO-BREAK SPACE}")
 
 
 def number(value: float | None) -> str:
