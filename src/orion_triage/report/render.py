@@ -115,7 +115,7 @@ def notes(results: dict[str, Any]) -> list[str]:
     if gate := results["failed_gate"]:
         found.append(
             f"The gate at F16 failed: {gate['message']} The answers at F16 are left out. Those of the quantized models "
-            "come from the same llama.cpp: do not rely on them."
+            "come from llama.cpp, too: do not rely on them."
         )
     if results["missing"]:
         found.append(f'Not finished: {", ".join(results["missing"])}. Their values are left out or shown as "-".')
