@@ -301,7 +301,7 @@ def quantization(predictions: Predictions, needed: VerdictSettings) -> Criterion
     before_and_after = f"{right[1]}/{len(after)} after {right[0]}/{len(after)}"
     measured = f"{before_and_after}: {_points(change.points / 100, low, high)}"
     values = (change.points / 100, low, high)
-    if change.lost > change.gained and (change.exact_p < needed.significance or -change.points > limit):
+    if change.lost > change.gained and change.exact_p < needed.significance:
         advice = "Find the step that loses: 'Accuracy by step' in the report; then docs/quantization.md."
         return Criterion(name, measured, wanted, "fail", advice, *values)
     if 100 * low < -limit:
