@@ -277,9 +277,9 @@ def _print_frames(measured: dict[str, Any]) -> None:
                 right[-1] + (" *" if row["best"] else ""),
             )
         console.print(table)
+        alone = " (verdict-only: 1)" if any(row["change"] == VERDICT_ONLY for row in rows) else ""
         console.print(
-            f"Answer length: {flown['answer_tokens']} tokens (verdict-only: 1). "
-            f"'orion triage': {seconds:.{digits}f} s per frame.",
+            f"Answer length: {flown['answer_tokens']} tokens{alone}. 'orion triage': {seconds:.{digits}f} s per frame.",
         )
     console.print(
         f"Medians of {measured['repeats']} frames on {machine['cores']} cores ({machine['processor']}). "

@@ -248,7 +248,10 @@ def _contradictions(entries: Sequence[Entry]) -> Iterator[Finding]:
             message = f"{image} is {other.record.verdict.category} here and {verdict.category} in {first.place}."
             yield other.finding("error", "image-labels", message, "Keep the right category in all of its records.")
         if len({e.record.verdict.category for e in (first, *others)}) == 1:
-            for other in (e for e in others if e.record.verdict != verdict):
+            for other in (e for e in others if e.record.verdict.fields != verdict.fields):
+                message = f"{image} has other values of the mission's fields in {first.place}."
+                yield other.finding("error", "image-labels", message, "Keep the right values in all of its records.")
+            for other in (e for e in others if e.record.verdict.reason != verdict.reason):
                 message = f"{image} has another reason in {first.place}."
                 yield other.finding("warning", "image-reasons", message, "Give its records one reason.")
         located = [(entry, where) for entry in (first, *others) if (where := entry.record.coordinates)]
