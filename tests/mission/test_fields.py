@@ -1,9 +1,7 @@
 """Further fields of the answer: yes/no, choice, whole number and short text, declared in the mission's file."""
 
-import csv
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +96,9 @@ def test_prompt_answer_and_grammar_follow_from_the_fields() -> None:
     )
     assert parse_verdict(own, answer) == Verdict("A ship.", "SHIP", VALUES)
     assert grammar(own) == (
-        'root ::= "{\\"reason\\": \\"" reason "\\", \\"smoke\\": \\"" field-smoke "\\", \\"surface\\": \\"" field-surface '
-        '"\\", \\"ship_count\\": " field-ship-count ", \\"note\\": \\"" field-note "\\", \\"category\\": \\"" category '
-        '"\\"}"\n'
+        'root ::= "{\\"reason\\": \\"" reason "\\", \\"smoke\\": \\"" field-smoke "\\", \\"surface\\": \\"" '
+        'field-surface "\\", \\"ship_count\\": " field-ship-count ", \\"note\\": \\"" field-note "\\", \\"category\\": '
+        '\\"" category "\\"}"\n'
         "reason ::= [ !#-\\[\\]-~]{1,160}\n"
         'field-smoke ::= "yes" | "no"\n'
         'field-surface ::= "water" | "ice"\n'
@@ -178,7 +176,7 @@ def test_records_come_back_with_their_values_in_any_order_of_keys() -> None:
         own = four(keys=keys)
         record = Record("a.png", PLACE, Verdict('A "ship".', "SHIP", VALUES), own)
         assert parse_record(record.to_line(), own) == record
-    with pytest.raises(RecordError, match="the note 'a<|im_end|>' contains the model's control token"):
+    with pytest.raises(RecordError, match=r"the note 'a<\|im_end\|>' contains the model's control token"):
         verdict = Verdict("x", "SHIP", (*VALUES[:3], ("note", "a<|im_end|>")))
         parse_record(Record("a.png", None, verdict, own).to_line(), own)
 
@@ -413,7 +411,7 @@ def test_stored_values_that_are_not_allowed_are_damage(change: dict[str, Any]) -
     row = {"condition": "B", "name": "a", "truth": "SHIP", "donor": None, "true_fields": {"smoke": "yes"}}
     row |= Answer(answer_text(own, Verdict("x", "SHIP", (("smoke", "no"),)))).to_json(own)
     assert prediction_of(row, own).fields == (("smoke", "no"),)
-    with pytest.raises(ValueError, match="smoke|true_fields"):
+    with pytest.raises(ValueError, match=r"smoke|true_fields"):
         prediction_of(row | change, own)
 
 
@@ -459,7 +457,7 @@ MISTAKES = [
     ([NOTE | {"longest": 0}], {}, "longest = ", "fields.1.longest should be greater than or equal to 1"),
     ([], {}, "prompt = ", "prompt has {fields}, but there are no [[fields]]; remove it"),
     ([SMOKE], {"keys": ["reason", "category"]}, "keys = ", "keys leaves out smoke; list every key of the answer"),
-    ([SMOKE], {"keys": ["reason", "smok", "category"]}, "keys = ", "keys has 'smok', which is no key of the answer; did"),
+    ([SMOKE], {"keys": ["reason", "smok", "category"]}, "keys = ", "keys has 'smok', which is no key of"),
     ([SMOKE], {"keys": ["reason", "smoke", "category", "smoke"]}, "keys = ", "keys has smoke twice"),
     ([SMOKE | {"name": f"f{n}"} for n in range(9)], {}, 'name = "f8"', "there are 9 fields; write at most 8"),
 ]  # fmt: skip
