@@ -22,7 +22,7 @@ from orion_triage.dataset.check.facts import (
     unused_pictures,
 )
 from orion_triage.dataset.check.leakage import leaks
-from orion_triage.dataset.check.reasons import reason_findings
+from orion_triage.dataset.check.reasons import reason_findings, text_findings
 from orion_triage.dataset.land import perhaps_swapped
 from orion_triage.dataset.records import FRAMES_TABLE, is_published, split_path
 from orion_triage.errors import OrionError, one_line
@@ -143,7 +143,7 @@ def of_any_split(entries: Sequence[Entry], pictures: Mapping[str, Picture]) -> l
 
 def of_the_splits(entries: Sequence[Entry], mission: Mission) -> list[Finding]:
     """The findings about reasons, and about how many pictures each split has."""
-    return [*reason_findings(entries, mission), *_balance(_counts(entries, mission))]
+    return [*reason_findings(entries, mission), *text_findings(entries, mission), *_balance(_counts(entries, mission))]
 
 
 def report_of(
