@@ -1,14 +1,17 @@
 """Further fields of the answer: yes/no, choice, whole number and short text, declared in the mission's file."""
 
+import csv
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from orion_triage.dataset.build import records_of
-from orion_triage.dataset.catalogue import load_catalogue
+from orion_triage.dataset.catalogue import COLUMNS, load_catalogue
 from orion_triage.dataset.records import Record, parse_record
 from orion_triage.dataset.sources.contents import read_contents
 from orion_triage.dataset.sources.source import Shot
@@ -17,7 +20,11 @@ from orion_triage.evaluate.metrics import Prediction, summarize
 from orion_triage.evaluate.results import as_flown
 from orion_triage.evaluate.run import prediction_of
 from orion_triage.evaluate.variants import chosen
+from orion_triage.export import quantize
 from orion_triage.flight.ask_frame import fits
+from orion_triage.imagery.frames import Frame
+from orion_triage.llama_cpp.server import Server
+from orion_triage.llama_cpp.toolchain import find_toolchain
 from orion_triage.mission.answer import Answer
 from orion_triage.mission.contract import differences, mission_of, write_mission
 from orion_triage.mission.decide import Rules
@@ -39,6 +46,7 @@ from orion_triage.mission.verdict import (
     tokens_of_fields,
 )
 from orion_triage.settings import load_settings
+from tests.conftest import orion, places_of, structured_picture
 
 EXAMPLE = Path(__file__).parents[2] / "src/orion_triage/mission/example.toml"
 PLACE = Coordinates(-120.62, 34.0)
@@ -494,3 +502,108 @@ def test_the_commented_example_is_right(tmp_path: Path) -> None:
     path = tmp_path / "mission.toml"
     path.write_text(head.replace("{categories}\n", "{categories}\n{fields}\n") + shown, encoding="utf-8")
     assert [one.kind for one in load_mission(path).fields] == ["yes/no", "choice", "whole number", "short text"]
+
+
+# A run
+
+# Of the morphologies of the drawn tiles: built, ground, crossings.
+LABELS = {"ocean_water": ("no", "sea", 0), "urban_grid": ("yes", "town", 3), "mega_airport": ("yes", "works", 1)}
+BUILT = {"name": "built", "kind": "yes/no", "definition": "Whether people have built here."}
+GROUND = {
+    "name": "ground", "kind": "choice", "choices": ["sea", "town", "works"], "definition": "What covers most of it.",
+}  # fmt: skip
+EPOCHS = 3  # fewer, and no answer is a verdict without the grammar
+CROSSINGS = {"name": "crossings", "kind": "whole number", "from": 0, "to": 9, "definition": "How many streets cross."}
+
+
+@pytest.fixture(scope="module")
+def run_with_fields(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with runs/small of a mission with three fields, and its bundle; through the command line."""
+    folder = tmp_path_factory.mktemp("fields")
+    with (folder / "places.csv").open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow([*COLUMNS, "built", "ground", "crossings"])
+        for one in places_of(*LABELS, count=12):
+            assert one.coordinates is not None
+            where = (one.coordinates.lon, one.coordinates.lat)
+            table.writerow([one.name, one.category, one.morphology, *where, one.reason, *LABELS[one.morphology]])
+    published = default_mission()
+    own = published.model_dump(mode="json") | {
+        "name": "built", "places": "places.csv", "keys": ["reason", "built", "ground", "crossings", "category"],
+        "prompt": published.prompt + "\n{fields}", "fields": [BUILT, GROUND, CROSSINGS],
+    }  # fmt: skip
+    (folder / "mission.json").write_text(json.dumps(own), encoding="utf-8")
+    sets = ["dataset.split_distance_km=20", f"fine_tune.epochs={EPOCHS}", "variants.all=false"]
+    words = [word for value in sets for word in ("--set", value)]
+    for command in (
+        ("run", "--mission", "mission.json", "--run", "runs/small", *words),
+        ("evaluate", "--run", "runs/small", "--variants", "constrained"),
+        ("report", "--run", "runs/small"),
+        ("bundle", "runs/small", "--out", "bundle", "--accept-risk", "a test of fields"),
+    ):
+        made = orion(*command, cwd=folder)
+        assert made.returncode == 0, made.stderr
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.llama_cpp
+def test_a_run_measures_the_fields(run_with_fields: Path) -> None:
+    run = run_with_fields / "runs" / "small"
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    lines = (run / "evaluation" / "test" / "constrained" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if row["condition"] == "B"]
+    assert {tuple(row["true_fields"].values()) for row in rows} == set(LABELS.values())
+    assert all(row["fields"] for row in rows), "the grammar gives every field a value"
+    found = results["models"]["constrained"]["B"]["fields"]
+    assert [*found] == ["built", "ground", "crossings"]
+    for name, rates in found.items():
+        pairs = [(row["true_fields"][name], row["fields"][name]) for row in rows]
+        assert (rates["right"], rates["count"]) == (sum(a == b for a, b in pairs), len(rows))
+        assert rates["low"] <= rates["accuracy"] <= rates["high"]
+    off = [abs(row["true_fields"]["crossings"] - row["fields"]["crossings"]) for row in rows]
+    assert found["crossings"]["mean_absolute_error"] == sum(off) / len(off)
+    assert sum(sum(row.values()) for row in found["ground"]["confusion"].values()) == len(rows)
+    blank = len(results["blank_frames"])
+    assert results["models"]["flight"]["B"]["fields"]["built"]["unparsable"] == blank
+    for name in ("report.md", "report.html"):
+        assert "Further fields" in (run / name).read_text(encoding="utf-8"), name
+    split = (run / "dataset" / "test_dataset.jsonl").read_text(encoding="utf-8")
+    assert '\\"ground\\": \\"town\\", \\"crossings\\": 3, \\"category\\"' in split
+
+
+@pytest.mark.slow
+@pytest.mark.llama_cpp
+def test_ground_and_bundle_give_a_frame_the_same_fields(run_with_fields: Path, tmp_path: Path) -> None:
+    folder, pair = run_with_fields / "bundle", (quantize.QUANTIZED, quantize.MMPROJ)
+    frame = structured_picture(1234)
+    (tmp_path / "a.raw").write_bytes(frame.tobytes())
+    (tmp_path / "white.raw").write_bytes(bytes([250]) * (512 * 512 * 3))
+    told = orion("triage", "a.raw", "white.raw", "--bundle", folder, "--json", cwd=tmp_path)
+    assert told.returncode == 0, told.stderr
+    ground, blank = json.loads(told.stdout)
+    assert ground["fields"] == {name: json.loads(ground["answer"])[name] for name in ("built", "ground", "crossings")}
+    assert (ground["fields"]["built"] in ("yes", "no"), type(ground["fields"]["crossings"])) == (True, int)
+    assert blank["fields"] is None
+    with Server(find_toolchain(), *(folder / name for name in pair), log=tmp_path / "log", threads=1) as server:
+        url, every = server.client.base_url, mission(SMOKE, SURFACE, NOTE, SHIPS | {"from": -120, "to": 1150})
+        said = server.client.completion("Say it.", Frame(frame, frame.size).png(), 300, grammar=grammar(every))
+        key = str(server.client._http.headers["Authorization"]).removeprefix("Bearer ")
+        flown = subprocess.run(
+            [sys.executable, "-I", "-S", folder / "ask_frame.py", "a.raw", "white.raw", "--url", url],
+            capture_output=True, text=True, cwd=tmp_path, check=False, env={"LLAMA_API_KEY": key},
+        )  # fmt: skip
+    assert parse_verdict(every, said["content"]), "llama.cpp reads the grammar of every kind"
+    assert (flown.returncode, flown.stderr) == (0, "")
+    lines = [json.loads(line) for line in flown.stdout.splitlines()]
+    assert [line["fields"] for line in lines] == [ground["fields"], None]
+    assert lines[0]["answer"] == ground["answer"]
+
+
+@pytest.mark.slow
+@pytest.mark.llama_cpp
+def test_verdict_only_is_refused_by_name(run_with_fields: Path) -> None:
+    asked = orion("evaluate", "--run", "runs/small", "--variants", "verdict-only", cwd=run_with_fields)
+    assert asked.returncode == 1
+    assert "cannot be asked for the category alone (verdict-only)" in asked.stderr
+    assert "Traceback" not in asked.stderr
