@@ -12,6 +12,8 @@ import pytest
 
 from orion_triage.dataset.build import records_of
 from orion_triage.dataset.catalogue import COLUMNS, load_catalogue
+from orion_triage.dataset.check.facts import Entry
+from orion_triage.dataset.check.reasons import text_findings
 from orion_triage.dataset.records import Record, parse_record
 from orion_triage.dataset.sources.contents import read_contents
 from orion_triage.dataset.sources.source import Shot
@@ -344,6 +346,27 @@ def test_a_fields_column_is_not_taken_for_another_one(tmp_path: Path) -> None:
     contents = read_contents(folder_of(tmp_path, table), own)
     (target,) = contents.targets
     assert (target.fields, target.reason) == ((("description", "two masts"),), own.of("SHIP").reason)
+
+
+def test_texts_that_the_grammar_cannot_give_are_findings() -> None:
+    own = mission(NOTE)
+    texts = ("a hull", "", 'a "hull"', "a hüll", "a hull")
+    records = [Record("a.png", PLACE, Verdict("x", "SHIP", (("note", text),)), own) for text in texts]
+    found = list(text_findings([Entry("train", line, record) for line, record in enumerate(records)], own))
+    assert [(one.severity, one.check, one.message) for one in found] == [
+        ("error", "field-empty", "note is empty."),
+        (
+            "warning",
+            "field-characters",
+            "note 'a \"hull\"' has characters that the flight grammar does not allow: '\"'.",
+        ),
+        (
+            "warning",
+            "field-characters",
+            "note 'a hüll' has characters that the flight grammar does not allow: '\\xfc'.",
+        ),
+    ]
+    assert list(text_findings([], own)) == []
 
 
 def test_folders_without_a_table_are_refused(tmp_path: Path) -> None:
