@@ -31,8 +31,9 @@ from orion_triage.llama_cpp.server import Server
 from orion_triage.llama_cpp.toolchain import find_toolchain
 from orion_triage.mission.answer import Answer
 from orion_triage.mission.mission import default_mission
-from orion_triage.mission.prompt import render_prompt
+from orion_triage.mission.prompt import user_text
 from orion_triage.mission.verdict import parse_verdict
+from orion_triage.models.family import turn_of
 from orion_triage.runs.run import newest_run, open_run
 from orion_triage.safe.files import write_text
 
@@ -43,13 +44,13 @@ Asked = Callable[[Image.Image, str], Answer]
 
 
 def published_b(record: Record) -> str:
-    return render_prompt(MISSION, None).replace(" satellite image.\n", " satellite image captured\n", 1)
+    return user_text(MISSION, None).replace(" satellite image.\n", " satellite image captured\n", 1)
 
 
 def six_decimals(record: Record) -> str:
     assert record.coordinates is not None
     lon, lat = record.coordinates.lon, record.coordinates.lat
-    return record.prompt.replace(
+    return record.user_text.replace(
         f"Longitude: {lon}, Latitude: {lat}.", f"Longitude: {lon:.6f}, Latitude: {lat:.6f}.", 1
     )
 
@@ -67,16 +68,17 @@ def main() -> None:
     records, size = read_split(run.dataset, "test", MISSION), run.settings.base.frame_size
     truth = [record.verdict.category for record in records]
     frames = [read_frame(image_path(run.dataset, record), size).image for record in records]
-    with_coordinates, without = [record.prompt for record in records], [render_prompt(MISSION, None)] * len(records)
-    assert all(published_b(r) != b and six_decimals(r) != r.prompt for r, b in zip(records, without, strict=True))
+    with_coordinates, without = [record.user_text for record in records], [user_text(MISSION, None)] * len(records)
+    assert all(published_b(r) != b and six_decimals(r) != r.user_text for r, b in zip(records, without, strict=True))
     noise = {kind: [noise_frame(kind, size)] * len(records) for kind in ("gaussian", "uniform")}
     pair = (run.gguf / quantize.QUANTIZED, run.gguf / quantize.MMPROJ)
-    with Server(find_toolchain(), *pair, log=run.folder / "logs" / "asking-server.log") as server:
-        backend = LlamaCppBackend(server.client, max_new_tokens=run.settings.evaluate.max_new_tokens)
+    log = run.folder / "logs" / "asking-server.log"
+    with Server(find_toolchain(), *pair, log=log, turn=turn_of(pair[0])) as server:
+        backend = LlamaCppBackend(server.client, MISSION, max_new_tokens=run.settings.evaluate.max_new_tokens)
         chat = server.client.chat
 
-        def ask(images: list[Image.Image], prompts: list[str]) -> list[str | None]:
-            verdicts = [parse_verdict(MISSION, answer.text) for answer in backend.answer(images, prompts)]
+        def ask(images: list[Image.Image], texts: list[str]) -> list[str | None]:
+            verdicts = [parse_verdict(MISSION, answer.text) for answer in backend.answer(images, texts)]
             return [verdict.category if verdict else None for verdict in verdicts]
 
         a, b, c = ask(frames, with_coordinates), ask(frames, without), ask(noise["gaussian"], with_coordinates)
@@ -86,7 +88,7 @@ def main() -> None:
             "JPEG": (a, ask([through_jpeg(frame) for frame in frames], with_coordinates)),
             "noise": (c, ask(noise["uniform"], with_coordinates)),
         }
-        server.client.chat = lambda prompt, image: chat(prompt, image).replace(f"{image}\n", image, 1)  # type: ignore
+        server.client.chat = lambda text, image: chat(text, image).replace(f"{image}\n", image, 1)  # type: ignore
         asked["newline"] = (a, ask(frames, with_coordinates))
     figures = {}
     for name, answers in asked.items():

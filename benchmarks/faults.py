@@ -114,7 +114,7 @@ def loss_everywhere(collate: Callable[[list[Record]], Any], processor: Any, fram
     def with_all_labels(records: list[Record]) -> Any:
         answers = [record.answer for record in records]
         pictures = [frames[record.image] for record in records]
-        batch = encode(processor, pictures, [record.prompt for record in records], answers)
+        batch = encode(processor, pictures, [record.user_text for record in records], answers)
         batch["labels"] = batch["input_ids"].clone()
         return batch
 
@@ -175,11 +175,16 @@ def measure(recipe: Recipe, run: Run) -> dict[str, Any]:
         settings.fuse,
         settings.base.frame_size,
     )
-    backend = TransformersBackend.load(folder / "merged", settings.evaluate, settings.base.frame_size)
+    backend = TransformersBackend.load(folder / "merged", MISSION, settings.evaluate, settings.base.frame_size)
     figures["metrics"] = evaluate.run(
-        Dataset(run.dataset, MISSION), "test", backend, folder / "evaluation", settings.evaluate, settings.base.frame_size,
+        Dataset(run.dataset, MISSION),
+        "test",
+        backend,
+        folder / "evaluation",
+        settings.evaluate,
+        settings.base.frame_size,
         fingerprint=recipe.name,
-    )  # fmt: skip
+    )
     write_text(finished, json.dumps(figures, indent=1) + "\n")
     return figures
 

@@ -73,7 +73,7 @@ def _memory_folder() -> str | None:
 def records() -> Target:
     from orion_triage.dataset.records import read_records
 
-    return _file(".jsonl", read_records)
+    return _file(".jsonl", lambda path: read_records(path, MISSION))
 
 
 def catalogue() -> Target:
@@ -115,8 +115,9 @@ def gguf() -> Target:
 
 def safetensors() -> Target:
     from orion_triage.models.checkpoint import check_names
+    from orion_triage.models.lfm2_vl import LANDMARKS
 
-    return _file(".safetensors", lambda path: check_names(path.parent))
+    return _file(".safetensors", lambda path: check_names(path.parent, LANDMARKS))
 
 
 def pair() -> Target:
@@ -171,6 +172,8 @@ def llama_server() -> Target:
 
     from orion_triage.evaluate.backends import LlamaCppBackend
     from orion_triage.llama_cpp.client import Client
+    from orion_triage.mission.verdict import LabelNode
+    from orion_triage.models import lfm2_vl
     from orion_triage.safe.bounded_http import BoundedHttp
 
     class Answer(httpx.BaseTransport):
@@ -180,7 +183,8 @@ def llama_server() -> Target:
             return httpx.Response(200, content=self.data, headers={"content-type": "application/json"})
 
     answer, picture = Answer(), Image.new("RGB", (32, 32))
-    client = Client("http://127.0.0.1:1")
+    labels = (LabelNode("", (1, 2, 3), ((0,), (1,), (2,))),)
+    client = Client("http://127.0.0.1:1", turn=lfm2_vl.TURN)
     client._http = BoundedHttp(client.base_url, base_url=client.base_url, transport=answer)
 
     def target(data: bytes) -> Any:
@@ -190,9 +194,9 @@ def llama_server() -> Target:
             with contextlib.suppress(_orion_error()):
                 ask()
         backend = LlamaCppBackend.__new__(LlamaCppBackend)  # its labels are asked for first, and would end it here
-        state = {"_primed": True, "_packed": None, "_constrained": True, "_options": {}, "_max_new_tokens": 9}
-        backend.__dict__.update(state, _client=client, _labels=[1, 2, 3])
-        return backend.answer([picture], ["x"])
+        state = {"_primed": True, "_packed": None, "_grammars": ("", ""), "_options": {}, "_max_new_tokens": 9}
+        backend.__dict__.update(state, _client=client, _mission=MISSION, _labels=labels)
+        return backend.answer([picture], ["<image>\nx"])
 
     return target
 
@@ -236,7 +240,7 @@ def seeds(target: str) -> list[bytes]:
 
     from orion_triage.dataset.records import Record
     from orion_triage.mission.prompt import Coordinates, render_prompt
-    from orion_triage.mission.verdict import Verdict
+    from orion_triage.mission.verdict import Verdict, answer_text
 
     said = Verdict("Long quays.", "HIGH")
     record = Record("orion_dataset/images/a.png", Coordinates(1.5, -2.25), said, MISSION)
@@ -265,8 +269,8 @@ def seeds(target: str) -> list[bytes]:
         "preset": [b'preset = "a"\n[fine_tune]\nrank = 8\n[mission]\nprior = [0.1, 0.2, 0.7]\n'],
         "assignment": [b"fine_tune.rank=8", b"variants.quantizations=Q8_0,Q6_K\0base.frame_size=256"],
         "verdict": [
-            said.to_json().encode(),
-            f"```json\n{said.to_json()}\n```".encode(),
+            answer_text(MISSION, said).encode(),
+            f"```json\n{answer_text(MISSION, said)}\n```".encode(),
             render_prompt(MISSION, None).encode(),
         ],
         "gguf": [_gguf()],

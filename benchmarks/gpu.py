@@ -505,7 +505,7 @@ def evaluation(bench: Bench, report: Report) -> None:
 
     dataset, frame_size = Dataset(bench.dataset, MISSION), bench.settings().base.frame_size
     backend = TransformersBackend.load(
-        bench.base, EvaluateSettings(max_new_tokens=bench.size.answer_tokens), frame_size
+        bench.base, MISSION, EvaluateSettings(max_new_tokens=bench.size.answer_tokens), frame_size
     )
     records = dataset.records("train")
 
@@ -516,7 +516,7 @@ def evaluation(bench: Bench, report: Report) -> None:
         began = time.perf_counter()
         for start in range(0, count, batch_size):
             batch = slice(start, start + batch_size)
-            backend.answer(images[batch], [record.prompt for record in asked[batch]])
+            backend.answer(images[batch], [record.user_text for record in asked[batch]])
         synchronize()
         return time.perf_counter() - began
 

@@ -19,7 +19,8 @@ from orion_triage.imagery.frames import read_frame
 from orion_triage.llama_cpp.server import Server
 from orion_triage.llama_cpp.toolchain import find_toolchain
 from orion_triage.mission.mission import default_mission
-from orion_triage.mission.verdict import parse_verdict
+from orion_triage.mission.verdict import answer_text, parse_verdict
+from orion_triage.models.family import turn_of
 from orion_triage.runs.run import newest_run, open_run
 from orion_triage.safe.files import write_text
 
@@ -42,18 +43,21 @@ def main() -> None:
         run.gguf / quantize.QUANTIZED,
         run.gguf / quantize.MMPROJ,
         log=run.folder / "logs" / "grammar-server.log",
+        turn=turn_of(run.gguf / quantize.QUANTIZED),
     ) as server:
         for name, constrained in (("under the grammar", True), ("free", False)):
             parsed = exact = longest = 0
             for seed in range(arguments.seeds if constrained else min(50, arguments.seeds)):
                 record = records[seed % len(records)]
                 options = WILD | {"seed": seed}
-                backend = LlamaCppBackend(server.client, max_new_tokens=96, constrained=constrained, options=options)
+                backend = LlamaCppBackend(
+                    server.client, MISSION, max_new_tokens=96, constrained=constrained, options=options
+                )
                 image = read_frame(image_path(run.dataset, record), size).image
-                text = backend.answer([image], [record.prompt])[0].text
+                text = backend.answer([image], [record.user_text])[0].text
                 verdict = parse_verdict(MISSION, text)
                 parsed += verdict is not None
-                exact += verdict is not None and verdict.to_json() == text
+                exact += verdict is not None and answer_text(MISSION, verdict) == text
                 longest = max(longest, len(text))
             figures[name] = {"asked": seed + 1, "parsed": parsed, "exact": exact, "longest_characters": longest}
             print(

@@ -59,8 +59,8 @@ def main() -> None:
         print(f"always {category}: {always}/{len(labels)}")
     print("\ntruth \\ answer " + "".join(f"{category:>8}" for category in MISSION.names))
     for truth in MISSION.names:
-        row = rates["confusion"][truth.value]
-        print(f"{truth:<14} " + "".join(f"{row[category.value]:>8}" for category in MISSION.names))
+        row = rates["confusion"][truth]
+        print(f"{truth:<14} " + "".join(f"{row[category]:>8}" for category in MISSION.names))
 
 
 if __name__ == "__main__":

@@ -21,17 +21,18 @@ from orion_triage.imagery.frames import Frame
 from orion_triage.llama_cpp.server import Server
 from orion_triage.llama_cpp.toolchain import find_toolchain
 from orion_triage.machine import rehearse
+from orion_triage.models.family import turn_of
 from orion_triage.runs.run import Run
 from orion_triage.settings import load_settings
 
 
 def frame(backbone: Path, mmproj: Path, dataset: Path, size: int, out: Path) -> dict[str, Any]:
     replies = []
-    with Server(find_toolchain(), backbone, mmproj, log=out / "server.log") as server:
-        for image, prompt, tokens in reference.frame_requests(dataset, size):
+    with Server(find_toolchain(), backbone, mmproj, log=out / "server.log", turn=turn_of(backbone)) as server:
+        for image, text, tokens in reference.frame_requests(dataset, size):
             began = time.monotonic()
             png = Frame(image, image.size).png()
-            reply = server.client.completion(prompt, png, tokens, ignore_eos=True, return_tokens=True)
+            reply = server.client.completion(text, png, tokens, ignore_eos=True, return_tokens=True)
             replies.append((time.monotonic() - began, reply))
         peak = reference.peak_memory_of_children()
     return reference.frame_result(replies, peak)

@@ -36,6 +36,7 @@ from orion_triage.dataset.records import Record, image_path, read_split
 from orion_triage.evaluate.conditions import NOISE, Question, conflict_pairs, questions
 from orion_triage.imagery.frames import noise_frame, read_frame
 from orion_triage.mission.mission import default_mission
+from orion_triage.mission.prompt import IMAGE
 from orion_triage.mission.verdict import parse_verdict
 from orion_triage.settings import Settings
 
@@ -51,13 +52,13 @@ WARM_UP_TOKENS = 4  # of another frame, asked before the one whose time is taken
 # --- one record -----------------------------------------------------------------------------------------------------
 
 
-def encode(processor: Any, image: Image.Image, prompt: str, answer: str | None = None) -> dict[str, Any]:
+def encode(processor: Any, image: Image.Image, user_text: str, answer: str | None = None) -> dict[str, Any]:
     """One row: the user's turn with its picture, and with `answer` the verdict and labels on it."""
     import torch
 
     from orion_triage.models.encode import render_turn
 
-    batch = dict(processor(images=[[image]], text=[render_turn(processor, prompt)], return_tensors="pt"))
+    batch = dict(processor(images=[[image]], text=[render_turn(processor, user_text)], return_tensors="pt"))
     if answer is None:
         return batch
     verdict = processor.tokenizer(answer + END_OF_TURN, add_special_tokens=False, return_tensors="pt")["input_ids"]
@@ -80,7 +81,7 @@ class EncodedRecords:
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.records[index]
         image = read_frame(image_path(self.dataset, record), self.size).image
-        return encode(self.processor, image, record.prompt, record.answer)
+        return encode(self.processor, image, record.user_text, record.answer)
 
 
 # --- training -------------------------------------------------------------------------------------------------------
@@ -293,7 +294,7 @@ def evaluate(model_folder: Path, dataset: Path, settings: Settings, out: Path) -
     answers = {}
     began = time.monotonic()
     for question in asked_of(dataset):
-        row = encode(processor, picture(question, dataset, settings), question.prompt)
+        row = encode(processor, picture(question, dataset, settings), question.user_text)
         with torch.inference_mode():
             ids = model.generate(**{name: value.to(device) for name, value in row.items()})[0]
         answers[question.id] = tokenizer.decode(ids[row["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -325,8 +326,8 @@ def default_server(backbone: Path, mmproj: Path, log: Path) -> Iterator[Callable
             wait_until_ready(client, server, log)
             marker = client.get("/props").json().get("media_marker") or "<__media__>"
 
-            def ask(image: Image.Image, prompt: str, tokens: int, **more: Any) -> Any:
-                return client.post("/completion", json=question_body(image, prompt, tokens, marker) | more)
+            def ask(image: Image.Image, text: str, tokens: int, **more: Any) -> Any:
+                return client.post("/completion", json=question_body(image, text, tokens, marker) | more)
 
             yield ask
     finally:
@@ -347,12 +348,12 @@ def wait_until_ready(client: Any, server: "subprocess.Popen[bytes]", log: Path) 
         time.sleep(0.1)
 
 
-def question_body(image: Image.Image, prompt: str, tokens: int, marker: str) -> dict[str, Any]:
+def question_body(image: Image.Image, user_text: str, tokens: int, marker: str) -> dict[str, Any]:
     packed = io.BytesIO()
     image.save(packed, "PNG")
     return {
         "prompt": {
-            "prompt_string": f"<|im_start|>user\n{marker}\n{prompt}<|im_end|>\n<|im_start|>assistant\n",
+            "prompt_string": f"<|im_start|>user\n{user_text.replace(IMAGE, marker)}<|im_end|>\n<|im_start|>assistant\n",
             "multimodal_data": [base64.b64encode(packed.getvalue()).decode()],
         },
         "n_predict": tokens,
@@ -369,7 +370,7 @@ def evaluate_gguf(backbone: Path, mmproj: Path, dataset: Path, settings: Setting
         began = time.monotonic()
         for question in asked_of(dataset):
             image = picture(question, dataset, settings)
-            reply = ask(image, question.prompt, settings.evaluate.max_new_tokens)
+            reply = ask(image, question.user_text, settings.evaluate.max_new_tokens)
             if reply.status_code == 500:  # an answer whose bytes are no UTF-8
                 refused += 1
                 answers[question.id] = f"[{reply.status_code}: {reply.text[:200]}]"
@@ -385,10 +386,10 @@ def evaluate_gguf(backbone: Path, mmproj: Path, dataset: Path, settings: Setting
 
 
 def frame_requests(dataset: Path, size: int) -> list[tuple[Image.Image, str, int]]:
-    """(frame, prompt, answer tokens): one whose time does not count, then the one whose time does."""
+    """(frame, user's text, answer tokens): one whose time does not count, then the one whose time does."""
     first, second = read_split(dataset, "test", MISSION)[:2]
     return [
-        (read_frame(image_path(dataset, record), size).image, record.prompt, tokens)
+        (read_frame(image_path(dataset, record), size).image, record.user_text, tokens)
         for record, tokens in ((first, WARM_UP_TOKENS), (second, FRAME_TOKENS))
     ]
 
@@ -410,9 +411,9 @@ def peak_memory_of_children() -> int:
 def frame(backbone: Path, mmproj: Path, dataset: Path, size: int, out: Path) -> dict[str, Any]:
     replies = []
     with default_server(backbone, mmproj, out / "server.log") as ask:
-        for image, prompt, tokens in frame_requests(dataset, size):
+        for image, text, tokens in frame_requests(dataset, size):
             began = time.monotonic()
-            reply = ask(image, prompt, tokens, ignore_eos=True, return_tokens=True)
+            reply = ask(image, text, tokens, ignore_eos=True, return_tokens=True)
             seconds = time.monotonic() - began
             reply.raise_for_status()
             replies.append((seconds, reply.json()))

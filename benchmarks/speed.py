@@ -223,7 +223,7 @@ def name_of_base(bench: Bench, settings: Settings) -> str:
 def write(
     bench: Bench, what: str, settings: Settings, runs: dict[str, list[Figures]], checks: Figures, **more: Any
 ) -> Path:
-    summary = summarize(runs, MISSION)
+    summary = summarize(runs)
     own_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     kept = settings.model_dump(mode="json", include={"base", "fine_tune", "fuse", "quantize", "evaluate"})
     kept["base"]["model"] = name_of_base(bench, settings)

@@ -27,14 +27,15 @@ from orion_triage.dataset.records import Record
 from orion_triage.dataset.sources.synthetic.draw import draw_tile, tile_seed
 from orion_triage.imagery.frames import shrink
 from orion_triage.machine.rehearse import SHAPES, random_config
+from orion_triage.mission.mission import default_mission
 from orion_triage.mission.verdict import Verdict
-from orion_triage.models import lfm2_vl
+from orion_triage.models import lfm2_vl, lfm2_vl_shapes
 from orion_triage.models.load import TINY_BASE_FOLDER, expand_four_bit, load_model, load_processor
-from orion_triage.models.shared_image import Lfm2VlForConditionalGeneration
 from orion_triage.settings import FineTuneSettings, load_settings
 from orion_triage.train import fine_tune
 from orion_triage.train.trainer import collator
 
+MISSION = default_mission()
 WAYS = ("shuffled", "twins", "twins and prefix")
 
 
@@ -45,9 +46,10 @@ def random_model(preset: str, layers: tuple[int, int, int], folder: Path) -> tup
     types = ("conv", *["full_attention"] * attention, *["conv"] * (convolutions - 1))
     tokenizer, config = random_config(preset, layer_types=types, vision_layers=vision)
     torch.manual_seed(0)
-    model = Lfm2VlForConditionalGeneration(config)
+    model = lfm2_vl.model_class()(config)
+    config.save_pretrained(folder)
     size = load_settings(preset).base.frame_size
-    lfm2_vl.make_processor(tokenizer, size).save_pretrained(folder)
+    lfm2_vl_shapes.make_processor(tokenizer, size).save_pretrained(folder)
     return model, load_processor(folder, size)
 
 

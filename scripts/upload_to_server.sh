@@ -47,9 +47,10 @@ done
 # --- what is to be sent, and where -----------------------------------------------------------------------------
 
 require_server
-require_server_path ORION_SERVER_HDD_PATH "${ORION_SERVER_HDD_PATH:-}"
-data_there=${ORION_SERVER_DATA_PATH:-$ORION_SERVER_HDD_PATH/orion_data}
-repository_there=${ORION_REPO_DIR:-$ORION_SERVER_HDD_PATH/orion-triage}
+root=${ORION_SERVER_HDD_PATH:-}
+[[ ${ORION_SERVER_DATA_PATH:-} && ${ORION_REPO_DIR:-} ]] || require_server_path ORION_SERVER_HDD_PATH "$root"
+data_there=${ORION_SERVER_DATA_PATH:-$root/orion_data}
+repository_there=${ORION_REPO_DIR:-$root/orion-triage}
 require_server_path ORION_SERVER_DATA_PATH "$data_there"
 require_server_path ORION_REPO_DIR "$repository_there"
 require_tools rsync tar gzip sha256sum flock git

@@ -26,7 +26,7 @@ from orion_triage.dataset.records import IMAGES_FOLDER, Record, write_split
 from orion_triage.imagery.frames import shrink
 from orion_triage.mission.answer import Answer
 from orion_triage.mission.mission import default_mission
-from orion_triage.mission.prompt import Coordinates, render_prompt
+from orion_triage.mission.prompt import Coordinates, render_prompt, user_text
 from orion_triage.mission.verdict import Verdict, answer_text
 from orion_triage.models.load import TINY_BASE_FOLDER
 
@@ -160,11 +160,11 @@ def make_base(folder: Path, seed: int, layernorm: bool = False, **other_sizes: A
     import torch
     from transformers import Lfm2VlForConditionalGeneration
 
-    from orion_triage.models import lfm2_vl
+    from orion_triage.models import lfm2_vl_shapes
 
     texts = [render_prompt(MISSION, Coordinates(lon / 7, lon / 3)) for lon in range(-60, 60, 5)]
     texts += [answer_text(MISSION, Verdict(reason, category)) for category, reason in REASONS.items()]
-    tokenizer = lfm2_vl.train_tokenizer(texts, 704)
+    tokenizer = lfm2_vl_shapes.train_tokenizer(texts, 704)
     sizes: dict[str, Any] = {
         "layer_types": ("conv", "full_attention"),
         "text_feed_forward": 256,
@@ -176,7 +176,7 @@ def make_base(folder: Path, seed: int, layernorm: bool = False, **other_sizes: A
         "vision_feed_forward": 128,
         "projector_width": 128,
     }
-    config = lfm2_vl.make_config(tokenizer, **(sizes | other_sizes))
+    config = lfm2_vl_shapes.make_config(tokenizer, **(sizes | other_sizes))
     config.projector_use_layernorm = layernorm
     torch.manual_seed(seed)
     model = Lfm2VlForConditionalGeneration(config)
@@ -184,7 +184,7 @@ def make_base(folder: Path, seed: int, layernorm: bool = False, **other_sizes: A
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(4)
-    lfm2_vl.save_base(model, lfm2_vl.make_processor(tokenizer, 256), folder)
+    lfm2_vl_shapes.save_base(model, lfm2_vl_shapes.make_processor(tokenizer, 256), folder)
     return folder
 
 
@@ -250,7 +250,7 @@ def small_adapter(tmp_path_factory: pytest.TempPathFactory, small_base: Path, sm
 
 @pytest.fixture(scope="session")
 def drawn_questions() -> Callable[[int], tuple[list[Image.Image], list[str]]]:
-    """So many drawn frames of 256x256, every other one with its coordinates, and their prompts."""
+    """So many drawn frames of 256x256, every other one with its coordinates, and the user's texts about them."""
     from orion_triage.dataset.catalogue import load_catalogue
     from orion_triage.dataset.sources.synthetic.draw import draw_tile, tile_seed
 
@@ -258,7 +258,7 @@ def drawn_questions() -> Callable[[int], tuple[list[Image.Image], list[str]]]:
         images, prompts = [], []
         for target in load_catalogue()[:: 360 // count][:count]:
             images.append(shrink(draw_tile(target.morphology, tile_seed(1, target.name)).image, 256))
-            prompts.append(render_prompt(MISSION, target.coordinates if len(images) % 2 else None))
+            prompts.append(user_text(MISSION, target.coordinates if len(images) % 2 else None))
         return images, prompts
 
     return draw
@@ -312,7 +312,7 @@ def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "executable", warm.python())  # as in warm_python
         shared = made_once(
-            "tiny-pair", lambda out: quantize.run(TINY_BASE_FOLDER, out, QuantizeSettings(), prompts=["x"])
+            "tiny-pair", lambda out: quantize.run(TINY_BASE_FOLDER, out, QuantizeSettings(), user_texts=["<image>\nx"])
         )
     folder = tmp_path_factory.mktemp("tiny") / "gguf"
     shutil.copytree(shared, folder)

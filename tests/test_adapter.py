@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 
 from orion_triage.errors import OrionError
+from orion_triage.models import lfm2_vl
 from orion_triage.models.adapter import adapter_census, resolve_targets
 from orion_triage.models.load import load_model
 
@@ -85,7 +86,7 @@ def test_census_of_a_finished_adapter_names_what_was_never_trained() -> None:
         for name in ("q_proj", "k_proj", "v_proj")
         for matrix in "AB"
     }
-    census, warnings = adapter_census(RECIPE, tensors)
+    census, warnings = adapter_census(RECIPE, tensors, lfm2_vl)
     assert census["q_proj"] == {"text": 3, "vision": 3, "projector": 0}
     assert census["o_proj"] == {"text": 0, "vision": 0, "projector": 0}
     assert warnings == [

@@ -17,6 +17,7 @@ from orion_triage.export import quantize
 from orion_triage.imagery.frames import read_frame
 from orion_triage.imagery.geotiff import locate
 from orion_triage.machine import doctor
+from orion_triage.models import lfm2_vl
 from orion_triage.models.adapter import adapter_census, attach_adapter, read_adapter
 from orion_triage.models.load import load_model, load_processor, resolve_base, save_processor
 from orion_triage.settings import load_settings
@@ -181,7 +182,7 @@ def test_an_adapter_whose_targets_are_a_pattern_was_trained(targets: Any, small_
         assert census == {"self_attn.q_proj": found, "self_attn.v_proj": found}
     else:
         assert ["'w9' has no tensors" in warning for warning in warnings] == [True]
-    assert adapter_census(None, {}) == ({}, [])
+    assert adapter_census(None, {}, lfm2_vl) == ({}, [])
 
 
 def test_an_adapter_in_mlx_form_is_called_that(tmp_path: Path) -> None:
@@ -224,7 +225,7 @@ def test_the_dataset_check_and_the_folder_name_the_pointers(tmp_path: Path) -> N
     names = [f"{split}_dataset.jsonl" for split in ("test", "train", "val")]
     for name in names:
         (tmp_path / name).write_bytes(POINTER)
-    _, findings = read_entries(tmp_path)
+    _, findings = read_entries(tmp_path, MISSION)
     assert [finding.place for finding in findings] == [names[1], names[2], names[0]]
     assert all("is a Git LFS pointer" in finding.message for finding in findings)
     (tmp_path / "a.csv").write_bytes(POINTER)

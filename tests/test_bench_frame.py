@@ -26,7 +26,8 @@ from orion_triage.flight.bench_frame import Row, Setup, changed, encode_seconds,
 from orion_triage.imagery.frames import Frame, read_frame, shrink
 from orion_triage.llama_cpp.server import Server
 from orion_triage.llama_cpp.toolchain import find_toolchain
-from orion_triage.mission.prompt import render_prompt
+from orion_triage.mission.prompt import user_text
+from orion_triage.models import lfm2_vl
 from orion_triage.runs import manifest
 from orion_triage.runs.run import Run, open_run, prepare
 from orion_triage.settings import load_settings
@@ -156,7 +157,7 @@ def test_a_run_trains_and_flies_at_another_size(small_dataset: Path, tmp_path: P
         made["request"]["prompt_tokens"],
         "quantized",
     )
-    outcomes = list(triage.triage_with_pair([image_path(run.dataset, record)], run.gguf, 384, log=tmp_path / "log"))
+    outcomes = list(triage.triage_with_pair([image_path(run.dataset, record)], triage.of_run(run)))
     assert outcomes[0].verdict is not None
 
 
@@ -164,16 +165,22 @@ def test_a_run_trains_and_flies_at_another_size(small_dataset: Path, tmp_path: P
 def test_an_image_out_of_the_cache_is_not_taken_for_an_encoded_one(finished: Path, tmp_path: Path) -> None:
     gguf, log = finished / "runs" / "small" / "gguf", tmp_path / "server.log"
     image = shrink(structured_picture(1), 256)
-    png, prompt = Frame(image, image.size).png(), render_prompt(MISSION, None)
+    png, text = Frame(image, image.size).png(), user_text(MISSION, None)
     options = bench_frame._options(bench_frame.Setup(256, "Q4_K_M"))
     tools = find_toolchain()
     with Server(
-        tools, gguf / quantize.QUANTIZED, gguf / quantize.MMPROJ, log=log, threads=1, options=options
+        tools,
+        gguf / quantize.QUANTIZED,
+        gguf / quantize.MMPROJ,
+        log=log,
+        turn=lfm2_vl.TURN,
+        threads=1,
+        options=options,
     ) as server:
-        server.client.completion(prompt, png, 1, cache_prompt=True)
+        server.client.completion(text, png, 1, cache_prompt=True)
         assert 0.001 < encode_seconds(log, 0) < 60
         logged = log.stat().st_size
-        server.client.completion(prompt, png, 1, cache_prompt=True)
+        server.client.completion(text, png, 1, cache_prompt=True)
         with pytest.raises(ServerError, match="encoded 0 images instead of one"):
             encode_seconds(log, logged)
         assert server.peak_memory_bytes() > 20e6

@@ -34,7 +34,7 @@ from orion_triage.llama_cpp.toolchain import WHEEL_SHA256, Toolchain, find_toolc
 from orion_triage.llama_cpp.tools import quantize_file
 from orion_triage.mission.answer import Answer
 from orion_triage.mission.decide import Rules, decide
-from orion_triage.mission.prompt import render_prompt
+from orion_triage.mission.prompt import render_prompt, user_text
 from orion_triage.mission.verdict import (
     CATEGORY_CUE,
     answer_tokens,
@@ -42,6 +42,7 @@ from orion_triage.mission.verdict import (
     grammar,
     parse_verdict,
 )
+from orion_triage.models import lfm2_vl
 from orion_triage.models.load import TINY_BASE_FOLDER
 from orion_triage.pipeline import run_stage, stage_named
 from orion_triage.runs.run import Run, prepare
@@ -145,7 +146,7 @@ def toolchain() -> Toolchain:
 def running(toolchain: Toolchain, made: Path) -> Iterator[Client]:
     log = made.parent / "server.log"
     pair = (made / quantize.QUANTIZED, made / quantize.MMPROJ)
-    with Server(toolchain, *pair, log=log, threads=1) as server:
+    with Server(toolchain, *pair, log=log, turn=lfm2_vl.TURN, threads=1) as server:
         yield server.client
 
 
@@ -296,7 +297,7 @@ def test_the_flight_client_decides_as_the_ground_does(threshold: float | None) -
         for one in scores:
             named = dict(zip(("HIGH", "MEDIUM", "LOW"), one, strict=True)) if one else None
             expected = decide(MISSION, said if said else None, one, blank=False, rules=Rules(threshold))
-            category, by = ask_frame.decide(said, named, threshold)
+            category, by = ask_frame.decide(said, named, threshold, MISSION.model_dump(mode="json"))
             assert (category, by.split()[0]) == (expected.category, expected.by.split()[0])
 
 
@@ -323,7 +324,8 @@ def test_the_flight_client_answers_as_the_ground_does(
         [sys.executable, copied / "ask_frame.py", "a.raw", "--url", running.base_url],
         capture_output=True, text=True, cwd=tmp_path, check=False, env={"LLAMA_API_KEY": key_of(running)},
     )  # fmt: skip
-    assert (told.returncode, told.stderr) == (1, "error: a.raw has 5 bytes, not 786432\n")
+    said = "error: a.raw has 5 bytes, not 786432 (512x512x3). Give it raw RGB: PNG and JPEG are not read here.\n"
+    assert (told.returncode, told.stderr) == (1, said)
 
 
 @pytest.mark.llama_cpp
@@ -362,8 +364,8 @@ def test_golden_images_take_the_categories_in_turn_clearest_first() -> None:
         _row("unscored", "LOW", "LOW"),
     ]
     expected = ["h2", "m1", "l1", "h3", "l2", "h1", "wrong"]
-    assert [row["name"] for row in bundle.clearest_first(rows)] == expected
-    assert [row["name"] for row in bundle.clearest_first(reversed(rows))] == expected
+    assert [row["name"] for row in bundle.clearest_first(rows, MISSION)] == expected
+    assert [row["name"] for row in bundle.clearest_first(reversed(rows), MISSION)] == expected
 
 
 # --- go ---------------------------------------------------------------------------------------------------------
@@ -718,7 +720,8 @@ def stubbed(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle with what the stub answers as its expectation; nobody changes it."""
 
     def expect(record: dict[str, Any]) -> None:
-        record["request"] |= {"label_tokens": LABELS, "prompt_tokens": 30}
+        place = {"after": "", "tokens": list(LABELS.values()), "categories": [[label] for label in LABELS]}
+        record["request"] |= {"labels": [place], "prompt_tokens": 30}
         for image in record["golden"]:
             image |= {"answer": _Stub.answer, "category": "LOW", "log_probabilities": dict.fromkeys(LABELS, -1.0)}
 
@@ -832,16 +835,16 @@ def test_the_checker_asks_with_the_bytes_of_the_flight(stubbed: Path) -> None:
     image = record["golden"][0]["image"]
     seen: list[tuple[str, dict[str, Any]]] = []
     with stub(seen=seen) as url:
-        client = Client(url)
+        client = Client(url, turn=lfm2_vl.TURN)
         flown = client.complete_and_score(
-            render_prompt(MISSION, None),
+            user_text(MISSION, None),
             (stubbed / image).read_bytes(),
             answer_tokens(MISSION),
             cue=CATEGORY_CUE,
-            tokens=list(LABELS.values()),
+            after_cue=[("", list(LABELS.values()))],
             grammars=(grammar(MISSION), category_grammar(MISSION)),
         )
         asked = check_flight.Questions(check_flight.Connection(url, ""), stubbed, record, "<__media_x__>").ask(image)
-    assert flown == (asked[0], list(asked[1].values()))
+    assert flown == (asked[0], [list(asked[1].values())])
     assert len(seen) == 4
     assert seen[:2] == seen[2:]

@@ -352,6 +352,39 @@ def test_variants_are_compared_and_the_grammar_always_parses(finished: Path, tmp
 
 @pytest.mark.llama_cpp
 @pytest.mark.slow
+def test_a_llama_cpp_that_computes_otherwise_ends_in_a_verdict(finished: Path, tmp_path: Path) -> None:
+    """Planted: a llama-server that divides by another norm than the model was trained with."""
+    folder, other = tmp_path / "finished", tmp_path / "tools"
+    shutil.copytree(finished, folder)
+    other.mkdir()
+    ours = find_toolchain()
+    epsilon = "--override-kv lfm2.attention.layer_norm_rms_epsilon=float:0.5"
+    for tool, more in (
+        (ours.llama_quantize, ""),
+        (ours.llama_server, f'[ "$1" = --version ] || set -- "$@" {epsilon}'),
+    ):
+        (other / tool.name).write_text(f'#!/bin/sh\n{more}\nexec "{tool}" "$@"\n')
+        (other / tool.name).chmod(0o755)
+    run = folder / "runs" / "small"
+    shutil.rmtree(run / "evaluation" / "test" / "F16")
+    result = orion(*run_command(), cwd=folder, ORION_LLAMA_CPP=str(other))
+    assert result.returncode == 0, result.stderr
+    assert "evaluate F16: failed. llama.cpp's next-token log-probabilities differ" in result.stderr
+    assert re.search(r"^DO NOT FLY: .*llama\.cpp as transformers", result.stdout, re.MULTILINE), result.stdout
+    results = json.loads((run / "results.json").read_text())
+    rows = {row["name"]: row for row in results["verdict"]["criteria"]}
+    assert rows["llama.cpp as transformers"]["measured"].endswith("nats apart")
+    assert "F16" not in results["models"]
+    assert "The gate at F16 failed" in (run / "report.md").read_text()
+    alone = orion("evaluate", *run_command()[1:], "--variants", "F16", cwd=folder, ORION_LLAMA_CPP=str(other))
+    assert_refused(alone, "0.01 is allowed")
+    again = orion(*run_command(), cwd=folder)
+    assert "evaluate F16: done" in again.stderr
+    assert "llama.cpp as transformers" not in json.loads((run / "results.json").read_text())["verdict"]["because"]
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.slow
 def test_runs_are_compared_frame_by_frame(finished: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(finished / "runs" / "small", other)
@@ -425,6 +458,8 @@ def test_no_file_name_is_cut_on_a_narrow_terminal_or_in_a_file(finished: Path, t
         on_a_terminal = orion("triage", tmp_path / name, cwd=finished, COLUMNS=columns, FORCE_COLOR="1")
         lines = re.sub(r"\x1b\[[0-9;]*m", "", on_a_terminal.stdout).splitlines()
         assert max(map(len, lines)) <= int(columns)
+        if columns == "80":  # rich cuts off what does not fit, without a sign
+            assert {line[-1] for line in lines} <= set("┓┃┩│┘")
         cells = [line.split("│")[1].strip() for line in lines if line.startswith("│")]
         assert "".join(cells) == str(tmp_path / name)
     missing = orion("triage", "gone.png", cwd=finished)

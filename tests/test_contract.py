@@ -64,7 +64,7 @@ def test_prompts_parse_back_and_others_are_refused() -> None:
         assert parse_prompt(MISSION, render_prompt(MISSION, coordinates)) == coordinates
     with pytest.raises(OrionError, match="not in the prompt's two-decimal form"):
         parse_prompt(MISSION, render_prompt(MISSION, Coordinates(1.5, -2.25)).replace("1.5", "1.50"))
-    with pytest.raises(OrionError, match="not the triage prompt"):
+    with pytest.raises(OrionError, match="the prompt is not that of the mission orion"):
         parse_prompt(MISSION, render_prompt(MISSION, None).replace("image.\n", "image captured\n"))
 
 
@@ -100,7 +100,7 @@ def _changed(**changes: object) -> str:
         (_changed(image="../secret.png"), "is outside the dataset folder"),
         (_changed(image="/etc/passwd"), "is outside the dataset folder"),
         (_changed(conversations=[]), "not one user turn"),
-        (LINE.replace('\\"HIGH\\"', '\\"URGENT\\"'), "category 'URGENT' is not one of HIGH, MEDIUM, LOW"),
+        (LINE.replace('\\"HIGH\\"', '\\"URGENT\\"'), "category 'URGENT' is not HIGH, MEDIUM or LOW"),
         (LINE.replace('\\"Pads.\\", ', '\\"Pads.\\",'), "exact form"),
     ],
 )

@@ -189,7 +189,7 @@ def test_loss_of_a_training_batch_is_the_loss_of_the_whole_rows(small_base: Path
     whole = encode(
         processor,
         [frames[record.image] for record in records],
-        [record.prompt for record in records],
+        [record.user_text for record in records],
         [record.answer for record in records],
     )
     model = load_model(small_base, dtype="float32")
@@ -227,7 +227,7 @@ def test_gradients_are_those_of_the_plain_recipe(small_base: Path, small_dataset
     (ours.train()(**batch).loss).backward()
     tokens = 0
     for record in records:
-        whole = encode(processor, [frames[record.image]], [record.prompt], [record.answer])
+        whole = encode(processor, [frames[record.image]], [record.user_text], [record.answer])
         del whole["image_of_row"]
         count = int((whole["labels"] != IGNORED).sum())
         (plain.train()(**whole).loss * count).backward()
@@ -245,14 +245,13 @@ def test_gradients_are_those_of_the_plain_recipe(small_base: Path, small_dataset
 def test_a_tower_that_is_not_trained_is_asked_once_a_frame(
     small_base: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from orion_triage.models.shared_image import Lfm2VlForConditionalGeneration
+    from orion_triage.models import lfm2_vl
 
     looks: list[int] = []
-    look = Lfm2VlForConditionalGeneration.look
+    kind = lfm2_vl.model_class()
+    look = kind.look
     # Counted, and done as before.
-    monkeypatch.setattr(
-        Lfm2VlForConditionalGeneration, "look", lambda model, **pixels: looks.append(1) or look(model, **pixels)
-    )
+    monkeypatch.setattr(kind, "look", lambda model, **pixels: looks.append(1) or look(model, **pixels))
     runs = {}
 
     def progress(description: str, done: int, total: int) -> None:

@@ -15,7 +15,7 @@ from orion_triage.errors import OrionError
 from orion_triage.flight.triage import appending, frames_in, left_to_do, triage_files
 from orion_triage.mission.answer import Answer
 from orion_triage.mission.decide import BLANK_REASON, Rules
-from orion_triage.mission.prompt import render_prompt
+from orion_triage.mission.prompt import user_text
 from orion_triage.mission.verdict import Verdict, answer_text
 from tests.conftest import MISSION
 
@@ -47,7 +47,9 @@ class Dying:
 run = SimpleNamespace(
     folder=Path("."), gguf=Path("."), settings=load_settings("tiny")
 )
-triage.triage_with_pair = lambda paths, gguf, size, **_: triage.triage_files(paths, Dying(), size)
+triage.triage_with_pair = lambda paths, flown, **_: triage.triage_files(
+    paths, Dying(), flown.mission, flown.frame_size
+)
 threshold.read = lambda *_: None
 cli.flight.finished_run = lambda *_, **__: run
 cli.main()
@@ -75,11 +77,11 @@ def test_a_threshold_decides_by_the_scores_and_keeps_the_reason(tmp_path: Path) 
     low = answer_text(MISSION, Verdict("Long quays.", "LOW"))
     for threshold, category in ((0.5, "LOW"), (0.7, "MEDIUM"), (2.0, "MEDIUM")):
         backend = Saying(low, scores=(0.1, 0.3, 0.6))
-        (outcome,) = triage_files([tmp_path / "a.png"], backend, 256, rules=Rules(threshold))
+        (outcome,) = triage_files([tmp_path / "a.png"], backend, MISSION, 256, rules=Rules(threshold))
         assert outcome.verdict == Verdict("Long quays.", category)
         assert outcome.answer is not None
         assert outcome.answer.scores == (0.1, 0.3, 0.6)
-    (plain,) = triage_files([tmp_path / "a.png"], Saying(low, scores=(0.1, 0.3, 0.6)), 256)
+    (plain,) = triage_files([tmp_path / "a.png"], Saying(low, scores=(0.1, 0.3, 0.6)), MISSION, 256)
     assert plain.verdict == Verdict("Long quays.", "LOW")
 
 
@@ -88,25 +90,27 @@ def test_each_file_has_an_outcome_and_only_pictures_are_asked_about(tmp_path: Pa
     (tmp_path / "b.raw").write_bytes(b"short")
     Image.new("RGB", (512, 512), (250, 250, 250)).save(tmp_path / "c.png")
     structured_picture(2).save(tmp_path / "d.png")
-    backend = Saying(HIGH.to_json(), "I think it is HIGH")
-    a, b, c, d = triage_files([tmp_path / f"{name}" for name in ("a.png", "b.raw", "c.png", "d.png")], backend, 256)
+    backend = Saying(answer_text(MISSION, HIGH), "I think it is HIGH")
+    a, b, c, d = triage_files(
+        [tmp_path / f"{name}" for name in ("a.png", "b.raw", "c.png", "d.png")], backend, MISSION, 256
+    )
     assert a.verdict == HIGH
     assert (b.verdict, "b.raw has 5 bytes" in b.error) == (None, True)
     assert c.verdict == Verdict(BLANK_REASON, "LOW")
     assert c.blank
     assert d.verdict is None
     assert "d.png: the model gave no verdict" in d.error
-    assert backend.asked == [((256, 256), render_prompt(MISSION, None))] * 2
-    asked = Saying(HIGH.to_json())
-    (without,) = triage_files([tmp_path / "c.png"], asked, 256, rules=Rules(blank=False))
+    assert backend.asked == [((256, 256), user_text(MISSION, None))] * 2
+    asked = Saying(answer_text(MISSION, HIGH))
+    (without,) = triage_files([tmp_path / "c.png"], asked, MISSION, 256, rules=Rules(blank=False))
     assert (without.verdict, without.blank, len(asked.asked)) == (HIGH, False, 1)
 
 
 def test_the_native_size_of_a_resized_frame_is_kept(tmp_path: Path) -> None:
     structured_picture(1).resize((700, 600)).save(tmp_path / "a.png")
-    (refused,) = triage_files([tmp_path / "a.png"], Saying(HIGH.to_json()), 256)
+    (refused,) = triage_files([tmp_path / "a.png"], Saying(answer_text(MISSION, HIGH)), MISSION, 256)
     assert "--resize" in refused.error
-    (outcome,) = triage_files([tmp_path / "a.png"], Saying(HIGH.to_json()), 256, resize=True)
+    (outcome,) = triage_files([tmp_path / "a.png"], Saying(answer_text(MISSION, HIGH)), MISSION, 256, resize=True)
     assert (outcome.verdict, outcome.native_size) == (HIGH, (700, 600))
 
 
@@ -147,8 +151,10 @@ def test_a_geotiff_is_read_as_the_dataset_reads_it(tmp_path: Path) -> None:
         file.write(np.moveaxis(np.asarray(picture), 2, 0))
     (tmp_path / "b.tif").write_bytes(b"no TIFF")
     picture.save(tmp_path / "c.png")
-    backend = Saying(HIGH.to_json(), HIGH.to_json())
-    a, b, c, gone = triage_files([tmp_path / name for name in ("a.TIF", "b.tif", "c.png", "gone.tif")], backend, 512)
+    backend = Saying(answer_text(MISSION, HIGH), answer_text(MISSION, HIGH))
+    a, b, c, gone = triage_files(
+        [tmp_path / name for name in ("a.TIF", "b.tif", "c.png", "gone.tif")], backend, MISSION, 512
+    )
     assert a.verdict == c.verdict == HIGH
     assert "b.tif is not PNG, JPEG or TIFF" in b.error
     assert "gone.tif does not exist" in gone.error

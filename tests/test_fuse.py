@@ -43,7 +43,7 @@ def log_probabilities(model: Any, base: Path, dataset: Path) -> Any:
         model,
         load_processor(base, 256),
         [read_frame(image_path(dataset, record), 256).image for record in records],
-        [record.prompt for record in records],
+        [record.user_text for record in records],
         [record.answer for record in records],
     )
     return torch.cat(scores)

@@ -10,7 +10,8 @@ from orion_triage.dataset.dataset import Dataset
 from orion_triage.dataset.records import read_split
 from orion_triage.evaluate.backends import TransformersBackend
 from orion_triage.export import fuse
-from orion_triage.mission.prompt import render_prompt
+from orion_triage.mission.prompt import user_text
+from orion_triage.models import lfm2_vl
 from orion_triage.models.generate import answer_log_probabilities, vision_features
 from orion_triage.models.load import load_model, load_processor
 from orion_triage.progress import silent
@@ -45,7 +46,7 @@ def test_the_base_in_four_bits_sees_like_the_one_in_sixteen(
     reference_model = load_model(small_base, dtype=precision, device="cuda")
     reference = vision_features(reference_model, processor, small_frames)
     model = load_model(small_base, dtype=precision, four_bit=True, device="cuda")
-    figures = preflight(model, reference, processor, small_frames, render_prompt(MISSION, None))
+    figures = preflight(model, reference, processor, small_frames, user_text(MISSION, None))
     assert figures["smallest_vision_cosine"] > 0.999
     tower = model.model.vision_tower
     assert {parameter.dtype for parameter in tower.parameters()} == {getattr(torch, precision)}
@@ -67,7 +68,7 @@ def test_training_learns_and_its_adapter_fuses(
     assert figures["notes"] == []
     assert figures["last_loss"] < figures["first_loss"]
     assert figures["peak_vram_bytes"] > 0
-    assert figures["short_convolution"] == ("causal-conv1d" if fine_tune.has_fast_convolution() else "PyTorch")
+    assert figures["short_convolution"] == ("causal-conv1d" if lfm2_vl.has_fast_convolution() else "PyTorch")
     merged = fuse.run(
         small_base,
         tmp_path / "adapter",
@@ -119,9 +120,9 @@ def test_the_optimizer_is_paged(
 
 
 def test_evaluation_answers_like_the_cpu(small_base: Path, small_frames: list[Any]) -> None:
-    prompts = [render_prompt(MISSION, None)] * len(small_frames)
+    prompts = [user_text(MISSION, None)] * len(small_frames)
     settings = EvaluateSettings(max_new_tokens=8)
-    backend = TransformersBackend.load(small_base, settings, 256)
+    backend = TransformersBackend.load(small_base, MISSION, settings, 256)
     assert backend._model.device.type == "cuda"
     processor = load_processor(small_base, 256)
     cpu = load_model(small_base, dtype="float32")

@@ -23,9 +23,9 @@ from orion_triage.errors import FrameError, OrionError
 from orion_triage.flight.triage import triage_files
 from orion_triage.imagery.frames import Frame, decode_frame, read_frame
 from orion_triage.imagery.stretch import Stretch
-from orion_triage.mission.verdict import Verdict
+from orion_triage.mission.verdict import Verdict, answer_text
 from orion_triage.settings import DatasetSettings
-from tests.conftest import ConstantBackend
+from tests.conftest import MISSION, ConstantBackend
 
 from .conftest import structured_picture
 from .hostile import mutated, outcome
@@ -288,8 +288,8 @@ def test_triage_refuses_what_is_no_picture_and_goes_on(tmp_path: Path) -> None:
     (tmp_path / "3.png").symlink_to("/dev/zero")
     (tmp_path / "4.png").write_bytes(WHOLE_PNG)
     answer = Verdict("Long quays.", "HIGH")
-    backend = ConstantBackend(answer.to_json())
-    outcomes = outcome(lambda: list(triage_files(sorted(tmp_path.iterdir()), backend, 256)))
+    backend = ConstantBackend(answer_text(MISSION, answer))
+    outcomes = outcome(lambda: list(triage_files(sorted(tmp_path.iterdir()), backend, MISSION, 256)))
     assert [found.verdict for found in outcomes] == [None, None, None, answer]
     assert [found.error.partition("is not a")[2] for found in outcomes[:3]] == [
         " regular file. Pass a file, not a folder, pipe or device."
@@ -326,7 +326,7 @@ def test_a_dataset_that_links_outside_leaves_nothing_behind(tmp_path: Path, smal
     image.unlink()
     image.symlink_to(tmp_path / "secret.png")
     with pytest.raises(OrionError, match="is outside"):
-        build_dataset(out, DatasetSettings(source="directory", folder=str(source)))
+        build_dataset(out, DatasetSettings(source="directory", folder=str(source)), MISSION)
     assert not out.exists()
     assert {path.name for path in tmp_path.iterdir()} - {"run"} == {"secret.png", "source"}
 

@@ -27,6 +27,7 @@ from orion_triage.export import quantize
 from orion_triage.llama_cpp.client import Client, first_log_probabilities
 from orion_triage.mission.prompt import Coordinates, parse_prompt, render_prompt
 from orion_triage.mission.verdict import Verdict, answer_text, parse_verdict, reason_fault
+from orion_triage.models import lfm2_vl
 from orion_triage.runs import manifest
 from orion_triage.runs.run import SETTINGS_FILE, open_run
 from orion_triage.safe.reading import parse_json, read_text
@@ -57,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_line_is_a_record_or_named(folder: Path, line: bytes) -> None:
     path = folder / "train_dataset.jsonl"
     path.write_bytes(LINE.encode() + b"\n" + line)
-    found = outcome(read_records, path, named=path)
+    found = outcome(read_records, path, MISSION, named=path)
     if isinstance(found, OrionError):
         assert isinstance(found, RecordError)
         assert re.search(rf"{re.escape(str(path))}(:\d+: | is not UTF-8 \(byte \d+\))", found.message)
@@ -72,7 +73,7 @@ def test_a_line_is_a_record_or_named(folder: Path, line: bytes) -> None:
 def test_what_is_written_is_read_or_refused(reason: str, lon: float | None, category: str) -> None:
     place = None if lon is None else Coordinates(round(lon, 2), round(lon / 2, 2))
     record = Record("a.png", place, Verdict(reason, category), MISSION)
-    found = outcome(parse_record, record.to_line())
+    found = outcome(parse_record, record.to_line(), MISSION)
     if reason_fault(reason):
         assert isinstance(found, RecordError)
         assert "the reason" in found.message
@@ -111,7 +112,7 @@ def as_line(**parts: Any) -> str:
         (as_line(assistant='{"reason": "x", "category": "LOW", "category": "HIGH"}'), "exact form"),
         (as_line(assistant='{"reason": "x", "category": ' + DEEP), "not a verdict"),
         (as_line(assistant='{"reason": "x", "category": ' + "1" * 4000 + "}"), "category 1111"),
-        (LINE.replace("-2.25", "-2." + "9" * 9999), "not the triage prompt"),
+        (LINE.replace("-2.25", "-2." + "9" * 9999), "the prompt is not that of the mission orion"),
         (as_line(assistant=answer_text(MISSION, Verdict("a\nb", "LOW"))), r"unprintable character '\\n'"),
         (as_line(assistant=answer_text(MISSION, Verdict("a\ud800b", "LOW"))), r"unprintable character '\\ud800'"),
         *(
@@ -132,14 +133,14 @@ def test_each_of_these_lines_is_refused_by_name(line: str, said: str) -> None:
     if not said:  # the one that is right
         assert parse_record(line, MISSION)
         return
-    found = outcome(parse_record, line)
+    found = outcome(parse_record, line, MISSION)
     assert isinstance(found, RecordError)
     assert re.search(said, found.message)
 
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_a_prompt_has_no_other_numbers(number: str) -> None:
-    found = outcome(parse_prompt, render_prompt(MISSION, Coordinates(1.5, 2.5)).replace("1.5", number))
+    found = outcome(parse_prompt, MISSION, render_prompt(MISSION, Coordinates(1.5, 2.5)).replace("1.5", number))
     assert isinstance(found, OrionError)
 
 
@@ -193,7 +194,10 @@ def test_a_table_that_is_no_file_is_refused_at_once(name: str, what: str, tmp_pa
             path.write_bytes(b'{"a": "\xff"}')
         case _:
             path.symlink_to(path)
-    read: Any = {"train_dataset.jsonl": read_records, "own.toml": lambda path: load_settings(str(path))}
+    read: Any = {
+        "train_dataset.jsonl": lambda path: read_records(path, MISSION),
+        "own.toml": lambda path: load_settings(str(path)),
+    }
     found = outcome(read.get(name, load_catalogue), path, named=path)
     said = {"huge": "the limit is", "not UTF-8": "is not UTF-8", "link to itself": "cannot be read"}
     assert said.get(what, "is not a regular file") in found.message
@@ -400,9 +404,13 @@ def test_each_of_these_presets_is_refused_by_name(data: str, said: str, tmp_path
 FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
 
 
-@given(st.one_of(texts, mutated(SAID.to_json().encode()).map(lambda data: data.decode("utf-8", "surrogateescape"))))
+@given(
+    st.one_of(
+        texts, mutated(answer_text(MISSION, SAID).encode()).map(lambda data: data.decode("utf-8", "surrogateescape"))
+    )
+)
 def test_an_answer_is_a_verdict_or_none(answer: str) -> None:
-    found = outcome(parse_verdict, answer)
+    found = outcome(parse_verdict, MISSION, answer)
     assert found is None or found.category in MISSION.names
 
 
@@ -412,11 +420,12 @@ def test_an_answer_is_a_verdict_or_none(answer: str) -> None:
 @example("```jsonjson```", True)
 def test_fences_are_taken_off_as_their_pattern_does(inside: str, fenced: bool) -> None:
     """Put around a verdict: the fence by hand and the pattern agree on every short text."""
-    answer = f"```{inside}{SAID.to_json()}{inside}```" if fenced else f"{inside}{SAID.to_json()}{inside}"
+    said = answer_text(MISSION, SAID)
+    answer = f"```{inside}{said}{inside}```" if fenced else f"{inside}{said}{inside}"
     text = answer.strip()
     match = FENCE.fullmatch(text)
     try:
-        plain = json.loads(match[1] if match else text) == json.loads(SAID.to_json())
+        plain = json.loads(match[1] if match else text) == json.loads(said)
     except ValueError:
         plain = False
     assert (parse_verdict(MISSION, answer) is not None) == plain
@@ -438,7 +447,7 @@ def test_fences_are_taken_off_as_their_pattern_does(inside: str, fenced: bool) -
     ],
 )
 def test_an_answer_without_a_verdict_is_none_in_no_time(answer: str) -> None:
-    assert outcome(parse_verdict, answer) is None
+    assert outcome(parse_verdict, MISSION, answer) is None
 
 
 # A run folder's own files, spoilt
@@ -529,7 +538,7 @@ def client() -> Iterator[Client]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Parrot)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    found = Client(f"http://127.0.0.1:{server.server_port}")
+    found = Client(f"http://127.0.0.1:{server.server_port}", turn=lfm2_vl.TURN)
     yield found
     found.close()
     server.shutdown()
@@ -587,7 +596,7 @@ def test_probabilities_are_numbers_or_no_answer(listed: Any) -> None:
 def test_token_numbers_are_numbers(client: Client, change: dict[str, Any], said: str) -> None:
     Parrot.body = to_bytes(REPLY | change)
     with pytest.raises(ServerError, match=said):
-        LlamaCppBackend(client, max_new_tokens=9)
+        LlamaCppBackend(client, MISSION, max_new_tokens=9)
 
 
 @pytest.mark.parametrize(

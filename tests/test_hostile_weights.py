@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from orion_triage.errors import OrionError
 from orion_triage.export import fuse, quantize
 from orion_triage.llama_cpp.gguf_header import read_integers
-from orion_triage.models import chat_template
+from orion_triage.models import chat_template, lfm2_vl
 from orion_triage.models.adapter import attach_adapter, read_adapter
 from orion_triage.models.checkpoint import check_names
 from orion_triage.models.encode import render_turn
@@ -200,7 +200,10 @@ BENT = [
 
 @pytest.mark.parametrize("data", BENT, ids=range(len(BENT)))
 def test_a_lying_header_is_damage(data: bytes, tmp_path: Path) -> None:
-    for name, read in (("model.safetensors", check_names), ("adapter_model.safetensors", read_adapter)):
+    for name, read in (
+        ("model.safetensors", lambda folder: check_names(folder, lfm2_vl.LANDMARKS)),
+        ("adapter_model.safetensors", read_adapter),
+    ):
         path = tmp_path / name
         path.write_bytes(data)
         (tmp_path / "adapter_config.json").write_text("{}")
@@ -214,7 +217,7 @@ def test_a_lying_header_is_damage(data: bytes, tmp_path: Path) -> None:
 def test_a_bent_header_is_named(folder: Path, data: bytes) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(data)
-    found = outcome(check_names, folder, named=folder)
+    found = outcome(check_names, folder, lfm2_vl.LANDMARKS, named=folder)
     path.unlink()
     assert isinstance(found, OrionError)  # at best its tensors are not those of a base
 

@@ -253,7 +253,7 @@ def test_a_base_without_a_licence_gives_nothing_to_publish(tmp_path: Path) -> No
     base.mkdir()
     (base / "config.json").write_text("{}")
     assert licence_of(base) is None
-    write_card("adapter", base, "base", tmp_path)
+    write_card("adapter", base, "base", tmp_path, MISSION)
     assert "Not known" in (tmp_path / README).read_text()
     (tmp_path / "README.md").write_text("---\n: [\n---\n")
     with pytest.raises(OrionError, match="the header is not YAML"):
@@ -268,16 +268,16 @@ def test_a_dataset_is_checked_before_it_is_taken(small_dataset: Path, tmp_path: 
     shutil.copytree(small_dataset, source)
     first = image_path(source, read_split(source, "train", MISSION)[0])
     structured_picture(5).resize((640, 512)).save(first)
-    figures = build.run(tmp_path / "out", DatasetSettings(folder=str(source)))
+    figures = build.run(tmp_path / "out", DatasetSettings(folder=str(source)), MISSION)
     assert figures["warnings"] == ["1 of 24 pictures were not 512x512: cropped and scaled"]
     first.unlink()
     with pytest.raises(OrionError, match="1 of the 24 pictures that the records name are missing"):
-        build.run(tmp_path / "out", DatasetSettings(folder=str(source)))
+        build.run(tmp_path / "out", DatasetSettings(folder=str(source)), MISSION)
     outside = tmp_path / "outside.png"
     structured_picture(5).save(outside)
     first.symlink_to(outside)
     with pytest.raises(OrionError, match="is outside"):
-        build.run(tmp_path / "out", DatasetSettings(folder=str(source)))
+        build.run(tmp_path / "out", DatasetSettings(folder=str(source)), MISSION)
 
 
 def test_two_files_that_are_no_pair_are_refused(tmp_path: Path) -> None:

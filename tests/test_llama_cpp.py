@@ -20,14 +20,15 @@ from orion_triage.imagery.frames import Frame, decode_frame, read_frame
 from orion_triage.llama_cpp.client import Client
 from orion_triage.llama_cpp.server import Server
 from orion_triage.llama_cpp.toolchain import Toolchain, find_toolchain, parse_build_number, unpack_wheel
-from orion_triage.mission.prompt import Coordinates, render_prompt
+from orion_triage.mission.prompt import Coordinates, user_text
 from orion_triage.mission.verdict import grammar, parse_verdict
+from orion_triage.models import lfm2_vl
 from orion_triage.models.load import TINY_BASE_FOLDER
 from orion_triage.safe.files import sha256_of_file
 from orion_triage.settings import QuantizeSettings
 from tests.conftest import MISSION
 
-PROMPTS = [render_prompt(MISSION, None), render_prompt(MISSION, Coordinates(-120.62, 34.0))]
+TEXTS = [user_text(MISSION, None), user_text(MISSION, Coordinates(-120.62, 34.0))]
 
 
 @pytest.fixture(scope="session")
@@ -160,10 +161,12 @@ def test_f16_gives_the_probabilities_of_transformers(
     processor, model = load_processor(TINY_BASE_FOLDER, 256), load_model(TINY_BASE_FOLDER, dtype="float32")
     records = read_split(small_dataset, "test", MISSION)[:2]
     log = tmp_path / "server.log"
-    with Server(toolchain, tiny_pair / quantize.F16, tiny_pair / quantize.MMPROJ, log=log) as running:
+    with Server(
+        toolchain, tiny_pair / quantize.F16, tiny_pair / quantize.MMPROJ, log=log, turn=lfm2_vl.TURN
+    ) as running:
         for record in records:
             frame = read_frame(image_path(small_dataset, record), 256)
-            difference = parity.largest_difference(model, processor, running.client, frame, record.prompt)
+            difference = parity.largest_difference(model, processor, running.client, frame, record.user_text)
             assert difference <= parity.LARGEST_DIFFERENCE
         with pytest.raises(OrionError, match=r"llama\.cpp reads"):
             large = read_frame(image_path(small_dataset, records[0]), 512)
@@ -178,9 +181,9 @@ class _Shrinking:
         self.client = client
         self.chat = client.chat
 
-    def completion(self, prompt: str, image_png: bytes, max_tokens: int, **options: object) -> object:
+    def completion(self, text: str, image_png: bytes, max_tokens: int, **options: object) -> object:
         frame = decode_frame(image_png, "frame.png", 256)
-        return self.client.completion(prompt, frame.png(), max_tokens, **options)
+        return self.client.completion(text, frame.png(), max_tokens, **options)
 
 
 @pytest.mark.llama_cpp
@@ -190,9 +193,11 @@ def test_the_flight_grammar_gives_verdicts_and_the_server_stops(
     record = read_split(small_dataset, "test", MISSION)[0]
     png = read_frame(image_path(small_dataset, record), 256).png()
     log = tmp_path / "server.log"
-    with Server(toolchain, tiny_pair / quantize.QUANTIZED, tiny_pair / quantize.MMPROJ, log=log) as running:
-        assert parse_verdict(MISSION, running.client.complete(record.prompt, png, 250, grammar(MISSION))) is not None
-        assert quantize.check_tokenization(running.client, TINY_BASE_FOLDER, PROMPTS) == len(PROMPTS)
+    with Server(
+        toolchain, tiny_pair / quantize.QUANTIZED, tiny_pair / quantize.MMPROJ, log=log, turn=lfm2_vl.TURN
+    ) as running:
+        assert parse_verdict(MISSION, running.client.complete(record.user_text, png, 250, grammar(MISSION))) is not None
+        assert quantize.check_tokenization(running.client, TINY_BASE_FOLDER, TEXTS) == len(TEXTS)
         process, client = running._process, running.client
         assert process is not None
         assert os.getpgid(process.pid) != os.getpgid(0)  # Ctrl-C in a terminal goes to a whole group
@@ -214,13 +219,17 @@ def test_a_dead_server_is_reported_with_its_last_words(
     with (
         pytest.raises(ServerError, match="llama-server died"),
         Server(
-            toolchain, tiny_pair / quantize.QUANTIZED, tiny_pair / quantize.MMPROJ, log=tmp_path / "b.log"
+            toolchain,
+            tiny_pair / quantize.QUANTIZED,
+            tiny_pair / quantize.MMPROJ,
+            log=tmp_path / "b.log",
+            turn=lfm2_vl.TURN,
         ) as running,
     ):
         assert running._process is not None
         running._process.kill()
         running._process.wait()
-        running.client.complete("x", png, 5)
+        running.client.complete("<image>\nx", png, 5)
 
 
 @pytest.mark.llama_cpp
@@ -279,6 +288,6 @@ def test_a_tokenizer_that_is_not_lfm2_is_refused(toolchain: Toolchain, small_bas
     tokenizer = json.loads(path.read_text())
     tokenizer["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\s+"
     path.write_text(json.dumps(tokenizer))
-    with pytest.raises(OrionError, match="does not split text as LFM2 does"):
-        quantize.run(other, tmp_path / "gguf", QuantizeSettings(), prompts=PROMPTS)
+    with pytest.raises(OrionError, match="does not split text as LFM2-VL does"):
+        quantize.run(other, tmp_path / "gguf", QuantizeSettings(), user_texts=TEXTS)
     assert not (tmp_path / "gguf").exists()

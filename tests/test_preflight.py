@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from orion_triage.errors import OrionError
-from orion_triage.mission.prompt import render_prompt
-from orion_triage.models import load
+from orion_triage.mission.prompt import user_text
+from orion_triage.models import lfm2_vl
 from orion_triage.models.generate import vision_features
 from orion_triage.models.load import load_model, load_processor
 from orion_triage.train.preflight import preflight
@@ -25,7 +25,7 @@ def reference(small_base: Path, processor: Any, small_frames: list[Image.Image])
 
 def test_a_sound_four_bit_model_passes(small_base: Path, processor: Any, reference: Any, small_frames: Any) -> None:
     model = load_model(small_base, dtype="float32", four_bit=True)
-    figures = preflight(model, reference, processor, small_frames, render_prompt(MISSION, None))
+    figures = preflight(model, reference, processor, small_frames, user_text(MISSION, None))
     assert figures["frames"] == 8
     assert figures["smallest_vision_cosine"] > 0.999
     assert figures["smallest_logit_move"] > 0.01
@@ -49,10 +49,10 @@ def test_four_bits_where_pixels_or_verdicts_pass_are_refused(
     named: str,
 ) -> None:
     # The published recipe's fault, planted.
-    monkeypatch.setattr(load, "KEPT_IN_16_BIT", skipped)
+    monkeypatch.setattr(lfm2_vl, "KEPT_IN_16_BIT", skipped)
     model = load_model(small_base, dtype="float32", four_bit=True)
     with pytest.raises(OrionError, match=rf"quantized, for example \S*{named}: "):
-        preflight(model, reference, processor, small_frames, render_prompt(MISSION, None))
+        preflight(model, reference, processor, small_frames, user_text(MISSION, None))
 
 
 def test_bytes_in_a_floating_type_are_refused_too(
@@ -68,14 +68,14 @@ def test_bytes_in_a_floating_type_are_refused_too(
     embedding = next(module for name, module in model.named_modules() if name.endswith("patch_embedding"))
     assert embedding.weight.dtype.is_floating_point  # a check of the type alone would pass
     with pytest.raises(OrionError, match=r"for example \S*patch_embedding: "):
-        preflight(model, reference, processor, small_frames, render_prompt(MISSION, None))
+        preflight(model, reference, processor, small_frames, user_text(MISSION, None))
 
 
 def test_other_vision_weights_are_refused(other_base: Path, processor: Any, reference: Any, small_frames: Any) -> None:
     model = load_model(other_base, dtype="float32")
     said = r"frame \d have a cosine of -?0\.\d+ with those of the base in float32; 0\.99 is needed"
     with pytest.raises(OrionError, match=said):
-        preflight(model, reference, processor, small_frames, render_prompt(MISSION, None))
+        preflight(model, reference, processor, small_frames, user_text(MISSION, None))
 
 
 def test_features_that_overflow_are_refused_with_the_precision_that_does_not(
@@ -88,7 +88,7 @@ def test_features_that_overflow_are_refused_with_the_precision_that_does_not(
         model.model.multi_modal_projector.linear_2.weight.mul_(60_000)
         model.model.multi_modal_projector.linear_2.weight.mul_(1_000)
     with pytest.raises(OrionError, match="the vision features are not finite in float16") as refused:
-        preflight(model, reference, processor, small_frames, render_prompt(MISSION, None))
+        preflight(model, reference, processor, small_frames, user_text(MISSION, None))
     assert "fine_tune.precision=bfloat16" in refused.value.fix
 
 
@@ -103,4 +103,4 @@ def test_a_model_that_ignores_the_image_is_refused(
             if hasattr(layer, "self_attn"):
                 layer.self_attn.out_proj.weight.zero_()
     with pytest.raises(OrionError, match="replacing frame 1 by the next one changes no logit"):
-        preflight(model, reference, processor, small_frames, render_prompt(MISSION, None))
+        preflight(model, reference, processor, small_frames, user_text(MISSION, None))

@@ -27,6 +27,7 @@ from orion_triage.llama_cpp import client
 from orion_triage.llama_cpp.client import Client
 from orion_triage.llama_cpp.server import Server
 from orion_triage.llama_cpp.toolchain import find_toolchain
+from orion_triage.models import lfm2_vl
 from orion_triage.runs import manifest
 from orion_triage.safe import files
 from orion_triage.settings import FineTuneSettings
@@ -541,7 +542,7 @@ def test_no_lie_of_a_server_is_counted_as_an_answer(
     # A limit that is reached sooner: 1 s instead of 10 minutes.
     monkeypatch.setattr(Client.__init__, "__kwdefaults__", {"model": "", "timeout_seconds": 1.0})
     with liar(how) as url:
-        shared = SharedBackend([connect(url, "", 96)], pause_seconds=0)
+        shared = SharedBackend([connect(url, "", MISSION, 96)], pause_seconds=0)
         with pytest.raises(ServerError, match=f"no server is left: {url}: .*{said}.*run the same command again"):
             shared.answer(images, prompts)
         # The image and the question, once, where that is noticed after them; else three tries of what goes wrong.
@@ -559,5 +560,5 @@ def test_a_server_that_is_still_loading_is_waited_for_and_not_for_ever(monkeypat
     # A limit that is reached sooner.
     monkeypatch.setattr(client, "LOADING_SECONDS", 1)
     with liar("503") as url, pytest.raises(ServerError, match="answered 503"):
-        Client(url).completion("x", b"", 1)
+        Client(url, turn=lfm2_vl.TURN).completion("x", b"", 1)
     assert Liar.asked > 2

@@ -181,7 +181,7 @@ def test_undefined_resamples_are_left_out() -> None:
 
 
 def test_the_confusion_counts_every_frame_once() -> None:
-    counts = confusion(np.array([0, 0, 1, 2, 2]), np.array([0, -1, 2, 2, 2]))
+    counts = confusion(np.array([0, 0, 1, 2, 2]), np.array([0, -1, 2, 2, 2]), 3)
     assert counts.tolist() == [[1, 0, 0, 1], [0, 0, 1, 0], [0, 0, 2, 0]]
 
 
@@ -191,7 +191,7 @@ def test_rates_are_those_of_scikit_learn(truths: tuple[int, ...], guesses: tuple
     generator = np.random.default_rng(2)
     truth, guess = generator.choice(truths, 50), generator.choice(guesses, 50)
     there = [label for label in range(3) if label in truth or label in guess]
-    counts = confusion(truth, guess)
+    counts = confusion(truth, guess, 3)
     assert macro_f1(counts) == pytest.approx(f1_score(truth, guess, labels=there, average="macro"))
     with warnings.catch_warnings(action="ignore"):  # answers that are no truth's
         assert balanced_accuracy(counts) == pytest.approx(balanced_accuracy_score(truth, guess))
@@ -199,8 +199,8 @@ def test_rates_are_those_of_scikit_learn(truths: tuple[int, ...], guesses: tuple
 
 def test_rates_without_frames_are_undefined() -> None:
     nothing = np.array([], dtype=np.int64)
-    assert math.isnan(macro_f1(confusion(nothing, nothing)))
-    assert math.isnan(balanced_accuracy(confusion(nothing, nothing)))
+    assert math.isnan(macro_f1(confusion(nothing, nothing, 3)))
+    assert math.isnan(balanced_accuracy(confusion(nothing, nothing, 3)))
 
 
 @pytest.mark.parametrize("statistic", [macro_f1, balanced_accuracy])
@@ -210,8 +210,8 @@ def test_all_resamples_at_once_are_those_one_by_one(statistic: Callable[..., np.
     truth, guess = generator.integers(0, 3, count), generator.integers(-1, 3, count)
     clusters = [f"block {n}" for n in generator.integers(0, 20, count)]
     one_by_one = cluster_bootstrap(
-        lambda rows: float(statistic(confusion(truth[rows], guess[rows]))), clusters, seed=42
+        lambda rows: float(statistic(confusion(truth[rows], guess[rows], 3))), clusters, seed=42
     )
-    assert confusion_bootstrap(statistic, truth, guess, clusters, seed=42) == one_by_one
+    assert confusion_bootstrap(statistic, truth, guess, 3, clusters, seed=42) == one_by_one
     nothing = np.array([], dtype=np.int64)
-    assert all(math.isnan(end) for end in confusion_bootstrap(statistic, nothing, nothing, [], seed=42))
+    assert all(math.isnan(end) for end in confusion_bootstrap(statistic, nothing, nothing, 3, [], seed=42))

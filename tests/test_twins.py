@@ -11,9 +11,9 @@ from orion_triage.dataset.records import Record, read_split
 from orion_triage.errors import OrionError
 from orion_triage.mission.prompt import Coordinates
 from orion_triage.mission.verdict import Verdict
+from orion_triage.models import lfm2_vl
 from orion_triage.models.encode import encode_rows, shared_tokens
 from orion_triage.models.load import TINY_BASE_FOLDER, load_model, load_processor
-from orion_triage.models.shared_image import Lfm2VlForConditionalGeneration
 from orion_triage.progress import silent
 from orion_triage.settings import FineTuneSettings
 from orion_triage.train import fine_tune
@@ -250,6 +250,7 @@ def swap_images(model: Any, input_ids: Any, seen: Any, image_of_row: Any) -> Any
     return READ(model, input_ids, seen.flip(-2), image_of_row)
 
 
+Lfm2VlForConditionalGeneration = lfm2_vl.model_class()
 READ = Lfm2VlForConditionalGeneration.read
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from sklearn.metrics import brier_score_loss, cohen_kappa_score, log_loss
 
 from orion_triage.errors import OrionError
@@ -24,10 +25,17 @@ from orion_triage.evaluate.value import (
     value_at,
     value_curve,
 )
+from orion_triage.mission.mission import Mission
 
 H, M, L, NONE = 0, 1, 2, -1
 VALUES = (10.0, 2.0, 0.0)
-COSTS = np.array([[0.0, 2.0, 10.0], [1.0, 0.0, 3.0], [4.0, 1.0, 0.0]])
+COSTS = [[0.0, 2.0, 10.0], [1.0, 0.0, 3.0], [4.0, 1.0, 0.0]]
+MISSION = Mission.model_validate({"values": VALUES, "costs": COSTS})
+
+
+def with_prior(*shares: float) -> Mission:
+    return Mission.model_validate({"prior": shares})
+
 
 TRUTH = np.array([H, H, H, H, M, M, M, L, L, L])
 GUESS = np.array([H, H, L, NONE, M, L, H, L, M, L])
@@ -42,7 +50,7 @@ def some_scores(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_the_headline_counts_what_is_deleted_for_good() -> None:
-    rates = headline(TRUTH, GUESS)
+    rates = headline(TRUTH, GUESS, MISSION)
     recall, loss = rates["high_recall"], rates["irrecoverable_loss"]
     assert (recall["count"], recall["total"], recall["rate"]) == (2, 4, 0.5)
     assert (recall["low"], recall["high"]) == wilson(2, 4)
@@ -52,20 +60,20 @@ def test_the_headline_counts_what_is_deleted_for_good() -> None:
 
 
 def test_the_headline_of_a_split_without_valuable_frames_is_undefined() -> None:
-    rates = headline(np.array([L, L]), np.array([L, NONE]))
+    rates = headline(np.array([L, L]), np.array([L, NONE]), MISSION)
     undefined = {"count": 0, "total": 0, "rate": None, "low": None, "high": None}
     assert rates == {"high_recall": undefined, "irrecoverable_loss": undefined, "no_verdict": 0}
 
 
 def test_the_downlink_takes_what_is_called_high() -> None:
-    shares = downlink(TRUTH, GUESS, VALUES)
+    shares = downlink(TRUTH, GUESS, MISSION)
     # Sent: HIGH, HIGH, MEDIUM = 22 / 3; all: (4 * 10 + 3 * 2) / 10.
     assert shares == pytest.approx(
         {"sent": 0.3, "stored": 0.2, "dropped": 0.4, "no_verdict": 0.1, "value_density": 22 / 3 / 4.6}
     )
-    assert downlink(TRUTH, np.full(10, H), VALUES)["value_density"] == 1
-    assert downlink(TRUTH, np.full(10, L), VALUES)["value_density"] is None
-    assert downlink(np.array([L, L]), np.array([H, L]), VALUES)["value_density"] is None
+    assert downlink(TRUTH, np.full(10, H), MISSION)["value_density"] == 1
+    assert downlink(TRUTH, np.full(10, L), MISSION)["value_density"] is None
+    assert downlink(np.array([L, L]), np.array([H, L]), MISSION)["value_density"] is None
 
 
 def test_the_value_curve_is_the_one_drawn_by_hand() -> None:
@@ -115,11 +123,11 @@ def test_orders_of_equal_or_no_value_are_undefined() -> None:
 
 def test_costs_are_those_of_the_matrix_and_no_verdict_costs_most() -> None:
     # H: 0, 0, 10, no verdict 10; M: 0, 3, 1; L: 0, 1, 0.
-    assert expected_cost(TRUTH, GUESS, COSTS) == pytest.approx(25 / 10)
-    assert expected_cost(TRUTH, TRUTH, COSTS) == 0
+    assert expected_cost(TRUTH, GUESS, MISSION) == pytest.approx(25 / 10)
+    assert expected_cost(TRUTH, TRUTH, MISSION) == 0
     # All HIGH: 0 + 3 * 1 + 3 * 4 = 15; all MEDIUM: 4 * 2 + 0 + 3 = 11; all LOW: 40 + 9.
-    assert best_constant(TRUTH, COSTS) == (M, pytest.approx(1.1))
-    assert best_constant(TRUTH, np.ones((3, 3))) == (H, 1)
+    assert best_constant(TRUTH, MISSION) == (M, pytest.approx(1.1))
+    assert best_constant(TRUTH, Mission.model_validate({"costs": [[1.0, 1.0, 1.0]] * 3})) == (H, 1)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -128,19 +136,19 @@ def test_kappa_is_that_of_scikit_learn(seed: int) -> None:
     truth = generator.integers(0, 3, 60)
     guess = np.where(generator.random(60) < 0.6, truth, generator.integers(-1, 3, 60))
     answered = guess >= 0
-    kappa, left_out = quadratic_kappa(truth, guess)
+    kappa, left_out = quadratic_kappa(truth, guess, MISSION)
     assert kappa == pytest.approx(cohen_kappa_score(truth[answered], guess[answered], weights="quadratic"))
     assert left_out == np.sum(~answered) > 0
 
 
 def test_kappa_of_one_category_or_no_answer_is_undefined() -> None:
-    assert quadratic_kappa(np.array([M, M]), np.array([M, M])) == (None, 0)
-    assert quadratic_kappa(np.array([H, L]), np.array([NONE, NONE])) == (None, 2)
-    assert quadratic_kappa(np.array([H, L]), np.array([L, H])) == (-1.0, 0)
+    assert quadratic_kappa(np.array([M, M]), np.array([M, M]), MISSION) == (None, 0)
+    assert quadratic_kappa(np.array([H, L]), np.array([NONE, NONE]), MISSION) == (None, 2)
+    assert quadratic_kappa(np.array([H, L]), np.array([L, H]), MISSION) == (-1.0, 0)
 
 
 def test_a_prior_reweights_the_answers() -> None:
-    prior = {"HIGH": 0.1, "MEDIUM": 0.3, "LOW": 0.6}
+    prior = with_prior(0.1, 0.3, 0.6)
     rates = at_prior(TRUTH, GUESS, prior)
     high_sent, medium_sent = 0.1 * 2 / 4, 0.3 * 1 / 3
     assert rates["sent"] == pytest.approx(high_sent + medium_sent)
@@ -151,25 +159,23 @@ def test_a_prior_reweights_the_answers() -> None:
 
 
 def test_the_splits_own_prior_changes_nothing() -> None:
-    prior = {"HIGH": 0.4, "MEDIUM": 0.3, "LOW": 0.3}
-    rates, shares = at_prior(TRUTH, GUESS, prior), downlink(TRUTH, GUESS, VALUES)
+    prior = with_prior(0.4, 0.3, 0.3)
+    rates, shares = at_prior(TRUTH, GUESS, prior), downlink(TRUTH, GUESS, MISSION)
     assert all(rates[name] == pytest.approx(shares[name]) for name in ("sent", "stored", "dropped", "no_verdict"))
     assert rates["precision"] == pytest.approx({"HIGH": 2 / 3, "MEDIUM": 1 / 2, "LOW": 2 / 4})
 
 
 def test_what_a_split_cannot_say_about_a_prior_is_undefined() -> None:
     truth, guess = np.array([H, H, L]), np.array([H, L, L])
-    missing = at_prior(truth, guess, {"HIGH": 0.1, "MEDIUM": 0.3, "LOW": 0.6})
+    missing = at_prior(truth, guess, with_prior(0.1, 0.3, 0.6))
     assert missing["sent"] is missing["dropped"] is missing["precision"]["HIGH"] is None
-    known = at_prior(truth, guess, {"HIGH": 0.5, "LOW": 0.5})
+    known = at_prior(truth, guess, with_prior(0.5, 0, 0.5))
     assert known["sent"] == 0.25
     assert known["precision"] == pytest.approx({"HIGH": 1, "MEDIUM": None, "LOW": 0.5 / 0.75})
-    for wrong in (
-        {"HIGH": 0.5, "LOW": 0.4},
-        {"HIGH": 1.5, "LOW": -0.5},
-    ):
-        with pytest.raises(OrionError, match="does not sum to 1"):
-            at_prior(truth, guess, wrong)
+    with pytest.raises(OrionError, match=r"the prior HIGH 0\.5, MEDIUM 0, LOW 0\.4 does not sum to 1"):
+        at_prior(truth, guess, with_prior(0.5, 0, 0.4))
+    with pytest.raises(ValidationError, match="greater than or equal to 0"):
+        with_prior(1.5, 0, -0.5)
 
 
 def test_losses_are_those_of_scikit_learn() -> None:

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from orion_triage.errors import OrionError
-from orion_triage.mission.prompt import Coordinates, render_prompt
+from orion_triage.mission.prompt import Coordinates, render_prompt, user_text
 from orion_triage.mission.verdict import Verdict, answer_text
 from orion_triage.models.encode import IGNORED, check_template, encode, render_turn
 from orion_triage.models.generate import answer_log_probabilities, generate
@@ -18,7 +18,7 @@ VERDICTS = [
     answer_text(MISSION, Verdict("Dense port.", "HIGH")),
     answer_text(MISSION, Verdict("Ordinary street grid beside checkerboard fields.", "MEDIUM")),
 ]
-PROMPTS = [render_prompt(MISSION, None), render_prompt(MISSION, Coordinates(-120.62, 34.63))]
+TEXTS = [user_text(MISSION, None), user_text(MISSION, Coordinates(-120.62, 34.63))]
 
 
 @pytest.fixture(scope="module")
@@ -32,18 +32,18 @@ def model(small_base: Path) -> Any:
 
 
 def test_turn_bytes(processor: Any) -> None:
-    assert render_turn(processor, "Look.") == (
+    assert render_turn(processor, "<image>\nLook.") == (
         "<|startoftext|><|im_start|>user\n<image>\nLook.<|im_end|>\n<|im_start|>assistant\n"
     )
 
 
 def test_published_line_and_turn_have_the_same_bytes(processor: Any) -> None:
-    published = "<image>\n" + PROMPTS[1]
-    assert f"user\n{published}<|im_end|>" in render_turn(processor, PROMPTS[1])
+    published = "<image>\n" + render_prompt(MISSION, Coordinates(-120.62, 34.63))
+    assert f"user\n{published}<|im_end|>" in render_turn(processor, TEXTS[1])
 
 
 def test_only_verdict_and_end_of_turn_are_supervised(processor: Any, small_frames: list[Image.Image]) -> None:
-    batch = encode(processor, small_frames[:2], PROMPTS, VERDICTS)
+    batch = encode(processor, small_frames[:2], TEXTS, VERDICTS)
     tokenizer = processor.tokenizer
     for row in range(2):
         ids, labels, mask = (batch[key][row].tolist() for key in ("input_ids", "labels", "attention_mask"))
@@ -63,14 +63,14 @@ def test_only_verdict_and_end_of_turn_are_supervised(processor: Any, small_frame
 def test_training_rows_are_what_the_tokenizer_gives_for_the_whole_conversation(
     processor: Any, small_frames: list[Image.Image]
 ) -> None:
-    batch = encode(processor, small_frames[:1], PROMPTS[:1], VERDICTS[:1])
-    whole = render_turn(processor, PROMPTS[0]) + VERDICTS[0] + "<|im_end|>"
+    batch = encode(processor, small_frames[:1], TEXTS[:1], VERDICTS[:1])
+    whole = render_turn(processor, TEXTS[0]) + VERDICTS[0] + "<|im_end|>"
     whole = whole.replace("<image>", "<|image_start|>" + "<image>" * 64 + "<|image_end|>")
     assert batch["input_ids"][0].tolist() == processor.tokenizer(whole, add_special_tokens=False)["input_ids"]
 
 
 def test_generation_rows_are_padded_on_the_left(processor: Any, small_frames: list[Image.Image]) -> None:
-    batch = encode(processor, small_frames[:2], PROMPTS)
+    batch = encode(processor, small_frames[:2], TEXTS)
     assert "labels" not in batch
     assert batch["attention_mask"][0, 0] == 0
     assert batch["attention_mask"][:, -1].tolist() == [1, 1]
@@ -82,7 +82,7 @@ def test_frames_are_neither_resized_nor_tiled_nor_padded(small_base: Path, size:
 
     processor = load_processor(small_base, size)
     pixels = np.random.default_rng(size).integers(0, 256, (size, size, 3), dtype=np.uint8)
-    batch = encode(processor, [Image.fromarray(pixels)], ["x"])
+    batch = encode(processor, [Image.fromarray(pixels)], ["<image>\nx"])
     assert batch["spatial_shapes"].tolist() == [[size // 16, size // 16]]
     assert batch["pixel_values"].shape == (1, (size // 16) ** 2, 3 * 16 * 16)
     assert batch["pixel_attention_mask"].all()
@@ -93,11 +93,11 @@ def test_frames_are_neither_resized_nor_tiled_nor_padded(small_base: Path, size:
 
 def test_other_frame_size_is_refused(processor: Any) -> None:
     with pytest.raises(OrionError, match=r"the model needs RGB images of 256x256, and got RGB of 512x512"):
-        encode(processor, [Image.new("RGB", (512, 512))], ["x"])
+        encode(processor, [Image.new("RGB", (512, 512))], ["<image>\nx"])
 
 
 def test_answers_do_not_depend_on_the_batch(model: Any, processor: Any, small_frames: list[Image.Image]) -> None:
-    prompts = [render_prompt(MISSION, Coordinates(-120.62 + 31 * n, 3.5)) if n % 2 else PROMPTS[0] for n in range(5)]
+    prompts = [user_text(MISSION, Coordinates(-120.62 + 31 * n, 3.5)) if n % 2 else TEXTS[0] for n in range(5)]
     images = [*small_frames[:3], small_frames[0], small_frames[1]]
     together = generate(model, processor, images, prompts, 20)
     alone = [
@@ -112,8 +112,8 @@ def test_generation_agrees_with_a_plain_forward_pass(
 ) -> None:
     import torch
 
-    answer = generate(model, processor, small_frames[:1], PROMPTS[:1], 6)[0]
-    batch = encode(processor, small_frames[:1], PROMPTS[:1])
+    answer = generate(model, processor, small_frames[:1], TEXTS[:1], 6)[0]
+    batch = encode(processor, small_frames[:1], TEXTS[:1])
     for _ in range(6):
         with torch.no_grad():
             best = model(**batch, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
@@ -130,10 +130,10 @@ def test_generation_stops_at_the_end_of_turn(processor: Any, small_base: Path, s
     end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
     hidden: list[torch.Tensor] = []
     model.lm_head.register_forward_pre_hook(lambda _, args: hidden.append(args[0]))
-    generate(model, processor, small_frames[:1], PROMPTS[:1], 3)
+    generate(model, processor, small_frames[:1], TEXTS[:1], 3)
     with torch.no_grad():
         model.lm_head.weight[end] = hidden[0][0, -1]  # now the first token is <|im_end|>
-    assert generate(model, processor, small_frames[:1], PROMPTS[:1], 50) == [""]
+    assert generate(model, processor, small_frames[:1], TEXTS[:1], 50) == [""]
 
 
 def test_answer_log_probabilities_are_the_labels_own(
@@ -141,20 +141,20 @@ def test_answer_log_probabilities_are_the_labels_own(
 ) -> None:
     import torch
 
-    scores = answer_log_probabilities(model, processor, small_frames[:2], PROMPTS, VERDICTS)
-    batch = encode(processor, small_frames[:2], PROMPTS, VERDICTS)
+    scores = answer_log_probabilities(model, processor, small_frames[:2], TEXTS, VERDICTS)
+    batch = encode(processor, small_frames[:2], TEXTS, VERDICTS)
     with torch.no_grad():
         loss = model(**batch).loss
     assert float(torch.cat(scores).mean()) == pytest.approx(-float(loss), abs=1e-5)
 
 
 def test_template_check(processor: Any) -> None:
-    check_template(processor, PROMPTS[0], VERDICTS[0])
+    check_template(processor, TEXTS[0], VERDICTS[0])
     kept = processor.chat_template
     processor.chat_template = kept.replace("<|im_end|>\\n", "<|endoftext|>")
     try:
         with pytest.raises(OrionError, match="chat template ends a conversation with"):
-            check_template(processor, PROMPTS[0], VERDICTS[0])
+            check_template(processor, TEXTS[0], VERDICTS[0])
     finally:
         processor.chat_template = kept
 
@@ -164,7 +164,7 @@ def test_sixteen_bit_weights_compute_as_if_they_were_wider(small_base: Path, sma
     import torch
 
     processor = load_processor(small_base, 256)
-    arguments = (processor, small_frames[:3], PROMPTS[:1] * 3, VERDICTS[:1] * 3)
+    arguments = (processor, small_frames[:3], TEXTS[:1] * 3, VERDICTS[:1] * 3)
     stored, wide = load_model(small_base, dtype="auto"), load_model(small_base, dtype="float32")
     expected = torch.cat(answer_log_probabilities(wide, *arguments))
     with float32_compute(stored):

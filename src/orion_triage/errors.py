@@ -32,6 +32,14 @@ class OrionError(Exception):
         self.fix = fix
 
 
+class ParityError(OrionError):
+    """llama.cpp does not compute what transformers does; `measured` says in a few words what was found."""
+
+    def __init__(self, message: str, fix: str, measured: str) -> None:
+        super().__init__(message, fix)
+        self.measured = printable(measured)
+
+
 class FrameError(OrionError):
     """A frame that cannot be used: missing, damaged or of the wrong size. Callers report it and continue."""
 

@@ -25,8 +25,8 @@ def places(tmp_path: Path) -> Path:
 
 def test_several_tiles_a_place_are_all_different_and_only_in_test(places: Path, tmp_path: Path) -> None:
     settings = DatasetSettings(catalogue=str(places), split_distance_km=8.0, test_size=8)
-    plain = build.run(tmp_path / "plain", settings.model_copy(update={"test_size": 0}))
-    figures = build.run(tmp_path / "more", settings)
+    plain = build.run(tmp_path / "plain", settings.model_copy(update={"test_size": 0}), MISSION)
+    figures = build.run(tmp_path / "more", settings, MISSION)
     assert (plain["records"]["test"], figures["records"]["test"]) == (3, 8)
     for split in ("train", "val"):
         assert read_split(tmp_path / "more", split, MISSION) == read_split(tmp_path / "plain", split, MISSION)  # type: ignore[arg-type]
@@ -37,10 +37,10 @@ def test_several_tiles_a_place_are_all_different_and_only_in_test(places: Path, 
     first = read_split(tmp_path / "plain", "test", MISSION)
     assert [record for record in records if "~" not in record.name] == first
     with pytest.raises(OrionError, match="test_size=2 is less than the 3 test places"):
-        build.run(tmp_path / "fewer", settings.model_copy(update={"test_size": 2}))
+        build.run(tmp_path / "fewer", settings.model_copy(update={"test_size": 2}), MISSION)
     copied = DatasetSettings(folder=str(tmp_path / "plain"), test_size=4)
     with pytest.raises(OrionError, match="has only 3 test records"):
-        build.run(tmp_path / "copied", copied)
+        build.run(tmp_path / "copied", copied, MISSION)
 
 
 def test_copies_of_one_place_narrow_no_interval() -> None:

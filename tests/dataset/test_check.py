@@ -42,7 +42,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
         row = {"file_name": f"{number}.png", "name": place.name, "category": place.category, "reason": place.reason}
         rows.append(row | {"lon": place.coordinates.lon, "lat": place.coordinates.lat, "morphology": place.morphology})
     (pictures / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    build.run(folder / "dataset", DatasetSettings(source="directory", folder=str(pictures)))
+    build.run(folder / "dataset", DatasetSettings(source="directory", folder=str(pictures)), MISSION)
     return folder / "dataset"
 
 
@@ -589,7 +589,7 @@ def test_a_good_dataset_has_no_fault_but_its_size(good: Path) -> None:
     assert report.pictures["test"] == {"HIGH": 2, "MEDIUM": 2, "LOW": 2}
     assert report.frames == 36
     assert calls == [(done, 36) for done in range(1, 37)]
-    assert require_sound(good) == report
+    assert require_sound(good, MISSION) == report
     assert json.loads(report.to_json())["findings"][0]["check"] == "few-test-frames"
 
 
@@ -623,7 +623,7 @@ def test_errors_come_first_and_the_refusal_names_three(good: Path, tmp_path: Pat
         FEW,
     ]
     with pytest.raises(OrionError, match="has 4 errors") as caught:
-        require_sound(copy.folder)
+        require_sound(copy.folder, MISSION)
     assert all(place in caught.value.message for place in places[:3])
     assert places[3] not in caught.value.message
     assert "And 1 more." in caught.value.message
@@ -667,7 +667,7 @@ def test_training_takes_no_other_size(good: Path, tmp_path: Path) -> None:
     copy.paint("val", 1, copy.picture("val", 1).resize((640, 600)))
     assert not check_dataset(copy.folder).errors
     with pytest.raises(OrionError, match=r"val_dataset.jsonl:1: .* is 640x600, not 512x512"):
-        require_sound(copy.folder)
+        require_sound(copy.folder, MISSION)
 
 
 @pytest.mark.usefixtures("known_looks")

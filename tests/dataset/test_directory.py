@@ -79,7 +79,7 @@ def write(folder: Path, table: list[dict[str, str]], name: str = "metadata.csv")
 
 
 def built(folder: Path, out: Path) -> dict:
-    return build.run(out, DatasetSettings(folder=str(folder)))
+    return build.run(out, DatasetSettings(folder=str(folder)), MISSION)
 
 
 def frames_table(out: Path) -> list[dict[str, str]]:

@@ -41,7 +41,7 @@ def table_text(path: Path, table: Table) -> None:
 
 
 def kinds(folder: Path, severity: str = "error") -> dict[str, int]:
-    report = check_own_folder(folder, DatasetSettings(folder=str(folder)))
+    report = check_own_folder(folder, DatasetSettings(folder=str(folder)), MISSION)
     return dict(Counter(finding.check for finding in report.findings if finding.severity == severity))
 
 
@@ -123,7 +123,7 @@ def test_a_finished_dataset_is_recognised_too(small_dataset: Path, tmp_path: Pat
         shutil.copy(split_path(small_dataset, split), tmp_path)
     assert "train_dataset.jsonl: the train split cannot be read" in check(tmp_path).stdout
     with pytest.raises(OrionError, match=r"train_dataset\.jsonl does not exist"):
-        build.run(tmp_path / "out", DatasetSettings(folder=str(tmp_path)))
+        build.run(tmp_path / "out", DatasetSettings(folder=str(tmp_path)), MISSION)
 
 
 def test_a_table_instead_of_its_folder_is_refused_with_the_folder(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_three_ordinary_mistakes_fit_one_screen_and_name_the_users_columns(tmp_p
     assert report["tables"][0]["unused"] == ["sensor"]
     assert report["recognised"].startswith("a table and pictures")
     with pytest.raises(OrionError) as caught:  # the stage finds the same
-        Directory(folder)
+        Directory(folder, MISSION)
     for finding in report["findings"][: report["errors"]]:
         assert f"{finding['place']}: {finding['message'].removesuffix('.')}" in caught.value.message
     assert f"orion dataset check {folder}" in caught.value.fix
@@ -202,9 +202,9 @@ def test_three_ordinary_mistakes_fit_one_screen_and_name_the_users_columns(tmp_p
     result = check(folder)
     assert (result.exit_code, result.stdout.count("\nerror ")) == (0, 0)
     assert result.stdout.splitlines()[-1] == f"next: orion run --dataset {folder} --run runs/own"
-    figures = build.run(tmp_path / "out", DatasetSettings(folder=str(folder)))
+    figures = build.run(tmp_path / "out", DatasetSettings(folder=str(folder)), MISSION)
     assert figures["account"] == {"fetched": 12}
-    require_sound(tmp_path / "out")
+    require_sound(tmp_path / "out", MISSION)
 
 
 MISTAKES: dict[str, tuple[Callable[[Path, Table], None], dict[str, int]]] = {}
@@ -299,11 +299,11 @@ def test_the_check_and_the_stage_agree(name: str, tmp_path: Path) -> None:
     assert kinds(folder) == found
     if found:
         with pytest.raises(OrionError):
-            build.run(tmp_path / "out", DatasetSettings(folder=str(folder)))
+            build.run(tmp_path / "out", DatasetSettings(folder=str(folder)), MISSION)
         assert not (tmp_path / "out").exists()
     else:
-        build.run(tmp_path / "out", DatasetSettings(folder=str(folder)))
-        require_sound(tmp_path / "out")
+        build.run(tmp_path / "out", DatasetSettings(folder=str(folder)), MISSION)
+        require_sound(tmp_path / "out", MISSION)
 
 
 def test_what_only_the_training_would_refuse_is_found_at_the_users_line(tmp_path: Path) -> None:
@@ -313,16 +313,16 @@ def test_what_only_the_training_would_refuse_is_found_at_the_users_line(tmp_path
     shutil.copy(folder / "pictures" / "p0.png", folder / "pictures" / "p1.png")  # HIGH and MEDIUM
     table[5] |= {"lon": table[3]["lon"], "lat": table[3]["lat"]}  # LOW and HIGH
     table_text(folder / "metadata.csv", table)
-    report = check_own_folder(folder, DatasetSettings(folder=str(folder)))
+    report = check_own_folder(folder, DatasetSettings(folder=str(folder)), MISSION)
     found = {finding.check: finding for finding in report.errors}
     assert set(found) >= {"identical-pixels", "place-labels"}
     assert "pictures/p1.png" in found["identical-pixels"].message
     assert {found["identical-pixels"].place, found["place-labels"].place} <= {
         f"metadata.csv line {n}" for n in range(20)
     }
-    build.run(tmp_path / "out", DatasetSettings(folder=str(folder)))
+    build.run(tmp_path / "out", DatasetSettings(folder=str(folder)), MISSION)
     with pytest.raises(OrionError, match="2 errors"):
-        require_sound(tmp_path / "out")
+        require_sound(tmp_path / "out", MISSION)
 
 
 def test_a_swap_that_only_a_map_shows_is_a_warning_with_the_users_columns(tmp_path: Path) -> None:
@@ -334,7 +334,7 @@ def test_a_swap_that_only_a_map_shows_is_a_warning_with_the_users_columns(tmp_pa
         {"x" if key == "lon" else "y" if key == "lat" else key: cell for key, cell in row.items()} for row in table
     ]
     table_text(folder / "metadata.csv", table)
-    report = check_own_folder(folder, DatasetSettings(folder=str(folder)))
+    report = check_own_folder(folder, DatasetSettings(folder=str(folder)), MISSION)
     (finding,) = (
         finding for finding in report.warnings if finding.check == "perhaps-swapped" and "p0" in finding.message
     )
@@ -448,10 +448,14 @@ def test_a_table_that_can_be_read_in_two_ways_is_refused_with_both(found: str, s
 def test_names_of_pictures_may_leave_their_folder_out(tmp_path: Path) -> None:
     touched(tmp_path, "p0.png", "images/p0.png", "Images2/p1.png", "images/in/P2.png")
     (tmp_path / "labels.csv").write_text(HEADER + "p0.png,LOW\nimages/p0.png,LOW\nin/p2,HIGH\n")
-    assert [target.file for target in Directory(tmp_path).targets] == ["p0.png", "images/p0.png", "images/in/P2.png"]
+    assert [target.file for target in Directory(tmp_path, MISSION).targets] == [
+        "p0.png",
+        "images/p0.png",
+        "images/in/P2.png",
+    ]
     touched(tmp_path, "frames/in/P2.png")
     with pytest.raises(OrionError, match=r"picture 'in/p2' can be 2 files: images/in/P2.png, frames/in/P2.png"):
-        Directory(tmp_path)
+        Directory(tmp_path, MISSION)
 
 
 def test_a_snapshot_of_the_hub_links_into_its_repository(tmp_path: Path) -> None:
@@ -459,10 +463,10 @@ def test_a_snapshot_of_the_hub_links_into_its_repository(tmp_path: Path) -> None
     touched(folder, "../../blobs/abc")
     (folder / "p0.png").symlink_to("../../blobs/abc")
     (folder / "labels.csv").write_text(HEADER + "p0.png,LOW\n")
-    assert len(Directory(folder).targets) == 1
+    assert len(Directory(folder, MISSION).targets) == 1
     touched(tmp_path, "blobs/abc")
     with pytest.raises(OrionError, match="is outside the folder"):
-        Directory(shutil.copytree(folder, tmp_path / "plain" / "0123", symlinks=True))
+        Directory(shutil.copytree(folder, tmp_path / "plain" / "0123", symlinks=True), MISSION)
 
 
 # An example to start from
@@ -496,7 +500,7 @@ def test_the_example_passes_the_check_and_is_written_whole_or_not_at_all(
         assert isinstance(error, OrionError)
         assert "exists and is not an empty folder" in error.message
     assert sorted(tmp_path.rglob("*")) == before
-    targets = Directory(tmp_path / "empty").targets
+    targets = Directory(tmp_path / "empty", MISSION).targets
     assert Counter(target.category for target in targets) == dict.fromkeys(MISSION.names, 4)
     assert targets[0].coordinates == Coordinates(4.33, 51.28)
     (tmp_path / "here").mkdir()

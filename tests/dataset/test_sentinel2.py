@@ -26,6 +26,7 @@ from orion_triage.errors import OrionError
 from orion_triage.imagery.frames import decode_frame
 from orion_triage.mission.prompt import Coordinates
 from orion_triage.settings import DatasetSettings
+from tests.conftest import MISSION
 from tests.dataset.stac_server import CONFORMANCE, Stac, position_of, positions, serve, write_cog
 
 PRAGUE = (14.42, 50.08)
@@ -469,7 +470,7 @@ def test_the_stage_builds_a_dataset_from_scenes(stac: Stac, tmp_path: Path, monk
     lines = [f"{name},{category},any,{lon},{lat},Some reason.,{split}" for name, category, lon, lat, split in rows]
     catalogue.write_text("\n".join(["name,category,morphology,lon,lat,reason,split", *lines]))
     settings = DatasetSettings(source="sentinel2", url=stac.url, catalogue=str(catalogue), captured_from="2020-01-01")
-    figures = build.run(tmp_path / "out", settings)
+    figures = build.run(tmp_path / "out", settings, MISSION)
     assert figures["account"] == {"fetched": 3, "failed": 1}
     assert "nowhere: no scene between 2020-01-01 and 2024-12-31" in figures["warnings"][-1]
     with (tmp_path / "out" / FRAMES_TABLE).open(newline="") as file:
@@ -481,4 +482,4 @@ def test_the_stage_builds_a_dataset_from_scenes(stac: Stac, tmp_path: Path, monk
         assert "Copernicus" in row["attribution"]
         pixels = np.asarray(Image.open(tmp_path / "out" / row["image"]))
         assert pixels.shape == (512, 512, 3)
-    assert build.run(tmp_path / "again", settings)["account"] == {"cached": 3, "failed": 1}
+    assert build.run(tmp_path / "again", settings, MISSION)["account"] == {"cached": 3, "failed": 1}

@@ -31,7 +31,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     run = Run(folder / "runs" / "own", load_settings("tiny"))
     prepare(run)
     settings = DatasetSettings(folder=str(write(folder / "own", rows())))
-    figures = build.run(run.dataset, settings)
+    figures = build.run(run.dataset, settings, MISSION)
     write_manifest(run.dataset, stage="dataset", settings={}, inputs={}, seconds=1, figures=figures)
     return run
 
@@ -82,7 +82,7 @@ def test_a_pushed_dataset_loads_with_datasets_and_runs_again(
             record.coordinates.lat,  # type: ignore[union-attr]
         )
         assert np.array_equal(np.asarray(row["image"]), np.asarray(Image.open(run.dataset / record.image)))
-    again = build.run(tmp_path / "again", DatasetSettings(folder=str(shared)))
+    again = build.run(tmp_path / "again", DatasetSettings(folder=str(shared)), MISSION)
     assert again["records"] == {"train": 24, "val": 3, "test": 3}
     for split in SPLITS:
         ours = [(r.coordinates, r.verdict) for r in read_split(run.dataset, split, MISSION)]

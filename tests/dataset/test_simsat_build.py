@@ -99,7 +99,7 @@ def test_a_catalogue_through_every_fault(server: SimSatServer, cache: Path, tmp_
             server.scripts[where(target)] = repeat(kind) if kind != name else iter(kind.split(", "))
             expected[target.name] = outcome, requests
 
-    figures = build.run(tmp_path / "out", settings(server, catalogue=places, largest_missing_share=0.2))
+    figures = build.run(tmp_path / "out", settings(server, catalogue=places, largest_missing_share=0.2), MISSION)
     assert figures["account"] == Counter(outcome for outcome, _ in expected.values())
     assert figures["account"] == {"fetched": 49, "failed": 8, "not visible": 2, "blank": 1}
     requests = server.counts()
@@ -129,7 +129,7 @@ def test_a_catalogue_through_every_fault(server: SimSatServer, cache: Path, tmp_
     asked = len(server.requests)
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     with pytest.raises(OrionError, match=r"4 of 60 places have no picture, more than .*largest_missing_share=0.05"):
-        build.run(tmp_path / "out", settings(server, catalogue=places))
+        build.run(tmp_path / "out", settings(server, catalogue=places), MISSION)
     assert not {request.place for request in server.requests[asked:]} & {
         where(target) for target in targets if expected[target.name][0] == "fetched"
     }
@@ -140,15 +140,15 @@ def test_a_permanent_outage_stops_the_build_and_the_next_goes_on(
     server: SimSatServer, cache: Path, tmp_path: Path
 ) -> None:
     asked = settings(server, catalogue=str(small_catalogue(tmp_path)), largest_missing_share=0.4)
-    order = [target for members in build.plan(asked)[1].values() for target in members]
+    order = [target for members in build.plan(asked, MISSION)[1].values() for target in members]
     server.scripts[where(order[10])] = iter(["stop"])
     with pytest.raises(OrionError, match=r"SimSat at http://127.0.0.1:\d+ does not answer") as caught:
-        build.run(tmp_path / "out", asked)
+        build.run(tmp_path / "out", asked, MISSION)
     assert "it resumes from" in caught.value.fix
     assert not (tmp_path / "out").exists()
     assert len(list(cache.glob("*.jpeg"))) == 10
     server.start()
-    figures = build.run(tmp_path / "out", asked)
+    figures = build.run(tmp_path / "out", asked, MISSION)
     assert figures["account"] == {"cached": 10, "fetched": 5}
 
 
@@ -196,6 +196,6 @@ def test_a_build_that_is_killed_again_and_again_goes_on(server: SimSatServer, ca
     assert [path.name for path in out.parent.iterdir()] == ["dataset"]
     assert not list(cache.glob(".lon*"))
     undisturbed = tmp_path / "undisturbed"
-    build.run(undisturbed, settings(server, catalogue=str(places)))
+    build.run(undisturbed, settings(server, catalogue=str(places)), MISSION)
     for path in (path for path in undisturbed.rglob("*") if path.is_file()):
         assert (out / path.relative_to(undisturbed)).read_bytes() == path.read_bytes()

@@ -14,7 +14,7 @@ from orion_triage.dataset.check.soundness import check_dataset
 from orion_triage.dataset.collect import ABSENT_TABLE
 from orion_triage.dataset.records import FRAMES_TABLE
 from orion_triage.errors import OrionError
-from orion_triage.flight.triage import asked_by, triage_files
+from orion_triage.flight.triage import Flown, asked_by, triage_files
 from orion_triage.imagery.frames import read_frame
 from orion_triage.imagery.stretch import Stretch, stretch_of
 from orion_triage.mission.verdict import Verdict, answer_text
@@ -125,14 +125,14 @@ def test_the_flight_stretches_like_the_dataset(run: Run, own: Path, tmp_path: Pa
     structured_picture(1).save(tmp_path / "eight.png")
     write(tmp_path / "float.tif", deep(2).astype(np.float32), "GTiff")
     paths = [own / "p4.png", tmp_path / "eight.png", tmp_path / "float.tif"]
-    first, eight, floats = triage_files(paths, backend, 512, stretch=stretch)
+    first, eight, floats = triage_files(paths, backend, MISSION, 512, stretch=stretch)
     stored = next(row for row in rows(run.dataset) if row["name"] == "p4")
     assert np.array_equal(backend.seen[0], np.asarray(read_frame(run.dataset / stored["image"], 512).image))
     assert len(backend.seen) == 1
     assert first.changes == ("stretched uint16 from 600 to 4170",)
     assert "eight.png has 8 bits per channel, but this run stretches uint16 from 600 to 4170" in eight.error
     assert "float.tif has 32 bits per channel (float32), but this run stretches uint16" in floats.error
-    (without,) = triage_files(paths[:1], backend, 512)
+    (without,) = triage_files(paths[:1], backend, MISSION, 512)
     assert "p4.png has 16 bits per channel (uint16), and dataset.stretch_low" in without.error
 
 
@@ -146,10 +146,9 @@ def test_triage_takes_the_stretch_of_the_run(
 
     answer = answer_text(MISSION, Verdict("Long quays.", "HIGH"))
 
-    def without_server(
-        paths: Any, gguf: Path, size: int, *, log: Path, keep_log: bool, progress: Any, **options: Any
-    ) -> Any:
-        return triage_files(paths, ConstantBackend(answer), size, **options)
+    def without_server(paths: Any, flown: Flown, *, keep_log: bool, progress: Any, **options: Any) -> Any:
+        backend = ConstantBackend(answer)
+        return triage_files(paths, backend, flown.mission, flown.frame_size, stretch=flown.stretch, **options)
 
     # Only the server is left out: the run has no weights.
     monkeypatch.setattr(triage, "triage_with_pair", without_server)
@@ -172,6 +171,7 @@ def test_the_operators_readme_has_the_formula() -> None:
         "pinned": False,
         "tolerances": dict.fromkeys(("category_nats", "other_labels_nats", "other_words"), 1),
         "decision": [],
+        "mission": MISSION,
         "temperature": 1.5,
         "verdict": {"verdict": "FLY", "because": [], "accepted_risk": ""},
     }
@@ -189,7 +189,11 @@ def test_a_results_file_belongs_to_one_stretch(tmp_path: Path) -> None:
     from orion_triage.mission.decide import Rules
 
     (tmp_path / quantize.PAIR).write_text("{}")
-    asked = {asked_by(tmp_path, 512, Rules(), False, one) for one in (None, Stretch(0, 9), Stretch(0, 8))}
+    flown = [
+        Flown("", tmp_path, MISSION, 512, one, Rules(), tmp_path / "log")
+        for one in (None, Stretch(0, 9), Stretch(0, 8))
+    ]
+    asked = {asked_by(one, Rules(), False) for one in flown}
     assert len(asked) == 3
 
 
@@ -199,7 +203,7 @@ def test_a_published_dataset_is_stretched_and_plain_pictures_stay_as_they_are(
     import shutil
 
     eight = tmp_path / "eight"
-    build.run(eight, DatasetSettings(folder=str(small_dataset)))
+    build.run(eight, DatasetSettings(folder=str(small_dataset)), MISSION)
     for path in sorted((small_dataset / "orion_dataset" / "images").iterdir()):
         assert (eight / "orion_dataset" / "images" / path.name).read_bytes() == path.read_bytes()
     sixteen = tmp_path / "sixteen"
@@ -209,8 +213,8 @@ def test_a_published_dataset_is_stretched_and_plain_pictures_stay_as_they_are(
         before[path.name] = np.asarray(Image.open(path))
         write(path, before[path.name].astype(np.uint16) * 14 + 600)
     with pytest.raises(OrionError, match="has 16 bits per channel"):
-        build.run(tmp_path / "out", DatasetSettings(folder=str(sixteen)))
-    figures = build.run(tmp_path / "out", DatasetSettings(folder=str(sixteen), **LIMITS))
+        build.run(tmp_path / "out", DatasetSettings(folder=str(sixteen)), MISSION)
+    figures = build.run(tmp_path / "out", DatasetSettings(folder=str(sixteen), **LIMITS), MISSION)
     assert "24 of 24 pictures were converted: stretched uint16" in figures["warnings"][0]
     for name, pixels in before.items():
         assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "orion_dataset" / "images" / name)), pixels)
@@ -219,7 +223,7 @@ def test_a_published_dataset_is_stretched_and_plain_pictures_stay_as_they_are(
 
 
 def test_frames_with_many_values_outside_the_limits_are_said(own: Path, tmp_path: Path) -> None:
-    figures = build.run(tmp_path / "out", DatasetSettings(folder=str(own), stretch_low=600, stretch_high=2000))
+    figures = build.run(tmp_path / "out", DatasetSettings(folder=str(own), stretch_low=600, stretch_high=2000), MISSION)
     (said,) = [warning for warning in figures["warnings"] if "outside the stretch's limits" in warning]
     shares = {row["name"]: float(row["clipped_share"]) for row in rows(tmp_path / "out")}
     assert said.startswith(f"{sum(share > 0.05 for share in shares.values())} of 18 pictures have more than 5%")
@@ -278,7 +282,7 @@ def test_geotiffs_of_a_folder_give_places_distances_and_bands(tmp_path: Path) ->
             options = {"crs": crs, "transform": grid} if crs else {}
             values = right(n)[..., ::-1] if colours.startswith("blue") else right(n)
             write(folder / name, values, "GTiff", colours=colours, **options)
-    figures = build.run(tmp_path / "out", DatasetSettings(folder=str(folder)))
+    figures = build.run(tmp_path / "out", DatasetSettings(folder=str(folder)), MISSION)
     assert figures["account"] == {"fetched": 18}  # without a position in the file, that of the table counts
     found = {int(row["name"][1:]): row for row in rows(tmp_path / "out")}
     for n in range(18):
@@ -291,7 +295,7 @@ def test_geotiffs_of_a_folder_give_places_distances_and_bands(tmp_path: Path) ->
     write(folder / "p0.tif", right(0), "GTiff", crs="EPSG:32635", transform=from_origin(500000, 6_600_000, 200, 200))
     settings = DatasetSettings(folder=str(folder), split_distance_km=100)
     with pytest.raises(OrionError, match=r"is less than a frame's diagonal of 14\d\.\d km"):
-        build.plan(settings)
+        build.plan(settings, MISSION)
 
 
 def test_a_picture_that_no_rule_covers_is_absent_with_the_fix(own: Path, tmp_path: Path) -> None:
@@ -300,7 +304,7 @@ def test_a_picture_that_no_rule_covers_is_absent_with_the_fix(own: Path, tmp_pat
     folder = tmp_path / "own"
     shutil.copytree(own, folder)
     write(folder / "p5.png", right(5))
-    figures = build.run(tmp_path / "out", DatasetSettings(folder=str(folder), **LIMITS))
+    figures = build.run(tmp_path / "out", DatasetSettings(folder=str(folder), **LIMITS), MISSION)
     assert figures["account"] == {"fetched": 17, "failed": 1}
     with (tmp_path / "out" / ABSENT_TABLE).open(newline="") as file:
         (absent,) = csv.DictReader(file)

@@ -8,7 +8,7 @@ from orion_triage.imagery.frames import is_blank
 
 
 def test_every_morphology_of_the_catalogue_can_be_drawn() -> None:
-    assert set(PAINTERS) == {name for names in MORPHOLOGIES.values() for name in names}
+    assert set(PAINTERS) == set(MORPHOLOGIES)
 
 
 @pytest.mark.parametrize("morphology", sorted(PAINTERS))

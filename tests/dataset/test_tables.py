@@ -41,7 +41,7 @@ def folder_with(folder: Path, table: str | bytes, name: str = "metadata.csv", fi
 
 def refusal(folder: Path) -> OrionError:
     with pytest.raises(OrionError) as caught:
-        Directory(folder)
+        Directory(folder, MISSION)
     assert "\n" not in caught.value.message
     return caught.value
 
@@ -72,7 +72,7 @@ SEMICOLONS = COMMAS.replace(",", ";")
     ],
 )
 def test_the_same_table_in_many_dialects(tmp_path: Path, name: str, data: bytes) -> None:
-    source = Directory(folder_with(tmp_path / "own", data, name))
+    source = Directory(folder_with(tmp_path / "own", data, name), MISSION)
     assert [target.coordinates for target in source.targets] == PLACES
     assert [target.reason for target in source.targets] == ["Long quays.", "Dense forest."]
     assert source.warnings == []
@@ -108,7 +108,7 @@ def test_a_table_that_cannot_be_read_is_named_once(tmp_path: Path, table: str | 
 
 def test_a_quoted_line_break_stays_in_its_cell_and_becomes_one_space(tmp_path: Path) -> None:
     table = COMMAS.replace("Long quays.", '"Long \r\nquays."').replace("Dense forest", "Dense\u00a0forest  here")
-    source = Directory(folder_with(tmp_path / "own", table))
+    source = Directory(folder_with(tmp_path / "own", table), MISSION)
     assert [target.reason for target in source.targets] == ["Long quays.", "Dense forest  here."]
     assert [target.respaced for target in source.targets] == [True, True]
     assert [target.origin for target in source.targets] == ["metadata.csv line 2", "metadata.csv line 4"]
@@ -118,7 +118,7 @@ def test_a_quoted_line_break_stays_in_its_cell_and_becomes_one_space(tmp_path: P
 def test_json_lines_end_at_the_newline_only(tmp_path: Path, separator: str) -> None:
     rows = [{"file_name": f"p{n}.png", "category": "LOW", "reason": f"One{separator}two {n}."} for n in range(2)]
     lines = [json.dumps(row, ensure_ascii=separator < " ") for row in rows]
-    source = Directory(folder_with(tmp_path / "own", "\ufeff" + "\r\n".join(lines), "metadata.jsonl"))
+    source = Directory(folder_with(tmp_path / "own", "\ufeff" + "\r\n".join(lines), "metadata.jsonl"), MISSION)
     assert [target.reason for target in source.targets] == ["One two 0.", "One two 1."]
     assert [target.origin[-6:] for target in source.targets] == ["line 1", "line 2"]
     (tmp_path / "own" / "metadata.jsonl").write_text("\n".join([*lines, "{"]), encoding="utf-8")
@@ -127,7 +127,7 @@ def test_json_lines_end_at_the_newline_only(tmp_path: Path, separator: str) -> N
 
 def test_unused_columns_and_a_spreadsheet_are_said(tmp_path: Path) -> None:
     table = COMMAS.replace("reason", "reasons")
-    source = Directory(folder_with(tmp_path / "own", table))
+    source = Directory(folder_with(tmp_path / "own", table), MISSION)
     assert source.warnings[0] == "columns of metadata.csv that are not used: reasons"
     (tmp_path / "sheet").mkdir()
     (tmp_path / "sheet" / "labels.xlsx").touch()
@@ -252,7 +252,7 @@ def test_ids_are_unique_in_every_script_and_the_same_on_every_system() -> None:
 def test_both_unicode_forms_of_a_name_meet(tmp_path: Path, of_file: str, of_table: str) -> None:
     files = tuple(unicodedata.normalize(of_file, name) for name in ("Tomé/São.png", "p1.png"))
     table = unicodedata.normalize(of_table, COMMAS.replace("p0.png", "Tomé/São.png"))
-    source = Directory(folder_with(tmp_path / "own", table, files=files))
+    source = Directory(folder_with(tmp_path / "own", table, files=files), MISSION)
     assert source.targets[0].file == files[0]
     (tmp_path / "own" / "Tomé").mkdir(exist_ok=True)
     for form in ("NFC", "NFD"):
@@ -260,7 +260,7 @@ def test_both_unicode_forms_of_a_name_meet(tmp_path: Path, of_file: str, of_tabl
         folder.mkdir(exist_ok=True)
         (folder / unicodedata.normalize(form, "São.png")).touch()
     wanted = unicodedata.normalize(of_table, "Tomé/São.png")
-    assert Directory(tmp_path / "own").targets[0].file == wanted  # exactly this name comes first
+    assert Directory(tmp_path / "own", MISSION).targets[0].file == wanted  # exactly this name comes first
     for form in ("NFC", "NFD"):
         path = tmp_path / "twins" / "HIGH" / unicodedata.normalize(form, "São.png")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -285,7 +285,7 @@ def test_a_record_finds_its_picture_in_the_other_unicode_form(small_dataset: Pat
 
 def test_names_that_fit_two_files_or_none_are_refused(tmp_path: Path) -> None:
     table = COMMAS.replace("p0.png", "P0").replace("p1.png", r"in\P1.PNG")
-    source = Directory(folder_with(tmp_path / "a", table, files=("p0.jpg", "in/p1.png")))
+    source = Directory(folder_with(tmp_path / "a", table, files=("p0.jpg", "in/p1.png")), MISSION)
     assert [target.file for target in source.targets] == ["p0.jpg", "in/p1.png"]
     (tmp_path / "a" / "p0.PNG").touch()
     assert "line 2: picture 'P0' can be 2 files: p0.PNG, p0.jpg" in refusal(tmp_path / "a").message
@@ -297,7 +297,7 @@ def test_hidden_files_are_no_pictures_and_no_tables_and_are_counted(tmp_path: Pa
     files = ("p0.png", "p1.png", "._p0.png", ".ipynb_checkpoints/p0.png", "__MACOSX/p1.png", "Thumbs.db", "notes.md")
     folder = folder_with(tmp_path / "own", COMMAS, files=files)
     (folder / "._metadata.csv").write_bytes(bytes.fromhex("0005160700020000"))
-    source = Directory(folder)
+    source = Directory(folder, MISSION)
     assert [target.name for target in source.targets] == ["p0", "p1"]
     assert source.warnings == [
         "left out: 1 file with other suffixes (1 .md)",
@@ -308,7 +308,7 @@ def test_hidden_files_are_no_pictures_and_no_tables_and_are_counted(tmp_path: Pa
             path = tmp_path / "HIGH" / category / name  # the folder above is no category
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
-    source = Directory(tmp_path / "HIGH")
+    source = Directory(tmp_path / "HIGH", MISSION)
     assert [(target.category, target.file) for target in source.targets] == [
         (category, f"{category}/p{n}.PNG") for n, category in sorted(enumerate(MISSION.names), key=lambda pair: pair[1])
     ]
@@ -346,7 +346,7 @@ def test_the_stage_keeps_the_users_own_names(tmp_path: Path) -> None:
     assert {row["file"] for row in found} == own
     (tmp_path / "own" / "HIGH" / "北京.png").write_bytes(b"broken")
     settings = DatasetSettings(folder=str(tmp_path / "own"))
-    figures = build.run(tmp_path / "again", settings)
+    figures = build.run(tmp_path / "again", settings, MISSION)
     assert figures["account"]["failed"] == 1
     ((_, absent),) = read_csv(tmp_path / "again" / "absent.csv")
     assert absent["file"] == "HIGH/北京.png"

@@ -257,7 +257,7 @@ def test_frames_without_coordinates_are_not_on_the_map_and_counted(dataset: Path
 def test_points_lie_where_the_places_are(dataset: Path) -> None:
     rewrite(dataset, "high_place_00", coordinates=Coordinates(-180.0, 12.5))
     elements = page(dataset).elements
-    at = next(n for n, (_, a) in enumerate(elements) if a.get("class") == "point HIGH" and a["data-lon"] == "-180.0")
+    at = next(n for n, (_, a) in enumerate(elements) if a.get("class") == "point is-HIGH" and a["data-lon"] == "-180.0")
     assert elements[at][1]["data-lat"] == "12.5"
     assert elements[at + 2] == ("use", {"href": "#train", "x": "-180.0", "y": "-12.5"})
     cards = view.read_contents(dataset).cards
@@ -310,7 +310,7 @@ def test_a_frame_with_two_labels_or_reasons_shows_both(dataset: Path) -> None:
     records[5] = Record(records[5].image, Coordinates(3.0, 4.0), records[5].verdict, MISSION)
     write_split(dataset, "train", records)
     contents = view.read_contents(dataset)
-    by_name = {(card.record.name, card.record.verdict.category.value): card for card in contents.cards}
+    by_name = {(card.record.name, card.record.verdict.category): card for card in contents.cards}
     assert len(by_name) == 25
     assert by_name["high_place_00", "HIGH"].reasons == [records[0].verdict.reason, "Another reason."]
     assert by_name["medium_place_01", "MEDIUM"].lines == [3]
@@ -357,19 +357,20 @@ def test_the_coastline_is_where_the_land_is() -> None:
     assert {place for place in land | sea if on_land(*place)} == land
 
 
-def test_colours_keep_their_contrast() -> None:
+def test_colours_keep_their_contrast(dataset: Path) -> None:
     """WCAG 2.2: 4.5 for text, 3 for what is drawn, in both modes."""
-    style = (resources.files("orion_triage.dataset") / "view.html.j2").read_text()
-    light, dark = (dict(re.findall(r"--(\w+): (#\w{6})", block)) for block in re.findall(r":root \{\n([^}]+)\}", style))
+    style = view.render_view(dataset, [], thumbnail_pixels=1)
+    blocks = re.findall(r":root \{\n([^}]+)\}", style)
+    light, dark = (dict(re.findall(r"--([\w-]+): (#\w{6})", block)) for block in blocks)
     assert set(light) == set(dark)
     for colours in (light, dark):
         for text in ("ink", "quiet", "link"):
             for ground in ("paper", "panel"):
                 assert contrast(colours[text], colours[ground]) >= 4.5, (text, ground)
-        for text in ("high", "medium", "low", "error", "warning"):
+        for text in ("is-0", "is-1", "is-2", "error", "warning"):
             assert contrast(colours[text], colours["panel"]) >= 4.5, text
         assert contrast(colours["onerror"], colours["error"]) >= 4.5
-        assert all(contrast(colours[name], colours["land"]) >= 3 for name in ("high", "medium", "low"))
+        assert all(contrast(colours[name], colours["land"]) >= 3 for name in ("is-0", "is-1", "is-2"))
 
 
 def test_thumbnails_keep_a_page_of_360_frames_under_4_mb(dataset: Path) -> None:

@@ -20,11 +20,11 @@ from orion_triage.evaluate.servers import connect, share, split_address
 from orion_triage.llama_cpp.server import Server
 from orion_triage.llama_cpp.toolchain import Toolchain
 from orion_triage.mission.answer import Answer
-from orion_triage.mission.verdict import category_tokens
+from orion_triage.mission.verdict import label_tree
 from orion_triage.runs.manifest import FILE_NAME, read_manifest
 from orion_triage.runs.run import Run
 from orion_triage.settings import Settings
-from tests.conftest import orion
+from tests.conftest import MISSION, orion
 
 TOKENS = 96
 BASE, ADAPTER = "LiquidAI/LFM2.5-VL-1.6B", "orion"
@@ -114,7 +114,7 @@ def running(stand_in: StandIn) -> Iterator[StandIn]:
 def answer_of(address: str, drawn_questions: Any) -> tuple[str, str]:
     """(model, first answer) of the server at an address."""
     images, prompts = drawn_questions(1)
-    found = connect(address, "", TOKENS)
+    found = connect(address, "", MISSION, TOKENS)
     return found.model, found.backend.answer(images, prompts)[0].text
 
 
@@ -127,10 +127,10 @@ def test_lm_studio_which_answers_200_to_every_address_is_used(drawn_questions: A
 def test_a_lora_that_vllm_lists_after_its_base_is_chosen_by_name(drawn_questions: Any) -> None:
     with running(StandIn([BASE, ADAPTER], {"/health": {}})) as server:
         with pytest.raises(ServerError, match=rf"lists 2 models: '{BASE}', '{ADAPTER}'\..*#") as refused:
-            connect(server.url, "", TOKENS)
+            connect(server.url, "", MISSION, TOKENS)
         assert server.url in refused.value.fix
         with pytest.raises(ServerError, match="has no model 'gone'; it lists"):
-            connect(f"{server.url}#gone", "", TOKENS)
+            connect(f"{server.url}#gone", "", MISSION, TOKENS)
         assert answer_of(f"{server.url}#{ADAPTER}", drawn_questions)[0] == ADAPTER
         assert "Said by orion." in answer_of(f"{server.url}/v1#{ADAPTER}", drawn_questions)[1]
         assert "Said by LiquidAI" in answer_of(f"{server.url}#{BASE}", drawn_questions)[1]
@@ -140,9 +140,9 @@ def test_a_model_that_is_not_listed_is_asked_if_the_server_lists_none(drawn_ques
     """`transformers serve FOLDER` lists the models in its cache alone."""
     with running(StandIn(["folder"], {"/v1/models": {"object": "list", "data": []}})) as server:
         with pytest.raises(ServerError, match="lists no model") as refused:
-            connect(server.url, "", TOKENS)
+            connect(server.url, "", MISSION, TOKENS)
         assert "#MODEL" in refused.value.fix
-        backend, first = share([f"{server.url}#folder"], "", TOKENS)
+        backend, first = share([f"{server.url}#folder"], "", MISSION, TOKENS)
         images, prompts = drawn_questions(1)
         assert "Said by folder." in backend.answer(images, prompts)[0].text
     assert first.model == "folder"
@@ -150,16 +150,16 @@ def test_a_model_that_is_not_listed_is_asked_if_the_server_lists_none(drawn_ques
 
 def test_koboldcpp_has_props_and_is_not_llama_cpp(drawn_questions: Any) -> None:
     with running(StandIn(["koboldcpp/orion-q4_k_m"], {"/props": KOBOLD_PROPS})) as server:
-        found = connect(server.url, "", TOKENS)
+        found = connect(server.url, "", MISSION, TOKENS)
     assert (found.model, found.build) == ("koboldcpp/orion-q4_k_m", "OpenAI API")
 
 
 def test_a_router_is_asked_for_one_of_its_models_in_every_request(drawn_questions: Any) -> None:
     with running(Router(["base", "my orion"])) as server:
         with pytest.raises(ServerError, match="lists 2 models: 'base', 'my orion'"):
-            connect(server.url, "", TOKENS)
+            connect(server.url, "", MISSION, TOKENS)
         server.asked.clear()
-        backend, first = share([f"{server.url}#my orion"], "", TOKENS)
+        backend, first = share([f"{server.url}#my orion"], "", MISSION, TOKENS)
         images, prompts = drawn_questions(1)
         assert backend.answer(images, prompts) == [Answer("Said by my orion.")]
     assert (first.model, first.build) == ("models/my orion.gguf", "llama.cpp b10605")
@@ -172,8 +172,8 @@ def test_a_router_is_asked_for_one_of_its_models_in_every_request(drawn_question
 
 def test_a_tokenizer_that_gives_a_label_no_token_of_its_own_is_refused() -> None:
     for tokenize in (lambda text: [1, 2, 3], lambda text: [], lambda text: [1] * len(text)):
-        with pytest.raises(OrionError, match="does not give the three labels different first tokens"):
-            category_tokens(tokenize)
+        with pytest.raises(OrionError, match=r"tokenizer merges the category HIGH|begin with the same tokens"):
+            label_tree(MISSION, tokenize)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_a_tokenizer_that_gives_a_label_no_token_of_its_own_is_refused() -> None
 )
 def test_every_address_that_people_copy_reaches_the_server(form: str) -> None:
     with running(StandIn(["a-model"])) as server:
-        found = connect(form.format(url=server.url, host=server.url.removeprefix("http://")), "", TOKENS)
+        found = connect(form.format(url=server.url, host=server.url.removeprefix("http://")), "", MISSION, TOKENS)
     assert (found.url, found.model) == (server.url, "a-model")
 
 
@@ -207,8 +207,8 @@ def test_a_server_on_this_machine_is_asked_without_a_proxy(
     for name, value in proxies.items():
         monkeypatch.setenv(name, value)
     with running(StandIn(["a-model"])) as server:
-        assert connect(server.url, "", TOKENS).model == "a-model"
-        assert connect(server.url.replace("127.0.0.1", "localhost"), "", TOKENS).model == "a-model"
+        assert connect(server.url, "", MISSION, TOKENS).model == "a-model"
+        assert connect(server.url.replace("127.0.0.1", "localhost"), "", MISSION, TOKENS).model == "a-model"
 
 
 def test_a_proxy_that_cannot_be_used_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,12 +216,12 @@ def test_a_proxy_that_cannot_be_used_is_named_in_one_line(monkeypatch: pytest.Mo
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("ALL_PROXY", "socks5://user:secret@127.0.0.1:1080")
     with pytest.raises(OrionError, match=r"ALL_PROXY=socks5://127\.0\.0\.1:1080") as refused:
-        connect("http://gpu.example:8000", "", TOKENS)
+        connect("http://gpu.example:8000", "", MISSION, TOKENS)
     assert "secret" not in str(refused.value)
     assert "\n" not in str(refused.value)
     monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:9")
     with pytest.raises(ServerError, match=r"no server answers at http://gpu\.example:8000 through .*ALL_PROXY="):
-        connect("http://gpu.example:8000", "", TOKENS)
+        connect("http://gpu.example:8000", "", MISSION, TOKENS)
 
 
 NUMBERS = {"LLAMA_ARG_CACHE_TYPE_K": "q4_0", "GGML_CUDA_FORCE_MMQ": "1", "MTMD_BACKEND_DEVICE": "x", "HF_TOKEN": "hf_x"}

@@ -13,7 +13,7 @@ from orion_triage.dataset.records import Record, read_split, write_split
 from orion_triage.errors import OrionError
 from orion_triage.evaluate import features
 from orion_triage.evaluate.baselines import LOGISTIC_REGRESSION, baselines, logistic_regression
-from orion_triage.evaluate.conditions import NOISE, OPPOSITE, conflict_pairs, questions
+from orion_triage.evaluate.conditions import NOISE, conflict_pairs, questions
 from orion_triage.evaluate.metrics import Prediction, compare, summarize, wilson
 from orion_triage.evaluate.run import read_predictions, run
 from orion_triage.mission.prompt import Coordinates, render_prompt
@@ -22,6 +22,7 @@ from orion_triage.settings import EvaluateSettings
 from tests.conftest import MISSION, ConstantBackend
 
 H, M, L = "HIGH", "MEDIUM", "LOW"
+OPPOSITE = {H: L, L: H, M: H}
 
 
 def some_records(count: int = 9) -> list[Record]:
@@ -178,7 +179,7 @@ def test_baselines_of_a_small_dataset(small_dataset: Path, tmp_path: Path) -> No
     assert set(result) == {"majority class", "colour k-NN", "coordinates k-NN", *always}
     assert all(result[name]["right"] == 2 for name in always)
     # On places, beside scikit-learn's own; with one neighbour there are no ties, which it breaks otherwise.
-    labels = {split: [record.verdict.category.value for record in records] for split, records in placed.items()}
+    labels = {split: [record.verdict.category for record in records] for split, records in placed.items()}
     angles = {
         split: np.radians([[record.coordinates.lat, record.coordinates.lon] for record in records])
         for split, records in placed.items()

@@ -20,6 +20,7 @@ from orion_triage.llama_cpp.server import Server
 from orion_triage.llama_cpp.toolchain import find_toolchain
 from orion_triage.mission.answer import Answer
 from orion_triage.mission.verdict import parse_verdict
+from orion_triage.models import lfm2_vl
 from tests.conftest import MISSION
 
 TOKENS = 96
@@ -33,7 +34,13 @@ def servers(tiny_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     with ExitStack() as stack:
         yield [
             stack.enter_context(
-                Server(tools, tiny_pair / backbone, tiny_pair / quantize.MMPROJ, log=logs / f"{number}.log")
+                Server(
+                    tools,
+                    tiny_pair / backbone,
+                    tiny_pair / quantize.MMPROJ,
+                    log=logs / f"{number}.log",
+                    turn=lfm2_vl.TURN,
+                )
             )
             for number, backbone in enumerate(backbones)
         ]
@@ -45,7 +52,7 @@ def address(server: Server) -> tuple[str, str]:
 
 
 def connected(server: Server) -> Connected:
-    return connect(*address(server), TOKENS)
+    return connect(*address(server), MISSION, TOKENS)
 
 
 @pytest.mark.llama_cpp
@@ -58,7 +65,7 @@ def test_own_servers_share_a_small_pairs_questions(servers: list[Server], drawn_
     images, prompts = [image for image in images for _ in range(2)], [prompt for prompt in prompts for _ in range(2)]
 
     def backend(client: Client) -> LlamaCppBackend:
-        return LlamaCppBackend(client, max_new_tokens=TOKENS, primed=True)
+        return LlamaCppBackend(client, MISSION, max_new_tokens=TOKENS, primed=True)
 
     shared = share_own([server.client for server in servers[:2]], backend)
     assert isinstance(shared, SharedBackend)
@@ -79,7 +86,7 @@ def test_servers_share_the_work_and_one_that_dies_loses_nothing(servers: list[Se
     images, prompts = drawn_questions(4)
     # Primed, as `connect` asks: log-probabilities after an image that is read anew for each question differ by up to
     # 0.02, which turns a near-tie on some processors.
-    expected = LlamaCppBackend(servers[0].client, max_new_tokens=TOKENS, primed=True).answer(images, prompts)
+    expected = LlamaCppBackend(servers[0].client, MISSION, max_new_tokens=TOKENS, primed=True).answer(images, prompts)
     first, second = connected(servers[0]), connected(servers[1])
     assert first.identity == second.identity
     shared = SharedBackend([first, second], pause_seconds=0.01)
@@ -117,10 +124,10 @@ def test_servers_of_different_models_do_not_share(servers: list[Server], monkeyp
     from orion_triage.evaluate import servers as module
 
     # Servers of our own have a key each; `share` takes one for all, as a user has it.
-    monkeypatch.setattr(module, "connect", lambda url, key, tokens: connect(url, by_url[url], tokens))
+    monkeypatch.setattr(module, "connect", lambda url, key, *rest: connect(url, by_url[url], *rest))
     with pytest.raises(OrionError, match=r"orion-f16\.gguf.*Load the same model"):
-        share(urls, "", TOKENS)
-    backend, first = share(urls[:1], "", TOKENS)
+        share(urls, "", MISSION, TOKENS)
+    backend, first = share(urls[:1], "", MISSION, TOKENS)
     assert isinstance(backend, SharedBackend)
     assert first.model.endswith(quantize.QUANTIZED)
 
@@ -142,7 +149,9 @@ def test_without_any_server_left_the_error_names_them_all(drawn_questions: Any) 
 def test_the_chat_interface_gives_the_same_answers(servers: list[Server], drawn_questions: Any) -> None:
     images, prompts = drawn_questions(2)
     client = servers[2].client
-    expected = [answer.text for answer in LlamaCppBackend(client, max_new_tokens=TOKENS).answer(images, prompts)]
+    expected = [
+        answer.text for answer in LlamaCppBackend(client, MISSION, max_new_tokens=TOKENS).answer(images, prompts)
+    ]
     chat = OpenAIBackend(client, client.served_models()[0], max_new_tokens=TOKENS).answer(images, prompts)
     assert [answer.text for answer in chat] == expected
     assert all(parse_verdict(MISSION, answer.text) and answer.scores is None for answer in chat)
@@ -176,7 +185,7 @@ def test_a_server_without_llama_cpps_pages_is_asked_as_openais(drawn_questions: 
     server = ThreadingHTTPServer(("127.0.0.1", 0), _OpenAI)
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     try:
-        found = connect(f"http://127.0.0.1:{server.server_port}", "", TOKENS)
+        found = connect(f"http://127.0.0.1:{server.server_port}", "", MISSION, TOKENS)
         assert (found.model, found.build) == ("a-model", "OpenAI API")
         images, prompts = drawn_questions(1)
         assert found.backend.answer(images, prompts) == [Answer("said")]
@@ -187,6 +196,6 @@ def test_a_server_without_llama_cpps_pages_is_asked_as_openais(drawn_questions: 
     assert (asked["model"], asked["temperature"], asked["max_tokens"]) == ("a-model", 0, TOKENS)
     picture, text = asked["messages"][0]["content"]
     assert picture["image_url"]["url"].startswith("data:image/png;base64,iVBOR")
-    assert text == {"type": "text", "text": f"\n{prompts[0]}"}
+    assert text == {"type": "text", "text": prompts[0].removeprefix("<image>")}
     with pytest.raises(ServerError, match="no server answers"):
-        connect(f"http://127.0.0.1:{server.server_port}", "", TOKENS)
+        connect(f"http://127.0.0.1:{server.server_port}", "", MISSION, TOKENS)

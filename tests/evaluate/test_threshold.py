@@ -49,15 +49,15 @@ def test_scores_decide_at_a_threshold_and_the_answer_without_one() -> None:
 def test_the_threshold_drops_most_within_the_limit() -> None:
     rows = rows_of([H, M, H, L, L, L], lows(0.1, 0.5, 0.3, 0.9, 0.4, 0.5))
     for limit, threshold in ((0, 0.9), (0.33, 0.9), (0.34, 0.4), (1, 0.1)):
-        assert lowest_threshold(rows, limit) == threshold
+        assert lowest_threshold(rows, limit, MISSION) == threshold
     unseparable = rows_of([H, M, H, L, L, L], lows(1, 1, 1, 1, 1, 1))
-    assert lowest_threshold(unseparable, 0) > 1
+    assert lowest_threshold(unseparable, 0, MISSION) > 1
 
 
 def test_a_limit_that_is_met_exactly_counts() -> None:
     rows = rows_of([H] * 10, lows(*(number / 20 for number in range(1, 11))))
     for lost in range(11):
-        assert decided(rows, Rules(lowest_threshold(rows, lost / 10))).count(L) == lost
+        assert decided(rows, Rules(lowest_threshold(rows, lost / 10, MISSION)), MISSION).count(L) == lost
 
 
 @pytest.mark.parametrize("limit", [0.0, 0.02, 0.1, 0.5, 1.0])
@@ -65,7 +65,7 @@ def test_no_threshold_of_the_frames_does_better(limit: float) -> None:
     generator = np.random.default_rng(3)
     scores = [tuple(map(float, row)) for row in generator.dirichlet([1, 1, 1], 150)]
     rows = rows_of([MISSION.names[int(generator.choice(3, p=one))] for one in scores], scores)
-    chosen = lowest_threshold(rows, limit)
+    chosen = lowest_threshold(rows, limit, MISSION)
 
     def loss(threshold: float) -> float:
         return measurements(rows, Rules(threshold), MISSION)["irrecoverable_loss"]["rate"]
@@ -77,22 +77,22 @@ def test_no_threshold_of_the_frames_does_better(limit: float) -> None:
 def test_frames_that_no_threshold_saves_count_in_its_choice() -> None:
     """A blank frame is LOW at any threshold, and so is an answer that says LOW without scores."""
     rows = rows_of([H, M, H, M, L], [*lows(0.1, 0.2, 0.3), None, (0.0, 0.1, 0.9)])
-    assert lowest_threshold(rows, 0.25) == 0.9
+    assert lowest_threshold(rows, 0.25, MISSION) == 0.9
     with pytest.raises(OrionError, match=r"25\.0% of the valuable frames are LOW at any threshold"):
-        lowest_threshold(rows, 0.1)
+        lowest_threshold(rows, 0.1, MISSION)
     blank = with_blank(rows, ["f0"])
     with pytest.raises(OrionError, match=r"50\.0% of the valuable frames"):
-        lowest_threshold(blank, 0.25)
-    assert lowest_threshold(blank, 0.5) == 0.9
+        lowest_threshold(blank, 0.25, MISSION)
+    assert lowest_threshold(blank, 0.5, MISSION) == 0.9
 
 
 def test_thresholds_that_mean_nothing_are_refused() -> None:
     rows = rows_of([H, L], lows(0.1, 0.2))
     for limit in (-0.01, 1.01, float("nan")):
         with pytest.raises(OrionError, match=r"is outside 0\.\.1"):
-            lowest_threshold(rows, limit)
+            lowest_threshold(rows, limit, MISSION)
     with pytest.raises(OrionError, match="no frame is HIGH or MEDIUM"):
-        lowest_threshold(rows_of([L, L], lows(0.1, 0.2)), 0.1)
+        lowest_threshold(rows_of([L, L], lows(0.1, 0.2)), 0.1, MISSION)
 
 
 class _Saying:
@@ -130,7 +130,9 @@ def test_flight_and_report_decide_alike_frame_by_frame(threshold: float | None, 
     asked = [answer for name, answer in of_frames.items() if not name.startswith("blank")]
     flown = {
         Path(outcome.file).stem: outcome.verdict.category if outcome.verdict else None
-        for outcome in triage_files([tmp_path / f"{name}.png" for name in of_frames], _Saying(asked), 256, rules=rules)
+        for outcome in triage_files(
+            [tmp_path / f"{name}.png" for name in of_frames], _Saying(asked), MISSION, 256, rules=rules
+        )
     }
     verdicts = {name: parse_verdict(MISSION, answer.text) for name, answer in of_frames.items()}
     rows = [
@@ -138,9 +140,9 @@ def test_flight_and_report_decide_alike_frame_by_frame(threshold: float | None, 
         for name, answer in of_frames.items()
     ]
     blank_frames = [name for name in of_frames if name.startswith("blank")]
-    reported = {row.name: row.predicted for row in as_flown(rows, blank_frames, rules)}
+    reported = {row.name: row.predicted for row in as_flown(rows, blank_frames, rules, MISSION)}
     marked = with_blank(rows, blank_frames)
-    assert dict(zip(of_frames, decided(marked, rules), strict=True)) == reported == flown
+    assert dict(zip(of_frames, decided(marked, rules, MISSION), strict=True)) == reported == flown
     shares = measurements(marked, rules, MISSION)["downlink"]
     assert shares["dropped"] == pytest.approx(list(flown.values()).count(L) / len(flown))
     assert shares["no_verdict"] == pytest.approx(list(flown.values()).count(None) / len(flown))

@@ -18,11 +18,12 @@ from PIL import Image
 
 from orion_triage.dataset.dataset import Dataset
 from orion_triage.dataset.records import IMAGES_FOLDER, Record, write_split
-from orion_triage.errors import OrionError
-from orion_triage.evaluate import features, threshold
+from orion_triage.errors import OrionError, ParityError
+from orion_triage.evaluate import features, threshold, variants
 from orion_triage.evaluate.results import BENCH_FILE, as_flown, build_results, seconds_per_frame
 from orion_triage.evaluate.run import predictions_in
 from orion_triage.evaluate.run import run as evaluate
+from orion_triage.evaluate.seeds import evaluated
 from orion_triage.evaluate.variants import wanted
 from orion_triage.evaluate.verdict import DO_NOT_FLY, FLY, NOT_ENOUGH, assess, better_than, camera, lost
 from orion_triage.export.quantize import PAIR
@@ -30,6 +31,7 @@ from orion_triage.mission.answer import Answer
 from orion_triage.mission.decide import Rules
 from orion_triage.mission.prompt import Coordinates, render_prompt
 from orion_triage.mission.verdict import Verdict, answer_text
+from orion_triage.report.render import notes
 from orion_triage.runs.manifest import write_manifest
 from orion_triage.runs.run import Run
 from orion_triage.safe.files import sha256_of_file
@@ -290,9 +292,9 @@ def test_a_threshold_that_loses_frames_does_not_fly_until_it_is_undone(
     run = Run(shutil.copytree(good.folder, tmp_path / "run", symlinks=True), good.settings)
     on_val = replace(run, split="val")
     ask(on_val, looking(frames(), uncertain=6), on_val.evaluation("constrained"))
-    assert threshold.lowest_threshold(predictions_in(on_val.evaluation("constrained"), MISSION), 0.4) == pytest.approx(
-        0.4
-    )
+    assert threshold.lowest_threshold(
+        predictions_in(on_val.evaluation("constrained"), MISSION), 0.4, MISSION
+    ) == pytest.approx(0.4)
     with pytest.raises(OrionError, match="loses 0 of 20 HIGH and MEDIUM frames of val, within the limit of 40"):
         threshold.choose(on_val, 0.4, [])
     chosen = threshold.choose(on_val, 0.4, [], loosen=True)["there"]
@@ -320,15 +322,30 @@ def test_what_was_not_measured_is_open(good: Run, tmp_path: Path) -> None:
     assert (camera("synthetic").outcome, camera("sentinel2").outcome) == ("open", "pass")
 
 
+def test_a_failed_gate_does_not_fly_and_its_answers_do_not_count(good: Run, tmp_path: Path) -> None:
+    run = Run(shutil.copytree(good.folder, tmp_path / "run", symlinks=True), good.settings)
+    with pytest.raises(ParityError), variants._failure_recorded(run):  # as it is asked of a real llama.cpp in test_cli
+        raise ParityError("They differ.", "Use another build.", "0.5 nats apart")
+    results = build_results(run)
+    assert outcome(results["verdict"]) == (DO_NOT_FLY, {"llama.cpp as transformers": "fail"})
+    assert results["verdict"]["because"] == ["llama.cpp as transformers"]
+    row = next(row for row in results["verdict"]["criteria"] if row["name"] == "llama.cpp as transformers")
+    assert (row["measured"], row["advice"]) == ("0.5 nats apart", "They differ. Use another build.")
+    assert "F16" not in results["models"]
+    assert "F16" not in evaluated(run)
+    assert (results["missing"], results["parity"]) == ([], None)
+    assert any("The gate at F16 failed: They differ." in note for note in notes(results))
+
+
 def judged(run: Run, results: dict[str, Any], *settings: str) -> tuple[str, dict[str, str]]:
     """The verdict on the same answers with other limits, and with the frame time that was measured last."""
     answers = {
         model: predictions_in(run.evaluation(model), MISSION) for model in ("fine-tuned", "quantized", "constrained")
     }
-    answers["flight"] = as_flown(answers["constrained"], results["blank_frames"], Rules())
+    answers["flight"] = as_flown(answers["constrained"], results["blank_frames"], Rules(), MISSION)
     needed = load_settings("tiny", settings).verdict
     measured = seconds_per_frame(run)
-    return outcome(assess(results, answers, needed, flight="flight", seconds_per_frame=measured))
+    return outcome(assess(results, answers, needed, MISSION, flight="flight", seconds_per_frame=measured))
 
 
 def test_seconds_per_frame_count_where_a_budget_is_given(good: Run, good_results: dict[str, Any]) -> None:
@@ -366,7 +383,7 @@ def rate(count: int, total: int) -> dict[str, Any]:
 
     truth = np.zeros(total, dtype=np.int64)
     guess = np.array([2] * count + [0] * (total - count))
-    found: dict[str, Any] = headline(truth, guess)["irrecoverable_loss"]
+    found: dict[str, Any] = headline(truth, guess, MISSION)["irrecoverable_loss"]
     return found
 
 
@@ -378,11 +395,11 @@ def rate(count: int, total: int) -> dict[str, Any]:
     ],
 )  # fmt: skip
 def test_a_loss_is_judged_by_its_upper_bound(count: int, total: int, outcome: str, advised: str) -> None:
-    criterion = lost(rate(count, total), 0.10)
+    criterion = lost(rate(count, total), 0.10, "HIGH and MEDIUM")
     assert (criterion.outcome, advised in criterion.advice) == (outcome, True), criterion
     if advised == "About":  # at the advised number of frames, the same loss is shown
         more = int(criterion.advice.split()[1].replace(",", ""))
-        assert lost(rate(round(count * more / total), more), 0.10).outcome == "pass"
+        assert lost(rate(round(count * more / total), more), 0.10, "HIGH and MEDIUM").outcome == "pass"
 
 
 def test_a_baseline_is_beaten_failed_against_or_undecided() -> None:

@@ -47,6 +47,7 @@ from orion_triage.mission.verdict import (
     parse_verdict,
     tokens_of_fields,
 )
+from orion_triage.models.family import turn_of
 from orion_triage.settings import load_settings
 from tests.conftest import orion, places_of, structured_picture
 
@@ -608,7 +609,8 @@ def test_ground_and_bundle_give_a_frame_the_same_fields(run_with_fields: Path, t
     assert ground["fields"] == {name: json.loads(ground["answer"])[name] for name in ("built", "ground", "crossings")}
     assert (ground["fields"]["built"] in ("yes", "no"), type(ground["fields"]["crossings"])) == (True, int)
     assert blank["fields"] is None
-    with Server(find_toolchain(), *(folder / name for name in pair), log=tmp_path / "log", threads=1) as server:
+    log, files = tmp_path / "log", [folder / name for name in pair]
+    with Server(find_toolchain(), *files, log=log, turn=turn_of(files[0]), threads=1) as server:
         url, every = server.client.base_url, mission(SMOKE, SURFACE, NOTE, SHIPS | {"from": -120, "to": 1150})
         said = server.client.completion("Say it.", Frame(frame, frame.size).png(), 300, grammar=grammar(every))
         key = str(server.client._http.headers["Authorization"]).removeprefix("Bearer ")

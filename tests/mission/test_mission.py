@@ -2,15 +2,18 @@
 
 import json
 import math
+import shutil
+import threading
 import tomllib
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from orion_triage.dataset.records import Record, parse_record
-from orion_triage.errors import OrionError
+from orion_triage.errors import OrionError, ServerError
 from orion_triage.evaluate import threshold
 from orion_triage.evaluate.conditions import conflict_pairs
 from orion_triage.evaluate.judgement import judge
@@ -18,6 +21,7 @@ from orion_triage.evaluate.metrics import Prediction, summarize, under
 from orion_triage.evaluate.results import as_flown
 from orion_triage.evaluate.run import prediction_of
 from orion_triage.evaluate.value import downlink, headline
+from orion_triage.llama_cpp.client import Client
 from orion_triage.mission.contract import contract_sha256, differences, mission_of, require_mission, write_mission
 from orion_triage.mission.decide import Rules, decide, in_words
 from orion_triage.mission.mission import Mission, default_mission, load_mission
@@ -35,6 +39,8 @@ from orion_triage.mission.verdict import (
     parse_verdict,
 )
 from orion_triage.models.load import TINY_BASE_FOLDER, tokenizer_of
+from orion_triage.pipeline import DATASET, FINE_TUNE, FUSE, run_stage
+from orion_triage.runs.run import Run
 from orion_triage.settings import load_settings
 
 ROOT = Path(__file__).parents[2]
@@ -419,3 +425,61 @@ def run_orion() -> Callable[..., Any]:
     from tests.conftest import orion
 
     return orion
+
+
+# A server
+
+
+def test_a_server_that_drops_the_grammar_is_refused() -> None:
+    """Answered as a build that ignores it does: 200, and the model's own words."""
+
+    class Answers(BaseHTTPRequestHandler):
+        keeps = False
+
+        def do_POST(self) -> None:
+            asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            rule = asked["grammar"].removeprefix('root ::= "').removesuffix('"')
+            body = json.dumps({"content": rule if self.keeps else "The sky is blue"}).encode()
+            self.send_response(200)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        client = Client(f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(ServerError, match="does not keep to a grammar: it answers 'The sky is blue'"):
+            client.require_grammar()
+        Answers.keeps = True
+        client.require_grammar()
+        server.shutdown()
+
+
+def test_a_dataset_of_another_mission_is_refused_before_training(tmp_path: Path, small_dataset: Path) -> None:
+    own = Path(shutil.copytree(small_dataset, tmp_path / "run" / "dataset"))
+    write_mission(own, load_mission(WATERFRONT))
+    run = Run(tmp_path / "run", load_settings("tiny"))
+    with pytest.raises(OrionError, match="is of the mission waterfront, and this run is of orion"):
+        run_stage(FINE_TUNE, run)
+
+
+def test_an_adapter_of_another_mission_is_refused_before_the_merge(tmp_path: Path, small_dataset: Path) -> None:
+    shutil.copytree(small_dataset, tmp_path / "run" / "dataset")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").write_bytes(b"")
+    write_mission(adapter, load_mission(WATERFRONT))
+    with pytest.raises(OrionError, match=r"adapter is of the mission waterfront, .* They differ in categories"):
+        run_stage(FUSE, Run(tmp_path / "run", load_settings("tiny"), adapter_from=str(adapter)))
+
+
+def test_another_mission_repeats_the_stages_and_another_value_does_not() -> None:
+    settings = load_settings("tiny")
+    valued, other = load_settings("tiny", ["mission.values=[5, 1, 0]"]), load_settings("tiny", (), WATERFRONT)
+    assert DATASET.settings_of(valued) == DATASET.settings_of(settings)
+    assert DATASET.settings_of(other)["mission"]["name"] == "waterfront"
+    assert other.dataset.catalogue == str(WATERFRONT.parent / "waterfront.csv")

@@ -291,6 +291,16 @@ def test_without_a_folder_the_server_is_asked_for_its_home(prepared: Place) -> N
     assert named.repository == "/mine/orion-triage"
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_a_training_needs_no_variable_for_its_folder(prepared: Place, named: bool) -> None:
+    """As README and --server-folder say; the scripts by themselves want ORION_SERVER_HDD_PATH."""
+    prepared.variables["ORION_SERVER_HDD_PATH"] = ""
+    _, said = train(prepared, *(["--server-folder", str(prepared.there)] if named else []), setup=stand_in(prepared))
+    home = prepared.server.home.resolve()
+    assert f"the dataset is in {prepared.there if named else home / 'orion'}/orion_data" in said
+    assert (prepared.here / "runs" / "tiny" / "orion_lora_weights" / "manifest.json").is_file()
+
+
 def test_paths_come_from_the_scripts_variables() -> None:
     server = remote.server_of("me@gpu", {"ORION_SERVER_HDD_PATH": "/data"})
     assert (server.repository, server.data, server.setup) == ("/data/orion-triage", "/data/orion_data", "make setup")

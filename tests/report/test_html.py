@@ -146,7 +146,7 @@ def _say(run: Run, condition: str, name: str, category: str | None, sure: float 
     folder, rows = run.evaluation("constrained"), _rows(run.evaluation("constrained"))
     for row in rows:
         if (row["condition"], row["name"]) == (condition, name):
-            rest = {other.value: (1 - sure) / 2 for other in MISSION.names}
+            rest = dict.fromkeys(MISSION.names, (1 - sure) / 2)
             row["category"], row["scores"] = category, rest | {category: sure} if category else None
             row["answer"] = answer
     (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -331,12 +331,12 @@ def test_confusions_show_what_is_lost_and_what_is_unparsable() -> None:
         "MEDIUM": {"HIGH": 0, "MEDIUM": 4, "LOW": 0, "unparsable": 0},
         "LOW": {"HIGH": 0, "MEDIUM": 0, "LOW": 0, "unparsable": 0},
     }
-    rows = html.matrix(confusion)
+    rows = html.matrix(confusion, MISSION)
     assert [cell["answer"] for cell in rows[0][1]] == ["HIGH", "MEDIUM", "LOW"]
     assert [cell["share"] for cell in rows[0][1]] == [0.75, 0, 0.25]
     assert [[cell["lost"] for cell in cells] for _, cells in rows] == [[False, False, True]] * 2 + [[False] * 3]
     confusion["LOW"]["unparsable"] = 1
-    assert [cell["answer"] for cell in html.matrix(confusion)[0][1]] == ["HIGH", "MEDIUM", "LOW", "unparsable"]
+    assert [cell["answer"] for cell in html.matrix(confusion, MISSION)[0][1]] == ["HIGH", "MEDIUM", "LOW", "unparsable"]
 
 
 def test_charts_show_the_values_of_the_results(wrong_results: dict[str, Any]) -> None:

@@ -21,7 +21,15 @@ from orion_triage.evaluate.seeds import over_training_seeds
 from orion_triage.evaluate.variants import table
 from orion_triage.mission.decide import Rules
 from orion_triage.report import plot
-from orion_triage.report.render import accuracy_rows, render_markdown, sentences, significant, terminal_tables
+from orion_triage.report.render import (
+    accuracy_rows,
+    advice,
+    render_markdown,
+    sentences,
+    significant,
+    terminal_tables,
+    verdict_table,
+)
 from orion_triage.runs.manifest import remove_outputs, write_manifest
 from orion_triage.runs.run import Run, open_run, prepare
 from orion_triage.settings import load_settings
@@ -80,7 +88,7 @@ def test_evaluations_are_compared_under_the_conditions_that_both_know() -> None:
 
 
 def test_a_blank_frame_is_low_by_rule_and_noise_is_none() -> None:
-    ruled = as_flown(answers("HHHHHHHHHH", scores=True), ["f3"], Rules())
+    ruled = as_flown(answers("HHHHHHHHHH", scores=True), ["f3"], Rules(), MISSION)
     changed = [(p.condition, p.predicted, p.scores) for p in ruled if p.predicted != H]
     assert changed == [(condition, L, (0.0, 0.0, 1.0)) for condition in "ABD"]
 
@@ -147,6 +155,23 @@ def test_tables_show_every_model_and_a_dash_for_what_is_missing(results: dict[st
     shown = console.export_text()
     assert "unparsable answers" in shown
     assert "majority class" in shown
+
+
+@pytest.mark.parametrize("width", [80, 101, 102, 160])
+def test_the_verdict_is_not_cut_off_and_says_first_what_failed(width: int) -> None:
+    rows = [
+        ("better than coordinates k-NN", "58/60 against 29/60: +48 points (33 to 61), p < 0.001", "more", "pass", ""),
+        ("HIGH and MEDIUM lost", "1 of 40: 2% (0 to 13)", "lower end at least 50%", "open", "More frames."),
+        ("looks at the image", "20/60 with it, 20/60 with noise (C)", "more, p < 0.05", "fail", "Look at them."),
+    ]
+    names = ("name", "measured", "needed", "outcome", "advice")
+    verdict = {"criteria": [dict(zip(names, row, strict=True)) for row in rows]}
+    console = Console(file=io.StringIO(), width=width)
+    console.print(verdict_table(verdict, width))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert {line[-1] for line in lines} <= set("┓┃┩│┘"), "rich has cut off a column"
+    assert len(lines) <= 4 + 2 * len(rows)
+    assert advice(verdict) == ["looks at the image: Look at them.", "HIGH and MEDIUM lost: More frames."]
 
 
 def test_losses_are_drawn_and_the_png_is_written(results: dict[str, Any], tmp_path: Path) -> None:

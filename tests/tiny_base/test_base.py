@@ -13,7 +13,7 @@ from orion_triage.dataset.catalogue import MORPHOLOGIES, load_catalogue
 from orion_triage.dataset.sources.synthetic.draw import SUBTYPES, draw_tile, tile_seed
 from orion_triage.dataset.split import split_targets
 from orion_triage.imagery.frames import shrink
-from orion_triage.mission.prompt import render_prompt
+from orion_triage.mission.prompt import user_text
 from orion_triage.mission.verdict import parse_verdict
 from orion_triage.models.licence import Licence, licence_of
 from orion_triage.models.load import TINY_BASE_FOLDER
@@ -34,7 +34,7 @@ def record() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def facts() -> list[Facts]:
-    return [facts_of(draw_tile(name, seed_of(index))) for index, name in enumerate(sum(MORPHOLOGIES.values(), ()))]
+    return [facts_of(draw_tile(name, seed_of(index))) for index, name in enumerate(MORPHOLOGIES)]
 
 
 def test_the_record_belongs_to_the_weights_and_the_checkpoint_is_small(record: dict[str, Any]) -> None:
@@ -101,7 +101,7 @@ def test_labels_are_never_those_of_triage(facts: list[Facts]) -> None:
 
 def test_no_category_set_groups_the_morphologies_as_triage_does(facts: list[Facts]) -> None:
     """A set that says of every tile what triage says, under other names, would be the task itself."""
-    triage = {name: category for category, names in MORPHOLOGIES.items() for name in names}
+    triage = {target.morphology: target.category for target in load_catalogue()}
     source = random.Random(4)
     for topic, definitions, _, classify in texts.MEASURES:
         said = defaultdict(set)
@@ -126,7 +126,7 @@ def test_zero_shot_answers_parse_and_follow_the_image() -> None:
     processor = load_processor(TINY_BASE_FOLDER, 256)
     targets = split_targets(load_catalogue())["test"][::6]
     frames = [shrink(draw_tile(target.morphology, tile_seed(7, target.name)).image, 256) for target in targets]
-    answers = generate(model, processor, frames, [render_prompt(MISSION, None)] * len(frames), 96)
+    answers = generate(model, processor, frames, [user_text(MISSION, None)] * len(frames), 96)
     parsed = [parse_verdict(MISSION, answer) for answer in answers]
     assert sum(verdict is not None for verdict in parsed) >= 0.9 * len(frames)
     assert len({verdict.reason for verdict in parsed if verdict}) > len(frames) / 2

@@ -44,7 +44,7 @@ def build(
     import torch
     from transformers import Lfm2VlForConditionalGeneration
 
-    from orion_triage.models.lfm2_vl import make_config, make_processor, save_base, train_tokenizer
+    from orion_triage.models.lfm2_vl_shapes import make_config, make_processor, save_base, train_tokenizer
     from tools.tiny_base.instruct import AWAY_DEGREES, cache_features, measure_language, train_language
     from tools.tiny_base.texts import corpus, phrases
     from tools.tiny_base.tiles import FRAME_SIZE, NAMESPACE, draw_tiles, load_tiles, seed_of

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from orion_triage.mission.prompt import Coordinates, format_degrees
+from orion_triage.mission.prompt import IMAGE, Coordinates, format_degrees
 from orion_triage.progress import Progress, silent
 from tools.tiny_base.optimize import descend, load_state, make_optimizers, save_state, set_learning_rates
 from tools.tiny_base.texts import description, question
@@ -170,7 +170,9 @@ def measure_language(
         answers = []
         for start in range(0, questions, 12):
             window = slice(start, start + 12)
-            answers += generate(model, processor, shown[window], [prompt for prompt, _ in asked[window]], 96)
+            answers += generate(
+                model, processor, shown[window], [f"{IMAGE}\n{prompt}" for prompt, _ in asked[window]], 96
+            )
         categories = [_category(answer) for answer in answers]
         wanted = [_category(answer) for _, answer in asked]
         figures[f"right_on_{name}_tile"] = sum(a == b for a, b in zip(categories, wanted, strict=True)) / questions

@@ -230,7 +230,7 @@ def print_verdict(verdict: dict[str, Any]) -> None:
 
     colour = {"pass": "bold green", "fail": "bold red", "open": "bold yellow"}[OUTCOME_OF[verdict["verdict"]]]
     console = output()
-    console.print(verdict_table(verdict))
+    console.print(verdict_table(verdict, console.width))
     console.print(styled(colour, verdict["verdict"], f": {verdict_in_words(verdict)}"))
     for line in advice(verdict):
         console.print(f"- {line}")

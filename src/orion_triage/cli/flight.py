@@ -166,7 +166,7 @@ def _show_verdicts(outcomes: list[Any], mission: Any, as_json: bool) -> None:
     console = output()
     longest = max(cell_len(cell(outcome.file)) for outcome in outcomes)
     table = Table()
-    table.add_column("file", overflow="fold", min_width=min(longest, max(len("file"), console.width - REST_COLUMNS)))
+    table.add_column("file", overflow="fold", width=min(longest, max(len("file"), console.width - REST_COLUMNS)))
     table.add_column("decision\nby")
     table.add_column(f"model\nP({' '.join(mission.names)})")
     table.add_column("the model's reason", overflow="fold")

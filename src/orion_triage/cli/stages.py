@@ -28,6 +28,7 @@ from orion_triage.cli.terminal import (
     messages,
     progress_bar,
     run_of,
+    styled,
 )
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def run(
     Skips finished stages. Run the same command again to resume. Says first what
     it will do and about how long, by earlier runs on this machine.
     """
+    from orion_triage.errors import ParityError
     from orion_triage.llama_cpp.toolchain import built_meanwhile, find_toolchain
     from orion_triage.pipeline import check_inputs, forecast, stages
     from orion_triage.progress import in_words
@@ -75,11 +77,17 @@ def run(
                 with progress_bar() as progress:
                     find_toolchain(progress)
         for stage in others:
-            do_stage(stage, current)
-    made = [read_manifest(stage.folder(current)) for stage in (dataset_stage, *others)]
-    stages_took = in_words(sum(one.seconds for one in made if one))
+            try:
+                do_stage(stage, current)
+            except ParityError as error:  # recorded for the verdict, which is then DO NOT FLY
+                failed = f" {error.message} Its answers do not count."
+                messages().print(styled("bold red", f"{stage.name}: failed.", failed), soft_wrap=True)
+    made = [one for stage in (dataset_stage, *others) if (one := read_manifest(stage.folder(current)))]
+    how_many = "all" if len(made) == len(others) + 1 else f"{len(made)} of"
+    stages_took = in_words(sum(one.seconds for one in made))
     this_took = in_words(time.monotonic() - began)
-    messages().print(f"all {len(made)} stages by their manifests: {stages_took}; this command: {this_took}")
+    said = f"{how_many} {len(others) + 1} stages by their manifests: {stages_took}; this command: {this_took}"
+    messages().print(said)
     write_report(current, as_json=False)
 
 

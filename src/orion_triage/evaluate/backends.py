@@ -127,6 +127,8 @@ class LlamaCppBackend:
         self._max_new_tokens = answer_tokens(mission) if constrained else max_new_tokens + tokens_of_fields(mission)
         self._mission, self._labels = mission, label_tree(mission, client.tokenize)
         self._grammars = (grammar(mission), category_grammar(mission)) if constrained else ("", "")
+        if constrained:
+            client.require_grammar()
 
     def answer(self, images: "Sequence[Image.Image]", user_texts: Sequence[str]) -> list[Answer]:
         return [self._answer(image, text) for image, text in zip(images, user_texts, strict=True)]
@@ -164,6 +166,7 @@ class VerdictOnlyBackend:
 
     def __init__(self, client: "Client", mission: Mission) -> None:
         require_category_alone(mission)
+        client.require_grammar()
         self._client, self._mission = client, mission
         self._labels = label_tree(mission, client.tokenize)
 
@@ -180,14 +183,17 @@ class VerdictOnlyBackend:
             ask_for_category(self._client, self._mission, user_text, png, node.text, cache_prompt=True)
             for node in self._labels
         ]
-        content = replies[0]["content"]
-        if not content or not any(name.startswith(content[0]) for name in names):  # a server that ignores the grammar
-            return Answer(answer_start(self._mission) + content)
+        said, begun = replies[0]["content"], self._labels[0].text
+        begun_with = [name for name in names if said and name.startswith(begun + said[0])]
+        if not begun and not begun_with:  # not a category
+            return Answer(answer_start(self._mission) + said)
         found = [first_log_probabilities(reply, node.tokens) for reply, node in zip(replies, self._labels, strict=True)]
         scores = scores_of(self._mission, self._labels, [one for one in found if one] if all(found) else None)
-        begun = [name for name in names if name.startswith(content[:1])]
-        said = begun[0] if len(begun) == 1 or scores is None else max(names, key=lambda name: scores[names.index(name)])
-        return Answer.scored(category_alone(self._mission, said), scores)
+        if len(begun_with) == 1 or scores is None:
+            category = (begun_with or names)[0]
+        else:
+            category = max(names, key=lambda name: scores[names.index(name)])
+        return Answer.scored(category_alone(self._mission, category), scores)
 
 
 def scores_of(

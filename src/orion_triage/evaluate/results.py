@@ -82,14 +82,14 @@ def build_results(run: Run, *, with_others: bool = True) -> dict[str, Any]:
         for condition, rates in by_condition.items():
             rates |= judge(under(predictions[model], condition), places, mission)
     server, other_pair = (finished.get(EVALUATE + name) for name in (variants.SERVER, variants.OTHER_PAIR))
-    f16 = finished.get("evaluate F16")
+    f16, failed = finished.get("evaluate F16"), variants.failed_gate(run)
     results: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "preset": settings.preset,
         "split": run.split,
         "settings": settings.model_dump(mode="json"),
         "overrides": {key: list(pair) for key, pair in overrides(settings).items()},
-        "missing": [name for name, manifest in manifests.items() if manifest is None],
+        "missing": [n for n, made in manifests.items() if made is None and not (failed and n == "evaluate F16")],
         "outdated": {name: changed for name, made in finished.items() if (changed := changed_settings(run, made))},
         "frames": {"count": len(records), "places": len(set(places.values()))},
         "models": models,
@@ -103,6 +103,7 @@ def build_results(run: Run, *, with_others: bool = True) -> dict[str, Any]:
         "within": {model: between_conditions(rows) for model, rows in predictions.items()},
         "variants": steps(predictions, variants.table(settings)),
         "parity": f16.figures["parity"] if f16 else None,
+        "failed_gate": failed,
         "operating_point": _at_threshold(run, predictions.get(FLIGHT)),
         **of_frames,
         "foreign_server": {key: server.figures[key] for key in SERVER_FIGURES} if server else {},

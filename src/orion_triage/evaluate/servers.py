@@ -21,6 +21,7 @@ from orion_triage.mission.answer import Answer
 from orion_triage.mission.mission import Mission
 from orion_triage.mission.prompt import IMAGE
 from orion_triage.mission.verdict import tokens_of_fields
+from orion_triage.models.family import DEFAULT
 from orion_triage.runs import manifest
 from orion_triage.safe.reading import shown
 
@@ -55,12 +56,12 @@ def connect(address: str, key: str, mission: Mission, max_new_tokens: int) -> Co
     which of them comes first says nothing (vLLM lists the base before its adapters).
     """
     url, asked = split_address(address)
-    client = Client(url, key)
+    client = Client(url, key, turn=DEFAULT.TURN)  # a server does not say of which family its model is
     props = client.llama_cpp_props()
     if props and props.get("role") == "router":  # one llama-server for several models, which each request names
         asked = _chosen(client.served_models(), asked, url)
         client.close()
-        client = Client(url, key, model=asked)
+        client = Client(url, key, model=asked, turn=DEFAULT.TURN)
         props = client.props()  # the model's own; the router loads it now
     if props:
         client.ready(60)

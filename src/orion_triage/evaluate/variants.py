@@ -13,13 +13,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, assert_never
 
-from orion_triage.errors import OrionError
+from orion_triage.errors import OrionError, ParityError
 from orion_triage.mission.mission import Mission
 from orion_triage.mission.prompt import Coordinates, render_prompt, with_image
 from orion_triage.mission.verdict import can_be_category_alone, category_grammar, grammar, require_category_alone
 from orion_triage.progress import Progress
 from orion_triage.runs import manifest
-from orion_triage.safe.files import sha256_of_text
+from orion_triage.safe.files import sha256_of_text, write_text
+from orion_triage.safe.reading import read_object
 from orion_triage.settings import Settings
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ CONSTRAINED, VERDICT_ONLY = "constrained", "verdict-only"
 OTHER_PAIR, SERVER = "other-pair", "server"
 SMALL_PAIR_BYTES = 100_000_000  # measured: 0.050 s per question with 2 servers of 1 thread, 0.075 to 0.09 with 1 of 2
 SMALLEST_AGREEMENT = 0.95  # of verdicts between transformers and llama.cpp on the same 16-bit weights
+FAILED_GATE = "failed_gate.json"  # in the folder of the F16 evaluation, instead of its manifest
 
 
 @dataclass(frozen=True)
@@ -198,14 +200,41 @@ def evaluate(variant: Variant, run: "Run", progress: Progress) -> Figures:
         return ask(run, variant.name, _load(variant, made_from, run.settings), made_from, progress, how)
     with _served(run, variant, progress) as servers:
         clients = [server.client for server in servers]
-        gate = check_parity(run, clients[0]) if variant.weights == "F16" else {}
+        with _failure_recorded(run):
+            gate = check_parity(run, clients[0]) if variant.weights == "F16" else {}
         backend = _backend(variant, run, clients)
         figures = ask(run, variant.name, backend, {"model": run.pair}, progress, how) | lost_servers(backend)
         figures |= {"served": servers[0].said | {"servers": len(servers)}}
     if variant.weights == "F16":
-        gate["agreement"] = check_agreement(run, variant.name)
+        with _failure_recorded(run):
+            gate["agreement"] = check_agreement(run, variant.name)
         figures |= {"parity": gate}
     return figures | {"pair": run.pair_from} if run.pair_from else figures
+
+
+@contextmanager
+def _failure_recorded(run: "Run") -> "Iterator[None]":
+    """Record a failed gate at F16 for the verdict; without a manifest, the answers in the folder do not count.
+
+    An evaluation that passes the gate replaces the folder, and the record with it.
+    """
+    try:
+        yield
+    except ParityError as error:
+        folder = run.evaluation("F16")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / manifest.FILE_NAME).unlink(missing_ok=True)
+        record = {"message": error.message, "fix": error.fix, "measured": error.measured}
+        write_text(folder / FAILED_GATE, json.dumps(record, indent=2) + "\n")
+        raise
+
+
+def failed_gate(run: "Run") -> Figures | None:
+    """{message, fix, measured} of the gate at F16 if it failed the last time; None if it passed or did not run."""
+    try:
+        return read_object(run.evaluation("F16") / FAILED_GATE)
+    except FileNotFoundError:
+        return None
 
 
 def _load(variant: Variant, made_from: Mapping[str, Path], settings: Settings) -> "TransformersBackend":
@@ -259,6 +288,7 @@ def _served(run: "Run", variant: Variant, progress: Progress) -> "Iterator[list[
     from orion_triage.llama_cpp.server import Server
     from orion_triage.llama_cpp.toolchain import find_toolchain
     from orion_triage.llama_cpp.tools import quantize_file
+    from orion_triage.models.family import turn_of
     from orion_triage.safe.files import temporary_folder
 
     toolchain = find_toolchain(progress)
@@ -275,11 +305,19 @@ def _served(run: "Run", variant: Variant, progress: Progress) -> "Iterator[list[
                 progress(f"quantizing to {variant.name}", 0, 1)
                 quantize_file(toolchain, backbone, target, variant.name)
                 backbone = target
+        turn = turn_of(backbone)
         count, threads = how_many_servers(run.settings.evaluate, backbone.stat().st_size + mmproj.stat().st_size)
         with ExitStack() as stack:
             yield [
                 stack.enter_context(
-                    Server(toolchain, backbone, mmproj, log=logs / f"evaluate-server-{number}.log", threads=threads)
+                    Server(
+                        toolchain,
+                        backbone,
+                        mmproj,
+                        log=logs / f"evaluate-server-{number}.log",
+                        turn=turn,
+                        threads=threads,
+                    )
                 )
                 for number in range(count)
             ]
@@ -320,7 +358,7 @@ def lost_servers(backend: "Backend") -> Figures:
 def check_parity(run: "Run", client: "Client") -> Figures:
     """Compare llama.cpp on the F16 pair with transformers on the merged weights: prompt, tokens, log-probabilities.
 
-    Raises OrionError that names the difference: the quantized results of this run would then be invalid.
+    Raises ParityError that names the difference.
     """
     from orion_triage.dataset.dataset import Dataset
     from orion_triage.export import parity
@@ -341,10 +379,11 @@ def check_parity(run: "Run", client: "Client") -> Figures:
                 differences[record.name] = max(difference, differences.get(record.name, 0.0))
     worst = max(differences, key=lambda name: differences[name])
     if differences[worst] > parity.LARGEST_DIFFERENCE:
-        raise OrionError(
+        raise ParityError(
             f"llama.cpp's next-token log-probabilities differ from transformers' by {differences[worst]:.4f} on "
             f"{worst}; {parity.LARGEST_DIFFERENCE} is allowed.",
             "Use another llama.cpp build (ORION_LLAMA_CPP, see docs/quantization.md).",
+            f"{differences[worst]:.4f} nats apart",
         )
     return {"frames": len(differences), "largest_difference": round(differences[worst], 6)}
 
@@ -352,7 +391,7 @@ def check_parity(run: "Run", client: "Client") -> Figures:
 def check_agreement(run: "Run", model: str) -> float:
     """The share of questions with the same category from `model` and the merged model.
 
-    Raises OrionError below 95 %.
+    Raises ParityError below 95 %.
     """
     from orion_triage.evaluate.run import read_predictions
 
@@ -361,11 +400,12 @@ def check_agreement(run: "Run", model: str) -> float:
     other = [name for name in ours if ours[name] != theirs[name]]
     share = 1 - len(other) / len(ours)
     if share < SMALLEST_AGREEMENT:
-        raise OrionError(
+        raise ParityError(
             f"llama.cpp's F16 model gives another category than transformers for {len(other)} of {len(ours)} "
             f"questions, for example {other[0]} ({theirs[other[0]]} instead of {ours[other[0]]}); "
             f"{SMALLEST_AGREEMENT:.0%} must agree.",
             "Compare the predictions.jsonl of both variants, and read docs/quantization.md.",
+            f"{share:.1%} agree",
         )
     return round(share, 6)
 

@@ -105,7 +105,7 @@ def _criteria(
         yield trusts_the_image(rates["D"], needed.significance)
     if "quantized" in predictions and "fine-tuned" in predictions:
         yield quantization(predictions, needed)
-    yield parity(results["parity"])
+    yield parity(results["parity"], results["failed_gate"])
     yield blank_rule(flown, judged == flight, needed.largest_irrecoverable_loss, mission)
     if needed.largest_seconds_per_frame is not None:
         yield in_time(seconds_per_frame, needed.largest_seconds_per_frame)
@@ -308,9 +308,11 @@ def quantization(predictions: Predictions, needed: VerdictSettings) -> Criterion
     return Criterion(name, measured, wanted, "pass", "", *values)
 
 
-def parity(measured: Mapping[str, Any] | None) -> Criterion:
-    """Whether llama.cpp computes what transformers does; its evaluation is refused if it does not."""
-    name, wanted = "llama.cpp as transformers", "measured"
+def parity(measured: Mapping[str, Any] | None, failed: Mapping[str, Any] | None) -> Criterion:
+    """Whether llama.cpp computes what transformers does: the gate at F16, passed with `measured` or `failed`."""
+    name, wanted = "llama.cpp as transformers", "gate at F16 passed"
+    if failed is not None:
+        return Criterion(name, failed["measured"], wanted, "fail", f"{failed['message']} {failed['fix']}")
     if measured is None:
         advice = "Run 'orion evaluate --variants F16': it measures the difference, and says where it is too large."
         return Criterion(name, "not measured", wanted, "open", advice)

@@ -7,14 +7,15 @@ from pathlib import Path
 from orion_triage.errors import OrionError
 from orion_triage.llama_cpp.toolchain import Toolchain
 from orion_triage.llama_cpp.tools import ToolUse, run_tool
+from orion_triage.models.family import Family, family_in
 
 # Runs in the converter's process. The converter does not know the fingerprint of the shipped base's vocabulary. Its
-# pre-tokenizer is LFM2's: `convert` checks this, and quantize compares every prompt afterwards.
+# pre-tokenizer is its family's: `convert` checks this, and quantize compares every prompt afterwards.
 # NumPy's tofile ignores the result of its last flush: on a full disk, the end of a tensor would be lost without an
 # error.
 _LAUNCHER = """
 import runpy, sys
-source, arguments = sys.argv[1], sys.argv[2:]
+source, pre_tokenizer, code, arguments = *sys.argv[1:4], sys.argv[4:]
 sys.path[:0] = [source + "/gguf-py", source]
 from conversion import base
 known = base.TextModel.get_vocab_base_pre
@@ -22,13 +23,14 @@ def get_vocab_base_pre(self, tokenizer):
     try:
         return known(self, tokenizer)
     except NotImplementedError:
-        return "lfm2"
+        return pre_tokenizer
 base.TextModel.get_vocab_base_pre = get_vocab_base_pre
 import numpy
 from gguf.lazy import LazyNumpyTensor
 def tofile(self, file):
     file.write(numpy.ascontiguousarray(LazyNumpyTensor.to_eager(self)).reshape(-1).view(numpy.uint8).data)
 LazyNumpyTensor.tofile = tofile
+exec(code)
 sys.argv = ["convert_hf_to_gguf.py", *arguments]
 runpy.run_path(source + "/convert_hf_to_gguf.py", run_name="__main__")
 """
@@ -40,16 +42,16 @@ def convert(toolchain: Toolchain, model: Path, target: Path, *, mmproj: bool, ou
     `outtype` is the converter's: f16, or q8_0 for a vision part of half the size. llama-quantize cannot make the q8_0
     one: the 1.6B tower has 4304 columns, which is not a multiple of 32. Raises OrionError if the conversion fails.
     """
-    _check_pre_tokenizer(model)
-    command = [sys.executable, "-c", _LAUNCHER, str(toolchain.source), str(model)]
+    family = family_in(model)
+    _check_pre_tokenizer(model, family)
+    command = [sys.executable, "-c", _LAUNCHER, str(toolchain.source), family.PRE_TOKENIZER, family.CONVERTER_CODE]
+    command.append(str(model))
     command += ["--outtype", outtype, "--outfile", str(target), *(["--mmproj"] if mmproj else [])]
     return run_tool(command, target, "llama.cpp's converter")
 
 
-def _check_pre_tokenizer(model: Path) -> None:
-    """Raise OrionError unless the tokenizer splits text like LFM2, as the converter's label `lfm2` claims."""
-    from orion_triage.models.lfm2_vl import SPLIT_PATTERN
-
+def _check_pre_tokenizer(model: Path, family: Family) -> None:
+    """Raise OrionError unless the tokenizer splits text like its family, as the label for the converter claims."""
     path = model / "tokenizer.json"
     try:
         tokenizer = json.loads(path.read_text(encoding="utf-8"))
@@ -59,5 +61,7 @@ def _check_pre_tokenizer(model: Path) -> None:
         raise OrionError(f"{path} does not exist.", "Run 'orion fuse' again, which writes it.") from None
     except (ValueError, KeyError, TypeError, IndexError):
         pattern = None
-    if pattern != SPLIT_PATTERN:
-        raise OrionError(f"{path} does not split text as LFM2 does.", "Use a base of the LFM2-VL family.")
+    if pattern != family.SPLIT_PATTERN:
+        raise OrionError(
+            f"{path} does not split text as {family.NAME} does.", f"Use a base of the {family.NAME} family."
+        )

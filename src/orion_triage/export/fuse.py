@@ -17,7 +17,8 @@ from orion_triage.dataset.dataset import Dataset
 from orion_triage.dataset.records import Record
 from orion_triage.errors import OrionError
 from orion_triage.models.adapter import BASE_FILE, attach_adapter, read_adapter
-from orion_triage.models.checkpoint import plain_name, write_tensors
+from orion_triage.models.checkpoint import write_tensors
+from orion_triage.models.family import family_in, family_of_model, read_config
 from orion_triage.models.generate import answer_log_probabilities
 from orion_triage.models.load import (
     base_name,
@@ -185,6 +186,7 @@ def _changes(model: Any) -> "dict[str, Callable[[], torch.Tensor]]":
     from peft.tuners.lora import Linear
 
     changes: dict[str, Callable[[], torch.Tensor]] = {}
+    plain_name = family_of_model(model).plain_name
     for name, module in model.named_modules():
         if isinstance(module, Linear):
             changes[plain_name(name.removeprefix("base_model.model."))] = partial(module.get_delta_weight, "default")
@@ -202,20 +204,24 @@ def _write_weights(
     import torch
     from safetensors import safe_open
 
-    files: dict[str, Path] = {}
+    family, has_tied_head = family_in(base), family_in(base).has_tied_head(read_config(base))
+    stored: dict[str, tuple[Path, str]] = {}
     shapes: dict[str, list[int]] = {}
     for path in sorted(base.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dictionary
-                if name != "lm_head.weight":  # tied to the token embedding; llama.cpp's converter does not read it
-                    files[name] = path
-                    shapes[name] = file.get_slice(name).get_shape()
+                written = family.file_name(name)
+                # llama.cpp's converter does not read a head that is tied to the token embedding.
+                if written != "lm_head.weight" or not has_tied_head:
+                    stored[written] = path, name
+                    shapes[written] = file.get_slice(name).get_shape()
     left = dict(changes)
 
     def merged(name: str) -> torch.Tensor:
-        with safe_open(files[name], "pt") as file:
-            tensor = file.get_tensor(name)
-        change = left.pop(plain_name(name).removesuffix(".weight"), None)
+        path, original = stored[name]
+        with safe_open(path, "pt") as file:
+            tensor = file.get_tensor(original)
+        change = left.pop(family.plain_name(name).removesuffix(".weight"), None)
         if change is not None:
             with torch.inference_mode():
                 tensor = tensor.float() + change().to("cpu")
@@ -240,14 +246,13 @@ def _write_config(base: Path, dtype: str, folder: Path) -> None:
 
     llama.cpp's converter needs the architecture.
     """
-    config = read_object(base / "config.json")
+    config = read_config(base)
     for section in (config, config["text_config"], config["vision_config"]):
         section.pop("torch_dtype", None)
         section.pop("auto_map", None)  # see drop_code_names
         section["dtype"] = dtype
     # Do not copy the base's value: for some architectures, the converter runs code from the model's folder.
-    config["architectures"] = ["Lfm2VlForConditionalGeneration"]
-    config["text_config"]["architectures"] = ["Lfm2ForCausalLM"]
+    family_in(base).name_architectures(config)
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     generation = base / "generation_config.json"
     if generation.is_file():

@@ -16,6 +16,8 @@ from orion_triage.llama_cpp.gguf_header import read_integers
 from orion_triage.llama_cpp.server import Server
 from orion_triage.llama_cpp.toolchain import find_toolchain
 from orion_triage.llama_cpp.tools import quantize_file
+from orion_triage.mission.prompt import IMAGE
+from orion_triage.models.family import family_in, width_of
 from orion_triage.models.load import fingerprint
 from orion_triage.progress import Progress, silent
 from orion_triage.safe.files import replaced_folder, require_free_space, sha256_of_file, write_text
@@ -42,6 +44,7 @@ def run(
     Raises OrionError if a tool fails, if a file has unexpected content, or if llama.cpp splits one of `user_texts` into
     other tokens than the model's tokenizer.
     """
+    family_in(merged)
     weights = sum(path.stat().st_size for path in merged.glob("*.safetensors"))
     if not weights:
         raise OrionError(f"{merged} has no *.safetensors.", "Run 'orion fuse' first.")
@@ -82,12 +85,14 @@ def check_file(path: Path, merged: Path) -> dict[str, int]:
     """Count the tensor types of one of the three files; raises OrionError if its content does not match its name."""
     from gguf import GGUFReader
 
-    reader = GGUFReader(path)
+    family, reader = family_in(merged), GGUFReader(path)
     field = reader.get_field("general.architecture")
     architecture = field.contents() if field else None
-    expected = "clip" if path.name == MMPROJ else "lfm2"
-    if architecture != expected:
-        raise OrionError(f"{path.name} has architecture {architecture!r}, not {expected!r}.", "Quantize again.")
+    expected = ("clip",) if path.name == MMPROJ else family.GGUF_ARCHITECTURES
+    if architecture not in expected:
+        raise OrionError(
+            f"{path.name} has architecture {architecture!r}, not {' or '.join(map(repr, expected))}.", "Quantize again."
+        )
     types = Counter(tensor.tensor_type.name for tensor in reader.tensors)
     if path.name != MMPROJ:
         template = reader.get_field("tokenizer.chat_template")
@@ -96,7 +101,7 @@ def check_file(path: Path, merged: Path) -> dict[str, int]:
             raise OrionError(f"{path.name} does not have the model's chat template.", "Fuse and quantize again.")
     if path.name == QUANTIZED:
         for tensor in reader.tensors:
-            is_matrix = len(tensor.shape) == 2 and "shortconv.conv" not in tensor.name
+            is_matrix = len(tensor.shape) == 2 and not any(part in tensor.name for part in family.GGUF_NOT_MATRICES)
             if is_matrix and tensor.tensor_type.name not in _MATRIX_TYPES:
                 raise OrionError(
                     f"{path.name}: {tensor.name} is {tensor.tensor_type.name}, not one of {sorted(_MATRIX_TYPES)}.",
@@ -112,17 +117,18 @@ def check_tokenization(client: Client, merged: Path, user_texts: Sequence[str]) 
     """
     from transformers import AutoTokenizer
 
+    family = family_in(merged)
     tokenizer = AutoTokenizer.from_pretrained(merged, trust_remote_code=False)
     for user_text in user_texts:
-        text = client.chat(user_text, "")
+        text = f"{family.TURN.before}{user_text.replace(IMAGE, '')}{family.TURN.after}"
         theirs, ours = client.tokenize(text), tokenizer(text, add_special_tokens=False)["input_ids"]
         if theirs != ours:
             place = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), 0)
             pieces = [tokenizer.decode(tokens[place : place + 3]) for tokens in (theirs, ours)]
             raise OrionError(
                 f"llama.cpp splits a prompt differently from token {place} on: {pieces[0]!r} instead of "
-                f"{pieces[1]!r}. The tokenizer is not LFM2's.",
-                "Do not deploy this pair; use a base of the LFM2-VL family.",
+                f"{pieces[1]!r}. The tokenizer is not that of {family.NAME}.",
+                f"Do not deploy this pair; use a base of the {family.NAME} family.",
             )
     return len(user_texts)
 
@@ -142,7 +148,7 @@ def find_pair(folder: Path) -> tuple[Path, Path]:
         "Run 'orion quantize', or pass a folder or a Hub id with the two files.",
     )
     width, projected = (
-        read_integers(folder / backbone).get("lfm2.embedding_length"),
+        width_of(folder / backbone),
         read_integers(folder / projector).get("clip.vision.projection_dim"),
     )
     if width is None or width != projected:

@@ -173,7 +173,10 @@ def main() -> int:
         for path in options.frames:
             frame = path.read_bytes()
             if len(frame) != CAMERA_SIZE * CAMERA_SIZE * BANDS:
-                raise NoGoError(f"{path} has {len(frame)} bytes, not {CAMERA_SIZE * CAMERA_SIZE * BANDS}")
+                raise NoGoError(
+                    f"{path} has {len(frame)} bytes, not {CAMERA_SIZE * CAMERA_SIZE * BANDS} (512x512x3). "
+                    "Give it raw RGB: PNG and JPEG are not read here."
+                )
             outcome = {"file": str(path), **ask(questions, frame, bundle)}
             sys.stdout.write(json.dumps(outcome) + "\n")
             sys.stdout.flush()

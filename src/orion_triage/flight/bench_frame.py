@@ -32,6 +32,7 @@ from orion_triage.mission.fields import examples
 from orion_triage.mission.mission import Mission
 from orion_triage.mission.prompt import user_text
 from orion_triage.mission.verdict import Verdict, answer_text, answer_tokens, can_be_category_alone
+from orion_triage.models.family import turn_of
 from orion_triage.progress import Progress, silent
 from orion_triage.runs import manifest
 from orion_triage.safe.files import locked, sha256_of_file, temporary_folder, write_text
@@ -294,7 +295,8 @@ class _Files:
 def _serve(run: "Run", toolchain: "Toolchain", backbone: Path, mmproj: Path, setup: Setup) -> "Server":
     """A server with the flight options and the changes of `setup`; its log has time stamps of the image encoding."""
     log, threads = run.folder / "logs" / LOG, run.settings.evaluate.threads
-    return Server(toolchain, backbone, mmproj, log=log, threads=threads, options=_options(setup))
+    options = _options(setup)
+    return Server(toolchain, backbone, mmproj, log=log, turn=turn_of(backbone), threads=threads, options=options)
 
 
 def _options(setup: Setup) -> list[str]:

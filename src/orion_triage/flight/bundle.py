@@ -36,6 +36,7 @@ from orion_triage.mission.verdict import (
     label_tree,
     parse_verdict,
 )
+from orion_triage.models.family import turn_of
 from orion_triage.models.licence import base_of, licence_files
 from orion_triage.progress import Progress, silent
 from orion_triage.runs import manifest
@@ -85,7 +86,7 @@ def run(run: "Run", out: Path, progress: Progress = silent, *, accepted_risk: st
         quantize.check_pair(folder)
         pair = (folder / quantize.QUANTIZED, folder / quantize.MMPROJ)
         log, threads = run.folder / "logs" / "bundle-server.log", run.settings.evaluate.threads
-        with Server(toolchain, *pair, log=log, threads=threads) as server:
+        with Server(toolchain, *pair, log=log, turn=turn_of(pair[0]), threads=threads) as server:
             golden, request, seconds = _ask(server.client, run, rows, folder, progress)
         _write_texts(folder, run, toolchain, point, verdict)
         record = {
@@ -176,6 +177,7 @@ def _ask(
     dataset = Dataset(run.dataset, run.settings.mission)
     records = {record.name: record for record in dataset.records(run.split)}
     mission = run.settings.mission
+    client.require_grammar()
     text, labels, most = user_text(mission, None), label_tree(mission, client.tokenize), answer_tokens(mission)
     grammars = (grammar(mission), category_grammar(mission))
     after_cue = [(node.text, node.tokens) for node in labels]

@@ -24,6 +24,7 @@ from orion_triage.mission.decide import BLANK_REASON, Rules, decide
 from orion_triage.mission.mission import Mission, default_mission
 from orion_triage.mission.prompt import user_text
 from orion_triage.mission.verdict import Verdict, answer_tokens, parse_verdict
+from orion_triage.models.family import turn_of
 from orion_triage.progress import Progress, silent
 from orion_triage.safe.files import naming, sha256_of_file, sha256_of_text
 from orion_triage.safe.folders import listing
@@ -277,7 +278,8 @@ def triage_with_pair(
     gguf, mission, size = flown.gguf, flown.mission, flown.frame_size
     quantize.check_pair(gguf)
     toolchain = find_toolchain(progress)
-    with Server(toolchain, gguf / quantize.QUANTIZED, gguf / quantize.MMPROJ, log=flown.log) as server:
+    backbone = gguf / quantize.QUANTIZED
+    with Server(toolchain, backbone, gguf / quantize.MMPROJ, log=flown.log, turn=turn_of(backbone)) as server:
         backend = LlamaCppBackend(server.client, mission, max_new_tokens=answer_tokens(mission), constrained=True)
         yield from triage_files(paths, backend, mission, size, rules=rules, resize=resize, stretch=flown.stretch)
     if not keep_log:

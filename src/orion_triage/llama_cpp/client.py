@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
@@ -29,16 +30,37 @@ GREEDY = {
 }  # fmt: skip
 # Keeps the token after part of a name printable, which an untrained model's is not; the server would answer 500.
 PRINTABLE = "root ::= [ -~]+"
+_PROBE = "zq7 orion probe"
 CANDIDATES = 100  # candidates per token with probabilities; each costs 9 microseconds and 0.1 kB per token
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The text of a user's turn before its content, and after it up to the beginning of the answer.
+
+    It belongs to the family of the model, whose chat template renders the same text.
+    """
+
+    before: str
+    after: str
 
 
 class Client:
     """The calls that evaluation and triage need, over a running server.
 
-    `model` is sent with each request: a llama.cpp router passes the request on to the server of that model.
+    `model` is sent with each request: a llama.cpp router passes the request on to the server of that model. `turn` is
+    needed for questions, not for tokens and properties.
     """
 
-    def __init__(self, base_url: str, api_key: str = "", *, model: str = "", timeout_seconds: float = 600) -> None:
+    def __init__(
+        self,
+        base_url: str,
+        api_key: str = "",
+        *,
+        model: str = "",
+        turn: Turn | None = None,
+        timeout_seconds: float = 600,
+    ) -> None:
         from orion_triage.safe.bounded_http import BoundedHttp
 
         # No compression: a few kilobytes, compressed repeatedly, can unpack to terabytes.
@@ -47,6 +69,7 @@ class Client:
             headers["Authorization"] = f"Bearer {api_key}"
         self.base_url = base_url.rstrip("/")
         self._model = model
+        self._turn = turn
         self._timeout_seconds = timeout_seconds
         self._http = BoundedHttp(self.base_url, base_url=self.base_url, headers=headers)
         self._marker = ""
@@ -140,12 +163,27 @@ class Client:
             )
         return tokens
 
+    def require_grammar(self) -> None:
+        """Raise ServerError unless the server keeps to a grammar, with a text that no model would write by itself.
+
+        Some builds accept a grammar and drop it without a word (ggml-org/llama.cpp#24144, #24377). A fine-tuned model
+        hides that on most frames.
+        """
+        body = {"prompt": "The", "n_predict": 24, **GREEDY, "cache_prompt": False, "grammar": f'root ::= "{_PROBE}"'}
+        said = self._request("POST", "/completion", body).get("content")
+        if said != _PROBE:
+            raise ServerError(
+                f"the server at {self.base_url} does not keep to a grammar: it answers {shown(said)} where only "
+                f"{_PROBE!r} is allowed.",
+                "Use the llama.cpp build of this project ('orion toolchain').",
+            )
+
     def prime(self, user_text: str, image_png: bytes) -> None:
         """Let the server encode the image and cache its state for the following prompts about the same image.
 
-        The state of LFM2's short convolutions can only be restored at a saved checkpoint, not at any token. The end
-        of this request is such a checkpoint. Does nothing if this client primed the same image last, or if there is
-        text before the image.
+        The state of short convolutions can only be restored at a saved checkpoint, not at any token. The end of this
+        request is such a checkpoint. Does nothing if this client primed the same image last, or if there is text before
+        the image.
         """
         if image_png == self._primed or not user_text.startswith(IMAGE):
             return
@@ -174,11 +212,11 @@ class Client:
     ) -> tuple[str, list[list[float]] | None]:
         """The answer, and the log-probabilities of tokens after its first `cue`; None without the cue.
 
-        `after_cue` are pairs of a text that follows the cue and the tokens that may come next; the first text is empty.
+        `after_cue` are pairs of a text that follows the cue, mostly none, and the tokens that may come next.
 
-        Two requests: up to the cue, and from the cue on, each with its entry of `grammars`; and one more for each
-        further text. The server caches the prompt, so they cost only their tokens. Probabilities are the model's before
-        grammar and sampling.
+        Two requests: up to the cue, and from the cue on, each with its entry of `grammars`; and one more for each text
+        that is not empty. The server caches the prompt, so they cost only their tokens. Probabilities are the model's
+        before grammar and sampling.
         With `primed`, the cached state of the image is used (see `prime`). Without it, the server encodes the image
         again, as in flight.
         """
@@ -198,9 +236,11 @@ class Client:
         text += cue
         asking = {"cache_prompt": True, "n_probs": CANDIDATES, **sampling}
         rest = self.completion(user_text, image_png, left, start=text, grammar=grammars[1], **asking)
-        found = [first_log_probabilities(rest, after_cue[0][1])]
-        for more, tokens in after_cue[1:]:
-            reply = self.completion(user_text, image_png, 1, start=text + more, grammar=PRINTABLE, **asking)
+        found = []
+        for more, tokens in after_cue:
+            reply = rest
+            if more:
+                reply = self.completion(user_text, image_png, 1, start=text + more, grammar=PRINTABLE, **asking)
             found.append(first_log_probabilities(reply, tokens))
         return text + rest["content"], [one for one in found if one] if all(found) else None
 
@@ -217,10 +257,10 @@ class Client:
             self._marker = marker
         return self._marker
 
-    @staticmethod
-    def chat(user_text: str, image: str) -> str:
+    def chat(self, user_text: str, image: str) -> str:
         """One user turn and the prefix of the answer, with `image` in the place of IMAGE."""
-        return f"<|im_start|>user\n{user_text.replace(IMAGE, image)}<|im_end|>\n<|im_start|>assistant\n"
+        assert self._turn is not None, "this client was made without the turn of its model's family"
+        return f"{self._turn.before}{user_text.replace(IMAGE, image)}{self._turn.after}"
 
     def completion(
         self, user_text: str, image_png: bytes, max_tokens: int, *, start: str = "", **options: Any

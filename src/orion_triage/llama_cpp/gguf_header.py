@@ -11,8 +11,8 @@ from typing import IO
 from orion_triage.errors import OrionError
 from orion_triage.safe.reading import opened
 
-LARGEST_HEADER_BYTES = 256_000_000  # LFM2's has 3 MB, mostly the vocabulary
-_MOST_FIELDS = 10_000  # LFM2's has 40
+LARGEST_HEADER_BYTES = 256_000_000  # a model of 1.6 billion has 3 MB, mostly the vocabulary
+_MOST_FIELDS = 10_000  # a model of 1.6 billion has 40
 _MOST_STRINGS = 4_000_000  # of one array; the largest vocabularies have 0.3 million
 _STRING, _ARRAY = 8, 9
 _INTEGERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 10: "<Q", 11: "<q"}

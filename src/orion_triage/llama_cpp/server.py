@@ -17,7 +17,7 @@ from orion_triage.safe.children import tied
 
 if TYPE_CHECKING:
     from orion_triage.llama_cpp.toolchain import Toolchain
-from orion_triage.llama_cpp.client import Client
+from orion_triage.llama_cpp.client import Client, Turn
 
 CONTEXT_TOKENS = 2048  # a frame takes fewer than 600; the model's default of 128,000 would cost 1.5 GB
 # Evaluation, triage and flight use the same options. Reasons:
@@ -34,7 +34,7 @@ START_SECONDS = 300
 
 
 class Server:
-    """A llama-server that runs during a `with` block; `client` is connected to it.
+    """A llama-server that runs during a `with` block; `client` is connected to it, and asks with `turn`.
 
     Raises ServerError if it does not start within START_SECONDS or ends during the block.
     """
@@ -46,6 +46,7 @@ class Server:
         mmproj: Path | None,
         *,
         log: Path,
+        turn: Turn | None = None,
         threads: int | None = None,
         options: Sequence[str] = OPTIONS,
     ) -> None:
@@ -60,7 +61,7 @@ class Server:
         self._expected |= {"context_tokens": CONTEXT_TOKENS, "slots": 1} if options is OPTIONS else {}
         # What the manifest records: this, and what the server says of itself once it runs.
         self.said: dict[str, Any] = {"threads": threads, "mmproj_path": str(mmproj) if mmproj else None}
-        self._log = log
+        self._log, self._turn = log, turn
         self._process: subprocess.Popen[bytes] | None = None
         self.client: Client
 
@@ -75,7 +76,7 @@ class Server:
             self._process = subprocess.Popen(
                 tied(command), stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
             )
-        self.client = Client(f"http://127.0.0.1:{port}", key)
+        self.client = Client(f"http://127.0.0.1:{port}", key, turn=self._turn)
         try:
             self._wait()
             self._check()

@@ -11,6 +11,7 @@ from typing import Literal
 from orion_triage import processes
 from orion_triage.errors import OrionError
 from orion_triage.llama_cpp.toolchain import existing_tools
+from orion_triage.models.lfm2_vl_shapes import PUBLISHED
 from orion_triage.settings import Settings
 from orion_triage.train.device import (
     choose_device,
@@ -44,9 +45,7 @@ class Needs:
     gpu_memory: int | None
 
 
-# At the Hub, so that nothing has to be fetched to know what a run needs (counted on the published shapes).
-_PUBLISHED = {"LiquidAI/LFM2.5-VL-1.6B": 1_596_625_904, "LiquidAI/LFM2.5-VL-450M": 450_816_512}
-_MISSION = _PUBLISHED["LiquidAI/LFM2.5-VL-1.6B"]  # parameters of the model of the mission document's limits
+_MISSION = PUBLISHED["LiquidAI/LFM2.5-VL-1.6B"]  # parameters of the model of the mission document's limits
 # Per parameter of a base in 4 bits: the language model's layers, 0.65 of it, take 0.55 bytes; the others take 2.
 _BYTES_IN_4_BIT = 0.65 * 0.55 + 0.35 * 2
 
@@ -120,7 +119,7 @@ def _gpu(settings: Settings, parameters: int | None, needs: Needs) -> list[Findi
 
 
 def _short_convolution() -> Finding:
-    from orion_triage.train.fine_tune import has_fast_convolution
+    from orion_triage.models.lfm2_vl import has_fast_convolution
 
     if has_fast_convolution():
         return Finding("causal-conv1d", "ok", "installed: the language model's short convolutions use it")
@@ -196,7 +195,7 @@ def _parameters(settings: Settings) -> int | None:
     model = settings.base.model
     folder = TINY_BASE_FOLDER if model == TINY_BASE else Path(model).expanduser()
     if not folder.is_dir():
-        return _PUBLISHED.get(model.partition("@")[0])
+        return PUBLISHED.get(model.partition("@")[0])
     try:
         return count_parameters(folder) or None
     except Exception:  # a damaged file, which `_base` reports
@@ -218,14 +217,14 @@ def _base(settings: Settings) -> Finding:
     cached = try_to_load_from_cache(repository, "config.json", revision=revision or None)
     if isinstance(cached, str):
         return _usable(f"{model} in the cache", check_config, Path(cached).parent)
-    published = _PUBLISHED.get(repository)
+    published = PUBLISHED.get(repository)
     size = f"{2 * published / GB:.1f} GB" if published else "its weights"
     return Finding(
         "base", "note", f"{model} is not in the cache", f"The first run fetches {size} from {constants.ENDPOINT}."
     )
 
 
-def _usable(found: str, check: Callable[[Path], None], folder: Path) -> Finding:
+def _usable(found: str, check: Callable[[Path], object], folder: Path) -> Finding:
     try:
         check(folder)
     except OrionError as error:

@@ -23,6 +23,8 @@ from orion_triage.llama_cpp.server import Server
 from orion_triage.llama_cpp.toolchain import find_toolchain
 from orion_triage.llama_cpp.tools import run_measured
 from orion_triage.machine.describe import describe
+from orion_triage.models.family import turn_of
+from orion_triage.models.lfm2_vl_shapes import SHAPES, empty_model
 from orion_triage.progress import Progress, silent
 from orion_triage.runs.manifest import read_manifest
 from orion_triage.runs.run import Run
@@ -30,24 +32,6 @@ from orion_triage.safe.files import cache_folder, replaced_folder, require_free_
 from orion_triage.settings import load_settings
 from orion_triage.train.device import gpu_fault
 
-# From the published configurations on the Hub. Two thirds of the feed-forward width are used.
-_ATTENTION_LAYERS = frozenset({2, 5, 8, 10, 12, 14})
-_FAMILY: dict[str, Any] = {
-    "layer_types": tuple("full_attention" if layer in _ATTENTION_LAYERS else "conv" for layer in range(16)),
-    "two_thirds_of_feed_forward": True,
-    "vocabulary": 65_536,
-    "positions": 128_000,
-}
-SHAPES: dict[str, dict[str, Any]] = {
-    "lfm2.5-vl-1.6b": _FAMILY
-    | {"text_width": 2048, "text_feed_forward": 12_288, "attention_heads": 32, "key_value_heads": 8}
-    | {"vision_width": 1152, "vision_layers": 27, "vision_heads": 16, "vision_feed_forward": 4304}
-    | {"projector_width": 2048},
-    "lfm2.5-vl-450m": _FAMILY
-    | {"text_width": 1024, "text_feed_forward": 6656, "attention_heads": 16, "key_value_heads": 8}
-    | {"vision_width": 768, "vision_layers": 12, "vision_heads": 12, "vision_feed_forward": 3072}
-    | {"projector_width": 2560},
-}
 CHECK_RECORDS = 2  # of the fused model; a real run checks 24, half a minute each on two cores at 1.6B
 _TRAINING_FRAMES = 2  # per category
 
@@ -158,14 +142,6 @@ def sizes(run: Run, base: Path) -> dict[str, int]:
 # --- what is rehearsed on -------------------------------------------------------------------------------------------
 
 
-def _empty_model(config: Any) -> Any:
-    import torch
-    from transformers import Lfm2VlForConditionalGeneration
-
-    with torch.device("meta"):
-        return Lfm2VlForConditionalGeneration(config)
-
-
 def random_config(preset: str, **changes: Any) -> tuple[Any, Any]:
     """(tokenizer, configuration) of the published shapes with `changes`.
 
@@ -174,7 +150,7 @@ def random_config(preset: str, **changes: Any) -> tuple[Any, Any]:
     from orion_triage.dataset.catalogue import load_catalogue
     from orion_triage.mission.mission import default_mission
     from orion_triage.mission.prompt import render_prompt
-    from orion_triage.models.lfm2_vl import make_config, train_tokenizer
+    from orion_triage.models.lfm2_vl_shapes import make_config, train_tokenizer
 
     texts = [render_prompt(default_mission(), target.coordinates) for target in load_catalogue()]
     texts += [target.reason for target in load_catalogue()]
@@ -183,19 +159,20 @@ def random_config(preset: str, **changes: Any) -> tuple[Any, Any]:
 
 
 def _parameters(preset: str) -> int:
-    return sum(parameter.numel() for parameter in _empty_model(random_config(preset)[1]).parameters())
+    return sum(parameter.numel() for parameter in empty_model(random_config(preset)[1]).parameters())
 
 
 def make_base(preset: str, folder: Path, progress: Progress = silent) -> None:
     """Write a bfloat16 checkpoint of random weights in the Hub's layout."""
     import torch
 
-    from orion_triage.models.checkpoint import hub_name, write_tensors
-    from orion_triage.models.lfm2_vl import make_processor, save_settings
+    from orion_triage.models.checkpoint import write_tensors
+    from orion_triage.models.lfm2_vl import file_name
+    from orion_triage.models.lfm2_vl_shapes import make_processor, save_settings
 
     tokenizer, config = random_config(preset)
-    model = _empty_model(config)
-    shapes = {hub_name(name): tensor.shape for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    model = empty_model(config)
+    shapes = {file_name(name): tensor.shape for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     torch.manual_seed(0)
 
     def random(name: str) -> torch.Tensor:
@@ -250,12 +227,12 @@ def make_adapter(base: Path, folder: Path, settings: Any) -> None:
     import torch
     from peft import LoraConfig
     from safetensors.torch import save_file
-    from transformers import Lfm2VlConfig
+    from transformers import AutoConfig
 
     from orion_triage.models.adapter import resolve_targets
 
     tuning = settings.fine_tune
-    model = _empty_model(Lfm2VlConfig.from_pretrained(base))
+    model = empty_model(AutoConfig.from_pretrained(base))
     names, _ = resolve_targets(model, tuning.target_modules, tuning.scope)
     torch.manual_seed(1)
     tensors = {}
@@ -327,8 +304,8 @@ def _parity(run: Run, frame: Path) -> float:
     size = run.settings.base.frame_size
     processor = load_processor(run.merged, size)
     log = run.folder / "logs" / "parity-server.log"
-    tools = find_toolchain()
-    with Server(tools, run.gguf / quantize.F16, run.gguf / quantize.MMPROJ, log=log) as server:
+    tools, backbone = find_toolchain(), run.gguf / quantize.F16
+    with Server(tools, backbone, run.gguf / quantize.MMPROJ, log=log, turn=turn_of(backbone)) as server:
         model = load_model(run.merged, dtype="auto")
         with float32_compute(model):
             return parity.largest_difference(

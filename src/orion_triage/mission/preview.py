@@ -34,10 +34,11 @@ def preview(mission: Mission, tokenize: Callable[[str], list[int]]) -> dict[str,
         "name_tokens": {name: len(tokenize(name)) for name in mission.names},
         "grammar": grammar(mission),
         "json_schema": answer_schema(mission),
-        "scoring_requests": len(nodes),
+        "scoring_requests": 1 + sum(bool(node.text) for node in nodes),
         "notes": [
             f"{listed([mission.names[index] for group in node.names for index in group])} begin alike ({node.text}): "
             "one request more per frame"
-            for node in nodes[1:]
+            for node in nodes
+            if node.text
         ],
     }

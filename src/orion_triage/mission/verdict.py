@@ -82,9 +82,9 @@ class LabelNode:
 def label_tree(mission: Mission, tokenize: Callable[[str], list[int]]) -> tuple[LabelNode, ...]:
     """Where the names of the categories part in tokens, the first place first; one request scores each place.
 
-    Mostly the first tokens of all names differ, and there is one place. `tokenize` adds no special tokens. Raises
-    OrionError if a name cannot be scored: if its first token merges with the cue, or if the name's beginning is
-    tokenized differently without its end.
+    Mostly the first tokens of all names differ: there is one place, and the text before it is empty. `tokenize` adds no
+    special tokens. Raises OrionError if a name cannot be scored: if its first token merges with the cue, or if the
+    name's beginning is tokenized differently without its end.
     """
     before, after = _around(mission, "x")
     start = tokenize(before)

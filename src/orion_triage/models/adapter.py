@@ -8,19 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal, assert_never
 from warnings import catch_warnings, filterwarnings
 
 from orion_triage.errors import OrionError
-from orion_triage.models.checkpoint import plain_name
+from orion_triage.models.family import Family, family_of_model
 from orion_triage.safe.reading import read_object, refuse_lfs_pointers, shown
 
 if TYPE_CHECKING:
     import torch
-
-_TOWERS = {"language_model": "text", "vision_tower": "vision", "multi_modal_projector": "projector"}
-# The attention output is called `out_proj` in LFM2 and SigLIP2, and so is a module of LFM2's short-conv blocks. The
-# recipe's `o_proj` means only the attention output.
-_MEANING = {"o_proj": "self_attn.out_proj"}
-
-# Target names that the scope "language-all" adds.
-_LANGUAGE_LAYERS = ("conv.in_proj", "conv.out_proj", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
 
 _LARGEST_NUMBER = 1e6  # in an adapter's settings
 
@@ -29,19 +21,19 @@ BASE_FILE = "base.json"  # beside an adapter: the base and the frame size that i
 Census = dict[str, dict[str, int]]  # matched modules: {target name: {tower: count}}
 
 
-def tower_of(module: str) -> str | None:
+def tower_of(module: str, family: Family) -> str | None:
     """ "text", "vision" or "projector"; None for a module outside them (the tied head)."""
-    return next((tower for part, tower in _TOWERS.items() if part in module.split(".")), None)
+    return next((tower for part, tower in family.TOWERS.items() if part in module.split(".")), None)
 
 
-def _count(names: Sequence[str], modules: Sequence[str]) -> tuple[dict[str, str], Census]:
+def _count(names: Sequence[str], modules: Sequence[str], family: Family) -> tuple[dict[str, str], Census]:
     matched: dict[str, str] = {}
     census: Census = {}
     for name in names:
-        suffix = "." + _MEANING.get(name, name)
-        census[name] = dict.fromkeys(_TOWERS.values(), 0)
+        suffixes = tuple("." + end for end in family.TARGETS.get(name, (name,)))
+        census[name] = dict.fromkeys(family.TOWERS.values(), 0)
         for module in modules:
-            if module.endswith(suffix) and (tower := tower_of(module)):
+            if module.endswith(suffixes) and (tower := tower_of(module, family)):
                 matched[module] = name
                 census[name][tower] += 1
     return matched, census
@@ -53,27 +45,29 @@ Scope = Literal["attention", "language-attention", "language-all"]
 def resolve_targets(model: Any, names: Sequence[str], scope: Scope = "attention") -> tuple[list[str], Census]:
     """The full names of the linear modules that `names` match within `scope`, and {name: {tower: count}}.
 
-    A name is a module's last component or a dotted suffix ("conv.in_proj"); `o_proj` is the attention output. The
-    scopes that start with "language" exclude the vision tower and the projector; see FineTuneSettings.
+    A name is a module's last component or a dotted suffix ("conv.in_proj"); `o_proj` is the attention output, whatever
+    the family calls it. The scopes that start with "language" exclude the vision tower and the projector; see
+    FineTuneSettings.
     Raises OrionError if a name matches nothing: the adapter would silently omit it.
     """
     from torch import nn
 
+    family = family_of_model(model)
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     match scope:
         case "attention":
             pass
         case "language-attention":
-            linear = [name for name in linear if tower_of(name) == "text"]
+            linear = [name for name in linear if tower_of(name, family) == "text"]
         case "language-all":
-            linear = [name for name in linear if tower_of(name) == "text"]
-            names = [*names, *_LANGUAGE_LAYERS]
+            linear = [name for name in linear if tower_of(name, family) == "text"]
+            names = [*names, *family.LANGUAGE_LAYERS]
         case _:
             assert_never(scope)
-    matched, census = _count(names, linear)
+    matched, census = _count(names, linear, family)
     idle = [name for name, towers in census.items() if not any(towers.values())]
     if idle or not names:
-        ends = sorted({".".join(name.split(".")[-2:]) for name in linear if tower_of(name)})
+        ends = sorted({".".join(name.split(".")[-2:]) for name in linear if tower_of(name, family)})
         raise OrionError(
             f"fine_tune.target_modules: {', '.join(idle) or 'an empty list'} matches no module of the model.",
             f"Use suffixes of its linear modules: {', '.join(ends)}.",
@@ -81,7 +75,7 @@ def resolve_targets(model: Any, names: Sequence[str], scope: Scope = "attention"
     return sorted(matched), census
 
 
-def adapter_census(names: Sequence[str] | None, tensors: Mapping[str, Any]) -> tuple[Census, list[str]]:
+def adapter_census(names: Sequence[str] | None, tensors: Mapping[str, Any], family: Family) -> tuple[Census, list[str]]:
     """The matched modules {name: {tower: count}} of a finished adapter, and a warning per target without a tensor.
 
     `names` are adapter_config.json's target_modules; a full module name counts as its last two components. None: they
@@ -90,8 +84,8 @@ def adapter_census(names: Sequence[str] | None, tensors: Mapping[str, Any]) -> t
     """
     modules = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
     asked = modules if names is None else names
-    asked = sorted({".".join(name.split(".")[-2:]) if tower_of(name) else name for name in asked})
-    _, census = _count(asked, modules)
+    asked = sorted({".".join(name.split(".")[-2:]) if tower_of(name, family) else name for name in asked})
+    _, census = _count(asked, modules, family)
     warnings = [
         f"the adapter's target {name!r} has no tensors: it is listed in target_modules but was not trained"
         for name, towers in census.items()
@@ -227,21 +221,21 @@ def _is_names(value: Any) -> bool:
 def attach_adapter(model: Any, adapter: Path, tensors: "dict[str, torch.Tensor]") -> tuple[Any, Census, list[str]]:
     """The model with the adapter attached, its matched modules, and a warning per target without a tensor.
 
-    Modules are found by the tensors' keys, not by name patterns, so every tensor is used. transformers removed
-    `vision_model.` from the tower's module names; both forms are accepted. Raises OrionError if a tensor does not fit.
+    Modules are found by the tensors' keys, not by name patterns, so every tensor is used. All names that the family's
+    modules have had are accepted. Raises OrionError if a tensor does not fit.
     """
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
-    arithmetic = _read_config(adapter)
+    arithmetic, family = _read_config(adapter), family_of_model(model)
     linear = {name: module for name, module in model.named_modules() if hasattr(module, "in_features")}
-    called = {plain_name(name): name for name in linear}
+    called = {family.plain_name(name): name for name in linear}
     state: dict[str, torch.Tensor] = {}
     targets: set[str] = set()
     ranks: dict[str, int] = {}
     for key, tensor in tensors.items():
         # A compiled model's modules have one more word in their names.
         asked_module, matrix, _ = key.replace("_orig_mod.", "").removeprefix("base_model.model.").rsplit(".", 2)
-        module = called.get(plain_name(asked_module))
+        module = called.get(family.plain_name(asked_module))
         if module is None:
             raise OrionError(
                 f"the adapter's {shown(key)} matches no module of the base.", "Use the base that it was trained on."
@@ -279,5 +273,5 @@ def attach_adapter(model: Any, adapter: Path, tensors: "dict[str, torch.Tensor]"
             f"the adapter does not fit the base: {(*loaded.unexpected_keys, *missing)[0]} has no counterpart.",
             "Fine-tune again.",
         )
-    census, warnings = adapter_census(arithmetic.asked, state)
+    census, warnings = adapter_census(arithmetic.asked, state, family)
     return adapted.eval(), census, warnings

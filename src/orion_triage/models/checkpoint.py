@@ -17,12 +17,6 @@ if TYPE_CHECKING:
     import torch
 
 FILE_BYTES = 1_000_000_000  # of one file, which is in memory while it is written
-# One tensor of each part, with the name that the published checkpoints use and llama.cpp's converter expects.
-_LANDMARKS = (
-    "model.language_model.embed_tokens.weight",
-    "model.vision_tower.vision_model.embeddings.patch_embedding.weight",
-    "model.multi_modal_projector.linear_1.weight",
-)
 
 
 def write_tensors(
@@ -62,8 +56,11 @@ def write_tensors(
     return sum(tensor.numel() for tensor in empty.values())
 
 
-def check_names(folder: Path) -> None:
-    """Raise OrionError unless the tensors in `folder` have the published checkpoints' names, and floats as values."""
+def check_names(folder: Path, landmarks: Sequence[Sequence[str]]) -> None:
+    """Raise OrionError unless the tensors in `folder` have the published checkpoints' names, and floats as values.
+
+    `landmarks` are one tensor of each part, by each of its possible names.
+    """
     from safetensors import SafetensorError, safe_open
 
     names: set[str] = set()
@@ -78,8 +75,8 @@ def check_names(folder: Path) -> None:
         except (SafetensorError, OSError) as error:
             raise OrionError(f"{path} is damaged: {error}.", "Fetch it again.") from None
     _check_index(folder)
-    for landmark in _LANDMARKS:
-        if landmark not in names:
+    for landmark, *other_names in landmarks:
+        if names.isdisjoint([landmark, *other_names]):
             end = ".".join(landmark.split(".")[-2:])
             instead = next((f"found {name!r}" for name in sorted(names) if name.endswith(end)), "found no similar name")
             raise OrionError(
@@ -117,15 +114,3 @@ def _check_index(folder: Path) -> None:
             raise OrionError(
                 f"{path} names {shown(name)}, which is not a SafeTensors file in {folder}.", "Fetch the model again."
             )
-
-
-def plain_name(name: str) -> str:
-    """The short name of a module or tensor; the Hub, older adapters and transformers 5.1 use a longer one."""
-    return name.replace("vision_tower.vision_model.", "vision_tower.")
-
-
-def hub_name(name: str) -> str:
-    """The Hub's name of a parameter in transformers 5, which llama.cpp's converter expects."""
-    prefix = "model.vision_tower."
-    inside = name.startswith(prefix) and not name.startswith(prefix + "vision_model.")
-    return name.replace(prefix, prefix + "vision_model.", 1) if inside else name

@@ -9,59 +9,60 @@ from typing import TYPE_CHECKING, Any
 
 from orion_triage.errors import OrionError
 from orion_triage.mission.prompt import IMAGE
+from orion_triage.models.family import family_of_processor
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
-    from transformers import BatchFeature
-    from transformers.models.lfm2_vl import Lfm2VlProcessor
-from orion_triage.models.load import END_OF_TURN
+    from transformers import BatchFeature, ProcessorMixin
 
 IGNORED = -100  # torch's cross entropy ignores these labels
 
 
-def render_turn(processor: "Lfm2VlProcessor", user_text: str) -> str:
+def render_turn(processor: "ProcessorMixin", user_text: str) -> str:
     """The text of one user turn and the prefix of the answer, rendered by the model's chat template.
 
-    `user_text` has IMAGE in the place of the image. The template adds nothing between image and text. The published
-    `<image>\\n` + prompt is therefore an image part and a text part that starts with the newline.
+    `user_text` has IMAGE in the place of the image. The published `<image>\\n` + prompt is an image part and a text
+    part that starts with the newline, unless the family's template writes the newline itself.
     """
-    return _rendered(processor, [_user_turn(user_text)], add_generation_prompt=True)
+    return _rendered(processor, [_user_turn(processor, user_text)], add_generation_prompt=True)
 
 
-def _user_turn(user_text: str) -> dict[str, Any]:
+def _user_turn(processor: "ProcessorMixin", user_text: str) -> dict[str, Any]:
     before, image, after = user_text.partition(IMAGE)
-    parts: list[dict[str, str]] = [{"type": "text", "text": before}, {"type": "image"}, {"type": "text", "text": after}]
     assert image, "the user's text has no place for the image"
+    after = after.removeprefix(family_of_processor(processor).AFTER_IMAGE)
+    parts: list[dict[str, str]] = [{"type": "text", "text": before}, {"type": "image"}, {"type": "text", "text": after}]
     return {"role": "user", "content": [part for part in parts if part.get("text") != ""]}
 
 
-def _rendered(processor: "Lfm2VlProcessor", messages: list[dict[str, Any]], **options: bool) -> str:
+def _rendered(processor: "ProcessorMixin", messages: list[dict[str, Any]], **options: bool) -> str:
     """The conversation rendered by the template; raises OrionError for any error of the template."""
     try:
         text: str = processor.apply_chat_template(messages, tokenize=False, **options)
     except Exception as error:  # a template is a program, which can raise any error
         raise OrionError(
             f"the chat template cannot be rendered: {type(error).__name__}: {str(error)[:200]}.",
-            "Use a base model with the LFM2 chat template.",
+            f"Use a base model with the {family_of_processor(processor).NAME} chat template.",
         ) from None
     return text
 
 
-def check_template(processor: "Lfm2VlProcessor", user_text: str, answer: str) -> None:
-    """Raise OrionError unless a conversation renders as user turn + answer + <|im_end|> + white space."""
-    turn = render_turn(processor, user_text)
+def check_template(processor: "ProcessorMixin", user_text: str, answer: str) -> None:
+    """Raise OrionError unless a conversation renders as user turn + answer + end of turn + white space."""
+    turn, family = render_turn(processor, user_text), family_of_processor(processor)
     whole = _rendered(
         processor,
         [
-            _user_turn(user_text),
+            _user_turn(processor, user_text),
             {"role": "assistant", "content": [{"type": "text", "text": answer}]},
         ],
     )
-    if whole.rstrip() != turn + answer + END_OF_TURN:
+    if whole.rstrip() != turn + answer + family.END_OF_TURN:
         raise OrionError(
-            f"the chat template ends a conversation with {whole[-60:]!r} instead of the answer and {END_OF_TURN}.",
-            "Use a base model with the LFM2 chat template.",
+            f"the chat template ends a conversation with {whole[-60:]!r} instead of the answer and "
+            f"{family.END_OF_TURN}.",
+            f"Use a base model with the {family.NAME} chat template.",
         )
 
 
@@ -69,9 +70,8 @@ def check_template(processor: "Lfm2VlProcessor", user_text: str, answer: str) ->
 class EncodedImage:
     """One image as model input; rows with the same object share one pass of the vision tower.
 
-    `tokens` represent it in a text: start, one placeholder per image token, end. `inputs` are pixel_values [1, patches,
-    3 * 16 * 16], pixel_attention_mask [1, patches] and spatial_shapes [1, 2], or image_features [1, image tokens,
-    text width] of a frozen tower.
+    `tokens` represent it in a text: start, one placeholder per image token, end. `inputs` are the family's VISION_KEYS,
+    [1, ...] each, or image_features [1, image tokens, text width] of a frozen tower.
     """
 
     tokens: list[int]
@@ -80,16 +80,18 @@ class EncodedImage:
 
 @dataclass(frozen=True, eq=False)
 class EncodedRow:
-    """An image, the token ids of its turn, and those of answer + <|im_end|> (empty without an answer)."""
+    """An image, the token ids of its turn, and those of answer + end of turn (empty without an answer)."""
 
     image: EncodedImage
     turn: list[int]
     answer: list[int]
 
 
-def encode_image(processor: "Lfm2VlProcessor", image: "Image.Image") -> EncodedImage:
+def encode_image(processor: "ProcessorMixin", image: "Image.Image") -> EncodedImage:
     """Preprocess one RGB image; raises OrionError unless it has the size that the processor is set to."""
-    frame_size = processor.image_processor.tile_size
+    import torch
+
+    frame_size = processor.image_processor.size["height"]
     if image.size != (frame_size, frame_size) or image.mode != "RGB":
         raise OrionError(
             f"the model needs RGB images of {frame_size}x{frame_size}, and got {image.mode} of "
@@ -97,28 +99,33 @@ def encode_image(processor: "Lfm2VlProcessor", image: "Image.Image") -> EncodedI
             "Decode frames with orion_triage.imagery.frames at the preset's size.",
         )
     batch = processor(images=[[image]], text=[processor.image_token], add_special_tokens=False)
-    return EncodedImage(batch["input_ids"][0], {key: batch[key] for key in _VISION_KEYS})
+    inputs = {key: batch[key] for key in family_of_processor(processor).VISION_KEYS}
+    return EncodedImage(
+        batch["input_ids"][0],
+        {key: value if isinstance(value, torch.Tensor) else torch.stack(value) for key, value in inputs.items()},
+    )
 
 
 def encode_row(
-    processor: "Lfm2VlProcessor", image: EncodedImage, user_text: str, answer: str | None = None
+    processor: "ProcessorMixin", image: EncodedImage, user_text: str, answer: str | None = None
 ) -> EncodedRow:
     """Tokenize one turn, and its answer if there is one.
 
     The answer is tokenized separately, so the ids before it are exactly those that generation starts from. The texts
     before and after the image are tokenized separately too; no token crosses the special tokens between them.
     """
+    end = family_of_processor(processor).END_OF_TURN
     before, after = render_turn(processor, user_text).split(processor.image_token)
-    texts = [before, after, *([answer + END_OF_TURN] if answer is not None else [])]
+    texts = [before, after, *([answer + end] if answer is not None else [])]
     first, last, *target = processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
     return EncodedRow(image, [*first, *image.tokens, *last], target[0] if target else [])
 
 
-def pad(processor: "Lfm2VlProcessor", rows: Sequence[EncodedRow]) -> "BatchFeature":
+def pad(processor: "ProcessorMixin", rows: Sequence[EncodedRow]) -> "BatchFeature":
     """Combine rows into one batch on the CPU.
 
     Rows without answers are padded on the left, for generation. Rows with answers are padded on the right; their
-    `labels` are the ids of answer + <|im_end|>, and -100 everywhere else.
+    `labels` are the ids of answer + end of turn, and -100 everywhere else.
 
     Keys: input_ids, attention_mask, labels [rows, tokens]; image_of_row [rows]; and the inputs of each distinct image
     (see EncodedImage), in the order of their first rows.
@@ -147,7 +154,7 @@ def pad(processor: "Lfm2VlProcessor", rows: Sequence[EncodedRow]) -> "BatchFeatu
     return BatchFeature(batch)
 
 
-def shared_tokens(processor: "Lfm2VlProcessor", rows: Sequence[EncodedRow]) -> int:
+def shared_tokens(processor: "ProcessorMixin", rows: Sequence[EncodedRow]) -> int:
     """The number of first tokens that a batch of these rows can compute once per image.
 
     They are the same in all rows and contain the whole image; at least the last token of each turn stays outside,
@@ -162,7 +169,7 @@ def shared_tokens(processor: "Lfm2VlProcessor", rows: Sequence[EncodedRow]) -> i
 
 
 def encode_rows(
-    processor: "Lfm2VlProcessor",
+    processor: "ProcessorMixin",
     images: "Sequence[Image.Image]",
     user_texts: Sequence[str],
     answers: Sequence[str] | None = None,
@@ -177,13 +184,10 @@ def encode_rows(
 
 
 def encode(
-    processor: "Lfm2VlProcessor",
+    processor: "ProcessorMixin",
     images: "Sequence[Image.Image]",
     user_texts: Sequence[str],
     answers: Sequence[str] | None = None,
 ) -> "BatchFeature":
     """`encode_rows` as one batch; see `pad`."""
     return pad(processor, encode_rows(processor, images, user_texts, answers))
-
-
-_VISION_KEYS = ("pixel_values", "spatial_shapes", "pixel_attention_mask")

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
     from PIL import Image
-    from transformers.models.lfm2_vl import Lfm2VlProcessor
+    from transformers import ProcessorMixin
 from orion_triage.mission.prompt import IMAGE
-from orion_triage.models.encode import _VISION_KEYS, IGNORED, EncodedImage, EncodedRow, encode, encode_rows, pad
-from orion_triage.models.load import END_OF_TURN
+from orion_triage.models.encode import IGNORED, EncodedImage, EncodedRow, encode, encode_rows, pad
+from orion_triage.models.family import family_of_processor
 
 
-def vision_features(model: Any, processor: "Lfm2VlProcessor", images: "Sequence[Image.Image]") -> "torch.Tensor":
+def vision_features(model: Any, processor: "ProcessorMixin", images: "Sequence[Image.Image]") -> "torch.Tensor":
     """The image features that the language model receives: [images, image tokens, text width], float32 on the CPU."""
     import torch
 
@@ -21,7 +21,7 @@ def vision_features(model: Any, processor: "Lfm2VlProcessor", images: "Sequence[
     with torch.inference_mode():
         for image in images:
             batch = encode(processor, [image], [IMAGE]).to(model.device)
-            features.append(model.look(**{key: batch[key] for key in _VISION_KEYS})[0].float().cpu())
+            features.append(model.look(**{key: batch[key] for key in model.vision_keys})[0].float().cpu())
     return torch.stack(features)
 
 
@@ -36,12 +36,12 @@ def look(model: Any, image: EncodedImage) -> EncodedImage:
 
 def generate(
     model: Any,
-    processor: "Lfm2VlProcessor",
+    processor: "ProcessorMixin",
     images: "Sequence[Image.Image]",
     user_texts: Sequence[str],
     max_new_tokens: int,
 ) -> list[str]:
-    """Greedy answers, one per pair of image and user's text, without the final <|im_end|>.
+    """Greedy answers, one per pair of image and user's text, without the final end of the turn.
 
     A row does not depend on the rest of its batch, except for rounding: left padding is masked in the attention and
     the short-conv layers.
@@ -52,7 +52,7 @@ def generate(
 
 def generate_and_score(
     model: Any,
-    processor: "Lfm2VlProcessor",
+    processor: "ProcessorMixin",
     rows: Sequence[EncodedRow],
     max_new_tokens: int,
     *,
@@ -61,14 +61,14 @@ def generate_and_score(
 ) -> "list[tuple[str, list[list[float]] | None]]":
     """The answers of `generate`, each with the log-probabilities of tokens after its first `cue`.
 
-    `after_cue` are pairs of a text that follows the cue and the tokens that may come next; the first text is empty. The
+    `after_cue` are pairs of a text that follows the cue, mostly none, and the tokens that may come next. The
     log-probabilities are None if the answer does not contain the cue or ends with it.
     """
     import torch
 
     # One [rows, len(tokens)] per generated token; all logits of a batch would take 0.3 GB.
     steps: list[torch.Tensor] = []
-    tokens = after_cue[0][1] if after_cue else ()
+    tokens = next((following for text, following in after_cue if not text), ())
 
     def remember(_: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         if tokens:
@@ -76,12 +76,12 @@ def generate_and_score(
         return logits
 
     batch = pad(processor, rows).to(model.device)
-    end = processor.tokenizer.convert_tokens_to_ids(END_OF_TURN)
+    end = processor.tokenizer.convert_tokens_to_ids(family_of_processor(processor).END_OF_TURN)
     with torch.inference_mode():
         if "image_features" in batch:
             seen = batch["image_features"]
         else:
-            seen = model.look(**{key: batch[key] for key in _VISION_KEYS})
+            seen = model.look(**{key: batch[key] for key in model.vision_keys})
         output = model.generate(
             inputs_embeds=model.embed(batch["input_ids"], seen, batch["image_of_row"]),
             attention_mask=batch["attention_mask"],
@@ -95,17 +95,18 @@ def generate_and_score(
     scores: list[list[list[float]] | None] = [None] * len(decoded)
     for row, ids in enumerate(output.tolist() if cue else []):
         place = _tokens_up_to(processor.tokenizer, ids, cue)
-        if place is not None and place < len(steps) and ids[place] != end:
-            more = [
+        if place is not None and place < len(ids) and ids[place] != end:
+            scores[row] = [
                 _next_log_probabilities(model, processor, rows[row], ids[:place], text, following)
-                for text, following in after_cue[1:]
+                if text
+                else steps[place][row].tolist()
+                for text, following in after_cue
             ]
-            scores[row] = [steps[place][row].tolist(), *more]
     return list(zip(decoded, scores, strict=True))
 
 
 def _next_log_probabilities(
-    model: Any, processor: "Lfm2VlProcessor", row: EncodedRow, answered: list[int], text: str, tokens: Sequence[int]
+    model: Any, processor: "ProcessorMixin", row: EncodedRow, answered: list[int], text: str, tokens: Sequence[int]
 ) -> list[float]:
     """The log-probabilities of `tokens` after the row's turn, the answered tokens and a text."""
     import torch
@@ -130,12 +131,12 @@ def _tokens_up_to(tokenizer: Any, ids: list[int], cue: str) -> int | None:
 
 def answer_log_probabilities(
     model: Any,
-    processor: "Lfm2VlProcessor",
+    processor: "ProcessorMixin",
     images: "Sequence[Image.Image]",
     user_texts: Sequence[str],
     answers: Sequence[str],
 ) -> "list[torch.Tensor]":
-    """Per record, the log-probability of each token of answer + <|im_end|>: [tokens], float32 on the CPU."""
+    """Per record, the log-probability of each token of answer + end of turn: [tokens], float32 on the CPU."""
     import torch
 
     result = []

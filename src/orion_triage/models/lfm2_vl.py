@@ -1,41 +1,49 @@
-"""The shape of the small base: LFM2-VL's classes with about 7 M parameters, and a matching tokenizer.
+"""Everything that is LFM2-VL's (LFM2-VL and LFM2.5-VL); see `models.family.Family` for what each name means.
 
-Short-conv and attention layers, a SigLIP2 NaFlex tower, the pixel-unshuffle projector, and a byte-level BPE tokenizer
-with LFM2's special tokens and chat template. Only the sizes differ from LFM2.5-VL.
+The language model has short-conv and attention layers (LFM2), the vision tower is SigLIP2 NaFlex, and the projector
+merges 2x2 patches of 16 pixels: a frame of 512 pixels is 1,024 patches and 256 image tokens.
 """
 
-from collections.abc import Iterable
+import importlib.util
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orion_triage.models.checkpoint import hub_name, write_tensors
+from orion_triage.errors import OrionError
+from orion_triage.llama_cpp.client import Turn
+from orion_triage.safe.reading import shown
 
 if TYPE_CHECKING:
-    from transformers import Lfm2VlConfig, PreTrainedTokenizerFast
-    from transformers.models.lfm2_vl import Lfm2VlProcessor
+    import torch
+    from transformers import ProcessorMixin
 
-# In LFM2's order: padding 0, start 1, end 2, chat turns 6 and 7.
-SPECIAL_TOKENS = [
-    "<|pad|>",
-    "<|startoftext|>",
-    "<|endoftext|>",
-    "<|fim_pre|>",
-    "<|fim_mid|>",
-    "<|fim_suf|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<image>",
-    "<|image_start|>",
-    "<|image_end|>",
-    "<|img_thumbnail|>",
-]
-
-# LFM2 splits text like Llama 3; llama.cpp calls this pre-tokenizer `lfm2`.
-SPLIT_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+NAME = "LFM2-VL"
+MODEL_TYPE = "lfm2_vl"
+PROCESSOR = "Lfm2VlProcessor"
+CARD_TAG = "lfm2-vl"
+LOADING = (
+    "Load it with `Lfm2VlForConditionalGeneration` of transformers 5.1 or newer. Older versions load LFM2.5-VL without "
+    "an error and with another\nprojector."
 )
 
+TOWERS = {"language_model": "text", "vision_tower": "vision", "multi_modal_projector": "projector"}
+# The attention output is called `out_proj` in LFM2 and SigLIP2, and so is a module of LFM2's short-conv blocks. The
+# recipe's `o_proj` means only the attention output.
+TARGETS: dict[str, tuple[str, ...]] = {"o_proj": ("self_attn.out_proj",)}
+LANGUAGE_LAYERS: tuple[str, ...] = (
+    "conv.in_proj",
+    "conv.out_proj",
+    "feed_forward.w1",
+    "feed_forward.w2",
+    "feed_forward.w3",
+)
+# Since transformers 5, names are matched from the start of the module path, so "vision_tower" alone matches nothing.
+# Without "lm_head", the tied head would become 4-bit too.
+KEPT_IN_16_BIT = ["lm_head", "model.vision_tower", "model.multi_modal_projector"]
+PATCH_EMBEDDING = "patch_embedding"
+
+START_OF_TEXT, START_OF_TURN, END_OF_TURN, IMAGE = "<|startoftext|>", "<|im_start|>", "<|im_end|>", "<image>"
+TURN = Turn(f"{START_OF_TURN}user\n", f"{END_OF_TURN}\n{START_OF_TURN}assistant\n")
 # ChatML with the image token in the place of the image part, and nothing between the parts.
 CHAT_TEMPLATE = (
     "{{- bos_token -}}"
@@ -53,166 +61,124 @@ CHAT_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
 )
+AFTER_IMAGE = ""
+VISION_KEYS: tuple[str, ...] = ("pixel_values", "spatial_shapes", "pixel_attention_mask")
 
-# Four of seven layers are attention; in LFM2.5-VL-1.6B, 6 of 16 are. LoRA adapts only attention. With two attention
-# layers of six, fine-tuning ended at 3.7 nats per token (the training texts were also poorer: docs/log.md).
-LAYER_TYPES = ("conv", "conv", "full_attention", "conv", "full_attention", "full_attention", "full_attention")
+LANDMARKS: tuple[tuple[str, ...], ...] = (
+    ("model.language_model.embed_tokens.weight",),
+    ("model.vision_tower.vision_model.embeddings.patch_embedding.weight",),
+    ("model.multi_modal_projector.linear_1.weight",),
+)
+# LFM2 splits text like Llama 3; llama.cpp calls this pre-tokenizer `lfm2`.
+SPLIT_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PRE_TOKENIZER = "lfm2"
+GGUF_ARCHITECTURES: tuple[str, ...] = ("lfm2",)
+GGUF_NOT_MATRICES: tuple[str, ...] = ("shortconv.conv",)
+CONVERTER_CODE = ""
+
+# What is written into this project beside the sizes: other models of the family have other sizes, and work by them.
+# (part of config.json, key, values, what depends on it)
+_FIXED: tuple[tuple[str, str, tuple[Any, ...], str], ...] = (
+    ("text_config", "model_type", ("lfm2",), "adapter targets and llama.cpp's file are those of LFM2's dense layers"),
+    ("vision_config", "model_type", ("siglip2_vision_model",), "llama.cpp's mmproj is that of SigLIP2"),
+    ("vision_config", "patch_size", (16,), "a frame of 512 pixels is 1,024 patches and 256 image tokens"),
+    ("", "downsample_factor", (2,), "a frame of 512 pixels is 1,024 patches and 256 image tokens"),
+)
+_LAYERS = ("conv", "full_attention")
+_PIXELS_PER_TOKEN = 32  # of each side: patches of 16 pixels, merged 2x2
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
-    """A byte-level BPE tokenizer trained on `texts`, with LFM2's pre-tokenizer and special tokens.
+def check(path: Path, config: dict[str, Any]) -> None:
+    """See `Family.check`; a missing key is as usual."""
+    for part, key, known, reason in _FIXED:
+        section = config.get(part, {}) if part else config
+        value = section.get(key) if isinstance(section, dict) else None
+        if value is not None and value not in known:
+            name = f"{part}.{key}" if part else key
+            raise OrionError(
+                f"{path}: {name} is {shown(value)}, not {known[0]}: {reason}.",
+                "Use a model with the architecture of LFM2.5-VL (450M, 1.6B, 3B).",
+            )
+    text = config.get("text_config")
+    layers = text.get("layer_types") if isinstance(text, dict) else None
+    if isinstance(layers, list) and (odd := next((kind for kind in layers if kind not in _LAYERS), None)) is not None:
+        raise OrionError(
+            f"{path}: text_config.layer_types has {shown(odd)}; known are {' and '.join(_LAYERS)}.",
+            "Use a model with the architecture of LFM2.5-VL (450M, 1.6B, 3B).",
+        )
 
-    `vocab_size` includes the special tokens; multiples of 64 suit the kernels. The same texts give the same tokenizer.
+
+def image_tokens(frame_size: int) -> int:
+    return (frame_size // _PIXELS_PER_TOKEN) ** 2
+
+
+def set_frame_size(processor: "ProcessorMixin", config: dict[str, Any], frame_size: int) -> None:
+    """See `Family.set_frame_size`.
+
+    With splitting on, a 256x256 frame would be padded to 1024 patches and cost as much as 512x512.
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE(ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated", invert=False),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=SPECIAL_TOKENS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|startoftext|> $A",
-        pair="<|startoftext|> $A <|startoftext|> $B",
-        special_tokens=[("<|startoftext|>", 1)],
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<|startoftext|>",
-        eos_token="<|im_end|>",
-        pad_token="<|pad|>",
-        chat_template=CHAT_TEMPLATE,
-        model_max_length=4096,
-        clean_up_tokenization_spaces=False,
-        extra_special_tokens={
-            "image_token": "<image>",
-            "image_start_token": "<|image_start|>",
-            "image_end_token": "<|image_end|>",
-            "image_thumbnail": "<|img_thumbnail|>",
-        },
-    )
+    if frame_size % _PIXELS_PER_TOKEN:
+        raise OrionError(f"frame size {frame_size} is not a multiple of {_PIXELS_PER_TOKEN}.", "Use 256, 384 or 512.")
+    tokens = image_tokens(frame_size)
+    images = processor.image_processor
+    images.do_image_splitting = False
+    images.min_image_tokens = min(64, tokens)
+    images.max_image_tokens = tokens
+    images.tile_size = frame_size
+    images.size = {"height": frame_size, "width": frame_size}
+    images.max_num_patches = tokens * images.downsample_factor**2
 
 
-def make_processor(tokenizer: "PreTrainedTokenizerFast", frame_size: int) -> "Lfm2VlProcessor":
-    """The processor for square frames of exactly `frame_size` pixels: no resizing, tiling or padding."""
-    from transformers.models import lfm2_vl
-
-    image_tokens = (frame_size // 32) ** 2
-    # Older versions of transformers 5 use the longer name.
-    kind = getattr(lfm2_vl, "Lfm2VlImageProcessor", None) or lfm2_vl.Lfm2VlImageProcessorFast
-    image_processor = kind(
-        do_image_splitting=False,
-        min_image_tokens=min(64, image_tokens),
-        max_image_tokens=image_tokens,
-        tile_size=frame_size,
-        size={"height": frame_size, "width": frame_size},
-    )
-    return lfm2_vl.Lfm2VlProcessor(image_processor, tokenizer, chat_template=CHAT_TEMPLATE)
-
-
-def make_config(
-    tokenizer: "PreTrainedTokenizerFast",
-    *,
-    vocabulary: int | None = None,
-    positions: int = 4096,
-    text_width: int = 256,
-    layer_types: tuple[str, ...] = LAYER_TYPES,
-    text_feed_forward: int = 512,
-    two_thirds_of_feed_forward: bool = False,
-    attention_heads: int = 8,
-    key_value_heads: int = 4,
-    vision_width: int = 192,
-    vision_layers: int = 6,
-    vision_heads: int = 3,
-    vision_feed_forward: int = 512,
-    projector_width: int = 256,
-) -> "Lfm2VlConfig":
-    """LFM2-VL's configuration; K-quants need text widths that are multiples of 256.
-
-    `two_thirds_of_feed_forward`: as in the published configurations, only two thirds of `text_feed_forward` are used.
-    `vocabulary` can be larger than the tokenizer's.
-    """
-    from transformers import Lfm2VlConfig
-
-    text: dict[str, Any] = {
-        "model_type": "lfm2",
-        "architectures": ["Lfm2ForCausalLM"],  # llama.cpp's converter needs it
-        "vocab_size": vocabulary or len(tokenizer),
-        "hidden_size": text_width,
-        "intermediate_size": text_feed_forward,
-        "block_auto_adjust_ff_dim": two_thirds_of_feed_forward,
-        "num_hidden_layers": len(layer_types),
-        "layer_types": list(layer_types),
-        "num_attention_heads": attention_heads,
-        "num_key_value_heads": key_value_heads,
-        "max_position_embeddings": positions,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
-        "conv_L_cache": 3,
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "tie_word_embeddings": True,
-    }
-    vision: dict[str, Any] = {
-        "model_type": "siglip2_vision_model",
-        "hidden_size": vision_width,
-        "intermediate_size": vision_feed_forward,
-        "num_hidden_layers": vision_layers,
-        "num_attention_heads": vision_heads,
-        "num_patches": 256,
-        "patch_size": 16,
-        "vision_use_head": False,
-    }
-    return Lfm2VlConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        projector_hidden_size=projector_width,
-        projector_use_layernorm=False,
-        downsample_factor=2,
-        tie_word_embeddings=True,
-    )
-
-
-def save_base(model: Any, processor: "Lfm2VlProcessor", folder: Path) -> None:
-    """Write the checkpoint in the Hub's layout, in float16."""
+@cache
+def model_class() -> type:
+    """See `Family.model_class`."""
     import torch
+    import transformers
 
-    tensors = {hub_name(name): tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(
-        folder,
-        {name: tensor.shape for name, tensor in tensors.items()},  # without the head: tied to the token embedding
-        "float16",
-        lambda name: tensors[name].detach().to("cpu", torch.float16),
-        description="saving",
-    )
-    save_settings(model, processor, "float16", folder)
+    from orion_triage.models.shared_image import SharedImages
+
+    class Lfm2VlForConditionalGeneration(SharedImages, transformers.Lfm2VlForConditionalGeneration):  # type: ignore[misc]
+        vision_keys = VISION_KEYS
+
+        def look(
+            self, pixel_values: "torch.Tensor", spatial_shapes: "torch.Tensor", pixel_attention_mask: "torch.Tensor"
+        ) -> "torch.Tensor":
+            features = self.get_image_features(
+                pixel_values=pixel_values, spatial_shapes=spatial_shapes, pixel_attention_mask=pixel_attention_mask
+            )
+            return torch.stack(list(features.pooler_output))
+
+    return Lfm2VlForConditionalGeneration
 
 
-def save_settings(model: Any, processor: "Lfm2VlProcessor", dtype: str, folder: Path) -> None:
-    """Write all files of a checkpoint except its tensors."""
-    from transformers import GenerationConfig
+def has_fast_convolution() -> bool:
+    """Whether causal-conv1d is installed, whose GPU kernel transformers uses for LFM2's short convolutions."""
+    return importlib.util.find_spec("causal_conv1d") is not None
 
-    model.config.architectures = ["Lfm2VlForConditionalGeneration"]
-    model.config.dtype = dtype
-    model.config.save_pretrained(folder)
-    tokenizer = processor.tokenizer
-    GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        do_sample=False,
-    ).save_pretrained(folder)
-    processor.save_pretrained(folder)
+
+def kernels(on_gpu: bool) -> dict[str, str]:
+    return {"short_convolution": "causal-conv1d" if on_gpu and has_fast_convolution() else "PyTorch"}
+
+
+def plain_name(name: str) -> str:
+    """The short name of a module or tensor; the Hub, older adapters and transformers 5.1 use a longer one."""
+    return name.replace("vision_tower.vision_model.", "vision_tower.")
+
+
+def file_name(name: str) -> str:
+    """The Hub's name of a parameter in transformers 5, which llama.cpp's converter expects."""
+    prefix = "model.vision_tower."
+    inside = name.startswith(prefix) and not name.startswith(prefix + "vision_model.")
+    return name.replace(prefix, prefix + "vision_model.", 1) if inside else name
+
+
+def has_tied_head(config: dict[str, Any]) -> bool:
+    return True
+
+
+def name_architectures(config: dict[str, Any]) -> None:
+    config["architectures"] = ["Lfm2VlForConditionalGeneration"]
+    config["text_config"]["architectures"] = ["Lfm2ForCausalLM"]

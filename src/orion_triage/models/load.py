@@ -10,22 +10,19 @@ from orion_triage import hub
 from orion_triage.errors import OrionError
 from orion_triage.models import chat_template
 from orion_triage.models.checkpoint import check_names
+from orion_triage.models.family import Family, family_in, family_of, read_config
 from orion_triage.models.quantized import refuse_quantized
 from orion_triage.runs.manifest import sha256_of_listing
 from orion_triage.safe.files import sha256_of_file, write_bytes, write_text
-from orion_triage.safe.reading import LARGEST_JSON_BYTES, read_bytes, read_object, refuse_lfs_pointers, shown
+from orion_triage.safe.reading import LARGEST_JSON_BYTES, read_bytes, read_object, refuse_lfs_pointers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from transformers.models.lfm2_vl import Lfm2VlProcessor
+    from transformers import ProcessorMixin
 
 TINY_BASE = "orion-tiny"
 TINY_BASE_FOLDER = Path(__file__).parents[1] / "tiny_base" / "weights"
-END_OF_TURN = "<|im_end|>"
-# Since transformers 5, names are matched from the start of the module path, so "vision_tower" alone matches nothing.
-# Without "lm_head", the tied head would become 4-bit too.
-KEPT_IN_16_BIT = ["lm_head", "model.vision_tower", "model.multi_modal_projector"]
 
 
 def resolve_base(model: str) -> Path:
@@ -42,66 +39,26 @@ def resolve_base(model: str) -> Path:
 
 
 def check_base(folder: Path) -> None:
-    """Raise OrionError unless the folder is an LFM2-VL checkpoint with unquantized SafeTensors weights.
+    """Raise OrionError unless the folder is a checkpoint of a known family with unquantized SafeTensors weights.
 
     The tensors must have the published names. Only configuration and headers are read.
     """
     refuse_lfs_pointers(folder)
-    check_config(folder)
+    family = check_config(folder)
     if not list(folder.glob("*.safetensors")):
         pickles = [path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pt"))]
         found = f"only {', '.join(pickles)}, which can run code when opened" if pickles else "none"
         raise OrionError(f"{folder} needs weights as *.safetensors; found {found}.", "Fetch the SafeTensors file.")
-    check_names(folder)
+    check_names(folder, family.LANDMARKS)
 
 
-def check_config(folder: Path) -> None:
-    """Raise OrionError unless config.json is that of an LFM2-VL whose weights are not quantized."""
-    path = folder / "config.json"
-    try:
-        config = read_object(path)
-    except FileNotFoundError:
-        raise OrionError(
-            f"{folder} has no config.json.", "Set base.model to a model folder in the Hub's layout."
-        ) from None
-    model_type = config.get("model_type")
-    if model_type != "lfm2_vl":
-        raise OrionError(
-            f"{path}: model_type is {shown(model_type)}, not 'lfm2_vl'.", "Use an LFM2-VL model as base.model."
-        )
+def check_config(folder: Path) -> Family:
+    """The family of config.json; raises OrionError if it is unknown, differs from its family, or is quantized."""
+    config = read_config(folder)
+    family = family_of(config, folder / "config.json")
     refuse_quantized(folder, config)
-    _check_family(path, config)
-
-
-# What is written into this project beside the sizes: other models of the family have other sizes, and work by them.
-# (part of config.json, key, values, what depends on it)
-_FAMILY: tuple[tuple[str, str, tuple[Any, ...], str], ...] = (
-    ("text_config", "model_type", ("lfm2",), "adapter targets and llama.cpp's file are those of LFM2's dense layers"),
-    ("vision_config", "model_type", ("siglip2_vision_model",), "llama.cpp's mmproj is that of SigLIP2"),
-    ("vision_config", "patch_size", (16,), "a frame of 512 pixels is 1,024 patches and 256 image tokens"),
-    ("", "downsample_factor", (2,), "a frame of 512 pixels is 1,024 patches and 256 image tokens"),
-)
-_LAYERS = ("conv", "full_attention")
-
-
-def _check_family(path: Path, config: dict[str, Any]) -> None:
-    """Raise OrionError for a model that differs from the family in more than its sizes; a missing key is as usual."""
-    for part, key, known, reason in _FAMILY:
-        section = config.get(part, {}) if part else config
-        value = section.get(key) if isinstance(section, dict) else None
-        if value is not None and value not in known:
-            name = f"{part}.{key}" if part else key
-            raise OrionError(
-                f"{path}: {name} is {shown(value)}, not {known[0]}: {reason}.",
-                "Use a model with the architecture of LFM2.5-VL (450M, 1.6B, 3B).",
-            )
-    text = config.get("text_config")
-    layers = text.get("layer_types") if isinstance(text, dict) else None
-    if isinstance(layers, list) and (odd := next((kind for kind in layers if kind not in _LAYERS), None)) is not None:
-        raise OrionError(
-            f"{path}: text_config.layer_types has {shown(odd)}; known are {' and '.join(_LAYERS)}.",
-            "Use a model with the architecture of LFM2.5-VL (450M, 1.6B, 3B).",
-        )
+    family.check(folder / "config.json", config)
+    return family
 
 
 def base_name(folder: Path) -> str:
@@ -119,20 +76,20 @@ def fingerprint(folder: Path) -> str:
     return sha256_of_listing({shard.name: sha256_of_file(shard) for shard in shards})
 
 
-def load_processor(folder: Path, frame_size: int) -> "Lfm2VlProcessor":
+def load_processor(folder: Path, frame_size: int) -> "ProcessorMixin":
     """The folder's processor, set to frames of exactly `frame_size` x `frame_size` pixels.
 
-    One tile, no resizing, no padding patches: (frame_size / 32)^2 image tokens. With splitting on, a 256x256 frame
-    would be padded to 1024 patches and cost as much as 512x512. Raises OrionError for an unusable processor.
+    One tile, no resizing, no padding. Raises OrionError for an unusable processor.
     """
     hush_kernel_advice()
-    from transformers.models.lfm2_vl import Lfm2VlProcessor
+    import transformers
 
-    if frame_size % 32:
-        raise OrionError(f"frame size {frame_size} is not a multiple of 32.", "Use 256, 384 or 512.")
+    config = read_config(folder)
+    family = family_of(config, folder / "config.json")
     try:
         # The default of trust_remote_code asks on the terminal whether the folder's code may run.
-        processor = Lfm2VlProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        kind = getattr(transformers, family.PROCESSOR)
+        processor = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises a bare Exception; a wrong type in these files raises TypeError
         raise OrionError(f"{folder} has no usable processor: {error}.", "Fetch the model again.") from error
     if not processor.chat_template:
@@ -141,15 +98,9 @@ def load_processor(folder: Path, frame_size: int) -> "Lfm2VlProcessor":
         raise OrionError(
             f"{folder} has several chat templates instead of one.", "Copy chat_template.jinja from the base model."
         )
-    chat_template.check(processor.chat_template, str(folder))
-    image_tokens = (frame_size // 32) ** 2
-    images = processor.image_processor
-    images.do_image_splitting = False
-    images.min_image_tokens = min(64, image_tokens)
-    images.max_image_tokens = image_tokens
-    images.tile_size = frame_size
-    images.size = {"height": frame_size, "width": frame_size}
-    images.max_num_patches = image_tokens * images.downsample_factor**2
+    if processor.chat_template != family.CHAT_TEMPLATE:
+        chat_template.check(processor.chat_template, str(folder))
+    family.set_frame_size(processor, config, frame_size)
     return processor
 
 
@@ -161,7 +112,7 @@ _TOKENIZER_FILES = (
 _NEEDED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # written if the base has none
 
 
-def save_processor(processor: "Lfm2VlProcessor", base: Path, folder: Path) -> None:
+def save_processor(processor: "ProcessorMixin", base: Path, folder: Path) -> None:
     """Write the settings of the processor and the base's tokenizer files, unchanged, into `folder`.
 
     transformers 5 writes "tokenizer_class": "TokenizersBackend" for any tokenizer, which version 4 cannot load. The
@@ -209,8 +160,7 @@ def load_model(folder: Path, *, dtype: str, four_bit: bool = False, device: str 
     import torch
     from transformers import BitsAndBytesConfig, GenerationConfig
 
-    from orion_triage.models.shared_image import Lfm2VlForConditionalGeneration
-
+    family = family_in(folder)
     torch_dtype: torch.dtype | str = dtype if dtype == "auto" else getattr(torch, dtype)
     quantization = None
     if four_bit:
@@ -219,10 +169,11 @@ def load_model(folder: Path, *, dtype: str, four_bit: bool = False, device: str 
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch_dtype,
-            llm_int8_skip_modules=KEPT_IN_16_BIT,
+            llm_int8_skip_modules=family.KEPT_IN_16_BIT,
         )
     with no_progress_bars():
-        model, loading = Lfm2VlForConditionalGeneration.from_pretrained(
+        kind: Any = family.model_class()
+        model, loading = kind.from_pretrained(
             folder,
             dtype=torch_dtype,
             quantization_config=quantization,

@@ -1,30 +1,39 @@
-"""LFM2-VL with rows that share images: the vision tower runs once per image, not once per row.
+"""A model with rows that share images: the vision tower runs once per image, not once per row.
 
 Both records of a training target, and three of the four conditions, use the same image. At the 1.6B model's shapes,
 the tower is half of a row's arithmetic (490 of 1,000 billion products). With `image_of_row`, the pixels have one row
 per image instead of one per question. Without it, the model is transformers' own.
 
 With `shared_tokens`, the language model also reads the image and the text before the first difference once per image.
+
+Each family's `model_class` puts this before transformers' class, in which `model.language_model` and
+`config.image_token_id` have the same names in every family.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers
 
 
-class Lfm2VlForConditionalGeneration(transformers.Lfm2VlForConditionalGeneration):  # type: ignore[misc]
-    """The published model with an additional way to assign images to rows.
+class SharedImages:
+    """Stands before transformers' class and adds a way to assign images to rows; `look` is the family's.
 
-    It keeps the published class name: transformers chooses the loss by it, and saved configurations contain it.
+    The class of both keeps the published name: transformers chooses the loss by it, and saved configurations have it.
     """
+
+    vision_keys: tuple[str, ...]  # the arguments of `look`
+    config: Any
+    model: Any
+    training: bool
+    get_input_embeddings: Any
+    # (pixels by name) -> the features of each image for the language model: [images, image tokens, text width]
+    look: Callable[..., torch.Tensor]
 
     def forward(  # generation inspects these parameter names
         self,
         input_ids: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        spatial_shapes: torch.Tensor | None = None,
-        pixel_attention_mask: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Any = None,
@@ -39,20 +48,16 @@ class Lfm2VlForConditionalGeneration(transformers.Lfm2VlForConditionalGeneration
     ) -> Any:
         """transformers' forward with three more arguments.
 
-        `image_of_row` [rows] is the index of each row's image; all images have the same size. `image_features` [images,
-        image tokens, text width] is the result of `look` and replaces the pixels. `shared_tokens` is the number of
-        first tokens that are the same in all rows and contain the image (`encode.shared_tokens`): they run once per
-        image, and the logits start after them. Under gradient checkpointing it is ignored: a layer that is computed
-        again would write into the cache twice, so transformers gives it none. Padding has to be on the right, because
-        no mask hides it.
+        `image_of_row` [rows] is the index of each row's image; `others` has the images, all of one size, under
+        `vision_keys`. `image_features` [images, image tokens, text width] is the result of `look` and replaces them.
+        `shared_tokens` is the number of first tokens that are the same in all rows and contain the image
+        (`encode.shared_tokens`): they run once per image, and the logits start after them. Under gradient
+        checkpointing it is ignored: a layer that is computed again would write into the cache twice, so transformers
+        gives it none. Padding has to be on the right, because no mask hides it.
         """
-        pixels: dict[str, Any] = {
-            "pixel_values": pixel_values,
-            "spatial_shapes": spatial_shapes,
-            "pixel_attention_mask": pixel_attention_mask,
-        }
         if image_of_row is not None:
             assert input_ids is not None
+            pixels = {key: others.pop(key) for key in self.vision_keys if key in others}
             seen = image_features if image_features is not None else self.look(**pixels)
             recomputed = self.training and self.model.language_model.layers[0].gradient_checkpointing
             if shared_tokens and not recomputed:
@@ -60,8 +65,8 @@ class Lfm2VlForConditionalGeneration(transformers.Lfm2VlForConditionalGeneration
                 inputs_embeds = self.get_input_embeddings()(input_ids[:, shared_tokens:])
             else:
                 inputs_embeds = self.embed(input_ids, seen, image_of_row)
-            input_ids, pixels = None, {}
-        return super().forward(
+            input_ids = None
+        return super().forward(  # type: ignore[misc]
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -70,18 +75,8 @@ class Lfm2VlForConditionalGeneration(transformers.Lfm2VlForConditionalGeneration
             labels=labels,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
-            **pixels,
             **others,
         )
-
-    def look(
-        self, pixel_values: torch.Tensor, spatial_shapes: torch.Tensor, pixel_attention_mask: torch.Tensor
-    ) -> torch.Tensor:
-        """The features of each image for the language model: [images, image tokens, text width]."""
-        features = self.get_image_features(
-            pixel_values=pixel_values, spatial_shapes=spatial_shapes, pixel_attention_mask=pixel_attention_mask
-        )
-        return torch.stack(list(features.pooler_output))
 
     def read(self, input_ids: torch.Tensor, seen: torch.Tensor, image_of_row: torch.Tensor) -> transformers.Cache:
         """The cache after tokens [rows, tokens] that are the same in all rows: read once per image, with gradients."""

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orion_triage import templates
+from orion_triage.errors import OrionError
 from orion_triage.evaluate.conditions import CONDITIONS
 from orion_triage.mission.mission import Mission
+from orion_triage.models.family import DEFAULT, Family, family_in
 from orion_triage.models.licence import README, Licence, licence_files, licence_of
 from orion_triage.safe.files import write_text
 
@@ -25,7 +27,15 @@ def write_card(product: Product, source: Path, base: str, folder: Path, mission:
     """
     for path in licence_files(source):
         shutil.copyfile(path, folder / path.name)
-    write_text(folder / README, render_card(product, base, licence_of(source), mission))
+    write_text(folder / README, render_card(product, base, licence_of(source), mission, family_or_default(source)))
+
+
+def family_or_default(folder: Path) -> Family:
+    """The family of the checkpoint in a folder; DEFAULT for a folder without one, as that of someone's adapter."""
+    try:
+        return family_in(folder)
+    except OrionError:
+        return DEFAULT
 
 
 def render_card(
@@ -33,6 +43,7 @@ def render_card(
     base: str,
     licence: Licence | None,
     mission: Mission,
+    family: Family,
     results: dict[str, Any] | None = None,
     hashes: Mapping[str, str] | None = None,
 ) -> str:
@@ -49,7 +60,7 @@ def render_card(
         license_name=licence.name if licence else None,
         license_link=licence.link if licence else None,
         pipeline_tag="image-text-to-text",
-        tags=["earth-observation", "satellite", "triage", "lfm2-vl"],
+        tags=["earth-observation", "satellite", "triage", family.CARD_TAG],
         **(_model_index(product, results) if results else {}),
     )
     return templates.fill(
@@ -60,6 +71,7 @@ def render_card(
         **words(mission),
         header=header.to_yaml(),
         product=product,
+        loading=family.LOADING,
         base=base,
         licence=licence,
         results=results,

@@ -24,7 +24,7 @@ _PAIR = (quantize.QUANTIZED, quantize.MMPROJ, quantize.PAIR)
 # Only measurements of the results are published: settings and manifests contain paths of this machine.
 _PUBLISHED = (
     "schema_version", "preset", "split", "frames", "models", "deltas", "within", "linear_probe", "variants", "parity",
-    "training_seeds", "baselines", "size_ranking", "operating_point", "verdict", "seconds",
+    "failed_gate", "training_seeds", "baselines", "size_ranking", "operating_point", "verdict", "seconds",
     "versions",
 )  # fmt: skip
 
@@ -54,7 +54,8 @@ def push(run: Run, product: card.Product, repository: str, *, private: bool = Tr
     hashes = {
         name: sha256_of_file(path) for name, path in own_files.items() if name.endswith((".safetensors", ".gguf"))
     }
-    text = card.render_card(product, base, licence, run.settings.mission, results if complete else None, hashes)
+    family, measured_results = card.family_or_default(run.merged), results if complete else None
+    text = card.render_card(product, base, licence, run.settings.mission, family, measured_results, hashes)
     measured = _measured(run, results) if complete else {}
     return hub.push(
         {**own_files, **measured, README: text.encode()},

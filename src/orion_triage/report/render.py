@@ -64,6 +64,7 @@ def from_template(name: str, **values: Any) -> str:
         "significant": significant,
         "error_rate_at": error_rate_at,
         "verdict_in_words": verdict_in_words,
+        "advice": advice,
     }
     return templates.fill("report", name, filters=filters, **values)
 
@@ -104,11 +105,13 @@ def verdict_in_words(verdict: dict[str, Any]) -> str:
     }[verdict["verdict"]]
 
 
-def verdict_table(verdict: dict[str, Any]) -> "Table":
-    """The criteria of a verdict; the cells wrap, so that it fits 80 columns."""
+def verdict_table(verdict: dict[str, Any], width: int) -> "Table":
+    """The criteria of a verdict for a terminal of `width` columns; the cells wrap, so that it fits 80."""
     from rich.table import Column, Table
 
-    table = Table("criterion", Column("measured (95 % interval)", min_width=31), "needed", "met")
+    # Rich would narrow this column most, to three lines a row. A `min_width` would push "met" off the screen.
+    measured = Column("measured (95 % interval)", width=31 if 80 <= width < 102 else None)
+    table = Table("criterion", measured, "needed", "met")
     for row in verdict["criteria"]:
         style = {"pass": "", "fail": "bold red", "open": "yellow"}[row["outcome"]]
         table.add_row(row["name"], row["measured"], row["needed"], MET[row["outcome"]], style=style)
@@ -116,13 +119,19 @@ def verdict_table(verdict: dict[str, Any]) -> "Table":
 
 
 def advice(verdict: dict[str, Any]) -> list[str]:
-    """What to do about each criterion that is not met."""
-    return [f"{row['name']}: {row['advice']}" for row in verdict["criteria"] if row["advice"]]
+    """What to do about each criterion that is not met; first about those that are failed, which decide."""
+    rows = sorted(verdict["criteria"], key=lambda row: row["outcome"] != "fail")
+    return [f"{row['name']}: {row['advice']}" for row in rows if row["advice"]]
 
 
 def notes(results: dict[str, Any]) -> list[str]:
     """Notes for the top of a report: unfinished stages, and models that the run did not make."""
     found = []
+    if gate := results["failed_gate"]:
+        found.append(
+            f"The gate at F16 failed: {gate['message']} The answers at F16 are left out. Those of the quantized models "
+            "come from the same llama.cpp: do not rely on them."
+        )
     if results["missing"]:
         found.append(f'Not finished: {", ".join(results["missing"])}. Their values are left out or shown as "-".')
     by_change: dict[str, list[str]] = {}

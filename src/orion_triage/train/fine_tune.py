@@ -4,7 +4,6 @@ The base is loaded in NF4, LoRA matrices are added to the attention projections,
 contribute to the loss. The records are used as they are in the file, with and without coordinates.
 """
 
-import importlib.util
 import json
 import os
 import warnings
@@ -20,6 +19,7 @@ from orion_triage.mission.prompt import user_text
 from orion_triage.models.adapter import BASE_FILE, Census, resolve_targets, tower_of
 from orion_triage.models.checkpoint import count_parameters
 from orion_triage.models.encode import check_template
+from orion_triage.models.family import family_in, family_of_model
 from orion_triage.models.generate import vision_features
 from orion_triage.models.licence import README
 from orion_triage.models.load import (
@@ -46,7 +46,7 @@ from orion_triage.train.twins import check_shared_prefix
 if TYPE_CHECKING:
     import torch
     from PIL import Image
-    from transformers.models.lfm2_vl import Lfm2VlProcessor
+    from transformers import ProcessorMixin
 
 CENSUS_FILE = "census.json"
 LOSS_FILE = "loss_log.json"
@@ -212,12 +212,12 @@ def run(
         "processes": processes.count(),
         "seconds_per_sample": _seconds_per_sample(trained.metrics["train_runtime"], state, resumed_step, settings),
         "attention": model.config.text_config._attn_implementation,
-        "short_convolution": "causal-conv1d" if device.is_gpu and has_fast_convolution() else "PyTorch",
+        **family_in(base).kernels(device.is_gpu),
     }
 
 
 def _look_once(
-    model: Any, processor: "Lfm2VlProcessor", frames: "dict[str, Image.Image]", progress: Progress
+    model: Any, processor: "ProcessorMixin", frames: "dict[str, Image.Image]", progress: Progress
 ) -> "dict[str, torch.Tensor]":
     """The features of every frame from a frozen tower: [image tokens, text width] each, on the CPU."""
     features = {}
@@ -225,11 +225,6 @@ def _look_once(
         features[name] = vision_features(model, processor, [frame])[0].to(model.dtype)
         progress("encoding frames", done, len(frames))
     return features
-
-
-def has_fast_convolution() -> bool:
-    """Whether causal-conv1d is installed, whose GPU kernel transformers uses for LFM2's short convolutions."""
-    return importlib.util.find_spec("causal_conv1d") is not None
 
 
 def _seconds_per_sample(seconds: float, state: Any, resumed_step: int, settings: FineTuneSettings) -> float | None:
@@ -322,9 +317,10 @@ def add_adapter(model: Any, settings: FineTuneSettings) -> tuple[Any, Census]:
 
 def _trainable_by_tower(model: Any) -> dict[str, int]:
     counts: dict[str, int] = {}
+    family = family_of_model(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            tower = tower_of(name) or "head"
+            tower = tower_of(name, family) or "head"
             counts[tower] = counts.get(tower, 0) + parameter.numel()
     return counts
 

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 from orion_triage.errors import OrionError
 from orion_triage.models.adapter import tower_of
 from orion_triage.models.encode import encode
+from orion_triage.models.family import family_of_model
 from orion_triage.models.generate import vision_features
-from orion_triage.models.load import KEPT_IN_16_BIT
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
-    from transformers.models.lfm2_vl import Lfm2VlProcessor
+    from transformers import ProcessorMixin
 
 SMALLEST_COSINE = 0.99  # between an image's features and those of the base in float32; a quantized tower gives 0.06
 SMALLEST_MOVE = 1e-3  # change of any logit if the image is swapped; exactly 0 if the model ignores the image
@@ -21,19 +21,19 @@ SMALLEST_MOVE = 1e-3  # change of any logit if the image is swapped; exactly 0 i
 def preflight(
     model: Any,
     reference: "torch.Tensor",
-    processor: "Lfm2VlProcessor",
+    processor: "ProcessorMixin",
     frames: "Sequence[Image.Image]",
     user_text: str,
 ) -> dict[str, Any]:
     """Three checks that the model to be trained uses its images.
 
-    `reference` is `vision_features` of the unquantized base in float32 for the same frames. SigLIP2's patch embedding
+    `reference` is `vision_features` of the unquantized base in float32 for the same frames. LFM2-VL's patch embedding
     is a linear layer: loaded in 4 bits, it casts pixels in [-1, 1] to bytes without an error, and the training would
     ignore the images. Raises OrionError that names the check and its value; returns the values.
     """
     import torch
 
-    fix = f"Load it with models.load.load_model, which excludes {', '.join(KEPT_IN_16_BIT)} from quantization."
+    fix = "Load it with models.load.load_model, which quantizes only the layers of the language model."
     if quantized := _quantized_vision_modules(model):
         raise OrionError(
             f"preflight: {len(quantized)} vision or head modules are quantized, for example {quantized[0]}: pixels "
@@ -80,11 +80,11 @@ def _quantized_vision_modules(model: Any) -> list[str]:
     """The vision and head modules that are quantized, the patch embedding first."""
     from torch import nn
 
-    bad = []
+    bad, family = [], family_of_model(model)
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or tower_of(name) == "text":
+        if not isinstance(module, nn.Linear) or tower_of(name, family) == "text":
             continue
         # Linear4bit can store its bytes in a floating dtype (bnb_4bit_quant_storage), so check the module's type.
         if type(module).__module__.startswith("bitsandbytes") or not module.weight.dtype.is_floating_point:
             bad.append(name)
-    return sorted(bad, key=lambda name: "patch_embedding" not in name)
+    return sorted(bad, key=lambda name: family.PATCH_EMBEDDING not in name)

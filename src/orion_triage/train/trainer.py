@@ -27,12 +27,11 @@ SMALLEST_LOSS_SCALE = 1.0
 if TYPE_CHECKING:
     import torch
     from PIL import Image
-    from transformers import BatchFeature, Trainer
-    from transformers.models.lfm2_vl import Lfm2VlProcessor
+    from transformers import BatchFeature, ProcessorMixin, Trainer
 
 
 def collator(
-    processor: "Lfm2VlProcessor",
+    processor: "ProcessorMixin",
     frames: "dict[str, Image.Image]",
     features: "Mapping[str, torch.Tensor] | None" = None,
     *,

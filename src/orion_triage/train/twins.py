@@ -67,7 +67,7 @@ def check_shared_prefix(
 ) -> None:
     """Raise OrionError unless the first twins get the same logits, at every token after the prefix, as without it.
 
-    The prefix is carried over in transformers' cache. Before version 5.15, LFM2's convolutions read only one token
+    The prefix is carried over in transformers' cache. Before version 5.15, short convolutions read only one token
     after a cache, and gave all following tokens the result of one, without an error.
     """
     import torch
