@@ -174,11 +174,12 @@ def _show_verdicts(outcomes: list[Any], mission: Any, as_json: bool) -> None:
     for outcome in outcomes:
         verdict, answered = outcome.verdict, to_json(outcome, mission)
         scores = " ".join(f"{score:.2f}" for score in (answered["scores"] or {}).values())
+        fields = ", ".join(f"{name}: {value}" for name, value in verdict.fields)
         table.add_row(
             cell(outcome.file),
             f"{verdict.category}\n{outcome.decided_by}",
             f"{answered['model_category'] or 'not asked'}\n{scores}".strip(),
-            cell(verdict.reason),
+            "\n".join(cell(text) for text in (verdict.reason, fields) if text),
             f"{outcome.seconds:.2f}",
         )
     console.print(table)

@@ -110,7 +110,7 @@ class FieldOfAnswer(Strict):
     choices: tuple[str, ...] = ()
     from_: _Number | None = Field(None, alias="from")
     to: _Number | None = None
-    longest: Annotated[int, Field(strict=True, ge=1, le=1000)] | None = None
+    longest: Annotated[int, Field(strict=True, ge=1, le=200)] | None = None
 
     @model_serializer(mode="wrap")
     def _as_in_files(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
