@@ -1,8 +1,10 @@
 """Further fields of the answer: yes/no, choice, whole number and short text, declared in the mission's file."""
 
 import csv
+import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,15 +16,17 @@ from orion_triage.dataset.build import records_of
 from orion_triage.dataset.catalogue import COLUMNS, load_catalogue
 from orion_triage.dataset.check.facts import Entry
 from orion_triage.dataset.check.reasons import text_findings
-from orion_triage.dataset.records import Record, parse_record
+from orion_triage.dataset.records import IMAGES_FOLDER, Record, parse_record, write_split
+from orion_triage.dataset.share import catalogue_files, croissant
 from orion_triage.dataset.sources.contents import read_contents
 from orion_triage.dataset.sources.source import Shot
 from orion_triage.errors import OrionError, RecordError
 from orion_triage.evaluate.metrics import Prediction, summarize
 from orion_triage.evaluate.results import as_flown
 from orion_triage.evaluate.run import prediction_of
-from orion_triage.evaluate.variants import chosen
+from orion_triage.evaluate.variants import Decoding, chosen, named
 from orion_triage.export import quantize
+from orion_triage.flight import bundle
 from orion_triage.flight.ask_frame import fits
 from orion_triage.imagery.frames import Frame
 from orion_triage.llama_cpp.server import Server
@@ -48,6 +52,10 @@ from orion_triage.mission.verdict import (
     tokens_of_fields,
 )
 from orion_triage.models.family import turn_of
+from orion_triage.models.load import TINY_BASE_FOLDER
+from orion_triage.pipeline import evaluation, run_stage, stage_named
+from orion_triage.report import write as report
+from orion_triage.runs.run import Run, prepare
 from orion_triage.settings import load_settings
 from tests.conftest import orion, places_of, structured_picture
 
@@ -233,7 +241,7 @@ def test_the_category_alone_is_refused_where_a_field_must_have_a_value() -> None
     assert "verdict-only" in [variant.name for variant in chosen(settings, ["all"])]
     own = settings.model_copy(update={"mission": four()})
     assert "verdict-only" not in [variant.name for variant in chosen(own, ["all"])]
-    with pytest.raises(OrionError, match="verdict-only"):
+    with pytest.raises(OrionError, match="cannot be asked for the category alone"):
         chosen(own, ["quantized", "verdict-only"])
 
 
@@ -394,6 +402,20 @@ def test_a_catalogue_has_the_columns_of_the_fields(tmp_path: Path) -> None:
         load_catalogue(path, mission(SMOKE, SHIPS))
 
 
+def test_a_shared_catalogue_and_table_have_the_fields(tmp_path: Path) -> None:
+    own = four()
+    record = Record("images/a.png", PLACE, Verdict("A hull.", "SHIP", VALUES), own)
+    origin = {"name": "a", "morphology": "town", "source": "", "metres_per_pixel": "", "captured_at": "", "licence": ""}
+    frames = [{"record": record, "split": "train", **origin}]
+    files = catalogue_files(frames)
+    path = tmp_path / "catalogue.csv"
+    path.write_bytes(bytes(files["catalogue.csv"]))  # type: ignore[arg-type]
+    assert [target.fields for target in load_catalogue(path, own)] == [VALUES]
+    shared = croissant(files, frames, {"repository": "a/b", "catalogue_only": True, "licence": "other"})
+    columns = {column["name"]: column["dataType"] for column in shared["recordSet"][0]["field"]}
+    assert (columns["smoke"], columns["ship_count"]) == ("sc:Text", "sc:Integer")
+
+
 # Metrics
 
 
@@ -536,45 +558,22 @@ BUILT = {"name": "built", "kind": "yes/no", "definition": "Whether people have b
 GROUND = {
     "name": "ground", "kind": "choice", "choices": ["sea", "town", "works"], "definition": "What covers most of it.",
 }  # fmt: skip
-EPOCHS = 3  # fewer, and no answer is a verdict without the grammar
 CROSSINGS = {"name": "crossings", "kind": "whole number", "from": 0, "to": 9, "definition": "How many streets cross."}
 
 
-@pytest.fixture(scope="module")
-def run_with_fields(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with runs/small of a mission with three fields, and its bundle; through the command line."""
-    folder = tmp_path_factory.mktemp("fields")
-    with (folder / "places.csv").open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow([*COLUMNS, "built", "ground", "crossings"])
-        for one in places_of(*LABELS, count=12):
-            assert one.coordinates is not None
-            where = (one.coordinates.lon, one.coordinates.lat)
-            table.writerow([one.name, one.category, one.morphology, *where, one.reason, *LABELS[one.morphology]])
+def mission_of_places(**changes: Any) -> Mission:
+    """The published mission with three further fields, for drawn tiles of LABELS."""
     published = default_mission()
-    own = published.model_dump(mode="json") | {
-        "name": "built", "places": "places.csv", "keys": ["reason", "built", "ground", "crossings", "category"],
+    own = {
+        "name": "built", "keys": ["reason", "built", "ground", "crossings", "category"],
         "prompt": published.prompt + "\n{fields}", "fields": [BUILT, GROUND, CROSSINGS],
     }  # fmt: skip
-    (folder / "mission.json").write_text(json.dumps(own), encoding="utf-8")
-    sets = ["dataset.split_distance_km=20", f"fine_tune.epochs={EPOCHS}", "variants.all=false"]
-    words = [word for value in sets for word in ("--set", value)]
-    for command in (
-        ("run", "--mission", "mission.json", "--run", "runs/small", *words),
-        ("evaluate", "--run", "runs/small", "--variants", "constrained"),
-        ("report", "--run", "runs/small"),
-        ("bundle", "runs/small", "--out", "bundle", "--accept-risk", "a test of fields"),
-    ):
-        made = orion(*command, cwd=folder)
-        assert made.returncode == 0, made.stderr
-    return folder
+    return Mission.model_validate(published.model_dump() | own | changes)
 
 
-@pytest.mark.slow
-@pytest.mark.llama_cpp
-def test_a_run_measures_the_fields(run_with_fields: Path) -> None:
-    run = run_with_fields / "runs" / "small"
-    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+def assert_fields_are_measured(run: Path) -> dict[str, Any]:
+    """Compare the metrics of the fields in results.json with the stored answers; returns the results."""
+    results: dict[str, Any] = json.loads((run / "results.json").read_text(encoding="utf-8"))
     lines = (run / "evaluation" / "test" / "constrained" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [row for row in map(json.loads, lines) if row["condition"] == "B"]
     assert {tuple(row["true_fields"].values()) for row in rows} == set(LABELS.values())
@@ -588,41 +587,48 @@ def test_a_run_measures_the_fields(run_with_fields: Path) -> None:
     off = [abs(row["true_fields"]["crossings"] - row["fields"]["crossings"]) for row in rows]
     assert found["crossings"]["mean_absolute_error"] == sum(off) / len(off)
     assert sum(sum(row.values()) for row in found["ground"]["confusion"].values()) == len(rows)
-    blank = len(results["blank_frames"])
-    assert results["models"]["flight"]["B"]["fields"]["built"]["unparsable"] == blank
+    assert results["models"]["flight"]["B"]["fields"]["built"]["unparsable"] == len(results["blank_frames"])
     for name in ("report.md", "report.html"):
         assert "Further fields" in (run / name).read_text(encoding="utf-8"), name
-    split = (run / "dataset" / "test_dataset.jsonl").read_text(encoding="utf-8")
-    assert '\\"ground\\": \\"town\\", \\"crossings\\": 3, \\"category\\"' in split
+    return results
+
+
+@pytest.fixture(scope="module")
+def run_with_fields(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with runs/small of a mission with three fields; one epoch, through the command line."""
+    folder = tmp_path_factory.mktemp("fields")
+    with (folder / "places.csv").open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow([*COLUMNS, "built", "ground", "crossings"])
+        for one in places_of(*LABELS, count=12):
+            assert one.coordinates is not None
+            where = (one.coordinates.lon, one.coordinates.lat)
+            table.writerow([one.name, one.category, one.morphology, *where, one.reason, *LABELS[one.morphology]])
+    own = mission_of_places(places="places.csv")
+    (folder / "mission.json").write_text(own.model_dump_json(), encoding="utf-8")
+    sets = ["dataset.split_distance_km=20", "fine_tune.epochs=1", "variants.all=false"]
+    words = [word for value in sets for word in ("--set", value)]
+    for command in (
+        ("run", "--mission", "mission.json", "--run", "runs/small", *words),
+        ("evaluate", "--run", "runs/small", "--variants", "constrained"),
+        ("report", "--run", "runs/small"),
+    ):
+        made = orion(*command, cwd=folder)
+        assert made.returncode == 0, made.stderr
+    return folder
 
 
 @pytest.mark.slow
 @pytest.mark.llama_cpp
-def test_ground_and_bundle_give_a_frame_the_same_fields(run_with_fields: Path, tmp_path: Path) -> None:
-    folder, pair = run_with_fields / "bundle", (quantize.QUANTIZED, quantize.MMPROJ)
-    frame = structured_picture(1234)
-    (tmp_path / "a.raw").write_bytes(frame.tobytes())
-    (tmp_path / "white.raw").write_bytes(bytes([250]) * (512 * 512 * 3))
-    told = orion("triage", "a.raw", "white.raw", "--bundle", folder, "--json", cwd=tmp_path)
+def test_a_run_learns_and_measures_the_fields(run_with_fields: Path, tmp_path: Path) -> None:
+    run = run_with_fields / "runs" / "small"
+    assert_fields_are_measured(run)
+    split = (run / "dataset" / "test_dataset.jsonl").read_text(encoding="utf-8")
+    assert '\\"ground\\": \\"town\\", \\"crossings\\": 3, \\"category\\"' in split
+    structured_picture(1234).save(tmp_path / "a.png")
+    told = orion("triage", tmp_path / "a.png", "--run", run, "--json", cwd=tmp_path)
     assert told.returncode == 0, told.stderr
-    ground, blank = json.loads(told.stdout)
-    assert ground["fields"] == {name: json.loads(ground["answer"])[name] for name in ("built", "ground", "crossings")}
-    assert (ground["fields"]["built"] in ("yes", "no"), type(ground["fields"]["crossings"])) == (True, int)
-    assert blank["fields"] is None
-    log, files = tmp_path / "log", [folder / name for name in pair]
-    with Server(find_toolchain(), *files, log=log, turn=turn_of(files[0]), threads=1) as server:
-        url, every = server.client.base_url, mission(SMOKE, SURFACE, NOTE, SHIPS | {"from": -120, "to": 1150})
-        said = server.client.completion("Say it.", Frame(frame, frame.size).png(), 300, grammar=grammar(every))
-        key = str(server.client._http.headers["Authorization"]).removeprefix("Bearer ")
-        flown = subprocess.run(
-            [sys.executable, "-I", "-S", folder / "ask_frame.py", "a.raw", "white.raw", "--url", url],
-            capture_output=True, text=True, cwd=tmp_path, check=False, env={"LLAMA_API_KEY": key},
-        )  # fmt: skip
-    assert parse_verdict(every, said["content"]), "llama.cpp reads the grammar of every kind"
-    assert (flown.returncode, flown.stderr) == (0, "")
-    lines = [json.loads(line) for line in flown.stdout.splitlines()]
-    assert [line["fields"] for line in lines] == [ground["fields"], None]
-    assert lines[0]["answer"] == ground["answer"]
+    assert [*json.loads(told.stdout)[0]["fields"]] == ["built", "ground", "crossings"]
 
 
 @pytest.mark.slow
@@ -632,3 +638,75 @@ def test_verdict_only_is_refused_by_name(run_with_fields: Path) -> None:
     assert asked.returncode == 1
     assert "cannot be asked for the category alone (verdict-only)" in asked.stderr
     assert "Traceback" not in asked.stderr
+
+
+def bundle_of(folder: Path, pair: Path) -> Path:
+    """A run and its bundle of a mission with fields: the pair as it is, under the grammar, on six frames.
+
+    The pair was not trained for the mission: only the grammar makes its answers verdicts, so the free decoding that a
+    bundle is made from is under the grammar here, too.
+    """
+    own = mission_of_places()
+    settings = load_settings("tiny", ["evaluate.threads=1"]).model_copy(update={"mission": own})
+    run = Run(folder / "run", settings)
+    prepare(run)
+    (run.dataset / IMAGES_FOLDER).mkdir(parents=True)
+    number = 0
+    for split, count in (("train", 6), ("val", 3), ("test", 6)):
+        records = []
+        for index in range(count):
+            name, category = f"{IMAGES_FOLDER}/place_{number}.png", own.names[index % 3]
+            structured_picture(number).save(run.dataset / name, compress_level=1)
+            values = tuple(zip(("built", "ground", "crossings"), [*LABELS.values()][2 - index % 3], strict=True))
+            where = Coordinates(round(-170 + 14.17 * number, 2), round(-55 + 4.5 * number, 2))
+            records.append(Record(name, where, Verdict("What is seen.", category, values), own))
+            number += 1
+        write_split(run.dataset, split, records)  # type: ignore[arg-type]
+    write_mission(run.dataset, own)
+    shutil.copytree(TINY_BASE_FOLDER, run.merged)
+
+    def take(run: Run, progress: object) -> dict[str, Any]:
+        shutil.copytree(pair, run.gguf, ignore=shutil.ignore_patterns("manifest.json"))
+        return {}
+
+    run_stage(dataclasses.replace(stage_named("quantize", settings), run=take), run)
+    under_grammar = dataclasses.replace(named(settings, "quantized"), decoding=Decoding(constrained=True))
+    for variant in (under_grammar, named(settings, "constrained")):
+        run_stage(evaluation(variant, own), run)
+    report.run(run)
+    bundle.run(run, folder / "bundle", accepted_risk="a test of fields")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.llama_cpp
+def test_ground_and_bundle_give_a_frame_the_same_fields(tiny_pair: Path, tmp_path: Path) -> None:
+    check_bundle(bundle_of(tmp_path, tiny_pair))
+
+
+def check_bundle(folder: Path) -> None:
+    results = assert_fields_are_measured(folder / "run")
+    assert results["settings"]["mission"]["fields"] == [BUILT, GROUND, CROSSINGS]
+    files = [folder / "bundle" / name for name in (quantize.QUANTIZED, quantize.MMPROJ)]
+    frame = structured_picture(1234)
+    (folder / "a.raw").write_bytes(frame.tobytes())
+    (folder / "white.raw").write_bytes(bytes([250]) * (512 * 512 * 3))
+    told = orion("triage", "a.raw", "white.raw", "--bundle", "bundle", "--json", cwd=folder)
+    assert told.returncode == 0, told.stderr
+    ground, blank = json.loads(told.stdout)
+    assert ground["fields"] == {name: json.loads(ground["answer"])[name] for name in ("built", "ground", "crossings")}
+    assert (ground["fields"]["built"] in ("yes", "no"), type(ground["fields"]["crossings"])) == (True, int)
+    assert blank["fields"] is None
+    every = mission(SMOKE, SURFACE, NOTE, SHIPS | {"from": -120, "to": 1150})
+    with Server(find_toolchain(), *files, log=folder / "log", turn=turn_of(files[0]), threads=1) as server:
+        url, key = server.client.base_url, str(server.client._http.headers["Authorization"]).removeprefix("Bearer ")
+        said = server.client.completion("<image>", Frame(frame, frame.size).png(), 300, grammar=grammar(every))
+        flown = subprocess.run(
+            [sys.executable, "-I", "-S", folder / "bundle" / "ask_frame.py", "a.raw", "white.raw", "--url", url],
+            capture_output=True, text=True, cwd=folder, check=False, env={"LLAMA_API_KEY": key},
+        )  # fmt: skip
+    assert parse_verdict(every, said["content"]), "llama.cpp reads the grammar of every kind"
+    assert (flown.returncode, flown.stderr) == (0, "")
+    lines = [json.loads(line) for line in flown.stdout.splitlines()]
+    assert [line["fields"] for line in lines] == [ground["fields"], None]
+    assert lines[0]["answer"] == ground["answer"]
