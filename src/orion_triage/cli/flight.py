@@ -174,11 +174,12 @@ def _show_verdicts(outcomes: list[Any], mission: Any, as_json: bool) -> None:
     for outcome in outcomes:
         verdict, answered = outcome.verdict, to_json(outcome, mission)
         scores = " ".join(f"{score:.2f}" for score in (answered["scores"] or {}).values())
+        fields = ", ".join(f"{name}: {value}" for name, value in verdict.fields)
         table.add_row(
             cell(outcome.file),
             f"{verdict.category}\n{outcome.decided_by}",
             f"{answered['model_category'] or 'not asked'}\n{scores}".strip(),
-            cell(verdict.reason),
+            "\n".join(cell(text) for text in (verdict.reason, fields) if text),
             f"{outcome.seconds:.2f}",
         )
     console.print(table)
@@ -277,9 +278,9 @@ def _print_frames(measured: dict[str, Any]) -> None:
                 right[-1] + (" *" if row["best"] else ""),
             )
         console.print(table)
+        alone = " (verdict-only: 1)" if any(row["change"] == VERDICT_ONLY for row in rows) else ""
         console.print(
-            f"Answer length: {flown['answer_tokens']} tokens (verdict-only: 1). "
-            f"'orion triage': {seconds:.{digits}f} s per frame.",
+            f"Answer length: {flown['answer_tokens']} tokens{alone}. 'orion triage': {seconds:.{digits}f} s per frame.",
         )
     console.print(
         f"Medians of {measured['repeats']} frames on {machine['cores']} cores ({machine['processor']}). "

@@ -81,6 +81,8 @@ def _print_mission(shown: dict[str, Any]) -> None:
         row = (category["name"], category["action"], f"{category['value']:g}", f"{category['prior']:g}")
         table.add_row(*row, str(shown["name_tokens"][category["name"]]), costs, category["conflict"])
     console.print(table)
+    for field in shown["fields"]:
+        typer.echo(f"{field['name']}: {field['allowed']}")
     rule = f"a blank frame is {shown['blank']}" if shown["blank"] else "no rule for blank frames"
     unparsable = shown["unparsable"] or "kept, and counted"
     typer.echo(f"{rule}; an answer without a verdict is {unparsable}")

@@ -294,7 +294,9 @@ def _stretch_of_record(settings: DatasetSettings) -> dict[str, Any]:
 def records_of(shot: Shot, split: Split, mission: Mission) -> Iterator[Record]:
     """The record of a shot with its coordinates; for training, also one without."""
     target = shot.target
-    record = Record(image_name(shot), target.coordinates, Verdict(target.reason, target.category), mission)
+    record = Record(
+        image_name(shot), target.coordinates, Verdict(target.reason, target.category, target.fields), mission
+    )
     yield record
     if split == "train" and target.coordinates:
         yield record.without_coordinates()

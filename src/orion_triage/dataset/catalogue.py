@@ -2,7 +2,8 @@
 
 Users write catalogues as CSV with a header, JSON lines, or GeoJSON with one point per place. All mistakes in a file
 are reported together, each with its line (GeoJSON: feature) and value. The column `split` (train, val, test) is
-optional. A decimal comma in a position is read as a decimal point.
+optional. A decimal comma in a position is read as a decimal point. A mission with further fields adds a column for
+each of them.
 """
 
 import math
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from orion_triage.errors import OrionError
+from orion_triage.mission.fields import Fields, value_of
 from orion_triage.mission.mission import Mission, default_mission
 from orion_triage.mission.prompt import Coordinates
 from orion_triage.mission.verdict import reason_fault
@@ -41,10 +43,14 @@ Row = tuple[str, dict[str, str]]  # position ("line 3") and cells by column in l
 
 
 class Problem(NamedTuple):
-    """A mistake in a row: its kind (label, position, swapped, reason, split, name, morphology) and a sentence."""
+    """A mistake in a row: its kind (label, position, swapped, reason, split, name, morphology, field) and a sentence.
+
+    `field` is the mission's field that has a wrong value.
+    """
 
     kind: str
     text: str
+    field: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,8 @@ class Target:
     """One place; `coordinates` are None if its position is unknown.
 
     `split` is the catalogue's, or None; `origin` is the place's line in the catalogue; `file` the user's picture, if
-    there is one; `respaced` whether the reason had line breaks or other blanks that became single spaces.
+    there is one; `respaced` whether the reason had line breaks or other blanks that became single spaces. `fields` are
+    the values of the mission's further fields.
     """
 
     name: str
@@ -64,6 +71,7 @@ class Target:
     origin: str = field(default="", compare=False)
     file: str = field(default="", compare=False)
     respaced: bool = field(default=False, compare=False)
+    fields: Fields = ()
 
 
 def load_catalogue(path: Path | None = None, mission: Mission | None = None, *, drawable: bool = True) -> list[Target]:
@@ -75,12 +83,14 @@ def load_catalogue(path: Path | None = None, mission: Mission | None = None, *, 
     source = path or resources.files("orion_triage.dataset") / "catalogue.csv"
     rows = list(read_rows(source))
     columns = columns_of(rows)
-    if missing := [column for column in COLUMNS if rows and column not in columns]:
+    mission = mission or default_mission()
+    needed = (*COLUMNS, *(one.name for one in mission.fields))
+    if missing := [column for column in needed if rows and column not in columns]:
         raise OrionError(
             f"{source} has no column {', '.join(missing)} (found: {', '.join(columns)[:200]}).",
-            f"Use the columns {', '.join(COLUMNS)}.",
+            f"Use the columns {', '.join(needed)}.",
         )
-    return targets_of(rows, str(source), mission or default_mission(), drawable=drawable)
+    return targets_of(rows, str(source), mission, drawable=drawable)
 
 
 def columns_of(rows: Iterable[Row]) -> list[str]:
@@ -219,12 +229,32 @@ def target_of(
     unplaced = not with_positions and not row.get("lon") and not row.get("lat")
     problems += [] if unplaced else _position_problems(row, names)
     seen.setdefault(row.get("name", ""), where)
+    values, wrong = _values(mission, row)
+    problems += wrong
     if problems:
         return None, problems
     place = None if unplaced else Coordinates(number_of(row["lon"]), number_of(row["lat"]))
     split = SPLIT_NAMES[row["split"].lower()] if row.get("split") else None
     respaced = reason != cells.get("reason", "")
-    return Target(row["name"], row["category"], row["morphology"], place, reason, split, where, respaced=respaced), []
+    labels = (row["name"], row["category"], row["morphology"])
+    return Target(*labels, place, reason, split, where, respaced=respaced, fields=values), []
+
+
+def _values(mission: Mission, row: Mapping[str, str]) -> tuple[Fields, list[Problem]]:
+    """The values of the mission's further fields in a row, and what is wrong with them."""
+    values: Fields = ()
+    problems = []
+    for one in mission.fields:
+        cell = _ODD_BLANKS.sub(" ", row.get(one.name, ""))
+        try:
+            value = value_of(one, cell)
+        except ValueError as error:
+            problems.append(Problem("field", str(error), one.name))
+            continue
+        if isinstance(value, str) and (fault := reason_fault(value)):
+            problems.append(Problem("field", f"the {one.name} {fault}", one.name))
+        values += ((one.name, value),)
+    return values, problems
 
 
 def _problems(

@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from orion_triage.errors import OrionError, RecordError
+from orion_triage.mission.fields import value_fault
 from orion_triage.mission.mission import Mission, listed
 from orion_triage.mission.prompt import Coordinates, parse_prompt, render_prompt, with_image, without_image
 from orion_triage.mission.verdict import Verdict, answer_text, parse_verdict, reason_fault
@@ -164,6 +165,8 @@ def _checked_verdict(answer: str, mission: Mission) -> Verdict:
         if category is not None and category not in mission.names:
             names = listed(mission.names, "or")
             raise RecordError(f"category {shown(category)} is not {names}.", "Correct it, or name the mission's file.")
+        if fault := _fault_of_fields(answer, mission):
+            raise RecordError(f"{fault}.", "Correct the value, or name the mission's file.")
         wanted = ", ".join(f'"{key}": ...' for key in mission.keys)
         raise RecordError(f"the answer is not a verdict: {answer[:80]!r}.", f"Write {{{wanted}}}.")
     exact = answer_text(mission, verdict)
@@ -172,9 +175,19 @@ def _checked_verdict(answer: str, mission: Mission) -> Verdict:
             f"the answer is not in the exact form of a verdict: {answer[:80]!r}.",
             f"Write {exact[:80]}... ({mission.keys[0]} first, one space after each colon and comma).",
         )
-    if fault := reason_fault(verdict.reason):
-        raise RecordError(f"the reason {shown(verdict.reason)} {fault}.", "Remove it from the reason.")
+    for what, text in (("reason", verdict.reason), *verdict.fields):
+        if isinstance(text, str) and (fault := reason_fault(text)):
+            raise RecordError(f"the {what} {shown(text)} {fault}.", f"Remove it from the {what}.")
     return verdict
+
+
+def _fault_of_fields(answer: str, mission: Mission) -> str:
+    """The first value of a further field that is not allowed, in words; empty if there is none."""
+    with contextlib.suppress(ValueError, AttributeError, RecursionError):
+        given = json.loads(answer)
+        faults = [value_fault(field, given[field.name]) for field in mission.fields if field.name in given]
+        return next(filter(None, faults), "")
+    return ""
 
 
 def read_records(path: Path, mission: Mission) -> list[Record]:

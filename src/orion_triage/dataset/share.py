@@ -138,11 +138,13 @@ def catalogue_files(frames: Sequence[Frame]) -> Files:
                 "lon": record.coordinates.lon,
                 "lat": record.coordinates.lat,
                 "reason": record.verdict.reason,
+                **dict(record.verdict.fields),
                 "split": frame["split"],
             }
         )
     once = list({row["name"]: row for row in rows}.values())
-    return {"catalogue.csv": csv_text([*COLUMNS, "split"], once).encode()}
+    of_fields = [one.name for one in frames[0]["record"].mission.fields]
+    return {"catalogue.csv": csv_text([*COLUMNS, *of_fields, "split"], once).encode()}
 
 
 def _name(frame: Frame) -> str:
@@ -156,6 +158,7 @@ def _metadata(frame: Frame) -> Frame:
         "file_name": Path(record.image).name,
         "category": record.verdict.category,
         "reason": record.verdict.reason,
+        **dict(record.verdict.fields),
         "lon": record.coordinates.lon if record.coordinates else None,
         "lat": record.coordinates.lat if record.coordinates else None,
         "morphology": frame["morphology"],
@@ -209,6 +212,8 @@ def croissant(files: Files, frames: Sequence[Frame], about: Mapping[str, Any]) -
     """Croissant 1.0 (JSON-LD) of the repository: its tables as files, and one record set per split or of the places."""
     tables = sorted(name for name in files if name.endswith(("metadata.jsonl", "catalogue.csv")))
     columns = {"category": "sc:Text", "reason": "sc:Text", "lon": "sc:Float", "lat": "sc:Float"}
+    kinds = {"whole number": "sc:Integer"}
+    columns |= {one.name: kinds.get(one.kind, "sc:Text") for one in frames[0]["record"].mission.fields}
     columns = {"name" if about["catalogue_only"] else "file_name": "sc:Text", **columns}
     return {
         "@context": {

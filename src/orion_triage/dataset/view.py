@@ -44,7 +44,7 @@ class Card:
     split: Split
     record: Record  # of its first line
     lines: list[int] = field(default_factory=list)
-    reasons: list[str] = field(default_factory=list)  # without repetitions, like the places
+    reasons: list[str] = field(default_factory=list)  # and further fields; without repetitions, like the places
     places: list[Coordinates] = field(default_factory=list)
     morphology: str = ""
     findings: list["Found"] = field(default_factory=list)
@@ -136,8 +136,10 @@ def read_contents(folder: Path) -> Contents:
         record = entry.record
         card = cards.setdefault((entry.split, record.image, record.verdict.category), Card(entry.split, record))
         card.lines.append(entry.line)
-        if record.verdict.reason not in card.reasons:
-            card.reasons.append(record.verdict.reason)
+        values = ", ".join(f"{name}: {value}" for name, value in record.verdict.fields)
+        for said in (record.verdict.reason, *([values] if values else [])):
+            if said not in card.reasons:
+                card.reasons.append(said)
         if record.coordinates and record.coordinates not in card.places:
             card.places.append(record.coordinates)
         card.morphology = next((morphologies[name] for name in _names(record) if name in morphologies), "")

@@ -8,14 +8,15 @@ from orion_triage.mission.answer import Answer
 from orion_triage.mission.mission import Mission
 from orion_triage.mission.verdict import (
     CATEGORY_CUE,
-    Verdict,
     answer_start,
-    answer_text,
     answer_tokens,
+    category_alone,
     category_grammar,
     grammar,
     label_scores,
     label_tree,
+    require_category_alone,
+    tokens_of_fields,
 )
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ class TransformersBackend:
 
     def __init__(self, model: Any, processor: Any, mission: Mission, *, max_new_tokens: int, batch_size: int) -> None:
         self.batch_size = batch_size
-        self._model, self._processor, self._max_new_tokens = model, processor, max_new_tokens
+        self._model, self._processor = model, processor
+        self._max_new_tokens = max_new_tokens + tokens_of_fields(mission)
         self._mission = mission
         tokenizer = processor.tokenizer
         self._labels = label_tree(mission, lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -122,7 +124,7 @@ class LlamaCppBackend:
         self._primed = primed
         self._packed: tuple[Image.Image, bytes] | None = None  # the last image and its PNG
         self._client, self._options = client, dict(options or {})
-        self._max_new_tokens = answer_tokens(mission) if constrained else max_new_tokens
+        self._max_new_tokens = answer_tokens(mission) if constrained else max_new_tokens + tokens_of_fields(mission)
         self._mission, self._labels = mission, label_tree(mission, client.tokenize)
         self._grammars = (grammar(mission), category_grammar(mission)) if constrained else ("", "")
         if constrained:
@@ -156,12 +158,14 @@ class VerdictOnlyBackend:
     """The category without a reason, from a GGUF pair behind llama.cpp's HTTP server: one token instead of an answer.
 
     The request contains the beginning of the answer, up to the category, with an empty reason. The token in which the
-    names differ decides; one request more for each further place where they do.
+    names differ decides; one request more for each further place where they do. Raises OrionError for a mission whose
+    fields must have a value.
     """
 
     batch_size = 1
 
     def __init__(self, client: "Client", mission: Mission) -> None:
+        require_category_alone(mission)
         client.require_grammar()
         self._client, self._mission = client, mission
         self._labels = label_tree(mission, client.tokenize)
@@ -189,7 +193,7 @@ class VerdictOnlyBackend:
             category = (begun_with or names)[0]
         else:
             category = max(names, key=lambda name: scores[names.index(name)])
-        return Answer.scored(answer_text(self._mission, Verdict("", category)), scores)
+        return Answer.scored(category_alone(self._mission, category), scores)
 
 
 def scores_of(

@@ -6,14 +6,18 @@ from typing import Any
 
 from orion_triage.errors import OrionError
 from orion_triage.evaluate.statistics import frames_to_resolve, mcnemar, wilson
-from orion_triage.mission.mission import Mission
+from orion_triage.mission.fields import Fields, words_of
+from orion_triage.mission.mission import FieldOfAnswer, Mission
 
 UNPARSABLE = "unparsable"
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One answer; `predicted` is None if it has no verdict, `blank` is the result of the blank rule."""
+    """One answer; `predicted` is None if it has no verdict, `blank` is the result of the blank rule.
+
+    `fields` are the values of the mission's further fields (empty without a verdict), `true_fields` the right ones.
+    """
 
     condition: str
     name: str
@@ -22,6 +26,8 @@ class Prediction:
     donor_category: str | None = None
     scores: tuple[float, ...] | None = None
     blank: bool = False
+    fields: Fields = ()
+    true_fields: Fields = ()
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,8 @@ def under(predictions: Sequence[Prediction], condition: str) -> list[Prediction]
 def summarize(predictions: Sequence[Prediction], mission: Mission) -> dict[str, Any]:
     """Condition -> accuracy, Wilson interval, per-class metrics, confusion matrix; for D also the trusted source.
 
+    A mission with further fields adds `fields`: name -> its metrics (see `_field_rates`).
+
     An unparsable answer is a separate column of the confusion matrix and counts as wrong in every rate.
     """
     summary: dict[str, Any] = {}
@@ -100,7 +108,32 @@ def _rates(predictions: Sequence[Prediction], mission: Mission) -> dict[str, Any
         "unparsable": sum(p.predicted is None for p in predictions),
         "classes": classes,
         "confusion": confusion,
+        **({"fields": {one.name: _field_rates(predictions, one) for one in mission.fields}} if mission.fields else {}),
     }
+
+
+def _field_rates(predictions: Sequence[Prediction], field: FieldOfAnswer) -> dict[str, Any]:
+    """How often a field's value is exactly right, with its Wilson interval; an answer without a verdict is wrong.
+
+    Yes/no and choice: the confusion matrix. Whole number: answers that are at most 1 off, also with an interval, and
+    the mean absolute error of the answers that have a value (None without any).
+    """
+    pairs = [(dict(p.true_fields)[field.name], dict(p.fields).get(field.name)) for p in predictions]
+    rates: dict[str, Any] = _share(sum(said == truth for truth, said in pairs), len(pairs))
+    rates["unparsable"] = sum(said is None for _, said in pairs)
+    if words := words_of(field):
+        columns = [*((word, word) for word in words), (UNPARSABLE, None)]
+        rates["confusion"] = {word: {name: pairs.count((word, said)) for name, said in columns} for word in words}
+    elif field.kind == "whole number":
+        off = [abs(int(said) - int(truth)) for truth, said in pairs if said is not None]
+        rates["within_one"] = _share(sum(error <= 1 for error in off), len(pairs))
+        rates["mean_absolute_error"] = sum(off) / len(off) if off else None
+    return rates
+
+
+def _share(right: int, count: int) -> dict[str, Any]:
+    low, high = wilson(right, count)
+    return {"right": right, "count": count, "accuracy": right / count, "low": low, "high": high}
 
 
 def _class_rates(confusion: dict[str, dict[str, int]], name: str) -> dict[str, float | None]:

@@ -170,11 +170,16 @@ def _at_threshold(run: Run, predictions: list[Prediction] | None) -> dict[str, A
 def as_flown(
     predictions: list[Prediction], blank_frames: list[str], rules: Rules, mission: Mission
 ) -> list[Prediction]:
-    """The answers with the decisions of these rules; a blank frame has the category of the rule with probability 1."""
+    """The answers with the decisions of these rules; a blank frame has the category of the rule with probability 1.
+
+    The model is not asked about it, so it has no values of further fields.
+    """
     certain = tuple(float(category == mission.blank) for category in mission.names)
     marked = threshold.with_blank(predictions, blank_frames)
     return [
-        replace(p, predicted=category, scores=certain if p.blank and mission.blank else p.scores)
+        replace(p, predicted=category, scores=certain, fields=())
+        if p.blank and mission.blank
+        else replace(p, predicted=category)
         for p, category in zip(marked, threshold.decided(marked, rules, mission), strict=True)
     ]
 

@@ -20,6 +20,7 @@ from orion_triage.evaluate.conditions import NOISE, Donor, Question, conflict_pa
 from orion_triage.evaluate.metrics import Prediction, summarize
 from orion_triage.imagery.frames import noise_frame
 from orion_triage.mission.answer import Answer
+from orion_triage.mission.fields import Fields, value_fault
 from orion_triage.mission.mission import Mission
 from orion_triage.progress import Progress, silent
 from orion_triage.safe.files import naming, replaced_folder, sha256_of_text, write_text
@@ -118,11 +119,14 @@ def predictions_in(folder: Path, mission: Mission) -> list[Prediction]:
 
 
 def prediction_of(row: Row, mission: Mission) -> Prediction:
-    """The counted part of a stored answer; raises ValueError for a category that the mission does not have."""
+    """The counted part of a stored answer; raises ValueError for a category or value that the mission does not have."""
     donor = row["donor"]
     for category in (row["truth"], row["category"], donor and donor["category"]):
         if category and category not in mission.names:
             raise ValueError(f"{category!r} is not a category of the mission {mission.name}")
+    fields, true_fields = (_fields_in(row.get(key), mission) for key in ("fields", "true_fields"))
+    if mission.fields and not true_fields:
+        raise ValueError(f"true_fields is missing, and the mission {mission.name} has fields")
     return Prediction(
         condition=row["condition"],
         name=row["name"],
@@ -130,7 +134,18 @@ def prediction_of(row: Row, mission: Mission) -> Prediction:
         predicted=row["category"] or None,
         donor_category=donor["category"] if donor else None,
         scores=tuple(row["scores"][category] for category in mission.names) if row["scores"] else None,
+        fields=fields,
+        true_fields=true_fields,
     )
+
+
+def _fields_in(stored: Any, mission: Mission) -> Fields:
+    """The values of a stored answer, none if it has no verdict; raises ValueError if one is not allowed."""
+    if not stored or not mission.fields:
+        return ()
+    if fault := next((fault for one in mission.fields if (fault := value_fault(one, stored.get(one.name)))), ""):
+        raise ValueError(fault)
+    return tuple((one.name, stored[one.name]) for one in mission.fields)
 
 
 class _Images:
@@ -162,6 +177,7 @@ def _row(question: Question, picture: "Image.Image", answer: Answer, seconds: fl
         "prompt_sha256": sha256_of_text(question.prompt),
         **answer.to_json(question.record.mission),
         "truth": question.record.verdict.category,
+        **({"true_fields": dict(question.record.verdict.fields)} if question.record.mission.fields else {}),
         "seconds": round(seconds, 4),
     }
 

@@ -20,6 +20,7 @@ from orion_triage.llama_cpp.server import said_of_itself
 from orion_triage.mission.answer import Answer
 from orion_triage.mission.mission import Mission
 from orion_triage.mission.prompt import IMAGE
+from orion_triage.mission.verdict import tokens_of_fields
 from orion_triage.models.family import DEFAULT
 from orion_triage.runs import manifest
 from orion_triage.safe.reading import shown
@@ -84,7 +85,7 @@ def connect(address: str, key: str, mission: Mission, max_new_tokens: int) -> Co
     identity = manifest.sha256_of_listing({"model": model})
     return Connected(
         url,
-        OpenAIBackend(client, model, max_new_tokens=max_new_tokens),
+        OpenAIBackend(client, model, max_new_tokens=max_new_tokens + tokens_of_fields(mission)),
         identity,
         model,
         "OpenAI API",

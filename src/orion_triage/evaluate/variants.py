@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, assert_never
 from orion_triage.errors import OrionError, ParityError
 from orion_triage.mission.mission import Mission
 from orion_triage.mission.prompt import Coordinates, render_prompt, with_image
-from orion_triage.mission.verdict import category_grammar, grammar
+from orion_triage.mission.verdict import can_be_category_alone, category_grammar, grammar, require_category_alone
 from orion_triage.progress import Progress
 from orion_triage.runs import manifest
 from orion_triage.safe.files import sha256_of_text, write_text
@@ -134,8 +134,15 @@ def named(settings: Settings, name: str) -> Variant:
 
 
 def chosen(settings: Settings, names: Sequence[str]) -> list[Variant]:
-    """The variants of the run with these names ("all": each), in the table's order; raises OrionError for others."""
+    """The variants of the run with these names ("all": each), in the table's order; raises OrionError for others.
+
+    "all" leaves verdict-only out where the mission's fields must have a value; by its name it is then refused.
+    """
     own = [variant for variant in table(settings) if variant.role != "other"]
+    if VERDICT_ONLY in names:
+        require_category_alone(settings.mission)
+    if not can_be_category_alone(settings.mission):
+        own = [variant for variant in own if not variant.decoding.verdict_only]
     asked = own if "all" in names else [named(settings, name) for name in names]
     if strange := [variant.name for variant in asked if variant not in own]:
         raise OrionError(

@@ -110,18 +110,30 @@ def decide(
     return max((name for name in kept if kept[name] != drops), key=scores.__getitem__), f"threshold {threshold:.3f}"
 
 
+def fits(field: dict[str, Any], value: object) -> bool:
+    """Whether a value of the answer is one of the mission's field."""
+    kind = field["kind"]
+    if kind == "whole number":
+        return type(value) is int and field["from"] <= value <= field["to"]
+    if kind == "short text":
+        return isinstance(value, str) and len(value) <= field["longest"]
+    return isinstance(value, str) and value in (field["choices"] if kind == "choice" else ("yes", "no"))
+
+
 def ask(questions: Questions, frame: bytes, bundle: dict[str, Any]) -> dict[str, Any]:
     """The outcome for one raw RGB frame of 512x512, already stretched where the bundle has a stretch.
 
     Raises NoGoError if the server's reply is not an answer.
     """
     mission = bundle["mission"]
+    fields = mission.get("fields", [])
     if mission["blank"] and is_blank(frame):
         return {
             "category": mission["blank"],
             "decided_by": "blank rule",
             "model_category": None,
             "scores": None,
+            **({"fields": None} if fields else {}),
             "blank": True,
         }
     size = bundle["frame_size"]
@@ -132,15 +144,16 @@ def ask(questions: Questions, frame: bytes, bundle: dict[str, Any]) -> dict[str,
     try:
         verdict = json.loads(answer)
         said, reason = verdict["category"], verdict["reason"]
-        if said not in scores:
+        values = {field["name"]: verdict[field["name"]] for field in fields}
+        if said not in scores or not all(fits(field, values[field["name"]]) for field in fields):
             raise ValueError
     except (ValueError, KeyError, TypeError):
-        said, reason = None, None
+        said, reason, values = None, None, None
     point = bundle["operating_point"]
     category, by = decide(said, scores, point["drop_threshold"] if point else None, mission)
     return {
         "answer": answer, "category": category, "decided_by": by, "model_category": said, "reason": reason,
-        "scores": scores, "label_mass": mass, "blank": False,
+        "scores": scores, "label_mass": mass, **({"fields": values} if fields else {}), "blank": False,
     }  # fmt: skip
 
 

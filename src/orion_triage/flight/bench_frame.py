@@ -28,9 +28,10 @@ from orion_triage.llama_cpp.server import OPTIONS, Server
 from orion_triage.llama_cpp.toolchain import Toolchain, existing_tools, fetch_source, find_toolchain
 from orion_triage.llama_cpp.tools import quantize_file
 from orion_triage.machine.describe import describe
+from orion_triage.mission.fields import examples
 from orion_triage.mission.mission import Mission
 from orion_triage.mission.prompt import user_text
-from orion_triage.mission.verdict import Verdict, answer_text, answer_tokens
+from orion_triage.mission.verdict import Verdict, answer_text, answer_tokens, can_be_category_alone
 from orion_triage.models.family import turn_of
 from orion_triage.progress import Progress, silent
 from orion_triage.runs import manifest
@@ -166,7 +167,8 @@ def run(
                     tokens = tokens or _own_answer_tokens(one, server.client)
                     rows.append(asked.with_reason(change, tokens, own=True))
                     if setup == setups[0]:
-                        rows.append(asked.without_reason())
+                        if can_be_category_alone(one.settings.mission):
+                            rows.append(asked.without_reason())
                         rows += [
                             asked.with_reason(f"reason of {count} tokens", asked.frame_tokens + count)
                             for count in reason_tokens
@@ -442,7 +444,7 @@ def _own_answer_tokens(run: "Run", client: "Client") -> int:
 
 def _empty_answer(mission: Mission) -> str:
     """An answer without a reason."""
-    return answer_text(mission, Verdict("", mission.names[0]))
+    return answer_text(mission, Verdict("", mission.names[0], examples(mission, "")))
 
 
 def _beside_accuracy(row: Row, run: "Run", setup: Setup, model: str = "") -> Row:

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,7 +131,7 @@ def to_json(outcome: FrameVerdict, mission: Mission) -> dict[str, Any]:
     """The printed and stored outcome of one frame: the answer, with the decided category and what decided it.
 
     `category` is null if the file was refused or nothing was decided; `model_category` is that of the answer, null if
-    the model was not asked.
+    the model was not asked. `fields` are the values of the mission's further fields, null without a verdict.
     """
     verdict, answered = outcome.verdict, (outcome.answer or Answer("")).to_json(mission)
     return {
@@ -248,11 +248,11 @@ def triage_files(
         said = parse_verdict(mission, answer.text)
         decision = decide(mission, said.category if said else None, answer.scores, blank=blank, rules=rules)
         by = f"threshold {rules.drop_threshold:.3f}" if decision.by == "threshold" else decision.by
-        said = Verdict(said.reason if said else "", decision.category) if decision.category else None
-        error_text = "" if said else f"{path}: the model gave no verdict. Run 'orion evaluate' to check the run."
+        decided = replace(said or Verdict("", ""), category=decision.category) if decision.category else None
+        error_text = "" if decided else f"{path}: the model gave no verdict. Run 'orion evaluate' to check the run."
         seconds = time.monotonic() - began
         yield FrameVerdict(
-            str(path), said, seconds, frame.native_size, by, error=error_text, answer=answer, changes=frame.changes
+            str(path), decided, seconds, frame.native_size, by, error=error_text, answer=answer, changes=frame.changes
         )
 
 

@@ -34,13 +34,15 @@ class Answer:
         """The form in predictions.jsonl, the flight's log and a bundle's golden images.
 
         `answer` (the text), `category` and `reason` (null without a verdict), `scores` by category and `label_mass`
-        (null without probabilities).
+        (null without probabilities). A mission with further fields adds `fields`: name -> value (null without a
+        verdict).
         """
         verdict = parse_verdict(mission, self.text)
         return {
             "answer": self.text,
             "category": verdict.category if verdict else None,
             "reason": verdict.reason if verdict else None,
+            **({"fields": dict(verdict.fields) if verdict else None} if mission.fields else {}),
             "scores": dict(zip(mission.names, self.scores, strict=True)) if self.scores else None,
             "label_mass": self.label_mass,
         }

@@ -14,7 +14,17 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from orion_triage.errors import OrionError
 from orion_triage.safe.reading import LARGEST_JSON_BYTES, read_object, read_text, shown
@@ -25,8 +35,10 @@ FEWEST, MOST = 2, 8  # categories
 DONE = {"send": "sent", "store": "stored", "drop": "dropped"}
 
 COORDINATES, CATEGORIES, LONGITUDE, LATITUDE = "{coordinates}", "{categories}", "{longitude}", "{latitude}"
+FIELDS = "{fields}"
 # The tokenizer reads these as the end of a turn, an image or a thought, not as text.
 CONTROL = re.compile(r"<\|[^<>|]*\|>|<image>|</?think>")
+_PLAIN = re.compile(r"[ !#-\[\]-~]+")  # what the grammar allows in texts: printable ASCII without quote and backslash
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,31}$")]
 Text = Annotated[str, StringConstraints(min_length=1, max_length=4000)]
@@ -69,8 +81,46 @@ class Category(Strict):
     colour: Annotated[str, StringConstraints(pattern=r"^#[0-9a-fA-F]{6}$")] | None = None
 
 
+FieldKind = Literal["yes/no", "choice", "whole number", "short text"]
+# Key of a field in the mission file -> the kind that has it.
+_OF_KIND: dict[str, FieldKind] = {
+    "choices": "choice", "from": "whole number", "to": "whole number", "longest": "short text",
+}  # fmt: skip
+MOST_FIELDS, MOST_CHOICES, LONGEST_CHOICE, LARGEST_NUMBER = 8, 16, 32, 1_000_000
+# Keys of every answer, and columns of tables that have another meaning.
+RESERVED = (
+    "reason", "category", "name", "file_name", "lon", "lat", "split", "morphology",
+    "source", "metres_per_pixel", "captured_at", "licence",
+)  # fmt: skip
+
+_Number = Annotated[int, Field(strict=True, ge=-LARGEST_NUMBER, le=LARGEST_NUMBER)]
+
+
+class FieldOfAnswer(Strict):
+    """A further field of the answer: its `name` is the key in the answer and the column of tables.
+
+    `definition` are the words of the prompt. `choices` are those of a choice, `from_` (in files: from) and `to` the
+    bounds of a whole number, both included, and `longest` the most characters of a short text; the other kinds have
+    them not.
+    """
+
+    name: Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
+    kind: FieldKind
+    definition: Text
+    choices: tuple[str, ...] = ()
+    from_: _Number | None = Field(None, alias="from")
+    to: _Number | None = None
+    longest: Annotated[int, Field(strict=True, ge=1, le=200)] | None = None
+
+    @model_serializer(mode="wrap")
+    def _as_in_files(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """The keys of the mission file: of the field's kind, and without those of other kinds."""
+        found = {key.rstrip("_"): value for key, value in dump(self).items()}
+        return {key: value for key, value in found.items() if _OF_KIND.get(key, self.kind) == self.kind}
+
+
 class Mission(Strict):
-    """The mission; empty `costs`, `blank`, and a category's `reason` and `conflict` are derived.
+    """The mission; empty `costs`, `blank`, `keys`, and a category's `reason` and `conflict` are derived.
 
     `costs` has one row per category and the columns sent, stored and dropped. `blank` is the category of a blank frame,
     `unparsable` that of an answer without a verdict (empty: the frame is kept, and counted as without a verdict).
@@ -83,12 +133,13 @@ class Mission(Strict):
     # Where the image stands. After the text, the text is the same for every frame without coordinates.
     image: Literal["before the text", "after the text"] = "before the text"
     # The order of the keys in the answer. The reason first makes the model reason before it decides.
-    keys: tuple[Literal["reason", "category"], Literal["reason", "category"]] = ("reason", "category")
+    keys: tuple[str, ...] = ()
     longest_reason: Annotated[int, Field(ge=20, le=1000)] = 160
     blank: str = ""
     unparsable: str = ""
     costs: tuple[tuple[float, float, float], ...] = ()
     categories: tuple[Category, ...]
+    fields: tuple[FieldOfAnswer, ...] = ()
 
     @model_validator(mode="before")
     @classmethod
@@ -120,6 +171,7 @@ class Mission(Strict):
         if faults := mistakes(self):
             raise _MistakesError(faults)
         derived = {
+            "keys": self.keys or ("reason", *(field.name for field in self.fields), "category"),
             "blank": self.blank or next((c.name for c in self.categories if c.action == "drop"), ""),
             "costs": self.costs or tuple(_costs(category) for category in self.categories),
             "categories": tuple(
@@ -236,8 +288,7 @@ def mistakes(mission: Mission) -> list[Fault]:
                 found.append(((key,), f"{key} has {placeholder} {times} times; write it once"))
     if mission.coordinates.find(LONGITUDE) > mission.coordinates.find(LATITUDE) >= 0:
         found.append((("coordinates",), f"write {LONGITUDE} before {LATITUDE}"))
-    if len(set(mission.keys)) < len(mission.keys):
-        found.append((("keys",), f"keys has {mission.keys[0]} twice; write each key once"))
+    found += _mistakes_of_fields(mission)
     names = [category.name for category in mission.categories]
     if not FEWEST <= len(names) <= MOST:
         found.append((("categories",), f"there are {len(names)} categories; write {FEWEST} to {MOST}"))
@@ -270,15 +321,86 @@ def _mistakes_of(category: Category, index: int, mission: Mission) -> list[tuple
         near = _near(category.conflict, others)
         found.append(("conflict", f"conflict of {category.name} is {category.conflict!r}, no other category{near}"))
     for key, text in (("definition", category.definition), ("reason", category.reason)):
-        if control := CONTROL.search(text):
-            found.append((key, f"the {key} of {category.name} contains the control token {control[0]}; remove it"))
-        elif "\n" in text.strip("\n") or not text.replace("\n", " ").isprintable():
-            found.append((key, f"the {key} of {category.name} is not one line of printable text"))
+        if fault := _fault_of_line(text):
+            found.append((key, f"the {key} of {category.name} {fault}"))
         words = set(re.findall(r"[A-Za-z0-9_-]+", text))
         if other := next((o for o in others if o in words), None):
             found.append((key, f"the {key} of {category.name} names {other}; describe what is seen instead"))
     if len(category.reason) > mission.longest_reason:
         found.append(("reason", f"the reason of {category.name} has more than {mission.longest_reason} characters"))
+    return found
+
+
+def _fault_of_line(text: str) -> str:
+    """What is wrong with a text that the prompt or an answer has on one line; empty if nothing is."""
+    if control := CONTROL.search(text):
+        return f"contains the control token {control[0]}; remove it"
+    if placeholder := next((p for p in (COORDINATES, CATEGORIES, FIELDS) if p in text), None):
+        return f"contains the placeholder {placeholder}; remove it"
+    if "\n" in text.strip("\n") or not text.replace("\n", " ").isprintable():
+        return "is not one line of printable text"
+    return ""
+
+
+def _mistakes_of_fields(mission: Mission) -> list[Fault]:
+    names = [field.name for field in mission.fields]
+    found: list[Fault] = []
+    if len(names) > MOST_FIELDS:
+        found.append((("fields", MOST_FIELDS, "name"), f"there are {len(names)} fields; write at most {MOST_FIELDS}"))
+    times = mission.prompt.count(FIELDS)
+    if names and times != 1:
+        found.append((("prompt",), f"prompt has {FIELDS} {times} times; write it once, because there are [[fields]]"))
+    if times and not names:
+        found.append((("prompt",), f"prompt has {FIELDS}, but there are no [[fields]]; remove it"))
+    wanted = ["reason", *names, "category"]
+    for key in dict.fromkeys(mission.keys):
+        if key not in wanted:
+            found.append((("keys",), f"keys has {shown(key)}, which is no key of the answer{_near(key, wanted)}"))
+        elif mission.keys.count(key) > 1:
+            found.append((("keys",), f"keys has {key} twice; write each key once"))
+    if mission.keys and (missing := [name for name in wanted if name not in mission.keys]):
+        found.append((("keys",), f"keys leaves out {listed(missing)}; list every key of the answer"))
+    for index, field in enumerate(mission.fields):
+        if field.name in RESERVED:
+            found.append((("fields", index, "name"), f"the name {field.name} has another meaning; choose another one"))
+        if field.name in names[:index]:
+            found.append((("fields", index, "name"), f"the field {field.name} is there twice; rename one"))
+        if fault := _fault_of_line(field.definition):
+            found.append((("fields", index, "definition"), f"the definition of {field.name} {fault}"))
+        found += [(("fields", index, key), text) for key, text in _mistakes_of_kind(field)]
+    return found
+
+
+def _mistakes_of_kind(field: FieldOfAnswer) -> list[tuple[str, str]]:
+    """What is wrong with `choices`, `from`, `to` and `longest`: (key, sentence)."""
+    given = {"choices": field.choices or None, "from": field.from_, "to": field.to, "longest": field.longest}
+    found = [
+        (key, f"{key} is not for the field {field.name}, a {field.kind}; remove it")
+        for key, value in given.items()
+        if value is not None and _OF_KIND[key] != field.kind
+    ]
+    found += [
+        (key, f"{key} of {field.name} is missing: a {field.kind} needs it")
+        for key, kind in _OF_KIND.items()
+        if kind == field.kind and given[key] is None and key != "choices"
+    ]
+    if field.kind == "choice" and not 2 <= len(field.choices) <= MOST_CHOICES:
+        many = f"{field.name} has {len(field.choices)} choices; write 2 to {MOST_CHOICES}"
+        found.append(("choices", many))
+    if field.kind == "whole number" and field.from_ is not None and field.to is not None and field.from_ > field.to:
+        found.append(("to", f"{field.name} goes from {field.from_} to {field.to}; write the smaller number as from"))
+    for index, choice in enumerate(field.choices):
+        if not choice or len(choice) > LONGEST_CHOICE or choice != choice.strip():
+            text = f"is empty, longer than {LONGEST_CHOICE} characters, or has blanks around it"
+        elif not _PLAIN.fullmatch(choice):
+            text = "has a quote, a backslash, or a character that is not printable ASCII"
+        elif control := CONTROL.search(choice):
+            text = f"contains the control token {control[0]}"
+        elif choice.casefold() in [one.casefold() for one in field.choices[:index]]:
+            text = "is there twice"
+        else:
+            continue
+        found.append(("choices", f"the choice {shown(choice)} of {field.name} {text}; correct it"))
     return found
 
 
@@ -325,7 +447,8 @@ def load_mission(path: Path) -> Mission:
 # What stands for a value that is wrong, so that the rest can be checked too.
 _STAND_INS: dict[str, Any] = {
     "name": "other", "prompt": "{coordinates}{categories}", "coordinates": "{longitude}{latitude}",
-    "definition": "-", "action": "store",
+    "definition": "-", "action": "store", "kind": "yes/no",
+    "fields": [{"name": "other", "kind": "yes/no", "definition": "-"}],
 }  # fmt: skip
 
 
@@ -337,13 +460,14 @@ def checked(given: Mapping[str, Any]) -> tuple[Mission | None, list[Fault]]:
     except ValidationError as error:
         problems = error.errors()
     found = [fault for problem in problems for fault in _faults(problem)]
+    wrong = [place for place, _ in found]  # a stand-in there may be a mistake of another kind
     tables = json.loads(json.dumps(given, default=str))
     for problem in problems:
         _replace(tables, tuple(problem["loc"]))
     try:  # the mistakes that only show when all keys have a value of the right type
         Mission.model_validate(tables)
     except ValidationError as error:
-        found += [fault for problem in error.errors() for fault in _faults(problem) if fault not in found]
+        found += [fault for problem in error.errors() for fault in _faults(problem) if fault[0] not in wrong]
     return None, found[:_MOST_FAULTS]
 
 
@@ -359,7 +483,9 @@ def _sentence(problem: Any, place: Place) -> str:
     key = ".".join(str(part + 1 if isinstance(part, int) else part) for part in place)
     inside = next((part for part in reversed(place) if isinstance(part, str)), "")
     if problem["type"] == "extra_forbidden":
-        known = list(Category.model_fields if place[0] == "categories" else Mission.model_fields)
+        models: dict[str | int, type[BaseModel]] = {"categories": Category, "fields": FieldOfAnswer}
+        model = models.get(place[0], Mission) if len(place) > 1 else Mission
+        known = [field.alias or key for key, field in model.model_fields.items()]
         return f"there is no key {inside}{_near(inside, known)}"
     if problem["type"] == "missing" or problem["input"] is None:
         return f"{key} is missing"
@@ -375,10 +501,15 @@ def _replace(tables: Any, place: Place) -> None:
         inner = within.get(part) if isinstance(within, dict) else None
         if isinstance(within, list) and isinstance(part, int) and part < len(within):
             inner = within[part]
-        if not isinstance(inner, dict | list) or part == place[-1] or last in ("keys", "costs"):
+        if not isinstance(inner, dict | list) or part == place[-1] or last in ("keys", "costs", "choices"):
             break
         within = inner
+    if place[:1] == ("fields",) and last == "name":
+        tables.pop("keys", None)  # they name the field
     if isinstance(within, dict):
+        if last == "kind":
+            for key in _OF_KIND:
+                within.pop(key, None)
         stand_in = _STAND_INS.get(last)
         if stand_in is None:
             within.pop(last, None)

@@ -4,9 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 from orion_triage.mission.contract import contract_sha256
+from orion_triage.mission.fields import allowed
 from orion_triage.mission.mission import Mission, listed
 from orion_triage.mission.prompt import Coordinates, user_text
-from orion_triage.mission.verdict import grammar, label_tree
+from orion_triage.mission.verdict import answer_schema, grammar, label_tree
 
 
 def preview(mission: Mission, tokenize: Callable[[str], list[int]]) -> dict[str, Any]:
@@ -22,6 +23,7 @@ def preview(mission: Mission, tokenize: Callable[[str], list[int]]) -> dict[str,
             category.model_dump(mode="json") | {"costs": costs}
             for category, costs in zip(mission.categories, mission.costs, strict=True)
         ],
+        "fields": [field.model_dump(mode="json") | {"allowed": allowed(field)} for field in mission.fields],
         "blank": mission.blank,
         "unparsable": mission.unparsable,
         "contract_sha256": contract_sha256(mission),
@@ -31,6 +33,7 @@ def preview(mission: Mission, tokenize: Callable[[str], list[int]]) -> dict[str,
         "prompt_with_coordinates_tokens": len(tokenize(with_place)),
         "name_tokens": {name: len(tokenize(name)) for name in mission.names},
         "grammar": grammar(mission),
+        "json_schema": answer_schema(mission),
         "scoring_requests": 1 + sum(bool(node.text) for node in nodes),
         "notes": [
             f"{listed([mission.names[index] for group in node.names for index in group])} begin alike ({node.text}): "

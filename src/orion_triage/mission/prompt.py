@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from orion_triage.errors import OrionError
-from orion_triage.mission.mission import CATEGORIES, COORDINATES, LATITUDE, LONGITUDE, Mission
+from orion_triage.mission.fields import allowed
+from orion_triage.mission.mission import CATEGORIES, COORDINATES, FIELDS, LATITUDE, LONGITUDE, Mission
 
 # The published splits and the reference's flight software have one newline between image and prompt.
 IMAGE = "<image>"
@@ -40,7 +41,9 @@ def format_degrees(value: float) -> str:
 def _around(mission: Mission) -> tuple[str, str]:
     """The prompt's text before and after the place of the coordinates."""
     lines = "\n".join(f"- {one.name}: {one.definition}" for one in mission.categories)
-    before, _, after = mission.prompt.replace(CATEGORIES, lines).partition(COORDINATES)
+    of_fields = "\n".join(f"- {one.name}: {allowed(one)}. {one.definition}" for one in mission.fields)
+    text = mission.prompt.replace(CATEGORIES, lines).replace(FIELDS, of_fields)
+    before, _, after = text.partition(COORDINATES)
     return before, after
 
 

@@ -22,7 +22,15 @@ from orion_triage.mission.decide import Rules, decide
 from orion_triage.mission.mission import ACTIONS, Mission
 from orion_triage.mission.prompt import Coordinates, format_degrees, render_prompt
 from orion_triage.report import plot
-from orion_triage.report.render import MET, OUTCOME_OF, against_linear_probe, from_template, mission_of, words
+from orion_triage.report.render import (
+    MET,
+    OUTCOME_OF,
+    against_linear_probe,
+    field_rows,
+    from_template,
+    mission_of,
+    words,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -122,6 +130,7 @@ def render_html(results: dict[str, Any], rows: Sequence[Row], thumbnail: Thumbna
         wrong_count=len(wrong),
         asked_count=sum(row["condition"] in "AB" for row in rows),
         gallery=[(answer, _data_address(thumbnail(answer.image))) for answer in wrong[:GALLERY]],
+        fields=field_rows(results),
         measurements=flat(results["figures"]),
         met=MET,
         outcome_of=OUTCOME_OF,

@@ -26,6 +26,7 @@ def render_markdown(results: dict[str, Any], figure: str) -> str:
         "report.md.j2",
         results=results,
         rows=accuracy_rows(results),
+        fields=field_rows(results),
         figure=figure,
         conditions=list(CONDITIONS),
         met=MET,
@@ -228,6 +229,30 @@ def accuracy_rows(results: dict[str, Any]) -> list[list[str]]:
             cells.append(f"{delta['points']:+.1f}" if delta else "-")
         rows.append(cells)
     return rows
+
+
+def field_rows(results: dict[str, Any]) -> list[list[str]]:
+    """Each further field's metrics under B and A: exactly right, at most 1 off, mean absolute error ('-': neither)."""
+    return [
+        [
+            name,
+            model,
+            condition,
+            _share(rates),
+            _share(rates["within_one"]) if "within_one" in rates else "-",
+            number(rates.get("mean_absolute_error")),
+        ]
+        for field in mission_of(results).fields
+        for model, condition, every in shown(results, "BA")
+        for name, rates in every["fields"].items()
+        if name == field.name
+    ]
+
+
+def _share(rates: dict[str, Any]) -> str:
+    """Counts, share and 95 % interval."""
+    bounds = f"{100 * rates['low']:.0f}-{100 * rates['high']:.0f}"
+    return f"{rates['right']}/{rates['count']} = {percent(rates['accuracy'])} ({bounds})"
 
 
 def terminal_tables(results: dict[str, Any]) -> "list[Table]":

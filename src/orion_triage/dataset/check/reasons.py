@@ -1,4 +1,7 @@
-"""Faults of reasons: empty, too long, outside the flight grammar, or naming the answer or the place."""
+"""Faults of reasons: empty, too long, outside the flight grammar, or naming the answer or the place.
+
+The short texts of a mission's further fields are checked against the grammar too.
+"""
 
 import re
 from collections import Counter, defaultdict
@@ -6,10 +9,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 
 from orion_triage.dataset.check.facts import Entry, Finding, Severity
+from orion_triage.mission.fields import Value
 from orion_triage.mission.mission import Mission
 from orion_triage.mission.prompt import Coordinates
 
 _UNSAYABLE = re.compile(r"[^ !#-\[\]-~]")  # characters that the grammar of an answer does not allow in a reason
+_PLAIN_ASCII = 'Write plain ASCII without " and \\.'
 _WORD = re.compile(r"[^\W\d_]{3,}")
 _DEGREES = re.compile(r"\d+\.\d+|\d+(?=\s?(?:°|degrees|[NSEW]\b))")
 
@@ -47,16 +52,34 @@ def reason_findings(entries: Sequence[Entry], mission: Mission) -> Iterator[Find
             yield said[0].finding("warning", "single-reason", message, "Describe what each picture shows.")
 
 
+def text_findings(entries: Sequence[Entry], mission: Mission) -> Iterator[Finding]:
+    """Short texts of further fields that the grammar of an answer cannot give: one finding per text."""
+    for field in mission.fields:
+        first: dict[Value, Entry] = {}
+        for entry in entries if field.kind == "short text" else ():
+            first.setdefault(dict(entry.record.verdict.fields)[field.name], entry)
+        for text, entry in first.items():
+            if not text:
+                yield entry.finding("error", "field-empty", f"{field.name} is empty.", "Write what the field asks for.")
+            if found := _unsayable(str(text)):
+                yield entry.finding("warning", "field-characters", f"{field.name} {text!r} {found}", _PLAIN_ASCII)
+
+
+def _unsayable(text: str) -> str:
+    """The fault of a text with characters that the grammar of an answer does not allow; empty without."""
+    odd = sorted(set(_UNSAYABLE.findall(text)))[:5]
+    characters = " ".join(ascii(character) for character in odd)
+    return f"has characters that the flight grammar does not allow: {characters}." if odd else ""
+
+
 def _reason_faults(reason: str, mission: Mission) -> Iterator[tuple[Severity, str, str, str]]:
     if not reason.strip():
         yield "error", "reason-empty", "is empty.", "Write what the picture shows."
     if len(reason) > mission.longest_reason:
         message = f"has {len(reason)} characters; the flight grammar allows {mission.longest_reason}."
         yield "error", "reason-length", message, "Shorten it."
-    if odd := sorted(set(_UNSAYABLE.findall(reason))):
-        characters = " ".join(ascii(character) for character in odd[:5])
-        message = f"has characters that the flight grammar does not allow: {characters}."
-        yield "warning", "reason-characters", message, 'Write plain ASCII without " and \\.'
+    if message := _unsayable(reason):
+        yield "warning", "reason-characters", message, _PLAIN_ASCII
     names = "|".join(map(re.escape, mission.names))
     if found := re.search(rf"\b({names})\b", reason, re.IGNORECASE):
         yield "warning", "reason-names-answer", f"names an answer: {found[0]!r}.", "Use another word."

@@ -22,7 +22,7 @@ from orion_triage.dataset.check.facts import (
     unused_pictures,
 )
 from orion_triage.dataset.check.leakage import leaks
-from orion_triage.dataset.check.reasons import reason_findings
+from orion_triage.dataset.check.reasons import reason_findings, text_findings
 from orion_triage.dataset.land import perhaps_swapped
 from orion_triage.dataset.records import FRAMES_TABLE, is_published, split_path
 from orion_triage.errors import OrionError, one_line
@@ -143,7 +143,7 @@ def of_any_split(entries: Sequence[Entry], pictures: Mapping[str, Picture]) -> l
 
 def of_the_splits(entries: Sequence[Entry], mission: Mission) -> list[Finding]:
     """The findings about reasons, and about how many pictures each split has."""
-    return [*reason_findings(entries, mission), *_balance(_counts(entries, mission))]
+    return [*reason_findings(entries, mission), *text_findings(entries, mission), *_balance(_counts(entries, mission))]
 
 
 def report_of(
@@ -248,7 +248,10 @@ def _contradictions(entries: Sequence[Entry]) -> Iterator[Finding]:
             message = f"{image} is {other.record.verdict.category} here and {verdict.category} in {first.place}."
             yield other.finding("error", "image-labels", message, "Keep the right category in all of its records.")
         if len({e.record.verdict.category for e in (first, *others)}) == 1:
-            for other in (e for e in others if e.record.verdict != verdict):
+            for other in (e for e in others if e.record.verdict.fields != verdict.fields):
+                message = f"{image} has other values of the mission's fields in {first.place}."
+                yield other.finding("error", "image-labels", message, "Keep the right values in all of its records.")
+            for other in (e for e in others if e.record.verdict.reason != verdict.reason):
                 message = f"{image} has another reason in {first.place}."
                 yield other.finding("warning", "image-reasons", message, "Give its records one reason.")
         located = [(entry, where) for entry in (first, *others) if (where := entry.record.coordinates)]

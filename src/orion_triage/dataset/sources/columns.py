@@ -47,6 +47,7 @@ class Columns:
     taken: Mapping[str, str]
     faults: list[tuple[str, str]] = field(default_factory=list)
     unclear: frozenset[str] = frozenset()
+    fields: tuple[str, ...] = ()  # the mission's further fields
 
     @property
     def unused(self) -> list[str]:
@@ -55,11 +56,16 @@ class Columns:
 
     def renamed(self, cells: Mapping[str, str]) -> dict[str, str]:
         """A row's cells under our names; those of columns that are not used are left out, missing ones are empty."""
-        return {ours: cells.get(self.taken.get(ours, ""), "") for ours in OTHER_NAMES}
+        return {ours: cells.get(self.taken.get(ours, ""), "") for ours in (*OTHER_NAMES, *self.fields)}
 
 
-def choose(found: Sequence[str]) -> Columns:
-    """The columns that a table uses, by their names. Of `x` and `y`, only both together are a position."""
+def choose(found: Sequence[str], fields: Sequence[str] = ()) -> Columns:
+    """The columns that a table uses, by their names. Of `x` and `y`, only both together are a position.
+
+    `fields` are the names of the mission's further fields: each needs its column, which is then no other name of ours.
+    """
+    of_fields = {name: [column for column in found if _plain(column) == name] for name in fields}
+    every, found = found, [column for column in found if _plain(column) not in of_fields]
     taken: dict[str, str] = {}
     faults: list[tuple[str, str]] = []
     unclear: set[str] = set()
@@ -81,14 +87,24 @@ def choose(found: Sequence[str]) -> Columns:
         names = " and no column ".join(missing)
         ways = [f"Name the column {ours}, or {', '.join((*OTHER_NAMES[ours], *_WEAK[ours]))}." for ours in missing]
         fix = " ".join([*ways, "The first line is the header."])
-        faults.append((f"has no column {names} (found: {listed(found)})", fix))
+        faults.append((f"has no column {names} (found: {listed(every)})", fix))
         unclear |= set(missing)
     if ("lon" in taken) != ("lat" in taken) and not unclear & {"lon", "lat"}:
         there, lacking = ("lon", "lat") if "lon" in taken else ("lat", "lon")
         faults.append((f"has the column {taken[there]}, but not {lacking}", f"Add the column {lacking}."))
         unclear |= {"lon", "lat"}
-    kept = {ours: taken[ours] for ours in OTHER_NAMES if ours in taken}
-    return Columns(tuple(found), kept, faults, frozenset(unclear))
+    for name, columns in of_fields.items():
+        if len(columns) == 1:
+            taken[name] = columns[0]
+            continue
+        unclear.add(name)
+        if columns:
+            faults.append((f"has the columns {listed(columns)}: each of them can be {name}", "Delete or rename one."))
+        else:
+            message = f"has no column {name}, a field of the mission (found: {listed(every)})"
+            faults.append((message, f"Add the column {name}."))
+    kept = {ours: taken[ours] for ours in (*OTHER_NAMES, *fields) if ours in taken}
+    return Columns(tuple(every), kept, faults, frozenset(unclear), tuple(fields))
 
 
 def _take_weak_names(found: Sequence[str], taken: dict[str, str]) -> None:

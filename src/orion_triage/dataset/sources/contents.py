@@ -23,6 +23,7 @@ from orion_triage.dataset.sources.picture_names import PictureNameError, Picture
 from orion_triage.errors import OrionError, one_line
 from orion_triage.imagery.frames import PICTURE_SUFFIXES
 from orion_triage.imagery.geotiff import GEOTIFF_SUFFIXES, locate
+from orion_triage.mission.fields import allowed
 from orion_triage.mission.mission import Mission, listed
 from orion_triage.safe.folders import Listing, composed, listing
 
@@ -42,6 +43,7 @@ _FIXES = {
     "split": ("split", "Write train, val or test in every row, or leave all empty for an automatic split."),
     "name": ("name", "Give every row its own name of a-z, 0-9 and _, or leave out the column name."),
     "morphology": ("morphology", "Write one word of a-z, 0-9 and _, or leave the cell empty."),
+    "field": ("field", "Write in every row {fields}."),
 }
 
 
@@ -123,6 +125,7 @@ def read_contents(folder: Path, mission: Mission) -> Contents:
     known = [index for index, path in enumerate(paths) if path]
     own_names = [rows[index].cells["name"] for index in known]
     ids = dict(zip(known, unique_ids(own_names, [files[index] for index in known]), strict=True))
+    fields = "; ".join(f"{one.name}: {allowed(one)}" for one in mission.fields)
     without_reason = 0
     seen: dict[str, str] = {}
     for index, (row, path) in enumerate(zip(rows, paths, strict=True)):
@@ -133,10 +136,10 @@ def read_contents(folder: Path, mission: Mission) -> Contents:
             row.origin, cells, seen, mission, drawable=False, with_positions=False, called=row.called
         )
         for problem in problems:
-            if problem.kind == "label" and "category" in row.unclear:
+            if (problem.kind == "label" and "category" in row.unclear) or problem.field in row.unclear:
                 continue
             kind, fix = _FIXES[problem.kind]
-            fix = fix.format(names=", ".join(mission.names), longest=mission.longest_reason)
+            fix = fix.format(names=", ".join(mission.names), longest=mission.longest_reason, fields=fields)
             contents.add("error", kind, row.origin, f"{problem.text}.", fix)
         if target and path:
             without_reason += not has_reason
@@ -259,8 +262,14 @@ def _rows(contents: Contents) -> Iterator[_Row]:
                 contents.add("error", "two-categories", file_name, message, "Rename or move one of the folders.")
             elif found:
                 labelled[f"{split}/{found[0]}" if split else found[0]] += 1
+                if contents.mission.fields:  # folders have no values for them
+                    continue
                 cells = Columns((), {}).renamed({})
                 yield _Row(file_name, cells | {"file_name": file_name, "category": found[0], "split": split or ""})
+    if labelled and (asked := [one.name for one in contents.mission.fields]):
+        message = f"folders label the pictures, but the mission asks for {listed(asked)} too: a table is needed."
+        fix = f"Write a table labels.csv with the columns file_name, category, {', '.join(asked)}."
+        contents.add("error", "layout", ".", message, fix)
     parts = [_counted_rows(contents.tables)] if contents.tables else []
     parts += [f"{where}/ ({_count(count, 'picture')})" for where, count in sorted(labelled.items())]
     if parts:
@@ -326,7 +335,7 @@ def _table_rows(contents: Contents, path: Path) -> Iterator[_Row]:
         faults.append(error)
     for fault in faults:
         contents.add("error", "table", name, fault.message.removeprefix(str(path)).removeprefix(":").strip(), fault.fix)
-    columns = choose(columns_of(rows))
+    columns = choose(columns_of(rows), [one.name for one in contents.mission.fields])
     contents.tables.append(Table(name, len(rows), columns))
     if not rows:
         if not faults:
