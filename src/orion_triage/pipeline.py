@@ -15,7 +15,7 @@ from orion_triage.evaluate import variants
 from orion_triage.evaluate.variants import Variant
 from orion_triage.machine import rates
 from orion_triage.machine.describe import machine_name
-from orion_triage.mission.contract import contract_sha256, require_mission, write_mission
+from orion_triage.mission.contract import contract_of, contract_sha256, require_mission, write_mission
 from orion_triage.mission.mission import Mission, default_mission
 from orion_triage.models.load import base_name, resolve_base
 from orion_triage.progress import Progress, silent
@@ -51,7 +51,7 @@ class Stage:
         sections = settings.model_dump(mode="json", include=set(self.settings))
         # Values, costs and actions of a mission change no product; products of before are of the published mission.
         if contract_sha256(settings.mission) != contract_sha256(default_mission()):
-            sections["mission"] = {"name": settings.mission.name, "contract": contract_sha256(settings.mission)}
+            sections["mission"] = contract_of(settings.mission)
         if "dataset" in sections:  # settings that are empty leave datasets current that were made before they existed
             sections["dataset"] = {key: value for key, value in sections["dataset"].items() if value is not None}
         return sections | ({"protocol": self.protocol} if self.protocol else {})

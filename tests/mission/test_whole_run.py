@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from orion_triage.dataset.catalogue import COLUMNS, load_catalogue
 from orion_triage.llama_cpp.toolchain import find_toolchain
 from tests.conftest import orion
 
-PLACES = 4  # of each category
+PLACES = {2: 12, 8: 4}  # of each category, by their number: three splits, and enough records for the check of the merge
 NAMES = {  # a drawn morphology each; SEA begins SEAPORT; the last two part at their second letter
     "SEA": "ocean_water", "ICE": "desert_ice_canopy", "STREETS": "urban_grid", "FIELDS": "agriculture",
     "SEAPORT": "mega_port", "RUNWAYS": "mega_airport", "DAMS": "energy_dam", "DIGS": "mega_mine_industry",
@@ -46,7 +47,7 @@ def write_mission(folder: Path, count: int, *lines: str) -> Path:
         table = csv.writer(file)
         table.writerow(COLUMNS)
         for name in names:
-            for target in [one for one in load_catalogue() if one.morphology == NAMES[name]][:PLACES]:
+            for target in [one for one in load_catalogue() if one.morphology == NAMES[name]][: PLACES[count]]:
                 where = target.coordinates
                 assert where is not None
                 table.writerow([target.name, name, target.morphology, where.lon, where.lat, f"Number {target.name}."])
@@ -77,10 +78,12 @@ def test_a_mission_from_its_file_to_go(count: int, lines: tuple[str, ...], reque
     assert len(names) == count
     rates = results["models"]["quantized"]["B"]
     assert list(rates["confusion"]) == names
-    assert rates["scored"] == rates["count"] == count * 1
+    assert rates["scored"] == rates["count"] > 0
     assert {f"always {name}" for name in names} <= set(results["baselines"])
     report = (run / "report.html").read_text(encoding="utf-8")
-    assert not {"HIGH", "MEDIUM", "LOW"} & set(report.replace("<", " ").replace(">", " ").split())
+    said = re.sub(r'<tr><th scope="row">mission\..*?</tr>', "", report)  # the settings that differ, with their defaults
+    assert re.findall(r".{30}\b(?:HIGH|MEDIUM|LOW)\b.{30}", said) == []
+    assert results["outdated"] == {}
     for product in ("dataset", "orion_lora_weights", "orion_merged", "gguf"):
         assert json.loads((run / product / "mission.json").read_text())["name"] == f"of {count}"
     again = orion("run", *words, "--run", run, cwd=tmp_path)  # without --mission: the run has its own

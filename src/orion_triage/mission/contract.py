@@ -32,6 +32,11 @@ def contract_sha256(mission: Mission) -> str:
     return sha256_of_text(json.dumps(contract(mission)))
 
 
+def contract_of(mission: Mission) -> dict[str, str]:
+    """The mission as a stage's manifest names it."""
+    return {"name": mission.name, "contract": contract_sha256(mission)}
+
+
 def write_mission(folder: Path, mission: Mission) -> None:
     """Write the mission into a product's folder; nothing for the published one, whose products never had the file."""
     if mission != default_mission():

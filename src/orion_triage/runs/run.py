@@ -10,6 +10,8 @@ from pydantic import ValidationError
 
 from orion_triage import __version__, hub, processes
 from orion_triage.errors import OrionError, one_line
+from orion_triage.mission.contract import contract_of
+from orion_triage.mission.mission import default_mission
 from orion_triage.runs import manifest
 from orion_triage.safe.files import locked, write_text
 from orion_triage.safe.reading import read_object
@@ -212,10 +214,12 @@ def open_run(folder: Path, split: Split = "test") -> Run:
 def changed_settings(run: Run, made: manifest.Manifest) -> list[str]:
     """The settings that a product was made with and that the run no longer has: "base.frame_size 256, now 128"."""
     now = run.settings.model_dump(mode="json")
-    return [
+    mission, before = run.settings.mission, made.settings.get("mission", contract_of(default_mission()))
+    other_mission = before["contract"] != contract_of(mission)["contract"]
+    return [f"mission {before['name']}, now {mission.name}"] * other_mission + [
         f"{section}.{key} {before}, now {now[section].get(key)}"
         for section, values in made.settings.items()
-        if section in now and isinstance(values, dict)
+        if section in now and section != "mission" and isinstance(values, dict)
         for key, before in values.items()
         if before != now[section].get(key)
     ]
