@@ -127,7 +127,7 @@ def _dataset_inputs(run: Run) -> dict[str, Path]:
 
     if folder := run.settings.dataset.folder:
         return {"dataset": hub.locate(folder, "dataset")}
-    own = run.settings.dataset.catalogue
+    own = run.settings.dataset.catalogue or run.settings.mission.places
     shipped = Path(str(resources.files("orion_triage.dataset") / "catalogue.csv"))
     return {"catalogue": Path(own) if own else shipped}
 

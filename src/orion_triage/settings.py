@@ -42,7 +42,7 @@ class DatasetSettings(Strict):
     # Image source: synthetic tiles, a SimSat server, a STAC catalogue of Sentinel-2, or `folder`.
     source: Literal["synthetic", "simsat", "sentinel2", "directory"] = "synthetic"
     folder: str = ""  # of pictures with a table, or a dataset in the published layout: a folder or a Hub id
-    catalogue: str = ""  # CSV, JSONL or GeoJSON of places; empty: the shipped one
+    catalogue: str = ""  # CSV, JSONL or GeoJSON of places; empty: the mission's, or the shipped one
     url: str = ""  # of the SimSat or STAC server; empty: the source's default
     metres_per_pixel: PositiveFloat = 10.0  # ground sample distance of a synthetic frame (Sentinel-2: 10)
     altitude_km: PositiveFloat = 500.0  # of SimSat's satellite; higher: more ground per frame, coarser pixels
@@ -223,10 +223,7 @@ def load_settings(
     """
     values, source = _read_preset(preset)
     if mission:
-        loaded = load_mission(mission)
-        values["mission"] = loaded.model_dump()
-        if loaded.places:
-            values.setdefault("dataset", {}).setdefault("catalogue", loaded.places)
+        values["mission"] = load_mission(mission).model_dump()
     values.setdefault("preset", Path(preset).stem if preset.endswith(".toml") else preset)
     for assignment in assignments:
         _assign(values, assignment)

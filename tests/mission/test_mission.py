@@ -482,4 +482,4 @@ def test_another_mission_repeats_the_stages_and_another_value_does_not() -> None
     valued, other = load_settings("tiny", ["mission.values=[5, 1, 0]"]), load_settings("tiny", (), WATERFRONT)
     assert DATASET.settings_of(valued) == DATASET.settings_of(settings)
     assert DATASET.settings_of(other)["mission"]["name"] == "waterfront"
-    assert other.dataset.catalogue == str(WATERFRONT.parent / "waterfront.csv")
+    assert other.mission.places == str(WATERFRONT.parent / "waterfront.csv")

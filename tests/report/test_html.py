@@ -279,7 +279,7 @@ def test_hostile_text_is_text(one_wrong: Run, wrong_results: dict[str, Any]) -> 
     ]
     text = html.render_html(results, rows, lambda image: b"jpeg")
     document = check(text)
-    assert document.all("title")[0] == f"Triage evaluation: {hostile}, {hostile} split"
+    assert document.all("title")[0] == f"Triage evaluation: orion, {hostile}, {hostile} split"
     (card,) = [answer for answer in document.all("code") if answer.startswith(hostile)]
     assert card == hostile + "\\u202e\\x00\\ud800"
     assert "49" not in card

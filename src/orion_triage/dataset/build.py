@@ -103,7 +103,8 @@ def plan(settings: DatasetSettings, mission: Mission) -> tuple[ImagerySource, Sp
         folder = Directory(hub.locate(settings.folder, "dataset"), mission)
         source, targets = folder, folder.targets
     else:
-        own = Path(settings.catalogue) if settings.catalogue else None
+        given = settings.catalogue or mission.places
+        own = Path(given) if given else None
         targets = load_catalogue(own, mission, drawable=settings.source == "synthetic")
         source = _source(settings)
     return source, splits_of(targets, source, settings)

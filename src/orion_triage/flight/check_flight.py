@@ -386,10 +386,14 @@ def lines_of(report: dict[str, Any]) -> Iterator[str]:
         yield f"{report['files']} files are unchanged; {LIST} has sha256 {report['bundle_sha256']}"
     if report["images"]:
         width = max(len(image["image"]) for image in report["images"])
-        yield f"{'image':{width}}  expected  answered  off, category  off, others  same words  seconds"
+        names = max(8, *(len(str(image[key])) for image in report["images"] for key in ("expected", "category")))
+        yield (
+            f"{'image':{width}}  {'expected':{names}}  {'answered':{names}}  off, category  off, others  same words  "
+            "seconds"
+        )
         for image in report["images"]:
             yield (
-                f"{image['image']:{width}}  {image['expected']:8}  {str(image['category'])[:8]:8}  "
+                f"{image['image']:{width}}  {image['expected']:{names}}  {image['category']!s:{names}}  "
                 f"{image['off_category']:13.4f}  {image['off_others']:11.4f}  "
                 f"{'yes' if image['same_answer'] else 'no':10}  {image['seconds']:7.2f}"
             )

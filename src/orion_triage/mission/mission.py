@@ -440,7 +440,7 @@ def load_mission(path: Path) -> Mission:
         count = f"{len(lines)} mistakes" if len(lines) > 1 else "a mistake"
         raise OrionError("\n".join([f"{path} has {count}:", *lines]), "Correct the file, then check it again.")
     if mission.places:
-        mission = mission.model_copy(update={"places": str(path.parent / mission.places)})
+        mission = mission.model_copy(update={"places": str((path.parent / mission.places).resolve())})
     return mission
 
 
