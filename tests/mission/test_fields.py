@@ -662,8 +662,9 @@ def bundle_of(folder: Path, pair: Path) -> Path:
             records.append(Record(name, where, Verdict("What is seen.", category, values), own))
             number += 1
         write_split(run.dataset, split, records)  # type: ignore[arg-type]
-    write_mission(run.dataset, own)
     shutil.copytree(TINY_BASE_FOLDER, run.merged)
+    for product in (run.dataset, run.merged):
+        write_mission(product, own)
 
     def take(run: Run, progress: object) -> dict[str, Any]:
         shutil.copytree(pair, run.gguf, ignore=shutil.ignore_patterns("manifest.json"))
