@@ -112,7 +112,7 @@ def test_a_bad_dataset_line_is_named_before_training(tmp_path: Path, small_datas
     path = run / "dataset" / "train_dataset.jsonl"
     path.write_text(path.read_text().replace('\\"LOW\\"', '\\"NONE\\"', 1))
     result = orion("fine-tune", cwd=tmp_path)
-    assert_refused(result, "train_dataset.jsonl:", "category 'NONE' is not one of HIGH, MEDIUM, LOW")
+    assert_refused(result, "train_dataset.jsonl:", "category 'NONE' is not HIGH, MEDIUM or LOW")
     assert not (run / "orion_lora_weights").exists()
 
 

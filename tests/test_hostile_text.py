@@ -509,7 +509,7 @@ REPLY = {
 
 
 class Parrot(BaseHTTPRequestHandler):
-    """Says the same to everything, after the three labels were tokenized."""
+    """Says the same to everything, after the labels were tokenized."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # else a body waits up to 40 ms for the acknowledgement of its header
@@ -552,15 +552,14 @@ def test_a_reply_is_an_answer_or_no_answer(client: Client, body: bytes) -> None:
     for ask in (client.served_models, lambda: client.tokenize("x"), lambda: client.chat_completion("x", [], 1)):
         found = outcome(ask)
         assert isinstance(found, (str, list, ServerError, AnswerError))
-    found = outcome(
-        client.complete_and_score, "x", b"", 9, cue='"category": "', tokens=[1, 2, 3], grammars=("a", "b"), primed=True
-    )
+    asked: dict[str, Any] = {"cue": '"category": "', "after_cue": [("", [1, 2, 3])], "grammars": ("a", "b")}
+    found = outcome(client.complete_and_score, "<image>\nx", b"", 9, **asked, primed=True)
     if isinstance(found, OrionError):
         assert isinstance(found, (ServerError, AnswerError))
         return
     text, log_probabilities = found
     text.encode()
-    assert log_probabilities is None or all(value <= 0.001 for value in log_probabilities)
+    assert log_probabilities is None or all(value <= 0.001 for value in log_probabilities[0])
 
 
 @given(replaced(REPLY["completion_probabilities"]))
@@ -614,7 +613,8 @@ def test_token_numbers_are_numbers(client: Client, change: dict[str, Any], said:
 def test_each_of_these_replies_is_no_answer(client: Client, change: dict[str, Any], said: str) -> None:
     Parrot.body = json.dumps(REPLY | change).encode()
     client._marker, client._primed = "", b""
-    found = outcome(client.complete_and_score, "x", b"", 9, cue='"category": "', tokens=[1], primed=False)
+    asked: dict[str, Any] = {"cue": '"category": "', "after_cue": [("", [1])]}
+    found = outcome(client.complete_and_score, "<image>\nx", b"", 9, **asked, primed=False)
     assert isinstance(found, (ServerError, AnswerError))
     assert said in found.message
 

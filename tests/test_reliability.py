@@ -334,6 +334,7 @@ def test_a_full_memory_says_which_setting_takes_less(small_base: Path, small_dat
 import resource, sys
 from pathlib import Path
 from orion_triage.dataset.dataset import Dataset
+from orion_triage.mission.mission import default_mission
 from orion_triage.train import fine_tune
 from orion_triage.settings import FineTuneSettings
 from orion_triage.errors import OrionError
@@ -347,7 +348,7 @@ def limited(*arguments):
     return trainer
 fine_tune.make_trainer = limited
 try:
-    fine_tune.run(base, Dataset(dataset, MISSION), out / "out", out / "work", settings, 256)
+    fine_tune.run(base, Dataset(dataset, default_mission()), out / "out", out / "work", settings, 256)
 except OrionError as error:
     print(error.message, "|", error.fix)
 """
@@ -503,7 +504,7 @@ TOKENS: list[list[int]] = []
 @contextmanager
 def liar(how: str) -> Iterator[str]:
     Liar.how, Liar.props, Liar.asked = how, PROPS, 0
-    TOKENS[:] = [[9], [9, 1], [9, 2], [9, 3]]  # of the cue, and of the three labels after it
+    TOKENS[:] = [[9], [9, 1], [9, 2], [9, 3], [9]]  # of the cue, of the three labels after it, and of where they part
     server = ThreadingHTTPServer(("127.0.0.1", 0), Liar)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()

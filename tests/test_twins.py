@@ -121,13 +121,13 @@ def test_the_shared_tokens_end_at_the_coordinates(small_base: Path, small_frames
         count = shared_tokens(processor, rows)
         return count, processor.tokenizer.decode(rows[0].turn[:count])
 
-    count, text = common(*(one.prompt for one in (*twins("a"), record("b"))))
+    count, text = common(*(one.user_text for one in (*twins("a"), record("b"))))
     assert count > 64
     assert text.endswith("satellite image")
-    assert common(twins("a")[0].prompt) == (0, "")  # one row: nothing to share
-    count, text = common("The same.", "The same.")
+    assert common(twins("a")[0].user_text) == (0, "")  # one row: nothing to share
+    count, text = common("<image>\nThe same.", "<image>\nThe same.")
     assert text.endswith("assistant")  # not the last token of the turn, whose logits are needed
-    rows = encode_rows(processor, [small_frames[0]] * 2, ["One", "Two"], ["x", "x"])
+    rows = encode_rows(processor, [small_frames[0]] * 2, ["<image>\nOne", "<image>\nTwo"], ["x", "x"])
     rows[1].turn[1] += 1  # a word before the image differs
     assert shared_tokens(processor, rows) == 0
 

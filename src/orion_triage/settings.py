@@ -33,7 +33,7 @@ class BaseSettings(Strict):
 
     # A Hub id (owner/name@revision), a local folder in the Hub's layout, or "orion-tiny".
     model: str = "LiquidAI/LFM2.5-VL-1.6B@919fde3d022e3f90a4716006f993938ee8c2eb97"
-    frame_size: Literal[256, 384, 512] = 512  # pixels; decoding, training, evaluation and flight share it
+    frame_size: Literal[256, 384, 448, 512] = 512  # pixels; decoding, training, evaluation and flight share it
 
 
 class DatasetSettings(Strict):

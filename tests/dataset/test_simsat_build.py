@@ -159,10 +159,11 @@ from orion_triage.settings import DatasetSettings
 from orion_triage.dataset import build
 from orion_triage.dataset.collect import ABSENT_TABLE
 from orion_triage.dataset.sources.simsat import SimSat
+from orion_triage.mission.mission import default_mission
 
 url, places, out = sys.argv[1:]
 build.SimSat = functools.partial(SimSat, requests_per_second=1000, backoff_seconds=0.01)
-build.run(Path(out), DatasetSettings(source="simsat", url=url, catalogue=places))
+build.run(Path(out), DatasetSettings(source="simsat", url=url, catalogue=places), default_mission())
 """
 
 

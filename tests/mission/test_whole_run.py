@@ -67,7 +67,7 @@ def test_a_mission_from_its_file_to_go(count: int, lines: tuple[str, ...], reque
     checked = orion("mission", "check", mission, "--json")
     assert checked.returncode == 0, checked.stderr
     assert json.loads(checked.stdout)["scoring_requests"] == requests
-    sets = ["dataset.split_distance_km=5", "fine_tune.epochs=1", "variants.all=false"]
+    sets = ["dataset.split_distance_km=20", "fine_tune.epochs=1", "variants.all=false"]
     words = [word for value in sets for word in ("--set", value)]
     made = orion("run", "--mission", mission, *words, cwd=tmp_path)
     assert made.returncode == 0, made.stderr

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from orion_triage.evaluate.seeds import over_training_seeds
 from orion_triage.evaluate.variants import table
 from orion_triage.mission.decide import Rules
 from orion_triage.report import plot
+from orion_triage.report.compare import compare_runs
 from orion_triage.report.render import (
     accuracy_rows,
     advice,
@@ -253,6 +255,35 @@ def test_runs_that_differ_in_the_training_seed_only_are_reported_together(run: R
     stage_manifest = second / "evaluation/test/fine-tuned/manifest.json"
     stage_manifest.write_text(json.dumps(json.loads(stage_manifest.read_text()) | {"inputs": {"dataset": "another"}}))
     assert over_training_seeds(open_run(first)) is None
+
+
+def test_questions_that_differ_are_counted_over_both_runs(run: Run, tmp_path: Path) -> None:
+    """Once "280 of 240 differ": the questions of one run were counted, those of both compared."""
+
+    def changed(name: str, change: Callable[[dict[str, Any]], list[dict[str, Any]]]) -> Run:
+        other = Run(shutil.copytree(run.folder, tmp_path / name), run.settings)
+        shutil.rmtree(other.evaluation("fine-tuned"))
+        path = other.evaluation("base") / "predictions.jsonl"
+        rows = [row for line in path.read_text().splitlines() for row in change(json.loads(line))]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return other
+
+    def renamed(row: dict[str, Any]) -> dict[str, Any]:
+        return row | {"id": f"{row['condition']}/x-{row['name']}", "name": f"x-{row['name']}"}
+
+    prompts = changed("prompts", lambda row: [row | {"prompt_sha256": "0"} if row["condition"] == "D" else row])
+    frames = changed("frames", lambda row: [renamed(row)])
+    more = changed("more", lambda row: [row, renamed(row)] if row["condition"] == "B" else [row])
+    fewer = changed("fewer", lambda row: [row] if row["condition"] in "AB" else [])
+    for other, said in (
+        (prompts, r"6 of 24 .* \(0 are of one run only\), the first is D/"),
+        (frames, r"48 of 48 .* \(48 are of one run only\)"),
+        (more, r"6 of 30 .* \(6 are of one run only\), the first is B/x-"),
+    ):
+        for pair in ((run, other), (other, run)):
+            with pytest.raises(OrionError, match=said):
+                compare_runs(*pair)
+    assert list(compare_runs(run, fewer)["base"]) == ["A", "B"]
 
 
 def test_figures_of_another_version_are_not_taken_over(run: Run) -> None:

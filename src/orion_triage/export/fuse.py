@@ -72,7 +72,8 @@ def run(
     tensors = read_adapter(adapter)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     processor = load_processor(base, frame_size)
-    samples = _Samples(base, dataset, records, min(frame_size, CHECK_FRAME_SIZE), progress)
+    check_size = min(frame_size, CHECK_FRAME_SIZE) if family_in(base).TAKES_ANY_FRAME_SIZE else frame_size
+    samples = _Samples(base, dataset, records, check_size, progress)
 
     model = load_model(base, dtype="auto", device=device)
     with float32_compute(model):

@@ -101,6 +101,12 @@ def label_tree(mission: Mission, tokenize: Callable[[str], list[int]]) -> tuple[
     waiting = [(tuple(range(len(paths))), 0)]  # categories with the same first tokens, and how many
     while waiting:
         group, depth = waiting.pop(0)
+        if any(len(paths[index]) <= depth for index in group):
+            raise OrionError(
+                f"the model's tokenizer does not tell the categories {' and '.join(mission.names[i] for i in group)} "
+                "apart, so they cannot be scored.",
+                "Use a base of the LFM2-VL family.",
+            )
         following: dict[int, list[int]] = {}
         for index in group:
             following.setdefault(paths[index][depth], []).append(index)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from orion_triage.errors import OrionError
 from orion_triage.llama_cpp.client import Turn
 from orion_triage.llama_cpp.gguf_header import read_integers
-from orion_triage.models import lfm2_vl
+from orion_triage.models import internvl, lfm2_vl
 from orion_triage.safe.reading import read_object, shown
 
 if TYPE_CHECKING:
@@ -41,8 +41,9 @@ class Family(Protocol):
     CHAT_TEMPLATE: str  # one that need not be checked, because it is known; "": none
     AFTER_IMAGE: str  # what the chat template itself writes after an image
 
-    # Image input: the keys of the processor's batch that the vision tower takes.
-    VISION_KEYS: tuple[str, ...]
+    # Image input.
+    VISION_KEYS: tuple[str, ...]  # the keys of the processor's batch that the vision tower takes
+    TAKES_ANY_FRAME_SIZE: bool  # False: only that of config.json
 
     # Files.
     LANDMARKS: tuple[tuple[str, ...], ...]  # one tensor of each part, by each of its names in published checkpoints
@@ -80,7 +81,7 @@ class Family(Protocol):
         """Write the architectures that llama.cpp's converter knows into a config.json."""
 
 
-FAMILIES: tuple[Family, ...] = (lfm2_vl,)
+FAMILIES: tuple[Family, ...] = (lfm2_vl, internvl)
 DEFAULT: Family = lfm2_vl  # for a server or file that does not say of which family its model is
 # Known, but not to the pinned llama.cpp: (name, first build whose converter and tools know it).
 _TOO_NEW = {"lfm3_vl": ("LFM3-VL", "b12088")}

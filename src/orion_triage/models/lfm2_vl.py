@@ -63,6 +63,7 @@ CHAT_TEMPLATE = (
 )
 AFTER_IMAGE = ""
 VISION_KEYS: tuple[str, ...] = ("pixel_values", "spatial_shapes", "pixel_attention_mask")
+TAKES_ANY_FRAME_SIZE = True
 
 LANDMARKS: tuple[tuple[str, ...], ...] = (
     ("model.language_model.embed_tokens.weight",),

@@ -47,13 +47,18 @@ def compare_runs(first: Run, second: Run) -> dict[str, dict[str, dict[str, Any]]
 
 
 def _check_asked_alike(first: Run, second: Run, before: list[Row], after: list[Row]) -> None:
-    asked = [{row["id"]: tuple(row[key] for key in _ASKED) for row in rows} for rows in (before, after)]
-    # A condition that only one of them knows is left out; frames that only one has are an error of the comparison.
-    both = sorted(asked[0].keys() & asked[1].keys())
-    other = [name for name in both if asked[0][name] != asked[1][name]] if both else sorted(asked[0])
-    if other:
+    # A condition that only one of them knows is left out.
+    known = [{row["condition"] for row in rows} for rows in (before, after)]
+    shared = (known[0] & known[1]) or (known[0] | known[1])
+    asked = [
+        {row["id"]: tuple(row[key] for key in _ASKED) for row in rows if row["condition"] in shared}
+        for rows in (before, after)
+    ]
+    every = sorted(asked[0].keys() | asked[1].keys())
+    if other := [name for name in every if asked[0].get(name) != asked[1].get(name)]:
+        alone = len(asked[0].keys() ^ asked[1].keys())
         raise OrionError(
-            f"{first.folder} and {second.folder} cannot be compared: {len(other)} of {max(map(len, asked))} questions "
-            f"differ in frame, prompt or label, the first is {other[0]}.",
+            f"{first.folder} and {second.folder} cannot be compared: {len(other)} of {len(every)} questions differ in "
+            f"frame, prompt or label ({alone} are of one run only), the first is {other[0]}.",
             "Compare runs on the same dataset, split and frame size.",
         )

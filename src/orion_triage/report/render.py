@@ -65,8 +65,14 @@ def from_template(name: str, **values: Any) -> str:
         "error_rate_at": error_rate_at,
         "verdict_in_words": verdict_in_words,
         "advice": advice,
+        "unbroken": unbroken,
     }
     return templates.fill("report", name, filters=filters, **values)
+
+
+def unbroken(text: str) -> str:
+    """`text` for a narrow table in HTML: "k-NN" and "p < 0.05" keep on one line."""
+    return text.replace("k-NN", "k\N{NON-BREAKING HYPHEN}NN").replace(" < ", "\N{NO-BREAK SPACE}<\N{NO-BREAK SPACE}")
 
 
 def number(value: float | None) -> str:
@@ -130,7 +136,7 @@ def notes(results: dict[str, Any]) -> list[str]:
     if gate := results["failed_gate"]:
         found.append(
             f"The gate at F16 failed: {gate['message']} The answers at F16 are left out. Those of the quantized models "
-            "come from the same llama.cpp: do not rely on them."
+            "come from llama.cpp, too: do not rely on them."
         )
     if results["missing"]:
         found.append(f'Not finished: {", ".join(results["missing"])}. Their values are left out or shown as "-".')
