@@ -409,7 +409,7 @@ def test_a_shared_catalogue_and_table_have_the_fields(tmp_path: Path) -> None:
     frames = [{"record": record, "split": "train", **origin}]
     files = catalogue_files(frames)
     path = tmp_path / "catalogue.csv"
-    path.write_bytes(bytes(files["catalogue.csv"]))  # type: ignore[arg-type]
+    path.write_bytes(bytes(files["catalogue.csv"]))
     assert [target.fields for target in load_catalogue(path, own)] == [VALUES]
     shared = croissant(files, frames, {"repository": "a/b", "catalogue_only": True, "licence": "other"})
     columns = {column["name"]: column["dataType"] for column in shared["recordSet"][0]["field"]}
@@ -553,7 +553,9 @@ def test_the_commented_example_is_right(tmp_path: Path) -> None:
 # A run
 
 # Of the morphologies of the drawn tiles: built, ground, crossings.
-LABELS = {"ocean_water": ("no", "sea", 0), "urban_grid": ("yes", "town", 3), "mega_airport": ("yes", "works", 1)}
+LABELS: dict[str, tuple[str | int, ...]] = {
+    "ocean_water": ("no", "sea", 0), "urban_grid": ("yes", "town", 3), "mega_airport": ("yes", "works", 1),
+}  # fmt: skip
 BUILT = {"name": "built", "kind": "yes/no", "definition": "Whether people have built here."}
 GROUND = {
     "name": "ground", "kind": "choice", "choices": ["sea", "town", "works"], "definition": "What covers most of it.",
@@ -662,8 +664,9 @@ def bundle_of(folder: Path, pair: Path) -> Path:
             records.append(Record(name, where, Verdict("What is seen.", category, values), own))
             number += 1
         write_split(run.dataset, split, records)  # type: ignore[arg-type]
-    write_mission(run.dataset, own)
     shutil.copytree(TINY_BASE_FOLDER, run.merged)
+    for product in (run.dataset, run.merged):
+        write_mission(product, own)
 
     def take(run: Run, progress: object) -> dict[str, Any]:
         shutil.copytree(pair, run.gguf, ignore=shutil.ignore_patterns("manifest.json"))
