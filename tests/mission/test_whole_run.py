@@ -89,7 +89,7 @@ def test_a_mission_from_its_file_to_go(count: int, lines: tuple[str, ...], reque
     again = orion("run", *words, "--run", run, cwd=tmp_path)  # without --mission: the run has its own
     assert again.returncode == 0, again.stderr
     assert "to do" not in again.stderr
-    bundled = orion("bundle", "--run", run, "--out", tmp_path / "bundle", "--accept-risk", "a test", cwd=tmp_path)
+    bundled = orion("bundle", run, "--out", tmp_path / "bundle", "--accept-risk", "a test", cwd=tmp_path)
     assert bundled.returncode == 0, bundled.stderr
     server = find_toolchain().llama_server
     check = [sys.executable, str(tmp_path / "bundle/check_flight.py"), "--llama-server", str(server)]
