@@ -41,10 +41,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orion_triage.mission.mission import default_mission
-
-MISSION = default_mission()
-
 HERE = Path(__file__).resolve().parent
 MINUTES = 9
 GOAL = 6  # times as fast as the reference, at the shapes of the 1.6B model
@@ -138,6 +134,13 @@ IMPORTS = (
     "bitsandbytes", "pydantic", "imagehash", "tests.conftest", "orion_triage.train.fine_tune",
     "orion_triage.evaluate.backends", "orion_triage.export.fuse", "orion_triage.machine.rehearse",
 )  # fmt: skip
+
+
+def mission() -> Any:
+    """The published mission; imported here, because a bare machine sees the packages only later."""
+    from orion_triage.mission.mission import default_mission
+
+    return default_mission()
 
 
 def versions() -> Figures:
@@ -303,7 +306,7 @@ class Clock:
     def evaluation(self, metrics: Figures) -> None:
         from orion_triage.dataset.records import read_split
 
-        records = len(read_split(self.bench.dataset, "val", MISSION))
+        records = len(read_split(self.bench.dataset, "val", mission()))
         self.report(validation_seconds_per_record=round(metrics["eval_runtime"] / records, 5))
 
 
@@ -316,7 +319,7 @@ def fine_tune(bench: Bench, name: str) -> Figures:
     shutil.rmtree(folder, ignore_errors=True)
     return fine_tune.run(
         bench.base,
-        Dataset(bench.dataset, MISSION),
+        Dataset(bench.dataset, mission()),
         folder / "adapter",
         folder / "work",
         settings.fine_tune,
@@ -503,9 +506,9 @@ def evaluation(bench: Bench, report: Report) -> None:
     from orion_triage.evaluate.backends import TransformersBackend
     from orion_triage.settings import EvaluateSettings
 
-    dataset, frame_size = Dataset(bench.dataset, MISSION), bench.settings().base.frame_size
+    dataset, frame_size = Dataset(bench.dataset, mission()), bench.settings().base.frame_size
     backend = TransformersBackend.load(
-        bench.base, MISSION, EvaluateSettings(max_new_tokens=bench.size.answer_tokens), frame_size
+        bench.base, mission(), EvaluateSettings(max_new_tokens=bench.size.answer_tokens), frame_size
     )
     records = dataset.records("train")
 
@@ -544,7 +547,7 @@ def fuse(bench: Bench, report: Report) -> None:
     figures = fuse.run(
         bench.base,
         adapter,
-        Dataset(bench.dataset, MISSION),
+        Dataset(bench.dataset, mission()),
         bench.folder / "merged",
         FuseSettings(check_records=bench.size.check_records),
         settings.base.frame_size,
