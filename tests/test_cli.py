@@ -28,7 +28,7 @@ from .conftest import ORION, SHARED, orion, run_command, structured_picture
 STAGES = stages(Settings())
 REAL_FRAMES = SHARED / "frames"
 COMMANDS = (
-    "run", "dataset", "ablation", "fine-tune", "fuse", "quantize", "evaluate", "threshold",
+    "run", "mission", "dataset", "ablation", "fine-tune", "fuse", "quantize", "evaluate", "threshold",
     "report", "verdict", "compare", "push", "clean", "verify", "triage", "bench-frame", "toolchain", "rehearse",
     "plan", "doctor", "settings", "bundle", "remote",
 )  # fmt: skip
@@ -68,7 +68,17 @@ def test_a_run_folder_keeps_where_its_dataset_comes_from(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "command", [*COMMANDS, "dataset check", "dataset new", "dataset view", "dataset push", "remote train"]
+    "command",
+    [
+        *COMMANDS,
+        "dataset check",
+        "dataset new",
+        "dataset view",
+        "dataset push",
+        "remote train",
+        "mission new",
+        "mission check",
+    ],
 )
 def test_every_command_explains_itself_with_an_example(command: str) -> None:
     result = CliRunner().invoke(app, [*command.split(), "--help"])
