@@ -462,7 +462,7 @@ def test_a_spoilt_file_of_a_run_is_named(data: str, tmp_path: Path) -> None:
         (threshold.FILE_NAME, lambda folder: threshold.read(folder, folder)),
         (manifest.FILE_NAME, manifest.read_manifest),
         (SETTINGS_FILE, open_run),
-        ("predictions.jsonl", read_predictions),
+        ("predictions.jsonl", lambda folder: read_predictions(folder, MISSION)),
     ):
         (tmp_path / name).write_bytes(data.encode("utf-8", "surrogatepass"))
         found = outcome(read, tmp_path, named=tmp_path)

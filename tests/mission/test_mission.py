@@ -410,7 +410,7 @@ def test_new_and_check_through_the_command_line(tmp_path: Path, run_orion: Calla
     assert "mine.toml exists" in again.stderr
     checked = run_orion("mission", "check", "mine.toml", cwd=tmp_path)
     assert checked.returncode == 0, checked.stderr
-    assert "next: orion run --mission mine.toml --dataset FOLDER" in checked.stderr
+    assert "next: orion dataset check FOLDER --mission mine.toml" in checked.stderr
     for said in ("FIRE", "scores of the categories: 2 requests per frame", "prompt in flight", 'category ::= "FIRE" |'):
         assert said in checked.stdout
     (tmp_path / "mine.toml").write_text("nam = 1\n", encoding="utf-8")

@@ -64,10 +64,10 @@ def check(
         typer.echo(json.dumps(shown, indent=2))
         return
     _print_mission(shown)
-    words = ["orion", "run", "--mission", str(path)]
-    messages().print(
-        f"next: {shlex.join(words if mission.places else [*words, '--dataset', 'FOLDER'])}", soft_wrap=True
-    )
+    words = ["orion", "dataset", "check", "FOLDER", "--mission", str(path)]
+    if mission.places:
+        words = ["orion", "run", "--mission", str(path)]
+    messages().print(f"next: {shlex.join(words)}", soft_wrap=True)
 
 
 def _print_mission(shown: dict[str, Any]) -> None:

@@ -113,7 +113,7 @@ def announcement(current: Any, planned: "list[Forecast]") -> Iterator[str]:
         total = in_words(sum(one.seconds for one in measured))
         yield f"about {total}{rest}, by the seconds that run {runs} took on this machine"
     else:
-        yield f"how long: not known yet, no run in {current.folder.parent} has measured this machine"
+        yield f"how long: not known yet, no run like this one in {current.folder.parent} was measured here"
     if len(measured) < len(to_do):
         if current.settings.base.model == TINY_BASE:
             low, high = (sum(seconds[end] for seconds in plan.TINY_SECONDS.values()) for end in (0, 1))

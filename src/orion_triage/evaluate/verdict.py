@@ -201,6 +201,8 @@ def several_answers(rows: Sequence[Prediction], largest: float, mission: Mission
     if share < max(largest, true + 0.05):
         return Criterion(name, measured, wanted, "pass", "", share)
     advice = "The model gives one answer to almost everything: train longer, or read its answers in the report."
+    if commonest is None:
+        advice = "Its answers are no verdicts: train longer, or on more frames."
     return Criterion(name, measured, wanted, "fail", advice, share)
 
 
@@ -286,6 +288,8 @@ def trusts_the_image(rates: Mapping[str, Any], significance: float) -> Criterion
         return Criterion(name, measured, wanted, "pass", "", share)
     if kept <= moved:
         advice = "The model follows the coordinates: train with more places, so that it cannot learn them by heart."
+        if not moved:
+            advice = "The model is right on no frame here: train longer, or on more frames."
         return Criterion(name, measured, wanted, "fail", advice, share)
     return Criterion(name, measured, wanted, "open", "Label more test frames.", share)
 

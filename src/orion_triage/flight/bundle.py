@@ -220,7 +220,8 @@ def _ask(
         seconds.append(round(took, 3))
     if not golden:
         raise OrionError(
-            "the pair gives no verdict for any test frame.", "Run 'orion evaluate' and read the invalid answers."
+            f"no answer of the pair to a test frame is a verdict: {run.evaluation('quantized') / 'predictions.jsonl'}.",
+            "Train longer (--set fine_tune.epochs=10), or on more frames: only the grammar would make verdicts.",
         )
     request = {
         "chat": client.chat(with_image(mission, "{prompt}"), "{image}"),

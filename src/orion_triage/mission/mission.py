@@ -426,7 +426,9 @@ def read_mission(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise OrionError(f"{path} does not exist.", "Write one with 'orion mission new FILE'.") from None
     except (ValueError, RecursionError) as error:
-        raise OrionError(f"{path} is not TOML: {error}.", "Correct the line.") from None
+        line = re.search(r"\(at line (\d+)", str(error))
+        where = f"{path}:{line[1]}" if line else str(path)
+        raise OrionError(f"{where} is not TOML: {error}.", "Correct the line: texts need quotes.") from None
 
 
 def load_mission(path: Path) -> Mission:
@@ -436,7 +438,7 @@ def load_mission(path: Path) -> Mission:
     if mission is None:
         text = read_text(path, LARGEST_JSON_BYTES)
         numbered = sorted(((line_of(text, place), sentence) for place, sentence in faults), key=lambda one: one[0])
-        lines = [f"{path}:{number}: {sentence}." for number, sentence in numbered]
+        lines = [f"{path}:{number}: {sentence}{'' if sentence.endswith('?') else '.'}" for number, sentence in numbered]
         count = f"{len(lines)} mistakes" if len(lines) > 1 else "a mistake"
         raise OrionError("\n".join([f"{path} has {count}:", *lines]), "Correct the file, then check it again.")
     if mission.places:
@@ -490,7 +492,16 @@ def _sentence(problem: Any, place: Place) -> str:
     if problem["type"] == "missing" or problem["input"] is None:
         return f"{key} is missing"
     said = problem["msg"].partition(", unable to parse")[0].removeprefix("Input ")
+    if problem["type"] == "string_pattern_mismatch":
+        said = _PATTERNS.get(f"{place[0]}.{inside}", said)
     return f"{key} {said[0].lower()}{said[1:]}, and this is {shown(problem['input'])}"
+
+
+_PATTERNS = {
+    "categories.name": "should have letters, digits, _ and -, at most 32 of them, and begin with a letter",
+    "categories.colour": "should be #rrggbb",
+    "fields.name": "should have a-z, 0-9 and _, at most 32 of them, and begin with a letter",
+}
 
 
 def _replace(tables: Any, place: Place) -> None:

@@ -32,7 +32,11 @@ _DOCUMENT = re.compile(r"(readme|licen[cs]e)(\.(txt|md|rst))?", re.IGNORECASE)  
 _SPREADSHEETS = (".xlsx", ".xls", ".ods", ".numbers")
 # Kind of a mistake in a row (catalogue.Problem) -> the finding's kind and the fix.
 _FIXES = {
-    "label": ("label", "Write one of {names}, in upper or lower case."),
+    "label": (
+        "label",
+        "Write one of {names}, in upper or lower case. If they are those of a mission of your own, name it: "
+        "--mission FILE.",
+    ),
     "swapped": (
         "swapped-position",
         "Exchange the two cells of these rows, or, if all rows are swapped, the two names in the header. Look at the "
