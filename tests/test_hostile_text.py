@@ -315,10 +315,10 @@ TABLE = 'file;Label;lon;lat;caption;x\np0.png;HIGH;1,5;2;"Long\nquays.";1\npictu
 )
 def test_a_table_of_pictures_is_read_or_each_mistake_is_named(own: Path, data: bytes) -> None:
     (own / "labels.csv").write_bytes(data)
-    contents = outcome(read_contents, own, named=own)
+    contents = outcome(read_contents, own, MISSION, named=own)
     assert contents.layout
     assert all(finding.place and finding.message and finding.fix for finding in contents.findings)
-    found = outcome(Directory, own, named=own)
+    found = outcome(Directory, own, MISSION, named=own)
     assert isinstance(found, OrionError) == bool(contents.errors)
 
 
@@ -334,7 +334,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", [way for way in WAYS_OUT if "C:" not in way])
 def test_a_table_of_pictures_stays_in_its_folder(name: str, tmp_path: Path) -> None:
     (tmp_path / "table.jsonl").write_text(json.dumps({"file_name": name, "category": "HIGH"}))
-    found = outcome(Directory, tmp_path, named=tmp_path)
+    found = outcome(Directory, tmp_path, MISSION, named=tmp_path)
     assert isinstance(found, OrionError)
     assert "table.jsonl line 1" in found.message
 
@@ -384,7 +384,7 @@ def check_settings(found: Any) -> None:
         ("[fine_tune]\nrank = 0x" + "f" * 5000, r"fine_tune\.rank: .*that cannot be printed"),
         ("[fine_tune]\nlearning_rate = inf", r"fine_tune\.learning_rate: input should be a finite number"),
         ("[fine_tune]\ndropout = nan", r"fine_tune\.dropout: input should be a finite number"),
-        ("[mission]\nprior = [nan, 0.5, 0.5]", r"mission\.prior\.0: input should be a finite number"),
+        ("[mission]\nprior = [nan, 0.5, 0.5]", r"mission\.categories\.0\.prior: input should be a finite number"),
         ("[fine_tune]\nrank = 1\nrank = 2", "is not TOML"),
         ('"\\u001b[2J" = 1', r"\\x1b\[2J: there is no such key"),
         ("base = 1", "base: "),

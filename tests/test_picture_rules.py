@@ -196,7 +196,7 @@ def test_a_stretch_covers_one_sample_type(tmp_path: Path, samples: str) -> None:
     other = "int16" if samples == "uint16" else "uint16"
     assert f"({samples}), but this run stretches {other} from" in refused(path, stretch=Stretch(0, 9, other))
     more = "" if samples == "uint16" else f" and dataset.stretch_samples={samples}"
-    assert f"dataset.stretch_high=HIGH{more}:" in refused(path)
+    assert f"dataset.stretch_high=WHITE{more}:" in refused(path)
 
 
 def test_8_bits_are_refused_where_a_run_stretches(tmp_path: Path) -> None:

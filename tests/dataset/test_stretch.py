@@ -92,7 +92,7 @@ def test_without_a_stretch_the_build_names_file_depth_and_setting(own: Path, tmp
     done = orion("dataset", "--run", tmp_path / "run", "--dataset", own, cwd=tmp_path)
     assert done.returncode == 1
     said = " ".join(done.stderr.split())
-    for part in (".png has 16 bits per channel (uint16)", "--set dataset.stretch_low=LOW", "dataset.stretch_high"):
+    for part in (".png has 16 bits per channel (uint16)", "--set dataset.stretch_low=BLACK", "dataset.stretch_high"):
         assert part in said, said
     assert not (tmp_path / "run" / "dataset").exists()
 
