@@ -405,7 +405,7 @@ def test_a_template_that_waits_for_its_prompt_is_an_error_too(small_base: Path, 
     base = copied(small_base, tmp_path / "base")
     (base / "chat_template.jinja").write_text("{{ 1 / (messages[0]['content'][1]['text'] | length - 9) }}")
     processor = load_processor(base, 256)
-    found = outcome(render_turn, processor, "12345678")
+    found = outcome(render_turn, processor, "<image>\n12345678")
     assert isinstance(found, OrionError)
     assert "ZeroDivisionError" in found.message
 
