@@ -171,7 +171,7 @@ def test_f16_gives_the_probabilities_of_transformers(
         with pytest.raises(OrionError, match=r"llama\.cpp reads"):
             large = read_frame(image_path(small_dataset, records[0]), 512)
             processor = load_processor(TINY_BASE_FOLDER, 512)
-            parity.largest_difference(model, processor, _Shrinking(running.client), large, "x")
+            parity.largest_difference(model, processor, _Shrinking(running.client), large, "<image>\nx")
 
 
 class _Shrinking:

@@ -211,7 +211,7 @@ def test_more_frames_take_longer_and_show_more() -> None:
     small, large = plan_of(frames=120), plan_of(frames=2400)
     assert all(after > before for before, after in zip(small.seconds, large.seconds, strict=True))
     assert small.claims[1] == "too few for FLY: 360 frames in all are needed"
-    assert "44 HIGH and MEDIUM test frames, 0 of them lost: the loss is at most 8.0 %" in plan_of().claims[1]
+    assert "44 test frames to be sent or stored, 0 of them lost: the loss is at most 8.0 %" in plan_of().claims[1]
     squared = 1.959964**2  # of Wilson's interval without a success: z^2 / (n + z^2)
     assert f"at most {100 * squared / (266 + squared):.1f} %" in large.claims[1]
 
