@@ -172,7 +172,7 @@ def test_what_a_split_cannot_say_about_a_prior_is_undefined() -> None:
     known = at_prior(truth, guess, with_prior(0.5, 0, 0.5))
     assert known["sent"] == 0.25
     assert known["precision"] == pytest.approx({"HIGH": 1, "MEDIUM": None, "LOW": 0.5 / 0.75})
-    with pytest.raises(ValidationError, match="the priors sum to 0.9; write shares that sum to 1"):
+    with pytest.raises(ValidationError, match=r"the priors sum to 0\.9; write shares that sum to 1"):
         with_prior(0.5, 0, 0.4)
     with pytest.raises(ValidationError, match="greater than or equal to 0"):
         with_prior(1.5, 0, -0.5)
