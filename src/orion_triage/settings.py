@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import Field, NonNegativeFloat, PositiveFloat, ValidationError, model_validator
 
 from orion_triage.errors import OrionError
-from orion_triage.mission.mission import Mission, Strict, default_mission, load_mission
+from orion_triage.mission.load import load_mission
+from orion_triage.mission.mission import Mission, Strict, default_mission
 from orion_triage.safe.reading import LARGEST_JSON_BYTES, read_text, shown
 
 # Limits: larger values cannot be computed, and numbers can have more digits than Python prints.

@@ -35,7 +35,8 @@ from orion_triage.mission.answer import Answer
 from orion_triage.mission.contract import differences, mission_of, write_mission
 from orion_triage.mission.decide import Rules
 from orion_triage.mission.fields import gbnf, value_fault, value_of
-from orion_triage.mission.mission import FieldOfAnswer, Mission, checked, default_mission, load_mission
+from orion_triage.mission.load import checked, load_mission
+from orion_triage.mission.mission import FieldOfAnswer, Mission, default_mission
 from orion_triage.mission.preview import preview
 from orion_triage.mission.prompt import Coordinates, parse_prompt, render_prompt
 from orion_triage.mission.verdict import (

@@ -24,7 +24,8 @@ from orion_triage.evaluate.value import downlink, headline
 from orion_triage.llama_cpp.client import Client
 from orion_triage.mission.contract import contract_sha256, differences, mission_of, require_mission, write_mission
 from orion_triage.mission.decide import Rules, decide, in_words
-from orion_triage.mission.mission import Mission, default_mission, load_mission
+from orion_triage.mission.load import load_mission
+from orion_triage.mission.mission import Mission, default_mission
 from orion_triage.mission.preview import preview
 from orion_triage.mission.prompt import Coordinates, parse_prompt, render_prompt, user_text
 from orion_triage.mission.verdict import (

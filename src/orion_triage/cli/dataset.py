@@ -130,7 +130,7 @@ def check(
 
 
 def _mission(path: Path | None) -> Any:
-    from orion_triage.mission.mission import load_mission
+    from orion_triage.mission.load import load_mission
 
     return load_mission(path) if path else None
 

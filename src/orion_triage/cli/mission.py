@@ -53,7 +53,7 @@ def check(
     the prompt and the grammar, with the tokens of the preset's base model.
     Exits with status 1 if there are mistakes.
     """
-    from orion_triage.mission.mission import load_mission
+    from orion_triage.mission.load import load_mission
     from orion_triage.mission.preview import preview
     from orion_triage.models.load import resolve_base, tokenizer_of
     from orion_triage.settings import load_settings

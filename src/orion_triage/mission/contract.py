@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from orion_triage.errors import OrionError
-from orion_triage.mission.mission import Mission, checked, default_mission
+from orion_triage.mission.load import checked
+from orion_triage.mission.mission import Mission, default_mission
 from orion_triage.mission.prompt import Coordinates, render_prompt, with_image
 from orion_triage.mission.verdict import grammar
 from orion_triage.safe.files import sha256_of_text, write_text

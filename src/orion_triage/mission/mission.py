@@ -4,14 +4,12 @@ A mission has two to eight categories. `orion.toml` is the published mission and
 """
 
 import difflib
-import json
 import math
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
 from importlib import resources
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
@@ -21,13 +19,11 @@ from pydantic import (
     NonNegativeFloat,
     SerializerFunctionWrapHandler,
     StringConstraints,
-    ValidationError,
     model_serializer,
     model_validator,
 )
 
-from orion_triage.errors import OrionError
-from orion_triage.safe.reading import LARGEST_JSON_BYTES, read_object, read_text, shown
+from orion_triage.safe.reading import shown
 
 Action = Literal["send", "store", "drop"]
 ACTIONS: tuple[Action, ...] = get_args(Action)
@@ -46,10 +42,9 @@ Text = Annotated[str, StringConstraints(min_length=1, max_length=4000)]
 
 Place = tuple[str | int, ...]  # of a key in a file: ("categories", 1, "name")
 Fault = tuple[Place, str]  # and what is wrong there
-_MOST_FAULTS = 100
 
 
-class _MistakesError(ValueError):
+class MistakesError(ValueError):
     """Mistakes that no single key shows."""
 
     def __init__(self, faults: list[Fault]) -> None:
@@ -83,7 +78,7 @@ class Category(Strict):
 
 FieldKind = Literal["yes/no", "choice", "whole number", "short text"]
 # Key of a field in the mission file -> the kind that has it.
-_OF_KIND: dict[str, FieldKind] = {
+KIND_OF_KEY: dict[str, FieldKind] = {
     "choices": "choice", "from": "whole number", "to": "whole number", "longest": "short text",
 }  # fmt: skip
 MOST_FIELDS, MOST_CHOICES, LONGEST_CHOICE, LARGEST_NUMBER = 8, 16, 32, 1_000_000
@@ -116,7 +111,7 @@ class FieldOfAnswer(Strict):
     def _as_in_files(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """The keys of the mission file: of the field's kind, and without those of other kinds."""
         found = {key.rstrip("_"): value for key, value in dump(self).items()}
-        return {key: value for key, value in found.items() if _OF_KIND.get(key, self.kind) == self.kind}
+        return {key: value for key, value in found.items() if KIND_OF_KEY.get(key, self.kind) == self.kind}
 
 
 class Mission(Strict):
@@ -169,7 +164,7 @@ class Mission(Strict):
     @model_validator(mode="after")
     def _complete(self) -> Self:
         if faults := mistakes(self):
-            raise _MistakesError(faults)
+            raise MistakesError(faults)
         derived = {
             "keys": self.keys or ("reason", *(field.name for field in self.fields), "category"),
             "blank": self.blank or next((c.name for c in self.categories if c.action == "drop"), ""),
@@ -295,7 +290,7 @@ def mistakes(mission: Mission) -> list[Fault]:
         return found
     for key, name in (("blank", mission.blank), ("unparsable", mission.unparsable)):
         if name and name not in names:
-            found.append(((key,), f"{key} is {shown(name)}, which is no category{_near(name, names)}"))
+            found.append(((key,), f"{key} is {shown(name)}, which is no category{nearest(name, names)}"))
     if mission.costs and len(mission.costs) != len(names):
         found.append(
             (("costs",), f"costs has {len(mission.costs)} rows; write one for each of {len(names)} categories")
@@ -318,7 +313,7 @@ def _mistakes_of(category: Category, index: int, mission: Mission) -> list[tuple
     if twin := next((o for o in others[:index] if o.casefold() == category.name.casefold()), None):
         found.append(("name", f"the category {category.name} is there twice (as {twin}); give them different names"))
     if category.conflict and category.conflict not in others:
-        near = _near(category.conflict, others)
+        near = nearest(category.conflict, others)
         found.append(("conflict", f"conflict of {category.name} is {category.conflict!r}, no other category{near}"))
     for key, text in (("definition", category.definition), ("reason", category.reason)):
         if fault := _fault_of_line(text):
@@ -355,7 +350,7 @@ def _mistakes_of_fields(mission: Mission) -> list[Fault]:
     wanted = ["reason", *names, "category"]
     for key in dict.fromkeys(mission.keys):
         if key not in wanted:
-            found.append((("keys",), f"keys has {shown(key)}, which is no key of the answer{_near(key, wanted)}"))
+            found.append((("keys",), f"keys has {shown(key)}, which is no key of the answer{nearest(key, wanted)}"))
         elif mission.keys.count(key) > 1:
             found.append((("keys",), f"keys has {key} twice; write each key once"))
     if mission.keys and (missing := [name for name in wanted if name not in mission.keys]):
@@ -377,11 +372,11 @@ def _mistakes_of_kind(field: FieldOfAnswer) -> list[tuple[str, str]]:
     found = [
         (key, f"{key} is not for the field {field.name}, a {field.kind}; remove it")
         for key, value in given.items()
-        if value is not None and _OF_KIND[key] != field.kind
+        if value is not None and KIND_OF_KEY[key] != field.kind
     ]
     found += [
         (key, f"{key} of {field.name} is missing: a {field.kind} needs it")
-        for key, kind in _OF_KIND.items()
+        for key, kind in KIND_OF_KEY.items()
         if kind == field.kind and given[key] is None and key != "choices"
     ]
     if field.kind == "choice" and not 2 <= len(field.choices) <= MOST_CHOICES:
@@ -404,7 +399,7 @@ def _mistakes_of_kind(field: FieldOfAnswer) -> list[tuple[str, str]]:
     return found
 
 
-def _near(word: str, known: Sequence[str]) -> str:
+def nearest(word: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(word.casefold(), [k.casefold() for k in known], 1)
     original = next((k for k in known if close and k.casefold() == close[0]), None)
     return f"; did you mean {original}?" if original else f" (there are {', '.join(known)})"
@@ -415,133 +410,3 @@ def default_mission() -> Mission:
     """The published mission."""
     text = (resources.files("orion_triage.mission") / "orion.toml").read_text(encoding="utf-8")
     return Mission.model_validate(tomllib.loads(text))
-
-
-def read_mission(path: Path) -> dict[str, Any]:
-    """The tables of a mission file, not validated; raises OrionError if it is missing or not TOML."""
-    try:
-        if path.suffix == ".json":  # as products carry it
-            return read_object(path)
-        return tomllib.loads(read_text(path, LARGEST_JSON_BYTES))
-    except FileNotFoundError:
-        raise OrionError(f"{path} does not exist.", "Write one with 'orion mission new FILE'.") from None
-    except (ValueError, RecursionError) as error:
-        line = re.search(r"\(at line (\d+)", str(error))
-        where = f"{path}:{line[1]}" if line else str(path)
-        raise OrionError(f"{where} is not TOML: {error}.", "Correct the line: texts need quotes.") from None
-
-
-def load_mission(path: Path) -> Mission:
-    """The mission in a file; raises OrionError that lists every mistake with its line."""
-    given = read_mission(path)
-    mission, faults = checked(given)
-    if mission is None:
-        text = read_text(path, LARGEST_JSON_BYTES)
-        numbered = sorted(((line_of(text, place), sentence) for place, sentence in faults), key=lambda one: one[0])
-        lines = [f"{path}:{number}: {sentence}{'' if sentence.endswith('?') else '.'}" for number, sentence in numbered]
-        count = f"{len(lines)} mistakes" if len(lines) > 1 else "a mistake"
-        raise OrionError("\n".join([f"{path} has {count}:", *lines]), "Correct the file, then check it again.")
-    if mission.places:
-        mission = mission.model_copy(update={"places": str((path.parent / mission.places).resolve())})
-    return mission
-
-
-# What stands for a value that is wrong, so that the rest can be checked too.
-_STAND_INS: dict[str, Any] = {
-    "name": "other", "prompt": "{coordinates}{categories}", "coordinates": "{longitude}{latitude}",
-    "definition": "-", "action": "store", "kind": "yes/no",
-    "fields": [{"name": "other", "kind": "yes/no", "definition": "-"}],
-}  # fmt: skip
-
-
-def checked(given: Mapping[str, Any]) -> tuple[Mission | None, list[Fault]]:
-    """The mission of a file's tables, or None with every mistake in them, in the order of the file's keys."""
-    given = {"prompt": None, **given}  # a file is whole: nothing comes from the default mission
-    try:
-        return Mission.model_validate(given), []
-    except ValidationError as error:
-        problems = error.errors()
-    found = [fault for problem in problems for fault in _faults(problem)]
-    wrong = [place for place, _ in found]  # a stand-in there may be a mistake of another kind
-    tables = json.loads(json.dumps(given, default=str))
-    for problem in problems:
-        _replace(tables, tuple(problem["loc"]))
-    try:  # the mistakes that only show when all keys have a value of the right type
-        Mission.model_validate(tables)
-    except ValidationError as error:
-        found += [fault for problem in error.errors() for fault in _faults(problem) if fault[0] not in wrong]
-    return None, found[:_MOST_FAULTS]
-
-
-def _faults(problem: Any) -> list[Fault]:
-    place = tuple(problem["loc"])
-    if problem["type"] != "value_error":
-        return [(place, _sentence(problem, place))]
-    error = problem["ctx"]["error"]
-    return error.faults if isinstance(error, _MistakesError) else [(place, str(error))]
-
-
-def _sentence(problem: Any, place: Place) -> str:
-    key = ".".join(str(part + 1 if isinstance(part, int) else part) for part in place)
-    inside = next((part for part in reversed(place) if isinstance(part, str)), "")
-    if problem["type"] == "extra_forbidden":
-        models: dict[str | int, type[BaseModel]] = {"categories": Category, "fields": FieldOfAnswer}
-        model = models.get(place[0], Mission) if len(place) > 1 else Mission
-        known = [field.alias or key for key, field in model.model_fields.items()]
-        return f"there is no key {inside}{_near(inside, known)}"
-    if problem["type"] == "missing" or problem["input"] is None:
-        return f"{key} is missing"
-    said = problem["msg"].partition(", unable to parse")[0].removeprefix("Input ")
-    if problem["type"] == "string_pattern_mismatch":
-        said = _PATTERNS.get(f"{place[0]}.{inside}", said)
-    return f"{key} {said[0].lower()}{said[1:]}, and this is {shown(problem['input'])}"
-
-
-_PATTERNS = {
-    "categories.name": "should have letters, digits, _ and -, at most 32 of them, and begin with a letter",
-    "categories.colour": "should be #rrggbb",
-    "fields.name": "should have a-z, 0-9 and _, at most 32 of them, and begin with a letter",
-}
-
-
-def _replace(tables: Any, place: Place) -> None:
-    """Put a value that is right in the place of a wrong one, or remove it where it can be left out."""
-    within, last = tables, ""
-    for part in place:
-        last = part if isinstance(part, str) else last
-        inner = within.get(part) if isinstance(within, dict) else None
-        if isinstance(within, list) and isinstance(part, int) and part < len(within):
-            inner = within[part]
-        if not isinstance(inner, dict | list) or part == place[-1] or last in ("keys", "costs", "choices"):
-            break
-        within = inner
-    if place[:1] == ("fields",) and last == "name":
-        tables.pop("keys", None)  # they name the field
-    if isinstance(within, dict):
-        if last == "kind":
-            for key in _OF_KIND:
-                within.pop(key, None)
-        stand_in = _STAND_INS.get(last)
-        if stand_in is None:
-            within.pop(last, None)
-        else:
-            within[last] = f"{stand_in}{place[1]}" if last == "name" and len(place) > 1 else stand_in
-
-
-def line_of(text: str, place: Place) -> int:
-    """The line of a key in a TOML file: of the key, or of its table's header where it is missing; else the first."""
-    lines, start = text.splitlines(), 0
-    if len(place) > 1 and isinstance(place[1], int):
-        headers = [n for n, line in enumerate(lines) if re.match(rf"\s*\[\[\s*{place[0]}\s*\]\]", line)]
-        start = headers[place[1]] if place[1] < len(headers) else 0
-    key = next((part for part in reversed(place) if isinstance(part, str)), "")
-    for number in range(start, len(lines)):
-        if (
-            number > start
-            and re.match(r"\s*\[", lines[number])
-            and not re.match(r"\s*\[[\s\d.,]*(#.*)?$", lines[number])
-        ):
-            break
-        if re.match(rf"""\s*["']?{re.escape(key)}["']?\s*=""", lines[number]):
-            return number + 1
-    return start + 1
