@@ -242,6 +242,11 @@ def load_settings(
         ) from None
 
 
+def has_section(preset: str, section: str) -> bool:
+    """Whether a preset sets anything in this section."""
+    return section in _read_preset(preset)[0]
+
+
 def _describe(problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         return "there is no such key"

@@ -484,3 +484,15 @@ def test_another_mission_repeats_the_stages_and_another_value_does_not() -> None
     assert DATASET.settings_of(valued) == DATASET.settings_of(settings)
     assert DATASET.settings_of(other)["mission"]["name"] == "waterfront"
     assert other.mission.places == str(WATERFRONT.parent / "waterfront.csv")
+
+
+def test_a_new_run_of_a_dataset_that_carries_a_mission_is_of_it(
+    tmp_path: Path, small_dataset: Path, run_orion: Callable[..., Any]
+) -> None:
+    """As on a training server, which gets the dataset and not the mission's file."""
+    write_mission(tmp_path, mission("A", "B"))
+    (tmp_path / "train_dataset.jsonl").write_text("{}\n")
+    refused = run_orion("dataset", "--dataset", ".", "--run", "run", cwd=tmp_path)
+    assert "mission: test, as mission.json says" in refused.stderr
+    published = run_orion("dataset", "--dataset", str(small_dataset), "--run", "other", cwd=tmp_path)
+    assert (published.returncode, "mission:" in published.stderr) == (0, False)

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -148,8 +149,9 @@ def run_of(
     **sources: str,
 ) -> Any:
     """The run that a command changes. Its settings come from the preset and are saved in its folder."""
+    from orion_triage.mission.contract import differences
     from orion_triage.runs.run import Run, prepare, with_its_dataset, with_its_judging
-    from orion_triage.settings import load_settings
+    from orion_triage.settings import has_section, load_settings
 
     if source and dataset:
         raise typer.BadParameter("cannot be combined with --dataset. Remove one of them.", param_hint="'--source'")
@@ -160,12 +162,31 @@ def run_of(
     run = Run(folder or default_folder(settings), settings, split, **sources)
     if not named and not any(assignment.startswith("dataset.") for assignment in assignments):
         run = with_its_dataset(run)
-    if not preset.endswith(".toml"):  # a file of the user's own says it each time
-        changed = [assignment.partition("=")[0].strip() for assignment in assignments]
-        run = with_its_judging(run, [*changed, *(["mission"] if mission else [])])
+    changed = [assignment.partition("=")[0].strip() for assignment in assignments]
+    changed += ["mission"] if mission or has_section(preset, "mission") else []
+    own = preset.endswith(".toml")
+    kept = with_its_judging(run, [*changed, *(["verdict"] if own else [])])
+    # A file of the user's own says its limits and values each time; the mission that a run was made for stays.
+    run = run if own and not differences(kept.settings.mission, settings.mission) else kept
+    if "mission" not in changed:
+        run = _with_mission_of_dataset(run)
     if run.folder.exists():  # a command that is refused leaves no new folder
         prepare(run)
     return run
+
+
+def _with_mission_of_dataset(run: Any) -> Any:
+    """A new run of a dataset that carries a mission is of that mission, and says so."""
+    from orion_triage.mission.contract import FILE_NAME, mission_of
+    from orion_triage.runs.run import SETTINGS_FILE
+
+    folder = Path(run.settings.dataset.folder)
+    begun = (run.folder / SETTINGS_FILE).exists()
+    if begun or not run.settings.dataset.folder or not (folder / FILE_NAME).is_file():
+        return run
+    found = mission_of(folder)
+    messages().print(f"mission: {found.name}, as {folder / FILE_NAME} says", soft_wrap=True)
+    return replace(run, settings=run.settings.model_copy(update={"mission": found}))
 
 
 def default_folder(settings: Any) -> Path:
