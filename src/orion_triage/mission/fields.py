@@ -8,13 +8,12 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from orion_triage.mission.mission import FieldOfAnswer, Mission, listed
+from orion_triage.mission.mission import PLAIN, FieldOfAnswer, Mission, listed
 from orion_triage.safe.reading import shown
 
 Value = str | int
 Fields = tuple[tuple[str, Value], ...]  # names and values, in the mission's order
 _YES_NO = ("yes", "no")
-PLAIN = r"[ !#-\[\]-~]"  # one character of a text: printable ASCII without quote and backslash; GBNF and Python
 
 
 def words_of(field: FieldOfAnswer) -> tuple[str, ...]:

@@ -34,7 +34,7 @@ COORDINATES, CATEGORIES, LONGITUDE, LATITUDE = "{coordinates}", "{categories}", 
 FIELDS = "{fields}"
 # The tokenizer reads these as the end of a turn, an image or a thought, not as text.
 CONTROL = re.compile(r"<\|[^<>|]*\|>|<image>|</?think>")
-_PLAIN = re.compile(r"[ !#-\[\]-~]+")  # what the grammar allows in texts: printable ASCII without quote and backslash
+PLAIN = r"[ !#-\[\]-~]"  # one character of a text: printable ASCII without quote and backslash; GBNF and Python
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,31}$")]
 Text = Annotated[str, StringConstraints(min_length=1, max_length=4000)]
@@ -387,7 +387,7 @@ def _mistakes_of_kind(field: FieldOfAnswer) -> list[tuple[str, str]]:
     for index, choice in enumerate(field.choices):
         if not choice or len(choice) > LONGEST_CHOICE or choice != choice.strip():
             text = f"is empty, longer than {LONGEST_CHOICE} characters, or has blanks around it"
-        elif not _PLAIN.fullmatch(choice):
+        elif not re.fullmatch(f"{PLAIN}+", choice):
             text = "has a quote, a backslash, or a character that is not printable ASCII"
         elif control := CONTROL.search(choice):
             text = f"contains the control token {control[0]}"

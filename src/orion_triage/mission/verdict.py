@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from orion_triage.errors import OrionError
-from orion_triage.mission.fields import PLAIN, Fields, examples, gbnf, longest_values, schema, value_fault
-from orion_triage.mission.mission import CONTROL, Mission, listed
+from orion_triage.mission.fields import Fields, examples, gbnf, longest_values, schema, value_fault
+from orion_triage.mission.mission import CONTROL, PLAIN, Mission, listed
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def category_alone(mission: Mission, category: str) -> str:
 
 def require_category_alone(mission: Mission) -> None:
     """Raise OrionError if the category alone is not an answer: if a field must have a value."""
-    if names := [field.name for field in mission.fields if field.kind != "short text"]:
+    if names := _needing_a_value(mission):
         raise OrionError(
             f"the mission {mission.name} cannot be asked for the category alone (verdict-only): its answers need "
             f"a value of {listed(names)}.",
@@ -58,7 +58,12 @@ def require_category_alone(mission: Mission) -> None:
 
 
 def can_be_category_alone(mission: Mission) -> bool:
-    return all(field.kind == "short text" for field in mission.fields)
+    return not _needing_a_value(mission)
+
+
+def _needing_a_value(mission: Mission) -> list[str]:
+    """The fields that cannot be empty."""
+    return [field.name for field in mission.fields if field.kind != "short text"]
 
 
 def _around(mission: Mission, text: str) -> tuple[str, str]:
@@ -113,14 +118,9 @@ def label_tree(mission: Mission, tokenize: Callable[[str], list[int]]) -> tuple[
         waiting += [(tuple(names), depth + 1) for names in following.values() if len(names) > 1]
         if len(following) > 1:
             name = mission.names[group[0]]
-            text = next(
-                (
-                    name[:n]
-                    for n in range(len(name) + 1)
-                    if tokenize(before + name[:n]) == [*start, *paths[group[0]][:depth]]
-                ),
-                None,
-            )
+            common = [*start, *paths[group[0]][:depth]]
+            beginnings = (name[:count] for count in range(len(name) + 1))
+            text = next((begun for begun in beginnings if tokenize(before + begun) == common), None)
             if text is None:
                 raise OrionError(
                     f"the categories {' and '.join(mission.names[index] for index in group[:2])} begin with the same "
