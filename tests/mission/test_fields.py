@@ -59,6 +59,7 @@ from orion_triage.report import write as report
 from orion_triage.runs.run import Run, prepare
 from orion_triage.settings import load_settings
 from tests.conftest import orion, places_of, structured_picture
+from tests.mission.conftest import assert_named
 
 EXAMPLE = Path(__file__).parents[2] / "src/orion_triage/mission/example.toml"
 PLACE = Coordinates(-120.62, 34.0)
@@ -522,16 +523,9 @@ MISTAKES = [
 def test_a_mistake_is_named_with_its_line(
     tables: list[dict[str, Any]], changes: dict[str, Any], line: str, said: str, tmp_path: Path
 ) -> None:
-    text = written(*tables, **changes)
-    path = tmp_path / "mission.toml"
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(OrionError) as caught:
-        load_mission(path)
-    (found,) = [one for one in caught.value.message.splitlines() if said in one]
-    number = int(found.removeprefix(f"{path}:").partition(":")[0])
-    assert text.splitlines()[number - 1].lstrip().startswith(line)
+    message = assert_named(said, line, written(*tables, **changes), tmp_path)
     expected = 2 if "smok'" in said else 1
-    assert len(caught.value.message.splitlines()) == 1 + expected, caught.value.message
+    assert len(message) == 1 + expected, message
 
 
 def test_the_prompt_needs_the_placeholder_once() -> None:

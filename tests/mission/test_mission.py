@@ -43,6 +43,7 @@ from orion_triage.models.load import TINY_BASE_FOLDER, tokenizer_of
 from orion_triage.pipeline import DATASET, FINE_TUNE, FUSE, run_stage
 from orion_triage.runs.run import Run
 from orion_triage.settings import load_settings
+from tests.mission.conftest import assert_named
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "src/orion_triage/mission/example.toml"
@@ -348,14 +349,7 @@ def test_a_mistake_is_named_with_its_line_and_the_fix(
     change: tuple[str, str], line: str, said: str, tmp_path: Path
 ) -> None:
     assert change[0] in GOOD
-    text = GOOD.replace(*change, 1)
-    path = tmp_path / "mission.toml"
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(OrionError) as caught:
-        load_mission(path)
-    (found,) = [one for one in caught.value.message.splitlines() if said in one]
-    number = int(found.removeprefix(f"{path}:").partition(":")[0])
-    assert text.splitlines()[number - 1].lstrip().startswith(line)
+    assert_named(said, line, GOOD.replace(*change, 1), tmp_path)
 
 
 def test_every_mistake_is_said_at_once(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from orion_triage.mission.answer import Answer
 from orion_triage.mission.mission import Mission
 from orion_triage.mission.verdict import (
     CATEGORY_CUE,
+    after_cue,
     answer_start,
     answer_tokens,
     category_alone,
@@ -93,9 +94,13 @@ class TransformersBackend:
             encode_row(self._processor, self._seen[id(image)][1], user_text)
             for image, user_text in zip(images, user_texts, strict=True)
         ]
-        after_cue = [(node.text, node.tokens) for node in self._labels]
         answers = generate_and_score(
-            self._model, self._processor, rows, self._max_new_tokens, cue=CATEGORY_CUE, after_cue=after_cue
+            self._model,
+            self._processor,
+            rows,
+            self._max_new_tokens,
+            cue=CATEGORY_CUE,
+            after_cue=after_cue(self._labels),
         )
         return [Answer.scored(text, scores_of(self._mission, self._labels, found)) for text, found in answers]
 
@@ -144,7 +149,7 @@ class LlamaCppBackend:
                 self._packed[1],
                 self._max_new_tokens,
                 cue=CATEGORY_CUE,
-                after_cue=[(node.text, node.tokens) for node in self._labels],
+                after_cue=after_cue(self._labels),
                 grammars=self._grammars,
                 options=self._options,
                 primed=self._primed,

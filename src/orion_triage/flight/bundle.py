@@ -29,6 +29,7 @@ from orion_triage.mission.mission import Mission
 from orion_triage.mission.prompt import render_prompt, user_text, with_image
 from orion_triage.mission.verdict import (
     CATEGORY_CUE,
+    after_cue,
     answer_tokens,
     category_grammar,
     grammar,
@@ -180,7 +181,6 @@ def _ask(
     client.require_grammar()
     text, labels, most = user_text(mission, None), label_tree(mission, client.tokenize), answer_tokens(mission)
     grammars = (grammar(mission), category_grammar(mission))
-    after_cue = [(node.text, node.tokens) for node in labels]
     golden: list[dict[str, Any]] = []
     seconds: list[float] = []
     for row in rows:
@@ -198,7 +198,7 @@ def _ask(
         png = Frame(image, image.size).png()
         began = time.monotonic()
         answer, found = client.complete_and_score(
-            text, png, most, cue=CATEGORY_CUE, after_cue=after_cue, grammars=grammars
+            text, png, most, cue=CATEGORY_CUE, after_cue=after_cue(labels), grammars=grammars
         )
         took, verdict = time.monotonic() - began, parse_verdict(mission, answer)
         if found is None or verdict is None or verdict.category != row["category"]:

@@ -131,6 +131,11 @@ def label_tree(mission: Mission, tokenize: Callable[[str], list[int]]) -> tuple[
     return tuple(nodes)
 
 
+def after_cue(nodes: Sequence[LabelNode]) -> list[tuple[str, tuple[int, ...]]]:
+    """What a client asks at these places: the text after the cue, and the tokens that may come next."""
+    return [(node.text, node.tokens) for node in nodes]
+
+
 def label_scores(mission: Mission, nodes: Sequence[LabelNode], found: Sequence[Sequence[float]]) -> list[float]:
     """The log-probability of each category, from those of the `tokens` of each node."""
     scores = [0.0] * len(mission.names)
