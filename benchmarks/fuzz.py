@@ -172,7 +172,7 @@ def llama_server() -> Target:
 
     from orion_triage.evaluate.backends import LlamaCppBackend
     from orion_triage.llama_cpp.client import Client
-    from orion_triage.mission.verdict import LabelNode
+    from orion_triage.mission.scoring import FieldCue, LabelNode, Scoring
     from orion_triage.models import lfm2_vl
     from orion_triage.safe.bounded_http import BoundedHttp
 
@@ -184,6 +184,7 @@ def llama_server() -> Target:
 
     answer, picture = Answer(), Image.new("RGB", (32, 32))
     labels = (LabelNode("", (1, 2, 3), ((0,), (1,), (2,))),)
+    scoring = Scoring(MISSION, labels, (FieldCue("smoke", '"smoke": "', (1, 2)),))
     client = Client("http://127.0.0.1:1", turn=lfm2_vl.TURN)
     client._http = BoundedHttp(client.base_url, base_url=client.base_url, transport=answer)
 
@@ -194,8 +195,8 @@ def llama_server() -> Target:
             with contextlib.suppress(_orion_error()):
                 ask()
         backend = LlamaCppBackend.__new__(LlamaCppBackend)  # its labels are asked for first, and would end it here
-        state = {"_primed": True, "_packed": None, "_grammars": ("", ""), "_options": {}, "_max_new_tokens": 9}
-        backend.__dict__.update(state, _client=client, _mission=MISSION, _labels=labels)
+        state = {"_primed": True, "_packed": None, "_grammars": {}, "_options": {}, "_max_new_tokens": 9}
+        backend.__dict__.update(state, _client=client, _scoring=scoring)
         return backend.answer([picture], ["<image>\nx"])
 
     return target

@@ -40,6 +40,7 @@ from orion_triage.mission.verdict import (
     answer_tokens,
     category_grammar,
     grammar,
+    grammars,
     parse_verdict,
 )
 from orion_triage.models import lfm2_vl
@@ -842,9 +843,9 @@ def test_the_checker_asks_with_the_bytes_of_the_flight(stubbed: Path) -> None:
             answer_tokens(MISSION),
             cue=CATEGORY_CUE,
             after_cue=[("", list(LABELS.values()))],
-            grammars=(grammar(MISSION), category_grammar(MISSION)),
+            grammars=grammars(MISSION),
         )
         asked = check_flight.Questions(check_flight.Connection(url, ""), stubbed, record, "<__media_x__>").ask(image)
-    assert flown == (asked[0], [list(asked[1].values())])
+    assert flown == (asked[0], [list(asked[1].values())], {})
     assert len(seen) == 4
     assert seen[:2] == seen[2:]

@@ -504,7 +504,10 @@ REPLY = {
     "media_marker": "<__media__>",
     "data": [{"id": "model"}],
     "choices": [{"message": {"content": "x"}}],
-    "completion_probabilities": [{"top_logprobs": [{"id": 1, "logprob": -0.2}, {"id": 2, "logprob": -3.5}]}],
+    "completion_probabilities": [
+        {"bytes": list(b"ab"), "top_logprobs": [{"id": 1, "logprob": -0.2}, {"id": 2, "logprob": -3.5}]},
+        {"bytes": list(b"c"), "top_logprobs": [{"id": 1, "logprob": -0.3}, {"id": 2, "logprob": -2.5}]},
+    ],
 }
 
 
@@ -552,13 +555,14 @@ def test_a_reply_is_an_answer_or_no_answer(client: Client, body: bytes) -> None:
     for ask in (client.served_models, lambda: client.tokenize("x"), lambda: client.chat_completion("x", [], 1)):
         found = outcome(ask)
         assert isinstance(found, (str, list, ServerError, AnswerError))
-    asked: dict[str, Any] = {"cue": '"category": "', "after_cue": [("", [1, 2, 3])], "grammars": ("a", "b")}
-    found = outcome(client.complete_and_score, "<image>\nx", b"", 9, **asked, primed=True)
+    asked: dict[str, Any] = {"cue": '"category": "', "after_cue": [("", [1, 2, 3])], "grammars": {"": "a"}}
+    found = outcome(client.complete_and_score, "<image>\nx", b"", 9, **asked, further={"ab": [1, 2]}, primed=True)
     if isinstance(found, OrionError):
         assert isinstance(found, (ServerError, AnswerError))
         return
-    text, log_probabilities = found
+    text, log_probabilities, further = found
     text.encode()
+    assert all(value <= 0.001 for value in further.get("ab", []))
     assert log_probabilities is None or all(value <= 0.001 for value in log_probabilities[0])
 
 

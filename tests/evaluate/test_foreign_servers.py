@@ -20,7 +20,7 @@ from orion_triage.evaluate.servers import connect, share, split_address
 from orion_triage.llama_cpp.server import Server
 from orion_triage.llama_cpp.toolchain import Toolchain
 from orion_triage.mission.answer import Answer
-from orion_triage.mission.verdict import label_tree
+from orion_triage.mission.scoring import label_tree
 from orion_triage.runs.manifest import FILE_NAME, read_manifest
 from orion_triage.runs.run import Run
 from orion_triage.settings import Settings

@@ -14,7 +14,8 @@ from orion_triage.imagery.frames import Frame
 from orion_triage.llama_cpp.server import Server
 from orion_triage.llama_cpp.toolchain import find_toolchain
 from orion_triage.mission.answer import Answer
-from orion_triage.mission.verdict import CATEGORY_CUE, LabelNode, Verdict, answer_text, label_tree, parse_verdict
+from orion_triage.mission.scoring import LabelNode, label_tree
+from orion_triage.mission.verdict import CATEGORY_CUE, Verdict, answer_text, parse_verdict
 from orion_triage.models import generate, lfm2_vl
 from orion_triage.models.generate import answer_log_probabilities
 from orion_triage.models.load import TINY_BASE_FOLDER, load_model, load_processor

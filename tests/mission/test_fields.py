@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -38,7 +39,8 @@ from orion_triage.mission.fields import gbnf, value_fault, value_of
 from orion_triage.mission.load import checked, load_mission
 from orion_triage.mission.mission import FieldOfAnswer, Mission, default_mission
 from orion_triage.mission.preview import preview
-from orion_triage.mission.prompt import Coordinates, parse_prompt, render_prompt
+from orion_triage.mission.prompt import Coordinates, parse_prompt, render_prompt, user_text
+from orion_triage.mission.scoring import label_tree
 from orion_triage.mission.verdict import (
     Verdict,
     answer_schema,
@@ -48,7 +50,6 @@ from orion_triage.mission.verdict import (
     category_alone,
     category_grammar,
     grammar,
-    label_tree,
     parse_verdict,
     tokens_of_fields,
 )
@@ -494,7 +495,6 @@ MISTAKES = [
     ([SMOKE | {"definition": "See {fields}"}], {}, "definition = ", "contains the placeholder {fields}; remove it"),
     ([SMOKE | {"definition": "a <image>"}], {}, "definition = ", "contains the control token <image>; remove it"),
     ([SMOKE | {"definiton": "a"}], {}, "definiton = ", "there is no key definiton; did you mean definition?"),
-    ([SMOKE | {"when": "yes"}], {}, "when = ", "there is no key when"),
     ([SURFACE | {"choices": []}], {}, "choices = ", "surface has 0 choices; write 2 to 16"),
     ([SURFACE | {"choices": ["a"]}], {}, "choices = ", "surface has 1 choices; write 2 to 16"),
     ([SURFACE | {"choices": ["a", "A"]}], {}, "choices = ", "the choice 'A' of surface is there twice"),
@@ -551,7 +551,11 @@ def test_the_commented_example_is_right(tmp_path: Path) -> None:
 LABELS: dict[str, tuple[str | int, ...]] = {
     "ocean_water": ("no", "sea", 0), "urban_grid": ("yes", "town", 3), "mega_airport": ("yes", "works", 1),
 }  # fmt: skip
-BUILT = {"name": "built", "kind": "yes/no", "definition": "Whether people have built here."}
+# The rule holds in all answers but those that are surer than any model here.
+BUILT = {
+    "name": "built", "kind": "yes/no", "definition": "Whether people have built here.",
+    "when": "yes", "then": "HIGH", "probability": 0.001,
+}  # fmt: skip
 GROUND = {
     "name": "ground", "kind": "choice", "choices": ["sea", "town", "works"], "definition": "What covers most of it.",
 }  # fmt: skip
@@ -575,6 +579,10 @@ def assert_fields_are_measured(run: Path) -> dict[str, Any]:
     rows = [row for row in map(json.loads, lines) if row["condition"] == "B"]
     assert {tuple(row["true_fields"].values()) for row in rows} == set(LABELS.values())
     assert all(row["fields"] for row in rows), "the grammar gives every field a value"
+    assert {tuple(row["field_scores"]) for row in rows} == {("built", "ground")}, "in every answer"
+    assert all(row["field_scores"]["built"]["yes"] >= BUILT["probability"] for row in rows)
+    flown = results["models"]["flight"]["B"]["confusion"]
+    assert sum(answers["HIGH"] for answers in flown.values()) == len(rows) - len(results["blank_frames"])
     found = results["models"]["constrained"]["B"]["fields"]
     assert [*found] == ["built", "ground", "crossings"]
     for name, rates in found.items():
@@ -625,7 +633,9 @@ def test_a_run_learns_and_measures_the_fields(run_with_fields: Path, tmp_path: P
     structured_picture(1234).save(tmp_path / "a.png")
     told = orion("triage", tmp_path / "a.png", "--run", run, "--json", cwd=tmp_path)
     assert told.returncode == 0, told.stderr
-    assert [*json.loads(told.stdout)[0]["fields"]] == ["built", "ground", "crossings"]
+    (outcome,) = json.loads(told.stdout)
+    assert [*outcome["fields"]] == ["built", "ground", "crossings"]
+    assert (outcome["category"], outcome["decided_by"]) == ("HIGH", "built is yes")
 
 
 @pytest.mark.slow
@@ -698,6 +708,12 @@ def check_bundle(folder: Path) -> None:
     every = mission(SMOKE, SURFACE, NOTE, SHIPS | {"from": -120, "to": 1150})
     with Server(find_toolchain(), *files, log=folder / "log", turn=turn_of(files[0]), threads=1) as server:
         url, key = server.client.base_url, str(server.client._http.headers["Authorization"]).removeprefix("Bearer ")
+        start = ground["answer"].partition('"built": "')[0] + '"built": "'
+        asked = server.client.completion(
+            user_text(mission_of_places(), None), Frame(frame, frame.size).png(), 1, start=start, n_probs=100
+        )
+        begun = len(server.client.tokenize(start))
+        yes, no = (server.client.tokenize(start + word)[begun] for word in ("yes", "no"))
         said = server.client.completion("<image>", Frame(frame, frame.size).png(), 300, grammar=grammar(every))
         flown = subprocess.run(
             [sys.executable, "-I", "-S", folder / "bundle" / "ask_frame.py", "a.raw", "white.raw", "--url", url],
@@ -708,3 +724,12 @@ def check_bundle(folder: Path) -> None:
     lines = [json.loads(line) for line in flown.stdout.splitlines()]
     assert [line["fields"] for line in lines] == [ground["fields"], None]
     assert lines[0]["answer"] == ground["answer"]
+    assert {ground["decided_by"], lines[0]["decided_by"]} == {"built is yes"}
+    assert {ground["category"], lines[0]["category"]} == {"HIGH"}
+    for name, scores in ground["field_scores"].items():
+        assert lines[0]["field_scores"][name] == pytest.approx(scores, abs=0.01), name
+    odds = {one["id"]: math.exp(one["logprob"]) for one in asked["completion_probabilities"][0]["top_logprobs"]}
+    by_request = odds[yes] / (odds[yes] + odds[no])
+    assert ground["field_scores"]["built"]["yes"] == pytest.approx(by_request, abs=0.02), (
+        "what a request of its own gives"
+    )

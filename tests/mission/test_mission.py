@@ -28,6 +28,7 @@ from orion_triage.mission.load import load_mission
 from orion_triage.mission.mission import Mission, default_mission
 from orion_triage.mission.preview import preview
 from orion_triage.mission.prompt import Coordinates, parse_prompt, render_prompt, user_text
+from orion_triage.mission.scoring import Scoring, label_tree
 from orion_triage.mission.verdict import (
     Verdict,
     answer_start,
@@ -35,8 +36,6 @@ from orion_triage.mission.verdict import (
     answer_tokens,
     category_grammar,
     grammar,
-    label_scores,
-    label_tree,
     parse_verdict,
 )
 from orion_triage.models.load import TINY_BASE_FOLDER, tokenizer_of
@@ -176,7 +175,7 @@ def test_answers_of_other_categories_are_none() -> None:
 def test_different_first_tokens_take_one_request() -> None:
     (node,) = label_tree(default_mission(), letters)
     assert (node.text, node.tokens, node.names) == ("", tuple(b"HML"), ((0,), (1,), (2,)))
-    assert label_scores(default_mission(), [node], [[-1.0, -2.0, -3.0]]) == [-1, -2, -3]
+    assert Scoring(default_mission(), (node,), ()).of_categories([[-1.0, -2.0, -3.0]]) == [-1, -2, -3]
 
 
 def test_names_that_begin_alike_are_scored_where_they_part() -> None:
@@ -184,7 +183,9 @@ def test_names_that_begin_alike_are_scored_where_they_part() -> None:
     root, inner = label_tree(own, letters)
     assert (root.text, root.names) == ("", ((0, 1), (2,)))
     assert (inner.text, inner.tokens, inner.names) == ("W", tuple(b"OA"), ((0,), (1,)))
-    scores = label_scores(own, [root, inner], [[math.log(0.9), math.log(0.1)], [math.log(0.2), math.log(0.8)]])
+    found = [[math.log(0.9), math.log(0.1)], [math.log(0.2), math.log(0.8)]]
+    scores = Scoring(own, (root, inner), ()).of_categories(found)
+    assert scores
     assert [math.exp(score) for score in scores] == pytest.approx([0.18, 0.72, 0.1])
 
 

@@ -6,16 +6,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 from orion_triage.errors import AnswerError
 from orion_triage.mission.answer import Answer
 from orion_triage.mission.mission import Mission
+from orion_triage.mission.scoring import Scoring, label_tree
 from orion_triage.mission.verdict import (
     CATEGORY_CUE,
-    after_cue,
     answer_start,
     answer_tokens,
     category_alone,
     category_grammar,
-    grammar,
-    label_scores,
-    label_tree,
+    grammars,
     require_category_alone,
     tokens_of_fields,
 )
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from orion_triage.llama_cpp.client import Client
-    from orion_triage.mission.verdict import LabelNode
     from orion_triage.models.encode import EncodedImage
     from orion_triage.settings import EvaluateSettings
 
@@ -46,9 +43,8 @@ class TransformersBackend:
         self.batch_size = batch_size
         self._model, self._processor = model, processor
         self._max_new_tokens = max_new_tokens + tokens_of_fields(mission)
-        self._mission = mission
         tokenizer = processor.tokenizer
-        self._labels = label_tree(mission, lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
+        self._scoring = Scoring.of(mission, lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
         self._seen: dict[int, tuple[Image.Image, EncodedImage]] = {}  # the last batch's images, by identity
 
     @classmethod
@@ -100,9 +96,10 @@ class TransformersBackend:
             rows,
             self._max_new_tokens,
             cue=CATEGORY_CUE,
-            after_cue=after_cue(self._labels),
+            after_cue=self._scoring.after_cue,
+            further=self._scoring.further,
         )
-        return [Answer.scored(text, scores_of(self._mission, self._labels, found)) for text, found in answers]
+        return [scored(self._scoring, *answer) for answer in answers]
 
 
 class LlamaCppBackend:
@@ -130,8 +127,8 @@ class LlamaCppBackend:
         self._packed: tuple[Image.Image, bytes] | None = None  # the last image and its PNG
         self._client, self._options = client, dict(options or {})
         self._max_new_tokens = answer_tokens(mission) if constrained else max_new_tokens + tokens_of_fields(mission)
-        self._mission, self._labels = mission, label_tree(mission, client.tokenize)
-        self._grammars = (grammar(mission), category_grammar(mission)) if constrained else ("", "")
+        self._scoring = Scoring.of(mission, client.tokenize)
+        self._grammars = grammars(mission) if constrained else {}
         if constrained:
             client.require_grammar()
 
@@ -144,19 +141,27 @@ class LlamaCppBackend:
         if self._packed is None or self._packed[0] is not image:
             self._packed = (image, Frame(image, image.size).png())
         try:
-            text, found = self._client.complete_and_score(
+            answer = self._client.complete_and_score(
                 user_text,
                 self._packed[1],
                 self._max_new_tokens,
                 cue=CATEGORY_CUE,
-                after_cue=after_cue(self._labels),
+                after_cue=self._scoring.after_cue,
+                further=self._scoring.further,
                 grammars=self._grammars,
                 options=self._options,
                 primed=self._primed,
             )
         except AnswerError as error:  # an outcome of the model, counted as unparsable
             return Answer(f"[{error.message}]")
-        return Answer.scored(text, scores_of(self._mission, self._labels, found))
+        return scored(self._scoring, *answer)
+
+
+def scored(
+    scoring: Scoring, text: str, found: Sequence[Sequence[float]] | None, further: Mapping[str, Sequence[float]]
+) -> Answer:
+    """The answer with the probabilities of what a client found at its cues."""
+    return Answer.scored(text, scoring.of_categories(found), scoring.of_fields(further))
 
 
 class VerdictOnlyBackend:
@@ -173,7 +178,7 @@ class VerdictOnlyBackend:
         require_category_alone(mission)
         client.require_grammar()
         self._client, self._mission = client, mission
-        self._labels = label_tree(mission, client.tokenize)
+        self._scoring = Scoring(mission, label_tree(mission, client.tokenize), ())
 
     def answer(self, images: "Sequence[Image.Image]", user_texts: Sequence[str]) -> list[Answer]:
         return [self._answer(image, text) for image, text in zip(images, user_texts, strict=True)]
@@ -182,30 +187,23 @@ class VerdictOnlyBackend:
         from orion_triage.imagery.frames import Frame
         from orion_triage.llama_cpp.client import first_log_probabilities
 
-        png, names = Frame(image, image.size).png(), self._mission.names
+        png, names, nodes = Frame(image, image.size).png(), self._mission.names, self._scoring.nodes
         self._client.prime(user_text, png)
         replies = [
             ask_for_category(self._client, self._mission, user_text, png, node.text, cache_prompt=True)
-            for node in self._labels
+            for node in nodes
         ]
-        said, begun = replies[0]["content"], self._labels[0].text
+        said, begun = replies[0]["content"], nodes[0].text
         begun_with = [name for name in names if said and name.startswith(begun + said[0])]
         if not begun and not begun_with:  # not a category
             return Answer(answer_start(self._mission) + said)
-        found = [first_log_probabilities(reply, node.tokens) for reply, node in zip(replies, self._labels, strict=True)]
-        scores = scores_of(self._mission, self._labels, [one for one in found if one] if all(found) else None)
+        found = [first_log_probabilities(reply, node.tokens) for reply, node in zip(replies, nodes, strict=True)]
+        scores = self._scoring.of_categories([one for one in found if one] if all(found) else None)
         if len(begun_with) == 1 or scores is None:
             category = (begun_with or names)[0]
         else:
             category = max(names, key=lambda name: scores[names.index(name)])
         return Answer.scored(category_alone(self._mission, category), scores)
-
-
-def scores_of(
-    mission: Mission, labels: "Sequence[LabelNode]", found: Sequence[Sequence[float]] | None
-) -> list[float] | None:
-    """`label_scores` of an answer; None without log-probabilities."""
-    return None if found is None else label_scores(mission, labels, found)
 
 
 def ask_for_category(

@@ -1,13 +1,14 @@
 """Counts and rates of the four conditions, computed from predictions; pure functions."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from orion_triage.errors import OrionError
 from orion_triage.evaluate.statistics import frames_to_resolve, mcnemar, wilson
-from orion_triage.mission.fields import Fields, words_of
+from orion_triage.mission.fields import Fields
 from orion_triage.mission.mission import FieldOfAnswer, Mission
+from orion_triage.mission.scoring import FieldScores
 
 UNPARSABLE = "unparsable"
 
@@ -16,7 +17,8 @@ UNPARSABLE = "unparsable"
 class Prediction:
     """One answer; `predicted` is None if it has no verdict, `blank` is the result of the blank rule.
 
-    `fields` are the values of the mission's further fields (empty without a verdict), `true_fields` the right ones.
+    `fields` are the values of the mission's further fields (empty without a verdict), `true_fields` the right ones,
+    `field_scores` the probabilities of yes/no and choices.
     """
 
     condition: str
@@ -28,6 +30,7 @@ class Prediction:
     blank: bool = False
     fields: Fields = ()
     true_fields: Fields = ()
+    field_scores: FieldScores = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ def _field_rates(predictions: Sequence[Prediction], field: FieldOfAnswer) -> dic
     pairs = [(dict(p.true_fields)[field.name], dict(p.fields).get(field.name)) for p in predictions]
     rates: dict[str, Any] = _share(sum(said == truth for truth, said in pairs), len(pairs))
     rates["unparsable"] = sum(said is None for _, said in pairs)
-    if words := words_of(field):
+    if words := field.words:
         columns = [*((word, word) for word in words), (UNPARSABLE, None)]
         rates["confusion"] = {word: {name: pairs.count((word, said)) for name, said in columns} for word in words}
     elif field.kind == "whole number":

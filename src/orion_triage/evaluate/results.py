@@ -177,7 +177,7 @@ def as_flown(
     certain = tuple(float(category == mission.blank) for category in mission.names)
     marked = threshold.with_blank(predictions, blank_frames)
     return [
-        replace(p, predicted=category, scores=certain, fields=())
+        replace(p, predicted=category, scores=certain, fields=(), field_scores={})
         if p.blank and mission.blank
         else replace(p, predicted=category)
         for p, category in zip(marked, threshold.decided(marked, rules, mission), strict=True)

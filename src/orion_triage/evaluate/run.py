@@ -22,6 +22,7 @@ from orion_triage.imagery.frames import noise_frame
 from orion_triage.mission.answer import Answer
 from orion_triage.mission.fields import Fields, value_fault
 from orion_triage.mission.mission import Mission
+from orion_triage.mission.scoring import FieldScores
 from orion_triage.progress import Progress, silent
 from orion_triage.safe.files import naming, replaced_folder, sha256_of_text, write_text
 from orion_triage.safe.tables import json_lines
@@ -127,6 +128,8 @@ def prediction_of(row: Row, mission: Mission) -> Prediction:
     fields, true_fields = (_fields_in(row.get(key), mission) for key in ("fields", "true_fields"))
     if mission.fields and not true_fields:
         raise ValueError(f"true_fields is missing, and the mission {mission.name} has fields")
+    if any(one.when for one in mission.fields) and "field_scores" not in row:
+        raise ValueError(f"field_scores is missing, and the mission {mission.name} has a rule on a field")
     return Prediction(
         condition=row["condition"],
         name=row["name"],
@@ -136,6 +139,7 @@ def prediction_of(row: Row, mission: Mission) -> Prediction:
         scores=tuple(row["scores"][category] for category in mission.names) if row["scores"] else None,
         fields=fields,
         true_fields=true_fields,
+        field_scores=_field_scores_in(row.get("field_scores"), mission),
     )
 
 
@@ -146,6 +150,15 @@ def _fields_in(stored: Any, mission: Mission) -> Fields:
     if fault := next((fault for one in mission.fields if (fault := value_fault(one, stored.get(one.name)))), ""):
         raise ValueError(fault)
     return tuple((one.name, stored[one.name]) for one in mission.fields)
+
+
+def _field_scores_in(stored: Any, mission: Mission) -> FieldScores:
+    """The probabilities of a stored answer's values; raises ValueError for fields and values of another mission."""
+    words = {one.name: one.words for one in mission.fields}
+    for name, scores in (stored or {}).items():
+        if tuple(scores) != words.get(name) or not all(0 <= value <= 1 for value in scores.values()):
+            raise ValueError(f"field_scores of {name!r} are not those of the mission {mission.name}")
+    return stored or {}
 
 
 class _Images:

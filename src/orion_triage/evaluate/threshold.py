@@ -15,7 +15,7 @@ from orion_triage.evaluate.metrics import Prediction, under
 from orion_triage.evaluate.run import predictions_in
 from orion_triage.evaluate.variants import CONSTRAINED
 from orion_triage.export.quantize import PAIR
-from orion_triage.mission.decide import Rules, decide, drop_probability
+from orion_triage.mission.decide import Decision, Rules, decide, drop_probability
 from orion_triage.mission.mission import Mission, listed
 from orion_triage.runs.run import Run
 from orion_triage.safe.files import sha256_of_file, write_text
@@ -155,7 +155,11 @@ def with_blank(rows: Sequence[Prediction], blank_frames: Sequence[str]) -> list[
 
 def decided(rows: Sequence[Prediction], rules: Rules, mission: Mission) -> list[str | None]:
     """The decision for each frame under the rules."""
-    return [decide(mission, row.predicted, row.scores, blank=row.blank, rules=rules).category for row in rows]
+    return [decision_of(row, rules, mission).category for row in rows]
+
+
+def decision_of(row: Prediction, rules: Rules, mission: Mission) -> Decision:
+    return decide(mission, row.predicted, row.scores, blank=row.blank, rules=rules, field_scores=row.field_scores)
 
 
 def _is_dropped(category: str | None, mission: Mission) -> bool:
@@ -197,7 +201,7 @@ def lowest_threshold(rows: Sequence[Prediction], max_irrecoverable_loss: float, 
     if place == len(thresholds):
         raise OrionError(
             f"{loss(_NEVER):.1%} of the valuable frames are {listed(dropped, 'or')} at any threshold, because they are "
-            "blank or have such an answer without scores.",
+            "blank, have such an answer without scores, or a field's rule says so.",
             "Set a larger --max-irrecoverable-loss, or inspect these frames.",
         )
     return thresholds[place]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, assert_never
 from orion_triage.errors import OrionError, ParityError
 from orion_triage.mission.mission import Mission
 from orion_triage.mission.prompt import Coordinates, render_prompt, with_image
-from orion_triage.mission.verdict import can_be_category_alone, category_grammar, grammar, require_category_alone
+from orion_triage.mission.verdict import can_be_category_alone, grammars, require_category_alone
 from orion_triage.progress import Progress
 from orion_triage.runs import manifest
 from orion_triage.safe.files import sha256_of_text, write_text
@@ -160,11 +160,11 @@ def protocol(variant: Variant, mission: Mission) -> dict[str, Any]:
     prompts = [render_prompt(mission, None), render_prompt(mission, Coordinates(-120.625, 0.0))]
     asked = [*prompts, with_image(mission, "")]
     uses_grammar = variant.decoding.constrained or variant.decoding.verdict_only
-    grammars = [grammar(mission), category_grammar(mission)] if uses_grammar else []
+    rules = [*grammars(mission).values()] if uses_grammar else []
     return {
         "version": PROTOCOL_VERSION,
         "prompt_sha256": sha256_of_text("\n".join(asked)),
-        "grammar_sha256": sha256_of_text("\n".join(grammars)) if grammars else None,
+        "grammar_sha256": sha256_of_text("\n".join(rules)) if rules else None,
         "decoding": asdict(variant.decoding),
     }
 

@@ -98,11 +98,21 @@ def png(pixels: bytes, size: int) -> bytes:
 
 
 def decide(
-    said: str | None, scores: dict[str, float] | None, threshold: float | None, mission: dict[str, Any]
+    said: str | None,
+    scores: dict[str, float] | None,
+    threshold: float | None,
+    mission: dict[str, Any],
+    field_scores: dict[str, dict[str, float]] | None = None,
 ) -> tuple[str | None, str]:
     """The decision about a frame that is not blank, and what decided it; the README's steps in their order."""
     if said is None:
         return mission["unparsable"] or None, "no verdict"
+    for field in mission.get("fields", []):
+        if (
+            field.get("when")
+            and (field_scores or {}).get(field["name"], {}).get(field["when"], 0.0) >= field["probability"]
+        ):
+            return field["then"], f"{field['name']} is {field['when']}"
     if threshold is None or scores is None:
         return said, "model"
     kept = {category["name"]: category["action"] != "drop" for category in mission["categories"]}
@@ -117,7 +127,12 @@ def fits(field: dict[str, Any], value: object) -> bool:
         return type(value) is int and field["from"] <= value <= field["to"]
     if kind == "short text":
         return isinstance(value, str) and len(value) <= field["longest"]
-    return isinstance(value, str) and value in (field["choices"] if kind == "choice" else ("yes", "no"))
+    return isinstance(value, str) and value in words(field)
+
+
+def words(field: dict[str, Any]) -> list[str]:
+    """The values of a yes/no or choice, in their order."""
+    return field["choices"] if field["kind"] == "choice" else ["yes", "no"]
 
 
 def ask(questions: Questions, frame: bytes, bundle: dict[str, Any]) -> dict[str, Any]:
@@ -133,11 +148,16 @@ def ask(questions: Questions, frame: bytes, bundle: dict[str, Any]) -> dict[str,
             "decided_by": "blank rule",
             "model_category": None,
             "scores": None,
-            **({"fields": None} if fields else {}),
+            **({"fields": None, "field_scores": {}} if fields else {}),
             "blank": True,
         }
     size = bundle["frame_size"]
-    answer, found = questions.ask_picture("the frame", png(shrink(frame, size), size))
+    answer, found, of_fields = questions.ask_with_fields("the frame", png(shrink(frame, size), size))
+    field_scores = {
+        field["name"]: dict(zip(words(field), of_fields[field["name"]]))  # noqa: B905 - Python 3.9
+        for field in fields
+        if field["name"] in of_fields
+    }
     weights = {label: math.exp(value) for label, value in found.items()}
     mass = sum(weights.values())
     scores = {label: weight / mass for label, weight in weights.items()}
@@ -150,10 +170,11 @@ def ask(questions: Questions, frame: bytes, bundle: dict[str, Any]) -> dict[str,
     except (ValueError, KeyError, TypeError):
         said, reason, values = None, None, None
     point = bundle["operating_point"]
-    category, by = decide(said, scores, point["drop_threshold"] if point else None, mission)
+    category, by = decide(said, scores, point["drop_threshold"] if point else None, mission, field_scores)
     return {
         "answer": answer, "category": category, "decided_by": by, "model_category": said, "reason": reason,
-        "scores": scores, "label_mass": mass, **({"fields": values} if fields else {}), "blank": False,
+        "scores": scores, "label_mass": mass, **({"fields": values, "field_scores": field_scores} if fields else {}),
+        "blank": False,
     }  # fmt: skip
 
 

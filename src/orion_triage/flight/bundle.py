@@ -27,14 +27,14 @@ from orion_triage.mission.contract import portable
 from orion_triage.mission.decide import Rules, in_words
 from orion_triage.mission.mission import Mission
 from orion_triage.mission.prompt import render_prompt, user_text, with_image
+from orion_triage.mission.scoring import Scoring
 from orion_triage.mission.verdict import (
     CATEGORY_CUE,
-    after_cue,
     answer_tokens,
     category_grammar,
+    cue_of,
     grammar,
-    label_scores,
-    label_tree,
+    grammars,
     parse_verdict,
 )
 from orion_triage.models.family import turn_of
@@ -179,8 +179,7 @@ def _ask(
     records = {record.name: record for record in dataset.records(run.split)}
     mission = run.settings.mission
     client.require_grammar()
-    text, labels, most = user_text(mission, None), label_tree(mission, client.tokenize), answer_tokens(mission)
-    grammars = (grammar(mission), category_grammar(mission))
+    text, scoring, most = user_text(mission, None), Scoring.of(mission, client.tokenize), answer_tokens(mission)
     golden: list[dict[str, Any]] = []
     seconds: list[float] = []
     for row in rows:
@@ -197,14 +196,20 @@ def _ask(
         image = shrink(image, run.settings.base.frame_size)
         png = Frame(image, image.size).png()
         began = time.monotonic()
-        answer, found = client.complete_and_score(
-            text, png, most, cue=CATEGORY_CUE, after_cue=after_cue(labels), grammars=grammars
+        answer, found, further = client.complete_and_score(
+            text,
+            png,
+            most,
+            cue=CATEGORY_CUE,
+            after_cue=scoring.after_cue,
+            further=scoring.further,
+            grammars=grammars(mission),
         )
         took, verdict = time.monotonic() - began, parse_verdict(mission, answer)
         if found is None or verdict is None or verdict.category != row["category"]:
             continue  # with the grammar, the category is another one
-        each = label_scores(mission, labels, found)
-        scored = Answer.scored(answer, each).to_json(mission)
+        each = scoring.of_categories(found) or []
+        scored = Answer.scored(answer, each, scoring.of_fields(further)).to_json(mission)
         name = f"golden/{len(golden) + 1}-{verdict.category.lower()}.png"
         write_bytes(folder / name, png)
         golden.append(
@@ -237,9 +242,24 @@ def _ask(
                 "tokens": list(node.tokens),
                 "categories": [[mission.names[index] for index in indices] for indices in node.names],
             }
-            for node in labels
+            for node in scoring.nodes
         ],
-        "prompt_tokens": client.completion(text, png, 1, grammar=grammars[0])["tokens_evaluated"],
+        **(
+            {
+                "fields": [
+                    {
+                        "field": one.field,
+                        "cue": one.cue,
+                        "tokens": list(one.tokens),
+                        "grammar": f"{one.field}_grammar.gbnf",
+                    }
+                    for one in scoring.field_cues
+                ]
+            }
+            if scoring.field_cues
+            else {}
+        ),
+        "prompt_tokens": client.completion(text, png, 1, grammar=grammar(mission))["tokens_evaluated"],
     }
     return golden, request, seconds
 
@@ -268,6 +288,9 @@ def _write_texts(
     write_text(folder / "prompt.txt", render_prompt(mission, None))
     write_text(folder / "grammar.gbnf", grammar(mission))
     write_text(folder / "category_grammar.gbnf", category_grammar(mission))
+    for field in mission.fields:
+        if field.words:
+            write_text(folder / f"{field.name}_grammar.gbnf", grammars(mission)[cue_of(field.name)])
     for name in (CHECKER, CLIENT):
         shutil.copyfile(Path(__file__).with_name(name), folder / name)
     values: dict[str, Any] = {

@@ -237,7 +237,10 @@ class Questions:
         self._labels: list[dict[str, Any]] = self._request["labels"]
         self._prompt = (folder / "prompt.txt").read_text(encoding="utf-8")
         self._chat = self._request["chat"].replace("{image}", marker).replace("{prompt}", self._prompt)
-        self._grammars = [(folder / name).read_text(encoding="utf-8") for name in self._request["grammars"]]
+        whole, category = self._request["grammars"]
+        fields = {one["cue"]: one["grammar"] for one in self._request.get("fields", [])}
+        files = {"": whole, self._request["cue"]: category, **fields}  # the grammar from each cue on
+        self._grammars = {cue: (folder / name).read_text(encoding="utf-8") for cue, name in files.items()}
 
     def ask(self, image: str) -> tuple[str, dict[str, float]]:
         """The answer to a golden image, and the log-probability of each category where their names differ."""
@@ -245,36 +248,63 @@ class Questions:
 
     def ask_picture(self, image: str, png: bytes) -> tuple[str, dict[str, float]]:
         """The same for the bytes of a PNG file; `image` names it in errors."""
-        cue, most = self._request["cue"], self._request["answer_tokens"]
-        first = self._completion(png, "", most, {"stop": [cue], "grammar": self._grammars[0]})
-        start, used = str(first.get("content")), first.get("tokens_predicted")
-        if first.get("stopping_word") != cue or not isinstance(used, int):
-            raise NoGoError(f"{image}: the answer has no category: {_short(start)}")
-        if first.get("tokens_evaluated") != self._request["prompt_tokens"]:
-            raise NoGoError(
-                f"{image}: the server reads {first.get('tokens_evaluated')} tokens instead of "
-                f"{self._request['prompt_tokens']}: the model or the image settings differ"
-            )
-        return self._category(image, png, start + cue, most - used)
+        return self.ask_with_fields(image, png)[:2]
+
+    def ask_with_fields(self, image: str, png: bytes) -> tuple[str, dict[str, float], dict[str, list[float]]]:
+        """The same, and the probabilities of the values of each yes/no and choice field, in their order.
+
+        One request up to the first cue, and one from each cue on.
+        """
+        request, left = self._request, self._request["answer_tokens"]
+        waiting = {request["cue"]: "category", **{one["cue"]: one["field"] for one in request.get("fields", [])}}
+        text, at, replies, starts = "", "", {}, {}
+        while True:
+            starts[at], stop = text, {"stop": list(waiting)} if waiting else {}
+            reply = replies[at] = self._from(at, png, text, left, stop)
+            text += str(reply.get("content"))
+            if not waiting:
+                break
+            word, used = reply.get("stopping_word"), reply.get("tokens_predicted")
+            if not isinstance(word, str) or word not in waiting or not isinstance(used, int):
+                raise NoGoError(f"{image}: the answer has no {' and no '.join(waiting.values())}: {_short(text)}")
+            if not at and reply.get("tokens_evaluated") != request["prompt_tokens"]:
+                raise NoGoError(
+                    f"{image}: the server reads {reply.get('tokens_evaluated')} tokens instead of "
+                    f"{request['prompt_tokens']}: the model or the image settings differ"
+                )
+            text, at, left = text + word, word, left - used
+            del waiting[word]
+        fields = {}
+        for one in request.get("fields", []):
+            weights = [math.exp(value) for value in self._listed(image, replies[one["cue"]], one["tokens"]).values()]
+            fields[one["field"]] = [weight / sum(weights) for weight in weights]
+        cue = request["cue"]
+        return text, self._scores(image, png, starts[cue], replies[cue]), fields
 
     def score_after(self, image: str, answer: str) -> dict[str, float]:
         """The log-probability of each label after the reason of the ground's answer."""
         cue = self._request["cue"]
-        png = (self._folder / image).read_bytes()
-        return self._category(image, png, answer.partition(cue)[0] + cue, 1)[1]
+        start, png = answer.partition(cue)[0] + cue, (self._folder / image).read_bytes()
+        return self._scores(image, png, start, self._from(cue, png, start, 1, {}))
 
-    def _category(self, image: str, png: bytes, start: str, most: int) -> tuple[str, dict[str, float]]:
-        more = {"cache_prompt": True, "n_probs": self._request["candidates"]}
-        reply = self._completion(png, start, most, {**more, "grammar": self._grammars[1]})
+    def _from(self, cue: str, png: bytes, start: str, most: int, stop: dict[str, Any]) -> dict[str, Any]:
+        """The reply from a cue on, with probabilities; from the beginning of the answer with an empty one."""
+        more = {"cache_prompt": True, "n_probs": self._request["candidates"]} if cue else {}
+        return self._completion(png, start, most, {**stop, "grammar": self._grammars[cue], **more})
+
+    def _scores(self, image: str, png: bytes, start: str, reply: dict[str, Any]) -> dict[str, float]:
+        """The log-probability of each label after `start`, of which `reply` is the continuation."""
         found: dict[str, float] = {}
         for place in self._labels:
-            # Further places, where names with the same beginning part, take a request each.
-            rule = {"grammar": self._request["printable"]}
-            asked = self._completion(png, start + place["after"], 1, {**more, **rule}) if place["after"] else reply
+            asked = reply
+            if place["after"]:  # further places, where names with the same beginning part, take a request each
+                more = {"cache_prompt": True, "n_probs": self._request["candidates"]}
+                rule = {"grammar": self._request["printable"]}
+                asked = self._completion(png, start + place["after"], 1, {**more, **rule})
             for token, value in self._listed(image, asked, place["tokens"]).items():
                 for label in place["categories"][token]:
                     found[label] = found.get(label, 0.0) + value
-        return start + str(reply.get("content")), found
+        return found
 
     @staticmethod
     def _listed(image: str, reply: dict[str, Any], tokens: list[int]) -> dict[int, float]:

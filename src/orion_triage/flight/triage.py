@@ -20,7 +20,7 @@ from orion_triage.imagery.stretch import Stretch, stretch_of
 from orion_triage.llama_cpp.server import Server
 from orion_triage.llama_cpp.toolchain import find_toolchain
 from orion_triage.mission.answer import Answer
-from orion_triage.mission.decide import BLANK_REASON, Rules, decide
+from orion_triage.mission.decide import BLANK_REASON, Rules, by_in_words, decide
 from orion_triage.mission.mission import Mission, default_mission
 from orion_triage.mission.prompt import user_text
 from orion_triage.mission.verdict import Verdict, answer_tokens, parse_verdict
@@ -40,8 +40,9 @@ PICTURES = (*PICTURE_SUFFIXES, ".raw")
 class FrameVerdict:
     """The outcome for one file: the decided `verdict`, or `error` if the file was refused or nothing was decided.
 
-    `decided_by` is "model", "threshold 0.162", "blank rule" or "no verdict"; empty if the file was refused. `answer` is
-    the model's; None if the model was not asked. `changes` are the conversions that the file needed.
+    `decided_by` is "model", "threshold 0.162", "smoke is yes" (a field's rule), "blank rule" or "no verdict"; empty if
+    the file was refused. `answer` is the model's; None if the model was not asked. `changes` are the conversions that
+    the file needed.
     """
 
     file: str
@@ -246,8 +247,9 @@ def triage_files(
             continue
         (answer,) = backend.answer([shrink(frame.image, frame_size)], [text])
         said = parse_verdict(mission, answer.text)
-        decision = decide(mission, said.category if said else None, answer.scores, blank=blank, rules=rules)
-        by = f"threshold {rules.drop_threshold:.3f}" if decision.by == "threshold" else decision.by
+        category = said.category if said else None
+        decision = decide(mission, category, answer.scores, blank=blank, rules=rules, field_scores=answer.field_scores)
+        by = by_in_words(mission, decision, rules)
         decided = replace(said or Verdict("", ""), category=decision.category) if decision.category else None
         error_text = "" if decided else f"{path}: the model gave no verdict. Run 'orion evaluate' to check the run."
         seconds = time.monotonic() - began

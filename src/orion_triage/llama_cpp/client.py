@@ -206,43 +206,74 @@ class Client:
         *,
         cue: str,
         after_cue: Sequence[tuple[str, Sequence[int]]],
-        grammars: tuple[str, str] = ("", ""),
+        grammars: Mapping[str, str] | None = None,
+        further: Mapping[str, Sequence[int]] | None = None,
         options: Mapping[str, float] | None = None,
         primed: bool = False,
-    ) -> tuple[str, list[list[float]] | None]:
+    ) -> tuple[str, list[list[float]] | None, dict[str, list[float]]]:
         """The answer, and the log-probabilities of tokens after its first `cue`; None without the cue.
 
-        `after_cue` are pairs of a text that follows the cue, mostly none, and the tokens that may come next.
+        `after_cue` are pairs of a text that follows the cue, mostly none, and the tokens that may come next. `further`
+        are other cues with the tokens that may follow: the third result has the log-probabilities after each of them
+        that the answer contains.
 
-        Two requests: up to the cue, and from the cue on, each with its entry of `grammars`; and one more for each text
-        that is not empty. The server caches the prompt, so they cost only their tokens. Probabilities are the model's
-        before grammar and sampling.
+        One request up to the first cue, and one from each cue on, with its entry of `grammars` ("" for the beginning
+        of the answer); and one more for each text that is not empty. The server caches the prompt, so they cost only
+        their tokens. A single request does not do: the server holds back text that may be a cue, so its list of
+        tokens does not say where a cue ends. Probabilities are the model's before grammar and sampling.
         With `primed`, the cached state of the image is used (see `prime`). Without it, the server encodes the image
         again, as in flight.
         """
-        sampling: dict[str, Any] = dict(options or {})
+        sampling, cues = dict(options or {}), [cue, *(further or {})]
         if primed:
             self.prime(user_text, image_png)
-        first = self.completion(
-            user_text, image_png, max_tokens, stop=[cue], cache_prompt=primed, grammar=grammars[0], **sampling
-        )
-        text: str = first["content"]
-        predicted = first.get("tokens_predicted")
-        if not isinstance(predicted, int) or not _is_count(predicted):
-            raise ServerError("the server's reply has no tokens_predicted.", "Check that it is a llama.cpp server.")
-        left = max_tokens - predicted
-        if first.get("stopping_word") != cue or left < 1:
-            return text, None
-        text += cue
-        asking = {"cache_prompt": True, "n_probs": CANDIDATES, **sampling}
-        rest = self.completion(user_text, image_png, left, start=text, grammar=grammars[1], **asking)
+        text, parts = self._in_parts(user_text, image_png, max_tokens, cues, grammars or {}, primed, sampling)
+        others = {
+            other: values
+            for other, tokens in (further or {}).items()
+            if other in parts and (values := first_log_probabilities(parts[other][1], tokens))
+        }
         found = []
-        for more, tokens in after_cue:
-            reply = rest
+        for more, tokens in after_cue if cue in parts else ():
+            start, reply = parts[cue]
             if more:
-                reply = self.completion(user_text, image_png, 1, start=text + more, grammar=PRINTABLE, **asking)
+                asking: dict[str, Any] = {"cache_prompt": True, "n_probs": CANDIDATES, **sampling}
+                reply = self.completion(user_text, image_png, 1, start=start + more, grammar=PRINTABLE, **asking)
             found.append(first_log_probabilities(reply, tokens))
-        return text + rest["content"], [one for one in found if one] if all(found) else None
+        return text, [one for one in found if one] if found and all(found) else None, others
+
+    def _in_parts(
+        self,
+        user_text: str,
+        image_png: bytes,
+        max_tokens: int,
+        cues: Sequence[str],
+        grammars: Mapping[str, str],
+        cached: bool,
+        sampling: Mapping[str, float],
+    ) -> tuple[str, dict[str, tuple[str, dict[str, Any]]]]:
+        """The answer, and cue -> the answer up to and with it, and the server's reply from there on.
+
+        With `cached`, the server may use what it has of the first prompt.
+        """
+        waiting, parts = list(cues), dict[str, tuple[str, dict[str, Any]]]()
+        text, at, left = "", "", max_tokens
+        while True:
+            asking: dict[str, Any] = {"cache_prompt": cached or bool(at), "grammar": grammars.get(at, ""), **sampling}
+            asking |= ({"stop": waiting} if waiting else {}) | ({"n_probs": CANDIDATES} if at else {})
+            reply = self.completion(user_text, image_png, left, start=text, **asking)
+            parts[at] = text, reply
+            text += reply["content"]
+            if not waiting:
+                return text, parts
+            at, predicted = reply.get("stopping_word", ""), reply.get("tokens_predicted")
+            if not isinstance(predicted, int) or not _is_count(predicted):
+                raise ServerError("the server's reply has no tokens_predicted.", "Check that it is a llama.cpp server.")
+            left -= predicted
+            if at not in waiting or left < 1:
+                return text, parts
+            text += at
+            waiting = [other for other in waiting if other != at]
 
     @property
     def marker(self) -> str:

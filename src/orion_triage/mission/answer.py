@@ -1,11 +1,11 @@
 """One answer of a model to one frame, and its JSON form."""
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from orion_triage.mission.mission import Mission
+from orion_triage.mission.scoring import FieldScores, normalized
 from orion_triage.mission.verdict import parse_verdict
 
 
@@ -15,27 +15,28 @@ class Answer:
 
     The names of the categories are scored by the tokens in which they differ (`label_tree`). `scores` are the
     probabilities in the order of the mission's categories, normalized to a sum of 1; `label_mass` is their sum before.
-    Both are None if the answer has no category or the backend returns no probabilities.
+    Both are None if the answer has no category or the backend returns no probabilities. `field_scores` are those of the
+    values of yes/no and choice fields.
     """
 
     text: str
     scores: tuple[float, ...] | None = None
     label_mass: float | None = None
+    field_scores: FieldScores = field(default_factory=dict)
 
     @classmethod
-    def scored(cls, text: str, log_probabilities: Sequence[float] | None) -> "Answer":
-        if log_probabilities is None:
-            return cls(text)
-        weights = [math.exp(value) for value in log_probabilities]
-        mass = sum(weights)
-        return cls(text, tuple(weight / mass for weight in weights), mass)
+    def scored(
+        cls, text: str, log_probabilities: Sequence[float] | None, field_scores: FieldScores | None = None
+    ) -> "Answer":
+        scores, mass = normalized(log_probabilities) if log_probabilities else (None, None)
+        return cls(text, scores, mass, field_scores or {})
 
     def to_json(self, mission: Mission) -> dict[str, Any]:
         """The form in predictions.jsonl, the flight's log and a bundle's golden images.
 
         `answer` (the text), `category` and `reason` (null without a verdict), `scores` by category and `label_mass`
         (null without probabilities). A mission with further fields adds `fields`: name -> value (null without a
-        verdict).
+        verdict), and `field_scores`: name of a yes/no or choice -> value -> probability.
         """
         verdict = parse_verdict(mission, self.text)
         return {
@@ -45,4 +46,5 @@ class Answer:
             **({"fields": dict(verdict.fields) if verdict else None} if mission.fields else {}),
             "scores": dict(zip(mission.names, self.scores, strict=True)) if self.scores else None,
             "label_mass": self.label_mass,
+            **({"field_scores": {n: dict(of) for n, of in self.field_scores.items()}} if mission.fields else {}),
         }

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from orion_triage.mission.mission import Mission, listed
+from orion_triage.mission.mission import FieldOfAnswer, Mission, listed
+from orion_triage.mission.scoring import FieldScores
 
 BLANK_REASON = "Blank frame: no image content to judge."
 
@@ -25,30 +26,42 @@ class Rules:
 class Decision:
     """The category of a frame, which says what happens to it, and what decided it.
 
-    With the category None, the frame is neither sent nor dropped, and counts as without a verdict.
+    With the category None, the frame is neither sent nor dropped, and counts as without a verdict. `field` is that
+    whose rule decided.
     """
 
     category: str | None
-    by: Literal["blank rule", "threshold", "model", "no verdict"]
+    by: Literal["blank rule", "field rule", "threshold", "model", "no verdict"]
+    field: str = ""
 
 
 def decide(
-    mission: Mission, said: str | None, scores: Sequence[float] | None, *, blank: bool, rules: Rules
+    mission: Mission,
+    said: str | None,
+    scores: Sequence[float] | None,
+    *,
+    blank: bool,
+    rules: Rules,
+    field_scores: FieldScores | None = None,
 ) -> Decision:
     """The decision about one frame.
 
     `said` is the answer's category, None without a verdict; `scores` are the probabilities of the mission's categories,
-    or None. Steps in this order:
+    or None, and `field_scores` those of its fields' values. Steps in this order:
 
     1. A blank frame gets the mission's category for blank frames, if it has one and the rule is on.
     2. An answer without a verdict decides nothing, whatever its scores; the mission can give it a category.
-    3. With a threshold, the scores decide: if the categories that are dropped have it together, the likeliest of them,
+    3. The first field whose rule holds gives the rule's category.
+    4. With a threshold, the scores decide: if the categories that are dropped have it together, the likeliest of them,
        else the likeliest of the others (the first if equal). An answer without scores keeps its category.
     """
     if blank and rules.blank and mission.blank:
         return Decision(mission.blank, "blank rule")
     if said is None:
         return Decision(mission.unparsable or None, "no verdict")
+    for field in mission.fields:
+        if field.when and holds(field, field_scores or {}):
+            return Decision(field.then, "field rule", field.name)
     if rules.drop_threshold is None or scores is None:
         return Decision(said, "model")
     of = dict(zip(mission.names, scores, strict=True))
@@ -56,6 +69,20 @@ def decide(
     return Decision(
         max(mission.that("drop") if drops else mission.that("send", "store"), key=of.__getitem__), "threshold"
     )
+
+
+def holds(field: FieldOfAnswer, field_scores: FieldScores) -> bool:
+    """Whether the field's rule holds; it does not in an answer without the field's probabilities."""
+    return field_scores.get(field.name, {}).get(field.when, 0.0) >= field.probability
+
+
+def by_in_words(mission: Mission, decision: Decision, rules: Rules) -> str:
+    """What decided a frame, in the flight's log: "threshold 0.162", "smoke is yes", or the decision's own word."""
+    if decision.by == "threshold":
+        return f"threshold {rules.drop_threshold:.3f}"
+    if decision.by == "field rule":
+        return next(f"{field.name} is {field.when}" for field in mission.fields if field.name == decision.field)
+    return decision.by
 
 
 def drop_probability(mission: Mission, scores: Sequence[float]) -> float:
@@ -72,6 +99,12 @@ def in_words(mission: Mission, rules: Rules) -> list[str]:
         words.append(f"An answer without a valid verdict is {mission.unparsable}: count it.")
     else:
         words.append("An answer without a valid verdict decides nothing: keep the frame and count it.")
+    words += [
+        f"If {field.name} is {field.when} with a probability of at least {field.probability:g}, the frame is "
+        f"{field.then}, whatever the scores of the categories."
+        for field in mission.fields
+        if field.when
+    ]
     if rules.drop_threshold is None:
         words.append("Otherwise, use the category in the answer. No threshold was chosen.")
         return words

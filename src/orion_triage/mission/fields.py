@@ -13,12 +13,6 @@ from orion_triage.safe.reading import shown
 
 Value = str | int
 Fields = tuple[tuple[str, Value], ...]  # names and values, in the mission's order
-_YES_NO = ("yes", "no")
-
-
-def words_of(field: FieldOfAnswer) -> tuple[str, ...]:
-    """The values of a field that has few: yes and no, or its choices; empty for numbers and texts."""
-    return _YES_NO if field.kind == "yes/no" else field.choices
 
 
 def bounds(field: FieldOfAnswer) -> tuple[int, int]:
@@ -41,7 +35,7 @@ def allowed(field: FieldOfAnswer) -> str:
         return f"a whole number from {low} to {high}"
     if field.kind == "short text":
         return f"a text of at most {longest(field)} characters"
-    return listed(words_of(field), "or")
+    return listed(field.words, "or")
 
 
 def value_fault(field: FieldOfAnswer, value: Any) -> str:
@@ -52,7 +46,7 @@ def value_fault(field: FieldOfAnswer, value: Any) -> str:
     elif field.kind == "short text":
         right = isinstance(value, str) and len(value) <= longest(field)
     else:
-        right = isinstance(value, str) and value in words_of(field)
+        right = isinstance(value, str) and value in field.words
     return "" if right else f"{field.name} is {shown(value)}, not {allowed(field)}"
 
 
@@ -65,7 +59,7 @@ def value_of(field: FieldOfAnswer, cell: str) -> Value:
     if field.kind == "whole number" and re.fullmatch(r"[+-]?[0-9]{1,9}", cell):
         value = int(cell)
     elif field.kind in ("yes/no", "choice"):
-        value = next((word for word in words_of(field) if word.casefold() == cell.casefold()), cell)
+        value = next((word for word in field.words if word.casefold() == cell.casefold()), cell)
     if not cell:
         raise ValueError(f"{field.name} is empty: write {allowed(field)}")
     if fault := value_fault(field, value):
@@ -93,7 +87,7 @@ def _extremes(field: FieldOfAnswer) -> Iterator[Value]:
     elif field.kind == "short text":
         yield "x" * longest(field)
     else:
-        yield from words_of(field)
+        yield from field.words
 
 
 def schema(field: FieldOfAnswer) -> dict[str, Any]:
@@ -103,7 +97,7 @@ def schema(field: FieldOfAnswer) -> dict[str, Any]:
         return {"type": "integer", "minimum": low, "maximum": high, "description": field.definition}
     if field.kind == "short text":
         return {"type": "string", "maxLength": longest(field), "description": field.definition}
-    return {"enum": list(words_of(field)), "description": field.definition}
+    return {"enum": list(field.words), "description": field.definition}
 
 
 def gbnf(field: FieldOfAnswer) -> str:
@@ -112,7 +106,7 @@ def gbnf(field: FieldOfAnswer) -> str:
         return _numbers(*bounds(field))
     if field.kind == "short text":
         return f"{PLAIN}{{1,{longest(field)}}}"
-    return " | ".join(json.dumps(word) for word in words_of(field))
+    return " | ".join(json.dumps(word) for word in field.words)
 
 
 def _numbers(low: int, high: int) -> str:

@@ -81,6 +81,7 @@ FieldKind = Literal["yes/no", "choice", "whole number", "short text"]
 KIND_OF_KEY: dict[str, FieldKind] = {
     "choices": "choice", "from": "whole number", "to": "whole number", "longest": "short text",
 }  # fmt: skip
+_KEYS_OF_RULE = ("when", "then", "probability")
 MOST_FIELDS, MOST_CHOICES, LONGEST_CHOICE, LARGEST_NUMBER = 8, 16, 32, 1_000_000
 # Keys of every answer, and columns of tables that have another meaning.
 RESERVED = (
@@ -97,6 +98,9 @@ class FieldOfAnswer(Strict):
     `definition` are the words of the prompt. `choices` are those of a choice, `from_` (in files: from) and `to` the
     bounds of a whole number, both included, and `longest` the most characters of a short text; the other kinds have
     them not.
+
+    A yes/no or a choice can have a rule: a frame whose value is `when` with at least this `probability` is decided as
+    the category `then`, whatever the scores of the categories.
     """
 
     name: Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
@@ -106,12 +110,25 @@ class FieldOfAnswer(Strict):
     from_: _Number | None = Field(None, alias="from")
     to: _Number | None = None
     longest: Annotated[int, Field(strict=True, ge=1, le=200)] | None = None
+    when: str = ""
+    then: str = ""
+    probability: Annotated[float, Field(gt=0, le=1)] = 0.5
 
     @model_serializer(mode="wrap")
     def _as_in_files(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """The keys of the mission file: of the field's kind, and without those of other kinds."""
+        """The keys of the mission file: of the field's kind, without those of other kinds and of a rule it has not."""
         found = {key.rstrip("_"): value for key, value in dump(self).items()}
-        return {key: value for key, value in found.items() if KIND_OF_KEY.get(key, self.kind) == self.kind}
+        absent = () if self.when else _KEYS_OF_RULE
+        return {
+            key: value
+            for key, value in found.items()
+            if KIND_OF_KEY.get(key, self.kind) == self.kind and key not in absent
+        }
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The values of a field that has few: yes and no, or its choices; empty for numbers and texts."""
+        return ("yes", "no") if self.kind == "yes/no" else self.choices
 
 
 class Mission(Strict):
@@ -363,6 +380,25 @@ def _mistakes_of_fields(mission: Mission) -> list[Fault]:
         if fault := _fault_of_line(field.definition):
             found.append((("fields", index, "definition"), f"the definition of {field.name} {fault}"))
         found += [(("fields", index, key), text) for key, text in _mistakes_of_kind(field)]
+        found += [(("fields", index, key), text) for key, text in _mistakes_of_rule(field, mission.names)]
+    return found
+
+
+def _mistakes_of_rule(field: FieldOfAnswer, names: Sequence[str]) -> list[tuple[str, str]]:
+    """What is wrong with `when`, `then` and `probability`: (key, sentence)."""
+    given = [key for key in _KEYS_OF_RULE if key in field.model_fields_set]
+    if not given:
+        return []
+    if field.kind not in ("yes/no", "choice"):
+        return [(given[0], f"{given[0]} is not for the field {field.name}, a {field.kind}; remove it")]
+    absent = [key for key in ("when", "then") if not getattr(field, key)]
+    found = [(given[0], f"the rule of {field.name} has no {key}; write when and then, or neither") for key in absent]
+    if field.when and field.when not in field.words:
+        near = nearest(field.when, field.words)
+        found.append(("when", f"when of {field.name} is {shown(field.when)}, which is no value of it{near}"))
+    if field.then and field.then not in names:
+        near = nearest(field.then, names)
+        found.append(("then", f"then of {field.name} is {shown(field.then)}, which is no category{near}"))
     return found
 
 

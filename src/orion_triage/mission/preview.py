@@ -7,15 +7,17 @@ from orion_triage.mission.contract import contract_sha256
 from orion_triage.mission.fields import allowed
 from orion_triage.mission.mission import Mission, listed
 from orion_triage.mission.prompt import Coordinates, user_text
-from orion_triage.mission.verdict import answer_schema, grammar, label_tree
+from orion_triage.mission.scoring import field_cues, label_tree
+from orion_triage.mission.verdict import answer_schema, grammar
 
 
 def preview(mission: Mission, tokenize: Callable[[str], list[int]]) -> dict[str, Any]:
     """All that follows from the mission with a model's tokenizer (`tokenize` adds no special tokens).
 
-    Raises OrionError if the tokenizer cannot score the names.
+    Raises OrionError if the tokenizer cannot score the names, or a field that has a rule.
     """
     nodes = label_tree(mission, tokenize)
+    scored = {one.field for one in field_cues(mission, tokenize)}
     in_flight, with_place = user_text(mission, None), user_text(mission, Coordinates(-120.62, 34.0))
     return {
         "name": mission.name,
@@ -40,5 +42,10 @@ def preview(mission: Mission, tokenize: Callable[[str], list[int]]) -> dict[str,
             "one request more per frame"
             for node in nodes
             if node.text
+        ]
+        + [
+            f"values of {field.name} begin alike: their probabilities are not read"
+            for field in mission.fields
+            if field.words and field.name not in scored
         ],
     }

@@ -1,11 +1,11 @@
-"""The contract between ground and flight: verdict, grammar, and the tokens that decide the category.
+"""The contract between ground and flight: the answer and its grammar.
 
 Datasets, adapters and deployed flight software use these exact bytes. Only this module makes them, from the mission's
 categories.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,12 @@ def answer_text(mission: Mission, verdict: Verdict) -> str:
     return json.dumps({key: values[key] for key in mission.keys})
 
 
-CATEGORY_CUE = '"category": "'  # what follows it in the answer determines the category
+def cue_of(key: str) -> str:
+    """The text after which the value of a key that is a string begins in the answer."""
+    return f'{json.dumps(key)}: "'
+
+
+CATEGORY_CUE = cue_of("category")  # what follows it in the answer determines the category
 
 
 def answer_start(mission: Mission) -> str:
@@ -38,7 +43,7 @@ def answer_start(mission: Mission) -> str:
     Raises OrionError for a mission with fields that must have a value.
     """
     require_category_alone(mission)
-    return _around(mission, "")[0]
+    return around(mission, "")[0]
 
 
 def category_alone(mission: Mission, category: str) -> str:
@@ -66,84 +71,10 @@ def _needing_a_value(mission: Mission) -> list[str]:
     return [field.name for field in mission.fields if field.kind != "short text"]
 
 
-def _around(mission: Mission, text: str) -> tuple[str, str]:
+def around(mission: Mission, text: str) -> tuple[str, str]:
     """The answer with this text as the reason and in text fields, before and after the name of the category."""
     before, _, after = answer_text(mission, Verdict(text, "", examples(mission, text))).partition(CATEGORY_CUE)
     return before + CATEGORY_CUE, after
-
-
-@dataclass(frozen=True)
-class LabelNode:
-    """A place where names of categories part: after `text` of the name, `tokens` continue different ones.
-
-    `names` has the indices of the categories that each token leads to.
-    """
-
-    text: str
-    tokens: tuple[int, ...]
-    names: tuple[tuple[int, ...], ...]
-
-
-def label_tree(mission: Mission, tokenize: Callable[[str], list[int]]) -> tuple[LabelNode, ...]:
-    """Where the names of the categories part in tokens, the first place first; one request scores each place.
-
-    Mostly the first tokens of all names differ: there is one place, and the text before it is empty. `tokenize` adds no
-    special tokens. Raises OrionError if a name cannot be scored: if its first token merges with the cue, or if the
-    name's beginning is tokenized differently without its end.
-    """
-    before, after = _around(mission, "x")
-    start = tokenize(before)
-    paths = []
-    for name in mission.names:
-        ids = tokenize(before + name + after)
-        if ids[: len(start)] != start or len(ids) <= len(start):
-            raise OrionError(
-                f"the model's tokenizer merges the category {name} with the text before it, so it cannot be scored.",
-                "Use a base of the LFM2-VL family.",
-            )
-        paths.append(ids[len(start) :])
-    nodes: list[LabelNode] = []
-    waiting = [(tuple(range(len(paths))), 0)]  # categories with the same first tokens, and how many
-    while waiting:
-        group, depth = waiting.pop(0)
-        if any(len(paths[index]) <= depth for index in group):
-            raise OrionError(
-                f"the model's tokenizer does not tell the categories {' and '.join(mission.names[i] for i in group)} "
-                "apart, so they cannot be scored.",
-                "Use a base of the LFM2-VL family.",
-            )
-        following: dict[int, list[int]] = {}
-        for index in group:
-            following.setdefault(paths[index][depth], []).append(index)
-        waiting += [(tuple(names), depth + 1) for names in following.values() if len(names) > 1]
-        if len(following) > 1:
-            name = mission.names[group[0]]
-            common = [*start, *paths[group[0]][:depth]]
-            beginnings = (name[:count] for count in range(len(name) + 1))
-            text = next((begun for begun in beginnings if tokenize(before + begun) == common), None)
-            if text is None:
-                raise OrionError(
-                    f"the categories {' and '.join(mission.names[index] for index in group[:2])} begin with the same "
-                    "tokens, and the tokenizer writes their common beginning differently when it stands alone.",
-                    "Rename one of them.",
-                )
-            nodes.append(LabelNode(text, tuple(following), tuple(tuple(names) for names in following.values())))
-    return tuple(nodes)
-
-
-def after_cue(nodes: Sequence[LabelNode]) -> list[tuple[str, tuple[int, ...]]]:
-    """What a client asks at these places: the text after the cue, and the tokens that may come next."""
-    return [(node.text, node.tokens) for node in nodes]
-
-
-def label_scores(mission: Mission, nodes: Sequence[LabelNode], found: Sequence[Sequence[float]]) -> list[float]:
-    """The log-probability of each category, from those of the `tokens` of each node."""
-    scores = [0.0] * len(mission.names)
-    for node, values in zip(nodes, found, strict=True):
-        for indices, value in zip(node.names, values, strict=True):
-            for index in indices:
-                scores[index] += value
-    return scores
 
 
 def answer_tokens(mission: Mission) -> int:
@@ -168,8 +99,18 @@ def grammar(mission: Mission) -> str:
 
 def category_grammar(mission: Mission) -> str:
     """The grammar of the text after the cue: the category, and what follows it."""
-    rest = mission.keys[mission.keys.index("category") + 1 :]
-    return f"root ::= {_rule(mission, ('category', *rest), inside=True)}\n{_rules(mission, ('category', *rest))}"
+    return _grammar_from(mission, "category")
+
+
+def grammars(mission: Mission) -> dict[str, str]:
+    """The grammar from each cue on: "" is the beginning of the answer, then the category, yes/no and choices."""
+    cued = ["category", *(field.name for field in mission.fields if field.words)]
+    return {"": grammar(mission), **{cue_of(key): _grammar_from(mission, key) for key in cued}}
+
+
+def _grammar_from(mission: Mission, key: str) -> str:
+    keys = mission.keys[mission.keys.index(key) :]
+    return f"root ::= {_rule(mission, keys, inside=True)}\n{_rules(mission, keys)}"
 
 
 def _rule(mission: Mission, keys: Sequence[str], *, inside: bool = False) -> str:

@@ -1,6 +1,6 @@
 """Greedy answers, log-probabilities and image features of a loaded model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def generate(
     the short-conv layers.
     """
     rows = encode_rows(processor, images, user_texts)
-    return [text for text, _ in generate_and_score(model, processor, rows, max_new_tokens)]
+    return [text for text, *_ in generate_and_score(model, processor, rows, max_new_tokens)]
 
 
 def generate_and_score(
@@ -58,22 +58,28 @@ def generate_and_score(
     *,
     cue: str = "",
     after_cue: Sequence[tuple[str, Sequence[int]]] = (),
-) -> "list[tuple[str, list[list[float]] | None]]":
+    further: Mapping[str, Sequence[int]] | None = None,
+) -> "list[tuple[str, list[list[float]] | None, dict[str, list[float]]]]":
     """The answers of `generate`, each with the log-probabilities of tokens after its first `cue`.
 
     `after_cue` are pairs of a text that follows the cue, mostly none, and the tokens that may come next. The
-    log-probabilities are None if the answer does not contain the cue or ends with it.
+    log-probabilities are None if the answer does not contain the cue or ends with it. `further` are other cues with
+    such tokens: the third part has the log-probabilities after each cue that the answer contains.
     """
     import torch
 
-    # One [rows, len(tokens)] per generated token; all logits of a batch would take 0.3 GB.
+    # Token after a cue -> its column. One [rows, len(columns)] per generated token; all logits of a batch take 0.3 GB.
     steps: list[torch.Tensor] = []
-    tokens = next((following for text, following in after_cue if not text), ())
+    asked = [following for text, following in after_cue if not text] + list((further or {}).values())
+    columns = {token: place for place, token in enumerate(dict.fromkeys(token for one in asked for token in one))}
 
     def remember(_: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        if tokens:
-            steps.append(logits.float().log_softmax(-1)[:, list(tokens)].cpu())
+        if columns:
+            steps.append(logits.float().log_softmax(-1)[:, list(columns)].cpu())
         return logits
+
+    def at(place: int, row: int, tokens: Sequence[int]) -> list[float]:
+        return [float(steps[place][row, columns[token]]) for token in tokens]
 
     batch = pad(processor, rows).to(model.device)
     end = processor.tokenizer.convert_tokens_to_ids(family_of_processor(processor).END_OF_TURN)
@@ -93,16 +99,24 @@ def generate_and_score(
         )
     decoded: list[str] = processor.tokenizer.batch_decode(output, skip_special_tokens=True)
     scores: list[list[list[float]] | None] = [None] * len(decoded)
+    more: list[dict[str, list[float]]] = [{} for _ in decoded]
+
+    def place_after(ids: list[int], text: str) -> int | None:
+        place = _tokens_up_to(processor.tokenizer, ids, text)
+        return place if place is not None and place < len(ids) and ids[place] != end else None
+
     for row, ids in enumerate(output.tolist() if cue else []):
-        place = _tokens_up_to(processor.tokenizer, ids, cue)
-        if place is not None and place < len(ids) and ids[place] != end:
+        if (place := place_after(ids, cue)) is not None:
             scores[row] = [
                 _next_log_probabilities(model, processor, rows[row], ids[:place], text, following)
                 if text
-                else steps[place][row].tolist()
+                else at(place, row, following)
                 for text, following in after_cue
             ]
-    return list(zip(decoded, scores, strict=True))
+        for other, following in (further or {}).items():
+            if (place := place_after(ids, other)) is not None:
+                more[row][other] = at(place, row, following)
+    return list(zip(decoded, scores, more, strict=True))
 
 
 def _next_log_probabilities(

@@ -7,18 +7,19 @@ import base64
 import io
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from orion_triage.dataset.records import image_path, read_split
 from orion_triage.errors import printable
+from orion_triage.evaluate import threshold
 from orion_triage.evaluate.conditions import CONDITIONS
 from orion_triage.evaluate.judgement import BUDGETS
 from orion_triage.evaluate.results import FLIGHT, NO_THRESHOLD, SHOWN, as_flown
 from orion_triage.evaluate.run import Row, prediction_of, read_predictions
 from orion_triage.evaluate.variants import OTHER_PAIR, SERVER
 from orion_triage.imagery.frames import CAMERA_SIZE, read_frame, shrink
-from orion_triage.mission.decide import Rules, decide
+from orion_triage.mission.decide import Rules, by_in_words
 from orion_triage.mission.mission import ACTIONS, Mission
 from orion_triage.mission.prompt import Coordinates, format_degrees, render_prompt
 from orion_triage.report import plot
@@ -242,6 +243,7 @@ def wrong_answers(results: dict[str, Any], rows: Sequence[Row]) -> list[WrongAns
             continue
         priced = costs[prediction.truth]
         scores = dict(zip(mission.names, prediction.scores or (), strict=False))
+        decision = threshold.decision_of(replace(answer, blank=prediction.blank), rules, mission)
         asked = Coordinates(**row["coordinates"]) if row["coordinates"] else None
         wrong.append(
             WrongAnswer(
@@ -252,7 +254,7 @@ def wrong_answers(results: dict[str, Any], rows: Sequence[Row]) -> list[WrongAns
                 truth=prediction.truth,
                 predicted=predicted,
                 said=answer.predicted,
-                decided_by=decide(mission, answer.predicted, answer.scores, blank=prediction.blank, rules=rules).by,
+                decided_by=by_in_words(mission, decision, rules),
                 cost=priced[ACTIONS.index(mission.actions[predicted])] if predicted else max(priced),
                 confidence=scores.get(predicted, 0.0) if predicted else 0.0,
                 scores=scores,
