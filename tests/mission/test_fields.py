@@ -731,6 +731,6 @@ def check_bundle(folder: Path) -> None:
     odds = {one["id"]: math.exp(one["logprob"]) for one in asked["completion_probabilities"][0]["top_logprobs"]}
     least = min(odds.values())  # of a word that the untrained pair would not write
     by_request = odds.get(yes, least) / (odds.get(yes, least) + odds.get(no, least))
-    assert ground["field_scores"]["built"]["yes"] == pytest.approx(by_request, abs=0.02), (
+    assert ground["field_scores"]["built"]["yes"] == pytest.approx(by_request, abs=0.05), (
         "what a request of its own gives"
     )
