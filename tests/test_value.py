@@ -2,18 +2,15 @@
 
 import numpy as np
 import pytest
-from pydantic import ValidationError
 from sklearn.metrics import brier_score_loss, cohen_kappa_score, log_loss
 
 from orion_triage.errors import OrionError
 from orion_triage.evaluate.statistics import wilson
 from orion_triage.evaluate.value import (
-    at_prior,
     best_constant,
     brier,
     downlink,
     expected_calibration_error,
-    expected_cost,
     fit_temperature,
     headline,
     negative_log_likelihood,
@@ -39,6 +36,7 @@ def with_prior(*shares: float) -> Mission:
 
 TRUTH = np.array([H, H, H, H, M, M, M, L, L, L])
 GUESS = np.array([H, H, L, NONE, M, L, H, L, M, L])
+APART = [str(number) for number in range(len(TRUTH))]  # each frame is of a place of its own
 
 
 def some_scores(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -50,7 +48,7 @@ def some_scores(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_the_headline_counts_what_is_deleted_for_good() -> None:
-    rates = headline(TRUTH, GUESS, MISSION)
+    rates = headline(TRUTH, GUESS, APART, MISSION)
     recall, loss = rates["high_recall"], rates["irrecoverable_loss"]
     assert (recall["count"], recall["total"], recall["rate"]) == (2, 4, 0.5)
     assert (recall["low"], recall["high"]) == wilson(2, 4)
@@ -60,20 +58,13 @@ def test_the_headline_counts_what_is_deleted_for_good() -> None:
 
 
 def test_the_headline_of_a_split_without_valuable_frames_is_undefined() -> None:
-    rates = headline(np.array([L, L]), np.array([L, NONE]), MISSION)
+    rates = headline(np.array([L, L]), np.array([L, NONE]), ["a", "b"], MISSION)
     undefined = {"count": 0, "total": 0, "rate": None, "low": None, "high": None}
     assert rates == {"high_recall": undefined, "irrecoverable_loss": undefined, "no_verdict": 0}
 
 
 def test_the_downlink_takes_what_is_called_high() -> None:
-    shares = downlink(TRUTH, GUESS, MISSION)
-    # Sent: HIGH, HIGH, MEDIUM = 22 / 3; all: (4 * 10 + 3 * 2) / 10.
-    assert shares == pytest.approx(
-        {"sent": 0.3, "stored": 0.2, "dropped": 0.4, "no_verdict": 0.1, "value_density": 22 / 3 / 4.6}
-    )
-    assert downlink(TRUTH, np.full(10, H), MISSION)["value_density"] == 1
-    assert downlink(TRUTH, np.full(10, L), MISSION)["value_density"] is None
-    assert downlink(np.array([L, L]), np.array([H, L]), MISSION)["value_density"] is None
+    assert downlink(GUESS, MISSION) == pytest.approx({"sent": 0.3, "stored": 0.2, "dropped": 0.4, "no_verdict": 0.1})
 
 
 def test_the_value_curve_is_the_one_drawn_by_hand() -> None:
@@ -123,8 +114,6 @@ def test_orders_of_equal_or_no_value_are_undefined() -> None:
 
 def test_costs_are_those_of_the_matrix_and_no_verdict_costs_most() -> None:
     # H: 0, 0, 10, no verdict 10; M: 0, 3, 1; L: 0, 1, 0.
-    assert expected_cost(TRUTH, GUESS, MISSION) == pytest.approx(25 / 10)
-    assert expected_cost(TRUTH, TRUTH, MISSION) == 0
     # All HIGH: 0 + 3 * 1 + 3 * 4 = 15; all MEDIUM: 4 * 2 + 0 + 3 = 11; all LOW: 40 + 9.
     assert best_constant(TRUTH, MISSION) == (M, pytest.approx(1.1))
     assert best_constant(TRUTH, Mission.model_validate({"costs": [[1.0, 1.0, 1.0]] * 3})) == (H, 1)
@@ -145,37 +134,6 @@ def test_kappa_of_one_category_or_no_answer_is_undefined() -> None:
     assert quadratic_kappa(np.array([M, M]), np.array([M, M]), MISSION) == (None, 0)
     assert quadratic_kappa(np.array([H, L]), np.array([NONE, NONE]), MISSION) == (None, 2)
     assert quadratic_kappa(np.array([H, L]), np.array([L, H]), MISSION) == (-1.0, 0)
-
-
-def test_a_prior_reweights_the_answers() -> None:
-    prior = with_prior(0.1, 0.3, 0.6)
-    rates = at_prior(TRUTH, GUESS, prior)
-    high_sent, medium_sent = 0.1 * 2 / 4, 0.3 * 1 / 3
-    assert rates["sent"] == pytest.approx(high_sent + medium_sent)
-    assert rates["stored"] == pytest.approx(0.3 / 3 + 0.6 / 3)
-    assert rates["dropped"] == pytest.approx(0.1 / 4 + 0.3 / 3 + 0.6 * 2 / 3)
-    assert rates["no_verdict"] == pytest.approx(0.1 / 4)
-    assert rates["precision"] == pytest.approx({"HIGH": high_sent / 0.15, "MEDIUM": 1 / 3, "LOW": 0.4 / 0.525})
-
-
-def test_the_splits_own_prior_changes_nothing() -> None:
-    prior = with_prior(0.4, 0.3, 0.3)
-    rates, shares = at_prior(TRUTH, GUESS, prior), downlink(TRUTH, GUESS, MISSION)
-    assert all(rates[name] == pytest.approx(shares[name]) for name in ("sent", "stored", "dropped", "no_verdict"))
-    assert rates["precision"] == pytest.approx({"HIGH": 2 / 3, "MEDIUM": 1 / 2, "LOW": 2 / 4})
-
-
-def test_what_a_split_cannot_say_about_a_prior_is_undefined() -> None:
-    truth, guess = np.array([H, H, L]), np.array([H, L, L])
-    missing = at_prior(truth, guess, with_prior(0.1, 0.3, 0.6))
-    assert missing["sent"] is missing["dropped"] is missing["precision"]["HIGH"] is None
-    known = at_prior(truth, guess, with_prior(0.5, 0, 0.5))
-    assert known["sent"] == 0.25
-    assert known["precision"] == pytest.approx({"HIGH": 1, "MEDIUM": None, "LOW": 0.5 / 0.75})
-    with pytest.raises(ValidationError, match=r"the priors sum to 0\.9; write shares that sum to 1"):
-        with_prior(0.5, 0, 0.4)
-    with pytest.raises(ValidationError, match="greater than or equal to 0"):
-        with_prior(1.5, 0, -0.5)
 
 
 def test_losses_are_those_of_scikit_learn() -> None:

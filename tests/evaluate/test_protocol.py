@@ -14,8 +14,9 @@ from orion_triage.errors import OrionError
 from orion_triage.evaluate import features
 from orion_triage.evaluate.baselines import LOGISTIC_REGRESSION, baselines, logistic_regression
 from orion_triage.evaluate.conditions import NOISE, conflict_pairs, questions
-from orion_triage.evaluate.metrics import Prediction, compare, summarize, wilson
+from orion_triage.evaluate.metrics import Prediction, compare, summarize
 from orion_triage.evaluate.run import read_predictions, run
+from orion_triage.evaluate.statistics import wilson
 from orion_triage.mission.prompt import Coordinates, render_prompt
 from orion_triage.mission.verdict import Verdict
 from orion_triage.settings import EvaluateSettings

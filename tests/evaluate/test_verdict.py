@@ -383,7 +383,7 @@ def rate(count: int, total: int) -> dict[str, Any]:
 
     truth = np.zeros(total, dtype=np.int64)
     guess = np.array([2] * count + [0] * (total - count))
-    found: dict[str, Any] = headline(truth, guess, MISSION)["irrecoverable_loss"]
+    found: dict[str, Any] = headline(truth, guess, [str(n) for n in range(len(truth))], MISSION)["irrecoverable_loss"]
     return found
 
 

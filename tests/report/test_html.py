@@ -304,10 +304,9 @@ def test_the_threshold_has_its_section(wrong_results: dict[str, Any]) -> None:
     results["models"]["no-threshold"] = without
     for condition in "AB":
         with_it[condition] |= {"high_recall": rates, "irrecoverable_loss": rates}
-        with_it[condition]["downlink"] |= {"sent": 0.25, "dropped": 0.125}
-        with_it[condition]["cost"] |= {"expected": 0.5}
-        without[condition]["downlink"] |= {"sent": 0.5, "dropped": 0.0625}
-        without[condition]["cost"] |= {"expected": 0.75}
+        for rates_of, sent, dropped, cost in ((with_it, 0.25, 0.125, 0.5), (without, 0.5, 0.0625, 0.75)):
+            figures = {"sent": sent, "dropped": dropped, "cost": cost}
+            rates_of[condition]["orbit"] |= {key: {"value": x, "low": x, "high": x} for key, x in figures.items()}
     point = {"negative_log_likelihood": 0.33}
     for threshold, said in ((0.42, "is dropped if P(LOW) is at least 0.42"), (2.0, "drops no frame")):
         results["operating_point"] = {"drop_threshold": threshold, "temperature": 1.75, "A": point, "B": point}

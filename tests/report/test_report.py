@@ -126,8 +126,8 @@ def test_results_are_counted_from_predictions_and_name_what_is_missing(results: 
         "count": 0, "total": 4, "rate": 0.0, "low": pytest.approx(0, abs=1e-9), "high": 0.49,
     }  # fmt: skip
     assert always_high["downlink"]["sent"] == 1
-    assert always_high["cost"]["expected"] == pytest.approx((0 + 1 + 1) / 3)
-    assert always_high["at_prior"]["precision"]["HIGH"] == pytest.approx(0.005)
+    assert always_high["orbit"]["cost"]["value"] == pytest.approx(0.995)  # one for each frame that is not HIGH
+    assert always_high["orbit"]["precision"]["HIGH"]["value"] == pytest.approx(0.005)
     assert always_high["scored"] == 0
     assert "brier" not in always_high
     assert "quantization" not in results["deltas"]

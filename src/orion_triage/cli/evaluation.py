@@ -392,16 +392,17 @@ def _print_effects(effects: dict[str, dict[str, Any]], mission: Any) -> None:
     from rich.table import Table
 
     from orion_triage.mission.mission import listed
-    from orion_triage.report.render import rate
+    from orion_triage.report.render import rate, share
 
     kept, sent = listed(mission.that("send", "store")), listed(mission.that("send")) or "to be sent"
-    table = Table("split", "", f"{kept} lost", f"{sent} found", "sent", "dropped", title="Before and after")
+    table = Table("split", "", f"{kept} lost", f"{sent} found", "sent*", "dropped*", title="Before and after")
     for split, effect in effects.items():
         for when in ("before", "after"):
             values = effect[when]
-            shares = [f"{values['downlink'][name]:.0%}" for name in ("sent", "dropped")]
+            shares = [share(values["orbit"][name]) if values["orbit"] else "-" for name in ("sent", "dropped")]
             table.add_row(split, when, rate(values["irrecoverable_loss"]), rate(values["high_recall"]), *shares)
         table.add_section()
     output().print(table)
+    typer.echo("*: shares of the frames in orbit, with the mission's prior")
     for split, effect in effects.items():
         typer.echo(f"{split}: {effect['lost']} more {kept} frames lost, {effect['saved']} saved")

@@ -5,15 +5,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from orion_triage.evaluate import value
-from orion_triage.evaluate.metrics import Prediction
+from orion_triage.evaluate import clusters, orbit, value
+from orion_triage.evaluate.metrics import Prediction, places_of
 from orion_triage.evaluate.statistics import (
     NO_VERDICT,
     Integers,
     balanced_accuracy,
-    cluster_bootstrap,
     confusion,
     confusion_bootstrap,
     geographic_block,
@@ -29,15 +27,16 @@ _SEED = 42
 def judge(predictions: Sequence[Prediction], places: Mapping[str, Coordinates], mission: Mission) -> dict[str, Any]:
     """The metrics of one model under one condition; `places` has the true coordinates of each frame, by name.
 
-    Intervals of macro-F1 and balanced accuracy are bootstrapped over blocks of 10 degrees, because frames of one region
-    are not independent. If places have several frames, the intervals of the rates are bootstrapped over places, because
-    Wilson's interval assumes independent frames. An answer without scores counts as equally likely categories.
+    Intervals of rates are over places (see clusters.py); `over_blocks` has them over blocks of 10 degrees, because
+    frames of one region are not independent either. Those of macro-F1 and balanced accuracy are bootstrapped over these
+    blocks. An answer without scores counts as equally likely categories.
     """
     truth = truth_of(predictions, mission)
     guess = guess_of([p.predicted for p in predictions], mission)
     where = [places[p.name] for p in predictions]
     blocks = [geographic_block(place.lon, place.lat) for place in where]
-    constant, constant_cost = value.best_constant(truth, mission)
+    in_orbit = orbit.orbit(truth, guess, places_of(predictions), mission)
+    constant, constant_cost = value.best_constant(truth, mission, orbit.weights(truth, mission))
     kappa, left_out = value.quadratic_kappa(truth, guess, mission)
     categories = len(mission.names)
 
@@ -46,43 +45,29 @@ def judge(predictions: Sequence[Prediction], places: Mapping[str, Coordinates], 
         measured = float(statistic(confusion(truth, guess, categories)))
         return {name: _number(x) for name, x in (("value", measured), ("low", low), ("high", high))}
 
-    headline = value.headline(truth, guess, mission)
-    several: dict[str, Any] = {}
-    if len(set(where)) < len(where):
-        names = [f"{place.lon} {place.lat}" for place in where]
-        several["accuracy_low"], several["accuracy_high"] = _by_place(guess == truth, names)
-        wanted, done = value.acted(truth, mission), value.acted(guess, mission)
-        for key, rows, hits in (
-            ("high_recall", wanted == value.SEND, done == value.SEND),
-            ("irrecoverable_loss", wanted != value.DROP, done == value.DROP),
-        ):
-            low, high = _by_place(hits[rows], [name for name, row in zip(names, rows, strict=True) if row])
-            headline[key] |= {"low": low, "high": high}
+    headline = value.headline(truth, guess, places_of(predictions), mission)
+    over_blocks = value.headline(truth, guess, blocks, mission)
     return {
-        **several,
         "places": len(set(where)),
         "blocks": len(set(blocks)),
         "macro_f1": bootstrapped(macro_f1),
         "balanced_accuracy_interval": bootstrapped(balanced_accuracy),
         **headline,
-        "downlink": value.downlink(truth, guess, mission),
-        "cost": {
-            "expected": value.expected_cost(truth, guess, mission),
-            "best_constant": mission.names[constant],
-            "best_constant_cost": constant_cost,
+        "over_blocks": {
+            "accuracy": list(clusters.rate_interval(guess == truth, blocks)),
+            **{
+                name: [over_blocks[name][end] for end in ("low", "high")]
+                for name in ("high_recall", "irrecoverable_loss")
+            },
         },
+        "downlink": value.downlink(guess, mission),
+        "orbit": in_orbit
+        and in_orbit | {"best_constant": {"category": mission.names[constant], "cost": constant_cost}},
         "quadratic_kappa": kappa,
         "quadratic_kappa_left_out": left_out,
-        "at_prior": value.at_prior(truth, guess, mission),
         "scored": sum(p.scores is not None for p in predictions),
         **(_of_scores(predictions, truth, guess, mission) if any(p.scores for p in predictions) else {}),
     }
-
-
-def _by_place(hits: NDArray[np.bool_], places: Sequence[str]) -> tuple[float | None, float | None]:
-    """The bootstrap interval of a rate over whole places."""
-    low, high = cluster_bootstrap(lambda rows: float(hits[rows].mean()), places, seed=_SEED)
-    return _number(low), _number(high)
 
 
 def truth_of(predictions: Sequence[Prediction], mission: Mission) -> Integers:
@@ -123,15 +108,26 @@ def expected_value(scores: value.Floats, guess: Integers, mission: Mission) -> v
     return np.where(value.acted(guess, mission) == value.DROP, -1.0, scores @ np.array(mission.values))
 
 
-def value_figures(truth: Integers, ranking: value.Floats, mission: Mission) -> dict[str, Any]:
-    """The curve of value against budget, its normalized area, and the value at each of BUDGETS."""
-    curve = value.value_curve(truth, ranking, mission.values)
+def value_figures(truth: Integers, ranking: value.Floats, mission: Mission) -> dict[str, Any] | None:
+    """The curve of value against budget in orbit, its normalized area, and the value at each of BUDGETS.
+
+    None if the split has no frame of a category that the orbit has.
+    """
+    weights = orbit.weights(truth, mission)
+    if weights is None:
+        return None
+    curve = value.value_curve(truth, ranking, mission.values, weights)
     return {
         "budget": curve.budget.tolist(),
         "value": curve.value.tolist(),
-        "normalized_area": value.normalized_area(curve, truth, mission.values),
+        "normalized_area": value.normalized_area(curve, truth, mission.values, weights),
         "at": {f"{budget:.0%}": value.value_at(curve, budget) for budget in BUDGETS},
     }
+
+
+def ideal_figures(truth: Integers, mission: Mission) -> dict[str, Any] | None:
+    """`value_figures` of frames sent in the order of their true value."""
+    return value_figures(truth, np.array(mission.values, dtype=np.float64)[truth], mission)
 
 
 def _number(x: float) -> float | None:

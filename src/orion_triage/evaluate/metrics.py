@@ -1,11 +1,15 @@
 """Counts and rates of the four conditions, computed from predictions; pure functions."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from orion_triage.errors import OrionError
-from orion_triage.evaluate.statistics import frames_to_resolve, mcnemar, wilson
+from orion_triage.evaluate import clusters
+from orion_triage.evaluate.statistics import frames_to_resolve
 from orion_triage.mission.fields import Fields
 from orion_triage.mission.mission import FieldOfAnswer, Mission
 from orion_triage.mission.scoring import FieldScores
@@ -16,6 +20,8 @@ UNPARSABLE = "unparsable"
 @dataclass(frozen=True)
 class Prediction:
     """One answer; `predicted` is None if it has no verdict, `blank` is the result of the blank rule.
+
+    `place` names the frame's place, which other frames can have too; empty if it is not known.
 
     `fields` are the values of the mission's further fields (empty without a verdict), `true_fields` the right ones,
     `field_scores` the probabilities of yes/no and choices.
@@ -28,6 +34,7 @@ class Prediction:
     donor_category: str | None = None
     scores: tuple[float, ...] | None = None
     blank: bool = False
+    place: str = ""
     fields: Fields = ()
     true_fields: Fields = ()
     field_scores: FieldScores = field(default_factory=dict)
@@ -36,6 +43,9 @@ class Prediction:
 @dataclass(frozen=True)
 class Change:
     """Comparison of two sets of answers to the same frames: frames gained and lost, percentage points, p-values.
+
+    `low` and `high` are the 95 % interval of the difference as a share of the frames. Interval and p-values are over
+    places: tiles of one place are alike.
 
     McNemar's p-values are two-sided: the probability of a split of the differing frames at least this uneven if both
     sets were equally good. The exact test is conservative on few frames, mid-p less so. `frames_to_resolve` is the
@@ -48,6 +58,8 @@ class Change:
     exact_p: float
     mid_p: float
     frames_to_resolve: int | None
+    low: float
+    high: float
 
 
 def compare(first: Sequence[Prediction], second: Sequence[Prediction]) -> Change:
@@ -56,16 +68,31 @@ def compare(first: Sequence[Prediction], second: Sequence[Prediction]) -> Change
     Raises OrionError unless both are of the same frames.
     """
     before, after = ({p.name: p.predicted == p.truth for p in predictions} for predictions in (first, second))
+    places = {p.name: p.place or p.name for p in second}
     if set(before) != set(after) or not before:
         raise OrionError(
             "the predictions of the two models under one condition are of different frames.",
             "Evaluate both again on the same split.",
         )
-    gained = sum(after[name] and not before[name] for name in before)
-    lost = sum(before[name] and not after[name] for name in before)
-    test = mcnemar(gained, lost)
-    needed = frames_to_resolve(gained, lost, len(before))
-    return Change(gained, lost, 100 * (gained - lost) / len(before), test.exact_p, test.mid_p, needed)
+    names = sorted(before)
+    changes, where = [int(after[name]) - int(before[name]) for name in names], [places[name] for name in names]
+    return change_of(changes, where)
+
+
+def change_of(changes: Sequence[int], places: Sequence[str]) -> Change:
+    """The change by `changes` [frames], at least one: 1 gained, -1 lost, 0 alike."""
+    gained, lost, total = changes.count(1), changes.count(-1), len(changes)
+    test = clusters.paired_test(changes, places)
+    low, high = clusters.paired_interval(changes, places)
+    independent = clusters.effective_frames(changes, places, (-1.0, 1.0)) / total
+    needed = frames_to_resolve(gained, lost, total)
+    more = None if needed is None else math.ceil(needed / independent)
+    return Change(gained, lost, 100 * (gained - lost) / total, test.exact_p, test.mid_p, more, low, high)
+
+
+def places_of(predictions: Sequence[Prediction]) -> list[str]:
+    """The label of each prediction's place; a frame whose place is not known is its own."""
+    return [p.place or p.name for p in predictions]
 
 
 def under(predictions: Sequence[Prediction], condition: str) -> list[Prediction]:
@@ -100,7 +127,7 @@ def _rates(predictions: Sequence[Prediction], mission: Mission) -> dict[str, Any
     }
     classes = {category: _class_rates(confusion, category) for category in mission.names}
     recalls = [rates["recall"] for rates in classes.values() if rates["recall"] is not None]
-    low, high = wilson(right, total)
+    low, high = clusters.rate_interval(np.array([p.predicted == p.truth for p in predictions]), places_of(predictions))
     return {
         "count": total,
         "right": right,
@@ -116,27 +143,34 @@ def _rates(predictions: Sequence[Prediction], mission: Mission) -> dict[str, Any
 
 
 def _field_rates(predictions: Sequence[Prediction], field: FieldOfAnswer) -> dict[str, Any]:
-    """How often a field's value is exactly right, with its Wilson interval; an answer without a verdict is wrong.
+    """How often a field's value is exactly right, with its interval over places; an answer without a verdict is wrong.
 
     Yes/no and choice: the confusion matrix. Whole number: answers that are at most 1 off, also with an interval, and
     the mean absolute error of the answers that have a value (None without any).
     """
     pairs = [(dict(p.true_fields)[field.name], dict(p.fields).get(field.name)) for p in predictions]
-    rates: dict[str, Any] = _share(sum(said == truth for truth, said in pairs), len(pairs))
+    rates: dict[str, Any] = _share([said == truth for truth, said in pairs], places_of(predictions))
     rates["unparsable"] = sum(said is None for _, said in pairs)
     if words := field.words:
         columns = [*((word, word) for word in words), (UNPARSABLE, None)]
         rates["confusion"] = {word: {name: pairs.count((word, said)) for name, said in columns} for word in words}
     elif field.kind == "whole number":
         off = [abs(int(said) - int(truth)) for truth, said in pairs if said is not None]
-        rates["within_one"] = _share(sum(error <= 1 for error in off), len(pairs))
+        near = [said is not None and abs(int(said) - int(truth)) <= 1 for truth, said in pairs]
+        rates["within_one"] = _share(near, places_of(predictions))
         rates["mean_absolute_error"] = sum(off) / len(off) if off else None
     return rates
 
 
-def _share(right: int, count: int) -> dict[str, Any]:
-    low, high = wilson(right, count)
-    return {"right": right, "count": count, "accuracy": right / count, "low": low, "high": high}
+def _share(right: Sequence[bool], places: Sequence[str]) -> dict[str, Any]:
+    found = clusters.rate(np.array(right), places)
+    return {
+        "right": found["count"],
+        "count": found["total"],
+        "accuracy": found["rate"],
+        "low": found["low"],
+        "high": found["high"],
+    }
 
 
 def _class_rates(confusion: dict[str, dict[str, int]], name: str) -> dict[str, float | None]:

@@ -15,7 +15,7 @@ from orion_triage.errors import OrionError
 from orion_triage.evaluate import features, threshold, variants, verdict
 from orion_triage.evaluate.baselines import LOGISTIC_REGRESSION, baselines
 from orion_triage.evaluate.conditions import CONDITIONS
-from orion_triage.evaluate.judgement import judge, value_figures
+from orion_triage.evaluate.judgement import ideal_figures, judge, value_figures
 from orion_triage.evaluate.metrics import Change, Prediction, compare, summarize, under
 from orion_triage.evaluate.run import predictions_in
 from orion_triage.evaluate.seeds import over_training_seeds
@@ -30,7 +30,7 @@ from orion_triage.safe.files import sha256_of_file, sha256_of_text
 from orion_triage.safe.reading import read_object
 from orion_triage.settings import overrides
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 DELTAS = {"fine-tuning": ("base", "fine-tuned"), "quantization": ("fine-tuned", "quantized")}
 FLIGHT = "flight"  # constrained answers with the blank rule and the threshold if one was chosen, as in `orion triage`
 NO_THRESHOLD = "no-threshold"  # the same without the threshold; only if one was chosen
@@ -310,7 +310,7 @@ def results_path(run: Run) -> Path:
 def _of_frames(run: Run, dataset: Dataset, made: Manifest | None, vision: Mapping[str, Any] | None) -> dict[str, Any]:
     """The measurements made on the frames; from the last report if 'orion clean' removed the frames."""
     if made is None:
-        return {"baselines": {}, "blank_frames": [], "size_ranking": None}
+        return {"baselines": {}, "blank_frames": [], "size_ranking": None, "ideal_ranking": None}
     if made.removed:
         return _of_last_report(run)
     records = sorted(dataset.records(run.split), key=lambda record: record.name)
@@ -320,6 +320,7 @@ def _of_frames(run: Run, dataset: Dataset, made: Manifest | None, vision: Mappin
         "baselines": baselines(dataset, run.split, vision),
         "blank_frames": dataset.blank_names(run.split),
         "size_ranking": value_figures(truth, ranking, run.settings.mission),  # larger PNG files first
+        "ideal_ranking": ideal_figures(truth, run.settings.mission),
     }
 
 
@@ -340,7 +341,7 @@ def _of_last_report(run: Run) -> dict[str, Any]:
                 f"{results_path(run)} has schema version {version} instead of {SCHEMA_VERSION}.",
                 "Run 'orion dataset --force' to make the frames again.",
             )
-        return {name: value[name] for name in ("baselines", "blank_frames", "size_ranking")}
+        return {name: value[name] for name in ("baselines", "blank_frames", "size_ranking", "ideal_ranking")}
     except FileNotFoundError:
         raise OrionError(
             f"the baselines need the frames in {run.dataset}, which 'orion clean' removed before the first report.",

@@ -8,7 +8,7 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +85,7 @@ def run(
     rows = {name: row for own in works for name, row in _kept(own, key).items()}
     processes.wait()  # every process must have read the files before rank 0 deletes them
     ordered = [rows[question.id] for question in asked]
-    metrics = summarize([prediction_of(row, dataset.mission) for row in ordered], dataset.mission)
+    metrics = summarize(predictions_of(ordered, dataset.mission), dataset.mission)
     if not processes.is_main():
         return metrics
     with replaced_folder(out_folder) as folder:
@@ -116,7 +116,14 @@ def read_predictions(folder: Path, mission: Mission) -> list[Row]:
 
 def predictions_in(folder: Path, mission: Mission) -> list[Prediction]:
     """The counted answers of a finished evaluation; raises OrionError if the file is missing or damaged."""
-    return [prediction_of(row, mission) for row in read_predictions(folder, mission)]
+    return predictions_of(read_predictions(folder, mission), mission)
+
+
+def predictions_of(rows: Sequence[Row], mission: Mission) -> list[Prediction]:
+    """The counted answers, with their places: those of the coordinates under A and C, which are the true ones."""
+    places = {row["name"]: row["coordinates"] for row in rows if row["condition"] in ("A", "C")}
+    named = {name: f"{place['lon']} {place['lat']}" for name, place in places.items() if place}
+    return [replace(prediction_of(row, mission), place=named.get(row["name"], "")) for row in rows]
 
 
 def prediction_of(row: Row, mission: Mission) -> Prediction:

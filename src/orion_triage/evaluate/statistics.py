@@ -18,10 +18,21 @@ _FEWEST_FRAMES = 6  # 2 * 0.5**6 = 0.03 < 0.05 < 2 * 0.5**5
 
 def wilson(successes: int, total: int) -> tuple[float, float]:
     """The 95 % Wilson interval of a rate; `total` is at least 1."""
-    from scipy.stats import binomtest
+    return wilson_of_share(successes / total, total)
 
-    interval = binomtest(successes, total).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
+
+def wilson_of_share(share: float, frames: float) -> tuple[float, float]:
+    """The same for a share of `frames` above 0, which need not be whole: an effective number of frames.
+
+    SciPy's binomtest, which has the same formula, takes whole numbers only.
+    """
+    from scipy.special import ndtri
+
+    z = float(ndtri(0.975))
+    scale = 2 * (frames + z**2)
+    centre = (2 * frames * share + z**2) / scale
+    margin = z / scale * math.sqrt(4 * frames * share * (1 - share) + z**2)
+    return 0.0 if share == 0 else centre - margin, 1.0 if share == 1 else centre + margin
 
 
 @dataclass(frozen=True)
@@ -63,8 +74,8 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     return {name: adjusted[name] for name in p_values}
 
 
-def difference_interval(gained: int, lost: int, total: int) -> tuple[float, float]:
-    """The 95 % interval of a paired difference of two shares, (gained - lost) / total; `total` is at least 1.
+def difference_interval(gained: float, lost: float, total: float) -> tuple[float, float]:
+    """The 95 % interval of a paired difference of two shares, (gained - lost) / total; `total` is above 0.
 
     Wald's interval with one frame added to each way of differing (Bonett and Price 2012), which keeps its level on few
     frames, also if all frames differ in one way or none does.
@@ -76,7 +87,7 @@ def difference_interval(gained: int, lost: int, total: int) -> tuple[float, floa
     return max(-1.0, up - down - margin), min(1.0, up - down + margin)
 
 
-def frames_to_resolve(gained: int, lost: int, total: int, power: float = 0.8) -> int | None:
+def frames_to_resolve(gained: float, lost: float, total: float, power: float = 0.8) -> int | None:
     """The number of frames at which McNemar's test finds the difference observed on `total` (p < 0.05, two-sided).
 
     `power` is the probability that it does. The observed shares are used as the true ones (Connor 1987). They are as

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from orion_triage.errors import OrionError
-from orion_triage.evaluate import value
+from orion_triage.evaluate import orbit, value
 from orion_triage.evaluate.judgement import guess_of, scores_of, truth_of
-from orion_triage.evaluate.metrics import Prediction, under
+from orion_triage.evaluate.metrics import Prediction, places_of, under
 from orion_triage.evaluate.run import predictions_in
 from orion_triage.evaluate.variants import CONSTRAINED
 from orion_triage.export.quantize import PAIR
@@ -208,12 +208,12 @@ def lowest_threshold(rows: Sequence[Prediction], max_irrecoverable_loss: float, 
 
 
 def measurements(rows: Sequence[Prediction], rules: Rules, mission: Mission) -> dict[str, Any]:
-    """The effect of the rules on the frames of one condition: headline, downlink and cost."""
+    """The effect of the rules on the frames of one condition: headline, downlink, and what it means in orbit."""
     truth, guess = truth_of(rows, mission), guess_of(decided(rows, rules, mission), mission)
     return {
-        **value.headline(truth, guess, mission),
-        "downlink": value.downlink(truth, guess, mission),
-        "cost": value.expected_cost(truth, guess, mission),
+        **value.headline(truth, guess, places_of(rows), mission),
+        "downlink": value.downlink(guess, mission),
+        "orbit": orbit.orbit(truth, guess, places_of(rows), mission),
     }
 
 

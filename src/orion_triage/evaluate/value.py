@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orion_triage.errors import OrionError
-from orion_triage.evaluate.statistics import NO_VERDICT, Integers, confusion, wilson
+from orion_triage.evaluate import clusters
+from orion_triage.evaluate.statistics import NO_VERDICT, Integers
 from orion_triage.mission.mission import ACTIONS, Mission
 
 Floats = NDArray[np.float64]
@@ -32,8 +33,8 @@ def acted(categories: Integers, mission: Mission) -> Integers:
     return np.array([*(ACTIONS.index(category.action) for category in mission.categories), NO_VERDICT])[categories]
 
 
-def headline(truth: Integers, guess: Integers, mission: Mission) -> dict[str, Any]:
-    """The two most important rates for a mission, each {count, total, rate, low, high} with its Wilson interval.
+def headline(truth: Integers, guess: Integers, places: Sequence[str], mission: Mission) -> dict[str, Any]:
+    """The two most important rates for a mission, each {count, total, rate, low, high}, with an interval over `places`.
 
     `high_recall`: frames that are sent among those that ought to be. `irrecoverable_loss`: frames that are dropped,
     which deletes them on board, among the valuable ones, which ought to be sent or stored. Valuable frames without a
@@ -42,34 +43,24 @@ def headline(truth: Integers, guess: Integers, mission: Mission) -> dict[str, An
     wanted, done = acted(truth, mission), acted(guess, mission)
     valuable = wanted != DROP
     return {
-        "high_recall": _rate(done[wanted == SEND] == SEND),
-        "irrecoverable_loss": _rate(done[valuable] == DROP),
+        "high_recall": _rate(done == SEND, wanted == SEND, places),
+        "irrecoverable_loss": _rate(done == DROP, valuable, places),
         "no_verdict": int(np.sum(done[valuable] == NO_VERDICT)),
     }
 
 
-def _rate(hits: NDArray[np.bool_]) -> dict[str, Any]:
-    count, total = int(hits.sum()), len(hits)
-    low, high = wilson(count, total) if total else (None, None)
-    return {"count": count, "total": total, "rate": count / total if total else None, "low": low, "high": high}
+def _rate(hits: NDArray[np.bool_], among: NDArray[np.bool_], places: Sequence[str]) -> dict[str, Any]:
+    return clusters.rate(hits[among], [place for place, counts in zip(places, among, strict=True) if counts])
 
 
-def downlink(truth: Integers, guess: Integers, mission: Mission) -> dict[str, float | None]:
-    """Shares of frames that are sent, stored, dropped, and without a verdict; they sum to 1.
-
-    `value_density` is the mean value of the sent frames divided by that of all frames: 1 for random sending. None if no
-    frame is sent or no frame has a value.
-    """
-    worth = np.asarray(mission.values, dtype=np.float64)[truth]
+def downlink(guess: Integers, mission: Mission) -> dict[str, float]:
+    """Shares of the split's frames that are sent, stored, dropped, and without a verdict; they sum to 1."""
     done = acted(guess, mission)
-    sent = done == SEND
-    defined = sent.any() and worth.any()
     return {
-        "sent": float(np.mean(sent)),
+        "sent": float(np.mean(done == SEND)),
         "stored": float(np.mean(done == STORE)),
         "dropped": float(np.mean(done == DROP)),
         "no_verdict": float(np.mean(done == NO_VERDICT)),
-        "value_density": float(worth[sent].mean() / worth.mean()) if defined else None,
     }
 
 
@@ -81,19 +72,21 @@ class ValueCurve:
     value: Floats
 
 
-def value_curve(truth: Integers, ranking: Floats, values: Sequence[float]) -> ValueCurve:
+def value_curve(truth: Integers, ranking: Floats, values: Sequence[float], weights: Floats | None = None) -> ValueCurve:
     """The value curve if frames are sent in descending order of `ranking` [frames]; a model's is scores @ values.
 
+    `weights` [frames]: how many frames each one stands for (default: one).
     Frames of equal rank (to 12 decimals) are sent in random order, so the expected curve is a straight line there.
     Raises OrionError if no frame has a value.
     """
-    worth = np.asarray(values, dtype=np.float64)[truth]
+    many = np.ones(len(truth)) if weights is None else weights
+    worth = np.asarray(values, dtype=np.float64)[truth] * many
     if not worth.any():
         raise OrionError(
             "no frame of the split has a value above 0, so frames cannot be ranked by value.",
             "Set a value above 0 for a category of the split.",
         )
-    frames, gained = _cumulated(ranking, worth)
+    frames, gained = _cumulated(ranking, many, worth)
     return ValueCurve(np.append(0.0, frames / frames[-1]), np.append(0.0, gained / gained[-1]))
 
 
@@ -102,13 +95,15 @@ def value_at(curve: ValueCurve, budget: float) -> float:
     return float(np.interp(budget, curve.budget, curve.value))
 
 
-def normalized_area(curve: ValueCurve, truth: Integers, values: Sequence[float]) -> float | None:
+def normalized_area(
+    curve: ValueCurve, truth: Integers, values: Sequence[float], weights: Floats | None = None
+) -> float | None:
     """1 if frames are sent in the order of their true value, 0 for a random order, below 0 for a worse one.
 
     None if all frames have the same value, because every order is then equally good.
     """
     worth = np.asarray(values, dtype=np.float64)[truth]
-    ideal = _area(value_curve(truth, worth, values))
+    ideal = _area(value_curve(truth, worth, values, weights))
     return (_area(curve) - 0.5) / (ideal - 0.5) if np.ptp(worth) else None
 
 
@@ -116,25 +111,18 @@ def _area(curve: ValueCurve) -> float:
     return float(np.trapezoid(curve.value, curve.budget))
 
 
-def _cumulated(ranking: Floats, amounts: Floats) -> tuple[Integers, Floats]:
-    """Cumulative numbers of frames, and cumulative amounts, at each distinct rank in descending order."""
+def _cumulated(ranking: Floats, weights: Floats, amounts: Floats) -> tuple[Floats, Floats]:
+    """Cumulative weights of frames, and cumulative amounts, at each distinct rank in descending order."""
     _, tie = np.unique(-np.round(ranking, _DECIMALS_OF_A_RANK), return_inverse=True)
-    return np.cumsum(np.bincount(tie)), np.cumsum(np.bincount(tie, weights=amounts))
+    return np.cumsum(np.bincount(tie, weights=weights)), np.cumsum(np.bincount(tie, weights=amounts))
 
 
-def expected_cost(truth: Integers, guess: Integers, mission: Mission) -> float:
-    """Mean cost per frame of what happens to it; no verdict costs the maximum of the frame's category."""
-    costs = np.array(mission.costs)
-    priced = np.column_stack([costs, np.max(costs, axis=1)])
-    return float(priced[truth, acted(guess, mission)].mean())
-
-
-def best_constant(truth: Integers, mission: Mission) -> tuple[int, float]:
+def best_constant(truth: Integers, mission: Mission, weights: Floats | None = None) -> tuple[int, float]:
     """The category (as an index) with the lowest cost if every frame gets it, and that cost per frame.
 
-    Of equal categories, the first.
+    Of equal categories, the first. `weights` [frames]: how many frames each one stands for (default: one).
     """
-    per_action = np.asarray(mission.costs, dtype=np.float64)[truth].mean(axis=0)
+    per_action = np.average(np.asarray(mission.costs, dtype=np.float64)[truth], axis=0, weights=weights)
     per_category = per_action[acted(np.arange(len(mission.names)), mission)]
     best = int(per_category.argmin())
     return best, float(per_category[best])
@@ -154,31 +142,6 @@ def quadratic_kappa(truth: Integers, guess: Integers, mission: Mission) -> tuple
         return None, left_out
     order = range(len(ACTIONS))
     return float(cohen_kappa_score(wanted, done, labels=order, weights="quadratic")), left_out
-
-
-def at_prior(truth: Integers, guess: Integers, mission: Mission) -> dict[str, Any]:
-    """Shares sent, stored, dropped and without a verdict, and `precision` per category, with the mission's prior.
-
-    A split has more valuable frames than an orbit. The answers to a category's frames come from the split, and the
-    frequency of the category from the prior. All results are None if the split has no frame of a category with a
-    frequency above 0. A precision is also None if its category is never answered.
-    """
-    shares = np.array(mission.prior)
-    counts = confusion(truth, guess, len(mission.names))
-    frames = counts.sum(axis=1)
-    known = not (shares[frames == 0] > 0).any()
-    joint = shares[:, None] * counts / np.maximum(frames, 1)[:, None]
-    answers = joint.sum(axis=0)
-    done = acted(np.arange(len(mission.names)), mission)
-    by_action = [*(answers[:-1][done == action].sum() for action in (SEND, STORE, DROP)), answers[-1]]
-    names = ("sent", "stored", "dropped", "no_verdict")
-    return {
-        **{name: float(share) if known else None for name, share in zip(names, by_action, strict=True)},
-        "precision": {
-            category: float(joint[index, index] / answers[index]) if known and answers[index] else None
-            for index, category in enumerate(mission.names)
-        },
-    }
 
 
 def brier(truth: Integers, scores: Floats) -> float:
@@ -278,7 +241,7 @@ def risk_coverage(truth: Integers, guess: Integers, confidence: Floats) -> RiskC
     the error rate at the coverage that just includes the frame (Geifman and El-Yaniv 2017). It equals the overall error
     rate if the confidence carries no information.
     """
-    kept, errors = _cumulated(confidence, (guess != truth).astype(np.float64))
+    kept, errors = _cumulated(confidence, np.ones(len(truth)), (guess != truth).astype(np.float64))
     error_rate = errors / kept
     area = np.sum(np.diff(kept, prepend=0) * error_rate) / len(truth)
     return RiskCoverage(kept / len(truth), error_rate, float(area))

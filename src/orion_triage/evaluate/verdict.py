@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from orion_triage.evaluate.metrics import Change, Prediction, compare, under
-from orion_triage.evaluate.statistics import difference_interval, wilson
+from orion_triage.evaluate.statistics import wilson
 from orion_triage.mission.mission import Mission, listed
 from orion_triage.settings import VerdictSettings
 
@@ -171,8 +171,7 @@ def better_than(
 
 def _difference(name: str, counts: str, change: Change, total: int, needed: VerdictSettings, advice: str) -> Criterion:
     """A paired difference on `total` frames that must be significantly above 0."""
-    gained, dropped, p = change.gained, change.lost, change.exact_p
-    low, high = difference_interval(gained, dropped, total)
+    gained, dropped, p, low, high = change.gained, change.lost, change.exact_p, change.low, change.high
     difference = (gained - dropped) / total
     p_in_words = "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
     measured = f"{counts}: {_points(difference, low, high)}, {p_in_words}"
@@ -298,7 +297,7 @@ def quantization(predictions: Predictions, needed: VerdictSettings) -> Criterion
     """The quantized model against the fused one, in flight's condition."""
     before, after = (under(predictions[model], CONDITION) for model in ("fine-tuned", "quantized"))
     change = compare(before, after)
-    low, high = difference_interval(change.gained, change.lost, len(after))
+    low, high = change.low, change.high
     limit = needed.largest_quantization_loss_points
     name, wanted = "quantization", f"lower end above -{limit:g}"
     right = [sum(row.predicted == row.truth for row in rows) for rows in (before, after)]

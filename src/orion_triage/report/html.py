@@ -102,6 +102,7 @@ def render_html(results: dict[str, Any], rows: Sequence[Row], thumbnail: Thumbna
     model, mission = flight_model(results), mission_of(results)
     models = [name for name in SHOWN if name in results["models"]]
     scored = [name for name in models if "brier" in results["models"][name]["B"]]
+    ranked = [name for name in scored if results["models"][name]["B"]["value_curve"]]
     calibrated = [name for name in ("quantized", FLIGHT) if name in scored] or scored[-1:]
     drawn = [name for name in models if name != NO_THRESHOLD]  # in the charts it would lie under "flight"
     wrong = wrong_answers(results, rows)
@@ -113,13 +114,14 @@ def render_html(results: dict[str, Any], rows: Sequence[Row], thumbnail: Thumbna
         flight_model=model,
         models=models,
         scored=scored,
+        ranked=ranked,
         rates=[(condition, main_rates(results["models"][model][condition], mission)) for condition in "BA"]
         if model
         else [],
         linear_probe=against_linear_probe(results),
         size=(plot.WIDTH, plot.HEIGHT),
         accuracy_chart=accuracy_chart(results, drawn) if models else None,
-        budget_chart=budget_chart(results, [name for name in scored if name in drawn]) if scored else None,
+        budget_chart=budget_chart(results, [name for name in ranked if name in drawn]) if ranked else None,
         calibration_charts=[reliability_chart(results, name) for name in calibrated]
         + ([coverage_chart(results, calibrated)] if calibrated else []),
         matrices=[

@@ -140,6 +140,9 @@ def accuracy(axes: "Axes", results: dict[str, Any]) -> None:
 def value_against_budget(axes: "Axes", results: dict[str, Any], models: Sequence[str]) -> None:
     """Share of all value that is received against the share of frames that are sent, without coordinates (B)."""
     _diagonal(axes, 0, "random order")
+    if ideal := results["ideal_ranking"]:
+        budget, value = _percent(ideal["budget"]), _percent(ideal["value"])
+        axes.plot(budget, value, ":", color=COLOURS["ink"], linewidth=1.2, label="true value (ideal)")
     if ranking := results["size_ranking"]:
         budget, value = _percent(ranking["budget"]), _percent(ranking["value"])
         axes.plot(budget, value, "-.", color=COLOURS["other"], linewidth=1.4, label="larger PNG first")

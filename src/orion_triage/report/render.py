@@ -58,6 +58,11 @@ def from_template(name: str, **values: Any) -> str:
         "number": number,
         "rate": rate,
         "interval": interval,
+        "share": share,
+        "ends": ends,
+        "cost": cost,
+        "columns_of_orbit": columns_of_orbit,
+        "false_alarms": false_alarms,
         "shown": shown,
         "notes": notes,
         "sentences": sentences,
@@ -85,6 +90,51 @@ def rate(value: dict[str, Any]) -> str:
         return "-"
     bounds = f"{100 * value['low']:.0f}-{100 * value['high']:.0f}"
     return f"{value['count']}/{value['total']} = {percent(value['rate'])} ({bounds})"
+
+
+def share(value: dict[str, float | None]) -> str:
+    """A share with its 95 % interval, in percent."""
+    return f"{percent(value['value'])} ({ends(value)})" if value["value"] is not None else "-"
+
+
+def cost(value: dict[str, float | None]) -> str:
+    """A cost per frame with its 95 % interval."""
+    return f"{number(value['value'])} ({number(value['low'])} to {number(value['high'])})"
+
+
+def ends(value: dict[str, float | None]) -> str:
+    """The 95 % interval of a share, in percent; with a decimal below 10 %."""
+    low, high = value["low"], value["high"]
+    if low is None or high is None:
+        return ""
+    decimals = 1 if high < 0.1 else 0
+    return f"{100 * low:.{decimals}f}-{100 * high:.{decimals}f}"
+
+
+def columns_of_orbit(orbit: dict[str, Any], mission: Mission) -> list[dict[str, float | None]]:
+    """Sent, the precision of each category that is sent, stored and dropped, in the order of the tables."""
+    return [
+        orbit["sent"],
+        *(orbit["precision"][name] for name in mission.that("send")),
+        orbit["stored"],
+        orbit["dropped"],
+    ]
+
+
+def false_alarms(results: dict[str, Any]) -> str:
+    """What the frames to be dropped show about false alarms in orbit, without coordinates (B); empty if not known."""
+    judged = [rates for _, condition, rates in shown(results, "B")]
+    found = (judged[-1]["orbit"] or {}).get("false_alarms") if judged else None
+    if not found:
+        return ""
+    mission = mission_of(results)
+    dropped, sent = (listed(mission.that(action), "or") for action in ("drop", "send"))
+    limit, needed = f"{100 * found['largest_rate']:.2g} %", f"{found['frames_needed']:,}"
+    return (
+        f"At most half of what is sent is a false alarm if at most {limit} of the {dropped} frames are sent. It takes "
+        f"{needed} {dropped} test frames without a false alarm to show that (rule of three); this split has "
+        f"{found['frames']}, of which {found['count']} were sent as {sent}."
+    )
 
 
 def interval(value: dict[str, float | None]) -> str:
