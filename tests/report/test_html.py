@@ -309,7 +309,13 @@ def test_the_threshold_has_its_section(wrong_results: dict[str, Any]) -> None:
             rates_of[condition]["orbit"] |= {key: {"value": x, "low": x, "high": x} for key, x in figures.items()}
     point = {"negative_log_likelihood": 0.33}
     for threshold, said in ((0.42, "is dropped if P(LOW) is at least 0.42"), (2.0, "drops no frame")):
-        results["operating_point"] = {"drop_threshold": threshold, "temperature": 1.75, "A": point, "B": point}
+        results["operating_point"] = {
+            "drop_threshold": threshold,
+            "temperature": 1.75,
+            "promise": None,
+            "A": point,
+            "B": point,
+        }
         document = check(html.render_html(results, [], lambda image: None))
         section = document.section("Threshold")
         assert said in section

@@ -327,6 +327,7 @@ def compare(
     "threshold",
     epilog="Example: orion threshold\n\n"
     "Example: orion threshold --max-irrecoverable-loss 2%\n\n"
+    "Example: orion threshold --max-irrecoverable-loss 10% --confidence 95%\n\n"
     "Example: orion threshold --undo --run runs/tiny",
 )
 def threshold_command(
@@ -339,6 +340,14 @@ def threshold_command(
         ),
     ] = "5%",
     folder: FinishedRunOption = None,
+    confidence: Annotated[
+        str,
+        typer.Option(
+            "--confidence",
+            metavar="SHARE",
+            help="Promise the limit with this confidence, for frames like those of val: 95%. Needs enough val frames.",
+        ),
+    ] = "",
     loosen: Annotated[
         bool,
         typer.Option("--loosen", help="Drop more frames, although the decisions of now are within the limit."),
@@ -354,8 +363,10 @@ def threshold_command(
     """
     from orion_triage.evaluate import threshold
     from orion_triage.evaluate.results import blank_frames
+    from orion_triage.report.render import promised
 
     share = threshold.parse_share(limit)
+    sure = threshold.parse_confidence(confidence) if confidence else None
     run = finished_run(folder, "quantize", "val")
     if undo:
         back = threshold.undo(run)
@@ -368,14 +379,15 @@ def threshold_command(
     for one in (run, test):
         do_stage("evaluate constrained", one)
     before = threshold.current_rules(run)
-    record = threshold.choose(run, share, blank_frames(run), loosen=loosen)
+    record = threshold.choose(run, share, blank_frames(run), loosen=loosen, confidence=sure)
     on_test = threshold.effect_on(test, before, blank_frames(test))
     if as_json:
         typer.echo(json.dumps(record | {"on_test": on_test}, indent=2))
         return
     typer.echo(_drops(record["drop_threshold"], run.settings.mission))
     _print_effects({"val": record["there"], "test": on_test}, run.settings.mission)
-    typer.echo("The threshold was chosen on val, so the loss there is too low. 'orion threshold --undo' takes it back.")
+    typer.echo(promised(record["promise"], run.settings.mission))
+    typer.echo("'orion threshold --undo' takes the threshold back.")
 
 
 def _drops(drop_threshold: float, mission: Any) -> str:

@@ -164,7 +164,8 @@ def _at_threshold(run: Run, predictions: list[Prediction] | None) -> dict[str, A
         for c in CONDITIONS
         if (rows := under(predictions, c))
     }
-    return {"drop_threshold": drop_threshold, "temperature": temperature, **tempered}
+    promised = threshold.promise_of(run)
+    return {"drop_threshold": drop_threshold, "temperature": temperature, "promise": promised, **tempered}
 
 
 def as_flown(

@@ -8,8 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from orion_triage.errors import OrionError
-from orion_triage.evaluate import orbit, value
+from orion_triage.evaluate import orbit, promise, value
 from orion_triage.evaluate.judgement import guess_of, scores_of, truth_of
 from orion_triage.evaluate.metrics import Prediction, places_of, under
 from orion_triage.evaluate.run import predictions_in
@@ -38,8 +41,21 @@ def parse_share(text: str) -> float:
     return share
 
 
+def parse_confidence(text: str) -> float:
+    """The confidence in a text such as "95%"; raises OrionError unless it is from 50% to below 100%."""
+    confidence = parse_share(text)
+    if not 0.5 <= confidence < 1:
+        raise OrionError(f"--confidence {text} is not from 50% to below 100%.", "Write --confidence 95%.")
+    return confidence
+
+
 def choose(
-    run: Run, max_irrecoverable_loss: float, blank_frames: Sequence[str], *, loosen: bool = False
+    run: Run,
+    max_irrecoverable_loss: float,
+    blank_frames: Sequence[str],
+    *,
+    loosen: bool = False,
+    confidence: float | None = None,
 ) -> dict[str, Any]:
     """Choose the threshold on the val evaluation of `run` (a Run of that split) and write it into the run's folder.
 
@@ -47,17 +63,28 @@ def choose(
     temperature that calibrates the scores best (it keeps their order, so it changes no decision). The file also has
     the thresholds before it (`history`, the latest first). `blank_frames` are the names of the split's blank frames.
 
+    With a `confidence`, the threshold promises the limit for frames like those of val (see promise.py), and `promise`
+    says what it rests on; without one, the limit is only kept on the frames of val themselves.
+
     Raises OrionError if the decisions of now are within the limit and the threshold would lose more frames, unless
-    `loosen` is set.
+    `loosen` is set or a promise is asked for; and if val has too few valuable frames for the promise.
     """
     mission = run.settings.mission
     answered = predictions_in(run.evaluation(CONSTRAINED), mission)
     rows = under(with_blank(answered, blank_frames), CONDITION)
-    rules = Rules(drop_threshold=lowest_threshold(rows, max_irrecoverable_loss, mission))
+    if confidence is None:
+        rules, promised = Rules(drop_threshold=lowest_threshold(rows, max_irrecoverable_loss, mission)), None
+    else:
+        rules, promised = promising(rows, max_irrecoverable_loss, confidence, mission)
     earlier, before = _of_this_pair(run), current_rules(run)
     change = effect(rows, before, rules, mission)
     lost, lost_before = (change[when]["irrecoverable_loss"] for when in ("after", "before"))
-    if not loosen and lost["count"] > lost_before["count"] and lost_before["rate"] <= max_irrecoverable_loss:
+    if (
+        not loosen
+        and confidence is None
+        and lost["count"] > lost_before["count"]
+        and lost_before["rate"] <= max_irrecoverable_loss
+    ):
         raise OrionError(
             f"nothing was changed: {_name(before)} loses {lost_before['count']} of {lost_before['total']} "
             f"{listed(mission.that('send', 'store'))} frames of val, within the limit of {max_irrecoverable_loss:.1%}. "
@@ -66,6 +93,7 @@ def choose(
         )
     record = {
         "max_irrecoverable_loss": max_irrecoverable_loss,
+        "promise": promised,
         "drop_threshold": rules.drop_threshold,
         "temperature": value.fit_temperature(
             truth_of(rows, mission), scores_of(rows, mission)
@@ -124,6 +152,12 @@ def rules_of(run: Run) -> Rules:
     return Rules(drop_threshold=chosen[0] if chosen else None)
 
 
+def promise_of(run: Run) -> dict[str, Any] | None:
+    """What the run's threshold promises; None without one, or if it was chosen without a confidence."""
+    records = _of_this_pair(run)
+    return records[0].get("promise") if records else None
+
+
 def effect_on(run: Run, before: Rules, blank_frames: Sequence[str]) -> dict[str, Any]:
     """The effect of the run's threshold on the frames of its split, which was evaluated with the grammar."""
     rows = under(with_blank(predictions_in(run.evaluation(CONSTRAINED), run.settings.mission), blank_frames), CONDITION)
@@ -173,6 +207,58 @@ def lowest_threshold(rows: Sequence[Prediction], max_irrecoverable_loss: float, 
     because the loss is underestimated on the frames used for the choice. Raises OrionError for a limit outside 0..1, if
     no frame is valuable, if the mission has no categories to choose between, or if no threshold keeps the limit.
     """
+    valuable = _valuable(rows, max_irrecoverable_loss, mission)
+
+    def loss(threshold: float) -> float:
+        return sum(_lost(valuable, threshold, mission)) / len(valuable)
+
+    thresholds = _candidates(rows, mission)
+    # The loss falls as the threshold rises.
+    place = bisect_left(thresholds, True, key=lambda threshold: loss(threshold) <= max_irrecoverable_loss)
+    if place == len(thresholds):
+        raise OrionError(
+            f"{loss(_NEVER):.1%} of the valuable frames are {listed(mission.that('drop'), 'or')} at any threshold, "
+            "because they are blank, have such an answer without scores, or a field's rule says so.",
+            "Set a larger --max-irrecoverable-loss, or inspect these frames.",
+        )
+    return thresholds[place]
+
+
+def promising(
+    rows: Sequence[Prediction], limit: float, confidence: float, mission: Mission
+) -> tuple[Rules, dict[str, Any]]:
+    """The rules with the lowest threshold that keeps the limit with this confidence, and the promise.
+
+    The loss is the share of a place's valuable frames that are dropped, averaged over places. Raises OrionError as
+    `lowest_threshold`, and if val has too few places for the promise.
+    """
+    valuable = _valuable(rows, limit, mission)
+    places = places_of(valuable)
+
+    def losses(threshold: float) -> NDArray[np.float64]:
+        return promise.losses_by_place(_lost(valuable, threshold, mission), places)
+
+    chosen = promise.lowest_within(_candidates(rows, mission), losses, limit, confidence)
+    if chosen is not None:
+        return Rules(drop_threshold=chosen), promise.promise(losses(chosen), len(valuable), limit, confidence)
+    have, lost = len(losses(_NEVER)), math.ceil(float(losses(_NEVER).sum()))
+    needed = promise.places_needed(lost, limit, confidence)
+    kept = listed(mission.that("send", "store"))
+    despite = f", because {lost} of them are lost at any threshold" if lost else ""
+    asked = (
+        f"that at most {limit:.1%} of the {kept} frames are dropped cannot be promised with {confidence:.0%} confidence"
+    )
+    if needed is None:
+        raise OrionError(f"{asked} by any number of val frames.", "Set a larger --max-irrecoverable-loss.")
+    raise OrionError(
+        f"{asked} from {have} places with such val frames{despite}.",
+        f"{needed - have} more {kept} val frames of places of their own are needed ({needed} in all). Or set a larger "
+        "--max-irrecoverable-loss, a smaller --confidence, or leave --confidence out.",
+    )
+
+
+def _valuable(rows: Sequence[Prediction], max_irrecoverable_loss: float, mission: Mission) -> list[Prediction]:
+    """The valuable frames; raises OrionError as `lowest_threshold`."""
     if not 0 <= max_irrecoverable_loss <= 1:
         raise OrionError(
             f"--max-irrecoverable-loss {max_irrecoverable_loss} is outside 0..1.",
@@ -190,21 +276,16 @@ def lowest_threshold(rows: Sequence[Prediction], max_irrecoverable_loss: float, 
             f"no frame is {listed(kept, 'or')}, so the loss of a threshold cannot be measured.",
             "Choose the threshold on a split with all categories.",
         )
+    return valuable
 
-    def loss(threshold: float) -> float:
-        found = decided(valuable, Rules(drop_threshold=threshold), mission)
-        return sum(_is_dropped(category, mission) for category in found) / len(valuable)
 
-    thresholds = [*sorted({drop_probability(mission, row.scores) for row in rows if row.scores}), _NEVER]
-    # The loss falls as the threshold rises.
-    place = bisect_left(thresholds, True, key=lambda threshold: loss(threshold) <= max_irrecoverable_loss)
-    if place == len(thresholds):
-        raise OrionError(
-            f"{loss(_NEVER):.1%} of the valuable frames are {listed(dropped, 'or')} at any threshold, because they are "
-            "blank, have such an answer without scores, or a field's rule says so.",
-            "Set a larger --max-irrecoverable-loss, or inspect these frames.",
-        )
-    return thresholds[place]
+def _lost(valuable: Sequence[Prediction], threshold: float, mission: Mission) -> list[bool]:
+    return [_is_dropped(c, mission) for c in decided(valuable, Rules(drop_threshold=threshold), mission)]
+
+
+def _candidates(rows: Sequence[Prediction], mission: Mission) -> list[float]:
+    """The thresholds at which a decision changes, rising; the last drops nothing by its scores."""
+    return [*sorted({drop_probability(mission, row.scores) for row in rows if row.scores}), _NEVER]
 
 
 def measurements(rows: Sequence[Prediction], rules: Rules, mission: Mission) -> dict[str, Any]:

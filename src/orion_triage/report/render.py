@@ -63,6 +63,7 @@ def from_template(name: str, **values: Any) -> str:
         "cost": cost,
         "columns_of_orbit": columns_of_orbit,
         "false_alarms": false_alarms,
+        "promised": promised,
         "shown": shown,
         "notes": notes,
         "sentences": sentences,
@@ -119,6 +120,17 @@ def columns_of_orbit(orbit: dict[str, Any], mission: Mission) -> list[dict[str, 
         orbit["stored"],
         orbit["dropped"],
     ]
+
+
+def promised(promise: dict[str, Any] | None, mission: Mission) -> str:
+    """What a threshold promises, in a sentence."""
+    if promise is None:
+        return "It promises nothing: its loss on val is too low, because it was chosen there."
+    return (
+        f"Promise, with {promise['confidence']:.0%} confidence, for frames like those of val: at most "
+        f"{promise['largest_loss']:.1%} of the {listed(mission.that('send', 'store'))} frames are dropped (upper bound "
+        f"{promise['upper_bound']:.1%}, from {promise['frames']} frames of {promise['places']} places)."
+    )
 
 
 def false_alarms(results: dict[str, Any]) -> str:
