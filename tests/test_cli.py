@@ -315,7 +315,9 @@ def test_an_operating_point_is_chosen_on_val_kept_and_flown(finished: Path, tmp_
             assert rows[0][2].strip().startswith("0/4 = 0.0 %")
             assert re.search(r"val: 0 more HIGH and MEDIUM frames lost, [0-4] saved", result.stdout)
     promise = orion("threshold", "--confidence", "95%", cwd=folder)
-    assert_refused(promise, "cannot be promised with 95% confidence from 4 places", "55 more HIGH and MEDIUM val frames")
+    assert_refused(
+        promise, "cannot be promised with 95% confidence from 4 places", "55 more HIGH and MEDIUM val frames"
+    )
     refused = orion("threshold", "--max-irrecoverable-loss", "100%", cwd=folder)
     assert_refused(refused, "nothing was changed", "--loosen")
     report = json.loads(orion("report", "--json", cwd=folder).stdout)

@@ -6,7 +6,7 @@ from scipy.stats import binomtest
 
 from orion_triage.errors import OrionError
 from orion_triage.evaluate.metrics import Prediction
-from orion_triage.evaluate.promise import losses_by_place, lowest_within, places_needed, upper_bound
+from orion_triage.evaluate.promise import losses_by_place, lowest_within, places_needed, upper_bound, within
 from orion_triage.evaluate.threshold import decided, parse_confidence, promising
 from orion_triage.mission.decide import Rules
 from tests.conftest import MISSION
@@ -27,6 +27,18 @@ def test_the_bound_of_shares_is_above_their_mean_and_falls_with_places() -> None
     assert upper_bound(few, 0.99) > upper_bound(few, 0.95)
     assert (upper_bound(np.zeros(0), 0.95), upper_bound(np.ones(5), 0.95)) == (1, 1)
     assert upper_bound(np.array([0.5, 1.0]), 0.95) > 0.99
+
+
+def test_within_is_what_the_bound_says() -> None:
+    generator = np.random.default_rng(4)
+    for whole in (True, False):
+        for _ in range(40):
+            losses = generator.random(50) * 0.3
+            losses = (losses < 0.03).astype(float) if whole else losses
+            bound = upper_bound(losses, 0.9)
+            assert within(losses, bound + 1e-6, 0.9)
+            assert not within(losses, bound - 1e-6, 0.9)
+    assert not within(np.zeros(0), 0.5, 0.9)
 
 
 def test_tiles_of_a_place_are_one_loss() -> None:

@@ -42,6 +42,19 @@ def upper_bound(losses: NDArray[np.float64], confidence: float) -> float:
     return float(brentq(lambda limit: _p_of_shares(mean, count, limit) - risk, mean, 1 - 1e-12))
 
 
+def within(losses: NDArray[np.float64], limit: float, confidence: float) -> bool:
+    """Whether `upper_bound` is at most `limit`, without looking for it."""
+    from scipy.stats import binom
+
+    count = len(losses)
+    if not count:
+        return False
+    if np.isin(losses, (0.0, 1.0)).all():
+        return bool(binom.cdf(round(float(losses.sum())), count, limit) <= 1 - confidence)
+    mean = float(losses.mean())
+    return mean <= limit and _p_of_shares(mean, count, limit) <= 1 - confidence
+
+
 def _p_of_shares(mean: float, count: int, limit: float) -> float:
     """The largest probability of a mean loss this small on `count` places if the true mean is `limit`."""
     from scipy.special import rel_entr
@@ -64,7 +77,7 @@ def lowest_within(
     """
     chosen = None
     for threshold in reversed(thresholds):
-        if upper_bound(losses(threshold), confidence) > limit:
+        if not within(losses(threshold), limit, confidence):
             break
         chosen = threshold
     return chosen
