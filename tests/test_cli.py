@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from orion_triage.cli import app
+from orion_triage.evaluate.seeds import val_loss_of_category
 from orion_triage.export import quantize
 from orion_triage.llama_cpp.server import Server
 from orion_triage.llama_cpp.toolchain import find_toolchain
@@ -218,6 +219,33 @@ def test_a_run_leaves_every_product_and_its_manifests(finished: Path) -> None:
 
 @pytest.mark.llama_cpp
 @pytest.mark.slow
+def test_two_seeds_are_trained_and_the_best_on_val_is_named(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    told = orion(*run_command(), "--seeds", "2", cwd=folder)
+    assert told.returncode == 0, told.stderr
+    runs = [folder / "runs" / name for name in ("small", "small-seed-43")]
+    for product, same in (("dataset", True), ("orion_lora_weights", False)):
+        first, second = (json.loads((run / product / "manifest.json").read_text())["outputs"] for run in runs)
+        assert (first == second) is same, product
+    losses = [val_loss_of_category(open_run(run)) for run in runs]
+    assert all(losses)
+    assert losses[0] != losses[1]
+    best = runs[losses.index(min(losses))]
+    assert f"runs/{best.name} is best on val. It was chosen there" in told.stderr
+    results = json.loads((best / "results.json").read_text())["training_seeds"]
+    assert results["seeds"] == [42, 43]
+    assert results["val_losses_of_category"] == losses
+    assert results["best_on_val"] == (42 if best == runs[0] else 43)
+    for model, rows in results["accuracies"].items():
+        for condition, rates in rows.items():
+            low, high = results["intervals"][model][condition]
+            assert low <= sum(rates) / 2 <= high, (model, condition)
+    assert f"This run (seed {results['best_on_val']}) was the best of 2 on val" in (best / "report.md").read_text()
+    again = orion(*run_command(), "--seeds", "2", cwd=folder)
+    assert again.stderr.count(f"to skip, because they are current ({len(STAGES)} of {len(STAGES)})") == 2
+
+
 def test_a_second_run_skips_and_a_changed_setting_redoes_what_follows(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,7 @@ from orion_triage.models.load import base_name, resolve_base
 from orion_triage.progress import Progress, silent
 from orion_triage.runs import manifest
 from orion_triage.runs.run import EVALUATE, WORK_FOLDER, Run, running
+from orion_triage.safe.files import replaced_folder
 from orion_triage.settings import Settings
 
 if TYPE_CHECKING:
@@ -229,6 +230,13 @@ def forecast(run: Run) -> list[Forecast]:
         seconds = rates.measured(stage.name, stage.settings_of(run.settings), machine, run, counts)
         planned.append(Forecast(stage.name, False, seconds))
     return planned
+
+
+def take_dataset(source: Run, target: Run) -> None:
+    """Copy the dataset of a run into one with the same settings for it, unless it has one."""
+    if not target.dataset.exists():
+        with replaced_folder(target.dataset) as folder:
+            shutil.copytree(source.dataset, folder, dirs_exist_ok=True)
 
 
 def run_stage(

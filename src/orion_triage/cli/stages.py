@@ -33,6 +33,7 @@ from orion_triage.cli.terminal import (
 
 if TYPE_CHECKING:
     from orion_triage.pipeline import Forecast
+    from orion_triage.runs.run import Run
 
 command = partial(app.command, rich_help_panel="Pipeline")
 
@@ -40,7 +41,7 @@ command = partial(app.command, rich_help_panel="Pipeline")
 @command(
     epilog="Example: orion run\n\n"
     "Example: orion run --preset lfm2.5-vl-1.6b --dataset OWNER/NAME\n\n"
-    "Example: orion run --run runs/seed-43 --set fine_tune.seed=43"
+    "Example: orion run --seeds 3"
 )
 def run(
     preset: PresetOption = "tiny",
@@ -50,12 +51,44 @@ def run(
     dataset: DatasetOption = "",
     test_size: TestSizeOption = 0,
     mission: MissionOption = None,
+    seeds: Annotated[
+        int,
+        typer.Option("--seeds", min=1, max=20, help="Train so many times, with seeds that follow each other."),
+    ] = 1,
 ) -> None:
     """Run all stages in order, from the dataset to the report.
 
     Skips finished stages. Run the same command again to resume. Says first what
     it will do and about how long, by earlier runs on this machine.
+    With --seeds N, trains and evaluates N runs on the same dataset, and names
+    the one that is best on val.
     """
+    first = run_of(preset, assignments, folder, source=source, dataset=dataset, test_size=test_size, mission=mission)
+    _run(first)
+    if seeds > 1:
+        _run_other_seeds(first, seeds)
+
+
+def _run_other_seeds(first: "Run", seeds: int) -> None:
+    """Runs beside the first with the next seeds and its dataset; then the report of the one that is best on val."""
+    from orion_triage.evaluate.seeds import val_loss_of_category
+    from orion_triage.pipeline import take_dataset
+    from orion_triage.runs.run import with_seed
+
+    runs = [first, *(with_seed(first, first.settings.fine_tune.seed + more) for more in range(1, seeds))]
+    for other in runs[1:]:
+        take_dataset(first, other)
+        _run(other)
+    losses = {str(one.folder): loss for one in runs if (loss := val_loss_of_category(one)) is not None}
+    best = min(runs, key=lambda one: losses.get(str(one.folder), float("inf")))
+    messages().print(f"loss of the category on val: {', '.join(f'{name} {loss:.4f}' for name, loss in losses.items())}")
+    said = f"{best.folder} is best on val. It was chosen there, so its own figures on val are too good."
+    messages().print(styled("bold", said), soft_wrap=True)
+    write_report(best, as_json=False)
+
+
+def _run(current: "Run") -> None:
+    """All stages of one run, and its report."""
     from orion_triage.errors import ParityError
     from orion_triage.llama_cpp.toolchain import built_meanwhile, find_toolchain
     from orion_triage.pipeline import check_inputs, forecast, stages
@@ -64,7 +97,6 @@ def run(
     from orion_triage.safe.files import locked
 
     began = time.monotonic()
-    current = run_of(preset, assignments, folder, source=source, dataset=dataset, test_size=test_size, mission=mission)
     check_inputs(current)
     dataset_stage, *others = stages(current.settings)
     with locked(current.folder, "orion run"):

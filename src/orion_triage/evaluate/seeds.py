@@ -3,13 +3,17 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from orion_triage.errors import OrionError
 from orion_triage.evaluate import variants
 from orion_triage.evaluate.conditions import CONDITIONS
-from orion_triage.evaluate.metrics import under
+from orion_triage.evaluate.metrics import places_of, under
 from orion_triage.evaluate.run import predictions_in
 from orion_triage.runs.manifest import read_manifest
 from orion_triage.runs.run import SETTINGS_FILE, Run, open_run
+
+_SEED = 42
 
 
 def evaluated(run: Run) -> list[str]:
@@ -36,8 +40,57 @@ def over_training_seeds(run: Run) -> dict[str, Any] | None:
     """`seeds` and `accuracies` of this run and of the runs beside it that differ only in `fine_tune.seed`.
 
     Such a run is in the same parent folder, has the same settings except for the seed, and was evaluated on the same
-    dataset. None if there is no other run.
+    dataset. `intervals`, like `accuracies`: the 95 % interval of the mean accuracy, over seeds and places.
+    `val_losses_of_category`: the category's loss on val by seed, of the epoch that was kept; `best_on_val` is the seed
+    with the lowest. None if there is no other run.
     """
+    runs = runs_of_seeds(run)
+    if len(runs) < 2:
+        return None
+    accuracies, losses = spread(runs), [val_loss_of_category(one) for one in runs]
+    seeds = [one.settings.fine_tune.seed for one in runs]
+    known = [(loss, seed) for loss, seed in zip(losses, seeds, strict=True) if loss is not None]
+    # The base and its frozen features do not depend on the training seed.
+    trained = {model: rows for model, rows in accuracies.items() if model != "base"}
+    return {
+        "seeds": seeds,
+        "accuracies": trained,
+        "intervals": {
+            model: {c: over_seeds_and_places(runs, model, c) for c in rows} for model, rows in trained.items()
+        },
+        "val_losses_of_category": losses,
+        "best_on_val": min(known)[1] if len(known) == len(seeds) else None,
+    }
+
+
+def val_loss_of_category(run: Run) -> float | None:
+    """The loss of the category on val of the epoch that was kept; None if the run's manifest does not have it."""
+    made = read_manifest(run.adapter)
+    figures = made.figures if made else {}
+    try:
+        return float(figures["eval_losses_of_category"][figures["eval_losses"].index(figures["best_eval_loss"])])
+    except (KeyError, ValueError, IndexError):
+        return None
+
+
+def over_seeds_and_places(runs: Sequence[Run], model: str, condition: str, resamples: int = 2000) -> list[float]:
+    """The 95 % interval of the mean accuracy of a training with any seed: seeds and places are drawn again."""
+    answered = [under(predictions_in(run.evaluation(model), run.settings.mission), condition) for run in runs]
+    hits = np.array([[p.predicted == p.truth for p in rows] for rows in answered], dtype=np.float64)
+    names, number = np.unique(places_of(answered[0]), return_inverse=True)
+    of_place = np.stack([np.bincount(number, weights=row) for row in hits])  # right answers [runs, places]
+    frames, generator = np.bincount(number), np.random.default_rng(_SEED)
+    found = []
+    for _ in range(resamples):
+        drawn = generator.integers(len(names), size=len(names))
+        who = generator.integers(len(runs), size=len(runs))
+        found.append(of_place[who][:, drawn].sum() / (len(runs) * frames[drawn].sum()))
+    low, high = np.percentile(found, [2.5, 97.5])
+    return [float(low), float(high)]
+
+
+def runs_of_seeds(run: Run) -> list[Run]:
+    """This run and those beside it that differ only in the training's seed, by seed."""
     dataset = _evaluated_dataset(run)
     by_seed = {run.settings.fine_tune.seed: run}
     for path in sorted(run.folder.resolve().parent.glob(f"*/{SETTINGS_FILE}")) if dataset else []:
@@ -47,12 +100,7 @@ def over_training_seeds(run: Run) -> dict[str, Any] | None:
             continue  # written by another version: its settings cannot be compared
         if _without_seed(other) == _without_seed(run) and _evaluated_dataset(other) == dataset:
             by_seed.setdefault(other.settings.fine_tune.seed, other)
-    if len(by_seed) < 2:
-        return None
-    seeds = sorted(by_seed)
-    accuracies = spread([by_seed[seed] for seed in seeds])
-    # The base and its frozen features do not depend on the training seed.
-    return {"seeds": seeds, "accuracies": {model: rows for model, rows in accuracies.items() if model != "base"}}
+    return [by_seed[seed] for seed in sorted(by_seed)]
 
 
 def _without_seed(run: Run) -> dict[str, Any]:

@@ -63,6 +63,7 @@ def from_template(name: str, **values: Any) -> str:
         "cost": cost,
         "columns_of_orbit": columns_of_orbit,
         "false_alarms": false_alarms,
+        "best_seed": best_seed,
         "promised": promised,
         "shown": shown,
         "notes": notes,
@@ -131,6 +132,21 @@ def promised(promise: dict[str, Any] | None, mission: Mission) -> str:
         f"{promise['largest_loss']:.1%} of the {listed(mission.that('send', 'store'))} frames are dropped (upper bound "
         f"{promise['upper_bound']:.1%}, from {promise['frames']} frames of {promise['places']} places)."
     )
+
+
+def best_seed(over_seeds: dict[str, Any], own: int) -> str:
+    """Which of the seeds is best on val, and whether it is this run's."""
+    best = over_seeds["best_on_val"]
+    if best is None:
+        return "Which of them is best on val is not known: a training of before has no loss of the category."
+    losses = dict(zip(over_seeds["seeds"], over_seeds["val_losses_of_category"], strict=True))
+    if best == own:
+        return (
+            f"This run (seed {own}) was the best of {len(losses)} on val (loss of the category {losses[own]:.4f}). Its own"
+            "  figures on val are therefore too good; those on test are not, as long as test chose nothing."
+        )
+    lowest, ours = f"{losses[best]:.4f}", f"{losses[own]:.4f}"
+    return f"Best on val is seed {best} (loss of the category {lowest}), not this run (seed {own}, {ours})."
 
 
 def false_alarms(results: dict[str, Any]) -> str:

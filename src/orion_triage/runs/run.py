@@ -82,6 +82,13 @@ MAKING = ("dataset", "fine-tune", "fuse", "quantize", "vision features")  # the 
 EVALUATE = "evaluate "  # prefix of an evaluation stage's name
 
 
+def with_seed(run: Run, seed: int) -> Run:
+    """The run beside it that differs only in the training's seed: NAME-seed-43."""
+    training = run.settings.fine_tune.model_copy(update={"seed": seed})
+    settings = run.settings.model_copy(update={"fine_tune": training})
+    return replace(run, folder=run.folder.with_name(f"{run.folder.name}-seed-{seed}"), settings=settings)
+
+
 def held(run: Run, name: str) -> AbstractContextManager[None]:
     """Lock the run's folder for this command; of processes launched together, rank 0 holds the lock."""
     return locked(run.folder, f"orion {name}") if processes.is_main() else nullcontext()
