@@ -113,7 +113,7 @@ def test_the_table_fits_a_terminal_and_json_is_alone_on_standard_output(run: Run
     own, few = ("--sizes", "256", "--reasons", ""), ("--mmproj", "F16", "--quants", "Q4_K_M", "--repeats", "1")
     shown = orion("bench-frame", "--run", run.folder, *own, *few, COLUMNS="80")
     assert shown.returncode == 0, shown.stderr
-    assert re.search(r"│ flight configuration .*│ +\d/6 │ +\d/6 \* │", shown.stdout)
+    assert re.search(r"│ flight configuration .*│ +\d/3 │ +\d/3 \* │", shown.stdout)
     assert max(len(line) for line in shown.stdout.splitlines() if line[:1] in "┏│└") <= 80
     assert "Run 'orion evaluate --variants verdict-only'." in shown.stderr
     printed = orion("bench-frame", run.folder, *few, "--json")
@@ -127,7 +127,7 @@ def test_the_table_fits_a_terminal_and_json_is_alone_on_standard_output(run: Run
 @pytest.mark.llama_cpp
 @pytest.mark.slow
 def test_a_run_trains_and_flies_at_another_size(small_dataset: Path, tmp_path: Path, warm_python: None) -> None:
-    sets = ["base.frame_size=384", "fine_tune.epochs=1", "fuse.check_records=6", "evaluate.threads=1"]
+    sets = ["base.frame_size=384", "fine_tune.epochs=1", "fuse.check_records=3", "evaluate.threads=1"]
     run = Run(tmp_path / "run", load_settings("tiny", sets))
     prepare(run)
     shutil.copytree(small_dataset, run.dataset)
