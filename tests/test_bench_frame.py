@@ -113,7 +113,7 @@ def test_the_table_fits_a_terminal_and_json_is_alone_on_standard_output(run: Run
     own, few = ("--sizes", "256", "--reasons", ""), ("--mmproj", "F16", "--quants", "Q4_K_M", "--repeats", "1")
     shown = orion("bench-frame", "--run", run.folder, *own, *few, COLUMNS="80")
     assert shown.returncode == 0, shown.stderr
-    assert re.search(r"│ flight configuration .*│ +\d/3 │ +\d/3 \* │", shown.stdout)
+    assert re.search(r"│ flight configuration .*│ +\d/6 │ +\d/6 \* │", shown.stdout)
     assert max(len(line) for line in shown.stdout.splitlines() if line[:1] in "┏│└") <= 80
     assert "Run 'orion evaluate --variants verdict-only'." in shown.stderr
     printed = orion("bench-frame", run.folder, *few, "--json")

@@ -130,20 +130,19 @@ def test_a_dataset_is_checked_and_looked_at(finished: Path, tmp_path: Path) -> N
     shutil.copytree(finished / "runs" / "small" / "dataset", tmp_path / "dataset")
     sound = orion("dataset", "check", "dataset", cwd=tmp_path)
     assert sound.returncode == 0, sound.stdout + sound.stderr
-    assert "0 errors, 1 warnings in 18 frames and 24 train, 3 val, 3 test records" in sound.stdout
+    assert "0 errors, 1 warnings in 36 frames and 48 train, 6 val, 6 test records" in sound.stdout
     shown = orion("dataset", "view", cwd=finished)
     assert shown.returncode == 0, shown.stderr
-    assert (finished / "dataset.html").read_text().count("<img") >= 18
+    assert (finished / "dataset.html").read_text().count("<img") >= 36
     path = tmp_path / "dataset" / "test_dataset.jsonl"
     path.write_text(path.read_text().replace('\\"LOW\\"', '\\"HIGH\\"', 1) + "no record\n")
     faulty = orion("dataset", "check", "dataset", cwd=tmp_path)
     assert faulty.returncode == 1
     assert "error schema: 1" in faulty.stdout
-    assert "test_dataset.jsonl:4: not JSON" in faulty.stdout
+    assert "test_dataset.jsonl:7: not JSON" in faulty.stdout
     assert "fix: " in faulty.stdout
     report = json.loads(orion("dataset", "check", "dataset", "--json", cwd=tmp_path).stdout)
-    errors = {finding["place"] for finding in report["findings"] if finding["severity"] == "error"}
-    assert (report["errors"], errors) == (2, {"test_dataset.jsonl", "test_dataset.jsonl:4"})  # no LOW is left
+    assert (report["errors"], report["findings"][0]["place"]) == (1, "test_dataset.jsonl:7")
     assert_refused(orion("dataset", "check", "nothing", cwd=tmp_path), "neither a folder nor a Hub id")
     refused = orion("dataset", "--source", "simsat", "--dataset", "dataset", cwd=tmp_path)
     assert_refused(refused, "cannot be combined with --dataset", status=2)
@@ -204,10 +203,10 @@ def test_a_run_leaves_every_product_and_its_manifests(finished: Path) -> None:
     assert results["parity"]["agreement"] >= 0.95
     assert all(rates["unparsable"] == 0 for rates in results["models"]["constrained"].values())
     for model in ("base", "fine-tuned", "quantized", "constrained"):
-        assert results["models"][model]["A"]["scored"] == 3
+        assert results["models"][model]["A"]["scored"] == 6
     assert set(results["seconds"]) == {stage.name for stage in STAGES}
     for rates in results["models"].values():
-        assert {condition: figures["count"] for condition, figures in rates.items()} == dict.fromkeys("ABCD", 3)
+        assert {condition: figures["count"] for condition, figures in rates.items()} == dict.fromkeys("ABCD", 6)
     documented = (Path(__file__).parents[1] / "docs" / "results.md").read_text()
     assert [key for key in (*results, *results["models"]["flight"]["D"]) if f"`{key}`" not in documented] == []
     types = read_manifest(run / "gguf").figures["tensor_types"]["orion-q4_k_m.gguf"]  # type: ignore[union-attr]
@@ -294,7 +293,7 @@ def test_an_operating_point_is_chosen_on_val_kept_and_flown(finished: Path, tmp_
         result = orion("threshold", "--max-irrecoverable-loss", limit, *more, cwd=folder)
         assert result.returncode == 0, result.stderr
         record = json.loads((run / "operating_point.json").read_text())
-        assert record["chosen_on"] == {"split": "val", "condition": "B", "frames": 3}
+        assert record["chosen_on"] == {"split": "val", "condition": "B", "frames": 6}
         assert 0.04 < record["temperature"] < 21
         there, drop_threshold = record["there"]["after"], record["drop_threshold"]
         assert there["irrecoverable_loss"]["rate"] <= float(limit.rstrip("%"))
@@ -313,8 +312,8 @@ def test_an_operating_point_is_chosen_on_val_kept_and_flown(finished: Path, tmp_
             assert result.stdout.startswith(f"threshold: {point}")
             rows = [line.split("│")[1:6] for line in result.stdout.splitlines() if "│ after" in line]
             assert [[cell.strip() for cell in row[:2]] for row in rows] == [["val", "after"], ["test", "after"]]
-            assert rows[0][2].strip().startswith("0/2 = 0.0 %")
-            assert re.search(r"val: 0 more HIGH and MEDIUM frames lost, [0-2] saved", result.stdout)
+            assert rows[0][2].strip().startswith("0/4 = 0.0 %")
+            assert re.search(r"val: 0 more HIGH and MEDIUM frames lost, [0-4] saved", result.stdout)
     refused = orion("threshold", "--max-irrecoverable-loss", "100%", cwd=folder)
     assert_refused(refused, "nothing was changed", "--loosen")
     report = json.loads(orion("report", "--json", cwd=folder).stdout)
@@ -346,9 +345,9 @@ def test_variants_are_compared_and_the_grammar_always_parses(finished: Path, tmp
     assert list(compared) == names
     assert [row["compared_with"] for row in compared.values()] == ["Q8_0", *["quantized"] * 4]
     conditions = {name: row["conditions"] for name, row in compared.items()}
-    assert all(counts["count"] == 3 for rows in conditions.values() for counts in rows.values())
+    assert all(counts["count"] == 6 for rows in conditions.values() for counts in rows.values())
     for name in ("constrained", "sampled-constrained", "verdict-only"):
-        assert [counts["parsed"] for counts in conditions[name].values()] == [3, 3, 3, 3]
+        assert [counts["parsed"] for counts in conditions[name].values()] == [6, 6, 6, 6]
     assert conditions["sampled"]["A"]["change"]["holm_p"] <= 1
     again = orion("evaluate", *run_command()[1:], "--variants", "sampled", "--json", "--force", cwd=folder)
     assert "evaluate sampled: done" in again.stderr
@@ -408,8 +407,8 @@ def test_runs_are_compared_frame_by_frame(finished: Path, tmp_path: Path) -> Non
     result = orion("compare", "runs/small", other, "--json", cwd=finished)
     assert result.returncode == 0, result.stderr
     models = json.loads(result.stdout)["against"][str(other)]
-    assert models["base"]["B"]["right"] == [before, 3]
-    assert (models["base"]["B"]["gained"], models["base"]["A"]["gained"]) == (3 - before, 0)
+    assert models["base"]["B"]["right"] == [before, 6]
+    assert (models["base"]["B"]["gained"], models["base"]["A"]["gained"]) == (6 - before, 0)
     assert list(models) == [
         "base",
         "adapter-4bit",
@@ -420,7 +419,7 @@ def test_runs_are_compared_frame_by_frame(finished: Path, tmp_path: Path) -> Non
         "quantized",
         "constrained",
     ]
-    assert json.loads(result.stdout)["accuracies"]["base"]["B"] == [before / 3, 1.0]
+    assert json.loads(result.stdout)["accuracies"]["base"]["B"] == [before / 6, 1.0]
     shown = orion("compare", "runs/small", other, cwd=finished)
     assert "the same frames are correct" in shown.stdout
     assert "over 3 runs" not in shown.stdout
@@ -428,7 +427,7 @@ def test_runs_are_compared_frame_by_frame(finished: Path, tmp_path: Path) -> Non
     assert_refused(orion("compare", "runs/small", other, "--file", "val", cwd=finished), "no model evaluated in both")
     assert_refused(orion("compare", "runs/small", cwd=finished), "at least two run folders", status=2)
     path.write_text("".join(json.dumps(row | {"prompt_sha256": "0"}) + "\n" for row in rows))
-    assert_refused(orion("compare", "runs/small", other, cwd=finished), "12 of 12 questions differ", "A/")
+    assert_refused(orion("compare", "runs/small", other, cwd=finished), "24 of 24 questions differ", "A/")
 
 
 @pytest.mark.llama_cpp

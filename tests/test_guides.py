@@ -34,7 +34,7 @@ MOST_NOT_RUN = 43  # may only fall
 UNSET = ("ORION_SERVER", "LLAMA_")  # of the environment: a reader has none of them
 KEPT = ("LLAMA_ARG_THREADS",)  # beside another worker, two threads that wait for each other take six times as long
 
-# A guide's run has 360 places and five epochs, the tests' 18 and two. These commands make the stages of a run.
+# A guide's run has 360 places and five epochs, the tests' 36 and two. These commands make the stages of a run.
 # The program is the one of search_path, even where a page activates the environment: only --help starts that one's own.
 STAGES = "run|dataset|ablation|fine-tune|fuse|quantize|evaluate"
 PREAMBLE = f"""
