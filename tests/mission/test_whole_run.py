@@ -85,9 +85,7 @@ def test_a_mission_from_its_file_to_go(count: int, lines: tuple[str, ...], reque
     assert len(names) == count
     rates = results["models"]["quantized"]["B"]
     assert list(rates["confusion"]) == names
-    lines = (run / "evaluation/test/quantized/predictions.jsonl").read_text(encoding="utf-8").splitlines()
-    verdicts = [row for row in map(json.loads, lines) if row["condition"] == "B" and row["category"]]
-    assert rates["scored"] == len(verdicts) > rates["count"] / 2
+    assert rates["scored"] == rates["count"] > 0
     assert {f"always {name}" for name in names} <= set(results["baselines"])
     report = (run / "report.html").read_text(encoding="utf-8")
     said = re.sub(r'<tr><th scope="row">mission\..*?</tr>', "", report)  # the settings that differ, with their defaults
