@@ -201,13 +201,13 @@ def train(base: Path, dataset: Path, settings: Settings, out: Path) -> dict[str,
 
 
 def peak_operations_per_second(device: str, dtype: Any) -> tuple[int, float]:
-    """(Width, operations per second) of the fastest of ten products of large square matrices."""
+    """(Width, operations per second) of the fastest of ten products of large square matrices, or fewer in a second."""
     import torch
 
     width = 2048 if device == "cpu" else 8192
     first, second = (torch.randn(width, width, device=device, dtype=dtype) for _ in range(2))
-    seconds = []
-    for _ in range(10):
+    seconds: list[float] = []
+    while len(seconds) < 10 and sum(seconds) < 1:
         began = time.perf_counter()
         product = first @ second
         float(product[0, 0])  # waits for a GPU
@@ -246,7 +246,9 @@ def operations(base: Path, dataset: Path, settings: Settings) -> dict[str, Any]:
         "logits on the verdict only",
         "tokens_per_record": row["input_ids"].numel(),
         "peak_operations_per_second": round(peak),
-        "peak_measured_by": f"the fastest of 10 matrix products of {width} x {width} in {dtype}".replace("torch.", ""),
+        "peak_measured_by": f"the fastest of up to 10 matrix products of {width} x {width} in {dtype}".replace(
+            "torch.", ""
+        ),
     }
 
 

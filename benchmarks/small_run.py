@@ -31,6 +31,8 @@ def assignments(settings: Settings) -> list[str]:
         f"dataset.catalogue={settings.dataset.catalogue}",
         f"dataset.split_distance_km={settings.dataset.split_distance_km}",
         f"fine_tune.epochs={settings.fine_tune.epochs}",
+        f"fine_tune.micro_batch_size={settings.fine_tune.micro_batch_size}",
+        f"fuse.check_records={settings.fuse.check_records}",
     ]
 
 

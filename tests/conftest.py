@@ -342,4 +342,5 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_command() -> list[str]:
     """The arguments that make the run of `finished`."""
     sets = ["dataset.catalogue=places.csv", "dataset.split_distance_km=20", "fine_tune.epochs=2"]
+    sets += ["fuse.check_records=6"]
     return ["run", "--run", "runs/small", *(word for value in sets for word in ("--set", value))]

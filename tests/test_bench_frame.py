@@ -127,7 +127,7 @@ def test_the_table_fits_a_terminal_and_json_is_alone_on_standard_output(run: Run
 @pytest.mark.llama_cpp
 @pytest.mark.slow
 def test_a_run_trains_and_flies_at_another_size(small_dataset: Path, tmp_path: Path, warm_python: None) -> None:
-    sets = ["base.frame_size=384", "fine_tune.epochs=1", "fuse.check_records=6", "evaluate.threads=1"]
+    sets = ["base.frame_size=384", "fine_tune.epochs=1", "fuse.check_records=3", "evaluate.threads=1"]
     run = Run(tmp_path / "run", load_settings("tiny", sets))
     prepare(run)
     shutil.copytree(small_dataset, run.dataset)

@@ -1,4 +1,4 @@
-"""evaluate/statistics.py: published cases, scikit-learn, and what must hold on any data."""
+"""evaluate/statistics.py and a histogram: published cases, scikit-learn, numpy, and what must hold on any data."""
 
 import math
 import warnings
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
+from orion_triage.evaluate.baselines import colour_histogram
 from orion_triage.evaluate.statistics import (
     balanced_accuracy,
     cluster_bootstrap,
@@ -215,3 +216,9 @@ def test_all_resamples_at_once_are_those_one_by_one(statistic: Callable[..., np.
     assert confusion_bootstrap(statistic, truth, guess, 3, clusters, seed=42) == one_by_one
     nothing = np.array([], dtype=np.int64)
     assert all(math.isnan(end) for end in confusion_bootstrap(statistic, nothing, nothing, 3, [], seed=42))
+
+
+def test_the_histogram_of_colours_has_each_pixel_in_its_bin() -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (40, 30, 3), dtype=np.uint8)
+    counts, _ = np.histogramdd(pixels.reshape(-1, 3), bins=8, range=[(0, 256)] * 3)
+    assert colour_histogram(pixels) ** 2 * 1200 == pytest.approx(counts.ravel(), abs=1e-9)

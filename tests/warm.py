@@ -235,7 +235,14 @@ def _load() -> None:
         "scipy.stats",
         "sklearn.linear_model",
         "matplotlib.pyplot",
+        "matplotlib.backends.backend_agg",
+        "matplotlib.backends.backend_svg",
         "rich.progress",
+        "imagehash",  # this and the rest: what a training or an evaluation imports on its way
+        "peft.tuners.lora.bnb",
+        "peft.utils.transformers_weight_conversion",
+        "torch.utils.tensorboard",
+        "httpcore",
     ):
         importlib.import_module(name)
     from transformers import AutoProcessor, Lfm2VlForConditionalGeneration, Trainer  # noqa: F401

@@ -599,23 +599,24 @@ def assert_fields_are_measured(run: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def run_with_fields(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with runs/small of a mission with three fields; one epoch, through the command line."""
+def run_with_fields(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with runs/small of a mission with three fields; one epoch of random weights, all by the command line."""
     folder = tmp_path_factory.mktemp("fields")
     with (folder / "places.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow([*COLUMNS, "built", "ground", "crossings"])
-        for one in places_of(*LABELS, count=12):
+        for one in places_of(*LABELS, count=4):
             assert one.coordinates is not None
             where = (one.coordinates.lon, one.coordinates.lat)
             table.writerow([one.name, one.category, one.morphology, *where, one.reason, *LABELS[one.morphology]])
     own = mission_of_places(places="places.csv")
     (folder / "mission.json").write_text(own.model_dump_json(), encoding="utf-8")
-    sets = ["dataset.split_distance_km=20", "fine_tune.epochs=1", "variants.all=false"]
+    sets = [f"base.model={small_base}", "dataset.split_distance_km=20", "fine_tune.epochs=1", "variants.all=false"]
+    sets += ["fuse.check_records=6"]
     words = [word for value in sets for word in ("--set", value)]
     for command in (
         ("run", "--mission", "mission.json", "--run", "runs/small", *words),
-        ("evaluate", "--run", "runs/small", "--variants", "constrained"),
+        ("evaluate", "--run", "runs/small", "--variants", "constrained", *words),
         ("report", "--run", "runs/small"),
     ):
         made = orion(*command, cwd=folder)
@@ -648,7 +649,7 @@ def test_verdict_only_is_refused_by_name(run_with_fields: Path) -> None:
 
 
 def bundle_of(folder: Path, pair: Path) -> Path:
-    """A run and its bundle of a mission with fields: the pair as it is, under the grammar, on six frames.
+    """A run and its bundle of a mission with fields: the pair as it is, under the grammar, on three frames.
 
     The pair was not trained for the mission: only the grammar makes its answers verdicts, so the free decoding that a
     bundle is made from is under the grammar here, too.
@@ -659,7 +660,7 @@ def bundle_of(folder: Path, pair: Path) -> Path:
     prepare(run)
     (run.dataset / IMAGES_FOLDER).mkdir(parents=True)
     number = 0
-    for split, count in (("train", 6), ("val", 3), ("test", 6)):
+    for split, count in (("train", 3), ("val", 3), ("test", 3)):
         records = []
         for index in range(count):
             name, category = f"{IMAGES_FOLDER}/place_{number}.png", own.names[index % 3]

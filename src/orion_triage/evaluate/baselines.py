@@ -76,8 +76,8 @@ def logistic_regression(vectors: Vectors, labels: NDArray[np.int64], penalty: fl
 
 def colour_histogram(pixels: NDArray[np.uint8]) -> Vectors:
     """Square roots of the 8x8x8 RGB histogram of [height, width, 3] pixels: shape (512,), unit length."""
-    bins = (pixels >> 5).reshape(-1, 3).astype(np.int64) @ np.array([64, 8, 1])
-    counts = np.bincount(bins, minlength=512)
+    red, green, blue = np.moveaxis((pixels >> 5).astype(np.int16), -1, 0)
+    counts = np.bincount((red << 6 | green << 3 | blue).ravel(), minlength=512)
     return np.sqrt(counts / counts.sum())
 
 

@@ -170,8 +170,11 @@ def confusion_bootstrap(
     of_cluster = np.zeros((len(names), *shape), dtype=np.int64)
     np.add.at(of_cluster, (np.array([number[name] for name in clusters]), truth, guess), 1)
     draws = np.random.default_rng(seed).integers(len(names), size=(resamples, len(names)))
-    times = np.stack([np.bincount(draw, minlength=len(names)) for draw in draws])  # each cluster was drawn
-    found = statistic((times @ of_cluster.reshape(len(names), -1)).reshape(resamples, *shape))
+    of_resample = draws + len(names) * np.arange(resamples)[:, None]  # a number for each resample and cluster
+    times = np.bincount(of_resample.ravel(), minlength=resamples * len(names)).reshape(resamples, -1)  # it was drawn
+    # As float64, which is exact for counts and ten times as fast as numpy's product of integers.
+    counts = times.astype(np.float64) @ of_cluster.reshape(len(names), -1)
+    found = statistic(counts.astype(np.int64).reshape(resamples, *shape))
     kept = found[~np.isnan(found)]
     if not len(kept):
         return math.nan, math.nan
