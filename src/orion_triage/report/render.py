@@ -142,8 +142,8 @@ def best_seed(over_seeds: dict[str, Any], own: int) -> str:
     losses = dict(zip(over_seeds["seeds"], over_seeds["val_losses_of_category"], strict=True))
     if best == own:
         return (
-            f"This run (seed {own}) was the best of {len(losses)} on val (loss of the category {losses[own]:.4f}). Its own"
-            "  figures on val are therefore too good; those on test are not, as long as test chose nothing."
+            f"This run (seed {own}) was the best of {len(losses)} on val (loss of the category {losses[own]:.4f}). Its "
+            "own figures on val are therefore too good; those on test are not, as long as test chose nothing."
         )
     lowest, ours = f"{losses[best]:.4f}", f"{losses[own]:.4f}"
     return f"Best on val is seed {best} (loss of the category {lowest}), not this run (seed {own}, {ours})."
