@@ -242,8 +242,6 @@ def test_two_seeds_are_trained_and_the_best_on_val_is_named(finished: Path, tmp_
             low, high = results["intervals"][model][condition]
             assert low <= sum(rates) / 2 <= high, (model, condition)
     assert f"This run (seed {results['best_on_val']}) was the best of 2 on val" in (best / "report.md").read_text()
-    again = orion(*run_command(), "--seeds", "2", cwd=folder)
-    assert again.stderr.count(f"to skip, because they are current ({len(STAGES)} of {len(STAGES)})") == 2
 
 
 def test_a_second_run_skips_and_a_changed_setting_redoes_what_follows(
