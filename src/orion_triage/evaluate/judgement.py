@@ -46,18 +46,10 @@ def judge(predictions: Sequence[Prediction], places: Mapping[str, Coordinates], 
         measured = float(statistic(confusion(truth, guess, categories)))
         return {name: _number(x) for name, x in (("value", measured), ("low", low), ("high", high))}
 
-    headline = value.headline(truth, guess, mission)
+    headline = headline_of(predictions, places, mission)
     several: dict[str, Any] = {}
     if len(set(where)) < len(where):
-        names = [f"{place.lon} {place.lat}" for place in where]
-        several["accuracy_low"], several["accuracy_high"] = _by_place(guess == truth, names)
-        wanted, done = value.acted(truth, mission), value.acted(guess, mission)
-        for key, rows, hits in (
-            ("high_recall", wanted == value.SEND, done == value.SEND),
-            ("irrecoverable_loss", wanted != value.DROP, done == value.DROP),
-        ):
-            low, high = _by_place(hits[rows], [name for name, row in zip(names, rows, strict=True) if row])
-            headline[key] |= {"low": low, "high": high}
+        several["accuracy_low"], several["accuracy_high"] = _by_place(guess == truth, _names_of(where))
     return {
         **several,
         "places": len(set(where)),
@@ -77,6 +69,29 @@ def judge(predictions: Sequence[Prediction], places: Mapping[str, Coordinates], 
         "scored": sum(p.scores is not None for p in predictions),
         **(_of_scores(predictions, truth, guess, mission) if any(p.scores for p in predictions) else {}),
     }
+
+
+def headline_of(
+    predictions: Sequence[Prediction], places: Mapping[str, Coordinates], mission: Mission
+) -> dict[str, Any]:
+    """`value.headline` of one model under one condition; intervals are over places if places have several frames."""
+    truth, guess = truth_of(predictions, mission), guess_of([p.predicted for p in predictions], mission)
+    headline = value.headline(truth, guess, mission)
+    where = [places[p.name] for p in predictions]
+    if len(set(where)) < len(where):
+        names = _names_of(where)
+        wanted, done = value.acted(truth, mission), value.acted(guess, mission)
+        for key, rows, hits in (
+            ("high_recall", wanted == value.SEND, done == value.SEND),
+            ("irrecoverable_loss", wanted != value.DROP, done == value.DROP),
+        ):
+            low, high = _by_place(hits[rows], [name for name, row in zip(names, rows, strict=True) if row])
+            headline[key] |= {"low": low, "high": high}
+    return headline
+
+
+def _names_of(places: Sequence[Coordinates]) -> list[str]:
+    return [f"{place.lon} {place.lat}" for place in places]
 
 
 def _by_place(hits: NDArray[np.bool_], places: Sequence[str]) -> tuple[float | None, float | None]:
