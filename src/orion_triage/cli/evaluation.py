@@ -211,7 +211,7 @@ def _evaluate_stress(
     if waiting := [stage for stage in stages if force or not is_current(stage, current)]:
         frames = len(Dataset(current.dataset, current.settings.mission).records(current.split))
         count, each = len(waiting) * len(STRENGTHS) * frames, seconds_per_answer(current)
-        time_needed = f", about {in_words(count * each)}" if each else ""
+        time_needed = f", at most about {in_words(count * each)}" if each else ""
         messages().print(
             f"{count:,} answers: {len(waiting)} stresses x {len(STRENGTHS)} strengths x {frames} frames{time_needed}",
             soft_wrap=True,

@@ -94,7 +94,8 @@ def draw_stress(results: dict[str, Any], path: Path) -> None:
 
     with rc_context(_STYLE):
         figure = Figure(figsize=(7, stress_height(results) / 72), layout="constrained")
-        stress(*figure.subplots(1, 2, sharey=True), results)
+        left, right = figure.subplots(1, 2, sharey=True)
+        stress(left, right, results)
         picture = io.BytesIO()
         figure.savefig(picture, format="png", dpi=120)
     write_bytes(path, picture.getvalue())
@@ -219,8 +220,8 @@ def _losses(results: dict[str, Any]) -> dict[str, float]:
 def stress(left: "Axes", right: "Axes", results: dict[str, Any]) -> None:
     """Irrecoverable loss and recall under each stress at three strengths, with 95 % intervals, the worst stress on top.
 
-    Filled, larger and orange: significantly different from without stress (p < 0.05 after Holm), which the dashed line
-    is.
+    Mild, medium and strong stand below each other. Filled, larger and orange: significantly different from the dashed
+    line, the rate without stress (p < 0.05 after Holm).
     """
     names = list(_losses(results))
     for axes, key, label in (
@@ -238,13 +239,11 @@ def stress(left: "Axes", right: "Axes", results: dict[str, Any]) -> None:
             colour = COLOURS["quantized" if differs else FLIGHT]
             x, y = 100 * rate["rate"], names.index(row["stress"]) + 0.25 * (STRENGTHS.index(row["strength"]) - 1)
             error = ([max(0.0, x - 100 * rate["low"])], [max(0.0, 100 * rate["high"] - x)])
-            style: dict[str, Any] = {
-                "markerfacecolor": colour if differs else "none",
-                "markersize": 5 if differs else 4,
-            }
-            name = "significant change" if differs else "no significant change"
-            label_once = {} if differs in seen else {"label": name}
-            axes.errorbar([x], [y], xerr=error, fmt="o", color=colour, capsize=0, clip_on=False, **style, **label_once)
+            style: dict[str, Any] = {"fmt": "o", "color": colour, "capsize": 0, "clip_on": False}
+            style |= {"markerfacecolor": colour, "markersize": 5} if differs else {"markerfacecolor": "none"}
+            if differs not in seen:
+                style["label"] = "significant change" if differs else "no significant change"
+            axes.errorbar([x], [y], xerr=error, **style)
             seen.add(differs)
         axes.set(xlabel=label, xlim=(0, 100), xticks=(0, 50, 100))
         axes.grid(axis="y", visible=False)
