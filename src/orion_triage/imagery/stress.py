@@ -143,7 +143,12 @@ def electrons_at_mid_grey(snr: float) -> float:
 
 
 def blur(pixels: Pixels, mtf_at_nyquist: float, random: np.random.Generator) -> Pixels:
-    return to_pixels(_filtered(to_linear(pixels), _gaussian(sigma_of(mtf_at_nyquist)), (0, 1)))
+    return to_pixels(blurred(to_linear(pixels), mtf_at_nyquist))
+
+
+def blurred(light: Light, mtf_at_nyquist: float) -> Light:
+    """Linear values under a Gaussian blur with this MTF at Nyquist; not clipped."""
+    return _filtered(light, _gaussian(sigma_of(mtf_at_nyquist)), (0, 1))
 
 
 def sigma_of(mtf_at_nyquist: float) -> float:
