@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,8 @@ def test_what_the_planted_model_loses_is_found(found: dict[str, Any]) -> None:
     rows = {(row["stress"], row["strength"]): row for row in found["rows"]}
     assert list(rows) == [(one, strength) for one in ("exposure", "partial") for strength in STRENGTHS]
     assert found["unstressed"]["irrecoverable_loss"]["count"] == 0
+    assert found["unstressed"]["downlink"]["sent"] == pytest.approx(1 / 3)
+    assert rows["partial", "strong"]["downlink"]["sent"] == 0
     strong = rows["exposure", "strong"]
     loss, recall = strong["irrecoverable_loss"], strong["high_recall"]
     assert (loss["count"], loss["total"], recall["count"], recall["total"]) == (16, 16, 0, 8)
@@ -287,8 +290,13 @@ def test_a_change_counts_only_the_frames_of_its_rate() -> None:
 
 
 def test_the_reports_name_the_worst_and_show_all(run: Run, found: dict[str, Any]) -> None:
+    limit = load_settings("tiny", ["verdict.largest_loss_under_stress=0.2"]).verdict
+    run = replace(run, settings=run.settings.model_copy(update={"verdict": limit}))
     results, _ = write.run(run)
     assert results["stress"] == found
+    judged = results["verdict"]["criteria"][-1]
+    assert (judged["name"], judged["outcome"]) == ("loss under stress", "open")
+    assert judged["measured"].startswith("not measured: haze, cloud, noise,")
     assert {path.name for path in run.folder.glob("report*")} >= {"report-stress.png"}
     text, page = (run.folder / "report.md").read_text(), (run.folder / "report.html").read_text()
     said = worst_under_stress(found)
@@ -325,7 +333,7 @@ def test_the_chart_has_a_point_with_its_interval_for_each_row(found: dict[str, A
         assert not all(filled)
     chart = html.stress_chart({"stress": found})
     assert chart.drawing.count("var(--quantized)") > 0
-    assert chart.height == 100 + 32 * 2
+    assert chart.height == 115 + 32 * 2
 
 
 @pytest.mark.llama_cpp

@@ -15,7 +15,7 @@ from orion_triage.errors import OrionError
 from orion_triage.evaluate import features, stress, threshold, variants, verdict
 from orion_triage.evaluate.baselines import LOGISTIC_REGRESSION, baselines
 from orion_triage.evaluate.conditions import CONDITIONS
-from orion_triage.evaluate.judgement import headline_of, judge, value_figures
+from orion_triage.evaluate.judgement import judge, value_figures
 from orion_triage.evaluate.metrics import Change, Prediction, compare, summarize, under
 from orion_triage.evaluate.run import prediction_of, predictions_in
 from orion_triage.evaluate.seeds import over_training_seeds
@@ -201,7 +201,7 @@ def _under_stress(run: Run, flown: list[Prediction] | None, rules: Rules) -> dic
     unstressed = under(flown, stress.CONDITION)
     rows = stress.compare(decided, unstressed, places, mission)
     return {
-        "unstressed": headline_of(unstressed, places, mission),
+        "unstressed": stress.rates_of(unstressed, places, mission),
         "rows": rows,
         "worst": [f"{row['stress']} {row['strength']}" for row in stress.worst(rows)],
         "missing": [one.name for one in STRESSES if one.name not in answered],

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from orion_triage.dataset.dataset import Dataset
 from orion_triage.dataset.records import Record
-from orion_triage.evaluate import variants
+from orion_triage.evaluate import value, variants
 from orion_triage.evaluate.backends import Backend
 from orion_triage.evaluate.conditions import Condition, Question
-from orion_triage.evaluate.judgement import headline_of
+from orion_triage.evaluate.judgement import guess_of, headline_of, truth_of
 from orion_triage.evaluate.metrics import Prediction, summarize
 from orion_triage.evaluate.run import Row, ask_all, prediction_of, read_predictions, store
 from orion_triage.evaluate.statistics import difference_interval, holm, mcnemar
@@ -100,8 +100,8 @@ def ask(
 
     def more(question: Question) -> Row:
         assert isinstance(question, StressedQuestion)
-        value = stress.value(question.strength)
-        return {"stress": stress.name, "strength": question.strength, "value": value, "blank": blank[question.id]}
+        name, strength = stress.name, question.strength
+        return {"stress": name, "strength": strength, "value": stress.value(strength), "blank": blank[question.id]}
 
     def named(description: str, done: int, total: int) -> None:
         progress(f"{description} the pair under {stress.name}", done, total)
@@ -149,7 +149,7 @@ def compare(
     places: Mapping[str, Coordinates],
     mission: Mission,
 ) -> list[dict[str, Any]]:
-    """One row for each stress and strength: parameter, blank frames, the two main rates, and the change of each.
+    """One row for each stress and strength: parameter, blank frames, downlink, the two main rates with their changes.
 
     `decided` and `unstressed` are the decisions as flown (condition B) on the same frames. A change is paired by frame:
     `more` and `fewer` frames that count for the rate than without the stress, their `difference` as a share with its
@@ -159,7 +159,7 @@ def compare(
     rows: list[dict[str, Any]] = []
     for name, of_strength in decided.items():
         for strength, answers in of_strength.items():
-            stress, headline = stresses[name], headline_of(answers, places, mission)
+            stress, headline = stresses[name], rates_of(answers, places, mission)
             changes = {rate: change_of(rate, unstressed, answers, mission) for rate in RATES}
             rows.append(
                 {
@@ -170,6 +170,7 @@ def compare(
                     "shown": stress.shown(strength),
                     "blank": sum(answer.blank for answer in answers),
                     "no_verdict": headline["no_verdict"],
+                    "downlink": headline["downlink"],
                     **{rate: headline[rate] | {"change": changes[rate]} for rate in RATES},
                 }
             )
@@ -179,6 +180,12 @@ def compare(
         for number, change in tested.items():
             change["holm_p"] = corrected[number]
     return rows
+
+
+def rates_of(answers: Sequence[Prediction], places: Mapping[str, Coordinates], mission: Mission) -> dict[str, Any]:
+    """The main rates, and the shares that are sent, stored and dropped: a model that sends everything loses nothing."""
+    truth, guess = truth_of(answers, mission), guess_of([answer.predicted for answer in answers], mission)
+    return {**headline_of(answers, places, mission), "downlink": value.downlink(truth, guess, mission)}
 
 
 def change_of(

@@ -205,7 +205,7 @@ def risk_coverage(axes: "Axes", results: dict[str, Any], models: Sequence[str]) 
 
 def stress_height(results: dict[str, Any]) -> int:
     """The height of the chart of the stresses, in the units of an SVG."""
-    return 100 + 32 * len(_losses(results))
+    return 115 + 32 * len(_losses(results))
 
 
 def _losses(results: dict[str, Any]) -> dict[str, float]:
@@ -256,7 +256,9 @@ def stress(left: "Axes", right: "Axes", results: dict[str, Any]) -> None:
     found: dict[str, Any] = {}
     for axes in (left, right):
         found = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True)) | found
-    left.figure.legend(handles=list(found.values()), labels=list(found), ncols=1, loc="outside upper left")
+    title = "of each: mild, medium, strong, from the top"
+    style = {"loc": "outside upper left", "title": title, "title_fontsize": 10, "alignment": "left"}
+    left.figure.legend(handles=list(found.values()), labels=list(found), **style)
 
 
 def loss(axes: "Axes", losses: list[dict[str, float]]) -> None:

@@ -291,13 +291,14 @@ def change_under_stress(change: dict[str, Any] | None) -> str:
 
 
 def stress_rows(stress: dict[str, Any], names: Collection[str] = ()) -> list[list[str]]:
-    """Stress, strength, its parameter, recall and loss with the change of each; of these stresses, or of all."""
+    """Stress, strength, parameter, recall and loss with the change of each, frames sent and blank; of these, or all."""
     return [
         [
             row["stress"],
             row["strength"],
             row["shown"],
             *(text for key in STRESSED for text in (rate(row[key]), change_under_stress(row[key]["change"]))),
+            percent(row["downlink"]["sent"]),
             str(row["blank"]),
         ]
         for row in stress["rows"]
@@ -310,12 +311,17 @@ def stress_table(stress: dict[str, Any], names: Collection[str] = ()) -> "Table"
     from rich.table import Table
 
     table = Table("stress", "", "", "recall", "change", "irrecoverable loss", "change", title="Under stress (B)")
-    table.add_row("none", "", "", rate(stress["unstressed"][STRESSED[0]]), "", rate(stress["unstressed"][STRESSED[1]]))
+    for heading in ("sent", "blank"):
+        table.add_column(heading, justify="right")
+    plain = stress["unstressed"]
+    table.add_row(
+        "none", "", "", rate(plain[STRESSED[0]]), "", rate(plain[STRESSED[1]]), "", percent(plain["downlink"]["sent"])
+    )
     before = ""
     for row in stress_rows(stress, names):
         if row[0] != before:
             table.add_section()
-        table.add_row(row[0] if row[0] != before else "", *row[1:-1])
+        table.add_row(row[0] if row[0] != before else "", *row[1:])
         before = row[0]
     return table
 

@@ -14,7 +14,8 @@ def run(run: Run) -> tuple[dict[str, Any], bool]:
     suffix = "" if run.split == "test" else f"-{run.split}"
     picture, markdown, page = (run.folder / f"report{suffix}.{kind}" for kind in ("png", "md", "html"))
     stressed = run.folder / f"report{suffix}-stress.png"
-    written = (picture, markdown, page, *([stressed] if results["stress"] else []))
+    drawn = bool(results["stress"] and results["stress"]["rows"])
+    written = (picture, markdown, page, *([stressed] if drawn else []))
     if current and all(path.is_file() for path in written):
         return results, True
     from orion_triage.report import html, plot
@@ -22,7 +23,7 @@ def run(run: Run) -> tuple[dict[str, Any], bool]:
     from orion_triage.train.fine_tune import read_losses
 
     plot.draw(results, read_losses(run.adapter), picture)
-    if results["stress"]:
+    if drawn:
         plot.draw_stress(results, stressed)
     else:
         stressed.unlink(missing_ok=True)
