@@ -41,7 +41,7 @@ from tests.conftest import MISSION, REASONS, orion, structured_picture
 H, M, L = MISSION.names
 SIZE = 256
 COUNT = 24  # test frames, eight of each category
-DIM, PARTIAL = chosen(["exposure", "partial"])
+DIM, JPEG, PARTIAL = chosen(["exposure", "jpeg", "partial"])
 
 
 class AfraidOfTheDark:
@@ -140,10 +140,11 @@ def test_each_frame_is_stressed_at_camera_size_and_asked_without_coordinates(mad
     first = sorted(dataset.records("test"), key=lambda record: record.name)[0]
     camera = Image.open(dataset.path(first)).convert("RGB")
     asked = stress.questions([first])
-    expected = [shrink(stressed(camera, PARTIAL, one, "test_00"), SIZE).tobytes() for one in STRENGTHS]
+    # JPEG, which is another one on a frame that was shrunk before.
+    expected = [shrink(stressed(camera, JPEG, one, "test_00"), SIZE).tobytes() for one in STRENGTHS]
     other = Run(made.folder.parent / "other", made.settings)
     shutil.copytree(made.dataset, other.dataset)
-    stress.ask(PARTIAL, other, backend, "x")
+    stress.ask(JPEG, other, backend, "x")
     assert [backend.seen[COUNT * n].tobytes() for n in range(3)] == expected
     assert [question.id for question in asked] == [f"{one}/test_00" for one in STRENGTHS]
 

@@ -30,6 +30,7 @@ from orion_triage.report.render import (
     field_rows,
     from_template,
     mission_of,
+    stress_rows,
     words,
     worst_under_stress,
 )
@@ -123,6 +124,7 @@ def render_html(results: dict[str, Any], rows: Sequence[Row], thumbnail: Thumbna
         else [],
         linear_probe=against_linear_probe(results),
         size=(plot.WIDTH, plot.HEIGHT),
+        stress=stress_rows(results["stress"]) if results["stress"] else [],
         stress_chart=stress_chart(results) if results["stress"] and results["stress"]["rows"] else None,
         accuracy_chart=accuracy_chart(results, drawn) if models else None,
         budget_chart=budget_chart(results, [name for name in scored if name in drawn]) if scored else None,
@@ -191,8 +193,8 @@ def stress_chart(results: dict[str, Any]) -> Chart:
     description = (
         "For each stress three points, mild, medium and strong from top to bottom: the irrecoverable loss on the left "
         "and the recall of frames to be sent on the right, with 95 % intervals. Filled points differ significantly "
-        f"from the dashed lines, the rates without stress. {worst_under_stress(results['stress'])} The table beside "
-        "the chart has the same values."
+        f"from the dashed lines, the rates without stress. {worst_under_stress(results['stress'])} The table below "
+        "has the same values."
     )
     height = plot.stress_height(results)
     drawing = plot.svg("stress", plot.stress, results, height=height, panels=2)

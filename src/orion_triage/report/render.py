@@ -69,7 +69,7 @@ def from_template(name: str, **values: Any) -> str:
         "verdict_in_words": verdict_in_words,
         "advice": advice,
         "unbroken": unbroken,
-        "change_under_stress": change_under_stress,
+        "worst_under_stress": worst_under_stress,
     }
     return templates.fill("report", name, filters=filters, **values)
 
