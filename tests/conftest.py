@@ -63,7 +63,8 @@ LONGEST_FIRST = (
     "test_reliability", "test_html", "test_fuse", "test_bundle", "test_check", "test_hostile_weights",
     "test_sentinel2", "test_simsat", "test_report", "test_hostile_text", "test_directory", "test_synthetic",
     "test_share", "test_build", "test_base", "test_tables", "test_own_folder", "test_stretch", "test_refused",
-    "test_foreign_servers", "test_cleanup", "test_prerequisites", "test_training_device", "test_validation",
+    "test_foreign_servers", "test_under_stress", "test_cleanup", "test_prerequisites", "test_training_device",
+    "test_validation",
 )  # fmt: skip
 
 

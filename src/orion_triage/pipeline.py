@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 from orion_triage import hub, processes
 from orion_triage.dataset.dataset import Dataset
 from orion_triage.errors import OrionError
+from orion_triage.evaluate import stress as stresses
 from orion_triage.evaluate import variants
 from orion_triage.evaluate.variants import Variant
+from orion_triage.imagery.stress import STRESSES, Stress
 from orion_triage.machine import rates
 from orion_triage.machine.describe import machine_name
 from orion_triage.mission.contract import contract_of, contract_sha256, require_mission, write_mission
@@ -165,6 +167,17 @@ def evaluation(variant: Variant, mission: Mission) -> Stage:
     )
 
 
+def stress_evaluation(stress: Stress, settings: Settings) -> Stage:
+    """The stage that asks the pair about the split's frames under one stress."""
+    return Stage(
+        stresses.stage_name(stress),
+        ("base", "evaluate"),
+        lambda run: {"gguf": run.pair, "dataset": run.dataset},
+        partial(stresses.evaluate, stress),
+        protocol=stresses.protocol(stress, settings),
+    )
+
+
 def stages(settings: Settings) -> tuple[Stage, ...]:
     """All stages of a run in order; each model is evaluated as soon as it exists."""
     evaluated = [evaluation(variant, settings.mission) for variant in variants.wanted(settings)]
@@ -313,7 +326,8 @@ def check_inputs(run: Run) -> None:
 
 def verify(run: Run) -> dict[str, list[str]]:
     """Finished stage -> differences between its files and its manifest; reads all files from the disk."""
-    every = (*MAKING, *(evaluation(variant, run.settings.mission) for variant in variants.table(run.settings)))
+    evaluated = [evaluation(variant, run.settings.mission) for variant in variants.table(run.settings)]
+    every = (*MAKING, *evaluated, *(stress_evaluation(stress, run.settings) for stress in STRESSES))
     return {
         stage.name: manifest.damaged(folder)
         for stage in every

@@ -189,6 +189,9 @@ class VerdictSettings(Strict):
     smallest_frames_per_category: Count = 20
     # On the flight computer, with 'orion bench-frame'; empty: no limit.
     largest_seconds_per_frame: PositiveFloat | None = None
+    # Share of the frames to be sent or stored that may be dropped under any stress of medium strength ('orion evaluate
+    # --stress'); empty: stresses are reported, not judged. Smaller: a camera that degrades may lose less.
+    largest_loss_under_stress: float | None = Field(default=None, gt=0, le=1)
 
 
 class Settings(Strict):

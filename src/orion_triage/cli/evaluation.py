@@ -24,6 +24,7 @@ from orion_triage.cli.terminal import (
     SplitName,
     do_stage,
     finished_run,
+    messages,
     output,
     progress_bar,
     run_of,
@@ -60,12 +61,18 @@ def ablation(
     epilog="Example: orion evaluate\n\n"
     "Example: orion evaluate --gguf OWNER/NAME\n\n"
     "Example: orion evaluate --quantized-model http://127.0.0.1:8000#my-adapter\n\n"
-    "Example: orion evaluate --variants Q8_0,quantized --file val"
+    "Example: orion evaluate --variants Q8_0,quantized --file val\n\n"
+    "Example: orion evaluate --stress\n\n"
+    "Example: orion evaluate --stress haze,noise"
 )
 def evaluate(
     pair: Annotated[
         str,
-        typer.Argument(metavar="[FOLDER|ID]", help="GGUF pair for --gguf: folder or Hub id. Default: the run's pair."),
+        typer.Argument(
+            metavar="[FOLDER|ID|NAMES]",
+            help="With --gguf, a GGUF pair: folder or Hub id (default: the run's pair). With --stress, NAME,NAME "
+            "(default: all).",
+        ),
     ] = "",
     preset: PresetOption = "tiny",
     assignments: SetOption = [],  # noqa: B006
@@ -93,12 +100,21 @@ def evaluate(
             "sampled-constrained, verdict-only; or all.",
         ),
     ] = "",
+    stressed: Annotated[
+        bool,
+        typer.Option(
+            "--stress",
+            help="Evaluate the flight's decisions on frames with haze, noise, blur and other faults, and compare them "
+            "with those on the same frames without.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
     force: ForceOption = False,
 ) -> None:
     """Evaluate the fine-tuned model under the four conditions.
 
-    Use --gguf, --quantized-model or --variants to evaluate another model.
+    Use --gguf, --quantized-model or --variants to evaluate another model, and
+    --stress to evaluate the flight's decisions on frames of a worse camera.
     Answers of a pair or server of someone else's are kept beside the run's own.
     'orion ablation --help' explains the conditions.
     """
@@ -106,6 +122,11 @@ def evaluate(
     from orion_triage.pipeline import evaluate_servers
     from orion_triage.runs.run import EVALUATE
 
+    if stressed:
+        if servers or quantized or names:
+            raise typer.BadParameter("cannot be combined with another model's option.", param_hint="'--stress'")
+        _evaluate_stress(pair, preset, assignments, folder, file, as_json, force)
+        return
     if pair and (servers or not quantized):
         raise typer.BadParameter("use it with --gguf and without --quantized-model.", param_hint=f"'{pair}'")
     if names and (servers or quantized):
@@ -171,6 +192,44 @@ def _evaluate_variants(
     output().print(shown)
 
 
+def _evaluate_stress(
+    names: str, preset: str, assignments: list[str], folder: Path | None, file: SplitName, as_json: bool, force: bool
+) -> None:
+    """Evaluate the flight's decisions under the named stresses, and print the rates and their changes."""
+    from orion_triage.dataset.dataset import Dataset
+    from orion_triage.evaluate.results import stress_results
+    from orion_triage.evaluate.stress import seconds_per_answer
+    from orion_triage.imagery.stress import STRENGTHS, chosen
+    from orion_triage.pipeline import is_current, stress_evaluation
+    from orion_triage.progress import in_words
+    from orion_triage.report.render import stress_table, worst_under_stress
+
+    asked = chosen([word.strip() for word in names.split(",") if word.strip()])
+    current = run_of(preset, assignments, folder, file.value)
+    do_stage("evaluate constrained", current)  # the answers to compare with; skipped if they are there
+    stages = [stress_evaluation(stress, current.settings) for stress in asked]
+    if waiting := [stage for stage in stages if force or not is_current(stage, current)]:
+        frames = len(Dataset(current.dataset, current.settings.mission).records(current.split))
+        count, each = len(waiting) * len(STRENGTHS) * frames, seconds_per_answer(current)
+        time_needed = f", at most about {in_words(count * each)}" if each else ""
+        messages().print(
+            f"{count:,} answers: {len(waiting)} stresses x {len(STRENGTHS)} strengths x {frames} frames{time_needed}",
+            soft_wrap=True,
+        )
+    for stage in stages:
+        do_stage(stage, current, force)
+    if not processes.is_main():
+        return
+    found = stress_results(current)
+    assert found is not None
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    console = output()
+    console.print(stress_table(found, [stress.name for stress in asked]))
+    console.print(worst_under_stress(found))
+
+
 def _print_rates(run: Any, stage: str, as_json: bool = False) -> None:
     """Print the accuracy of one evaluation, by condition."""
     from orion_triage.evaluate.conditions import CONDITIONS
@@ -208,7 +267,7 @@ def report(
 def write_report(run: Any, *, as_json: bool) -> None:
     """Write the report if something changed, and print its tables; for the test split, the verdict last."""
     from orion_triage.report import write
-    from orion_triage.report.render import terminal_tables
+    from orion_triage.report.render import terminal_tables, worst_under_stress
 
     results, unchanged = write.run(run)
     if as_json:
@@ -217,6 +276,8 @@ def write_report(run: Any, *, as_json: bool) -> None:
     console = output()
     for table in terminal_tables(results):
         console.print(table)
+    if results["stress"]:
+        console.print(worst_under_stress(results["stress"]))
     if results["verdict"]:
         print_verdict(results["verdict"])
     suffix = "" if run.split == "test" else f"-{run.split}"

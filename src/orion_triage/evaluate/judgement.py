@@ -45,7 +45,7 @@ def judge(predictions: Sequence[Prediction], places: Mapping[str, Coordinates], 
         measured = float(statistic(confusion(truth, guess, categories)))
         return {name: _number(x) for name, x in (("value", measured), ("low", low), ("high", high))}
 
-    headline = value.headline(truth, guess, places_of(predictions), mission)
+    headline = headline_of(predictions, mission)
     over_blocks = value.headline(truth, guess, blocks, mission)
     return {
         "places": len(set(where)),
@@ -68,6 +68,12 @@ def judge(predictions: Sequence[Prediction], places: Mapping[str, Coordinates], 
         "scored": sum(p.scores is not None for p in predictions),
         **(_of_scores(predictions, truth, guess, mission) if any(p.scores for p in predictions) else {}),
     }
+
+
+def headline_of(predictions: Sequence[Prediction], mission: Mission) -> dict[str, Any]:
+    """`value.headline` of one model under one condition; intervals are over places."""
+    truth, guess = truth_of(predictions, mission), guess_of([p.predicted for p in predictions], mission)
+    return value.headline(truth, guess, places_of(predictions), mission)
 
 
 def truth_of(predictions: Sequence[Prediction], mission: Mission) -> Integers:

@@ -12,16 +12,17 @@ import numpy as np
 
 from orion_triage.dataset.dataset import Dataset
 from orion_triage.errors import OrionError
-from orion_triage.evaluate import features, threshold, variants, verdict
+from orion_triage.evaluate import features, stress, threshold, variants, verdict
 from orion_triage.evaluate.baselines import LOGISTIC_REGRESSION, baselines
 from orion_triage.evaluate.conditions import CONDITIONS
 from orion_triage.evaluate.judgement import ideal_figures, judge, value_figures
 from orion_triage.evaluate.metrics import Change, Prediction, compare, summarize, under
-from orion_triage.evaluate.run import predictions_in
+from orion_triage.evaluate.run import prediction_of, predictions_in
 from orion_triage.evaluate.seeds import over_training_seeds
 from orion_triage.evaluate.statistics import holm
 from orion_triage.evaluate.variants import Variant
 from orion_triage.export.quantize import PAIR
+from orion_triage.imagery.stress import STRESSES
 from orion_triage.mission.decide import Rules
 from orion_triage.mission.mission import Mission
 from orion_triage.runs.manifest import Manifest, read_manifest
@@ -105,6 +106,7 @@ def build_results(run: Run, *, with_others: bool = True) -> dict[str, Any]:
         "parity": f16.figures["parity"] if f16 else None,
         "failed_gate": failed,
         "operating_point": _at_threshold(run, predictions.get(FLIGHT)),
+        "stress": _under_stress(run, predictions.get(FLIGHT), rules),
         **of_frames,
         "foreign_server": {key: server.figures[key] for key in SERVER_FIGURES} if server else {},
         "foreign_pair": other_pair.figures["pair"] if other_pair else "",
@@ -166,6 +168,46 @@ def _at_threshold(run: Run, predictions: list[Prediction] | None) -> dict[str, A
     }
     promised = threshold.promise_of(run)
     return {"drop_threshold": drop_threshold, "temperature": temperature, "promise": promised, **tempered}
+
+
+def stress_results(run: Run) -> dict[str, Any] | None:
+    """`stress` of the run's results, without the rest of them; None without an evaluation under stress."""
+    mission, rules = run.settings.mission, threshold.rules_of(run)
+    answers = predictions_in(run.evaluation(variants.CONSTRAINED), mission)
+    return _under_stress(run, as_flown(answers, blank_frames(run), rules, mission), rules)
+
+
+def _under_stress(run: Run, flown: list[Prediction] | None, rules: Rules) -> dict[str, Any] | None:
+    """The decisions on stressed frames, each compared with that on the frame as it is (`flown`, condition B)."""
+    made, mission = _made_here(run.evaluation(variants.CONSTRAINED)), run.settings.mission
+    if made is None or not flown:
+        return None
+    answered, outdated = stress.finished(run, made)
+    if not answered and not outdated:
+        return None
+    decided = {
+        name: {
+            strength: as_flown(
+                under([prediction_of(row, mission) for row in rows], stress.CONDITION),
+                [row["name"] for row in rows if row["blank"]],
+                rules,
+                mission,
+            )
+            for strength, rows in by_strength.items()
+        }
+        for name, by_strength in answered.items()
+    }
+    records = Dataset(run.dataset, mission).records(run.split)
+    places = {record.name: record.coordinates for record in records if record.coordinates}
+    unstressed = under(flown, stress.CONDITION)
+    rows = stress.compare(decided, unstressed, places, mission)
+    return {
+        "unstressed": stress.rates_of(unstressed, places, mission),
+        "rows": rows,
+        "worst": [f"{row['stress']} {row['strength']}" for row in stress.worst(rows)],
+        "missing": [one.name for one in STRESSES if one.name not in answered],
+        "outdated": outdated,
+    }
 
 
 def as_flown(

@@ -7,7 +7,7 @@ evaluation resumes where it stopped.
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,12 +54,32 @@ def run(
     records = dataset.records(split)
     pairs = conflict_pairs(records)
     asked = questions(records, pairs)
+    images = _Images(dataset, frame_size, settings.noise)
     key = _key(fingerprint, asked, settings, frame_size)
+    rows = ask_all(asked, images.of, backend, out_folder, key, progress)
+    metrics = summarize(predictions_of(rows, dataset.mission), dataset.mission)
+    store(out_folder, rows, metrics, {"conflict_pairs.json": json.dumps(_pairs_json(pairs), indent=1) + "\n"})
+    return metrics
+
+
+def ask_all(
+    asked: Sequence[Question],
+    picture_of: "Callable[[Question], Image.Image]",
+    backend: Backend,
+    out_folder: Path,
+    key: str,
+    progress: Progress,
+    more: Callable[[Question], Row] = lambda question: {},
+) -> list[Row]:
+    """The answers to these questions, in their order, each with what `more` adds to its row.
+
+    They are appended to a work file beside `out_folder`, which `store` deletes; those of an earlier call with the same
+    `key` are reused. Several launched processes share the questions, and each returns all answers.
+    """
     # Each process writes every n-th batch to its own file; rank 0 merges them.
-    works = [out_folder.with_name(f".{out_folder.name}.work-{number}.jsonl") for number in range(processes.count())]
+    works = _works(out_folder)
     work = works[processes.rank()]
     rows = _kept(work, key)
-    images = _Images(dataset, frame_size, settings.noise)
     progress("asking", len(rows), len(asked))
     work.parent.mkdir(parents=True, exist_ok=True)
     with naming(work), work.open("a", encoding="utf-8") as file:
@@ -71,12 +91,12 @@ def run(
             batch = asked[start : start + backend.batch_size]
             if number % processes.count() != processes.rank() or all(question.id in rows for question in batch):
                 continue
-            pictures = [images.of(question) for question in batch]
+            pictures = [picture_of(question) for question in batch]
             began = time.monotonic()
             answers = backend.answer(pictures, [question.user_text for question in batch])
             seconds = (time.monotonic() - began) / len(batch)
             for question, picture, answer in zip(batch, pictures, answers, strict=True):
-                row = _row(question, picture, answer, seconds)
+                row = _row(question, picture, answer, seconds) | more(question)
                 rows[question.id] = row
                 file.write(json.dumps(row) + "\n")
             file.flush()
@@ -84,17 +104,25 @@ def run(
     processes.wait()
     rows = {name: row for own in works for name, row in _kept(own, key).items()}
     processes.wait()  # every process must have read the files before rank 0 deletes them
-    ordered = [rows[question.id] for question in asked]
-    metrics = summarize(predictions_of(ordered, dataset.mission), dataset.mission)
+    return [rows[question.id] for question in asked]
+
+
+def store(out_folder: Path, rows: Sequence[Row], metrics: dict[str, Any], others: Mapping[str, str]) -> None:
+    """Write predictions.jsonl, metrics.json and `others` (name -> text), and delete the work files; rank 0 alone."""
     if not processes.is_main():
-        return metrics
+        return
     with replaced_folder(out_folder) as folder:
-        write_text(folder / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in ordered))
-        write_text(folder / "conflict_pairs.json", json.dumps(_pairs_json(pairs), indent=1) + "\n")
+        write_text(folder / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        for name, text in others.items():
+            write_text(folder / name, text)
         write_text(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
-    for work in works:
+    for work in _works(out_folder):
         work.unlink()
-    return metrics
+
+
+def _works(out_folder: Path) -> list[Path]:
+    """The work file of each process."""
+    return [out_folder.with_name(f".{out_folder.name}.work-{number}.jsonl") for number in range(processes.count())]
 
 
 def read_predictions(folder: Path, mission: Mission) -> list[Row]:

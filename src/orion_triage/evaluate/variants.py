@@ -213,6 +213,15 @@ def evaluate(variant: Variant, run: "Run", progress: Progress) -> Figures:
 
 
 @contextmanager
+def flying(run: "Run", progress: Progress) -> "Iterator[tuple[Backend, Figures]]":
+    """The run's pair as it flies, under the grammar and behind servers of its own; and what these say of themselves."""
+    variant = named(run.settings, CONSTRAINED)
+    with _served(run, variant, progress) as servers:
+        backend = _backend(variant, run, [server.client for server in servers])
+        yield backend, {"served": servers[0].said | {"servers": len(servers)}}
+
+
+@contextmanager
 def _failure_recorded(run: "Run") -> "Iterator[None]":
     """Record a failed gate at F16 for the verdict; without a manifest, the answers in the folder do not count.
 

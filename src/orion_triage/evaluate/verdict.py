@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from orion_triage.evaluate.metrics import Change, Prediction, compare, under
-from orion_triage.evaluate.statistics import wilson
+from orion_triage.evaluate.statistics import holm, wilson
 from orion_triage.mission.mission import Mission, listed
 from orion_triage.settings import VerdictSettings
 
@@ -18,6 +18,7 @@ FLY, DO_NOT_FLY, NOT_ENOUGH = "FLY", "DO NOT FLY", "NOT ENOUGH EVIDENCE"
 CONDITION = "B"  # in flight, the prompt has no coordinates
 Outcome = Literal["pass", "fail", "open"]
 Predictions = Mapping[str, Sequence[Prediction]]  # by model, all conditions
+JUDGED_STRENGTH = "medium"  # of stresses; the strong ones may break a model that is good enough
 DRAWN = "synthetic"  # the source of frames that no camera took
 
 
@@ -109,6 +110,8 @@ def _criteria(
     yield blank_rule(flown, judged == flight, needed.largest_irrecoverable_loss, mission)
     if needed.largest_seconds_per_frame is not None:
         yield in_time(seconds_per_frame, needed.largest_seconds_per_frame)
+    if needed.largest_loss_under_stress is not None:
+        yield under_stress(results["stress"], needed.largest_loss_under_stress, needed.significance)
 
 
 def complete(results: Mapping[str, Any], flight: str) -> Criterion:
@@ -354,3 +357,36 @@ def in_time(measured: Mapping[str, Any] | None, largest: float) -> Criterion:
         return Criterion(name, said, wanted, "pass", "", seconds)
     advice = "Train at a smaller frame size, or take a smaller base: see 'orion bench-frame'."
     return Criterion(name, said, wanted, "fail", advice, seconds)
+
+
+def under_stress(measured: Mapping[str, Any] | None, largest: float, significance: float) -> Criterion:
+    """The irrecoverable loss under each stress of JUDGED_STRENGTH.
+
+    A stress fails if it loses more than `largest`, and significantly more than the same frames without it. These tests
+    are corrected for their number: a good model would else fail one of them by chance.
+    """
+    name, wanted = "loss under stress", f"upper end at most {largest:.0%} at {JUDGED_STRENGTH} strength"
+    if measured is None or measured["missing"]:
+        said = "not measured" if measured is None else f"not measured: {', '.join(measured['missing'])}"
+        return Criterion(name, said, wanted, "open", "Run 'orion evaluate --stress', then 'orion report'.")
+    rows = [row for row in measured["rows"] if row["strength"] == JUDGED_STRENGTH]
+    losses = {row["stress"]: row["irrecoverable_loss"] for row in rows if row["irrecoverable_loss"]["total"]}
+    if not losses:
+        return Criterion(name, "no such frame", wanted, "open", "Add frames to be sent or stored to the test split.")
+    corrected = holm({stress: loss["change"]["exact_p"] for stress, loss in losses.items()})
+    failed = [
+        stress
+        for stress, loss in losses.items()
+        if loss["rate"] > largest and loss["change"]["difference"] > 0 and corrected[stress] < significance
+    ]
+    worst = max(failed or losses, key=lambda stress: (losses[stress]["rate"], losses[stress]["high"]))
+    loss = losses[worst]
+    values = (loss["rate"], loss["low"], loss["high"])
+    said = f"{worst}: {loss['count']} of {loss['total']}: {_rate(loss)}"
+    if failed:
+        more = f" (also {', '.join(one for one in failed if one != worst)})" if len(failed) > 1 else ""
+        advice = f"Train on frames with {worst}{more}, or see that the camera does not deliver them: docs/stress.md."
+        return Criterion(name, said, wanted, "fail", advice, *values)
+    if all(one["high"] <= largest for one in losses.values()):
+        return Criterion(name, said, wanted, "pass", "", *values)
+    return Criterion(name, said, wanted, "open", "Label more test frames, or reduce the loss.", *values)

@@ -24,7 +24,7 @@ _PAIR = (quantize.QUANTIZED, quantize.MMPROJ, quantize.PAIR)
 # Only measurements of the results are published: settings and manifests contain paths of this machine.
 _PUBLISHED = (
     "schema_version", "preset", "split", "frames", "models", "deltas", "within", "linear_probe", "variants", "parity",
-    "failed_gate", "training_seeds", "baselines", "size_ranking", "operating_point", "verdict", "seconds",
+    "failed_gate", "training_seeds", "baselines", "size_ranking", "operating_point", "stress", "verdict", "seconds",
     "versions",
 )  # fmt: skip
 

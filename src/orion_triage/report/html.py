@@ -30,7 +30,9 @@ from orion_triage.report.render import (
     field_rows,
     from_template,
     mission_of,
+    stress_rows,
     words,
+    worst_under_stress,
 )
 
 if TYPE_CHECKING:
@@ -45,12 +47,16 @@ Thumbnail = Callable[[str], bytes | None]  # a row's `image` -> JPEG; None if th
 
 @dataclass(frozen=True)
 class Chart:
-    """`name` is unique in the document; `drawing` is SVG elements, and `description` their text alternative."""
+    """`name` is unique in the document; `drawing` is SVG elements, and `description` their text alternative.
+
+    The SVG is plot.WIDTH wide and `height` high.
+    """
 
     name: str
     title: str
     description: str
     drawing: str
+    height: int = plot.HEIGHT
 
 
 @dataclass(frozen=True)
@@ -120,6 +126,8 @@ def render_html(results: dict[str, Any], rows: Sequence[Row], thumbnail: Thumbna
         else [],
         linear_probe=against_linear_probe(results),
         size=(plot.WIDTH, plot.HEIGHT),
+        stress=stress_rows(results["stress"]) if results["stress"] else [],
+        stress_chart=stress_chart(results) if results["stress"] and results["stress"]["rows"] else None,
         accuracy_chart=accuracy_chart(results, drawn) if models else None,
         budget_chart=budget_chart(results, [name for name in ranked if name in drawn]) if ranked else None,
         calibration_charts=[reliability_chart(results, name) for name in calibrated]
@@ -181,6 +189,18 @@ def coverage_chart(results: dict[str, Any], models: Sequence[str]) -> Chart:
     return Chart(
         "coverage-chart", "Risk-coverage curve", description, plot.svg("coverage", plot.risk_coverage, results, models)
     )
+
+
+def stress_chart(results: dict[str, Any]) -> Chart:
+    description = (
+        "For each stress three points, mild, medium and strong from top to bottom: the irrecoverable loss on the left "
+        "and the recall of frames to be sent on the right, with 95 % intervals. Filled points differ significantly "
+        f"from the dashed lines, the rates without stress. {worst_under_stress(results['stress'])} The table below "
+        "has the same values."
+    )
+    height = plot.stress_height(results)
+    drawing = plot.svg("stress", plot.stress, results, height=height, panels=2)
+    return Chart("stress-chart", "Loss and recall under stress", description, drawing, height)
 
 
 def flight_model(results: dict[str, Any]) -> str | None:

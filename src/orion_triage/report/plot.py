@@ -13,6 +13,7 @@ from orion_triage.evaluate.judgement import BUDGETS
 from orion_triage.evaluate.results import FLIGHT
 from orion_triage.evaluate.statistics import wilson
 from orion_triage.evaluate.variants import MODELS
+from orion_triage.imagery.stress import STRENGTHS
 from orion_triage.safe.files import write_bytes
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ LINES: dict[str, dict[str, Any]] = {
     FLIGHT: {"linewidth": 1.4},
 }
 BASELINE_STYLES = ("-", "--", ":", "-.")
+SIGNIFICANT = 0.05  # Holm's p of a change under stress
 LEAST_CONFIDENCE = 0.3  # the most probable of three categories has at least a third
 LARGEST_RADIUS = 13.0  # points; of a disc that stands for all frames
 _STYLE: dict[str, Any] = {
@@ -85,9 +87,24 @@ def draw(results: dict[str, Any], losses: list[dict[str, float]], path: Path) ->
     write_bytes(path, picture.getvalue())
 
 
-def svg(name: str, draw_on: Callable[..., None], *arguments: Any) -> str:
-    """The elements of an inline SVG of WIDTH x HEIGHT, drawn by `draw_on(axes, *arguments)`.
+def draw_stress(results: dict[str, Any], path: Path) -> None:
+    """Write the chart of the stresses as a PNG."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
 
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(7, stress_height(results) / 72), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True)
+        stress(left, right, results)
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=120)
+    write_bytes(path, picture.getvalue())
+
+
+def svg(name: str, draw_on: Callable[..., None], *arguments: Any, height: int = HEIGHT, panels: int = 1) -> str:
+    """The elements of an inline SVG of WIDTH x `height`, drawn by `draw_on(axes, *arguments)`.
+
+    `panels` axes stand beside each other, with one vertical scale; `draw_on` gets all of them first.
     `name` is unique in the document: ids of markers and clip paths are hashed with it. Equal input gives equal text.
     """
     from matplotlib import rc_context
@@ -95,8 +112,8 @@ def svg(name: str, draw_on: Callable[..., None], *arguments: Any) -> str:
 
     clear = {"figure.facecolor": "none", "axes.facecolor": "none", "svg.hashsalt": name}
     with rc_context(_STYLE | clear):
-        figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), layout="constrained")
-        draw_on(figure.add_subplot(), *arguments)
+        figure = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
+        draw_on(*figure.subplots(1, panels, sharey=True, squeeze=False)[0], *arguments)
         picture = io.StringIO()
         figure.savefig(picture, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = picture.getvalue()
@@ -187,6 +204,64 @@ def risk_coverage(axes: "Axes", results: dict[str, Any], models: Sequence[str]) 
     axes.set_yticks([top * share for share in (0, 0.2, 0.4, 0.6, 0.8, 1)])
     axes.set(xlabel="decided on board, %", ylabel="of these wrong, %", xlim=(0, 100), ylim=(0, top))
     _legend(axes)
+
+
+def stress_height(results: dict[str, Any]) -> int:
+    """The height of the chart of the stresses, in the units of an SVG."""
+    return 115 + 32 * len(_losses(results))
+
+
+def _losses(results: dict[str, Any]) -> dict[str, float]:
+    """Stress -> its largest irrecoverable loss, the worst first."""
+    largest: dict[str, float] = {}
+    for row in results["stress"]["rows"]:
+        found = row["irrecoverable_loss"]["rate"] or 0.0
+        largest[row["stress"]] = max(found, largest.get(row["stress"], 0.0))
+    return dict(sorted(largest.items(), key=lambda one: -one[1]))
+
+
+def stress(left: "Axes", right: "Axes", results: dict[str, Any]) -> None:
+    """Irrecoverable loss and recall under each stress at three strengths, with 95 % intervals, the worst stress on top.
+
+    Mild, medium and strong stand below each other. Filled, larger and orange: significantly different from the dashed
+    line, the rate without stress (p < 0.05 after Holm).
+    """
+    names = list(_losses(results))
+    for axes, key, label in (
+        (left, "irrecoverable_loss", "lost, %"),
+        (right, "high_recall", "sent of those\nto be sent, %"),
+    ):
+        if (plain := results["stress"]["unstressed"][key]["rate"]) is not None:
+            axes.axvline(100 * plain, color=COLOURS["quiet"], linewidth=1, linestyle="--", label="without stress")
+        seen: set[bool] = set()
+        for row in results["stress"]["rows"]:
+            rate = row[key]
+            if rate["rate"] is None:
+                continue
+            differs = rate["change"]["holm_p"] < SIGNIFICANT
+            colour = COLOURS["quantized" if differs else FLIGHT]
+            x, y = 100 * rate["rate"], names.index(row["stress"]) + 0.25 * (STRENGTHS.index(row["strength"]) - 1)
+            error = ([max(0.0, x - 100 * rate["low"])], [max(0.0, 100 * rate["high"] - x)])
+            style: dict[str, Any] = {"fmt": "o", "color": colour, "capsize": 0, "clip_on": False}
+            style |= {"markerfacecolor": colour, "markersize": 5} if differs else {"markerfacecolor": "none"}
+            if differs not in seen:
+                style["label"] = "significant change" if differs else "no significant change"
+            axes.errorbar([x], [y], xerr=error, **style)
+            seen.add(differs)
+        axes.set(xlabel=label, xlim=(0, 100), xticks=(0, 50, 100))
+        axes.grid(axis="y", visible=False)
+        for edge in range(1, len(names)):
+            axes.axhline(edge - 0.5, color=COLOURS["grid"], linewidth=0.8)
+    left.set_yticks(range(len(names)), names)
+    left.tick_params(axis="y", length=0)
+    left.set_ylim(len(names) - 0.4, -0.6)  # the first name on top
+    right.tick_params(axis="y", length=0, labelleft=False)
+    found: dict[str, Any] = {}
+    for axes in (left, right):
+        found = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True)) | found
+    title = "of each: mild, medium, strong, from the top"
+    style = {"loc": "outside upper left", "title": title, "title_fontsize": 10, "alignment": "left"}
+    left.figure.legend(handles=list(found.values()), labels=list(found), **style)
 
 
 def loss(axes: "Axes", losses: list[dict[str, float]]) -> None:

@@ -1,6 +1,6 @@
 """results.json -> report.md and the tables in the terminal; pure."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
 from orion_triage import templates
@@ -17,17 +17,20 @@ if TYPE_CHECKING:
 
 SIGNIFICANT = 0.05
 MET = {"pass": "yes", "fail": "NO", "open": "open"}  # a criterion's outcome
+STRESSED = ("high_recall", "irrecoverable_loss")  # the rates that are compared under stress
 OUTCOME_OF = {FLY: "pass", DO_NOT_FLY: "fail", NOT_ENOUGH: "open"}
 
 
-def render_markdown(results: dict[str, Any], figure: str) -> str:
-    """The report; `figure` is the file name of the chart in the same folder."""
+def render_markdown(results: dict[str, Any], figure: str, stress_figure: str = "") -> str:
+    """The report; `figure` and `stress_figure` are the file names of the charts in the same folder."""
     return from_template(
         "report.md.j2",
         results=results,
         rows=accuracy_rows(results),
         fields=field_rows(results),
         figure=figure,
+        stress=stress_rows(results["stress"]) if results["stress"] else [],
+        stress_figure=stress_figure,
         conditions=list(CONDITIONS),
         met=MET,
         **words(mission_of(results)),
@@ -73,6 +76,7 @@ def from_template(name: str, **values: Any) -> str:
         "verdict_in_words": verdict_in_words,
         "advice": advice,
         "unbroken": unbroken,
+        "worst_under_stress": worst_under_stress,
     }
     return templates.fill("report", name, filters=filters, **values)
 
@@ -229,6 +233,8 @@ def notes(results: dict[str, Any]) -> list[str]:
         )
     if results["foreign_pair"]:
         found.append(f'"other-pair" is the pair {results["foreign_pair"]}.')
+    if results["stress"]:
+        found.append(worst_under_stress(results["stress"]))
     return found
 
 
@@ -331,6 +337,71 @@ def _share(rates: dict[str, Any]) -> str:
     """Counts, share and 95 % interval."""
     bounds = f"{100 * rates['low']:.0f}-{100 * rates['high']:.0f}"
     return f"{rates['right']}/{rates['count']} = {percent(rates['accuracy'])} ({bounds})"
+
+
+def worst_under_stress(stress: dict[str, Any]) -> str:
+    """The stresses with the largest irrecoverable loss, and those that were not evaluated."""
+    rows = {f"{row['stress']} {row['strength']}": row for row in stress["rows"]}
+    worst = [
+        f"{name} ({rows[name]['shown']}) {rate(loss)}, {change_under_stress(loss['change'])}"
+        for name in stress["worst"]
+        for loss in [rows[name]["irrecoverable_loss"]]
+    ]
+    said = "Under stress, the largest irrecoverable losses: " + "; ".join(worst) + "."
+    if not worst:
+        said = "Under no evaluated stress are more frames lost than without it."
+    if stress["outdated"]:
+        said += f" Of another pair, dataset or version, and left out: {', '.join(stress['outdated'])}."
+    if missing := [name for name in stress["missing"] if name not in stress["outdated"]]:
+        said += f" Not evaluated: {', '.join(missing)}."
+    return said
+
+
+def change_under_stress(change: dict[str, Any] | None) -> str:
+    """The paired change of a rate in points with its interval, and Holm's p."""
+    if change is None:
+        return "-"
+    points = "{difference:+.0f} points ({low:.0f} to {high:.0f})".format(
+        **{name: 100 * change[name] for name in ("difference", "low", "high")}
+    )
+    p = change["holm_p"]
+    return f"{points}, {'p < 0.001' if p < 0.001 else f'p = {p:.2g}'}"
+
+
+def stress_rows(stress: dict[str, Any], names: Collection[str] = ()) -> list[list[str]]:
+    """Stress, strength, parameter, recall and loss with the change of each, frames sent and blank; of these, or all."""
+    return [
+        [
+            row["stress"],
+            row["strength"],
+            row["shown"],
+            *(text for key in STRESSED for text in (rate(row[key]), change_under_stress(row[key]["change"]))),
+            percent(row["downlink"]["sent"]),
+            str(row["blank"]),
+        ]
+        for row in stress["rows"]
+        if not names or row["stress"] in names
+    ]
+
+
+def stress_table(stress: dict[str, Any], names: Collection[str] = ()) -> "Table":
+    """The rows of these stresses for a terminal; the first row is without stress."""
+    from rich.table import Table
+
+    table = Table("stress", "", "", "recall", "change", "irrecoverable loss", "change", title="Under stress (B)")
+    for heading in ("sent", "blank"):
+        table.add_column(heading, justify="right")
+    plain = stress["unstressed"]
+    table.add_row(
+        "none", "", "", rate(plain[STRESSED[0]]), "", rate(plain[STRESSED[1]]), "", percent(plain["downlink"]["sent"])
+    )
+    before = ""
+    for row in stress_rows(stress, names):
+        if row[0] != before:
+            table.add_section()
+        table.add_row(row[0] if row[0] != before else "", *row[1:])
+        before = row[0]
+    return table
 
 
 def terminal_tables(results: dict[str, Any]) -> "list[Table]":

@@ -13,14 +13,21 @@ def run(run: Run) -> tuple[dict[str, Any], bool]:
     results, current = current_results(run)
     suffix = "" if run.split == "test" else f"-{run.split}"
     picture, markdown, page = (run.folder / f"report{suffix}.{kind}" for kind in ("png", "md", "html"))
-    if current and all(path.is_file() for path in (picture, markdown, page)):
+    stressed = run.folder / f"report{suffix}-stress.png"
+    drawn = bool(results["stress"] and results["stress"]["rows"])
+    written = (picture, markdown, page, *([stressed] if drawn else []))
+    if current and all(path.is_file() for path in written):
         return results, True
     from orion_triage.report import html, plot
     from orion_triage.report.render import render_markdown
     from orion_triage.train.fine_tune import read_losses
 
     plot.draw(results, read_losses(run.adapter), picture)
-    write_text(markdown, render_markdown(results, picture.name))
+    if drawn:
+        plot.draw_stress(results, stressed)
+    else:
+        stressed.unlink(missing_ok=True)
+    write_text(markdown, render_markdown(results, picture.name, stressed.name))
     write_text(page, html.of_run(run, results))
     # Last: its presence says that the reports are those of these results.
     write_text(results_path(run), json.dumps(results, indent=2) + "\n")

@@ -111,7 +111,7 @@ def prepare(run: Run) -> None:
 def _finished(run: Run) -> list[manifest.Manifest]:
     """The manifests in the run's folder; a damaged one is the business of its stage."""
     found = []
-    for path in (*run.folder.glob(f"*/{manifest.FILE_NAME}"), *run.folder.glob(f"evaluation/*/*/{manifest.FILE_NAME}")):
+    for path in (*run.folder.glob(f"*/{manifest.FILE_NAME}"), *run.folder.glob(f"evaluation/**/{manifest.FILE_NAME}")):
         with suppress(OrionError):
             found.append(manifest.read_manifest(path.parent))
     return [made for made in found if made]
