@@ -28,7 +28,7 @@ from orion_triage.evaluate.run import prediction_of
 from orion_triage.evaluate.variants import Decoding, chosen, named
 from orion_triage.export import quantize
 from orion_triage.flight import bundle
-from orion_triage.flight.ask_frame import fits
+from orion_triage.flight.decide_frame import fits
 from orion_triage.imagery.frames import Frame
 from orion_triage.llama_cpp.server import Server
 from orion_triage.llama_cpp.toolchain import find_toolchain
@@ -269,7 +269,7 @@ def test_the_published_mission_has_no_fields() -> None:
 
 
 def test_the_flight_client_takes_the_same_values() -> None:
-    """ask_frame.py needs only Python, so it has the rule of `value_fault` once more."""
+    """decide_frame.py needs only Python, so it has the rule of `value_fault` once more."""
     candidates = ["yes", "no", "Yes", "", "ice", "x" * 20, "x" * 21, 0, 7, 12, 13, -1, 7.0, True, None, ["yes"], {}]
     for field in four().fields:
         dumped = field.model_dump(mode="json")
