@@ -431,7 +431,7 @@ def program(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("fault", ["dies", "hangs"])
+@pytest.mark.parametrize("fault", ["dies", pytest.param("hangs", marks=pytest.mark.slow)])
 def test_a_server_that_dies_or_hangs_is_started_again(bundle: Path, program: Path, fault: str) -> None:
     """One frame is answered after a new start; one makes the server fail every time, and is kept."""
     folder, faults = program.parents[1] / "in", program.with_name("faults")

@@ -302,6 +302,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     server.add_argument("--url", help="use a running server instead, which nobody starts again")
     parser.add_argument("--key-file", type=Path, help="file with the running server's key (default: LLAMA_API_KEY)")
     options = parser.parse_args(arguments)
+    if not 0 < options.poll <= 3600:
+        parser.error(f"--poll {options.poll:g} is outside 0..3600 seconds")
     if not options.folder.is_dir():
         parser.error(f"{options.folder} is not a folder")
     if options.llama_server:
@@ -319,6 +321,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _stopped(number: int, frame: Any) -> None:
+    for later in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(later, signal.SIG_IGN)  # the server is being stopped
     raise Stopped(f"stopped by signal {number}")
 
 
