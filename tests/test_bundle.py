@@ -129,7 +129,7 @@ def made(small_run: Run) -> Path:
     ):  # the base gives one answer to everything
         bundle.run(small_run, out)
     assert not out.exists()
-    bundle.run(small_run, out, accepted_risk=RISK)
+    bundle.run(small_run, out, accepted_risk=RISK, time_out=60)
     return out
 
 
@@ -219,7 +219,7 @@ def test_a_run_bundled_again_differs_in_its_operating_point_only(made: Path, sma
     path, again = small_run.folder / threshold.FILE_NAME, tmp_path / "again"
     path.write_text(json.dumps(point))
     try:
-        record = bundle.run(small_run, again, accepted_risk=RISK)
+        record = bundle.run(small_run, again, accepted_risk=RISK, time_out=60)
         path.write_text(json.dumps({**point, "pair_sha256": "another"}))
         with pytest.raises(OrionError, match="chosen for another GGUF pair"):
             bundle.run(small_run, again, accepted_risk=RISK)
@@ -249,7 +249,7 @@ def test_a_run_bundled_again_differs_in_its_operating_point_only(made: Path, sma
 
 @pytest.mark.llama_cpp
 def test_two_bundles_of_one_run_are_equal_to_the_byte(made: Path, small_run: Run, tmp_path: Path) -> None:
-    record = bundle.run(small_run, tmp_path / "again", accepted_risk=RISK)
+    record = bundle.run(small_run, tmp_path / "again", accepted_risk=RISK, time_out=60)
     assert len(record["seconds_per_frame"]) == 5
     one, two = (
         {p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in (made, tmp_path / "again")
