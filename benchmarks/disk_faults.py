@@ -190,7 +190,16 @@ def steps(settings: Any) -> list[Step]:
         *(_of_stage(stage) for stage in stages(settings)),
         Step(
             "bundle",
-            lambda run: [*small_run.ORION, "bundle", run.folder, "--accept-risk", "a run of 6 test frames"],
+            # The default time-out depends on how busy the machine is, and two bundles are compared.
+            lambda run: [
+                *small_run.ORION,
+                "bundle",
+                run.folder,
+                "--accept-risk",
+                "a run of 6 test frames",
+                "--time-out",
+                "60",
+            ],
             _in_run("bundle"),
             _bundle_differences,
             keeps=True,

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from orion_triage.cli import app
 from orion_triage.errors import OrionError
-from orion_triage.flight.bundle import GOLDEN_IMAGES
+from orion_triage.flight.golden_frames import CLEAR, HARD
 from orion_triage.machine import plan as planning
 from orion_triage.machine.plan import GPUS, Figure, Plan, Step, by_rehearsal, plan, rows, time_in_words
 from orion_triage.settings import load_settings
@@ -125,7 +125,7 @@ def test_measurements_are_those_of_the_pages() -> None:
     assert made["quantize", "disk"].low == pytest.approx(sum(sizes.values()), rel=1e-3)
     pair = sizes["orion-q4_k_m.gguf"] + sizes["orion-mmproj-f16.gguf"]
     assert made["bundle", "disk"].low == pytest.approx(pair, rel=1e-3)
-    assert planning._GOLDEN == GOLDEN_IMAGES
+    assert planning._GOLDEN == CLEAR + HARD
     flight = "The published flight took 51 to 82 s per frame and 1,753 MB"
     assert flight in page("raspberry-pi")
     assert "17 to 34 s at 512x512" in page("raspberry-pi")

@@ -153,6 +153,7 @@ def test_flight_and_report_decide_alike_frame_by_frame(threshold: float | None, 
 def test_the_rules_in_words_name_every_step() -> None:
     assert in_words(MISSION, Rules()) == [
         "A blank frame is LOW. The model is not asked about it.",
+        'A frame that is refused, or not answered in time, is stored and counted: decided_by "no answer".',
         "An answer without a valid verdict decides nothing: keep the frame and count it.",
         "Otherwise, use the category in the answer. No threshold was chosen.",
     ]

@@ -10,9 +10,9 @@ from orion_triage.evaluate.metrics import Prediction
 from orion_triage.evaluate.results import as_flown
 from orion_triage.evaluate.run import prediction_of
 from orion_triage.evaluate.threshold import lowest_threshold
-from orion_triage.flight import ask_frame
+from orion_triage.flight import decide_frame
 from orion_triage.mission.contract import differences
-from orion_triage.mission.decide import Rules, by_in_words, decide, in_words
+from orion_triage.mission.decide import Rules, as_steps, by_in_words, decide, in_words
 from orion_triage.mission.mission import Mission, default_mission
 from orion_triage.mission.preview import preview
 from orion_triage.mission.prompt import user_text
@@ -50,7 +50,7 @@ def test_rules_come_after_blank_and_no_verdict_and_before_the_threshold() -> Non
     for scores in (NO, {}, None):  # no rule holds, or nothing is known
         assert decide(own, "SEA", (0.1, 0.9), blank=False, rules=low, field_scores=scores).by == "threshold"
         assert decide(own, "SEA", None, blank=False, rules=low, field_scores=scores).by == "model"
-    assert in_words(own, Rules())[2:4] == [
+    assert in_words(own, Rules())[3:5] == [
         "If smoke is yes with a probability of at least 0.7, the frame is SHIP, whatever the scores of the categories.",
         "If surface is ice with a probability of at least 0.5, the frame is SEA, whatever the scores of the categories.",  # noqa: E501
     ]
@@ -58,12 +58,12 @@ def test_rules_come_after_blank_and_no_verdict_and_before_the_threshold() -> Non
 
 def test_the_flight_client_decides_alike() -> None:
     own = ruled()
-    dumped = own.model_dump(mode="json")
     for said in ("SHIP", "SEA", None):
         for threshold in (None, 0.1, 0.95):
             for field_scores in (YES, NO, {}):
                 ground = decide(own, said, (0.1, 0.9), blank=False, rules=Rules(threshold), field_scores=field_scores)
-                flown = ask_frame.decide(said, {"SHIP": 0.1, "SEA": 0.9}, threshold, dumped, field_scores)
+                steps = as_steps(own, Rules(threshold), {})
+                flown = decide_frame.decide(steps, said, {"SHIP": 0.1, "SEA": 0.9}, field_scores)
                 assert flown == (ground.category, by_in_words(own, ground, Rules(threshold)))
 
 

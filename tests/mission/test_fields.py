@@ -28,7 +28,7 @@ from orion_triage.evaluate.run import prediction_of
 from orion_triage.evaluate.variants import Decoding, chosen, named
 from orion_triage.export import quantize
 from orion_triage.flight import bundle
-from orion_triage.flight.ask_frame import fits
+from orion_triage.flight.decide_frame import fits
 from orion_triage.imagery.frames import Frame
 from orion_triage.llama_cpp.server import Server
 from orion_triage.llama_cpp.toolchain import find_toolchain
@@ -269,7 +269,7 @@ def test_the_published_mission_has_no_fields() -> None:
 
 
 def test_the_flight_client_takes_the_same_values() -> None:
-    """ask_frame.py needs only Python, so it has the rule of `value_fault` once more."""
+    """decide_frame.py needs only Python, so it has the rule of `value_fault` once more."""
     candidates = ["yes", "no", "Yes", "", "ice", "x" * 20, "x" * 21, 0, 7, 12, 13, -1, 7.0, True, None, ["yes"], {}]
     for field in four().fields:
         dumped = field.model_dump(mode="json")
@@ -720,9 +720,27 @@ def check_bundle(folder: Path) -> None:
             [sys.executable, "-I", "-S", folder / "bundle" / "ask_frame.py", "a.raw", "white.raw", "--url", url],
             capture_output=True, text=True, cwd=folder, check=False, env={"LLAMA_API_KEY": key},
         )  # fmt: skip
+        checked = subprocess.run(
+            [sys.executable, "-I", "-S", folder / "bundle" / "check_flight.py", "--url", url],
+            capture_output=True, text=True, check=False, env={"LLAMA_API_KEY": key},
+        )  # fmt: skip
+        (folder / "in").mkdir()
+        for name in ("a.raw", "white.raw"):
+            shutil.copyfile(folder / name, folder / "in" / name)
+        on_board = subprocess.run(
+            [sys.executable, "-I", folder / "bundle" / "triage_on_board.py", folder / "in", "--once", "--url", url],
+            capture_output=True, text=True, check=False, env={"LLAMA_API_KEY": key},
+        )  # fmt: skip
+    assert (checked.returncode, checked.stdout.splitlines()[-1]) == (0, "GO"), checked.stdout
+    assert (on_board.returncode, on_board.stderr.splitlines()[-1]) == (0, f"1 HIGH, 1 {blank['category']}")
     assert parse_verdict(every, said["content"]), "llama.cpp reads the grammar of every kind"
     assert (flown.returncode, flown.stderr) == (0, "")
     lines = [json.loads(line) for line in flown.stdout.splitlines()]
+    of_folder = [json.loads(line) for line in (folder / "in" / "triage.jsonl").read_text().splitlines()]
+    for flown_line, line in zip(lines, of_folder, strict=True):
+        assert {key: line[key] for key in flown_line if key not in ("scores", "label_mass", "field_scores")} == {
+            key: value for key, value in flown_line.items() if key not in ("scores", "label_mass", "field_scores")
+        }
     assert [line["fields"] for line in lines] == [ground["fields"], None]
     assert lines[0]["answer"] == ground["answer"]
     assert {ground["decided_by"], lines[0]["decided_by"]} == {"built is yes"}

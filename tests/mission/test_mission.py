@@ -255,8 +255,8 @@ def test_what_is_dropped_counts_together(scores: tuple[float, ...], decision: tu
 def test_the_rules_in_words_name_the_categories() -> None:
     words = in_words(four(), Rules(0.5))
     assert words[0] == "A blank frame is WILDLAND. The model is not asked about it."
-    assert "the sum of the scores of SETTLED and WILDLAND is at least 0.5" in words[2]
-    assert in_words(default_mission(), Rules(0.5))[2] == (
+    assert "the sum of the scores of SETTLED and WILDLAND is at least 0.5" in words[3]
+    assert in_words(default_mission(), Rules(0.5))[3] == (
         "With scores: LOW if the score of LOW is at least 0.5 (the threshold, chosen on val); otherwise HIGH or "
         "MEDIUM, whichever has the higher score (HIGH if equal)."
     )

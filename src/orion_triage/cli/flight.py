@@ -44,11 +44,23 @@ def bundle(
             "--accept-risk", metavar="REASON", help="Bundle a model whose verdict is DO NOT FLY. The bundle says why."
         ),
     ] = "",
+    time_out: Annotated[
+        float | None,
+        typer.Option(
+            "--time-out",
+            metavar="SECONDS",
+            min=1,
+            max=86_400,
+            help="Most seconds per frame in flight. A frame that takes longer is stored without a decision. "
+            "Default: 10 times the slowest golden frame here, in whole minutes.",
+        ),
+    ] = None,
 ) -> None:
     """Build the flight bundle of a run.
 
-    Contains GGUF pair, prompt, server command, golden images and go/no-go check,
-    and the verdict of 'orion verdict'. A model that must not fly is refused.
+    Contains GGUF pair, prompt, server command, golden frames, go/no-go check and
+    flight client, and the verdict of 'orion verdict'. A model that must not fly
+    is refused.
     """
     from orion_triage.flight import bundle
     from orion_triage.safe.files import sha256_of_file
@@ -56,13 +68,14 @@ def bundle(
     run = finished_run(folder, "quantize")
     where = out or run.folder / "bundle"
     with progress_bar() as progress:
-        made = bundle.run(run, where, progress, accepted_risk=accepted)
+        made = bundle.run(run, where, progress, accepted_risk=accepted, time_out=time_out)
     console = messages()
     console.print(f"bundle: {made['bytes'] / 1e6:,.1f} MB  ->  {where}", soft_wrap=True)
     console.print(f"  {bundle.verdict_line(made)}", soft_wrap=True)
     for note in made["notes"]:
         console.print(f"  note: {note}", soft_wrap=True)
     console.print(f"  seconds per frame here: {', '.join(f'{took:g}' for took in made['seconds_per_frame'])}")
+    console.print(f"  most seconds per frame in flight: {made['seconds_per_frame_at_most']:g} (--time-out)")
     console.print(f"  sha256 of bundle.json: {sha256_of_file(where / 'bundle.json')}", soft_wrap=True)
 
 

@@ -79,14 +79,17 @@ def of_run(run: "Run") -> Flown:
 
 def of_bundle(folder: Path) -> Flown:
     """A flight bundle, after a check of all its files; raises OrionError if one was changed or is missing."""
-    from orion_triage.flight.check_flight import NoGoError, read_bundle
+    from orion_triage.flight.check_flight import NoGoError, OtherVersionError, read_bundle
+    from orion_triage.flight.decide_frame import step_of
 
     try:
         bundle = read_bundle(folder)
-        point, stretch = bundle["operating_point"], bundle["stretch"]
-        rules = Rules(drop_threshold=float(point["drop_threshold"]) if point else None)
+        step, stretch = step_of(bundle, "threshold"), bundle["stretch"]
+        rules = Rules(drop_threshold=float(step["drop_probability_at_least"]) if step else None)
         limits, size = Stretch(**stretch) if stretch else None, int(bundle["frame_size"])
         mission = Mission.model_validate(bundle["mission"])
+    except OtherVersionError as error:
+        raise OrionError(f"{folder}: {error}.", "Run 'orion bundle' again.") from None
     except NoGoError as error:
         raise OrionError(
             f"{folder}: {error}.", "Pass the folder of a bundle; copy it again if it was changed."

@@ -25,6 +25,8 @@ from orion_triage.imagery.stretch import Stretch
 from orion_triage.safe.reading import opened, read_bytes
 
 RAW_BYTES = CAMERA_SIZE * CAMERA_SIZE * 3
+BLANK_ROWS = (16, 479)  # the first and the last row that the blank rule reads
+BLANK_ENTROPY_BITS, BLANK_GRADIENT = 4.0, 1.0  # a frame is blank below both
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", *GEOTIFF_SUFFIXES)  # of pictures with a header; raw frames: .raw
 
 
@@ -116,11 +118,12 @@ def is_blank(image: Image.Image) -> bool:
     Computed on rows 16..479 in grey levels: blank if the entropy is below 4.0 bits AND mean |dx| + mean |dy| is
     below 1. Correct on all 55 real frames that were tested; each measure alone fails on some.
     """
-    grey = np.asarray(image.convert("L"), dtype=np.float64)[16:480]
+    first, last = BLANK_ROWS
+    grey = np.asarray(image.convert("L"), dtype=np.float64)[first : last + 1]
     counts = np.bincount(grey.astype(np.uint8).ravel(), minlength=256) / grey.size
     entropy = float(-(counts[counts > 0] * np.log2(counts[counts > 0])).sum())
     gradient = float(np.abs(np.diff(grey, axis=1)).mean() + np.abs(np.diff(grey, axis=0)).mean())
-    return entropy < 4.0 and gradient < 1.0
+    return entropy < BLANK_ENTROPY_BITS and gradient < BLANK_GRADIENT
 
 
 def noise_frame(kind: str, size: int) -> Image.Image:

@@ -32,7 +32,7 @@ class Answer:
         return cls(text, scores, mass, field_scores or {})
 
     def to_json(self, mission: Mission) -> dict[str, Any]:
-        """The form in predictions.jsonl, the flight's log and a bundle's golden images.
+        """The form in predictions.jsonl, the flight's log and a bundle's golden frames.
 
         `answer` (the text), `category` and `reason` (null without a verdict), `scores` by category and `label_mass`
         (null without probabilities). A mission with further fields adds `fields`: name -> value (null without a

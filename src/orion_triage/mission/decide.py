@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from orion_triage.mission.mission import FieldOfAnswer, Mission, listed
 from orion_triage.mission.scoring import FieldScores
@@ -90,11 +90,47 @@ def drop_probability(mission: Mission, scores: Sequence[float]) -> float:
     return sum(score for name, score in zip(mission.names, scores, strict=True) if not mission.kept(name))
 
 
+def as_steps(mission: Mission, rules: Rules, blank_limits: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rules as data for programs, in the order of `decide`: the first step that applies decides.
+
+    `blank_limits` are the limits of the blank rule (rows, entropy in bits, gradient in grey levels). The step "no
+    answer" is for a frame that was refused or that the model did not answer in time: it is kept and counted. A category
+    of None keeps the frame, too.
+    """
+    steps: list[dict[str, Any]] = []
+    if rules.blank and mission.blank:
+        steps.append({"step": "blank rule", **blank_limits, "category": mission.blank})
+    steps.append({"step": "no answer", "category": None, "action": "store"})
+    steps.append({"step": "no verdict", "category": mission.unparsable or None})
+    steps += [
+        {
+            "step": "field rule",
+            "field": field.name,
+            "value": field.when,
+            "probability_at_least": field.probability,
+            "category": field.then,
+        }
+        for field in mission.fields
+        if field.when
+    ]
+    if rules.drop_threshold is not None:
+        steps.append(
+            {
+                "step": "threshold",
+                "drop_probability_at_least": rules.drop_threshold,
+                "dropped": list(mission.that("drop")),
+                "kept": list(mission.that("send", "store")),
+            }
+        )
+    return [*steps, {"step": "model"}]
+
+
 def in_words(mission: Mission, rules: Rules) -> list[str]:
     """The rules as text for developers of flight software, one sentence per step, in the order of `decide`."""
     words = []
     if rules.blank and mission.blank:
         words.append(f"A blank frame is {mission.blank}. The model is not asked about it.")
+    words.append('A frame that is refused, or not answered in time, is stored and counted: decided_by "no answer".')
     if mission.unparsable:
         words.append(f"An answer without a valid verdict is {mission.unparsable}: count it.")
     else:

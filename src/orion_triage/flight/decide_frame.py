@@ -1,0 +1,230 @@
+"""From a raw frame to the picture of the request, and from an answer to the decision, as on the ground.
+
+Reads no files and asks no server.
+
+`orion bundle` copies this file beside check_flight.py into every bundle. It needs only Python 3.9 or newer.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import zlib
+from typing import Any
+
+CAMERA_SIZE = 512
+BANDS = 3
+RAW_BYTES = CAMERA_SIZE * CAMERA_SIZE * BANDS
+PRECISION_BITS = 22  # of the weights, as in Pillow, so that every value is rounded alike
+
+# --- frame ----------------------------------------------------------------------------------------------------
+
+
+def grey(frame: bytes) -> list[bytes]:
+    """The grey levels of an RGB frame by rows (ITU-R 601, in Pillow's fixed point)."""
+    levels = bytes(
+        (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16
+        for red, green, blue in zip(frame[0::BANDS], frame[1::BANDS], frame[2::BANDS])  # noqa: B905 - Python 3.9
+    )
+    return [levels[row : row + CAMERA_SIZE] for row in range(0, len(levels), CAMERA_SIZE)]
+
+
+def is_blank(frame: bytes, rule: dict[str, Any]) -> bool:
+    """Whether a frame is below both limits of the step "blank rule": entropy, and mean |dx| + mean |dy|."""
+    first, last = rule["rows"]
+    rows = grey(frame)[first : last + 1]
+    pixels = b"".join(rows)
+    shares = [pixels.count(level) / len(pixels) for level in range(256)]
+    entropy = -sum(share * math.log2(share) for share in shares if share)
+    across = sum(abs(a - b) for row in rows for a, b in zip(row, row[1:]))  # noqa: B905, RUF007 - Python 3.9
+    down = sum(abs(a - b) for above, row in zip(rows, rows[1:]) for a, b in zip(above, row))  # noqa: B905, RUF007
+    gradient = across / (len(rows) * (CAMERA_SIZE - 1)) + down / ((len(rows) - 1) * CAMERA_SIZE)
+    return bool(entropy < rule["entropy_bits_below"] and gradient < rule["gradient_below"])
+
+
+def shrink(frame: bytes, size: int) -> bytes:
+    """The frame averaged down to `size` x `size` RGB pixels: first along the rows, then along the columns."""
+    if size == CAMERA_SIZE:
+        return frame
+    weights = [_box(place, size) for place in range(size)]
+    half, narrow = 1 << (PRECISION_BITS - 1), []
+    for row in range(0, len(frame), CAMERA_SIZE * BANDS):
+        line = frame[row : row + CAMERA_SIZE * BANDS]
+        narrow.append(
+            bytes(
+                (sum(line[(first + n) * BANDS + band] * weight for n, weight in enumerate(of)) + half) >> PRECISION_BITS
+                for first, of in weights
+                for band in range(BANDS)
+            )
+        )
+    return b"".join(
+        bytes(
+            (sum(narrow[first + n][place] * weight for n, weight in enumerate(of)) + half) >> PRECISION_BITS
+            for place in range(size * BANDS)
+        )
+        for first, of in weights
+    )
+
+
+def _box(place: int, size: int) -> tuple[int, list[int]]:
+    """The first input pixel of an output pixel, and the weights of the inputs whose centres lie in its box."""
+    scale = CAMERA_SIZE / size
+    centre = (place + 0.5) * scale
+    first, last = int(centre - scale / 2 + 0.5), min(CAMERA_SIZE, int(centre + scale / 2 + 0.5))
+    inside = [float(-0.5 < (pixel - centre + 0.5) / scale <= 0.5) for pixel in range(first, last)]
+    return first, [int(0.5 + one / sum(inside) * (1 << PRECISION_BITS)) for one in inside]
+
+
+def png(pixels: bytes, size: int) -> bytes:
+    """RGB pixels as a PNG file, each line without a filter, so that `pixels_of` needs no decoder."""
+    width = size * BANDS
+    lines = b"".join(b"\0" + pixels[row : row + width] for row in range(0, len(pixels), width))
+    parts = (
+        (b"IHDR", struct.pack(">IIBBBBB", size, size, 8, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(lines)),
+        (b"IEND", b""),
+    )
+    chunks = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def pixels_of(data: bytes) -> bytes:
+    """The RGB pixels of a golden frame at the camera's size: of a PNG file that `png` wrote.
+
+    Raises ValueError for any other.
+    """
+    start = 8 + 12 + 13  # the signature, and IHDR with its length, kind and checksum
+    width, height = struct.unpack(">II", data[16:24])
+    (length,) = struct.unpack(">I", data[start : start + 4])
+    if (width, height, data[start + 4 : start + 8]) != (CAMERA_SIZE, CAMERA_SIZE, b"IDAT"):
+        raise ValueError("not a golden frame")
+    lines, line = zlib.decompress(data[start + 8 : start + 8 + length]), 1 + CAMERA_SIZE * BANDS
+    if len(lines) != CAMERA_SIZE * line or any(lines[::line]):
+        raise ValueError("not a golden frame")
+    return b"".join(lines[at + 1 : at + line] for at in range(0, len(lines), line))
+
+
+# --- decision -------------------------------------------------------------------------------------------------
+
+
+def step_of(bundle: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """The step of the bundle's decision with this name, or None."""
+    return next((step for step in bundle["decision"] if step["step"] == name), None)
+
+
+def decide(
+    steps: list[dict[str, Any]],
+    said: str | None,
+    scores: dict[str, float] | None,
+    field_scores: dict[str, dict[str, float]] | None = None,
+    *,
+    blank: bool = False,
+    answered: bool = True,
+) -> tuple[str | None, str]:
+    """The category and what decided it: the first of the bundle's steps that applies.
+
+    `said` is the category of the answer, None without a verdict. Raises ValueError for a step of another version.
+    """
+    for step in steps:
+        name = step["step"]
+        if name == "blank rule":
+            if blank:
+                return step["category"], name
+        elif name == "no answer":
+            if not answered:
+                return step["category"], name
+        elif name == "no verdict":
+            if said is None:
+                return step["category"], name
+        elif name == "field rule":
+            probability = (field_scores or {}).get(step["field"], {}).get(step["value"], 0.0)
+            if probability >= step["probability_at_least"]:
+                return step["category"], f"{step['field']} is {step['value']}"
+        elif name == "threshold":
+            if scores is not None:
+                limit = step["drop_probability_at_least"]
+                drops = sum(scores[label] for label in step["dropped"]) >= limit
+                among = step["dropped"] if drops else step["kept"]
+                return max(among, key=scores.__getitem__), f"threshold {limit:.3f}"
+        elif name == "model":
+            return said, name
+        else:
+            raise ValueError(f"the step {name} is not known")
+    raise ValueError("no step decides")
+
+
+def fits(field: dict[str, Any], value: object) -> bool:
+    """Whether a value of the answer is one of the mission's field."""
+    kind = field["kind"]
+    if kind == "whole number":
+        return type(value) is int and field["from"] <= value <= field["to"]
+    if kind == "short text":
+        return isinstance(value, str) and len(value) <= field["longest"]
+    return isinstance(value, str) and value in words(field)
+
+
+def words(field: dict[str, Any]) -> list[str]:
+    """The values of a yes/no or choice, in their order."""
+    return field["choices"] if field["kind"] == "choice" else ["yes", "no"]
+
+
+def action_of(bundle: dict[str, Any], category: str | None) -> str:
+    """What happens to a frame: send, store or drop; a frame without a category is stored."""
+    actions = {one["name"]: one["action"] for one in bundle["mission"]["categories"]}
+    return actions[category] if category else "store"
+
+
+def without_model(bundle: dict[str, Any], *, blank: bool, error: str = "") -> dict[str, Any]:
+    """The outcome of a frame that the model did not judge: blank, or with the `error` refused or not answered."""
+    category, by = decide(bundle["decision"], None, None, blank=blank, answered=not error)
+    return {
+        "category": category,
+        "decided_by": by,
+        "model_category": None,
+        "scores": None,
+        **({"fields": None, "field_scores": {}} if bundle["mission"].get("fields") else {}),
+        "blank": blank,
+        "action": action_of(bundle, category),
+        **({"error": " ".join(error.split())} if error else {}),
+    }
+
+
+def with_model(
+    bundle: dict[str, Any], answer: str, log_probabilities: dict[str, float], of_fields: dict[str, list[float]]
+) -> dict[str, Any]:
+    """The outcome of a frame by its answer, the log-probabilities of the categories, and the probabilities of fields.
+
+    `of_fields` has those of the values of each yes/no and choice field, in their order.
+    """
+    fields = bundle["mission"].get("fields", [])
+    field_scores = {
+        field["name"]: dict(zip(words(field), of_fields[field["name"]]))  # noqa: B905 - Python 3.9
+        for field in fields
+        if field["name"] in of_fields
+    }
+    weights = {label: math.exp(value) for label, value in log_probabilities.items()}
+    mass = sum(weights.values())
+    scores = {label: weight / mass for label, weight in weights.items()}
+    try:
+        verdict = json.loads(answer)
+        said, reason = verdict["category"], verdict["reason"]
+        values = {field["name"]: verdict[field["name"]] for field in fields}
+        if said not in scores or not all(fits(field, values[field["name"]]) for field in fields):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, RecursionError):
+        said, reason, values = None, None, None
+    category, by = decide(bundle["decision"], said, scores, field_scores)
+    return {
+        "answer": answer, "category": category, "decided_by": by, "model_category": said, "reason": reason,
+        "scores": scores, "label_mass": mass, **({"fields": values, "field_scores": field_scores} if fields else {}),
+        "blank": False, "action": action_of(bundle, category),
+    }  # fmt: skip
+
+
+def picture_for(bundle: dict[str, Any], frame: bytes) -> bytes | None:
+    """The PNG file that the model is asked about for a raw frame of RAW_BYTES; None if the frame is blank."""
+    rule, size = step_of(bundle, "blank rule"), bundle["frame_size"]
+    return None if rule and is_blank(frame, rule) else png(shrink(frame, size), size)

@@ -1,0 +1,354 @@
+#!/usr/bin/env python3
+"""Decide every raw frame that appears in a folder, once, also over crashes and power losses.
+
+`orion bundle` copies this file beside ask_frame.py into every bundle. It needs only Python 3.9 or newer.
+
+Each frame gets one JSON line in the log, which is on the disk before the frame moves to the folder of finished ones. So
+at every moment a frame is still to be decided, or in the log and about to move, or in the log and moved. A restart
+moves frames that are in the log already, and cuts off a line that was not finished. A frame that is refused, or not
+answered in time, is logged with `decided_by` "no answer" and kept like the others. This program deletes no frame.
+
+Write a frame under another name, and rename it to *.raw when it is complete.
+Exit status with --once: 0, 1 if a frame got no decision or is incomplete. 2 for a wrong command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING or __package__:
+    from orion_triage.flight.ask_frame import ask_in_time
+    from orion_triage.flight.check_flight import (
+        Connection,
+        NoGoError,
+        OwnServer,
+        Questions,
+        add_time_out,
+        check_server,
+        read_bundle,
+        time_limit,
+        wait_until_ready,
+    )
+    from orion_triage.flight.decide_frame import RAW_BYTES, without_model
+else:
+    sys.dont_write_bytecode = True  # the bundle stays as it is
+    sys.path.insert(0, str(Path(__file__).parent))  # with python3 -I, the script's folder is not on the path
+    from ask_frame import ask_in_time
+    from check_flight import (
+        Connection,
+        NoGoError,
+        OwnServer,
+        Questions,
+        add_time_out,
+        check_server,
+        read_bundle,
+        time_limit,
+        wait_until_ready,
+    )
+    from decide_frame import RAW_BYTES, without_model
+
+ATTEMPTS = 2  # a frame is asked about again after a new start of the server, which may have died of something else
+START_SECONDS = 300  # until the model is loaded; a slow card reads 1.6 GB in a minute or two
+RETRY_SECONDS = 10  # after a server that did not start
+
+
+class Stopped(BaseException):
+    """SIGTERM or Ctrl-C. Ends the program between two steps; the frame in work is decided after the next start."""
+
+
+def say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+# --- log ------------------------------------------------------------------------------------------------------
+
+
+class Log:
+    """The log of decisions, opened by one process at a time; a line is on the disk when `append` returns.
+
+    Raises NoGoError if another process has it open.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._file)
+            raise NoGoError(f"another triage_on_board.py writes {path}") from None
+        sync_folder(path.parent)
+        self.moved_to: dict[tuple[str, str], str] = {}  # (file, sha256) -> name among the finished frames
+        self._names: set[str] = set()
+        self._size = self._read(path)
+        os.ftruncate(self._file, self._size)  # a line that a power loss cut off
+        os.fsync(self._file)
+        os.lseek(self._file, 0, os.SEEK_END)
+
+    def _read(self, path: Path) -> int:
+        """Read the finished frames; returns the bytes of the complete lines."""
+        size = 0
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.endswith(b"\n"):
+                    break
+                size += len(line)
+                try:
+                    row = json.loads(line)
+                    self._remember(row["file"], row["sha256"], row["moved_to"])
+                except (ValueError, KeyError, TypeError):
+                    say(f"warning: line {number} of {path} is damaged and was skipped")
+        return size
+
+    def _remember(self, name: str, sha256: str, moved_to: str) -> None:
+        self.moved_to[name, sha256] = moved_to
+        self._names.add(moved_to)
+
+    def has_moved(self, name: str) -> bool:
+        """Whether a frame has this name among the finished ones, or is about to move there."""
+        return name in self._names
+
+    def append(self, row: dict[str, Any]) -> None:
+        data = json.dumps(row).encode() + b"\n"
+        try:
+            left = memoryview(data)
+            while left:
+                left = left[os.write(self._file, left) :]
+            os.fsync(self._file)
+        except BaseException:  # a full disk, or a signal: no half line may stay before the next one
+            with suppress(OSError):
+                os.ftruncate(self._file, self._size)
+                os.lseek(self._file, self._size, os.SEEK_SET)
+            raise
+        self._size += len(data)
+        self._remember(row["file"], row["sha256"], row["moved_to"])
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names that were created in the folder survive a power loss."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+# --- server ---------------------------------------------------------------------------------------------------
+
+
+class Model:
+    """The served model. With a program, its server is the bundle's serve.sh, which is started again if need be."""
+
+    def __init__(self, folder: Path, bundle: dict[str, Any], options: argparse.Namespace) -> None:
+        self._folder, self._bundle, self._options = folder, bundle, options
+        self._own: OwnServer | None = None
+        self._questions: Questions | None = None
+
+    def outcome_of(self, frame: bytes, seconds: float) -> dict[str, Any]:
+        """The outcome of a raw frame of RAW_BYTES: a decision, or "no answer" after ATTEMPTS.
+
+        Raises NoGoError if there is no server of the bundle's model, which is no fault of the frame.
+        """
+        outcome: dict[str, Any] = {}
+        for _ in range(ATTEMPTS):
+            outcome = ask_in_time(self._ready(), frame, self._bundle, seconds)
+            if "error" not in outcome:
+                break
+            say(f"no answer: {outcome['error']}")
+            self.stop()  # it hangs, or has died
+        return outcome
+
+    def _ready(self) -> Questions:
+        if self._own and not self._own.is_alive():
+            say("the server has ended; it is started again")
+            self.stop()
+        if self._questions is None:
+            if self._options.llama_server:
+                self._own = OwnServer(self._folder, self._options.llama_server).__enter__()
+            connection = self._own.connection if self._own else Connection(self._options.url, self._options.key)
+            try:
+                with time_limit(START_SECONDS, "the start of the server"):
+                    wait_until_ready(connection, self._own)
+                    marker, notes = check_server(connection, self._folder, self._bundle)
+            except BaseException:
+                self.stop()
+                raise
+            for note in notes:
+                say(note)
+            self._questions = Questions(connection, self._folder, self._bundle, marker)
+        return self._questions
+
+    def stop(self) -> None:
+        self._questions, own, self._own = None, self._own, None
+        if own:
+            own.__exit__()
+
+
+# --- frames ---------------------------------------------------------------------------------------------------
+
+
+class Frames:
+    """The folder of raw frames, its log, and the folder of finished frames."""
+
+    def __init__(self, folder: Path, log: Path, done: Path) -> None:
+        done.mkdir(exist_ok=True)
+        if folder.stat().st_dev != done.stat().st_dev:
+            raise NoGoError(f"{done} is on another file system than {folder}, so frames cannot be moved there at once")
+        sync_folder(done.parent)
+        self._folder, self._done, self.log = folder, done, Log(log)
+
+    def waiting(self) -> tuple[list[Path], list[Path]]:
+        """The complete frames by name, and the incomplete ones: those that are smaller than a frame."""
+        files = sorted(path for path in self._folder.glob("*.raw") if path.is_file() and not path.is_symlink())
+        complete = [path for path in files if path.stat().st_size >= RAW_BYTES]
+        return complete, [path for path in files if path not in complete]
+
+    def finish(self, path: Path, model: Model, bundle: dict[str, Any], seconds: float) -> dict[str, Any] | None:
+        """Decide, log and move one frame; returns its new line, None if the log had one already.
+
+        Raises NoGoError without a server: the frame stays where it is.
+        """
+        began, sha256 = time.monotonic(), sha256_of(path)
+        key, row = (path.name, sha256), None
+        if key not in self.log.moved_to:
+            size = path.stat().st_size
+            if size == RAW_BYTES:
+                outcome = model.outcome_of(path.read_bytes(), seconds)
+            else:
+                error = f"the file has {size} bytes, not {RAW_BYTES} (512x512x3)"
+                outcome = without_model(bundle, blank=False, error=error)
+            row = {
+                "file": path.name,
+                "sha256": sha256,
+                "moved_to": self._free_name(path),
+                "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "seconds": round(time.monotonic() - began, 3),
+                **outcome,
+            }
+            self.log.append(row)
+        os.replace(path, self._done / self.log.moved_to[key])  # after the line is on the disk, not before
+        return row
+
+    def _free_name(self, path: Path) -> str:
+        """The file's name, or with a number if an earlier frame had it: no frame replaces another one."""
+        name, number = path.name, 1
+        while self.log.has_moved(name) or (self._done / name).exists():
+            number += 1
+            name = f"{path.stem}-{number}{path.suffix}"
+        return name
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# --- command line ---------------------------------------------------------------------------------------------
+
+
+def watch(frames: Frames, model: Model, bundle: dict[str, Any], options: argparse.Namespace) -> int:
+    """Finish the frames in the folder, for ever or with `once` until none is left; returns the exit status."""
+    seconds = options.time_out or bundle["seconds_per_frame_at_most"]
+    counts: dict[str, int] = {}
+    while True:
+        complete, incomplete = frames.waiting()
+        for path in complete:
+            try:
+                row = frames.finish(path, model, bundle, seconds)
+            except NoGoError as error:
+                if options.once:
+                    raise
+                say(f"no server, so frames wait: {error}")
+                time.sleep(RETRY_SECONDS)
+                break
+            if row:
+                decided = row["category"] or "without a decision"
+                counts[decided] = counts.get(decided, 0) + 1
+        if options.once and not complete:
+            for path in incomplete:
+                say(f"incomplete: {path} has {path.stat().st_size} of {RAW_BYTES} bytes")
+            say(", ".join(f"{count} {decided}" for decided, count in sorted(counts.items())) or "no new frame")
+            return int(bool(incomplete) or "without a decision" in counts)
+        if not complete:
+            time.sleep(options.poll)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Decide every raw frame (512x512x3 bytes) that appears in a folder.")
+    parser.add_argument("folder", type=Path, help="where frames appear as *.raw")
+    parser.add_argument("--log", type=Path, help="log of decisions (default: triage.jsonl in the folder)")
+    parser.add_argument("--done", type=Path, help="folder of finished frames (default: done in the folder)")
+    parser.add_argument("--once", action="store_true", help="end when no complete frame is left")
+    parser.add_argument("--poll", type=float, default=1.0, metavar="SECONDS", help="pause (default: %(default)s)")
+    add_time_out(parser)
+    server = parser.add_mutually_exclusive_group(required=True)
+    server.add_argument("--llama-server", type=Path, metavar="PATH", help="start serve.sh with this program")
+    server.add_argument("--url", help="use a running server instead, which nobody starts again")
+    parser.add_argument("--key-file", type=Path, help="file with the running server's key (default: LLAMA_API_KEY)")
+    options = parser.parse_args(arguments)
+    if not 0 < options.poll <= 3600:
+        parser.error(f"--poll {options.poll:g} is outside 0..3600 seconds")
+    if not options.folder.is_dir():
+        parser.error(f"{options.folder} is not a folder")
+    if options.llama_server:
+        options.llama_server = options.llama_server.resolve()
+        if not os.access(options.llama_server, os.X_OK) or options.llama_server.is_dir():
+            parser.error(f"--llama-server {options.llama_server} is not a program")
+    try:
+        options.key = (
+            options.key_file.read_text("utf-8-sig") if options.key_file else os.environ.get("LLAMA_API_KEY", "")
+        )
+    except (OSError, ValueError) as error:
+        parser.error(f"--key-file: {error}")
+    options.key = options.key.strip()
+    return options
+
+
+def _stopped(number: int, frame: Any) -> None:
+    for later in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(later, signal.SIG_IGN)  # the server is being stopped
+    raise Stopped(f"stopped by signal {number}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, _stopped)
+    folder = Path(__file__).resolve().parent
+    model = None
+    try:
+        bundle = read_bundle(folder)
+        frames = Frames(
+            options.folder, options.log or options.folder / "triage.jsonl", options.done or options.folder / "done"
+        )
+        model = Model(folder, bundle, options)
+        return watch(frames, model, bundle, options)
+    except Stopped as stop:
+        say(str(stop))
+        return 0
+    except (NoGoError, OSError) as error:
+        say(f"error: {error}")
+        return 1
+    finally:
+        if model:
+            model.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
