@@ -215,7 +215,11 @@ def test_a_bundle_has_all_that_flies_and_says_what_it_is(made: Path, small_run: 
 
 @pytest.mark.llama_cpp
 def test_a_run_bundled_again_differs_in_its_operating_point_only(made: Path, small_run: Run, tmp_path: Path) -> None:
-    point = {"drop_threshold": 0.25, "temperature": 1.5, "pair_sha256": sha256_of_file(small_run.gguf / quantize.PAIR)}
+    promise = {"largest_loss": 0.05, "confidence": 0.95, "upper_bound": 0.0495, "frames": 300, "places": 59}
+    point = {
+        "drop_threshold": 0.25, "temperature": 1.5, "promise": promise,
+        "pair_sha256": sha256_of_file(small_run.gguf / quantize.PAIR),
+    }  # fmt: skip
     path, again = small_run.folder / threshold.FILE_NAME, tmp_path / "again"
     path.write_text(json.dumps(point))
     try:
@@ -228,6 +232,7 @@ def test_a_run_bundled_again_differs_in_its_operating_point_only(made: Path, sma
     one, two = (json.loads((folder / "bundle.json").read_text()) for folder in (made, again))
     assert record["golden"] == two["golden"]  # the refused bundle has not replaced it
     assert (one.pop("temperature"), two.pop("temperature")) == (None, 1.5)
+    assert (one.pop("promise"), two.pop("promise")) == (None, promise)
     without, with_threshold = one.pop("decision"), two.pop("decision")
     (step,) = [step for step in with_threshold if step not in without]
     assert step == {
@@ -239,7 +244,11 @@ def test_a_run_bundled_again_differs_in_its_operating_point_only(made: Path, sma
     first, second = ((folder / "README.txt").read_text().splitlines() for folder in (made, again))
     *calibrated, decision, unscored = [line for line in second if line not in first]
     assert "the scores to the power of 1 / 1.5000" in calibrated[0]
-    assert [line.strip() for line in calibrated[1:]] == ["The decision takes the scores without it."]
+    assert [line.strip() for line in calibrated[1:]] == [
+        "The decision takes the scores without it.",
+        "Promise of the threshold, with 95 % confidence, for frames like those of val: at most 5.0 % of the",
+        "HIGH and MEDIUM frames are dropped (from 300 frames of 59 places).",
+    ]
     assert "LOW if the score of LOW is at least 0.25" in decision
     assert unscored.strip() == "- Without scores: use the category in the answer."
     for record in (one, two):

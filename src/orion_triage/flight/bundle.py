@@ -23,6 +23,7 @@ from orion_triage.llama_cpp.server import OPTIONS, Server
 from orion_triage.llama_cpp.toolchain import PINNED_BUILD, WHEEL, WHEEL_SHA256, Toolchain, find_toolchain
 from orion_triage.mission.contract import portable
 from orion_triage.mission.decide import Rules, as_steps, in_words
+from orion_triage.mission.mission import listed
 from orion_triage.mission.prompt import render_prompt
 from orion_triage.mission.verdict import category_grammar, cue_of, grammar, grammars
 from orion_triage.models.family import turn_of
@@ -95,6 +96,7 @@ def run(
             "decision": as_steps(run.settings.mission, rules, BLANK_LIMITS),
             "seconds_per_frame_at_most": limit,
             "temperature": point[1] if point else None,
+            "promise": threshold.promise_of(run),
             "verdict": verdict,
             "request": request,
             "tolerances": tolerances,
@@ -193,6 +195,8 @@ def _write_texts(
         "time_out_factor": TIME_OUT_FACTOR,
         "blank_limits": BLANK_LIMITS,
         "decision": in_words(mission, Rules(point[0] if point else None)),
+        "promise": threshold.promise_of(run),
+        "kept": listed(mission.that("send", "store")),
         "mission": mission,
         "temperature": point[1] if point else None,
         "verdict": verdict,
