@@ -28,7 +28,7 @@ from orion_triage.evaluate import threshold
 from orion_triage.export import quantize
 from orion_triage.flight import bundle, check_flight, decide_frame, golden_frames
 from orion_triage.flight.triage import of_bundle
-from orion_triage.imagery.frames import is_blank, shrink
+from orion_triage.imagery.frames import appearance, is_blank, shrink
 from orion_triage.llama_cpp.client import Client
 from orion_triage.llama_cpp.server import Server
 from orion_triage.llama_cpp.toolchain import WHEEL_SHA256, Toolchain, find_toolchain
@@ -216,8 +216,9 @@ def test_a_bundle_has_all_that_flies_and_says_what_it_is(made: Path, small_run: 
 @pytest.mark.llama_cpp
 def test_a_run_bundled_again_differs_in_its_operating_point_only(made: Path, small_run: Run, tmp_path: Path) -> None:
     promise = {"largest_loss": 0.05, "confidence": 0.95, "upper_bound": 0.0495, "frames": 300, "places": 59}
+    ranges = {"dark": [0, 255], "gradient": [0.0, 300.0]}
     point = {
-        "drop_threshold": 0.25, "temperature": 1.5, "promise": promise,
+        "drop_threshold": 0.25, "temperature": 1.5, "promise": promise, "appearance": ranges,
         "pair_sha256": sha256_of_file(small_run.gguf / quantize.PAIR),
     }  # fmt: skip
     path, again = small_run.folder / threshold.FILE_NAME, tmp_path / "again"
@@ -234,7 +235,11 @@ def test_a_run_bundled_again_differs_in_its_operating_point_only(made: Path, sma
     assert (one.pop("temperature"), two.pop("temperature")) == (None, 1.5)
     assert (one.pop("promise"), two.pop("promise")) == (None, promise)
     without, with_threshold = one.pop("decision"), two.pop("decision")
-    (step,) = [step for step in with_threshold if step not in without]
+    unlike, step = [step for step in with_threshold if step not in without]
+    assert unlike == {
+        "step": "unlike training", "rows": [16, 479], "ranges": ranges, "kept": ["HIGH", "MEDIUM"],
+        "without_scores": "MEDIUM",
+    }  # fmt: skip
     assert step == {
         "step": "threshold", "drop_probability_at_least": 0.25, "dropped": ["LOW"], "kept": ["HIGH", "MEDIUM"]
     }  # fmt: skip
@@ -242,7 +247,8 @@ def test_a_run_bundled_again_differs_in_its_operating_point_only(made: Path, sma
     assert {image["decided_by"] for image in decided[0]} == {"model"}
     assert {image["decided_by"] for image in decided[1]} == {"threshold 0.250"}
     first, second = ((folder / "README.txt").read_text().splitlines() for folder in (made, again))
-    *calibrated, decision, unscored = [line for line in second if line not in first]
+    *calibrated, kept, decision, unscored = [line for line in second if line not in first]
+    assert "is unlike all frames that the model was made from. It is kept: HIGH or MEDIUM" in kept
     assert "the scores to the power of 1 / 1.5000" in calibrated[0]
     assert [line.strip() for line in calibrated[1:]] == [
         "The decision takes the scores without it.",
@@ -318,7 +324,9 @@ def test_the_flight_client_calls_blank_what_the_ground_does() -> None:
         assert b"".join(decide_frame.grey(picture.tobytes())) == picture.convert("L").tobytes(), name
     of_ground = {name: is_blank(picture) for name, picture in pictures.items()}
     rule = as_steps(MISSION, Rules(), bundle.BLANK_LIMITS)[0]
-    assert {name: decide_frame.is_blank(picture.tobytes(), rule) for name, picture in pictures.items()} == of_ground
+    measures = {name: decide_frame.appearance(picture.tobytes(), rule["rows"]) for name, picture in pictures.items()}
+    assert measures == {name: appearance(picture) for name, picture in pictures.items()}
+    assert {name: decide_frame.is_blank(measures[name], rule) for name in pictures} == of_ground
     assert (of_ground["ramp"], of_ground["wider"], of_ground["scene"]) == (True, False, False)
 
 
@@ -551,8 +559,9 @@ def test_other_words_for_the_same_category_are_noted(copied: Path, running: Clie
     image = record["golden"][0]["image"]
     answer = '{"reason": "Nothing but bare ground and sand.", "category": "LOW"}'
 
-    picture = decide_frame.picture_for(record, decide_frame.pixels_of((copied / image).read_bytes()))
+    picture, unlike = decide_frame.picture_for(record, decide_frame.pixels_of((copied / image).read_bytes()))
     assert picture is not None
+    assert not unlike
 
     def other_words(record: dict[str, Any]) -> None:
         after, _ = questions.score_after(image, picture, answer)

@@ -10,7 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from orion_triage.cli import app
@@ -340,6 +342,16 @@ def test_an_operating_point_is_chosen_on_val_kept_and_flown(finished: Path, tmp_
             assert [[cell.strip() for cell in row[:2]] for row in rows] == [["val", "after"], ["test", "after"]]
             assert rows[0][2].strip().startswith("0/4 = 0.0 %")
             assert re.search(r"val: 0 more HIGH and MEDIUM frames lost, [0-4] saved", result.stdout)
+    guarded = orion("threshold", "--max-irrecoverable-loss", "100%", "--loosen", "--keep-unlike", cwd=folder)
+    assert guarded.returncode == 0, guarded.stderr
+    assert re.search(r"frames unlike those of train and val are kept: 0 of val, \d of test\n", guarded.stdout)
+    Image.fromarray(np.asarray(structured_picture(1)) // 8 + 200).save(folder / "hazy.png")
+    told = orion("triage", "good.png", "hazy.png", "--json", cwd=folder)
+    assert "unlike frames kept" in told.stderr
+    hazy = json.loads(told.stdout)[1]
+    assert hazy["decided_by"] == "unlike training"
+    assert hazy["category"] in ("HIGH", "MEDIUM")
+    assert orion("threshold", "--undo", cwd=folder).returncode == 0
     promise = orion("threshold", "--confidence", "95%", cwd=folder)
     assert_refused(
         promise, "cannot be promised with 95% confidence from 4 places", "55 more HIGH and MEDIUM val frames"

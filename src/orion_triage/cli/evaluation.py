@@ -389,6 +389,7 @@ def compare(
     epilog="Example: orion threshold\n\n"
     "Example: orion threshold --max-irrecoverable-loss 2%\n\n"
     "Example: orion threshold --max-irrecoverable-loss 10% --confidence 95%\n\n"
+    "Example: orion threshold --keep-unlike\n\n"
     "Example: orion threshold --undo --run runs/tiny",
 )
 def threshold_command(
@@ -409,6 +410,10 @@ def threshold_command(
             help="Promise the limit with this confidence, for frames like those of val: 95%. Needs enough val frames.",
         ),
     ] = "",
+    keep_unlike: Annotated[
+        bool,
+        typer.Option("--keep-unlike", help="Never drop a frame that looks unlike all frames of train and val."),
+    ] = False,
     loosen: Annotated[
         bool,
         typer.Option("--loosen", help="Drop more frames, although the decisions of now are within the limit."),
@@ -422,8 +427,10 @@ def threshold_command(
     test; evaluates both if necessary. 'orion triage', report and bundle apply
     the threshold.
     """
+    from orion_triage.dataset.dataset import Dataset
     from orion_triage.evaluate import threshold
-    from orion_triage.evaluate.results import blank_frames
+    from orion_triage.evaluate.results import blank_frames, unlike_frames
+    from orion_triage.mission.decide import Rules
     from orion_triage.report.render import promised
 
     share = threshold.parse_share(limit)
@@ -440,14 +447,23 @@ def threshold_command(
     for one in (run, test):
         do_stage("evaluate constrained", one)
     before = threshold.current_rules(run)
-    record = threshold.choose(run, share, blank_frames(run), loosen=loosen, confidence=sure)
-    on_test = threshold.effect_on(test, before, blank_frames(test))
+    ranges = Dataset(run.dataset, run.settings.mission).appearance() if keep_unlike else None
+    outside = [unlike_frames(one, Rules(appearance=ranges)) for one in (run, test)]
+    record = threshold.choose(
+        run, share, blank_frames(run),
+        loosen=loosen, confidence=sure, appearance=ranges, unlike_frames=outside[0],
+    )  # fmt: skip
+    on_test = threshold.effect_on(test, before, blank_frames(test), outside[1])
     if as_json:
         typer.echo(json.dumps(record | {"on_test": on_test}, indent=2))
         return
     typer.echo(_drops(record["drop_threshold"], run.settings.mission))
     _print_effects({"val": record["there"], "test": on_test}, run.settings.mission)
     typer.echo(promised(record["promise"], run.settings.mission))
+    if keep_unlike:
+        typer.echo(
+            f"frames unlike those of train and val are kept: {len(outside[0])} of val, {len(outside[1])} of test"
+        )
     typer.echo("'orion threshold --undo' takes the threshold back.")
 
 

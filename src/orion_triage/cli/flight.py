@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -116,7 +117,6 @@ def triage(
     Exits with status 1 if a frame is refused.
     """
     from orion_triage.flight import triage
-    from orion_triage.mission.decide import Rules
 
     if bundle and folder:
         raise typer.BadParameter("cannot be combined with --run. Remove one of them.", param_hint="'--bundle'")
@@ -125,7 +125,7 @@ def triage(
     paths, left_out = triage.frames_in(files, recursive=recursive)
     for said in left_out:
         messages().print(f"left out of {one_line(said)}", soft_wrap=True)
-    rules = Rules(flown.rules.drop_threshold, blank_rule)
+    rules = replace(flown.rules, blank=blank_rule)
     pair = triage.asked_by(flown, rules, resize) if out else ""
     left = triage.left_to_do(paths, out, pair) if out else paths
     counts: Counter[str] = Counter()

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orion_triage.dataset.records import Record, image_path, read_split
-from orion_triage.imagery.frames import CAMERA_SIZE, is_blank, read_frame
+from orion_triage.errors import OrionError
+from orion_triage.imagery.frames import CAMERA_SIZE, appearance, is_blank, looks_blank, read_frame
+from orion_triage.mission.decide import Rules, is_unlike
 from orion_triage.mission.mission import Mission
 from orion_triage.settings import SPLITS, Split
 
@@ -43,6 +45,27 @@ class Dataset:
     def frame(self, record: Record, size: int) -> "Image.Image":
         """The RGB frame of `size` x `size` pixels; cached, so do not modify it."""
         return self._frame(self.path(record), size)
+
+    def appearance(self) -> dict[str, tuple[float, float]]:
+        """The range of each measure of a frame (imagery/frames.py) over the frames of train and val that are not blank.
+
+        Raises OrionError if all of them are blank.
+        """
+        names = {record.name: record for split in ("train", "val") for record in self.records(split)}
+        every = [appearance(self.frame(record, CAMERA_SIZE)) for record in names.values()]
+        found = [measures for measures in every if not looks_blank(measures)]
+        if not found:
+            raise OrionError(f"all frames of train and val in {self.folder} are blank.", "Add frames with content.")
+        return {name: (min(one[name] for one in found), max(one[name] for one in found)) for name in found[0]}
+
+    def unlike_names(self, split: Split, rules: Rules) -> list[str]:
+        """The sorted names of the split's frames that are outside the ranges of these rules."""
+        named = {record.name: record for record in self.records(split)}
+        return [
+            name
+            for name in sorted(named)
+            if rules.appearance and is_unlike(appearance(self.frame(named[name], CAMERA_SIZE)), rules)
+        ]
 
     def blank_names(self, split: Split) -> list[str]:
         """The sorted names of the split's frames that are blank by the blank rule."""

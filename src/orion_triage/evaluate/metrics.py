@@ -19,7 +19,8 @@ UNPARSABLE = "unparsable"
 
 @dataclass(frozen=True)
 class Prediction:
-    """One answer; `predicted` is None if it has no verdict, `blank` is the result of the blank rule.
+    """One answer; `predicted` is None if it has no verdict, `blank` is the result of the blank rule, `unlike` that of
+    the rule for frames unlike those of the training.
 
     `place` names the frame's place, which other frames can have too; empty if it is not known.
 
@@ -34,6 +35,7 @@ class Prediction:
     donor_category: str | None = None
     scores: tuple[float, ...] | None = None
     blank: bool = False
+    unlike: bool = False
     place: str = ""
     fields: Fields = ()
     true_fields: Fields = ()

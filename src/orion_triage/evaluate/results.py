@@ -23,7 +23,7 @@ from orion_triage.evaluate.statistics import holm
 from orion_triage.evaluate.variants import Variant
 from orion_triage.export.quantize import PAIR
 from orion_triage.imagery.stress import STRESSES
-from orion_triage.mission.decide import Rules
+from orion_triage.mission.decide import Rules, is_unlike
 from orion_triage.mission.mission import Mission
 from orion_triage.runs.manifest import Manifest, read_manifest
 from orion_triage.runs.run import EVALUATE, MAKING, SETTINGS_FILE, WORK_FOLDER, Run, changed_settings
@@ -71,8 +71,10 @@ def build_results(run: Run, *, with_others: bool = True) -> dict[str, Any]:
         name: predictions_in(run.evaluation(name), mission) for name in wanted if EVALUATE + name in finished
     }
     rules = threshold.rules_of(run) if "constrained" in predictions else Rules()
+    of_frames["unlike_frames"] = unlike_frames(run, rules)
     if "constrained" in predictions:
-        predictions[FLIGHT] = as_flown(predictions["constrained"], of_frames["blank_frames"], rules, mission)
+        outside = of_frames["unlike_frames"]
+        predictions[FLIGHT] = as_flown(predictions["constrained"], of_frames["blank_frames"], rules, mission, outside)
         if rules.drop_threshold is not None:
             blank = of_frames["blank_frames"]
             predictions[NO_THRESHOLD] = as_flown(predictions["constrained"], blank, Rules(), mission)
@@ -167,14 +169,21 @@ def _at_threshold(run: Run, predictions: list[Prediction] | None) -> dict[str, A
         if (rows := under(predictions, c))
     }
     promised = threshold.promise_of(run)
-    return {"drop_threshold": drop_threshold, "temperature": temperature, "promise": promised, **tempered}
+    ranges = threshold.rules_of(run).appearance
+    return {
+        "drop_threshold": drop_threshold,
+        "temperature": temperature,
+        "promise": promised,
+        "appearance": ranges,
+        **tempered,
+    }
 
 
 def stress_results(run: Run) -> dict[str, Any] | None:
     """`stress` of the run's results, without the rest of them; None without an evaluation under stress."""
     mission, rules = run.settings.mission, threshold.rules_of(run)
     answers = predictions_in(run.evaluation(variants.CONSTRAINED), mission)
-    return _under_stress(run, as_flown(answers, blank_frames(run), rules, mission), rules)
+    return _under_stress(run, as_flown(answers, blank_frames(run), rules, mission, unlike_frames(run, rules)), rules)
 
 
 def _under_stress(run: Run, flown: list[Prediction] | None, rules: Rules) -> dict[str, Any] | None:
@@ -192,6 +201,7 @@ def _under_stress(run: Run, flown: list[Prediction] | None, rules: Rules) -> dic
                 [row["name"] for row in rows if row["blank"]],
                 rules,
                 mission,
+                [row["name"] for row in rows if is_unlike(row["appearance"], rules)],
             )
             for strength, rows in by_strength.items()
         }
@@ -211,14 +221,18 @@ def _under_stress(run: Run, flown: list[Prediction] | None, rules: Rules) -> dic
 
 
 def as_flown(
-    predictions: list[Prediction], blank_frames: list[str], rules: Rules, mission: Mission
+    predictions: list[Prediction],
+    blank_frames: list[str],
+    rules: Rules,
+    mission: Mission,
+    unlike_frames: Sequence[str] = (),
 ) -> list[Prediction]:
     """The answers with the decisions of these rules; a blank frame has the category of the rule with probability 1.
 
     The model is not asked about it, so it has no values of further fields.
     """
     certain = tuple(float(category == mission.blank) for category in mission.names)
-    marked = threshold.with_blank(predictions, blank_frames)
+    marked = threshold.with_blank(predictions, blank_frames, unlike_frames)
     return [
         replace(p, predicted=category, scores=certain, fields=(), field_scores={})
         if p.blank and mission.blank
@@ -375,6 +389,16 @@ def blank_frames(run: Run) -> list[str]:
     return Dataset(run.dataset, run.settings.mission).blank_names(run.split)
 
 
+def unlike_frames(run: Run, rules: Rules) -> list[str]:
+    """The names of the split's frames outside the ranges of these rules; as `blank_frames` after 'orion clean'."""
+    made = read_manifest(run.dataset)
+    if not rules.appearance or made is None:
+        return []
+    if made.removed:
+        return list(_of_last_report(run)["unlike_frames"])
+    return Dataset(run.dataset, run.settings.mission).unlike_names(run.split, rules)
+
+
 def _of_last_report(run: Run) -> dict[str, Any]:
     try:
         value = json.loads(results_path(run).read_text(encoding="utf-8"))
@@ -384,7 +408,8 @@ def _of_last_report(run: Run) -> dict[str, Any]:
                 f"{results_path(run)} has schema version {version} instead of {SCHEMA_VERSION}.",
                 "Run 'orion dataset --force' to make the frames again.",
             )
-        return {name: value[name] for name in ("baselines", "blank_frames", "size_ranking", "ideal_ranking")}
+        names = ("baselines", "blank_frames", "unlike_frames", "size_ranking", "ideal_ranking")
+        return {name: value[name] for name in names}
     except FileNotFoundError:
         raise OrionError(
             f"the baselines need the frames in {run.dataset}, which 'orion clean' removed before the first report.",

@@ -19,7 +19,7 @@ from orion_triage.evaluate.judgement import guess_of, headline_of
 from orion_triage.evaluate.metrics import Prediction, change_of, places_of, summarize
 from orion_triage.evaluate.run import Row, ask_all, prediction_of, read_predictions, store
 from orion_triage.evaluate.statistics import holm
-from orion_triage.imagery.frames import CAMERA_SIZE, is_blank, shrink
+from orion_triage.imagery.frames import CAMERA_SIZE, appearance, looks_blank, shrink
 from orion_triage.imagery.stress import STRENGTHS, STRESSES, Strength, Stress, stressed
 from orion_triage.mission.mission import Mission
 from orion_triage.mission.prompt import Coordinates
@@ -89,19 +89,21 @@ def ask(
     dataset, settings = Dataset(run.dataset, run.settings.mission), run.settings
     size, out_folder = settings.base.frame_size, run.evaluation(name_of(stress))
     asked = questions(dataset.records(run.split))
-    blank: dict[str, bool] = {}
+    seen: dict[str, dict[str, float]] = {}
 
     def picture_of(question: Question) -> "Image.Image":
         assert isinstance(question, StressedQuestion)
         frame = dataset.frame(question.record, CAMERA_SIZE)
         changed = stressed(frame, stress, question.strength, question.record.name)
-        blank[question.id] = is_blank(changed)
+        seen[question.id] = appearance(changed)
         return shrink(changed, size)
 
     def more(question: Question) -> Row:
         assert isinstance(question, StressedQuestion)
         name, strength = stress.name, question.strength
-        return {"stress": name, "strength": strength, "value": stress.value(strength), "blank": blank[question.id]}
+        measures = seen[question.id]
+        of_frame = {"blank": looks_blank(measures), "appearance": measures}
+        return {"stress": name, "strength": strength, "value": stress.value(strength), **of_frame}
 
     def named(description: str, done: int, total: int) -> None:
         progress(f"{description} the pair under {stress.name}", done, total)

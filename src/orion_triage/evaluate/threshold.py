@@ -18,7 +18,7 @@ from orion_triage.evaluate.metrics import Prediction, places_of, under
 from orion_triage.evaluate.run import predictions_in
 from orion_triage.evaluate.variants import CONSTRAINED
 from orion_triage.export.quantize import PAIR
-from orion_triage.mission.decide import Decision, Rules, decide, drop_probability
+from orion_triage.mission.decide import Appearance, Decision, Rules, decide, drop_probability
 from orion_triage.mission.mission import Mission, listed
 from orion_triage.runs.run import Run
 from orion_triage.safe.files import sha256_of_file, write_text
@@ -56,12 +56,16 @@ def choose(
     *,
     loosen: bool = False,
     confidence: float | None = None,
+    appearance: Appearance | None = None,
+    unlike_frames: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Choose the threshold on the val evaluation of `run` (a Run of that split) and write it into the run's folder.
 
     Returns the written values: the threshold, its effect on the frames of val with the decisions before beside it, the
     temperature that calibrates the scores best (it keeps their order, so it changes no decision). The file also has
     the thresholds before it (`history`, the latest first). `blank_frames` are the names of the split's blank frames.
+
+    With `appearance`, frames outside these ranges are kept from then on; `unlike_frames` are those of the split.
 
     With a `confidence`, the threshold promises the limit for frames like those of val (see promise.py), and `promise`
     says what it rests on; without one, the limit is only kept on the frames of val themselves.
@@ -71,11 +75,12 @@ def choose(
     """
     mission = run.settings.mission
     answered = predictions_in(run.evaluation(CONSTRAINED), mission)
-    rows = under(with_blank(answered, blank_frames), CONDITION)
+    rows = under(with_blank(answered, blank_frames, unlike_frames), CONDITION)
     if confidence is None:
-        rules, promised = Rules(drop_threshold=lowest_threshold(rows, max_irrecoverable_loss, mission)), None
+        lowest, promised = lowest_threshold(rows, max_irrecoverable_loss, mission, appearance), None
+        rules = Rules(drop_threshold=lowest, appearance=appearance)
     else:
-        rules, promised = promising(rows, max_irrecoverable_loss, confidence, mission)
+        rules, promised = promising(rows, max_irrecoverable_loss, confidence, mission, appearance)
     earlier, before = _of_this_pair(run), current_rules(run)
     change = effect(rows, before, rules, mission)
     lost, lost_before = (change[when]["irrecoverable_loss"] for when in ("after", "before"))
@@ -94,6 +99,7 @@ def choose(
     record = {
         "max_irrecoverable_loss": max_irrecoverable_loss,
         "promise": promised,
+        "appearance": {name: list(ends) for name, ends in appearance.items()} if appearance else None,
         "drop_threshold": rules.drop_threshold,
         "temperature": value.fit_temperature(
             truth_of(rows, mission), scores_of(rows, mission)
@@ -143,13 +149,15 @@ def _write(run: Run, records: Sequence[dict[str, Any]]) -> None:
 def current_rules(run: Run) -> Rules:
     """The rules with the run's threshold; without one if the file is of another pair or damaged."""
     records = _of_this_pair(run)
-    return Rules(drop_threshold=records[0]["drop_threshold"] if records else None)
+    if not records:
+        return Rules()
+    return Rules(drop_threshold=records[0]["drop_threshold"], appearance=records[0].get("appearance"))
 
 
 def rules_of(run: Run) -> Rules:
     """The rules that fly: with the run's threshold, if one was chosen; raises OrionError as `read` does."""
-    chosen = read(run.folder, run.gguf)
-    return Rules(drop_threshold=chosen[0] if chosen else None)
+    read(run.folder, run.gguf)
+    return current_rules(run)
 
 
 def promise_of(run: Run) -> dict[str, Any] | None:
@@ -158,9 +166,12 @@ def promise_of(run: Run) -> dict[str, Any] | None:
     return records[0].get("promise") if records else None
 
 
-def effect_on(run: Run, before: Rules, blank_frames: Sequence[str]) -> dict[str, Any]:
+def effect_on(
+    run: Run, before: Rules, blank_frames: Sequence[str], unlike_frames: Sequence[str] = ()
+) -> dict[str, Any]:
     """The effect of the run's threshold on the frames of its split, which was evaluated with the grammar."""
-    rows = under(with_blank(predictions_in(run.evaluation(CONSTRAINED), run.settings.mission), blank_frames), CONDITION)
+    answered = predictions_in(run.evaluation(CONSTRAINED), run.settings.mission)
+    rows = under(with_blank(answered, blank_frames, unlike_frames), CONDITION)
     return effect(rows, before, rules_of(run), run.settings.mission)
 
 
@@ -181,10 +192,15 @@ def effect(rows: Sequence[Prediction], before: Rules, after: Rules, mission: Mis
     }
 
 
-def with_blank(rows: Sequence[Prediction], blank_frames: Sequence[str]) -> list[Prediction]:
-    """The answers, with `blank` set for blank frames; the noise image of condition C is not blank."""
-    blank = set(blank_frames)
-    return [replace(row, blank=row.name in blank and row.condition != "C") for row in rows]
+def with_blank(
+    rows: Sequence[Prediction], blank_frames: Sequence[str], unlike_frames: Sequence[str] = ()
+) -> list[Prediction]:
+    """The answers, with `blank` and `unlike` set for these frames; not for the noise image of condition C."""
+    blank, unlike = set(blank_frames), set(unlike_frames)
+    return [
+        row if row.condition == "C" else replace(row, blank=row.name in blank, unlike=row.name in unlike)
+        for row in rows
+    ]
 
 
 def decided(rows: Sequence[Prediction], rules: Rules, mission: Mission) -> list[str | None]:
@@ -193,14 +209,24 @@ def decided(rows: Sequence[Prediction], rules: Rules, mission: Mission) -> list[
 
 
 def decision_of(row: Prediction, rules: Rules, mission: Mission) -> Decision:
-    return decide(mission, row.predicted, row.scores, blank=row.blank, rules=rules, field_scores=row.field_scores)
+    return decide(
+        mission,
+        row.predicted,
+        row.scores,
+        blank=row.blank,
+        rules=rules,
+        field_scores=row.field_scores,
+        unlike=row.unlike,
+    )
 
 
 def _is_dropped(category: str | None, mission: Mission) -> bool:
     return category is not None and not mission.kept(category)
 
 
-def lowest_threshold(rows: Sequence[Prediction], max_irrecoverable_loss: float, mission: Mission) -> float:
+def lowest_threshold(
+    rows: Sequence[Prediction], max_irrecoverable_loss: float, mission: Mission, appearance: Appearance | None = None
+) -> float:
     """The threshold that drops the most frames with at most this irrecoverable loss (a share) on these frames.
 
     The loss is the share of valuable frames (to be sent or stored) that are dropped. Choose the threshold on val,
@@ -210,7 +236,7 @@ def lowest_threshold(rows: Sequence[Prediction], max_irrecoverable_loss: float, 
     valuable = _valuable(rows, max_irrecoverable_loss, mission)
 
     def loss(threshold: float) -> float:
-        return sum(_lost(valuable, threshold, mission)) / len(valuable)
+        return sum(_lost(valuable, Rules(threshold, appearance=appearance), mission)) / len(valuable)
 
     thresholds = _candidates(rows, mission)
     # The loss falls as the threshold rises.
@@ -225,7 +251,11 @@ def lowest_threshold(rows: Sequence[Prediction], max_irrecoverable_loss: float, 
 
 
 def promising(
-    rows: Sequence[Prediction], limit: float, confidence: float, mission: Mission
+    rows: Sequence[Prediction],
+    limit: float,
+    confidence: float,
+    mission: Mission,
+    appearance: Appearance | None = None,
 ) -> tuple[Rules, dict[str, Any]]:
     """The rules with the lowest threshold that keeps the limit with this confidence, and the promise.
 
@@ -236,11 +266,13 @@ def promising(
     places = places_of(valuable)
 
     def losses(threshold: float) -> NDArray[np.float64]:
-        return promise.losses_by_place(_lost(valuable, threshold, mission), places)
+        rules = Rules(threshold, appearance=appearance)
+        return promise.losses_by_place(_lost(valuable, rules, mission), places)
 
     chosen = promise.lowest_within(_candidates(rows, mission), losses, limit, confidence)
     if chosen is not None:
-        return Rules(drop_threshold=chosen), promise.promise(losses(chosen), len(valuable), limit, confidence)
+        rules = Rules(chosen, appearance=appearance)
+        return rules, promise.promise(losses(chosen), len(valuable), limit, confidence)
     have, lost = len(losses(_NEVER)), math.ceil(float(losses(_NEVER).sum()))
     needed = promise.places_needed(lost, limit, confidence)
     kept = listed(mission.that("send", "store"))
@@ -279,8 +311,8 @@ def _valuable(rows: Sequence[Prediction], max_irrecoverable_loss: float, mission
     return valuable
 
 
-def _lost(valuable: Sequence[Prediction], threshold: float, mission: Mission) -> list[bool]:
-    return [_is_dropped(c, mission) for c in decided(valuable, Rules(drop_threshold=threshold), mission)]
+def _lost(valuable: Sequence[Prediction], rules: Rules, mission: Mission) -> list[bool]:
+    return [_is_dropped(c, mission) for c in decided(valuable, rules, mission)]
 
 
 def _candidates(rows: Sequence[Prediction], mission: Mission) -> list[float]:

@@ -43,10 +43,10 @@ def ask(questions: Questions, frame: bytes, bundle: dict[str, Any]) -> dict[str,
             f"the frame has {len(frame)} bytes, not {RAW_BYTES} (512x512x3). "
             "Give it raw RGB: PNG and JPEG are not read here."
         )
-    picture = picture_for(bundle, frame)
+    picture, unlike = picture_for(bundle, frame)
     if picture is None:
         return without_model(bundle, blank=True)
-    return with_model(bundle, *questions.ask_with_fields("the frame", picture))
+    return with_model(bundle, *questions.ask_with_fields("the frame", picture), unlike=unlike)
 
 
 def ask_in_time(questions: Questions, frame: bytes, bundle: dict[str, Any], seconds: float) -> dict[str, Any]:

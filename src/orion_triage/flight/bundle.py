@@ -22,7 +22,7 @@ from orion_triage.imagery.stretch import stretch_of
 from orion_triage.llama_cpp.server import OPTIONS, Server
 from orion_triage.llama_cpp.toolchain import PINNED_BUILD, WHEEL, WHEEL_SHA256, Toolchain, find_toolchain
 from orion_triage.mission.contract import portable
-from orion_triage.mission.decide import Rules, as_steps, in_words
+from orion_triage.mission.decide import as_steps, in_words
 from orion_triage.mission.mission import listed
 from orion_triage.mission.prompt import render_prompt
 from orion_triage.mission.verdict import category_grammar, cue_of, grammar, grammars
@@ -64,7 +64,7 @@ def run(
         raise OrionError(f"{out} exists and is not a bundle.", "Choose another folder with --out.")
     quantize.check_pair(run.gguf)
     point = threshold.read(run.folder, run.gguf)
-    rules = Rules(point[0] if point else None)
+    rules = threshold.rules_of(run)
     rows = _evaluated(run)
     verdict = _may_fly(run, accepted_risk)
     names = (quantize.QUANTIZED, quantize.MMPROJ, quantize.PAIR)
@@ -194,7 +194,7 @@ def _write_texts(
         "time_out": time_out,
         "time_out_factor": TIME_OUT_FACTOR,
         "blank_limits": BLANK_LIMITS,
-        "decision": in_words(mission, Rules(point[0] if point else None)),
+        "decision": in_words(mission, threshold.rules_of(run)),
         "promise": threshold.promise_of(run),
         "kept": listed(mission.that("send", "store")),
         "mission": mission,

@@ -436,7 +436,7 @@ def check_frame(
     data = (folder / image).read_bytes()
     began = time.monotonic()
     with time_limit(seconds, image):
-        picture = rules.picture_for(bundle, rules.pixels_of(data))
+        picture, unlike = rules.picture_for(bundle, rules.pixels_of(data))
         if picture is not None:
             answer, found, of_fields = questions.ask_with_fields(image, picture)
     result = {
@@ -453,7 +453,7 @@ def check_frame(
     if picture is None:
         outcome = rules.without_model(bundle, blank=True)
     else:
-        outcome = rules.with_model(bundle, answer, found, of_fields)
+        outcome = rules.with_model(bundle, answer, found, of_fields, unlike=unlike)
     result |= {"category": outcome["model_category"], "decision": {key: outcome[key] for key in expected}}
     if picture is None or golden["answer"] is None:
         result["why"] = _other_decision(image, result["decision"], expected)
@@ -465,7 +465,7 @@ def check_frame(
         with time_limit(limit, f"{image}, after the words of the ground"):
             found, of_fields = questions.score_after(image, picture, golden["answer"])
         result["decision"] = {
-            key: rules.with_model(bundle, golden["answer"], found, of_fields)[key] for key in expected
+            key: rules.with_model(bundle, golden["answer"], found, of_fields, unlike=unlike)[key] for key in expected
         }
     wanted, tolerances = golden["log_probabilities"], bundle["tolerances"]
     off = {label: abs(found[label] - wanted[label]) for label in wanted}

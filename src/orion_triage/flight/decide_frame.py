@@ -30,17 +30,42 @@ def grey(frame: bytes) -> list[bytes]:
     return [levels[row : row + CAMERA_SIZE] for row in range(0, len(levels), CAMERA_SIZE)]
 
 
-def is_blank(frame: bytes, rule: dict[str, Any]) -> bool:
+def is_blank(measures: dict[str, float], rule: dict[str, Any]) -> bool:
     """Whether a frame is below both limits of the step "blank rule": entropy, and mean |dx| + mean |dy|."""
-    first, last = rule["rows"]
+    return bool(measures["entropy_bits"] < rule["entropy_bits_below"] and measures["gradient"] < rule["gradient_below"])
+
+
+def is_unlike(measures: dict[str, float], step: dict[str, Any]) -> bool:
+    """Whether a measure of the frame is outside its range in the step "unlike training"."""
+    return any(not low <= measures[name] <= high for name, (low, high) in step["ranges"].items())
+
+
+def appearance(frame: bytes, between: list[int]) -> dict[str, float]:
+    """The measures of a frame on these rows: grey levels that 1, 50 and 99 % of the pixels reach, and others."""
+    first, last = between
     rows = grey(frame)[first : last + 1]
     pixels = b"".join(rows)
-    shares = [pixels.count(level) / len(pixels) for level in range(256)]
+    counts = [pixels.count(level) for level in range(256)]
+    shares = [count / len(pixels) for count in counts]
     entropy = -sum(share * math.log2(share) for share in shares if share)
     across = sum(abs(a - b) for row in rows for a, b in zip(row, row[1:]))  # noqa: B905, RUF007 - Python 3.9
     down = sum(abs(a - b) for above, row in zip(rows, rows[1:]) for a, b in zip(above, row))  # noqa: B905, RUF007
     gradient = across / (len(rows) * (CAMERA_SIZE - 1)) + down / ((len(rows) - 1) * CAMERA_SIZE)
-    return bool(entropy < rule["entropy_bits_below"] and gradient < rule["gradient_below"])
+    dark, middle, bright = (_level(counts, share * len(pixels)) for share in (1, 50, 99))
+    return {
+        "dark": dark, "middle": middle, "bright": bright, "contrast": bright - dark,
+        "entropy_bits": round(entropy, 6), "gradient": round(gradient, 6),
+    }  # fmt: skip
+
+
+def _level(counts: list[int], hundredths: int) -> int:
+    """The smallest grey level up to which there are as many pixels, in hundredths."""
+    seen = 0
+    for level, count in enumerate(counts):
+        seen += 100 * count
+        if seen >= hundredths:
+            return level
+    return len(counts) - 1
 
 
 def shrink(frame: bytes, size: int) -> bytes:
@@ -123,6 +148,7 @@ def decide(
     *,
     blank: bool = False,
     answered: bool = True,
+    unlike: bool = False,
 ) -> tuple[str | None, str]:
     """The category and what decided it: the first of the bundle's steps that applies.
 
@@ -143,6 +169,10 @@ def decide(
             probability = (field_scores or {}).get(step["field"], {}).get(step["value"], 0.0)
             if probability >= step["probability_at_least"]:
                 return step["category"], f"{step['field']} is {step['value']}"
+        elif name == "unlike training":
+            if unlike:
+                said = said if said in step["kept"] else step["without_scores"]
+                return (max(step["kept"], key=scores.__getitem__) if scores is not None else said), name
         elif name == "threshold":
             if scores is not None:
                 limit = step["drop_probability_at_least"]
@@ -193,7 +223,12 @@ def without_model(bundle: dict[str, Any], *, blank: bool, error: str = "") -> di
 
 
 def with_model(
-    bundle: dict[str, Any], answer: str, log_probabilities: dict[str, float], of_fields: dict[str, list[float]]
+    bundle: dict[str, Any],
+    answer: str,
+    log_probabilities: dict[str, float],
+    of_fields: dict[str, list[float]],
+    *,
+    unlike: bool = False,
 ) -> dict[str, Any]:
     """The outcome of a frame by its answer, the log-probabilities of the categories, and the probabilities of fields.
 
@@ -216,7 +251,7 @@ def with_model(
             raise ValueError
     except (ValueError, KeyError, TypeError, RecursionError):
         said, reason, values = None, None, None
-    category, by = decide(bundle["decision"], said, scores, field_scores)
+    category, by = decide(bundle["decision"], said, scores, field_scores, unlike=unlike)
     return {
         "answer": answer, "category": category, "decided_by": by, "model_category": said, "reason": reason,
         "scores": scores, "label_mass": mass, **({"fields": values, "field_scores": field_scores} if fields else {}),
@@ -224,7 +259,14 @@ def with_model(
     }  # fmt: skip
 
 
-def picture_for(bundle: dict[str, Any], frame: bytes) -> bytes | None:
-    """The PNG file that the model is asked about for a raw frame of RAW_BYTES; None if the frame is blank."""
-    rule, size = step_of(bundle, "blank rule"), bundle["frame_size"]
-    return None if rule and is_blank(frame, rule) else png(shrink(frame, size), size)
+def picture_for(bundle: dict[str, Any], frame: bytes) -> tuple[bytes | None, bool]:
+    """The PNG file that the model is asked about for a raw frame of RAW_BYTES, and whether the frame is unlike.
+
+    There is no picture if the frame is blank. Unlike: outside the ranges of the step "unlike training".
+    """
+    rule, kind, size = step_of(bundle, "blank rule"), step_of(bundle, "unlike training"), bundle["frame_size"]
+    between = (rule or kind or {}).get("rows")
+    measures = appearance(frame, between) if between else {}
+    if rule and is_blank(measures, rule):
+        return None, False
+    return png(shrink(frame, size), size), bool(kind and is_unlike(measures, kind))

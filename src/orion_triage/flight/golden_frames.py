@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from orion_triage.dataset.dataset import Dataset
 from orion_triage.errors import OrionError
 from orion_triage.flight import decide_frame
-from orion_triage.imagery.frames import CAMERA_SIZE, Frame, is_blank, shrink
+from orion_triage.imagery.frames import CAMERA_SIZE, Frame, appearance, looks_blank, shrink
 from orion_triage.llama_cpp.client import CANDIDATES, GREEDY, PRINTABLE, Client
 from orion_triage.mission.answer import Answer
-from orion_triage.mission.decide import BLANK_REASON, Rules, by_in_words, decide, drop_probability, holds
+from orion_triage.mission.decide import BLANK_REASON, Rules, by_in_words, decide, drop_probability, holds, is_unlike
 from orion_triage.mission.mission import Mission
 from orion_triage.mission.prompt import user_text, with_image
 from orion_triage.mission.scoring import FieldScores, Scoring
@@ -149,8 +149,9 @@ def ask(
         if not path.is_file():
             raise OrionError(f"{path} does not exist.", "Run 'orion dataset' to make it again.")
         image = dataset.frame(records[row["name"]], CAMERA_SIZE)
-        if mission.blank and is_blank(image):
-            continue  # decided by the blank rule: in flight, the model is not asked
+        measures = appearance(image)
+        if (mission.blank and looks_blank(measures)) or is_unlike(measures, rules):
+            continue  # decided by a rule, whatever the model answers
         found = asking.of(row, image, hard)
         if found:
             name = f"golden/{len(golden) + 1}-{found['category'].lower()}{'-hard' if hard else ''}.png"

@@ -15,12 +15,12 @@ from orion_triage.errors import OrionError
 from orion_triage.evaluate import threshold
 from orion_triage.evaluate.backends import Backend, LlamaCppBackend
 from orion_triage.export import quantize
-from orion_triage.imagery.frames import CAMERA_SIZE, PICTURE_SUFFIXES, is_blank, read_frame, shrink
+from orion_triage.imagery.frames import CAMERA_SIZE, PICTURE_SUFFIXES, appearance, looks_blank, read_frame, shrink
 from orion_triage.imagery.stretch import Stretch, stretch_of
 from orion_triage.llama_cpp.server import Server
 from orion_triage.llama_cpp.toolchain import find_toolchain
 from orion_triage.mission.answer import Answer
-from orion_triage.mission.decide import BLANK_REASON, Rules, by_in_words, decide
+from orion_triage.mission.decide import BLANK_REASON, Rules, by_in_words, decide, is_unlike
 from orion_triage.mission.mission import Mission, default_mission
 from orion_triage.mission.prompt import user_text
 from orion_triage.mission.verdict import Verdict, answer_tokens, parse_verdict
@@ -40,9 +40,9 @@ PICTURES = (*PICTURE_SUFFIXES, ".raw")
 class FrameVerdict:
     """The outcome for one file: the decided `verdict`, or `error` if the file was refused or nothing was decided.
 
-    `decided_by` is "model", "threshold 0.162", "smoke is yes" (a field's rule), "blank rule" or "no verdict"; empty if
-    the file was refused. `answer` is the model's; None if the model was not asked. `changes` are the conversions that
-    the file needed.
+    `decided_by` is "model", "threshold 0.162", "smoke is yes" (a field's rule), "unlike training", "blank rule" or "no
+    verdict"; empty if the file was refused. `answer` is the model's; None if the model was not asked. `changes` are the
+    conversions that the file needed.
     """
 
     file: str
@@ -85,7 +85,11 @@ def of_bundle(folder: Path) -> Flown:
     try:
         bundle = read_bundle(folder)
         step, stretch = step_of(bundle, "threshold"), bundle["stretch"]
-        rules = Rules(drop_threshold=float(step["drop_probability_at_least"]) if step else None)
+        unlike = step_of(bundle, "unlike training")
+        rules = Rules(
+            drop_threshold=float(step["drop_probability_at_least"]) if step else None,
+            appearance=unlike["ranges"] if unlike else None,
+        )
         limits, size = Stretch(**stretch) if stretch else None, int(bundle["frame_size"])
         mission = Mission.model_validate(bundle["mission"])
     except OtherVersionError as error:
@@ -103,7 +107,8 @@ def of_bundle(folder: Path) -> Flown:
 
 
 def _rules(rules: Rules) -> str:
-    return "no threshold" if rules.drop_threshold is None else f"threshold {rules.drop_threshold:.3f}"
+    decided = "no threshold" if rules.drop_threshold is None else f"threshold {rules.drop_threshold:.3f}"
+    return f"{decided}, unlike frames kept" if rules.appearance else decided
 
 
 def frames_in(paths: Iterable[Path], *, recursive: bool = False) -> tuple[list[Path], list[str]]:
@@ -153,6 +158,7 @@ def asked_by(flown: Flown, rules: Rules, resize: bool) -> str:
     """A short hash of the model and its settings; it must be the same for all lines of a results file."""
     parts = [sha256_of_file(flown.gguf / quantize.PAIR), flown.frame_size, rules.drop_threshold, resize, rules.blank]
     parts += [str(flown.stretch)] if flown.stretch else []
+    parts += [{name: list(ends) for name, ends in rules.appearance.items()}] if rules.appearance else []
     parts += [flown.mission.model_dump(mode="json")] if flown.mission != default_mission() else []
     return sha256_of_text(json.dumps(parts))[:12]
 
@@ -241,7 +247,8 @@ def triage_files(
         except OrionError as error:
             yield FrameVerdict(str(path), None, time.monotonic() - began, error=str(error))
             continue
-        blank = is_blank(frame.image)
+        measures = appearance(frame.image)
+        blank = looks_blank(measures)
         if by_rule := _by_blank_rule(mission, blank, rules):
             verdict, seconds = Verdict(BLANK_REASON, by_rule), time.monotonic() - began
             yield FrameVerdict(
@@ -251,7 +258,11 @@ def triage_files(
         (answer,) = backend.answer([shrink(frame.image, frame_size)], [text])
         said = parse_verdict(mission, answer.text)
         category = said.category if said else None
-        decision = decide(mission, category, answer.scores, blank=blank, rules=rules, field_scores=answer.field_scores)
+        unlike = is_unlike(measures, rules)
+        decision = decide(
+            mission, category, answer.scores,
+            blank=blank, rules=rules, field_scores=answer.field_scores, unlike=unlike,
+        )  # fmt: skip
         by = by_in_words(mission, decision, rules)
         decided = replace(said or Verdict("", ""), category=decision.category) if decision.category else None
         error_text = "" if decided else f"{path}: the model gave no verdict. Run 'orion evaluate' to check the run."

@@ -8,6 +8,7 @@ Pictures from outside become 8-bit RGB in `png_jpeg.py` and `geotiff.py`, by the
 """
 
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,12 +119,33 @@ def is_blank(image: Image.Image) -> bool:
     Computed on rows 16..479 in grey levels: blank if the entropy is below 4.0 bits AND mean |dx| + mean |dy| is
     below 1. Correct on all 55 real frames that were tested; each measure alone fails on some.
     """
+    return looks_blank(appearance(image))
+
+
+def looks_blank(measures: Mapping[str, float]) -> bool:
+    """Whether a frame with these measures (`appearance`) is blank."""
+    return measures["entropy_bits"] < BLANK_ENTROPY_BITS and measures["gradient"] < BLANK_GRADIENT
+
+
+def appearance(image: Image.Image) -> dict[str, float]:
+    """Measures of a 512x512 frame on rows 16..479 in grey levels, by which frames of another kind differ.
+
+    `dark`, `middle` and `bright`: the grey levels that 1, 50 and 99 % of the pixels reach; `contrast`: bright - dark;
+    `entropy_bits`; `gradient`: mean |dx| + mean |dy|. The flight computes the same (flight/decide_frame.py): the last
+    two are rounded to 6 decimals, which is coarser than what two orders of summation differ by.
+    """
     first, last = BLANK_ROWS
     grey = np.asarray(image.convert("L"), dtype=np.float64)[first : last + 1]
-    counts = np.bincount(grey.astype(np.uint8).ravel(), minlength=256) / grey.size
-    entropy = float(-(counts[counts > 0] * np.log2(counts[counts > 0])).sum())
+    counts = np.bincount(grey.astype(np.uint8).ravel(), minlength=256)
+    cumulated = np.cumsum(counts)
+    dark, middle, bright = (int(np.searchsorted(100 * cumulated, share * grey.size)) for share in (1, 50, 99))
+    shares = counts[counts > 0] / grey.size
+    entropy = float(-(shares * np.log2(shares)).sum())
     gradient = float(np.abs(np.diff(grey, axis=1)).mean() + np.abs(np.diff(grey, axis=0)).mean())
-    return entropy < BLANK_ENTROPY_BITS and gradient < BLANK_GRADIENT
+    return {
+        "dark": dark, "middle": middle, "bright": bright, "contrast": bright - dark,
+        "entropy_bits": round(entropy, 6), "gradient": round(gradient, 6),
+    }  # fmt: skip
 
 
 def noise_frame(kind: str, size: int) -> Image.Image:

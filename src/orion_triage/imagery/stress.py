@@ -24,8 +24,9 @@ Apply = Callable[[Pixels, float, np.random.Generator], Pixels]
 Strength = Literal["mild", "medium", "strong"]
 STRENGTHS: tuple[Strength, ...] = get_args(Strength)
 
-# Version of what the stresses do. Increase it if a change can give a frame other pixels: finished answers are outdated.
-VERSION = 1
+# Version of what the stresses do and of what is stored of a frame. Increase it if a change can give a frame other
+# pixels or measures: finished answers are outdated.
+VERSION = 2
 AIRLIGHT = 0.8  # linear; of thick haze and of cloud, as bright as sunlit cloud beside a saturation of 1
 CLOUD_SCALE = 40.0  # pixels, sigma of the field's smoothing: patches of a quarter of the frame
 READ_NOISE = 10.0  # electrons; of an industrial CMOS sensor at high gain it is 2 to 10

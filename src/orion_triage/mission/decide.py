@@ -1,11 +1,13 @@
 """The decision about a frame, shared by flight, report, threshold and bundle."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from orion_triage.mission.mission import FieldOfAnswer, Mission, listed
 from orion_triage.mission.scoring import FieldScores
+
+Appearance = Mapping[str, Sequence[float]]  # measure of a frame -> its smallest and largest value among those known
 
 BLANK_REASON = "Blank frame: no image content to judge."
 
@@ -16,10 +18,12 @@ class Rules:
 
     `blank`: a blank frame gets the mission's category for it, whatever the model answers. `drop_threshold`: a frame is
     dropped if the probability of the categories that are dropped is at least this value; above 1, scores drop no frame.
+    `appearance`: a frame with a measure outside these ranges is kept, because the model was not made for it.
     """
 
     drop_threshold: float | None = None
     blank: bool = True
+    appearance: Appearance | None = None
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Decision:
     """
 
     category: str | None
-    by: Literal["blank rule", "field rule", "threshold", "model", "no verdict"]
+    by: Literal["blank rule", "field rule", "unlike training", "threshold", "model", "no verdict"]
     field: str = ""
 
 
@@ -43,16 +47,19 @@ def decide(
     blank: bool,
     rules: Rules,
     field_scores: FieldScores | None = None,
+    unlike: bool = False,
 ) -> Decision:
     """The decision about one frame.
 
     `said` is the answer's category, None without a verdict; `scores` are the probabilities of the mission's categories,
-    or None, and `field_scores` those of its fields' values. Steps in this order:
+    or None, and `field_scores` those of its fields' values. `unlike`: whether the frame is outside the ranges of
+    `rules.appearance` (`is_unlike`). Steps in this order:
 
     1. A blank frame gets the mission's category for blank frames, if it has one and the rule is on.
     2. An answer without a verdict decides nothing, whatever its scores; the mission can give it a category.
     3. The first field whose rule holds gives the rule's category.
-    4. With a threshold, the scores decide: if the categories that are dropped have it together, the likeliest of them,
+    4. An unlike frame is kept: it gets the likeliest of the categories that are not dropped.
+    5. With a threshold, the scores decide: if the categories that are dropped have it together, the likeliest of them,
        else the likeliest of the others (the first if equal). An answer without scores keeps its category.
     """
     if blank and rules.blank and mission.blank:
@@ -62,13 +69,27 @@ def decide(
     for field in mission.fields:
         if field.when and holds(field, field_scores or {}):
             return Decision(field.then, "field rule", field.name)
+    kept = mission.that("send", "store")
+    if unlike and rules.appearance and kept:
+        return Decision(_kept_as(mission, said, scores), "unlike training")
     if rules.drop_threshold is None or scores is None:
         return Decision(said, "model")
     of = dict(zip(mission.names, scores, strict=True))
     drops = drop_probability(mission, scores) >= rules.drop_threshold
-    return Decision(
-        max(mission.that("drop") if drops else mission.that("send", "store"), key=of.__getitem__), "threshold"
-    )
+    return Decision(max(mission.that("drop") if drops else kept, key=of.__getitem__), "threshold")
+
+
+def _kept_as(mission: Mission, said: str, scores: Sequence[float] | None) -> str:
+    """The likeliest category that is not dropped; without scores the model's own, or else one that is stored."""
+    if scores is not None:
+        of = dict(zip(mission.names, scores, strict=True))
+        return max(mission.that("send", "store"), key=of.__getitem__)
+    return said if mission.kept(said) else (mission.that("store") or mission.that("send"))[0]
+
+
+def is_unlike(measures: Mapping[str, float], rules: Rules) -> bool:
+    """Whether a measure of a frame is outside its range; never without ranges."""
+    return any(not low <= measures[name] <= high for name, (low, high) in (rules.appearance or {}).items())
 
 
 def holds(field: FieldOfAnswer, field_scores: FieldScores) -> bool:
@@ -113,6 +134,16 @@ def as_steps(mission: Mission, rules: Rules, blank_limits: dict[str, Any]) -> li
         for field in mission.fields
         if field.when
     ]
+    if rules.appearance and mission.that("send", "store"):
+        steps.append(
+            {
+                "step": "unlike training",
+                "rows": blank_limits["rows"],
+                "ranges": {name: list(ends) for name, ends in rules.appearance.items()},
+                "kept": list(mission.that("send", "store")),
+                "without_scores": (mission.that("store") or mission.that("send"))[0],
+            }
+        )
     if rules.drop_threshold is not None:
         steps.append(
             {
@@ -141,6 +172,12 @@ def in_words(mission: Mission, rules: Rules) -> list[str]:
         for field in mission.fields
         if field.when
     ]
+    if rules.appearance and mission.that("send", "store"):
+        either = listed(mission.that("send", "store"), "or")
+        words.append(
+            'A frame with a measure outside its range (grey levels, entropy, gradient: "ranges" in bundle.json) is '
+            f"unlike all frames that the model was made from. It is kept: {either}, whichever has the higher score."
+        )
     if rules.drop_threshold is None:
         words.append("Otherwise, use the category in the answer. No threshold was chosen.")
         return words

@@ -256,16 +256,19 @@ def wrong_answers(results: dict[str, Any], rows: Sequence[Row]) -> list[WrongAns
     flown = flight_model(results) == FLIGHT
     blank = results["blank_frames"] if flown else []
     point = results["operating_point"] if flown else None
-    rules = Rules(drop_threshold=point["drop_threshold"] if point else None)
+    rules = Rules(point["drop_threshold"], appearance=point["appearance"]) if point else Rules()
+    outside = results["unlike_frames"] if flown else []
     answered = [prediction_of(row, mission) for row in rows]
     wrong = []
-    for row, answer, prediction in zip(rows, answered, as_flown(answered, blank, rules, mission), strict=True):
+    for row, answer, prediction in zip(rows, answered, as_flown(answered, blank, rules, mission, outside), strict=True):
         predicted = prediction.predicted
         if prediction.condition not in "AB" or predicted == prediction.truth:
             continue
         priced = costs[prediction.truth]
         scores = dict(zip(mission.names, prediction.scores or (), strict=False))
-        decision = threshold.decision_of(replace(answer, blank=prediction.blank), rules, mission)
+        decision = threshold.decision_of(
+            replace(answer, blank=prediction.blank, unlike=prediction.unlike), rules, mission
+        )
         asked = Coordinates(**row["coordinates"]) if row["coordinates"] else None
         wrong.append(
             WrongAnswer(
