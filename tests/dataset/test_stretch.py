@@ -173,6 +173,7 @@ def test_the_operators_readme_has_the_formula() -> None:
         "decision": [],
         "mission": MISSION,
         "temperature": 1.5,
+        "promise": None,
         "time_out": 60,
         "time_out_factor": 10,
         "blank_limits": {"rows": [16, 479], "entropy_bits_below": 4.0, "gradient_below": 1.0},

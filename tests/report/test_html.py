@@ -313,14 +313,15 @@ def test_the_threshold_has_its_section(wrong_results: dict[str, Any]) -> None:
             "drop_threshold": threshold,
             "temperature": 1.75,
             "promise": None,
+            "appearance": None,
             "A": point,
             "B": point,
         }
         document = check(html.render_html(results, [], lambda image: None))
         section = document.section("Threshold")
         assert said in section
-        assert "sent 50.0 % 25.0 % 50.0 % 25.0 % dropped 6.2 % 12.5 % 6.2 % 12.5 %" in section
-        assert "cost per frame 0.75 0.50 0.75 0.50" in section
+        assert "sent in orbit 50.0 % 25.0 % 50.0 % 25.0 % dropped in orbit 6.2 % 12.5 % 6.2 % 12.5 %" in section
+        assert "cost per frame in orbit 0.75 0.50 0.75 0.50" in section
         assert re.search(r"scaling with 1\.75, fitted on val, changes the NLL in B from 0\.\d\d to 0\.33\.", section)
         named = "threshold 0.42" if threshold < 1 else "no threshold"
         summary = document.section("Summary")
@@ -363,7 +364,7 @@ def test_charts_show_the_values_of_the_results(wrong_results: dict[str, Any]) ->
     axes = Figure().subplots()
     plot.value_against_budget(axes, results, ["flight"])
     curves = {line.get_label(): line.get_xydata() for line in axes.lines}
-    assert set(curves) == {"random order", "larger PNG first", "flight"}
+    assert set(curves) == {"random order", "true value (ideal)", "larger PNG first", "flight"}
     curve = results["models"]["flight"]["B"]["value_curve"]
     assert curves["flight"] == pytest.approx(100 * np.array([curve["budget"], curve["value"]]).T)
     assert curves["flight"][[0, -1]].tolist() == [[0, 0], [100, 100]]

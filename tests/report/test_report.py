@@ -294,5 +294,5 @@ def test_figures_of_another_version_are_not_taken_over(run: Run) -> None:
     path.write_text(json.dumps(results))
     assert build_results(run)["baselines"] == results["baselines"]
     path.write_text(json.dumps(results | {"schema_version": 2}))
-    with pytest.raises(OrionError, match="schema version 2 instead of 7"):
+    with pytest.raises(OrionError, match="schema version 2 instead of 8"):
         build_results(run)

@@ -34,8 +34,9 @@ def judge(predictions: Sequence[Prediction], places: Mapping[str, Coordinates], 
     truth = truth_of(predictions, mission)
     guess = guess_of([p.predicted for p in predictions], mission)
     where = [places[p.name] for p in predictions]
+    named = [f"{place.lon} {place.lat}" for place in where]
     blocks = [geographic_block(place.lon, place.lat) for place in where]
-    in_orbit = orbit.orbit(truth, guess, places_of(predictions), mission)
+    in_orbit = orbit.orbit(truth, guess, named, mission)
     constant, constant_cost = value.best_constant(truth, mission, orbit.weights(truth, mission))
     kappa, left_out = value.quadratic_kappa(truth, guess, mission)
     categories = len(mission.names)
@@ -45,7 +46,7 @@ def judge(predictions: Sequence[Prediction], places: Mapping[str, Coordinates], 
         measured = float(statistic(confusion(truth, guess, categories)))
         return {name: _number(x) for name, x in (("value", measured), ("low", low), ("high", high))}
 
-    headline = headline_of(predictions, mission)
+    headline = value.headline(truth, guess, named, mission)
     over_blocks = value.headline(truth, guess, blocks, mission)
     return {
         "places": len(set(where)),
