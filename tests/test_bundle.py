@@ -237,8 +237,7 @@ def test_a_run_bundled_again_differs_in_its_operating_point_only(made: Path, sma
     without, with_threshold = one.pop("decision"), two.pop("decision")
     unlike, step = [step for step in with_threshold if step not in without]
     assert unlike == {
-        "step": "unlike training", "rows": [16, 479], "ranges": ranges, "kept": ["HIGH", "MEDIUM"],
-        "without_scores": "MEDIUM",
+        "step": "unlike training", "rows": [16, 479], "ranges": ranges, "dropped": ["LOW"], "instead": ["MEDIUM"],
     }  # fmt: skip
     assert step == {
         "step": "threshold", "drop_probability_at_least": 0.25, "dropped": ["LOW"], "kept": ["HIGH", "MEDIUM"]
@@ -248,7 +247,7 @@ def test_a_run_bundled_again_differs_in_its_operating_point_only(made: Path, sma
     assert {image["decided_by"] for image in decided[1]} == {"threshold 0.250"}
     first, second = ((folder / "README.txt").read_text().splitlines() for folder in (made, again))
     *calibrated, kept, decision, unscored = [line for line in second if line not in first]
-    assert "is unlike all frames that the model was made from. It is kept: HIGH or MEDIUM" in kept
+    assert "unlike all frames that the model was made from. If the next steps would drop it, it is MEDIUM" in kept
     assert "the scores to the power of 1 / 1.5000" in calibrated[0]
     assert [line.strip() for line in calibrated[1:]] == [
         "The decision takes the scores without it.",

@@ -345,12 +345,15 @@ def test_an_operating_point_is_chosen_on_val_kept_and_flown(finished: Path, tmp_
     guarded = orion("threshold", "--max-irrecoverable-loss", "100%", "--loosen", "--keep-unlike", cwd=folder)
     assert guarded.returncode == 0, guarded.stderr
     assert re.search(r"frames unlike those of train and val are kept: 0 of val, \d of test\n", guarded.stdout)
-    Image.fromarray(np.asarray(structured_picture(1)) // 8 + 200).save(folder / "hazy.png")
-    told = orion("triage", "good.png", "hazy.png", "--json", cwd=folder)
+    squares = np.indices((512, 512)).sum(axis=0) // 4 % 2 * 255  # stripes of black and white, which no tile has
+    Image.fromarray(squares.astype(np.uint8)).convert("RGB").save(folder / "stripes.png")
+    told = orion("triage", "good.png", "stripes.png", "--json", cwd=folder)
     assert "unlike frames kept" in told.stderr
-    hazy = json.loads(told.stdout)[1]
-    assert hazy["decided_by"] == "unlike training"
-    assert hazy["category"] in ("HIGH", "MEDIUM")
+    stripes = json.loads(told.stdout)[1]
+    limit = json.loads((run / "operating_point.json").read_text())["drop_threshold"]
+    would_be_dropped = stripes["scores"]["LOW"] >= limit
+    assert (stripes["decided_by"] == "unlike training") is would_be_dropped
+    assert stripes["category"] in ("HIGH", "MEDIUM")
     assert orion("threshold", "--undo", cwd=folder).returncode == 0
     promise = orion("threshold", "--confidence", "95%", cwd=folder)
     assert_refused(

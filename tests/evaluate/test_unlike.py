@@ -53,14 +53,17 @@ def test_an_unlike_frame_is_kept_after_the_rules_before_it() -> None:
         found = decide(own, L, dropped, blank=False, rules=rules, unlike=True)
         assert (found.category, by_in_words(own, found, rules)) == (M, "unlike training")
     assert decide(own, L, None, blank=False, rules=GUARD, unlike=True).category == M, "stored, without scores"
-    assert decide(own, H, None, blank=False, rules=GUARD, unlike=True).category == H
+    assert decide(own, L, (0.4, 0.1, 0.5), blank=False, rules=GUARD, unlike=True).category == M, "stored, not sent"
+    for scores, said in (((0.5, 0.2, 0.3), H), (None, H), ((0.2, 0.5, 0.3), M)):
+        kept = decide(own, said, scores, blank=False, rules=GUARD, unlike=True)
+        assert (kept.category, kept.by) == (said, "model"), "what is kept anyway stays as it is"
     assert decide(own, L, dropped, blank=False, rules=Rules(), unlike=True).category == L, "the rule is off"
     assert decide(own, L, dropped, blank=False, rules=GUARD, unlike=False).by == "model"
     ruled = mission(SENDS)
     assert decide(ruled, "SEA", (0.1, 0.9), blank=False, rules=GUARD, field_scores=YES, unlike=True).by == "field rule"
-    assert "is unlike all frames that the model was made from. It is kept: HIGH or MEDIUM" in " ".join(
-        in_words(own, GUARD)
-    )
+    assert "If the next steps would drop it, it is MEDIUM instead." in " ".join(in_words(own, GUARD))
+    two = mission()  # SHIP is sent and SEA is dropped: nothing is stored
+    assert decide(two, "SEA", (0.1, 0.9), blank=False, rules=GUARD, unlike=True).category == "SHIP"
 
 
 def test_a_measure_on_its_limit_is_inside() -> None:
@@ -107,6 +110,6 @@ def test_a_threshold_counts_what_the_rule_keeps() -> None:
     assert lowest_threshold(rows, 0.0, MISSION) == pytest.approx(2.0)
     assert lowest_threshold(rows, 0.0, MISSION, RANGES) == pytest.approx(0.9), "which drops none of the others"
     flown = as_flown(rows, [], Rules(0.1, appearance=RANGES), MISSION, ["0"])
-    assert [row.predicted for row in flown] == [H, L, L, L]
+    assert [row.predicted for row in flown] == [M, L, L, L]
     blind = [Prediction("C", "0", H, L, scores=(0.0, 0.0, 1.0))]
     assert as_flown(blind, [], GUARD, MISSION, ["0"])[0].predicted == L, "the noise image is not the frame"

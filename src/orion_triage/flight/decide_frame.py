@@ -154,6 +154,7 @@ def decide(
 
     `said` is the category of the answer, None without a verdict. Raises ValueError for a step of another version.
     """
+    guard: dict[str, Any] | None = None
     for step in steps:
         name = step["step"]
         if name == "blank rule":
@@ -170,20 +171,27 @@ def decide(
             if probability >= step["probability_at_least"]:
                 return step["category"], f"{step['field']} is {step['value']}"
         elif name == "unlike training":
-            if unlike:
-                said = said if said in step["kept"] else step["without_scores"]
-                return (max(step["kept"], key=scores.__getitem__) if scores is not None else said), name
+            guard = step if unlike else None
         elif name == "threshold":
             if scores is not None:
                 limit = step["drop_probability_at_least"]
                 drops = sum(scores[label] for label in step["dropped"]) >= limit
                 among = step["dropped"] if drops else step["kept"]
-                return max(among, key=scores.__getitem__), f"threshold {limit:.3f}"
+                return guarded(guard, max(among, key=scores.__getitem__), f"threshold {limit:.3f}", scores)
         elif name == "model":
-            return said, name
+            return guarded(guard, said, name, scores)
         else:
             raise ValueError(f"the step {name} is not known")
     raise ValueError("no step decides")
+
+
+def guarded(
+    guard: dict[str, Any] | None, category: str | None, by: str, scores: dict[str, float] | None
+) -> tuple[str | None, str]:
+    """The decision, or that of the step "unlike training" if it would drop an unlike frame."""
+    if guard is None or category not in guard["dropped"]:
+        return category, by
+    return max(guard["instead"], key=lambda name: scores[name] if scores else 0.0), "unlike training"
 
 
 def fits(field: dict[str, Any], value: object) -> bool:

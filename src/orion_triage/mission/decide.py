@@ -18,7 +18,8 @@ class Rules:
 
     `blank`: a blank frame gets the mission's category for it, whatever the model answers. `drop_threshold`: a frame is
     dropped if the probability of the categories that are dropped is at least this value; above 1, scores drop no frame.
-    `appearance`: a frame with a measure outside these ranges is kept, because the model was not made for it.
+    `appearance`: a frame with a measure outside these ranges is never dropped by scores or answer: the model was not
+    made for it.
     """
 
     drop_threshold: float | None = None
@@ -58,9 +59,9 @@ def decide(
     1. A blank frame gets the mission's category for blank frames, if it has one and the rule is on.
     2. An answer without a verdict decides nothing, whatever its scores; the mission can give it a category.
     3. The first field whose rule holds gives the rule's category.
-    4. An unlike frame is kept: it gets the likeliest of the categories that are not dropped.
-    5. With a threshold, the scores decide: if the categories that are dropped have it together, the likeliest of them,
+    4. With a threshold, the scores decide: if the categories that are dropped have it together, the likeliest of them,
        else the likeliest of the others (the first if equal). An answer without scores keeps its category.
+    5. An unlike frame that would be dropped by step 4 or by its answer is stored instead, or sent if nothing is stored.
     """
     if blank and rules.blank and mission.blank:
         return Decision(mission.blank, "blank rule")
@@ -69,22 +70,27 @@ def decide(
     for field in mission.fields:
         if field.when and holds(field, field_scores or {}):
             return Decision(field.then, "field rule", field.name)
-    kept = mission.that("send", "store")
-    if unlike and rules.appearance and kept:
-        return Decision(_kept_as(mission, said, scores), "unlike training")
     if rules.drop_threshold is None or scores is None:
-        return Decision(said, "model")
-    of = dict(zip(mission.names, scores, strict=True))
-    drops = drop_probability(mission, scores) >= rules.drop_threshold
-    return Decision(max(mission.that("drop") if drops else kept, key=of.__getitem__), "threshold")
-
-
-def _kept_as(mission: Mission, said: str, scores: Sequence[float] | None) -> str:
-    """The likeliest category that is not dropped; without scores the model's own, or else one that is stored."""
-    if scores is not None:
+        decision = Decision(said, "model")
+    else:
         of = dict(zip(mission.names, scores, strict=True))
-        return max(mission.that("send", "store"), key=of.__getitem__)
-    return said if mission.kept(said) else (mission.that("store") or mission.that("send"))[0]
+        drops = drop_probability(mission, scores) >= rules.drop_threshold
+        among = mission.that("drop") if drops else mission.that("send", "store")
+        decision = Decision(max(among, key=of.__getitem__), "threshold")
+    if unlike and rules.appearance and not mission.kept(decision.category) and (instead := _instead(mission)):
+        return Decision(_likeliest(mission, instead, scores), "unlike training")
+    return decision
+
+
+def _instead(mission: Mission) -> tuple[str, ...]:
+    """The categories of unlike frames that would be dropped: those that are stored, or else sent."""
+    return mission.that("store") or mission.that("send")
+
+
+def _likeliest(mission: Mission, among: Sequence[str], scores: Sequence[float] | None) -> str:
+    """The likeliest of these categories, the first if equal or without scores."""
+    of = dict(zip(mission.names, scores or [0.0] * len(mission.names), strict=True))
+    return max(among, key=of.__getitem__)
 
 
 def is_unlike(measures: Mapping[str, float], rules: Rules) -> bool:
@@ -114,6 +120,8 @@ def drop_probability(mission: Mission, scores: Sequence[float]) -> float:
 def as_steps(mission: Mission, rules: Rules, blank_limits: dict[str, Any]) -> list[dict[str, Any]]:
     """The rules as data for programs, in the order of `decide`: the first step that applies decides.
 
+    But for "unlike training", which is for the decisions of the steps after it: what they would drop is kept.
+
     `blank_limits` are the limits of the blank rule (rows, entropy in bits, gradient in grey levels). The step "no
     answer" is for a frame that was refused or that the model did not answer in time: it is kept and counted. A category
     of None keeps the frame, too.
@@ -134,14 +142,14 @@ def as_steps(mission: Mission, rules: Rules, blank_limits: dict[str, Any]) -> li
         for field in mission.fields
         if field.when
     ]
-    if rules.appearance and mission.that("send", "store"):
+    if rules.appearance and _instead(mission):
         steps.append(
             {
                 "step": "unlike training",
                 "rows": blank_limits["rows"],
                 "ranges": {name: list(ends) for name, ends in rules.appearance.items()},
-                "kept": list(mission.that("send", "store")),
-                "without_scores": (mission.that("store") or mission.that("send"))[0],
+                "dropped": list(mission.that("drop")),
+                "instead": list(_instead(mission)),
             }
         )
     if rules.drop_threshold is not None:
@@ -172,11 +180,11 @@ def in_words(mission: Mission, rules: Rules) -> list[str]:
         for field in mission.fields
         if field.when
     ]
-    if rules.appearance and mission.that("send", "store"):
-        either = listed(mission.that("send", "store"), "or")
+    if rules.appearance and _instead(mission):
         words.append(
             'A frame with a measure outside its range (grey levels, entropy, gradient: "ranges" in bundle.json) is '
-            f"unlike all frames that the model was made from. It is kept: {either}, whichever has the higher score."
+            f"unlike all frames that the model was made from. If the next steps would drop it, it is "
+            f"{listed(_instead(mission), 'or')} instead."
         )
     if rules.drop_threshold is None:
         words.append("Otherwise, use the category in the answer. No threshold was chosen.")
