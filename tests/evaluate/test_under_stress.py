@@ -233,7 +233,7 @@ def test_answers_of_another_pair_or_version_are_left_out(run: Run, monkeypatch: 
     assert again is not None
     assert {row["stress"] for row in again["rows"]} == {"exposure"}
     # A change of what a stress does, made as a developer would: the version.
-    monkeypatch.setattr("orion_triage.imagery.stress.VERSION", 2)
+    monkeypatch.setattr("orion_triage.imagery.stress.VERSION", 99)
     assert stress_results(run)["outdated"] == ["exposure", "partial"]  # type: ignore[index]
 
 
