@@ -20,12 +20,22 @@ from orion_triage.dataset.dataset import Dataset
 from orion_triage.dataset.records import IMAGES_FOLDER, Record, write_split
 from orion_triage.errors import OrionError, ParityError
 from orion_triage.evaluate import features, threshold, variants
+from orion_triage.evaluate.metrics import Prediction
 from orion_triage.evaluate.results import BENCH_FILE, as_flown, build_results, seconds_per_frame
 from orion_triage.evaluate.run import predictions_in
 from orion_triage.evaluate.run import run as evaluate
 from orion_triage.evaluate.seeds import evaluated
 from orion_triage.evaluate.variants import wanted
-from orion_triage.evaluate.verdict import DO_NOT_FLY, FLY, NOT_ENOUGH, assess, better_than, camera, lost
+from orion_triage.evaluate.verdict import (
+    DO_NOT_FLY,
+    FLY,
+    NOT_ENOUGH,
+    assess,
+    better_than,
+    camera,
+    lost,
+    trusts_the_image,
+)
 from orion_triage.export.quantize import PAIR
 from orion_triage.mission.answer import Answer
 from orion_triage.mission.decide import Rules
@@ -420,6 +430,25 @@ def test_a_baseline_is_beaten_failed_against_or_undecided() -> None:
     assert compared(15, 11, 34) == "open"
     assert compared(11, 11, 38) == "fail"
     assert compared(30, 20, 950) == "fail"  # at most 2.5 points better: not worth the seconds
+
+
+def test_trust_in_coordinates_is_judged_over_places() -> None:
+    """Six frames that stay right show it if they are of six places, and not if they are tiles of two."""
+
+    def outcome(tiles: int, kept: int = 6, moved: int = 0, wrong_in_b: int = 0) -> str:
+        said = ["HIGH"] * kept + ["LOW"] * (moved + wrong_in_b)
+        rows = []
+        for number, answer in enumerate(said):
+            place, without = str(number // tiles), "LOW" if number >= kept + moved else "HIGH"
+            rows.append(Prediction("D", f"{number}", "HIGH", answer, donor_category="LOW", place=place))
+            rows.append(Prediction("B", f"{number}", "HIGH", without, place=place))
+        rates = {"count": len(said), "trusted_vision": kept, "moved_to_coordinates": moved}
+        return trusts_the_image(rates, rows, 0.05).outcome
+
+    assert (outcome(1), outcome(3)) == ("pass", "open")
+    assert outcome(1, kept=6, wrong_in_b=6) == "pass", "an error of vision counts for neither"
+    assert outcome(1, kept=6, moved=6) == "fail"
+    assert outcome(1, kept=6, moved=2) == "open"
 
 
 def test_prompts_are_read_as_the_product_writes_them() -> None:

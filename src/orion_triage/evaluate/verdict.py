@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from orion_triage.evaluate.metrics import Change, Prediction, compare, under
+from orion_triage.evaluate.clusters import paired_test
+from orion_triage.evaluate.metrics import Change, Prediction, compare, places_of, under
 from orion_triage.evaluate.statistics import holm, wilson
 from orion_triage.mission.mission import Mission, listed
 from orion_triage.settings import VerdictSettings
@@ -103,7 +104,7 @@ def _criteria(
     if "C" in rates and "A" in rates:
         yield looks(answers, needed)
     if "D" in rates:
-        yield trusts_the_image(rates["D"], needed.significance)
+        yield trusts_the_image(rates["D"], answers, needed.significance)
     if "quantized" in predictions and "fine-tuned" in predictions:
         yield quantization(predictions, needed)
     yield parity(results["parity"], results["failed_gate"])
@@ -273,18 +274,17 @@ def looks(answers: Sequence[Prediction], needed: VerdictSettings) -> Criterion:
     )  # fmt: skip
 
 
-def trusts_the_image(rates: Mapping[str, Any], significance: float) -> Criterion:
+def trusts_the_image(rates: Mapping[str, Any], answers: Sequence[Prediction], significance: float) -> Criterion:
     """Whether conflicting coordinates (D) leave the answer to the image.
 
     Frames right under D against those that moved to the category of the coordinates' place; a frame that has the same
-    wrong answer without coordinates is an error of vision, and counts for neither.
+    wrong answer without coordinates is an error of vision, and counts for neither. The test is over places.
     """
-    from scipy.stats import binomtest
-
     kept, moved = rates["trusted_vision"], rates["moved_to_coordinates"]
     name, wanted = "trusts the image (D)", f"more right, p < {significance:g}"
     measured = f"{kept} of {rates['count']} right, {moved} moved to false coordinates"
-    p = float(binomtest(kept, kept + moved).pvalue) if kept + moved else 1.0
+    rows, without = under(answers, "D"), {p.name: p.predicted for p in under(answers, "B")}
+    p = paired_test([_trust(row, without.get(row.name)) for row in rows], places_of(rows)).exact_p
     share = moved / rates["count"]
     if kept > moved and p < significance:
         return Criterion(name, measured, wanted, "pass", "", share)
@@ -294,6 +294,13 @@ def trusts_the_image(rates: Mapping[str, Any], significance: float) -> Criterion
             advice = "The model is right on no frame here: train longer, or on more frames."
         return Criterion(name, measured, wanted, "fail", advice, share)
     return Criterion(name, measured, wanted, "open", "Label more test frames.", share)
+
+
+def _trust(row: Prediction, without: str | None) -> int:
+    """1 for an answer of the image under D, -1 for one that moved to the category of the coordinates, 0 otherwise."""
+    if row.predicted == row.truth:
+        return 1
+    return -int(row.predicted is not None and row.predicted == row.donor_category != without)
 
 
 def quantization(predictions: Predictions, needed: VerdictSettings) -> Criterion:
