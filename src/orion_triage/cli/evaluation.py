@@ -481,14 +481,17 @@ def _print_effects(effects: dict[str, dict[str, Any]], mission: Any) -> None:
     from rich.table import Table
 
     from orion_triage.mission.mission import listed
-    from orion_triage.report.render import rate, share
+    from orion_triage.report.render import rate
+    from orion_triage.templates import percent
 
     kept, sent = listed(mission.that("send", "store")), listed(mission.that("send")) or "to be sent"
     table = Table("split", "", f"{kept} lost", f"{sent} found", "sent*", "dropped*", title="Before and after")
     for split, effect in effects.items():
         for when in ("before", "after"):
             values = effect[when]
-            shares = [share(values["orbit"][name]) if values["orbit"] else "-" for name in ("sent", "dropped")]
+            shares = [
+                percent(values["orbit"][name]["value"]) if values["orbit"] else "-" for name in ("sent", "dropped")
+            ]
             table.add_row(split, when, rate(values["irrecoverable_loss"]), rate(values["high_recall"]), *shares)
         table.add_section()
     output().print(table)
