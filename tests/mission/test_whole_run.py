@@ -68,9 +68,7 @@ def test_a_mission_from_its_file_to_go(count: int, lines: tuple[str, ...], reque
     checked = orion("mission", "check", mission, "--json")
     assert checked.returncode == 0, checked.stderr
     assert json.loads(checked.stdout)["scoring_requests"] == requests
-    # Just enough steps that answers have the right form, as a bundle needs them.
-    sets = ["dataset.split_distance_km=20", "fine_tune.epochs=1", f"fine_tune.micro_batch_size={count}"]
-    sets += ["fuse.check_records=6", "variants.all=false"]
+    sets = ["dataset.split_distance_km=20", "fine_tune.epochs=1", "fuse.check_records=6", "variants.all=false"]
     words = [word for value in sets for word in ("--set", value)]
     # The larger one stage by stage, without the base's evaluation, of which one of a mission's own is enough.
     stages = [(name,) for name in ("dataset", "fine-tune", "fuse", "quantize", "evaluate")]
