@@ -82,6 +82,7 @@ def test_the_paired_test_is_scipys_permutation_test() -> None:
 CASES = [(1, 0.0), (5, 0.0), (5, 0.5), (5, 0.8)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tiles", "alike"), CASES)
 def test_nominal_5_percent_is_kept(tiles: int, alike: float) -> None:
     """Simulated splits of 60 places; benchmarks/simulate.py has more of them, docs/simulations.md the figures."""

@@ -112,6 +112,7 @@ def test_mover_of_one_rate_is_its_interval_and_jeffreys_ends_at_0_and_1() -> Non
 ANSWERS = np.array([[0.9, 0.08, 0.02], [0.05, 0.85, 0.1], [0.02, 0.08, 0.9]])  # of truths (rows): shares of answers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frames", [20, 60])
 def test_nominal_5_percent_is_kept(frames: int) -> None:
     """Simulated splits with known rates; benchmarks/simulate.py has more of them, docs/simulations.md the figures."""

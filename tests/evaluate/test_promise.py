@@ -77,6 +77,7 @@ def rows(drop: np.ndarray, tiles: int = 1) -> list[Prediction]:
     return [*valuable, Prediction("B", "low", L, L, scores=(0.0, 0.0, 1.0), place="low")]
 
 
+@pytest.mark.slow
 def test_a_threshold_keeps_its_promise() -> None:
     """Scores are uniform, so a threshold t loses 1 - t of all frames: at most 10 of 100 missions may lose more.
 
