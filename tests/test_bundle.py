@@ -192,14 +192,19 @@ def test_a_bundle_has_all_that_flies_and_says_what_it_is(made: Path, small_run: 
         assert [image["scores"][category] for category in MISSION.names] == pytest.approx(scores, abs=1e-5)
     # The shipped base is not fine-tuned: it calls every such frame LOW, of which two of the six are.
     assert {image["category"] for image in asked} == {"LOW"}
-    # Those come first, but for the only answer that no rounding can change.
-    stable = [
-        golden_frames.margin_nats(MISSION, Rules(), image["scores"], {}) > golden_frames.STABLE_NATS for image in asked
+    # Answers that no rounding can change come first, and of each kind the right ones. Which are stable depends on the
+    # processor: margins here are 0.14 to 0.48 nats, and 0.2 is the limit.
+    order = [
+        (
+            golden_frames.margin_nats(MISSION, Rules(), image["scores"], {}) > golden_frames.STABLE_NATS,
+            image["truth"] == "LOW",
+        )
+        for image in asked
     ]
-    assert stable == [True, False, False, False, False]
-    assert [image["truth"] for image in asked[1:3]] == ["LOW", "LOW"]
+    assert order == sorted(order, reverse=True)
     assert "No golden frame has the answer HIGH or MEDIUM" in record["notes"][0]
-    assert "The answers to golden/1-low.png, golden/4-low.png, golden/5-low.png are wrong" in record["notes"][1]
+    wrong = ", ".join(image["image"] for image in asked if image["truth"] != "LOW")
+    assert f"The answers to {wrong} are wrong" in record["notes"][1]
     assert record["notes"][2].startswith("0 hard golden frames instead of 3")
     assert record["tolerances"]["other_words"] == 2
     assert record["seconds_per_frame_at_most"] == 60
