@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).parents[1]
@@ -18,6 +19,7 @@ def build(folder: Path, out: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_the_site_builds_with_every_link_and_asks_no_other_site(tmp_path: Path) -> None:
     result = build(DOCS, tmp_path / "site")
     assert result.returncode == 0, result.stderr

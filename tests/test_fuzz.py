@@ -21,6 +21,7 @@ def needs_atheris() -> None:
     pytest.importorskip("atheris", reason="there are wheels for Linux on x86-64 alone")
 
 
+@pytest.mark.slow
 def test_a_sound_parser_has_no_findings(tmp_path: Path) -> None:
     needs_atheris()
     # The harness of "llama-server" goes around a constructor, so that it breaks when the client changes.
