@@ -607,6 +607,23 @@ def _seconds(text: str) -> float:
     return value
 
 
+def read_server_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Make --llama-server an absolute path of a program, and set `key` to that of --key-file or LLAMA_API_KEY."""
+    if options.llama_server:
+        options.llama_server = options.llama_server.resolve()
+        if not os.access(options.llama_server, os.X_OK) or options.llama_server.is_dir():
+            parser.error(f"--llama-server {options.llama_server} is not a program")
+    try:
+        key = (
+            options.key_file.read_text(encoding="utf-8-sig")
+            if options.key_file
+            else os.environ.get("LLAMA_API_KEY", "")
+        )
+    except (OSError, ValueError) as error:
+        parser.error(f"--key-file: {error}")
+    options.key = key.strip()
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The parsed command line; an invalid one ends the program with status 2."""
     parser = argparse.ArgumentParser(description="Check a flight bundle on this machine: GO or NO-GO.")
@@ -622,19 +639,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if urllib.parse.urlsplit(options.url).scheme not in ("http", "https"):
         parser.error(f"--url {options.url} is not an http:// URL")
-    if options.llama_server:
-        options.llama_server = options.llama_server.resolve()
-        if not os.access(options.llama_server, os.X_OK) or options.llama_server.is_dir():
-            parser.error(f"--llama-server {options.llama_server} is not a program")
-    try:
-        key = (
-            options.key_file.read_text(encoding="utf-8-sig")
-            if options.key_file
-            else os.environ.get("LLAMA_API_KEY", "")
-        )
-    except (OSError, ValueError) as error:
-        parser.error(f"--key-file: {error}")
-    options.key = key.strip()
+    read_server_options(parser, options)
     if not options.key.isascii() or not options.key.isprintable():
         parser.error("the key is not one line of printable ASCII")
     return options

@@ -36,6 +36,7 @@ if TYPE_CHECKING or __package__:
         add_time_out,
         check_server,
         read_bundle,
+        read_server_options,
         time_limit,
         wait_until_ready,
     )
@@ -52,6 +53,7 @@ else:
         add_time_out,
         check_server,
         read_bundle,
+        read_server_options,
         time_limit,
         wait_until_ready,
     )
@@ -306,17 +308,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--poll {options.poll:g} is outside 0..3600 seconds")
     if not options.folder.is_dir():
         parser.error(f"{options.folder} is not a folder")
-    if options.llama_server:
-        options.llama_server = options.llama_server.resolve()
-        if not os.access(options.llama_server, os.X_OK) or options.llama_server.is_dir():
-            parser.error(f"--llama-server {options.llama_server} is not a program")
-    try:
-        options.key = (
-            options.key_file.read_text("utf-8-sig") if options.key_file else os.environ.get("LLAMA_API_KEY", "")
-        )
-    except (OSError, ValueError) as error:
-        parser.error(f"--key-file: {error}")
-    options.key = options.key.strip()
+    read_server_options(parser, options)
     return options
 
 
