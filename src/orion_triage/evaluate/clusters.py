@@ -18,6 +18,11 @@ from orion_triage.evaluate.statistics import McNemar, difference_interval, wilso
 _ADDED = 0.25
 
 
+def place_label(lon: float, lat: float) -> str:
+    """The label of a place."""
+    return f"{lon} {lat}"
+
+
 def effective_frames(values: ArrayLike, clusters: Sequence[str], extremes: tuple[float, float] = (0.0, 1.0)) -> float:
     """The number of independent frames that would say as much about the mean of `values` [frames], at least one frame.
 

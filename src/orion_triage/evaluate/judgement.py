@@ -34,7 +34,7 @@ def judge(predictions: Sequence[Prediction], places: Mapping[str, Coordinates], 
     truth = truth_of(predictions, mission)
     guess = guess_of([p.predicted for p in predictions], mission)
     where = [places[p.name] for p in predictions]
-    named = [f"{place.lon} {place.lat}" for place in where]
+    named = [clusters.place_label(place.lon, place.lat) for place in where]
     blocks = [geographic_block(place.lon, place.lat) for place in where]
     in_orbit = orbit.orbit(truth, guess, named, mission)
     constant, constant_cost = value.best_constant(truth, mission, orbit.weights(truth, mission))

@@ -16,6 +16,7 @@ from orion_triage import processes
 from orion_triage.dataset.dataset import Dataset
 from orion_triage.errors import OrionError
 from orion_triage.evaluate.backends import Backend
+from orion_triage.evaluate.clusters import place_label
 from orion_triage.evaluate.conditions import NOISE, Donor, Question, conflict_pairs, questions
 from orion_triage.evaluate.metrics import Prediction, summarize
 from orion_triage.imagery.frames import noise_frame
@@ -150,7 +151,7 @@ def predictions_in(folder: Path, mission: Mission) -> list[Prediction]:
 def predictions_of(rows: Sequence[Row], mission: Mission) -> list[Prediction]:
     """The counted answers, with their places: those of the coordinates under A and C, which are the true ones."""
     places = {row["name"]: row["coordinates"] for row in rows if row["condition"] in ("A", "C")}
-    named = {name: f"{place['lon']} {place['lat']}" for name, place in places.items() if place}
+    named = {name: place_label(**place) for name, place in places.items() if place}
     return [replace(prediction_of(row, mission), place=named.get(row["name"], "")) for row in rows]
 
 

@@ -8,11 +8,12 @@ import numpy as np
 from orion_triage.errors import OrionError
 from orion_triage.evaluate import variants
 from orion_triage.evaluate.conditions import CONDITIONS
-from orion_triage.evaluate.metrics import places_of, under
+from orion_triage.evaluate.metrics import Prediction, places_of, under
 from orion_triage.evaluate.run import predictions_in
 from orion_triage.runs.manifest import read_manifest
 from orion_triage.runs.run import SETTINGS_FILE, Run, open_run
 
+Answers = dict[str, dict[str, list[list[Prediction]]]]  # model -> condition -> those of each run
 _SEED = 42
 
 
@@ -24,15 +25,27 @@ def evaluated(run: Run) -> list[str]:
 
 def spread(runs: Sequence[Run]) -> dict[str, dict[str, list[float]]]:
     """Model -> condition -> accuracies in the order of the runs, for models that all runs evaluated."""
-    common = [name for name in evaluated(runs[0]) if all(name in evaluated(run) for run in runs[1:])]
-    found: dict[str, dict[str, list[float]]] = {}
-    for model in common:
-        rows = [predictions_in(run.evaluation(model), run.settings.mission) for run in runs]
-        found[model] = {
-            c: [sum(p.predicted == p.truth for p in asked) / len(asked) for asked in (under(side, c) for side in rows)]
-            for c in CONDITIONS
-            if all(under(side, c) for side in rows)
+    return _accuracies(_answers(runs))
+
+
+def _accuracies(answers: Answers) -> dict[str, dict[str, list[float]]]:
+    return {
+        model: {
+            c: [sum(p.predicted == p.truth for p in rows) / len(rows) for rows in sides]
+            for c, sides in by_condition.items()
         }
+        for model, by_condition in answers.items()
+    }
+
+
+def _answers(runs: Sequence[Run]) -> Answers:
+    """The answers of these runs, for models that all of them evaluated and conditions that all have."""
+    common = [name for name in evaluated(runs[0]) if all(name in evaluated(run) for run in runs[1:])]
+    found: Answers = {}
+    for model in common:
+        sides = [predictions_in(run.evaluation(model), run.settings.mission) for run in runs]
+        by_condition = {c: [under(side, c) for side in sides] for c in CONDITIONS}
+        found[model] = {c: rows for c, rows in by_condition.items() if all(rows)}
     return found
 
 
@@ -47,16 +60,17 @@ def over_training_seeds(run: Run) -> dict[str, Any] | None:
     runs = runs_of_seeds(run)
     if len(runs) < 2:
         return None
-    accuracies, losses = spread(runs), [val_loss_of_category(one) for one in runs]
+    answers, losses = _answers(runs), [val_loss_of_category(one) for one in runs]
     seeds = [one.settings.fine_tune.seed for one in runs]
     known = [(loss, seed) for loss, seed in zip(losses, seeds, strict=True) if loss is not None]
     # The base and its frozen features do not depend on the training seed.
-    trained = {model: rows for model, rows in accuracies.items() if model != "base"}
+    trained = {model: by_condition for model, by_condition in answers.items() if model != "base"}
     return {
         "seeds": seeds,
-        "accuracies": trained,
+        "accuracies": _accuracies(trained),
         "intervals": {
-            model: {c: over_seeds_and_places(runs, model, c) for c in rows} for model, rows in trained.items()
+            model: {c: over_seeds_and_places(sides) for c, sides in by_condition.items()}
+            for model, by_condition in trained.items()
         },
         "val_losses_of_category": losses,
         "best_on_val": min(known)[1] if len(known) == len(seeds) else None,
@@ -73,9 +87,11 @@ def val_loss_of_category(run: Run) -> float | None:
         return None
 
 
-def over_seeds_and_places(runs: Sequence[Run], model: str, condition: str, resamples: int = 2000) -> list[float]:
-    """The 95 % interval of the mean accuracy of a training with any seed: seeds and places are drawn again."""
-    answered = [under(predictions_in(run.evaluation(model), run.settings.mission), condition) for run in runs]
+def over_seeds_and_places(answered: Sequence[Sequence[Prediction]], resamples: int = 2000) -> list[float]:
+    """The 95 % interval of the mean accuracy of a training with any seed: seeds and places are drawn again.
+
+    `answered` are the answers of each run to the same frames.
+    """
     hits = np.array([[p.predicted == p.truth for p in rows] for rows in answered], dtype=np.float64)
     names, number = np.unique(places_of(answered[0]), return_inverse=True)
     of_place = np.stack([np.bincount(number, weights=row) for row in hits])  # right answers [runs, places]
@@ -83,8 +99,8 @@ def over_seeds_and_places(runs: Sequence[Run], model: str, condition: str, resam
     found = []
     for _ in range(resamples):
         drawn = generator.integers(len(names), size=len(names))
-        who = generator.integers(len(runs), size=len(runs))
-        found.append(of_place[who][:, drawn].sum() / (len(runs) * frames[drawn].sum()))
+        who = generator.integers(len(answered), size=len(answered))
+        found.append(of_place[who][:, drawn].sum() / (len(answered) * frames[drawn].sum()))
     low, high = np.percentile(found, [2.5, 97.5])
     return [float(low), float(high)]
 

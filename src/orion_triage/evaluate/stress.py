@@ -14,6 +14,7 @@ from orion_triage.dataset.dataset import Dataset
 from orion_triage.dataset.records import Record
 from orion_triage.evaluate import value, variants
 from orion_triage.evaluate.backends import Backend
+from orion_triage.evaluate.clusters import place_label
 from orion_triage.evaluate.conditions import Condition, Question
 from orion_triage.evaluate.judgement import guess_of, headline_of
 from orion_triage.evaluate.metrics import Prediction, change_of, places_of, summarize
@@ -192,7 +193,7 @@ def rates_of(answers: Sequence[Prediction], places: Mapping[str, Coordinates], m
 
 def _placed(answers: Sequence[Prediction], places: Mapping[str, Coordinates]) -> list[Prediction]:
     """The answers with their places, which questions without coordinates do not have."""
-    named = {name: f"{place.lon} {place.lat}" for name, place in places.items()}
+    named = {name: place_label(place.lon, place.lat) for name, place in places.items()}
     return [replace(answer, place=named.get(answer.name, "")) for answer in answers]
 
 
