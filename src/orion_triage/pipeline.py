@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from orion_triage import hub, processes
 from orion_triage.dataset.dataset import Dataset
 from orion_triage.errors import OrionError
+from orion_triage.evaluate import controls, variants
 from orion_triage.evaluate import stress as stresses
-from orion_triage.evaluate import variants
 from orion_triage.evaluate.variants import Variant
-from orion_triage.imagery.stress import STRESSES, Stress
+from orion_triage.imagery.stress import STRESSES, Stress, chosen
 from orion_triage.machine import rates
 from orion_triage.machine.describe import machine_name
 from orion_triage.mission.contract import contract_of, contract_sha256, require_mission, write_mission
@@ -55,8 +55,9 @@ class Stage:
         # Values, costs and actions of a mission change no product; products of before are of the published mission.
         if contract_sha256(settings.mission) != contract_sha256(default_mission()):
             sections["mission"] = contract_of(settings.mission)
-        if "dataset" in sections:  # settings that are empty leave datasets current that were made before they existed
-            sections["dataset"] = {key: value for key, value in sections["dataset"].items() if value is not None}
+        # Settings that are empty leave datasets and adapters current that were made before they existed.
+        for section in {"dataset", "fine_tune"} & sections.keys():
+            sections[section] = {key: value for key, value in sections[section].items() if value is not None}
         return sections | ({"protocol": self.protocol} if self.protocol else {})
 
 
@@ -175,6 +176,16 @@ def stress_evaluation(stress: Stress, settings: Settings) -> Stage:
         lambda run: {"gguf": run.pair, "dataset": run.dataset},
         partial(stresses.evaluate, stress),
         protocol=stresses.protocol(stress, settings),
+    )
+
+
+def controls_evaluation(variant: Variant, mission: Mission) -> Stage:
+    """The stage that asks a variant the further controls."""
+    return replace(
+        evaluation(variant, mission),
+        name=controls.stage_name(variant),
+        run=partial(controls.evaluate, variant),
+        protocol=controls.protocol(variant, mission),
     )
 
 
@@ -320,13 +331,15 @@ def check_inputs(run: Run) -> None:
     from orion_triage.dataset import build
 
     _base(run)
+    chosen(run.settings.fine_tune.augment or ())
     if build.published_folder(run.settings.dataset) is None:
         build.plan(run.settings.dataset, run.settings.mission)
 
 
 def verify(run: Run) -> dict[str, list[str]]:
     """Finished stage -> differences between its files and its manifest; reads all files from the disk."""
-    evaluated = [evaluation(variant, run.settings.mission) for variant in variants.table(run.settings)]
+    mission, table = run.settings.mission, variants.table(run.settings)
+    evaluated = [make(variant, mission) for make in (evaluation, controls_evaluation) for variant in table]
     every = (*MAKING, *evaluated, *(stress_evaluation(stress, run.settings) for stress in STRESSES))
     return {
         stage.name: manifest.damaged(folder)

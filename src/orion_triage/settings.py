@@ -127,6 +127,10 @@ class FineTuneSettings(Strict):
     # size, and compute once what they share: a quarter less time at the shipped base's size. A step then sees half as
     # many frames, and the validation loss of the shipped base ended higher.
     twins_together: bool = False
+    # Stresses (docs/stress.md) under which half of the training frames are seen, others in each epoch, at any of the
+    # three strengths; empty: none, as in the mission document. More of them: a model that survives more of what can go
+    # wrong, and sees each frame less often as it is.
+    augment: tuple[str, ...] | None = None
     seed: Seed = 42
 
     @property
@@ -288,7 +292,7 @@ def _assign(values: dict[str, Any], assignment: str) -> None:
             f"--set {shown(assignment)}: {parts[0]} is not a stage.", "Run 'orion settings' to list the stages."
         )
     text = text.strip()
-    if parts[1] in ("target_modules", "quantizations"):
+    if parts[1] in ("target_modules", "quantizations", "augment"):
         section[parts[1]] = [name.strip() for name in text.split(",") if name.strip()]
         return
     try:

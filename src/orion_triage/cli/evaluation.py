@@ -63,7 +63,8 @@ def ablation(
     "Example: orion evaluate --quantized-model http://127.0.0.1:8000#my-adapter\n\n"
     "Example: orion evaluate --variants Q8_0,quantized --file val\n\n"
     "Example: orion evaluate --stress\n\n"
-    "Example: orion evaluate --stress haze,noise"
+    "Example: orion evaluate --stress haze,noise\n\n"
+    "Example: orion evaluate --controls fine-tuned,quantized"
 )
 def evaluate(
     pair: Annotated[
@@ -71,7 +72,7 @@ def evaluate(
         typer.Argument(
             metavar="[FOLDER|ID|NAMES]",
             help="With --gguf, a GGUF pair: folder or Hub id (default: the run's pair). With --stress, NAME,NAME "
-            "(default: all).",
+            "(default: all). With --controls, variants (default: quantized).",
         ),
     ] = "",
     preset: PresetOption = "tiny",
@@ -108,13 +109,22 @@ def evaluate(
             "with those on the same frames without.",
         ),
     ] = False,
+    controlled: Annotated[
+        bool,
+        typer.Option(
+            "--controls",
+            help="Ask further controls: ten other noise images, pictures of other places, and coordinates of another "
+            "place of the same category.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
     force: ForceOption = False,
 ) -> None:
     """Evaluate the fine-tuned model under the four conditions.
 
-    Use --gguf, --quantized-model or --variants to evaluate another model, and
-    --stress to evaluate the flight's decisions on frames of a worse camera.
+    Use --gguf, --quantized-model or --variants to evaluate another model,
+    --stress to evaluate the flight's decisions on frames of a worse camera, and
+    --controls to find out what the conditions C and D show.
     Answers of a pair or server of someone else's are kept beside the run's own.
     'orion ablation --help' explains the conditions.
     """
@@ -122,11 +132,15 @@ def evaluate(
     from orion_triage.pipeline import evaluate_servers
     from orion_triage.runs.run import EVALUATE
 
-    if stressed:
-        if servers or quantized or names:
-            raise typer.BadParameter("cannot be combined with another model's option.", param_hint="'--stress'")
-        _evaluate_stress(pair, preset, assignments, folder, file, as_json, force)
-        return
+    for asked, option, study in (
+        (stressed, "--stress", _evaluate_stress),
+        (controlled, "--controls", _evaluate_controls),
+    ):
+        if asked:
+            if servers or quantized or names or (stressed and controlled):
+                raise typer.BadParameter("cannot be combined with another option for models.", param_hint=f"'{option}'")
+            study(pair, preset, assignments, folder, file, as_json, force)
+            return
     if pair and (servers or not quantized):
         raise typer.BadParameter("use it with --gguf and without --quantized-model.", param_hint=f"'{pair}'")
     if names and (servers or quantized):
@@ -230,6 +244,31 @@ def _evaluate_stress(
     console.print(worst_under_stress(found))
 
 
+def _evaluate_controls(
+    names: str, preset: str, assignments: list[str], folder: Path | None, file: SplitName, as_json: bool, force: bool
+) -> None:
+    """Ask the named variants the further controls, and print them beside the conditions B, C and D."""
+    from orion_triage.evaluate.controls import figures_of
+    from orion_triage.evaluate.variants import chosen
+    from orion_triage.pipeline import controls_evaluation, evaluation
+    from orion_triage.report.render import controls_table
+
+    current = run_of(preset, assignments, folder, file.value)
+    mission = current.settings.mission
+    asked = chosen(current.settings, [word.strip() for word in names.split(",") if word.strip()] or ["quantized"])
+    for variant in asked:
+        do_stage(evaluation(variant, mission), current)  # the conditions to compare with; skipped if they are there
+        do_stage(controls_evaluation(variant, mission), current, force)
+    if not processes.is_main():
+        return
+    found = {variant.name: figures_of(current, variant) for variant in asked}
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    for name, figures in found.items():
+        output().print(controls_table(name, figures))
+
+
 def _print_rates(run: Any, stage: str, as_json: bool = False) -> None:
     """Print the accuracy of one evaluation, by condition."""
     from orion_triage.evaluate.conditions import CONDITIONS
@@ -248,11 +287,16 @@ def _print_rates(run: Any, stage: str, as_json: bool = False) -> None:
 
 
 @command(
-    epilog="Example: orion report\n\nExample: orion report --file val\n\nExample: orion report --run runs/tiny --json"
+    epilog="Example: orion report\n\nExample: orion report --rescore\n\n"
+    "Example: orion report --file val\n\nExample: orion report --run runs/tiny --json"
 )
 def report(
     folder: NewestRunOption = None,
     file: FileOption = SplitName.test,
+    rescored: Annotated[
+        bool,
+        typer.Option("--rescore", help="First read all stored answers again with this version; no model is asked."),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write the report of a run and print its tables.
@@ -261,7 +305,23 @@ def report(
     Includes every finished evaluation that 'orion run' makes, and those of
     other pairs and servers. For other decodings, see 'orion evaluate --variants'.
     """
-    write_report(finished_run(folder, "dataset", file.value), as_json=as_json)
+    run = finished_run(folder, "dataset", file.value)
+    if rescored:
+        _rescore(run)
+    write_report(run, as_json=as_json)
+
+
+def _rescore(run: Any) -> None:
+    """Read the stored answers again, and say which of them count otherwise now."""
+    from orion_triage.evaluate.rescore import rescore
+
+    changed = rescore(run)
+    for name, answers in changed.items():
+        first, (before, now) = next(iter(answers.items()))
+        said = f"{name}: {len(answers)} answers read otherwise, for example {first}: {before}, now {now}"
+        messages().print(said, soft_wrap=True)
+    if not changed:
+        messages().print("rescored: this version reads every stored answer as before")
 
 
 def write_report(run: Any, *, as_json: bool) -> None:

@@ -16,6 +16,7 @@ from orion_triage.cli.terminal import (
     JsonOption,
     SplitName,
     cell,
+    do_stage,
     finished_run,
     messages,
     output,
@@ -162,6 +163,48 @@ def triage(
         messages().print(f"{summary}{skipped}  ->  {out}", soft_wrap=True)
     if counts["refused"]:
         raise typer.Exit(1)
+
+
+@command(
+    "false-alarms",
+    epilog="Example: orion false-alarms empty-ocean/\n\n"
+    "Example: orion false-alarms downlink/ --recursive --run runs/tiny",
+)
+def false_alarms_command(
+    frames: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of frames that are all to be dropped.")],
+    folder: FinishedRunOption = None,
+    category: Annotated[
+        str, typer.Option("--category", help="Their category. Default: the mission's only one that is dropped.")
+    ] = "",
+    recursive: Annotated[
+        bool, typer.Option("--recursive", help="Also the frames in its folders; those of one folder are of one place.")
+    ] = False,
+    resize: Annotated[
+        bool, typer.Option("--resize", help="Accept frames of other sizes: crop to a square and scale.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Count the false alarms among many frames that are all to be dropped.
+
+    Decides them as on board, shows how many are sent or stored, and what share of
+    the sent frames in orbit is right. Run the same command again to resume. The
+    report includes the result.
+    """
+    from orion_triage.evaluate.results import false_alarms_results
+    from orion_triage.flight import false_alarms
+    from orion_triage.report.render import false_alarms_found
+
+    run = finished_run(folder, "quantize")
+    do_stage("evaluate constrained", run)  # the answers to the split's other frames; skipped if they are there
+    with progress_bar() as progress:
+        record = false_alarms.run(run, frames, category=category, recursive=recursive, resize=resize, progress=progress)
+    for said in record["left_out"]:
+        messages().print(f"left out of {one_line(said)}", soft_wrap=True)
+    found = false_alarms_results(run)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    output().print(false_alarms_found(found, run.settings.mission), soft_wrap=True)
 
 
 def _show_verdicts(outcomes: list[Any], mission: Any, as_json: bool) -> None:

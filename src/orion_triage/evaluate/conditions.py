@@ -64,7 +64,7 @@ def conflict_pairs(records: Sequence[Record], seed: int = 42) -> dict[str, Donor
     Depends only on the records and the seed, not on the order. Raises OrionError if a category has no donors, if a
     record has no coordinates, or if two records have the same name.
     """
-    ordered = _usable(records)
+    ordered = usable(records)
     pairs = {}
     mission = ordered[0].mission
     for category in mission.names:
@@ -89,7 +89,7 @@ def conflict_pairs(records: Sequence[Record], seed: int = 42) -> dict[str, Donor
 
 def questions(records: Sequence[Record], pairs: dict[str, Donor]) -> list[Question]:
     """All questions: image by image (A, B, D), then condition C, whose only image is encoded once."""
-    ordered = _usable(records)
+    ordered = usable(records)
     asked = []
     for record in ordered:
         donor = pairs[record.name]
@@ -101,7 +101,7 @@ def questions(records: Sequence[Record], pairs: dict[str, Donor]) -> list[Questi
     return asked + [Question("C", record, NOISE, record.coordinates) for record in ordered]
 
 
-def _usable(records: Sequence[Record]) -> list[Record]:
+def usable(records: Sequence[Record]) -> list[Record]:
     """The records sorted by name; raises OrionError for missing coordinates and repeated names."""
     ordered = sorted(records, key=lambda record: record.name)
     for record in ordered:

@@ -12,12 +12,13 @@ import numpy as np
 
 from orion_triage.dataset.dataset import Dataset
 from orion_triage.errors import OrionError
-from orion_triage.evaluate import features, stress, threshold, variants, verdict
+from orion_triage.evaluate import controls, false_alarms, features, stress, threshold, variants, verdict
 from orion_triage.evaluate.baselines import LOGISTIC_REGRESSION, baselines
 from orion_triage.evaluate.conditions import CONDITIONS
 from orion_triage.evaluate.judgement import ideal_figures, judge, value_figures
 from orion_triage.evaluate.metrics import Change, Prediction, compare, summarize, under
-from orion_triage.evaluate.run import prediction_of, predictions_in
+from orion_triage.evaluate.rescore import read_otherwise
+from orion_triage.evaluate.run import prediction_of, predictions_in, predictions_of, read_predictions
 from orion_triage.evaluate.seeds import over_training_seeds
 from orion_triage.evaluate.statistics import holm
 from orion_triage.evaluate.variants import Variant
@@ -67,9 +68,8 @@ def build_results(run: Run, *, with_others: bool = True) -> dict[str, Any]:
     vision = features.read(run.vision_features) if "vision features" in finished else None
     of_frames = _of_frames(run, dataset, finished.get("dataset"), vision)
     mission = settings.mission
-    predictions = {
-        name: predictions_in(run.evaluation(name), mission) for name in wanted if EVALUATE + name in finished
-    }
+    answers = {name: read_predictions(run.evaluation(name), mission) for name in wanted if EVALUATE + name in finished}
+    predictions = {name: predictions_of(rows, mission) for name, rows in answers.items()}
     rules = threshold.rules_of(run) if "constrained" in predictions else Rules()
     of_frames["unlike_frames"] = unlike_frames(run, rules)
     if "constrained" in predictions:
@@ -94,6 +94,7 @@ def build_results(run: Run, *, with_others: bool = True) -> dict[str, Any]:
         "overrides": {key: list(pair) for key, pair in overrides(settings).items()},
         "missing": [n for n, made in manifests.items() if made is None and not (failed and n == "evaluate F16")],
         "outdated": {name: changed for name, made in finished.items() if (changed := changed_settings(run, made))},
+        "read_otherwise": {n: len(ids) for n, rows in answers.items() if (ids := read_otherwise(rows, mission))},
         "frames": {"count": len(records), "places": len(set(places.values()))},
         "models": models,
         "deltas": {
@@ -109,6 +110,8 @@ def build_results(run: Run, *, with_others: bool = True) -> dict[str, Any]:
         "failed_gate": failed,
         "operating_point": _at_threshold(run, predictions.get(FLIGHT)),
         "stress": _under_stress(run, predictions.get(FLIGHT), rules),
+        "controls": _controls(run),
+        "false_alarms": _false_alarms(run, predictions.get(FLIGHT), rules),
         **of_frames,
         "foreign_server": {key: server.figures[key] for key in SERVER_FIGURES} if server else {},
         "foreign_pair": other_pair.figures["pair"] if other_pair else "",
@@ -181,9 +184,43 @@ def _at_threshold(run: Run, predictions: list[Prediction] | None) -> dict[str, A
 
 def stress_results(run: Run) -> dict[str, Any] | None:
     """`stress` of the run's results, without the rest of them; None without an evaluation under stress."""
+    return _under_stress(run, *_flown(run))
+
+
+def false_alarms_results(run: Run) -> dict[str, Any] | None:
+    """`false_alarms` of the run's results, without the rest of them."""
+    return _false_alarms(run, *_flown(run))
+
+
+def _flown(run: Run) -> tuple[list[Prediction], Rules]:
+    """The decisions as flown on the run's split, and their rules."""
     mission, rules = run.settings.mission, threshold.rules_of(run)
     answers = predictions_in(run.evaluation(variants.CONSTRAINED), mission)
-    return _under_stress(run, as_flown(answers, blank_frames(run), rules, mission, unlike_frames(run, rules)), rules)
+    return as_flown(answers, blank_frames(run), rules, mission, unlike_frames(run, rules)), rules
+
+
+def _false_alarms(run: Run, flown: list[Prediction] | None, rules: Rules) -> dict[str, Any] | None:
+    """What `orion false-alarms` found; {"outdated": True} if another pair or threshold decided; None without it."""
+    path, mission = run.folder / false_alarms.FILE_NAME, run.settings.mission
+    try:
+        record = read_object(path)
+        same = (
+            record["pair_sha256"] == sha256_of_file(run.gguf / PAIR),
+            record["rules"] == false_alarms.rules_in_words(rules),
+        )
+        if not flown or not all(same) or record["category"] not in mission.that("drop"):
+            return {"outdated": True}
+        return {"outdated": False, **false_alarms.figures(record, under(flown, "B"), mission)}
+    except FileNotFoundError:
+        return None
+    except (KeyError, TypeError, ValueError) as error:
+        raise OrionError(f"{path} is damaged: {error!r}.", "Run 'orion false-alarms' again.") from None
+
+
+def _controls(run: Run) -> dict[str, Any] | None:
+    """The further controls by variant, and the variants whose answers to them are outdated; None without any."""
+    found, outdated = controls.finished(run)
+    return {"of": found, "outdated": outdated} if found or outdated else None
 
 
 def _under_stress(run: Run, flown: list[Prediction] | None, rules: Rules) -> dict[str, Any] | None:
@@ -346,7 +383,7 @@ def made_from(run: Run) -> str:
         code: [path for path in code.rglob("*") if path.suffix in (".py", ".j2")],
         own: [
             *(file for path in products for file in (path.rglob("*") if path.is_dir() else [path])),
-            *(own / name for name in (threshold.FILE_NAME, BENCH_FILE)),
+            *(own / name for name in (threshold.FILE_NAME, BENCH_FILE, false_alarms.FILE_NAME)),
         ],
         own.parent: [file for other in others for file in other.glob(f"evaluation/{run.split}/*/*")],
     }

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Row = dict[str, Any]
+PREDICTIONS_FILE, METRICS_FILE = "predictions.jsonl", "metrics.json"
 
 
 def run(
@@ -113,10 +114,10 @@ def store(out_folder: Path, rows: Sequence[Row], metrics: dict[str, Any], others
     if not processes.is_main():
         return
     with replaced_folder(out_folder) as folder:
-        write_text(folder / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        write_text(folder / PREDICTIONS_FILE, "".join(json.dumps(row) + "\n" for row in rows))
         for name, text in others.items():
             write_text(folder / name, text)
-        write_text(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+        write_text(folder / METRICS_FILE, json.dumps(metrics, indent=1) + "\n")
     for work in _works(out_folder):
         work.unlink()
 
@@ -128,7 +129,7 @@ def _works(out_folder: Path) -> list[Path]:
 
 def read_predictions(folder: Path, mission: Mission) -> list[Row]:
     """The rows of a finished evaluation; raises OrionError if the file is missing or damaged."""
-    path = folder / "predictions.jsonl"
+    path = folder / PREDICTIONS_FILE
     rows: list[Row] = []
     last = 0
     try:

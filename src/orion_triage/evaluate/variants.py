@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 Figures = dict[str, Any]
 
 MODELS = ("base", "fine-tuned", "quantized")  # every run evaluates these
-# Version of the code that parses and scores answers, prepares frames and makes questions. Increase it if a change can
-# give the same model another answer. Changes of the prompt and the grammar are detected by their hashes.
+# Version of the code that prepares frames, makes questions and takes scores from answers. Increase it if a change can
+# give the same model another answer. Changes of the prompt and the grammar are detected by their hashes; after a change
+# of the parser, the report says which stored answers it reads otherwise ('orion report --rescore').
 PROTOCOL_VERSION = 1
 CONSTRAINED, VERDICT_ONLY = "constrained", "verdict-only"
 OTHER_PAIR, SERVER = "other-pair", "server"
@@ -213,9 +214,11 @@ def evaluate(variant: Variant, run: "Run", progress: Progress) -> Figures:
 
 
 @contextmanager
-def flying(run: "Run", progress: Progress) -> "Iterator[tuple[Backend, Figures]]":
-    """The run's pair as it flies, under the grammar and behind servers of its own; and what these say of themselves."""
-    variant = named(run.settings, CONSTRAINED)
+def opened(variant: Variant, run: "Run", progress: Progress) -> "Iterator[tuple[Backend, Figures]]":
+    """The variant loaded, or behind servers of its own; and what these say of themselves."""
+    if variant.in_parallel:
+        yield _load(variant, inputs(variant, run), run.settings), {}
+        return
     with _served(run, variant, progress) as servers:
         backend = _backend(variant, run, [server.client for server in servers])
         yield backend, {"served": servers[0].said | {"servers": len(servers)}}

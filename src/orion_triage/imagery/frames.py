@@ -148,13 +148,13 @@ def appearance(image: Image.Image) -> dict[str, float]:
     }  # fmt: skip
 
 
-def noise_frame(kind: str, size: int) -> Image.Image:
-    """The image of condition C: deterministic noise, seed 42.
+def noise_frame(kind: str, size: int, seed: int = 42) -> Image.Image:
+    """Deterministic noise; with seed 42, the image of condition C.
 
     `gaussian` is the mission document's. It is drawn at the input size, because shrinking would halve its contrast.
     `uniform` is the published reference's. It is drawn at 512 pixels and shrunk like a frame.
     """
-    random = np.random.RandomState(42)  # the legacy generator gives the same bytes as the reference
+    random = np.random.RandomState(seed)  # the legacy generator gives the same bytes as the reference
     values: NDArray[np.uint8]
     if kind == "gaussian":
         normal = random.normal(127.5, 50, (size, size, 3))

@@ -128,6 +128,7 @@ def render_html(results: dict[str, Any], rows: Sequence[Row], thumbnail: Thumbna
         size=(plot.WIDTH, plot.HEIGHT),
         stress=stress_rows(results["stress"]) if results["stress"] else [],
         stress_chart=stress_chart(results) if results["stress"] and results["stress"]["rows"] else None,
+        controls=results["controls"] and results["controls"]["of"],
         accuracy_chart=accuracy_chart(results, drawn) if models else None,
         budget_chart=budget_chart(results, [name for name in ranked if name in drawn]) if ranked else None,
         calibration_charts=[reliability_chart(results, name) for name in calibrated]

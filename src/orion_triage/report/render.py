@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from orion_triage import templates
 from orion_triage.evaluate.baselines import LOGISTIC_REGRESSION
 from orion_triage.evaluate.conditions import CONDITIONS
+from orion_triage.evaluate.controls import NOISE, OTHER, SAME
 from orion_triage.evaluate.results import DELTAS, SHOWN
 from orion_triage.evaluate.variants import MODELS
 from orion_triage.evaluate.verdict import DO_NOT_FLY, FLY, NOT_ENOUGH
@@ -66,6 +67,7 @@ def from_template(name: str, **values: Any) -> str:
         "cost": cost,
         "columns_of_orbit": columns_of_orbit,
         "false_alarms": false_alarms,
+        "false_alarms_found": false_alarms_found,
         "best_seed": best_seed,
         "promised": promised,
         "shown": shown,
@@ -77,6 +79,7 @@ def from_template(name: str, **values: Any) -> str:
         "advice": advice,
         "unbroken": unbroken,
         "worst_under_stress": worst_under_stress,
+        "controls_rows": controls_rows,
     }
     return templates.fill("report", name, filters=filters, **values)
 
@@ -169,6 +172,20 @@ def false_alarms(results: dict[str, Any]) -> str:
     )
 
 
+def false_alarms_found(found: dict[str, Any] | None, mission: Mission) -> str:
+    """What `orion false-alarms` found, and what it says about the sent frames; empty without it."""
+    if not found:
+        return ""
+    if found["outdated"]:
+        return "What 'orion false-alarms' found is of another pair or threshold, and left out."
+    sent = f"{found['category']} frames of {found['folder']}, {rate(found['sent'])} were sent"
+    text = f"Of {found['frames']:,} further {sent}, {found['stored']:,} stored."
+    if found["orbit"] is None:
+        return text
+    precise = ", ".join(f"{share(found['orbit']['precision'][name])} are {name}" for name in mission.that("send"))
+    return f"{text} With these instead of the split's {found['category']} frames, of what is sent in orbit {precise}."
+
+
 def interval(value: dict[str, float | None]) -> str:
     if value["low"] is None or value["high"] is None:
         return percent(value["value"])
@@ -233,8 +250,17 @@ def notes(results: dict[str, Any]) -> list[str]:
         )
     if results["foreign_pair"]:
         found.append(f'"other-pair" is the pair {results["foreign_pair"]}.')
+    if others := results["read_otherwise"]:
+        counts = ", ".join(f"{count} of {name}" for name, count in others.items())
+        found.append(
+            f"This version reads some stored answers otherwise than they are counted here ({counts}). "
+            "'orion report --rescore' reads all of them again; no model is asked."
+        )
     if results["stress"]:
         found.append(worst_under_stress(results["stress"]))
+    if results["controls"] and results["controls"]["outdated"]:
+        names = ", ".join(results["controls"]["outdated"])
+        found.append(f"Controls of another model, dataset or version, and left out: {names}.")
     return found
 
 
@@ -401,6 +427,49 @@ def stress_table(stress: dict[str, Any], names: Collection[str] = ()) -> "Table"
             table.add_section()
         table.add_row(row[0] if row[0] != before else "", *row[1:])
         before = row[0]
+    return table
+
+
+def controls_rows(controls: dict[str, Any]) -> list[list[str]]:
+    """Control, correct answers, and what they are compared with: conditions of the protocol first."""
+    noise, other, alike = (controls[name] for name in (NOISE, OTHER, SAME))
+    own = {condition: rate(controls["protocol"][condition]) for condition in "BCD"}
+    said = ", ".join(f"{name} {percent(part)}" for name, part in noise["answers"].items())
+    bounds = f"{percent(noise['lowest'])} to {percent(noise['highest'])}"
+    return [
+        ["C: the noise image of the protocol", own["C"], ""],
+        [f"C: {noise['images']} other noise images", rate(noise["accuracy"]), f"by image {bounds}; answers: {said}"],
+        [
+            "C: pictures of other places",
+            rate(other["as_coordinates"]),
+            f"as the picture's place: {rate(other['as_picture'])}",
+        ],
+        ["B: no coordinates", own["B"], ""],
+        [
+            "D: another place of the same category",
+            rate(alike["accuracy"]),
+            f"distraction, from B: {change_of_control(alike['distraction'])}",
+        ],
+        [
+            "D: a place of another category",
+            own["D"],
+            f"trust, from the same category: {change_of_control(alike['trust'])}",
+        ],
+    ]
+
+
+def change_of_control(change: dict[str, Any]) -> str:
+    """A paired change between two conditions, not corrected for others."""
+    return change_in_words(change | {"holm_p": change["exact_p"]})
+
+
+def controls_table(name: str, controls: dict[str, Any]) -> "Table":
+    """The controls of one variant for a terminal."""
+    from rich.table import Table
+
+    table = Table("control", "correct", "", title=f"Controls of {name}")
+    for row in controls_rows(controls):
+        table.add_row(*row)
     return table
 
 

@@ -129,6 +129,12 @@ def write_manifest(
     return manifest
 
 
+def write_again(folder: Path, made: Manifest, *, figures: dict[str, Any], inputs: dict[str, str]) -> None:
+    """The manifest `made` for changed files in `folder`: their hashes, and these figures and inputs; the rest stays."""
+    now = replace(made, outputs=hash_outputs(folder), figures=figures, inputs=inputs)
+    write_text(folder / FILE_NAME, json.dumps(asdict(now), indent=2) + "\n")
+
+
 def read_manifest(folder: Path) -> Manifest | None:
     """The folder's manifest, or None if the stage has not finished there; raises OrionError if it is damaged."""
     path = folder / FILE_NAME

@@ -15,6 +15,8 @@ from orion_triage import processes
 from orion_triage.dataset.dataset import Dataset
 from orion_triage.dataset.records import Record
 from orion_triage.errors import OrionError
+from orion_triage.imagery.frames import CAMERA_SIZE
+from orion_triage.imagery.stress import chosen
 from orion_triage.mission.prompt import user_text
 from orion_triage.models.adapter import BASE_FILE, Census, resolve_targets, tower_of
 from orion_triage.models.checkpoint import count_parameters
@@ -36,6 +38,7 @@ from orion_triage.progress import Progress, silent
 from orion_triage.runs.manifest import hash_inputs
 from orion_triage.safe.files import naming, replaced_folder, require_free_space, write_text
 from orion_triage.settings import FineTuneSettings
+from orion_triage.train.augment import Augmentation
 from orion_triage.train.checkpoints import CHECKPOINTS, last_checkpoint, prepare_work_folder, remove_damaged
 from orion_triage.train.device import choose_device
 from orion_triage.train.grouping import CPU_MEMORY_FULL, advice_for_less_memory, fill_gpu
@@ -91,6 +94,7 @@ def run(
     first = train_records[0]
     check_template(processor, first.user_text, first.answer)
     frames = decode_frames(dataset, [*train_records, *val_records], frame_size, progress)
+    augmentation = _augmentation(dataset, train_records, settings, frame_size, progress)
 
     progress("loading the base", 0, 2)
     looked_at = _distinct_frames(train_records, frames)
@@ -103,7 +107,8 @@ def run(
     model = load_model(base, dtype=device.precision, four_bit=four_bit, device=device.name)
     sees = preflight(model, reference, processor, looked_at, user_text(dataset.mission, None))
     progress("loading the base", 2, 2)
-    features = None if settings.trains_tower else _look_once(model, processor, frames, progress)
+    looks_once = not settings.trains_tower and augmentation is None
+    features = _look_once(model, processor, frames, progress) if looks_once else None
     if four_bit and not device.is_gpu:
         model = expand_four_bit(model)
 
@@ -133,7 +138,7 @@ def run(
         trainable = _trainable_by_tower(model)
         # With FSDP not: a layer that runs twice in a pass would be gathered and reduced twice, which was never tried.
         share_prefix = settings.twins_together and not processes.are_sharded()
-        collate = collator(processor, frames, features, share_prefix=share_prefix)
+        collate = collator(processor, frames, features, augmentation, share_prefix=share_prefix)
         if share_prefix:
             check_shared_prefix(model, collate, train_records, device.precision)
         grouping = settings
@@ -143,6 +148,7 @@ def run(
             torch.cuda.reset_peak_memory_stats(device.name)  # of the training, not of a trial that did not fit
         trainer = make_trainer(
             model, processor.tokenizer, collate, train_records, val_records, grouping, device, checkpoints, progress,
+            augmentation,
         )  # fmt: skip
         try:
             trained = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
@@ -272,6 +278,19 @@ def decode_frames(
         frames[name] = dataset.frame(record, frame_size)
         progress("decoding frames", number, len(names))
     return frames
+
+
+def _augmentation(
+    dataset: Dataset, records: Sequence[Record], settings: FineTuneSettings, frame_size: int, progress: Progress
+) -> Augmentation | None:
+    """What changes the training frames; None if the settings name no stress. Raises OrionError for another name.
+
+    It keeps the frames at the camera's size: 0.8 MB each.
+    """
+    if not settings.augment:
+        return None
+    frames = decode_frames(dataset, records, CAMERA_SIZE, progress)
+    return Augmentation(frames, chosen(settings.augment), frame_size, settings.seed)
 
 
 def _distinct_frames(records: Sequence[Record], frames: "dict[str, Image.Image]") -> "list[Image.Image]":

@@ -17,6 +17,7 @@ from orion_triage.progress import Progress
 from orion_triage.runs.manifest import hash_outputs
 from orion_triage.safe.files import write_text
 from orion_triage.settings import FineTuneSettings
+from orion_triage.train.augment import Augmentation
 from orion_triage.train.checkpoints import HASHES_FILE, last_checkpoint
 from orion_triage.train.device import Device
 from orion_triage.train.twins import TwinsSampler
@@ -34,6 +35,7 @@ def collator(
     processor: "ProcessorMixin",
     frames: "dict[str, Image.Image]",
     features: "Mapping[str, torch.Tensor] | None" = None,
+    augmentation: Augmentation | None = None,
     *,
     share_prefix: bool = False,
 ) -> "Callable[[list[Record]], BatchFeature]":
@@ -42,8 +44,8 @@ def collator(
     Each frame and text is encoded once and cached (0.8 MB per frame at 256 px, 3.1 MB at 512). Logits and `labels`
     start at the token before the first verdict: same loss, a fifth of the logits (float32 logits of a whole row are
     120 MB at 1.6B). There is no attention mask: the padding is on the right, which causal layers do not attend to.
-    `features` [image tokens, text width] by image replace a frozen tower. With `share_prefix`, rows of one image share
-    the computation of what their prompts have in common.
+    `features` [image tokens, text width] by image replace a frozen tower. Frames that `augmentation` changes are
+    encoded anew. With `share_prefix`, rows of one image share the computation of what their prompts have in common.
     """
 
     @cache
@@ -57,8 +59,21 @@ def collator(
     def row(record: Record) -> EncodedRow:
         return encode_row(processor, image(record.image), record.user_text, record.answer)
 
+    def changed(records: list[Record]) -> dict[str, EncodedImage]:
+        """The images of this batch that are not as in the dataset; one object for all rows of an image."""
+        if augmentation is None:
+            return {}
+        frames = {name: augmentation.frame(name) for name in {record.image for record in records}}
+        return {name: encode_image(processor, frame) for name, frame in frames.items() if frame}
+
     def collate(records: list[Record]) -> "BatchFeature":
-        rows = [row(record) for record in records]
+        other = changed(records)
+        rows = [
+            encode_row(processor, other[record.image], record.user_text, record.answer)
+            if record.image in other
+            else row(record)
+            for record in records
+        ]
         batch = pad(processor, rows)
         supervised = (batch["labels"] != IGNORED).any(dim=0)
         first = int(supervised.nonzero()[0, 0]) - 1
@@ -89,6 +104,7 @@ def make_trainer(
     device: Device,
     checkpoints: Path,
     progress: Progress,
+    augmentation: Augmentation | None = None,
 ) -> "Trainer":
     from torch.utils.tensorboard import SummaryWriter
     from transformers import TrainingArguments
@@ -135,7 +151,7 @@ def make_trainer(
     # Without a launcher, transformers counts all visible GPUs, and multiplies batch, number of tokens and loss by their
     # number, although a 4-bit model stays on one: the number of steps would depend on the box.
     arguments._n_gpu = min(arguments.n_gpu, 1)
-    watch = _watch(progress)
+    watch = _watch(progress, augmentation)
     trainer = ValidatingTrainer(
         model=model,
         args=arguments,
@@ -151,8 +167,8 @@ def make_trainer(
     return trainer
 
 
-def _watch(progress: Progress) -> Any:
-    """Report each step; raise OrionError at the first figure that shows that the training is lost."""
+def _watch(progress: Progress, augmentation: Augmentation | None) -> Any:
+    """Report each step and epoch; raise OrionError at the first figure that shows that the training is lost."""
     from transformers import TrainerCallback
 
     def kept(args: Any) -> str:
@@ -164,6 +180,10 @@ def _watch(progress: Progress) -> Any:
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             progress("fine-tuning", state.global_step, state.max_steps)
+
+        def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if augmentation:
+                augmentation.set_epoch(round(state.epoch or 0))
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             progress("fine-tuning", state.global_step, state.max_steps)
