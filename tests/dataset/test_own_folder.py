@@ -421,7 +421,7 @@ def test_columns_are_known_by_many_names(found: str, taken: str) -> None:
     assert sorted([*columns.unused, *columns.taken.values()]) == sorted(found.split())
 
 
-def test_names_with_blanks_and_an_id_beside_the_file() -> None:
+def test_names_marked_by_ruless_and_an_id_beside_the_file() -> None:
     columns = choose(["image path", "file-name", "name", "category"])
     assert dict(columns.taken) == {"file_name": "file-name", "category": "category", "name": "name"}
     assert "lon" not in choose(["file", "label", "x"]).taken

@@ -10,7 +10,7 @@ from PIL import Image
 from orion_triage.errors import OrionError
 from orion_triage.evaluate.metrics import Prediction
 from orion_triage.evaluate.results import as_flown
-from orion_triage.evaluate.threshold import decided, lowest_threshold, measurements, with_blank
+from orion_triage.evaluate.threshold import decided, lowest_threshold, marked_by_rules, measurements
 from orion_triage.flight.triage import triage_files
 from orion_triage.mission.answer import Answer
 from orion_triage.mission.decide import Rules, decide, in_words
@@ -80,7 +80,7 @@ def test_frames_that_no_threshold_saves_count_in_its_choice() -> None:
     assert lowest_threshold(rows, 0.25, MISSION) == 0.9
     with pytest.raises(OrionError, match=r"25\.0% of the valuable frames are LOW at any threshold"):
         lowest_threshold(rows, 0.1, MISSION)
-    blank = with_blank(rows, ["f0"])
+    blank = marked_by_rules(rows, ["f0"])
     with pytest.raises(OrionError, match=r"50\.0% of the valuable frames"):
         lowest_threshold(blank, 0.25, MISSION)
     assert lowest_threshold(blank, 0.5, MISSION) == 0.9
@@ -141,7 +141,7 @@ def test_flight_and_report_decide_alike_frame_by_frame(threshold: float | None, 
     ]
     blank_frames = [name for name in of_frames if name.startswith("blank")]
     reported = {row.name: row.predicted for row in as_flown(rows, blank_frames, rules, MISSION)}
-    marked = with_blank(rows, blank_frames)
+    marked = marked_by_rules(rows, blank_frames)
     assert dict(zip(of_frames, decided(marked, rules, MISSION), strict=True)) == reported == flown
     shares = measurements(marked, rules, MISSION)["downlink"]
     assert shares["dropped"] == pytest.approx(list(flown.values()).count(L) / len(flown))

@@ -269,7 +269,7 @@ def as_flown(
     The model is not asked about it, so it has no values of further fields.
     """
     certain = tuple(float(category == mission.blank) for category in mission.names)
-    marked = threshold.with_blank(predictions, blank_frames, unlike_frames)
+    marked = threshold.marked_by_rules(predictions, blank_frames, unlike_frames)
     return [
         replace(p, predicted=category, scores=certain, fields=(), field_scores={})
         if p.blank and mission.blank

@@ -122,32 +122,6 @@ def geographic_block(lon: float, lat: float, degrees: float = 10.0) -> str:
     return f"lon {west:g}, lat {south:g}"
 
 
-def cluster_bootstrap(
-    statistic: Callable[[Integers], float], clusters: Sequence[str], *, seed: int, resamples: int = 2000
-) -> tuple[float, float]:
-    """The 95 % percentile interval of a statistic by a bootstrap over clusters of dependent rows.
-
-    `clusters` has one label per row, such as geographic_block. Each resample draws as many whole clusters as there are,
-    with replacement; `statistic` gets the indices of their rows. Resamples with a result of NaN are ignored; the
-    interval is (NaN, NaN) if none remains. With few clusters, the interval is too narrow; with one, both its ends are
-    the estimate. The result depends on the seed and the clusters, not on the order of the rows.
-    """
-    members: dict[str, list[int]] = {}
-    for row, label in enumerate(clusters):
-        members.setdefault(label, []).append(row)
-    groups = [np.array(members[label], dtype=np.int64) for label in sorted(members)]
-    if not groups:
-        return math.nan, math.nan
-    generator = np.random.default_rng(seed)
-    draws = (generator.integers(len(groups), size=len(groups)) for _ in range(resamples))
-    found = [statistic(np.concatenate([groups[index] for index in draw])) for draw in draws]
-    kept = [value for value in found if not math.isnan(value)]
-    if not kept:
-        return math.nan, math.nan
-    low, high = np.percentile(kept, [2.5, 97.5])
-    return float(low), float(high)
-
-
 def confusion_bootstrap(
     statistic: Callable[[Integers], NDArray[np.float64]],
     truth: Integers,
@@ -158,9 +132,13 @@ def confusion_bootstrap(
     seed: int,
     resamples: int = 2000,
 ) -> tuple[float, float]:
-    """`cluster_bootstrap` of a statistic of confusion matrices [resamples, K, K + 1], with the same draws.
+    """The 95 % percentile interval of a statistic of confusion matrices [resamples, K, K + 1] by a bootstrap.
 
-    All resamples are counted at once: 0.01 s for 60 frames, and 0.5 s with one call of a statistic each.
+    `clusters` has one label per frame, such as geographic_block. Each resample draws as many whole clusters as there
+    are, with replacement. Resamples with a result of NaN are ignored; the interval is (NaN, NaN) if none remains. With
+    few clusters, the interval is too narrow; with one, both its ends are the estimate. The result depends on the seed
+    and the clusters, not on the order of the frames. All resamples are counted at once: 0.01 s for 60 frames, and 0.5 s
+    with one call of a statistic each.
     """
     names = sorted(set(clusters))
     if not names:

@@ -75,7 +75,7 @@ def choose(
     """
     mission = run.settings.mission
     answered = predictions_in(run.evaluation(CONSTRAINED), mission)
-    rows = under(with_blank(answered, blank_frames, unlike_frames), CONDITION)
+    rows = under(marked_by_rules(answered, blank_frames, unlike_frames), CONDITION)
     if confidence is None:
         lowest, promised = lowest_threshold(rows, max_irrecoverable_loss, mission, appearance), None
         rules = Rules(drop_threshold=lowest, appearance=appearance)
@@ -171,7 +171,7 @@ def effect_on(
 ) -> dict[str, Any]:
     """The effect of the run's threshold on the frames of its split, which was evaluated with the grammar."""
     answered = predictions_in(run.evaluation(CONSTRAINED), run.settings.mission)
-    rows = under(with_blank(answered, blank_frames, unlike_frames), CONDITION)
+    rows = under(marked_by_rules(answered, blank_frames, unlike_frames), CONDITION)
     return effect(rows, before, rules_of(run), run.settings.mission)
 
 
@@ -192,7 +192,7 @@ def effect(rows: Sequence[Prediction], before: Rules, after: Rules, mission: Mis
     }
 
 
-def with_blank(
+def marked_by_rules(
     rows: Sequence[Prediction], blank_frames: Sequence[str], unlike_frames: Sequence[str] = ()
 ) -> list[Prediction]:
     """The answers, with `blank` and `unlike` set for these frames; not for the noise image of condition C."""
