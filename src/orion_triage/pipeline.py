@@ -14,6 +14,7 @@ from orion_triage.errors import OrionError
 from orion_triage.evaluate import controls, variants
 from orion_triage.evaluate import stress as stresses
 from orion_triage.evaluate.variants import Variant
+from orion_triage.imagery.camera import camera_file, load_camera
 from orion_triage.imagery.stress import STRESSES, Stress, chosen
 from orion_triage.machine import rates
 from orion_triage.machine.describe import machine_name
@@ -129,15 +130,24 @@ def _write_card(product: "Product", run: Run, folder: Path) -> None:
 def _dataset_inputs(run: Run) -> dict[str, Path]:
     from importlib import resources
 
+    seen = _camera_input(run.settings.dataset.camera)
     if folder := run.settings.dataset.folder:
-        return {"dataset": hub.locate(folder, "dataset")}
+        return {"dataset": hub.locate(folder, "dataset"), **seen}
     own = run.settings.dataset.catalogue or run.settings.mission.places
     shipped = Path(str(resources.files("orion_triage.dataset") / "catalogue.csv"))
-    return {"catalogue": Path(own) if own else shipped}
+    return {"catalogue": Path(own) if own else shipped, **seen}
+
+
+def _camera_input(name: str | None) -> dict[str, Path]:
+    return {"camera": camera_file(name)} if name else {}
 
 
 def _of_base_and_dataset(run: Run) -> dict[str, Path]:
     return {"base": _base(run), "dataset": run.dataset}
+
+
+def _of_training(run: Run) -> dict[str, Path]:
+    return _of_base_and_dataset(run) | _camera_input(run.settings.fine_tune.camera)
 
 
 def _of_adapter(run: Run) -> dict[str, Path]:
@@ -149,7 +159,7 @@ def _of_merged(run: Run) -> dict[str, Path]:
 
 
 DATASET = Stage("dataset", ("dataset",), _dataset_inputs, _dataset)
-FINE_TUNE = Stage("fine-tune", ("base", "fine_tune"), _of_base_and_dataset, _fine_tune, "adapter", in_parallel=True)
+FINE_TUNE = Stage("fine-tune", ("base", "fine_tune"), _of_training, _fine_tune, "adapter", in_parallel=True)
 FUSE = Stage("fuse", ("base", "fuse"), _of_adapter, _fuse, "merged")
 QUANTIZE = Stage("quantize", ("quantize",), _of_merged, _quantize, "gguf")
 VISION_FEATURES = Stage("vision features", ("base",), _of_base_and_dataset, _vision_features)
@@ -332,6 +342,9 @@ def check_inputs(run: Run) -> None:
 
     _base(run)
     chosen(run.settings.fine_tune.augment or ())
+    for camera in (run.settings.dataset.camera, run.settings.fine_tune.camera):
+        if camera:
+            load_camera(camera)
     if build.published_folder(run.settings.dataset) is None:
         build.plan(run.settings.dataset, run.settings.mission)
 

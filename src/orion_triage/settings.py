@@ -60,6 +60,8 @@ class DatasetSettings(Strict):
     stretch_low: float | None = None
     stretch_high: float | None = None
     stretch_samples: StretchedSamples | None = None  # the type of the stored values; empty: uint16 (12 and 16 bits)
+    # A camera file, or "wide": the frames are as that camera would deliver them (docs/camera.md); empty: as they are.
+    camera: str | None = None
     # Number of test frames; 0: one per place. With synthetic imagery, a larger number draws several tiles per place,
     # which is less informative than more places.
     test_size: CountOrZero = 0
@@ -131,6 +133,10 @@ class FineTuneSettings(Strict):
     # three strengths; empty: none, as in the mission document. More of them: a model that survives more of what can go
     # wrong, and sees each frame less often as it is.
     augment: tuple[str, ...] | None = None
+    # A camera file, or "wide" (docs/camera.md), through which each training frame is seen, with other values of its
+    # ranges in each epoch; empty: none. Wider ranges: less that only the training frames' camera explains, and more to
+    # learn in the same number of steps.
+    camera: str | None = None
     seed: Seed = 42
 
     @property

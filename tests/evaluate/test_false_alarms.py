@@ -84,7 +84,7 @@ def test_a_folder_is_decided_as_on_board_resumed_and_reported(finished: Path, tm
     done = orion(*arguments, cwd=copy)
     assert done.returncode == 0, done.stderr
     assert "Of 7 further LOW frames of downlink," in done.stdout
-    assert "left out of downlink: 1 other file" in done.stderr, done.stderr
+    assert "left out of downlink: 1 file with other suffixes (1 .txt)" in done.stderr, done.stderr
     record = json.loads((copy / "runs/small" / FILE_NAME).read_text())
     assert sorted(record["answers"]) == ["a/", "alone.png", "b/"]
     triaged = orion("triage", "downlink", "--recursive", "--run", "runs/small", "--json", cwd=copy)

@@ -8,9 +8,9 @@ import typer
 from typer.core import TyperGroup
 
 COMMANDS = (
-    "run", "mission", "dataset", "fine-tune", "fuse", "quantize", "bundle", "verify", "clean", "push", "settings",
-    "remote",
-    "ablation", "evaluate", "report", "verdict", "compare", "threshold",
+    "run", "mission", "camera", "dataset", "fine-tune", "fuse", "quantize", "bundle", "verify", "clean", "push",
+    "settings", "remote",
+    "ablation", "evaluate", "report", "verdict", "compare", "threshold", "false-alarms",
     "triage", "bench-frame",
     "plan", "doctor", "toolchain", "rehearse",
 )  # fmt: skip

@@ -8,7 +8,7 @@ without a picture is left out and listed; too many of them stop the build.
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, assert_never
 
 from orion_triage import hub
@@ -21,6 +21,7 @@ from orion_triage.dataset.sources.simsat import METRES_PER_PIXEL_AT_500_KM, SIMS
 from orion_triage.dataset.sources.source import ImagerySource, Shot
 from orion_triage.dataset.split import given_splits, pairs_within, split_targets
 from orion_triage.errors import OrionError
+from orion_triage.imagery.camera import Camera, load_camera, through
 from orion_triage.imagery.frames import CAMERA_SIZE, read_frame
 from orion_triage.imagery.png_jpeg import JPEG, PNG
 from orion_triage.imagery.stretch import stretch_of
@@ -54,7 +55,9 @@ def run(
     require_free_space(out_folder, _BYTES_PER_FRAME * len(asked), "the dataset")
     with replaced_folder(out_folder) as folder:
         share, stretch = settings.largest_missing_share, stretch_of(settings)
-        collected = collect(folder, source, asked, share, progress, stretch, blank_category=mission.blank)
+        collected = collect(
+            folder, source, asked, share, progress, stretch, blank_category=mission.blank, camera=_camera(settings)
+        )
         taken = collected.taken
         counts = {}
         for split in SPLITS:
@@ -83,6 +86,11 @@ def run(
         ],
         **_stretch_of_record(settings),
     }
+
+
+def _camera(settings: DatasetSettings) -> Camera | None:
+    """The camera through which the frames are seen; None if the settings name none."""
+    return load_camera(settings.camera) if settings.camera else None
 
 
 def published_folder(settings: DatasetSettings) -> Path | None:
@@ -245,6 +253,7 @@ def _copy(
     """
     require_mission(source, mission)
     test_size, stretch, conversions = settings.test_size, stretch_of(settings), Conversions()
+    camera = _camera(settings)
     records = {split: read_split(source, split, mission) for split in SPLITS}
     if test_size > len(records["test"]):
         raise OrionError(
@@ -264,6 +273,7 @@ def _copy(
     with replaced_folder(out_folder) as folder:
         for done, (image, path) in enumerate(sorted(paths.items()), start=1):
             frame = read_frame(path, CAMERA_SIZE, resize=True, stretch=stretch)
+            frame = through(frame, camera, PurePosixPath(image).stem)
             write_bytes(folder / image, stored_bytes(path, frame, PNG, JPEG))
             resized += frame.native_size != (CAMERA_SIZE, CAMERA_SIZE)
             conversions.add(str(path), frame)

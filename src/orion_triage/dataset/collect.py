@@ -12,6 +12,7 @@ from typing import Any
 from orion_triage.dataset.records import FRAMES_TABLE, IMAGES_FOLDER
 from orion_triage.dataset.sources.source import Absent, ImagerySource, Picture, Shot
 from orion_triage.errors import FrameError, OrionError
+from orion_triage.imagery.camera import Camera, through
 from orion_triage.imagery.frames import CAMERA_SIZE, LARGEST_BYTES, Frame, decode_frame, is_blank, read_frame
 from orion_triage.imagery.png_jpeg import PNG
 from orion_triage.imagery.stretch import Stretch
@@ -61,8 +62,11 @@ def collect(
     stretch: Stretch | None = None,
     *,
     blank_category: str,
+    camera: Camera | None = None,
 ) -> Collected:
     """Request every shot from the source and write its frame into `folder`; `stretch` is for the user's own files.
+
+    With a `camera`, each frame is as seen through it; whether one is blank is asked of the picture before.
 
     A blank frame is left out unless it is labelled as the mission labels blank frames (`blank_category`).
 
@@ -76,6 +80,7 @@ def collect(
     for done, ((split, shot), answer) in enumerate(zip(asked, answers, strict=True), start=1):
         frame = _usable(answer, shot, blank_pixels, stretch, blank_category)
         if isinstance(frame, Frame) and isinstance(answer, Picture):
+            frame = through(frame, camera, shot.name)
             data = stored_bytes(answer.data, frame, PNG)
             write_bytes(folder / image_name(shot), data)
             collected.rows.append(_row(split, shot, source, frame, answer, data))

@@ -138,18 +138,18 @@ def noisy(light: Light, snr: float, random: np.random.Generator) -> Light:
     return np.asarray(gain * electrons)
 
 
-def electrons_at_mid_grey(snr: float) -> float:
-    """The positive root of n^2 = snr^2 (n + READ_NOISE^2)."""
-    return float((snr**2 + np.sqrt(snr**4 + 4 * snr**2 * READ_NOISE**2)) / 2)
+def electrons_at_mid_grey(snr: float, read_noise: float = READ_NOISE) -> float:
+    """The positive root of n^2 = snr^2 (n + read_noise^2)."""
+    return float((snr**2 + np.sqrt(snr**4 + 4 * snr**2 * read_noise**2)) / 2)
 
 
 def blur(pixels: Pixels, mtf_at_nyquist: float, random: np.random.Generator) -> Pixels:
     return to_pixels(blurred(to_linear(pixels), mtf_at_nyquist))
 
 
-def blurred(light: Light, mtf_at_nyquist: float) -> Light:
-    """Linear values under a Gaussian blur with this MTF at Nyquist; not clipped."""
-    return _filtered(light, _gaussian(sigma_of(mtf_at_nyquist)), (0, 1))
+def blurred(light: Light, mtf_at_nyquist: float, pixel: float = 1.0) -> Light:
+    """Linear values under a Gaussian blur with this MTF at Nyquist of pixels of this size; not clipped."""
+    return _filtered(light, _gaussian(pixel * sigma_of(mtf_at_nyquist)), (0, 1))
 
 
 def sigma_of(mtf_at_nyquist: float) -> float:

@@ -1,17 +1,19 @@
-"""Training frames under the stresses of imagery/stress.py, another choice in each epoch."""
+"""Training frames as another camera would deliver them, or under a stress: another choice in each epoch."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from orion_triage.imagery import camera as cameras
+from orion_triage.imagery.camera import Camera, seen_through
 from orion_triage.imagery.frames import shrink
 from orion_triage.imagery.stress import STRENGTHS, Stress, seed_of, stressed
 
 if TYPE_CHECKING:
     from PIL import Image
 
-# Of a frame's epochs, those in which it is changed; in the others the model sees it as it is, which is most of flight.
+# Of a frame's epochs, those in which it is under a stress; in the others there is none, as in most of flight.
 SHARE = 0.5
 
 
@@ -22,21 +24,38 @@ class Augmentation:
     """
 
     def __init__(
-        self, camera_frames: "Mapping[str, Image.Image]", stresses: Sequence[Stress], frame_size: int, seed: int
+        self,
+        camera_frames: "Mapping[str, Image.Image]",
+        stresses: Sequence[Stress],
+        frame_size: int,
+        seed: int,
+        camera: Camera | None = None,
     ) -> None:
-        """`camera_frames`: image name -> frame at the camera's size; only these are changed."""
+        """`camera_frames`: image name -> frame at the camera's size; only these are changed.
+
+        A frame is always seen through the `camera`, and in half of its epochs under one of the `stresses`.
+        """
         self._frames, self._stresses, self._size, self._seed = camera_frames, stresses, frame_size, seed
-        self._epoch = 0
+        self._camera, self._epoch = camera, 0
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch = epoch
 
+    def to_json(self) -> dict[str, Any]:
+        """What decides the pixels, beside the seed."""
+        camera = self._camera.model_dump(mode="json") | {"version": cameras.VERSION} if self._camera else None
+        return {"stresses": [stress.to_json() for stress in self._stresses], "camera": camera, "share": SHARE}
+
     def frame(self, name: str) -> "Image.Image | None":
         """The changed frame at the model's size; None if this frame is seen as it is in this epoch."""
-        told = f"{name}/{self._seed}/{self._epoch}"
-        random = np.random.default_rng(seed_of(told))
-        if name not in self._frames or random.random() >= SHARE:
+        if name not in self._frames:
             return None
-        stress = self._stresses[int(random.integers(len(self._stresses)))]
-        strength = STRENGTHS[int(random.integers(len(STRENGTHS)))]
-        return shrink(stressed(self._frames[name], stress, strength, told), self._size)
+        told = f"{name}/{self._seed}/{self._epoch}"
+        random, picture = np.random.default_rng(seed_of(told)), self._frames[name]
+        if self._camera:
+            picture = seen_through(picture, self._camera, told)
+        if self._stresses and random.random() < SHARE:
+            stress = self._stresses[int(random.integers(len(self._stresses)))]
+            strength = STRENGTHS[int(random.integers(len(STRENGTHS)))]
+            picture = stressed(picture, stress, strength, told)
+        return None if picture is self._frames[name] else shrink(picture, self._size)

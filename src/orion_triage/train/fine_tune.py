@@ -15,6 +15,7 @@ from orion_triage import processes
 from orion_triage.dataset.dataset import Dataset
 from orion_triage.dataset.records import Record
 from orion_triage.errors import OrionError
+from orion_triage.imagery.camera import load_camera
 from orion_triage.imagery.frames import CAMERA_SIZE
 from orion_triage.imagery.stress import chosen
 from orion_triage.mission.prompt import user_text
@@ -129,6 +130,7 @@ def run(
                     "precision": device.precision,
                     "processes": processes.count(),
                     "chosen_by": CHOSEN_BY,  # the best epoch so far is in the checkpoint
+                    **({"augmentation": augmentation.to_json()} if augmentation else {}),
                 },
             )
             remove_damaged(checkpoints)
@@ -283,14 +285,16 @@ def decode_frames(
 def _augmentation(
     dataset: Dataset, records: Sequence[Record], settings: FineTuneSettings, frame_size: int, progress: Progress
 ) -> Augmentation | None:
-    """What changes the training frames; None if the settings name no stress. Raises OrionError for another name.
+    """What changes the training frames; None if the settings name no stress and no camera.
 
-    It keeps the frames at the camera's size: 0.8 MB each.
+    It keeps the frames at the camera's size: 0.8 MB each. Raises OrionError for a stress or camera that there is not.
     """
-    if not settings.augment:
+    if not settings.augment and not settings.camera:
         return None
+    stresses = chosen(settings.augment) if settings.augment else ()
+    camera = load_camera(settings.camera) if settings.camera else None
     frames = decode_frames(dataset, records, CAMERA_SIZE, progress)
-    return Augmentation(frames, chosen(settings.augment), frame_size, settings.seed)
+    return Augmentation(frames, stresses, frame_size, settings.seed, camera)
 
 
 def _distinct_frames(records: Sequence[Record], frames: "dict[str, Image.Image]") -> "list[Image.Image]":
