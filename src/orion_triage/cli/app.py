@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 COMMANDS = (
     "run", "mission", "camera", "dataset", "fine-tune", "fuse", "quantize", "bundle", "verify", "clean", "push",
     "settings", "remote",
-    "ablation", "evaluate", "report", "verdict", "compare", "threshold", "false-alarms",
+    "ablation", "evaluate", "report", "verdict", "compare", "threshold", "false-alarms", "adapt",
     "triage", "bench-frame",
     "plan", "doctor", "toolchain", "rehearse",
 )  # fmt: skip

@@ -104,6 +104,9 @@ def triage(
     blank_rule: Annotated[
         bool, typer.Option("--blank-rule/--no-blank-rule", help="Decide blank frames without using the model.")
     ] = True,
+    headed: Annotated[
+        bool, typer.Option("--head", help="Let the head of 'orion adapt' decide instead of the language model.")
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option("--out", help="Append one JSON line per frame. Run the same command again to resume."),
@@ -121,7 +124,13 @@ def triage(
 
     if bundle and folder:
         raise typer.BadParameter("cannot be combined with --run. Remove one of them.", param_hint="'--bundle'")
-    flown = triage.of_bundle(bundle) if bundle else triage.of_run(finished_run(folder, "quantize", named=False))
+    if bundle and headed:
+        raise typer.BadParameter("a bundle has no head. Use it with --run.", param_hint="'--head'")
+    flown = (
+        triage.of_bundle(bundle)
+        if bundle
+        else triage.of_run(finished_run(folder, "quantize", named=False), head=headed)
+    )
     messages().print(f"triage with {flown.name}", soft_wrap=True)
     paths, left_out = triage.frames_in(files, recursive=recursive)
     for said in left_out:
@@ -163,6 +172,46 @@ def triage(
         messages().print(f"{summary}{skipped}  ->  {out}", soft_wrap=True)
     if counts["refused"]:
         raise typer.Exit(1)
+
+
+@command(epilog="Example: orion adapt my-labelled-frames\n\nExample: orion adapt downlink --run runs/tiny --json")
+def adapt(
+    frames: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Labelled frames, in any layout of 'orion run --dataset FOLDER'.")
+    ],
+    folder: FinishedRunOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Fit a head on a few labelled frames of your camera.
+
+    A head is a logistic regression on what the pair sees, fitted in seconds; the
+    pair stays as it is. Says by cross-validation whether it is better than the
+    pair on these frames. Use it with 'orion triage --head' and 'orion evaluate
+    --variants head'.
+    """
+    from orion_triage.evaluate import adapt as adapting
+    from orion_triage.flight import triage
+    from orion_triage.report.render import adapted_in_words, adapted_table
+    from orion_triage.safe.reading import read_object
+
+    run = finished_run(folder, "quantize")
+    flown = triage.of_run(run)
+    labelled = adapting.read_labelled(frames, run.settings.mission, flown.stretch)
+    zero_shot: list[str | None] = []
+    with progress_bar() as progress:
+        paths = [frame.path for frame in labelled]
+        for done, outcome in enumerate(triage.triage_with_pair(paths, flown, rules=flown.rules, resize=True), start=1):
+            zero_shot.append(outcome.verdict.category if outcome.verdict else None)
+            progress("classifying frames with the pair", done, len(paths))
+        path = adapting.run(run, labelled, zero_shot, progress)
+    figures = read_object(path)["figures"]
+    if as_json:
+        typer.echo(json.dumps(figures, indent=2))
+        return
+    output().print(adapted_table(figures))
+    for line in adapted_in_words(figures):
+        output().print(line, soft_wrap=True)
+    messages().print(f"head: {path.stat().st_size / 1000:.1f} kB  ->  {path}", soft_wrap=True)
 
 
 @command(

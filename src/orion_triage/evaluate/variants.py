@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, assert_never
 
 from orion_triage.errors import OrionError, ParityError
+from orion_triage.evaluate import head
 from orion_triage.mission.mission import Mission
 from orion_triage.mission.prompt import Coordinates, render_prompt, with_image
 from orion_triage.mission.verdict import can_be_category_alone, grammars, require_category_alone
@@ -37,7 +38,7 @@ MODELS = ("base", "fine-tuned", "quantized")  # every run evaluates these
 # give the same model another answer. Changes of the prompt and the grammar are detected by their hashes; after a change
 # of the parser, the report says which stored answers it reads otherwise ('orion report --rescore').
 PROTOCOL_VERSION = 1
-CONSTRAINED, VERDICT_ONLY = "constrained", "verdict-only"
+CONSTRAINED, VERDICT_ONLY, HEAD = "constrained", "verdict-only", "head"
 OTHER_PAIR, SERVER = "other-pair", "server"
 SMALL_PAIR_BYTES = 100_000_000  # measured: 0.050 s per question with 2 servers of 1 thread, 0.075 to 0.09 with 1 of 2
 SMALLEST_AGREEMENT = 0.95  # of verdicts between transformers and llama.cpp on the same 16-bit weights
@@ -48,12 +49,18 @@ FAILED_GATE = "failed_gate.json"  # in the folder of the F16 evaluation, instead
 class Decoding:
     """How llama.cpp decodes: `constrained` by the flight's grammar, with sampling `options` (default: greedy).
 
-    With `verdict_only`, the answer starts with an empty reason, and only the category is generated.
+    With `verdict_only`, the answer starts with an empty reason, and only the category is generated. With `head`, a head
+    on the hidden state answers instead of the language model (see head.py).
     """
 
     constrained: bool = False
     options: Mapping[str, float] = field(default_factory=dict)
     verdict_only: bool = False
+    head: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """For a manifest; without `head` where there is none, as before heads existed."""
+        return {key: value for key, value in asdict(self).items() if key != "head" or value}
 
 
 FREE = Decoding()
@@ -114,6 +121,7 @@ def table(settings: Settings) -> tuple[Variant, ...]:
         Variant(
             VERDICT_ONLY, "pair", "no reason: the category alone", "decoding", Decoding(verdict_only=True), "quantized"
         ),
+        Variant(HEAD, "pair", "a head instead of the language model", "decoding", Decoding(head=True), "quantized"),
         Variant(OTHER_PAIR, "pair", "another GGUF pair", "other", compared_with="quantized"),
         Variant(SERVER, "server", "a third-party server", "other", compared_with="quantized"),
     )
@@ -137,14 +145,19 @@ def named(settings: Settings, name: str) -> Variant:
 def chosen(settings: Settings, names: Sequence[str]) -> list[Variant]:
     """The variants of the run with these names ("all": each), in the table's order; raises OrionError for others.
 
-    "all" leaves verdict-only out where the mission's fields must have a value; by its name it is then refused.
+    "all" leaves the head out, which a run has only after 'orion adapt', and verdict-only where the mission's fields
+    must have a value; by its name it is then refused.
     """
     own = [variant for variant in table(settings) if variant.role != "other"]
     if VERDICT_ONLY in names:
         require_category_alone(settings.mission)
     if not can_be_category_alone(settings.mission):
         own = [variant for variant in own if not variant.decoding.verdict_only]
-    asked = own if "all" in names else [named(settings, name) for name in names]
+    asked = (
+        [variant for variant in own if not variant.decoding.head]
+        if "all" in names
+        else [named(settings, name) for name in names]
+    )
     if strange := [variant.name for variant in asked if variant not in own]:
         raise OrionError(
             f"{strange[0]} is not a model of this run.",
@@ -166,7 +179,7 @@ def protocol(variant: Variant, mission: Mission) -> dict[str, Any]:
         "version": PROTOCOL_VERSION,
         "prompt_sha256": sha256_of_text("\n".join(asked)),
         "grammar_sha256": sha256_of_text("\n".join(rules)) if rules else None,
-        "decoding": asdict(variant.decoding),
+        "decoding": variant.decoding.to_json(),
     }
 
 
@@ -186,7 +199,7 @@ def inputs(variant: Variant, run: "Run") -> dict[str, Path]:
         case "quantized F16":
             return {"F16": run.gguf}
         case "pair":
-            return {"gguf": run.pair}
+            return {"gguf": run.pair} | ({"head": run.folder / head.FILE_NAME} if variant.decoding.head else {})
         case "server":
             return {}  # known by what it says of itself; see `through_servers`
         case _:
@@ -278,6 +291,10 @@ def _backend(variant: Variant, run: "Run", clients: "Sequence[Client]") -> "Back
     from orion_triage.evaluate.backends import LlamaCppBackend, VerdictOnlyBackend
     from orion_triage.evaluate.servers import share_own
 
+    if variant.decoding.head:
+        mission = run.settings.mission
+        own = head.read(run.folder, mission, run.pair, run.settings.base.frame_size)
+        return share_own(clients, lambda client: head.HeadBackend(client, mission, own))
     if variant.decoding.verdict_only:
         return share_own(clients, lambda client: VerdictOnlyBackend(client, run.settings.mission))
     return share_own(
@@ -297,7 +314,7 @@ def _backend(variant: Variant, run: "Run", clients: "Sequence[Client]") -> "Back
 def _served(run: "Run", variant: Variant, progress: Progress) -> "Iterator[list[Server]]":
     """Servers for the pair, or for a temporary quantization that is deleted afterwards."""
     from orion_triage.export import quantize
-    from orion_triage.llama_cpp.server import Server
+    from orion_triage.llama_cpp.server import OPTIONS, Server
     from orion_triage.llama_cpp.toolchain import find_toolchain
     from orion_triage.llama_cpp.tools import quantize_file
     from orion_triage.models.family import turn_of
@@ -329,6 +346,7 @@ def _served(run: "Run", variant: Variant, progress: Progress) -> "Iterator[list[
                         log=logs / f"evaluate-server-{number}.log",
                         turn=turn,
                         threads=threads,
+                        options=head.EMBEDDING if variant.decoding.head else OPTIONS,
                     )
                 )
                 for number in range(count)

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 from orion_triage.errors import OrionError
 from orion_triage.evaluate import threshold
 from orion_triage.evaluate.backends import Backend, LlamaCppBackend
+from orion_triage.evaluate.head import EMBEDDING, Head, HeadBackend
+from orion_triage.evaluate.head import read as read_head
 from orion_triage.export import quantize
 from orion_triage.imagery.frames import CAMERA_SIZE, PICTURE_SUFFIXES, appearance, looks_blank, read_frame, shrink
 from orion_triage.imagery.stretch import Stretch, stretch_of
-from orion_triage.llama_cpp.server import Server
+from orion_triage.llama_cpp.server import OPTIONS, Server
 from orion_triage.llama_cpp.toolchain import find_toolchain
 from orion_triage.mission.answer import Answer
 from orion_triage.mission.decide import BLANK_REASON, Rules, by_in_words, decide, is_unlike
@@ -58,7 +60,10 @@ class FrameVerdict:
 
 @dataclass(frozen=True)
 class Flown:
-    """What classifies: a GGUF pair, its mission, the size and stretch of its frames, and the rules of the decision."""
+    """What classifies: a GGUF pair, its mission, the size and stretch of its frames, and the rules of the decision.
+
+    With a `head`, it answers instead of the language model.
+    """
 
     name: str
     gguf: Path
@@ -67,13 +72,18 @@ class Flown:
     stretch: Stretch | None
     rules: Rules
     log: Path
+    head: Head | None = None
 
 
-def of_run(run: "Run") -> Flown:
-    """A run's pair with its threshold, if one was chosen."""
+def of_run(run: "Run", *, head: bool = False) -> Flown:
+    """A run's pair with its threshold, if one was chosen; or with its head, of whose scores the threshold is not."""
     stretch, log = stretch_of(run.settings.dataset), run.folder / "logs" / "triage-server.log"
     rules = threshold.rules_of(run)
     mission, size = run.settings.mission, run.settings.base.frame_size
+    if head:
+        own = read_head(run.folder, mission, run.gguf, size)
+        rules = replace(rules, drop_threshold=None)
+        return Flown(f"{run.folder} (head, {_rules(rules)})", run.gguf, mission, size, stretch, rules, log, own)
     return Flown(f"{run.folder} ({_rules(rules)})", run.gguf, mission, size, stretch, rules, log)
 
 
@@ -159,6 +169,7 @@ def asked_by(flown: Flown, rules: Rules, resize: bool) -> str:
     parts = [sha256_of_file(flown.gguf / quantize.PAIR), flown.frame_size, rules.drop_threshold, resize, rules.blank]
     parts += [str(flown.stretch)] if flown.stretch else []
     parts += [{name: list(ends) for name, ends in rules.appearance.items()}] if rules.appearance else []
+    parts += [sha256_of_text(flown.head.weights.tobytes().hex())] if flown.head else []
     parts += [flown.mission.model_dump(mode="json")] if flown.mission != default_mission() else []
     return sha256_of_text(json.dumps(parts))[:12]
 
@@ -295,8 +306,15 @@ def triage_with_pair(
     quantize.check_pair(gguf)
     toolchain = find_toolchain(progress)
     backbone = gguf / quantize.QUANTIZED
-    with Server(toolchain, backbone, gguf / quantize.MMPROJ, log=flown.log, turn=turn_of(backbone)) as server:
-        backend = LlamaCppBackend(server.client, mission, max_new_tokens=answer_tokens(mission), constrained=True)
+    options = EMBEDDING if flown.head else OPTIONS
+    with Server(
+        toolchain, backbone, gguf / quantize.MMPROJ, log=flown.log, turn=turn_of(backbone), options=options
+    ) as server:
+        backend: Backend
+        if flown.head:
+            backend = HeadBackend(server.client, mission, flown.head)
+        else:
+            backend = LlamaCppBackend(server.client, mission, max_new_tokens=answer_tokens(mission), constrained=True)
         yield from triage_files(paths, backend, mission, size, rules=rules, resize=resize, stretch=flown.stretch)
     if not keep_log:
         flown.log.unlink(missing_ok=True)

@@ -163,6 +163,26 @@ class Client:
             )
         return tokens
 
+    def hidden_state(self, user_text: str, image_png: bytes) -> list[float]:
+        """The last hidden state after the user's turn up to and with the image, not normalized.
+
+        For a server that was started with `--embedding --pooling last`.
+        """
+        before = self.chat(user_text, self.marker).partition(self.marker)[0]
+        prompt = {
+            "prompt_string": before + self.marker,
+            "multimodal_data": [base64.b64encode(image_png).decode()],
+        }
+        found = self._value("POST", "/embeddings", {"content": prompt, "embd_normalize": -1})
+        try:
+            (state,) = found[0]["embedding"]
+            values = [float(value) for value in state]
+        except (KeyError, IndexError, TypeError, ValueError):
+            values = []
+        if not values or not all(math.isfinite(value) for value in values):
+            raise ServerError("the reply of /embeddings has no hidden state.", "Read the server's log.")
+        return values
+
     def require_grammar(self) -> None:
         """Raise ServerError unless the server keeps to a grammar, with a text that no model would write by itself.
 
@@ -325,6 +345,16 @@ class Client:
 
     def _request(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         """The JSON object in the server's reply; raises ServerError for any other reply."""
+        value = self._value(method, path, body)
+        if not isinstance(value, dict):
+            raise ServerError(
+                f"{path} answered {type(value).__name__} instead of a JSON object.",
+                "Check that it is a llama.cpp server.",
+            )
+        return value
+
+    def _value(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
+        """The JSON value in the server's reply; raises ServerError for a reply that is none."""
         deadline = time.monotonic() + LOADING_SECONDS
         while True:
             status, kind, data = self._exchange(method, path, body)
@@ -339,15 +369,12 @@ class Client:
         if status != 200:
             raise ServerError(f"{path} answered {status}: {text[:200]!r}.", "Read the server's log.")
         try:
-            value = parse_json(data)
+            return parse_json(data)
         except ValueError:
-            value = None
-        if not isinstance(value, dict):
             raise ServerError(
                 f"{path} answered {kind[:80]} instead of a JSON object: {text[:80]!r}.",
                 "Check that it is a llama.cpp server.",
-            )
-        return value
+            ) from None
 
     def _no_answer(self, error: Exception) -> ServerError:
         if proxy := self._http.proxy:

@@ -463,6 +463,40 @@ def change_of_control(change: dict[str, Any]) -> str:
     return change_in_words(change | {"holm_p": change["exact_p"]})
 
 
+def adapted_table(figures: dict[str, Any]) -> "Table":
+    """The head, the pair as it flies and the commonest category on the labelled frames."""
+    from rich.table import Table
+
+    labelled = ", ".join(f"{count} {name}" for name, count in figures["of_category"].items())
+    table = Table("who decides", "correct", title=f"{figures['frames']} labelled frames: {labelled}")
+    table.add_column("mean recall", justify="right")
+    table.add_column("change to the head")
+    for key, label in (
+        ("head", "the head, on frames that it has not seen"),
+        ("zero_shot", "the pair as it flies"),
+        ("constant", "always the commonest category"),
+    ):
+        change = figures["change"].get(key)
+        said = change_of_control(change) if change else ""
+        table.add_row(label, rate(figures[key]), percent(figures[key]["balanced"]), said)
+    return table
+
+
+def adapted_in_words(figures: dict[str, Any]) -> list[str]:
+    """Whether the head helps, and what fewer frames would have given."""
+    change = figures["change"]["zero_shot"]
+    better = change["exact_p"] < SIGNIFICANT and change["points"] > 0
+    answer = "It helps" if better else "It is not shown that it helps"
+    found = [f"{answer}: from the pair to the head, {change_of_control(change)}."]
+    if curve := figures["curve"]:
+        points = ", ".join(
+            f"{size} frames {percent(point['mean'])} ({percent(point['low'])} to {percent(point['high'])})"
+            for size, point in curve.items()
+        )
+        found.append(f"Learning curve, accuracy on the other frames (80 % of the draws): {points}.")
+    return found
+
+
 def controls_table(name: str, controls: dict[str, Any]) -> "Table":
     """The controls of one variant for a terminal."""
     from rich.table import Table

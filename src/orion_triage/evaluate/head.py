@@ -1,0 +1,204 @@
+"""A head: logistic regression on the flight pair's last hidden state after the image; the model stays as it is.
+
+The state is that of llama.cpp on the pair that flies (`--embedding --pooling last`), after the user's turn up to and
+with the image. It does not depend on what stands after the image, so coordinates in the prompt change no answer. A head
+is a few kilobytes: the smallest change of what a model makes of what it sees.
+"""
+
+import base64
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orion_triage.errors import OrionError
+from orion_triage.evaluate.statistics import Integers
+from orion_triage.export.quantize import PAIR
+from orion_triage.llama_cpp.server import OPTIONS, Server
+from orion_triage.mission.answer import Answer
+from orion_triage.mission.mission import Mission
+from orion_triage.mission.prompt import user_text
+from orion_triage.mission.verdict import category_alone, require_category_alone
+from orion_triage.progress import Progress
+from orion_triage.safe.files import sha256_of_file, write_text
+from orion_triage.safe.reading import read_object
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from orion_triage.llama_cpp.client import Client
+
+Floats = NDArray[np.float64]
+FILE_NAME = "head.json"  # in the run's folder
+# Of the server: it then answers nothing else. Only the last chunk's tokens are pooled, so "last" is right and a mean
+# would not be the image's.
+EMBEDDING = (*OPTIONS, "--embedding", "--pooling", "last")
+# scikit-learn's C times the width of a state. Chosen once, on 25 real frames: a cross-validation over so few frames
+# picks another value for each fold, and loses 2 to 4 of them that a fixed one gets (docs/log.md).
+PENALTY = 0.25
+_FOLDS = 5
+
+
+@dataclass(frozen=True)
+class Head:
+    """`weights` [K, width] and `bias` [K]: logits are weights @ state + bias, of states of the pair with this hash."""
+
+    categories: tuple[str, ...]
+    weights: NDArray[np.float32]
+    bias: NDArray[np.float32]
+    pair_sha256: str
+    frame_size: int
+    figures: dict[str, Any]
+
+    def scores(self, states: Floats) -> Floats:
+        """The probabilities [frames, K] of states [frames, width]."""
+        return softmax(states @ self.weights.T.astype(np.float64) + self.bias)
+
+
+def softmax(logits: Floats) -> Floats:
+    shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True))
+
+
+def fit(states: Floats, truth: Integers, categories: int) -> tuple[Floats, Floats]:
+    """(Weights [K, width], bias [K]) for states as they come from the server: standardization is folded in.
+
+    Categories without a frame get the bias of the rarest one, less what a whole frame is worth: they are possible, and
+    nothing is known of them. With frames of a single category, the head always answers it.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    mean, spread = states.mean(axis=0), states.std(axis=0)
+    spread = np.where(spread > 1e-6 * max(1e-12, float(spread.max())), spread, np.inf)  # a constant says nothing
+    seen = np.unique(truth)
+    weights, bias = np.zeros((categories, states.shape[1])), np.zeros(categories)
+    if len(seen) > 1:
+        model = LogisticRegression(C=PENALTY / states.shape[1], max_iter=2000)
+        model.fit((states - mean) / spread, truth)
+        own, offset = model.coef_, model.intercept_
+        if len(seen) == 2:  # one row: of the second category against the first
+            own, offset = np.vstack([-own / 2, own / 2]), np.array([-offset[0] / 2, offset[0] / 2])
+        weights[seen], bias[seen] = own / spread, offset - (own / spread) @ mean
+    typical = weights[seen] @ mean + bias[seen]
+    unseen = np.setdiff1d(np.arange(categories), seen)
+    bias[unseen] = typical.min() - np.log(2 * len(truth) / max(1, np.bincount(truth)[seen].min()))
+    return weights, bias
+
+
+def log_loss(scores: Floats, truth: Integers) -> float:
+    return float(-np.log(np.maximum(scores[np.arange(len(truth)), truth], 1e-9)).mean())
+
+
+def out_of_fold(states: Floats, truth: Integers, categories: int, groups: Sequence[str], seed: int) -> Floats:
+    """The scores [frames, K] of each frame by a head that has not seen its place."""
+    scores = np.zeros((len(truth), categories))
+    for held_out in folds(truth, groups, seed):
+        kept = np.setdiff1d(np.arange(len(truth)), held_out)
+        weights, bias = fit(states[kept], truth[kept], categories)
+        scores[held_out] = softmax(states[held_out] @ weights.T + bias)
+    return scores
+
+
+def folds(truth: Integers, groups: Sequence[str], seed: int, count: int = _FOLDS) -> list[Integers]:
+    """The frames of each fold, whole places, with about the same share of each category; fewer folds for few places."""
+    import warnings
+
+    from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
+
+    places = len(set(groups))
+    if places < 2:
+        raise OrionError("all labelled frames are of one place.", "Add frames of other places.")
+    most = min(count, places, int(np.bincount(truth).max()))
+    # With no category twice there is nothing to spread evenly.
+    split = StratifiedGroupKFold(most, shuffle=True, random_state=seed) if most > 1 else GroupKFold(min(count, places))
+    with warnings.catch_warnings():  # a category with fewer frames than folds is in some of them only
+        warnings.simplefilter("ignore", UserWarning)
+        return [test for _, test in split.split(np.zeros(len(truth)), truth, groups)]
+
+
+def write(folder: Path, head: Head) -> Path:
+    """Write head.json, whole or not at all; returns its path."""
+    value = asdict(head) | {
+        "weights": base64.b64encode(head.weights.astype("<f4").tobytes()).decode(),
+        "bias": [float(value) for value in head.bias],
+        "width": head.weights.shape[1],
+    }
+    write_text(folder / FILE_NAME, json.dumps(value, indent=1) + "\n")
+    return folder / FILE_NAME
+
+
+def read(folder: Path, mission: Mission, pair: Path, frame_size: int) -> Head:
+    """The head of a run; raises OrionError if there is none, it is damaged, or it is of another pair or mission."""
+    path = folder / FILE_NAME
+    try:
+        value = read_object(path)
+        categories, width = tuple(value["categories"]), int(value["width"])
+        raw = base64.b64decode(value["weights"], validate=True)
+        weights = np.frombuffer(raw, dtype="<f4").reshape(len(categories), width)
+        bias = np.array(value["bias"], dtype=np.float32).reshape(len(categories))
+        head = Head(
+            categories, weights, bias, str(value["pair_sha256"]), int(value["frame_size"]), dict(value["figures"])
+        )
+        if not np.isfinite(weights).all() or not np.isfinite(bias).all():
+            raise ValueError("a weight is not finite")
+    except FileNotFoundError:
+        raise OrionError(f"{path} does not exist.", "Run 'orion adapt FOLDER' first.") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise OrionError(f"{path} is damaged: {error!r}.", "Run 'orion adapt FOLDER' again.") from None
+    now = (mission.names, sha256_of_file(pair / PAIR), frame_size)
+    if (head.categories, head.pair_sha256, head.frame_size) != now:
+        raise OrionError(
+            f"{path} was fitted on another pair, frame size or mission.", "Run 'orion adapt FOLDER' again."
+        )
+    return head
+
+
+@contextmanager
+def serving(pair: Path, log: Path, progress: Progress, threads: int | None = None) -> "Iterator[Server]":
+    """A server that gives hidden states of this pair, and nothing else."""
+    from orion_triage.export import quantize
+    from orion_triage.llama_cpp.toolchain import find_toolchain
+    from orion_triage.models.family import turn_of
+
+    backbone, mmproj = quantize.find_pair(pair)
+    toolchain = find_toolchain(progress)
+    with Server(
+        toolchain, backbone, mmproj, log=log, turn=turn_of(backbone), threads=threads, options=EMBEDDING
+    ) as server:
+        yield server
+
+
+class HeadBackend:
+    """The category from a head, without a reason, over a server of `serving`.
+
+    Raises OrionError for a mission whose fields must have a value.
+    """
+
+    batch_size = 1
+
+    def __init__(self, client: "Client", mission: Mission, head: Head) -> None:
+        require_category_alone(mission)
+        self._client, self._mission, self._head = client, mission, head
+        self._last: tuple[Image.Image, Answer] | None = None  # one answer serves all prompts about an image
+
+    def answer(self, images: "Sequence[Image.Image]", user_texts: Sequence[str]) -> list[Answer]:
+        return [self._answer(image) for image in images]
+
+    def _answer(self, image: "Image.Image") -> Answer:
+        if self._last is None or self._last[0] is not image:
+            (scores,) = self._head.scores(state_of(self._client, user_text(self._mission, None), image)[None])
+            category = self._mission.names[int(np.argmax(scores))]
+            self._last = image, Answer(category_alone(self._mission, category), tuple(map(float, scores)), 1.0)
+        return self._last[1]
+
+
+def state_of(client: "Client", user_text: str, image: "Image.Image") -> Floats:
+    """The state [width] after a frame of the model's size; `user_text` is the turn, of which the rest is not read."""
+    from orion_triage.imagery.frames import Frame
+
+    return np.array(client.hidden_state(user_text, Frame(image, image.size).png()), dtype=np.float64)

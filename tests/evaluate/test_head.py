@@ -1,0 +1,227 @@
+"""evaluate/head.py and adapt.py: a head on the pair's hidden state, from the fit to the commands."""
+
+import base64
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from orion_triage.errors import OrionError
+from orion_triage.evaluate import adapt, head
+from orion_triage.evaluate.run import read_predictions
+from orion_triage.export.quantize import PAIR
+from orion_triage.mission.mission import Mission
+from orion_triage.progress import silent
+from tests.conftest import MISSION, orion, structured_picture
+
+H, M, L = MISSION.names
+
+
+def planted(count: int, width: int = 32, spread: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """States whose first three numbers say the category, among others that do not, on very different scales."""
+    random, truth = np.random.default_rng(0), np.arange(count) % 3
+    states = random.normal(0, spread, (count, width))
+    states[np.arange(count), truth] += 3
+    return states * np.logspace(-3, 2, width) + 7, truth
+
+
+def test_the_fit_is_scikit_learns_with_the_standardization_folded_in() -> None:
+    states, truth = planted(60)
+    weights, bias = head.fit(states, truth, 3)
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=head.PENALTY / 32, max_iter=2000)).fit(states, truth)
+    assert head.softmax(states @ weights.T + bias) == pytest.approx(model.predict_proba(states), abs=1e-6)
+    two = truth[truth < 2]
+    weights, bias = head.fit(states[truth < 2], two, 2)
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=head.PENALTY / 32, max_iter=2000))
+    expected = model.fit(states[truth < 2], two).predict_proba(states)
+    assert head.softmax(states @ weights.T + bias) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_category_without_a_frame_is_possible_and_unlikely() -> None:
+    states, truth = planted(40)
+    kept = truth > 0
+    weights, bias = head.fit(states[kept], truth[kept], 3)
+    scores = head.softmax(states @ weights.T + bias)
+    assert (scores[:, 0] > 0).all()
+    assert scores[:, 0].max() < 0.15
+    weights, bias = head.fit(states[truth == 2], truth[truth == 2], 3)
+    assert (head.softmax(states @ weights.T + bias).argmax(axis=1) == 2).all()
+
+
+def test_a_number_that_is_the_same_in_all_frames_decides_nothing() -> None:
+    states, truth = planted(30)
+    states[:, 5] = 4.0
+    weights, bias = head.fit(states, truth, 3)
+    assert (weights[:, 5] == 0).all()
+    other = states.copy()
+    other[:, 5] = 1e6
+    assert head.softmax(other @ weights.T + bias) == pytest.approx(head.softmax(states @ weights.T + bias))
+
+
+def test_a_frame_is_judged_by_a_head_that_has_not_seen_its_place() -> None:
+    """Tiles of a place are alike, and the label says nothing else: whoever has seen some knows the others."""
+    random = np.random.default_rng(0)
+    truth = np.repeat(random.integers(0, 3, 30), 5)
+    states = np.repeat(random.normal(0, 1, (30, 256)), 5, axis=0)
+    places, frames = [str(n // 5) for n in range(150)], [str(n) for n in range(150)]
+    guessed = (head.out_of_fold(states, truth, 3, places, 1).argmax(axis=1) == truth).mean()
+    leaked = (head.out_of_fold(states, truth, 3, frames, 1).argmax(axis=1) == truth).mean()
+    assert guessed < 0.5
+    assert leaked > 0.9
+
+
+@pytest.mark.parametrize("truth", [[0, 1, 2, 0, 1, 2], [0, 1, 1, 1, 1, 1], [0, 1, 2]])
+def test_every_frame_is_in_one_fold(truth: list[int]) -> None:
+    found = head.folds(np.array(truth), [str(n) for n in range(len(truth))], 1)
+    assert sorted(np.concatenate(found).tolist()) == list(range(len(truth)))
+    with pytest.raises(OrionError, match="of one place"):
+        head.folds(np.array(truth), ["x"] * len(truth), 1)
+
+
+def made(pair: Path, **changed: Any) -> head.Head:
+    states, truth = planted(30)
+    weights, bias = head.fit(states, truth, 3)
+    values: dict[str, Any] = {
+        "categories": MISSION.names, "weights": weights.astype(np.float32), "bias": bias.astype(np.float32),
+        "pair_sha256": head.sha256_of_file(pair / PAIR), "frame_size": 256, "figures": {},
+    }  # fmt: skip
+    return head.Head(**(values | changed))
+
+
+def test_a_head_is_read_as_it_was_written_and_only_with_its_pair(tmp_path: Path) -> None:
+    (tmp_path / PAIR).write_text("{}")
+    own = made(tmp_path)
+    head.write(tmp_path, own)
+    back = head.read(tmp_path, MISSION, tmp_path, 256)
+    assert (back.weights == own.weights).all()
+    assert (back.bias == own.bias).all()
+    assert (tmp_path / head.FILE_NAME).stat().st_size < 3000
+    with pytest.raises(OrionError, match="another pair, frame size or mission"):
+        head.read(tmp_path, MISSION, tmp_path, 384)
+    (tmp_path / PAIR).write_text('{"other": 1}')
+    with pytest.raises(OrionError, match="another pair, frame size or mission"):
+        head.read(tmp_path, MISSION, tmp_path, 256)
+    with pytest.raises(OrionError, match="Run 'orion adapt FOLDER' first") as error:
+        head.read(tmp_path / "gone", MISSION, tmp_path, 256)
+    assert "does not exist" in error.value.message
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"weights": "AAAA"},
+        {"weights": "no base64!"},
+        {"bias": [0, 1]},
+        {"width": 31},
+        {"weights": base64.b64encode(np.full(96, np.nan, "<f4").tobytes()).decode()},
+    ],
+)
+def test_a_damaged_head_is_refused(tmp_path: Path, damage: dict[str, Any]) -> None:
+    (tmp_path / PAIR).write_text("{}")
+    path = head.write(tmp_path, made(tmp_path))
+    path.write_text(json.dumps(json.loads(path.read_text()) | damage))
+    with pytest.raises(OrionError, match=r"head\.json is damaged"):
+        head.read(tmp_path, MISSION, tmp_path, 256)
+
+
+def test_the_figures_say_whether_it_helps() -> None:
+    states, truth = planted(45, spread=0.1)
+    names = [str(n) for n in range(45)]
+    wrong = [MISSION.names[(int(index) + 1) % 3] for index in truth]
+    found = adapt.figures(states, truth, names, names, wrong, MISSION)
+    assert found["head"]["count"] >= 40
+    assert found["zero_shot"]["count"] == 0
+    assert found["change"]["zero_shot"]["gained"] == found["head"]["count"]
+    assert found["head"]["balanced"] == pytest.approx(found["head"]["rate"]), "as many frames of each"
+    assert found["constant"]["rate"] == pytest.approx(1 / 3, abs=0.1)
+    assert list(found["curve"]) == ["5", "10", "20", "25"]
+    assert found["curve"]["5"]["mean"] < found["curve"]["25"]["mean"]
+    right = [MISSION.names[int(index)] for index in truth]
+    assert adapt.figures(states, truth, names, names, right, MISSION)["change"]["zero_shot"]["gained"] == 0
+
+
+def test_too_few_frames_are_refused(tmp_path: Path) -> None:
+    for number, category in enumerate((H, M, L, L)):
+        (tmp_path / category).mkdir(exist_ok=True)
+        structured_picture(number).save(tmp_path / category / f"{number}.png")
+    with pytest.raises(OrionError, match="has 4 labelled frames"):
+        adapt.read_labelled(tmp_path, MISSION)
+
+
+@pytest.mark.llama_cpp
+def test_the_state_is_that_of_transformers(tiny_pair: Path, small_frames: list[Image.Image], tmp_path: Path) -> None:
+    """The last hidden state after the image, of the same weights in 16 bits."""
+    import torch
+
+    from orion_triage.mission.prompt import user_text
+    from orion_triage.models.encode import encode_image, encode_row
+    from orion_triage.models.load import TINY_BASE_FOLDER, load_model, load_processor
+
+    text = user_text(MISSION, None)
+    with head.serving(tiny_pair, tmp_path / "log", silent) as server:
+        states = [head.state_of(server.client, text, frame) for frame in small_frames[:3]]
+        again = head.state_of(server.client, text, small_frames[0])
+    assert (again == states[0]).all(), "asked again, it is the same to the last digit"
+    model, processor = load_model(TINY_BASE_FOLDER, dtype="float32"), load_processor(TINY_BASE_FOLDER, 256)
+    end = processor.tokenizer.convert_tokens_to_ids("<|image_end|>")
+    for frame, state in zip(small_frames, states, strict=False):
+        image = encode_image(processor, frame)
+        row = encode_row(processor, image, text)
+        ids = torch.tensor([row.turn[: row.turn.index(end) + 1]])
+        with torch.inference_mode():
+            out = model(input_ids=ids, **image.inputs, output_hidden_states=True)
+        expected = out.hidden_states[-1][0, -1].numpy()
+        cosine = float(expected @ state / np.linalg.norm(expected) / np.linalg.norm(state))
+        assert cosine > 0.98  # Q4_K_M against float32
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.slow
+def test_adapt_triage_and_evaluate_through_the_command_line(finished: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    for number in range(12):
+        category = MISSION.names[number % 3]
+        tint = Image.new("RGB", (512, 512), tuple(200 if band == number % 3 else 60 for band in range(3)))
+        (copy / "mine" / category).mkdir(parents=True, exist_ok=True)
+        Image.blend(structured_picture(number), tint, 0.7).save(copy / "mine" / category / f"{number}.png")
+    nothing = orion("triage", "mine/LOW", "--head", "--run", "runs/small", cwd=copy)
+    assert (nothing.returncode, "Run 'orion adapt FOLDER' first" in nothing.stderr) == (1, True)
+    done = orion("adapt", "mine", "--run", "runs/small", cwd=copy)
+    assert done.returncode == 0, done.stderr
+    assert "12 labelled frames: 4 HIGH, 4 MEDIUM, 4 LOW" in done.stdout
+    told = json.loads(orion("adapt", "mine", "--run", "runs/small", "--json", cwd=copy).stdout)
+    assert (told["frames"], told["places"], list(told["curve"])) == (12, 12, ["5"])
+    # On the frames that it was fitted on it is right: colour is in what the tower sees.
+    for category in MISSION.names:
+        rows = json.loads(
+            orion("triage", f"mine/{category}", "--head", "--run", "runs/small", "--json", cwd=copy).stdout
+        )
+        assert {row["category"] for row in rows} == {category}
+        assert all(sum(row["scores"].values()) == pytest.approx(1) for row in rows)
+    evaluated = orion("evaluate", "--variants", "head", "--run", "runs/small", cwd=copy)
+    assert evaluated.returncode == 0, evaluated.stderr
+    rows = read_predictions(copy / "runs/small/evaluation/test/head", MISSION)
+    of = {(row["condition"], row["name"]): row["category"] for row in rows}
+    frames = {row["name"] for row in rows}
+    assert all(of["A", name] == of["B", name] == of["D", name] for name in frames), "coordinates change nothing"
+    assert len({of["C", name] for name in frames}) == 1
+    (copy / "runs/small/gguf" / PAIR).write_text("{}")
+    other = orion("triage", "mine/LOW", "--head", "--run", "runs/small", cwd=copy)
+    assert (other.returncode, "Traceback" in other.stderr) == (1, False)
+
+
+def test_a_mission_whose_fields_need_a_value_is_refused() -> None:
+    from orion_triage.mission.mission import FieldOfAnswer
+
+    field = FieldOfAnswer(name="smoke", kind="yes/no", definition="Smoke.")
+    other: Mission = MISSION.model_copy(update={"fields": (field,), "keys": (*MISSION.keys, "smoke")})
+    with pytest.raises(OrionError, match="cannot be asked for the category alone"):
+        head.HeadBackend(None, other, None)  # type: ignore[arg-type]
