@@ -6,13 +6,25 @@ import sys
 from typing import Any, NoReturn
 
 from orion_triage import processes
-from orion_triage.cli import camera, dataset, evaluation, flight, machine, mission, remote, stages
+from orion_triage.cli import camera, dataset, evaluation, flight, machine, mission, remote, review, stages
 from orion_triage.cli.app import app
 from orion_triage.cli.terminal import messages, styled
 from orion_triage.errors import OrionError, obstacle
 from orion_triage.safe import proxies
 
-__all__ = ["app", "camera", "dataset", "evaluation", "flight", "machine", "main", "mission", "remote", "stages"]
+__all__ = [
+    "app",
+    "camera",
+    "dataset",
+    "evaluation",
+    "flight",
+    "machine",
+    "main",
+    "mission",
+    "remote",
+    "review",
+    "stages",
+]
 
 _REPEAT_SECONDS = 5.0  # interval of the repeated interrupt: a library can swallow the first one
 _signals_received: list[int] = []  # SIGINT and SIGTERM signals of this process

@@ -11,7 +11,7 @@ COMMANDS = (
     "run", "mission", "camera", "dataset", "fine-tune", "fuse", "quantize", "bundle", "verify", "clean", "push",
     "settings", "remote",
     "ablation", "evaluate", "report", "verdict", "compare", "threshold", "false-alarms", "adapt",
-    "triage", "bench-frame",
+    "triage", "review", "bench-frame",
     "plan", "doctor", "toolchain", "rehearse",
 )  # fmt: skip
 

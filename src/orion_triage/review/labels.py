@@ -1,0 +1,249 @@
+"""Read labels back: from the page, and from Label Studio's export; and make a dataset of what people agree on.
+
+A label counts for the frame of its id, whose hash is in the task. Labellers are compared by Cohen's kappa, and labels
+with the suggestions: a label equal to its suggestion after less than a second says little.
+"""
+
+import itertools
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orion_triage.dataset.collect import csv_text
+from orion_triage.errors import OrionError
+from orion_triage.mission.mission import Mission
+from orion_triage.review.choose import RANDOM
+from orion_triage.review.task import FRAMES_FILE
+from orion_triage.safe.files import replaced_folder, sha256_of_file, write_text
+from orion_triage.safe.reading import LARGEST_TABLE_BYTES, parse_json, read_bytes, read_object, shown
+
+COLUMNS = (
+    "file_name", "category", "reason", "labelled_by", "labelled_at", "why", "blind", "suggestion", "suggested_by",
+    "labels", "sha256",
+)  # fmt: skip
+CONFLICTS = "conflicts.json"  # no second table
+QUICK_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Label:
+    """What one person said of one frame; `seconds` is how long it took, None if it is not known."""
+
+    frame: str
+    category: str
+    reason: str
+    labeller: str
+    at: str
+    seconds: float | None
+
+
+def read_task(folder: Path) -> dict[str, dict[str, Any]]:
+    """Id -> the task's row of a frame; raises OrionError if the folder is no task."""
+    path = folder / FRAMES_FILE
+    try:
+        return {str(row["id"]): row for row in read_object(path)["frames"]}
+    except FileNotFoundError:
+        raise OrionError(f"{path} does not exist.", "Pass the folder that 'orion review new' wrote.") from None
+    except (KeyError, TypeError) as error:
+        raise OrionError(f"{path} is damaged: {error!r}.", "Write the task again with 'orion review new'.") from None
+
+
+def read_labels(path: Path, task: Mapping[str, Any], mission: Mission) -> tuple[list[Label], int]:
+    """(The labels in a file, the tasks in it that nobody labelled): of the page, or of Label Studio (JSON, JSON-MIN).
+
+    Raises OrionError for a file that is neither, for labels of another task, and for a category that there is not.
+    """
+    try:
+        value = parse_json(read_bytes(path, LARGEST_TABLE_BYTES))
+    except FileNotFoundError:
+        raise OrionError(f"{path} does not exist.", "Pass a file with labels.") from None
+    except ValueError as error:
+        raise OrionError(f"{path} is not JSON: {error}.", "Export the labels again.") from None
+    try:
+        if isinstance(value, dict):
+            found, empty = list(_of_page(value)), 0
+        else:
+            found, empty = _of_label_studio(value)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise OrionError(
+            f"{path} has neither labels of the page nor an export of Label Studio: {error!r}.",
+            "Save the labels in the page, or export JSON in Label Studio.",
+        ) from None
+    for label in found:
+        if label.frame not in task:
+            raise OrionError(f"{path}: {shown(label.frame)} is no frame of this task.", "Pass the labels of this task.")
+        if label.category not in mission.names:
+            raise OrionError(f"{path}: {shown(label.category)} is not a category of {mission.name}.", "Correct it.")
+    return found, empty
+
+
+def _of_page(value: Mapping[str, Any]) -> Iterator[Label]:
+    for row in value["labels"]:
+        yield Label(
+            str(row["frame"]), str(row["category"]), str(row.get("reason") or ""), str(value["labeller"]),
+            str(row["at"]), float(row["seconds"]),
+        )  # fmt: skip
+
+
+def _of_label_studio(tasks: Any) -> tuple[list[Label], int]:
+    """Labels of an export. An annotation that was skipped or has no category is none; drafts are elsewhere in it."""
+    found, empty = [], 0
+    if not isinstance(tasks, list):
+        raise TypeError("an export is a list")
+    for task in tasks:
+        if "annotations" not in task:  # JSON-MIN: one row for each annotation
+            label = _of_row(task)
+            found += [label] if label else []
+            empty += label is None
+            continue
+        labels = [label for one in task["annotations"] if (label := _of_annotation(task["data"], one))]
+        found += labels
+        empty += not labels
+    return found, empty
+
+
+def _of_row(row: Mapping[str, Any]) -> Label | None:
+    if not row.get("category"):
+        return None
+    reason = row.get("reason") or ""
+    text = reason[0] if isinstance(reason, list) else reason
+    return Label(
+        str(row["frame"]), str(row["category"]), str(text), f"Label Studio user {row.get('annotator', '')}".strip(),
+        str(row.get("created_at") or ""), _number(row.get("lead_time")),
+    )  # fmt: skip
+
+
+def _of_annotation(data: Mapping[str, Any], annotation: Mapping[str, Any]) -> Label | None:
+    if annotation.get("was_cancelled"):
+        return None
+    said = {one["from_name"]: one["value"] for one in annotation["result"]}
+    if not said.get("category", {}).get("choices"):
+        return None
+    who = annotation.get("completed_by")
+    name = who.get("email") if isinstance(who, dict) else f"Label Studio user {who}"
+    texts = said.get("reason", {}).get("text") or [""]
+    return Label(
+        str(data["frame"]), str(said["category"]["choices"][0]), str(texts[0] if isinstance(texts, list) else texts),
+        str(name), str(annotation.get("created_at") or ""), _number(annotation.get("lead_time")),
+    )  # fmt: skip
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Frame -> the labels on it, the last of each labeller; and what is to be said of them."""
+
+    of_frame: dict[str, list[Label]]
+    figures: dict[str, Any]
+
+
+def merge(labels: Sequence[Label], task: Mapping[str, Mapping[str, Any]], mission: Mission, empty: int) -> Merged:
+    """The labels by frame, with the figures: agreement of the labellers, and of the labels with the suggestions."""
+    last: dict[tuple[str, str], Label] = {}
+    for label in sorted(labels, key=lambda label: label.at):
+        last[label.frame, label.labeller] = label
+    of_frame: dict[str, list[Label]] = {}
+    for label in last.values():
+        of_frame.setdefault(label.frame, []).append(label)
+    conflicts = [frame for frame, own in of_frame.items() if len({label.category for label in own}) > 1]
+    suggested = [(label, task[label.frame]) for label in last.values() if task[label.frame]["suggestion"]]
+    figures = {
+        "frames": len(task),
+        "labelled": len(of_frame),
+        "not_labelled": len(task) - len(of_frame),
+        "empty_in_export": empty,
+        "labellers": sorted({label.labeller for label in last.values()}),
+        "conflicts": sorted(conflicts),
+        "kappa": _kappas(list(last.values()), mission),
+        "as_suggested": {
+            name: _share([(label, row) for label, row in suggested if bool(row["blind"]) == blind])
+            for name, blind in (("seen", False), ("blind", True))
+        },
+        "quick_as_suggested": sum(
+            label.seconds is not None and label.seconds < QUICK_SECONDS and label.category == row["suggestion"]
+            for label, row in suggested
+            if not row["blind"]
+        ),
+        "suggestions_right_on_random": _share([(label, row) for label, row in suggested if row["why"] == RANDOM]),
+    }
+    return Merged(of_frame, figures)
+
+
+def _share(pairs: Sequence[tuple[Label, Mapping[str, Any]]]) -> dict[str, int]:
+    return {"count": sum(label.category == row["suggestion"] for label, row in pairs), "total": len(pairs)}
+
+
+def _kappas(labels: Sequence[Label], mission: Mission) -> dict[str, dict[str, Any]]:
+    """Cohen's kappa of each two labellers, on the frames that both labelled; None if chance would agree as well."""
+    import math
+
+    from sklearn.metrics import cohen_kappa_score
+
+    of_labeller: dict[str, dict[str, str]] = {}
+    for label in labels:
+        of_labeller.setdefault(label.labeller, {})[label.frame] = label.category
+    found = {}
+    for first, second in itertools.combinations(sorted(of_labeller), 2):
+        both = sorted(of_labeller[first].keys() & of_labeller[second].keys())
+        if len(both) < 2:
+            continue
+        said = [[of_labeller[name][frame] for frame in both] for name in (first, second)]
+        same_word = len({word for words in said for word in words}) == 1
+        kappa = math.nan if same_word else float(cohen_kappa_score(*said, labels=list(mission.names)))
+        found[f"{first}, {second}"] = {"frames": len(both), "kappa": None if math.isnan(kappa) else kappa}
+    return found
+
+
+def write_dataset(folder: Path, merged: Merged, task: Mapping[str, Mapping[str, Any]]) -> int:
+    """Write the frames on which all labellers agree, with a table; returns their number. The others: conflicts.json.
+
+    Raises OrionError if the folder exists, or if a frame is not the one that was shown.
+    """
+    if folder.exists():
+        raise OrionError(f"{folder} exists.", "Name a folder that does not exist yet.")
+    rows: list[dict[str, Any]] = []
+    conflicts: list[dict[str, Any]] = []
+    for frame, labels in sorted(merged.of_frame.items()):
+        row, path = task[frame], Path(task[frame]["file"])
+        if not path.is_file() or sha256_of_file(path) != row["sha256"]:
+            raise OrionError(f"{path} is gone, or is not the picture that was labelled.", "Put the frame back.")
+        cells = _cells(frame, labels, row, path)
+        (rows if len({label.category for label in labels}) == 1 else conflicts).append(cells)
+    with replaced_folder(folder) as new:
+        (new / "pictures").mkdir()
+        for cells in rows:
+            shutil.copyfile(cells.pop("path"), new / "pictures" / cells["file_name"])
+        write_text(new / "metadata.csv", csv_text(COLUMNS, rows))
+        if conflicts:
+            told = [{key: str(value) for key, value in cells.items()} for cells in conflicts]
+            write_text(new / CONFLICTS, json.dumps(told, indent=1) + "\n")
+    return len(rows)
+
+
+def _cells(frame: str, labels: Sequence[Label], row: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    said = [f"{label.labeller}: {label.category}" for label in labels]
+    reason = next((label.reason for label in labels if label.reason), "")
+    return {
+        "path": path,
+        "file_name": f"{frame}{path.suffix.lower()}",
+        "category": labels[0].category if len({label.category for label in labels}) == 1 else "",
+        "reason": reason,
+        "labelled_by": "; ".join(label.labeller for label in labels),
+        "labelled_at": max(label.at for label in labels),
+        "why": row["why"],
+        "blind": "yes" if row["blind"] else "no",
+        "suggestion": row["suggestion"] or "",
+        "suggested_by": row["suggested_by"],
+        "labels": "; ".join(said),
+        "sha256": row["sha256"],
+    }
+
+
+def to_json(merged: Merged) -> str:
+    return json.dumps(merged.figures, indent=2)

@@ -1,0 +1,349 @@
+"""review/: which frames people see, the page and the tasks, and what comes back."""
+
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from sklearn.metrics import cohen_kappa_score
+
+from orion_triage.errors import OrionError
+from orion_triage.evaluate.adapt import read_labelled
+from orion_triage.review.choose import RANDOM, UNLIKE, Logged, choose, margin, read_log, why_of
+from orion_triage.review.labels import CONFLICTS, merge, read_labels, read_task, write_dataset
+from orion_triage.review.task import CONFIG_FILE, FRAMES_FILE, PAGE_FILE, TASKS_FILE, write
+from orion_triage.safe.files import sha256_of_file
+from tests.chromium import Chromium
+from tests.conftest import MISSION, orion, structured_picture
+
+H, M, L = MISSION.names
+HOSTILE = '</script><script>document.title="x"</script> "quotes" \'and\' & \u2028 a line'
+
+
+def row(name: str, scores: tuple[float, float, float], **more: Any) -> dict[str, Any]:
+    """A line of `orion triage --out`."""
+    category = MISSION.names[max(range(3), key=lambda index: scores[index])]
+    values = {"file": name, "category": category, "model_category": category, "decided_by": "model", "reason": "Why."}
+    return values | {"scores": dict(zip(MISSION.names, scores, strict=True)), "error": "", "pair": "x"} | more
+
+
+def log_of(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    return path
+
+
+def frames_in(folder: Path, count: int) -> list[str]:
+    folder.mkdir(exist_ok=True)
+    for number in range(count):
+        structured_picture(number).save(folder / f"{number:02d}.png", compress_level=1)
+    return [str(folder / f"{number:02d}.png") for number in range(count)]
+
+
+def logged(number: int, sure: float = 0.9, **changed: Any) -> Logged:
+    scores = {H: sure, M: 1 - sure, L: 0.0}
+    values = {"category": H, "model_category": H, "reason": "", "scores": scores, "decided_by": "model"}
+    return Logged(f"{number:04d}", **(values | changed))
+
+
+def test_a_log_is_read_with_the_last_line_of_each_frame(tmp_path: Path) -> None:
+    rows = [row("a.png", (0.8, 0.1, 0.1)), row("b.png", (0.2, 0.7, 0.1)), row("a.png", (0.1, 0.1, 0.8))]
+    flight = {"file": "c.raw", "moved_to": "c-1.raw", "category": None, "scores": None, "sha256": "0"}
+    found = read_log(log_of(tmp_path / "log", [*rows, flight]), MISSION)
+    assert [(frame.file, frame.category) for frame in found] == [("a.png", L), ("b.png", M), ("c-1.raw", None)]
+    for line, said in (
+        ("no JSON", "log:1 is not a line"), ('{"file": 1}', "log:1"), ('{"category": "HIGH"}', "log:1"),
+        ('{"file": "a", "category": "FIRE", "scores": null}', "'FIRE' is not a category of the mission"),
+        ("[]", "log:1"), ("", "has no frame"),
+    ):  # fmt: skip
+        (tmp_path / "log").write_text(line + "\n" if line else "")
+        with pytest.raises(OrionError, match=re.escape(said)):
+            read_log(tmp_path / "log", MISSION)
+    with pytest.raises(OrionError, match="does not exist"):
+        read_log(tmp_path / "gone", MISSION)
+
+
+def test_what_teaches_most_comes_first_beside_an_even_share() -> None:
+    frames = [logged(n, 0.95) for n in range(100)]
+    frames[7] = logged(7, category=None)
+    frames[8] = logged(8, decided_by=UNLIKE, category=M)
+    frames[9] = logged(9, category=M, decided_by="threshold 0.2")
+    frames[10] = logged(10, 0.51)
+    frames[11] = logged(11, 0.55)
+    assert [why_of(frames[n]) for n in (7, 8, 9, 10)] == ["no verdict", UNLIKE, "overruled", "uncertain"]
+    assert margin(frames[10]) == pytest.approx(0.02)
+    chosen = choose(frames, 5, random_share=0, blind_share=0, seed=1)
+    assert {int(one.frame.file) for one in chosen} == {7, 8, 9, 10, 11}
+    assert choose(frames[::-1], 5, random_share=0, blind_share=0, seed=1) == chosen, "in any order of the log"
+    mixed = choose(frames, 10, random_share=0.4, blind_share=0.3, seed=2)
+    assert Counter(one.why == RANDOM for one in mixed) == {True: 4, False: 6}
+    assert sum(one.blind for one in mixed) == 3
+    assert len({one.frame.file for one in mixed}) == 10
+    assert len(choose(frames[:4], 10, random_share=0.5, blind_share=0, seed=1)) == 4
+
+
+def test_the_random_share_is_drawn_from_all_frames_alike() -> None:
+    frames = [logged(n, 0.5 + n / 250) for n in range(100)]
+    times = Counter(
+        one.frame.file
+        for seed in range(300)
+        for one in choose(frames, 20, random_share=0.5, blind_share=0, seed=seed)
+        if one.why == RANDOM
+    )
+    assert len(times) == 100
+    assert min(times.values()) >= 12
+    assert max(times.values()) <= 55  # 30 each on average; the most uncertain are no more frequent
+    assert abs(sum(times[f"{n:04d}"] for n in range(50)) / 3000 - 0.5) < 0.04
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Path:
+    """A task of 25 frames, among them one whose reason is an attack and one whose name is odd."""
+    names = frames_in(tmp_path / "frames", 25)
+    odd = tmp_path / "frames" / 'a "b" <i>&.png'
+    Path(names[3]).rename(odd)
+    names[3] = str(odd)
+    rows = [row(name, (0.2, 0.5, 0.3)) for name in names]
+    rows[5]["reason"] = HOSTILE
+    frames = read_log(log_of(tmp_path / "log.jsonl", rows), MISSION)
+    write(
+        tmp_path / "task", choose(frames, 25, random_share=0.2, blind_share=0.2, seed=3), None, MISSION, "log.jsonl"
+    )  # fmt: skip
+    return tmp_path / "task"
+
+
+def test_a_task_says_what_belongs_to_each_frame(task: Path) -> None:
+    rows = read_task(task)
+    assert len(rows) == 25
+    for one in rows.values():
+        assert one["sha256"] == sha256_of_file(Path(one["file"]))
+        assert (one["suggestion"], one["suggested_by"]) == (M, "log.jsonl")
+    assert sum(one["blind"] for one in rows.values()) == 5
+    tasks = json.loads((task / TASKS_FILE).read_text())
+    assert [one["data"]["frame"] for one in tasks] == list(rows)
+    for one in tasks:
+        blind = rows[one["data"]["frame"]]["blind"]
+        assert ("predictions" not in one) == blind, "a blind frame has no suggestion"
+        if not blind:
+            assert one["predictions"][0]["result"][0]["value"] == {"choices": [M]}
+            assert one["predictions"][0]["score"] == 0.5
+    config = (task / CONFIG_FILE).read_text()
+    assert all(f'value="{name}"' in config for name in MISSION.names)
+    with pytest.raises(OrionError, match="exists"):
+        write(task, [], None, MISSION, "x")
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
+    browser = Chromium(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+def press(chromium: Chromium, key: str) -> None:
+    for kind in ("keyDown", "keyUp"):
+        text = {"text": key} if len(key) == 1 and kind == "keyDown" else {}
+        chromium.call("Input.dispatchKeyEvent", type=kind, key=key, **text)
+
+
+@pytest.mark.browser
+def test_25_frames_are_labelled_by_keyboard_and_an_interruption_loses_none(
+    task: Path, chromium: Chromium, tmp_path: Path
+) -> None:
+    downloads = tmp_path / "downloads"
+    downloads.mkdir()
+    chromium.call("Page.setDownloadBehavior", behavior="allow", downloadPath=str(downloads))
+    chromium.open(task / PAGE_FILE, width=1280, height=900, dark=False)
+    assert chromium.complaints == []
+    assert [a for a in chromium.requests if not a.startswith(("file:", "data:"))] == []
+    assert chromium.evaluate("document.title").startswith("Review ")
+    chromium.picture(tmp_path / "review.png")
+    assert Image.open(tmp_path / "review.png").size[0] == 1280
+    said = [str(1 + number % 3) for number in range(25)]
+    for key in said[:11]:
+        press(chromium, key)
+    assert chromium.evaluate("document.getElementById('count').textContent") == "11 of 25 labelled"
+    chromium.open(task / PAGE_FILE, width=1280, height=900, dark=False)  # closed and opened again
+    assert chromium.evaluate("document.getElementById('count').textContent") == "11 of 25 labelled"
+    assert chromium.evaluate("document.getElementById('name').textContent").startswith("12 of 25")
+    press(chromium, "3")
+    press(chromium, "ArrowLeft")
+    press(chromium, "u")
+    assert chromium.evaluate("document.getElementById('count').textContent") == "11 of 25 labelled"
+    for key in said[11:24]:
+        press(chromium, key)
+    press(chromium, "r")  # the last one with a reason: its text is no key
+    chromium.call("Input.insertText", text='Quays 1 2 3 and "cranes".')
+    press(chromium, "Escape")
+    press(chromium, said[24])
+    press(chromium, "s")
+    assert chromium.evaluate("document.getElementById('state').textContent") == "Write your name first."
+    chromium.call("Input.insertText", text="Anna")
+    press(chromium, "Escape")
+    press(chromium, "s")
+    deadline = time.monotonic() + 20
+    while not (files := list(downloads.glob("labels-*-Anna.json"))) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    labels, empty = read_labels(files[0], read_task(task), MISSION)
+    assert empty == 0
+    assert [label.category for label in labels] == [MISSION.names[int(key) - 1] for key in said]
+    assert [label.frame for label in labels] == list(read_task(task))
+    assert (labels[24].reason, {label.labeller for label in labels}) == ('Quays 1 2 3 and "cranes".', {"Anna"})
+    assert all(label.seconds is not None and label.seconds >= 0 for label in labels)
+    assert chromium.complaints == []
+
+
+@pytest.mark.browser
+def test_reasons_and_names_are_text_whatever_is_in_them(task: Path, chromium: Chromium) -> None:
+    chromium.open(task / PAGE_FILE, width=400, height=800, dark=False)
+    assert chromium.evaluate("document.title").startswith("Review "), "the script in a reason did not run"
+    frames = chromium.evaluate("task.frames.map((frame) => [frame.name, frame.reason])")
+    rows = list(read_task(task).values())
+    assert [name for name, _ in frames] == [Path(one["file"]).name for one in rows]
+    for (_, reason), one in zip(frames, rows, strict=True):
+        assert reason == ("" if one["blind"] else one["reason"])
+    wide, seen = chromium.evaluate("(e => [e.scrollWidth, e.clientWidth])(document.documentElement)")
+    assert wide <= seen, "a phone needs no scrolling sideways"
+
+
+def page_labels(task: Path, who: str, categories: dict[int, str], seconds: float = 5) -> dict[str, Any]:
+    ids = list(read_task(task))
+    labels = [
+        {
+            "frame": ids[index],
+            "category": category,
+            "reason": "",
+            "at": f"2026-11-29T10:{index:02d}Z",
+            "seconds": seconds,
+        }
+        for index, category in categories.items()
+    ]
+    return {"review": "x", "labeller": who, "labels": labels}
+
+
+def saved(path: Path, value: Any) -> Path:
+    path.write_text(json.dumps(value))
+    return path
+
+
+def annotation(category: str | None, who: Any, **more: Any) -> dict[str, Any]:
+    chosen = {"from_name": "category", "to_name": "image", "type": "choices", "value": {"choices": [category]}}
+    text = {"from_name": "reason", "to_name": "image", "type": "textarea", "value": {"text": ["A reason."]}}
+    result = [chosen, text] if category else []
+    base = {"completed_by": who, "created_at": "2026-11-29T11:00:00Z", "was_cancelled": False, "lead_time": 3.5}
+    return base | {"result": result} | more
+
+
+def test_label_studios_exports_are_read(task: Path, tmp_path: Path) -> None:
+    tasks = json.loads((task / TASKS_FILE).read_text())
+    exported = [
+        {"id": 1, "data": tasks[0]["data"], "annotations": [annotation(H, {"email": "a@b.c"})], "predictions": [17]},
+        {"id": 2, "data": tasks[1]["data"], "annotations": [annotation(None, 2)], "drafts": [annotation(L, 2)]},
+        {"id": 3, "data": tasks[2]["data"], "annotations": [annotation(M, 2, was_cancelled=True)]},
+        {"id": 4, "data": tasks[3]["data"], "annotations": [annotation(M, 2), annotation(L, 3)]},
+    ]
+    labels, empty = read_labels(saved(tmp_path / "export.json", exported), read_task(task), MISSION)
+    assert [(label.labeller, label.category) for label in labels] == [
+        ("a@b.c", H), ("Label Studio user 2", M), ("Label Studio user 3", L),
+    ]  # fmt: skip
+    assert (empty, labels[0].reason, labels[0].seconds) == (2, "A reason.", 3.5)
+    more = {"annotator": 1, "lead_time": 2, "created_at": "x"}
+    short = [
+        {**tasks[0]["data"], "id": 1, "category": H, "reason": ["A reason."], **more},
+        {**tasks[1]["data"], "id": 2, **more},
+    ]
+    labels, empty = read_labels(saved(tmp_path / "min.json", short), read_task(task), MISSION)
+    assert ([(label.category, label.reason) for label in labels], empty) == ([(H, "A reason.")], 1)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (
+            {"labels": [{"frame": "no-frame", "category": "HIGH", "at": "", "seconds": 1}], "labeller": "A"},
+            "no frame of",
+        ),
+        ({"labels": 5, "labeller": "A"}, "neither labels of the page nor"),
+        ([{"annotations": [{"result": 5}], "data": {}}], "neither labels of the page nor"),
+        (7, "neither labels of the page nor"),
+    ],
+)
+def test_other_files_are_refused(task: Path, tmp_path: Path, value: Any, said: str) -> None:
+    with pytest.raises(OrionError, match=said):
+        read_labels(saved(tmp_path / "labels.json", value), read_task(task), MISSION)
+    wrong = page_labels(task, "A", {0: "FIRE"})
+    with pytest.raises(OrionError, match="'FIRE' is not a category"):
+        read_labels(saved(tmp_path / "labels.json", wrong), read_task(task), MISSION)
+
+
+def test_people_and_suggestions_are_compared(task: Path, tmp_path: Path) -> None:
+    rows = read_task(task)
+    anna = {n: (M if n % 2 else H) for n in range(20)}
+    ben = {n: (M if n % 4 else H) for n in range(10, 25)}
+    labels = []
+    for who, said, seconds in (("Anna", anna, 5.0), ("Ben", ben, 0.4)):
+        found, _ = read_labels(saved(tmp_path / f"{who}.json", page_labels(task, who, said, seconds)), rows, MISSION)
+        labels += found
+    merged = merge(labels, rows, MISSION, 0)
+    told = merged.figures
+    both = sorted(anna.keys() & ben.keys())
+    expected = cohen_kappa_score([anna[n] for n in both], [ben[n] for n in both])
+    assert told["kappa"] == {"Anna, Ben": {"frames": 10, "kappa": pytest.approx(expected)}}
+    ids = list(rows)
+    assert told["conflicts"] == sorted(ids[n] for n in both if anna[n] != ben[n])
+    assert (told["labelled"], told["not_labelled"], told["labellers"]) == (25, 0, ["Anna", "Ben"])
+    every = [(ids[n], category) for said in (anna, ben) for n, category in said.items()]
+    seen = [category == M for frame, category in every if not rows[frame]["blind"]]
+    assert told["as_suggested"]["seen"] == {"count": sum(seen), "total": len(seen)}
+    quick = [category == M for frame, category in ((ids[n], c) for n, c in ben.items()) if not rows[frame]["blind"]]
+    assert told["quick_as_suggested"] == sum(quick)
+    # A second label of the same person replaces the first.
+    again, _ = read_labels(saved(tmp_path / "again.json", page_labels(task, "Anna", {0: L})), rows, MISSION)
+    later = [type(again[0])(**(vars(again[0]) | {"at": "2027"}))]
+    assert [label.category for label in merge([*labels, *later], rows, MISSION, 0).of_frame[ids[0]]] == [L]
+
+
+def test_the_dataset_has_what_all_agree_on_and_lists_the_rest(task: Path, tmp_path: Path) -> None:
+    rows = read_task(task)
+    labels = []
+    for who, said in (("Anna", {n: MISSION.names[n % 3] for n in range(12)}), ("Ben", {0: H, 1: L})):
+        labels += read_labels(saved(tmp_path / f"{who}.json", page_labels(task, who, said)), rows, MISSION)[0]
+    merged = merge(labels, rows, MISSION, 0)
+    assert write_dataset(tmp_path / "labelled", merged, rows) == 11
+    found = read_labelled(tmp_path / "labelled", MISSION)
+    assert Counter(frame.category for frame in found) == {H: 4, M: 3, L: 4}
+    conflicts = (tmp_path / "labelled" / CONFLICTS).read_text()
+    assert "Anna: MEDIUM; Ben: LOW" in conflicts
+    table = (tmp_path / "labelled" / "metadata.csv").read_text()
+    assert "Anna; Ben" in table
+    with pytest.raises(OrionError, match="exists"):
+        write_dataset(tmp_path / "labelled", merged, rows)
+    Path(rows[list(rows)[2]]["file"]).write_bytes(b"another picture")
+    with pytest.raises(OrionError, match="is not the picture that was labelled"):
+        write_dataset(tmp_path / "other", merged, rows)
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_commands(tmp_path: Path) -> None:
+    names = frames_in(tmp_path / "frames", 9)
+    rows = [row(Path(name).name, (0.2, 0.5, 0.3)) for name in names]
+    log_of(tmp_path / "log.jsonl", rows)
+    made = orion("review", "new", "log.jsonl", "task", "--frames", "frames", "--count", "8", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert "8 frames (2 random, 6 uncertain)" in made.stderr
+    saved(tmp_path / "labels.json", page_labels(tmp_path / "task", "Anna", {n: MISSION.names[n % 3] for n in range(7)}))
+    done = orion("review", "read", "task", "labels.json", "--dataset", "labelled", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "7 of 8 frames labelled by Anna" in done.stdout
+    assert "7 frames  ->  labelled" in done.stderr
+    told = json.loads(orion("review", "read", "task", "labels.json", "--json", cwd=tmp_path).stdout)
+    assert (told["frames"], told["not_labelled"]) == (8, 1)
+    again = orion("review", "new", "log.jsonl", "task", cwd=tmp_path)
+    assert (again.returncode, "task exists" in again.stderr) == (1, True)
+    gone = orion("review", "new", "log.jsonl", "other", cwd=tmp_path)  # without --frames
+    assert (gone.returncode, "Traceback" in gone.stderr, (tmp_path / "other").exists()) == (1, False, False)
+    assert (tmp_path / "task" / FRAMES_FILE).is_file()
