@@ -205,7 +205,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         load_camera(str(tmp_path / "b.toml"))
 
 
-TILES = 48
+TILES = 24
 
 
 @pytest.fixture(scope="module")

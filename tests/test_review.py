@@ -38,7 +38,7 @@ def log_of(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def frames_in(folder: Path, count: int) -> list[str]:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
         structured_picture(number).save(folder / f"{number:02d}.png", compress_level=1)
     return [str(folder / f"{number:02d}.png") for number in range(count)]
@@ -100,20 +100,24 @@ def test_the_random_share_is_drawn_from_all_frames_alike() -> None:
     assert abs(sum(times[f"{n:04d}"] for n in range(50)) / 3000 - 0.5) < 0.04
 
 
-@pytest.fixture
-def task(tmp_path: Path) -> Path:
-    """A task of 25 frames, among them one whose reason is an attack and one whose name is odd."""
-    names = frames_in(tmp_path / "frames", 25)
-    odd = tmp_path / "frames" / 'a "b" <i>&.png'
+def make_task(folder: Path, count: int) -> Path:
+    """A task of so many frames, among them one whose reason is an attack and one whose name is odd."""
+    names = frames_in(folder / "frames", count)
+    odd = folder / "frames" / 'a "b" <i>&.png'
     Path(names[3]).rename(odd)
     names[3] = str(odd)
     rows = [row(name, (0.2, 0.5, 0.3)) for name in names]
     rows[5]["reason"] = HOSTILE
-    frames = read_log(log_of(tmp_path / "log.jsonl", rows), MISSION)
-    write(
-        tmp_path / "task", choose(frames, 25, random_share=0.2, blind_share=0.2, seed=3), None, MISSION, "log.jsonl"
-    )  # fmt: skip
-    return tmp_path / "task"
+    frames = read_log(log_of(folder / "log.jsonl", rows), MISSION)
+    chosen = choose(frames, count, random_share=0.2, blind_share=0.2, seed=3)
+    write(folder / "task", chosen, None, MISSION, "log.jsonl")
+    return folder / "task"
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A task of 25 frames, which nobody changes."""
+    return make_task(tmp_path_factory.mktemp("review"), 25)
 
 
 def test_a_task_says_what_belongs_to_each_frame(task: Path) -> None:
@@ -307,7 +311,8 @@ def test_people_and_suggestions_are_compared(task: Path, tmp_path: Path) -> None
     assert [label.category for label in merge([*labels, *later], rows, MISSION, 0).of_frame[ids[0]]] == [L]
 
 
-def test_the_dataset_has_what_all_agree_on_and_lists_the_rest(task: Path, tmp_path: Path) -> None:
+def test_the_dataset_has_what_all_agree_on_and_lists_the_rest(tmp_path: Path) -> None:
+    task = make_task(tmp_path / "own", 12)
     rows = read_task(task)
     labels = []
     for who, said in (("Anna", {n: MISSION.names[n % 3] for n in range(12)}), ("Ben", {0: H, 1: L})):
