@@ -133,6 +133,36 @@ def test_a_resumed_training_sees_what_a_straight_one_sees(
     assert largest_difference(tensors_of(tmp_path / "a"), tensors_of(tmp_path / "b")) < 1e-4
 
 
+def test_a_share_of_the_training_prompts_has_the_coordinates_of_another_place(
+    small_base: Path, small_dataset: Path
+) -> None:
+    records = read_split(small_dataset, "train", MISSION)
+    places = {record.image: record.coordinates for record in records if record.coordinates}
+    told = Augmentation({}, (), 256, 42, None, 0.2, places)
+    own = [record for record in records if record.coordinates]
+    wrong = 0
+    for epoch in range(100):
+        told.set_epoch(epoch)
+        for record in own:
+            asked = told.told(record)
+            assert (asked.image, asked.verdict) == (record.image, record.verdict)
+            if asked != record:
+                wrong += 1
+                assert asked.coordinates in places.values()
+    assert wrong / (100 * len(own)) == pytest.approx(0.2, abs=0.03)
+    assert all(told.told(record) is record for record in records if record.coordinates is None)
+    val = read_split(small_dataset, "val", MISSION)
+    every = Augmentation({}, (), 256, 42, None, 1.0, places)
+    assert all(every.told(record) is record for record in val), "only training records"
+    assert all(every.told(record).coordinates != record.coordinates for record in own)
+    frames = fine_tune.decode_frames(Dataset(small_dataset, MISSION), records, 256, silent)
+    processor = load_processor(small_base, 256)
+    asked = [every.told(record) for record in own[:4]]
+    found, expected = collator(processor, frames, None, every)(own[:4]), collator(processor, frames)(asked)
+    assert (found["input_ids"] == expected["input_ids"]).all()
+    assert (found["pixel_values"] == expected["pixel_values"]).all()
+
+
 def test_a_stress_that_does_not_exist_is_named(small_base: Path, small_dataset: Path, tmp_path: Path) -> None:
     settings = QUICK.model_copy(update={"augment": ("hase",)})
     with pytest.raises(OrionError, match="no stress 'hase'; the nearest name is haze"):

@@ -137,6 +137,9 @@ class FineTuneSettings(Strict):
     # ranges in each epoch; empty: none. Wider ranges: less that only the training frames' camera explains, and more to
     # learn in the same number of steps.
     camera: str | None = None
+    # Share of the training prompts with coordinates that have those of another training place, others in each epoch;
+    # empty: none, as in the mission document. Larger: less trust in coordinates, of which condition D shows the harm.
+    wrong_coordinates: float | None = Field(default=None, gt=0, le=1)
     seed: Seed = 42
 
     @property

@@ -1,14 +1,17 @@
-"""Training frames as another camera would deliver them, or under a stress: another choice in each epoch."""
+"""Training frames through another camera or under a stress, and wrong coordinates: another choice in each epoch."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from orion_triage.dataset.records import Record
 from orion_triage.imagery import camera as cameras
 from orion_triage.imagery.camera import Camera, seen_through
 from orion_triage.imagery.frames import shrink
 from orion_triage.imagery.stress import STRENGTHS, Stress, seed_of, stressed
+from orion_triage.mission.prompt import Coordinates
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -18,7 +21,7 @@ SHARE = 0.5
 
 
 class Augmentation:
-    """Changes training frames; the same frame in the same epoch always gets the same pixels.
+    """Changes training records; the same frame in the same epoch always gets the same pixels and coordinates.
 
     So neither the order, the twins of a frame, the number of processes nor a resumed training change what is seen.
     """
@@ -30,13 +33,18 @@ class Augmentation:
         frame_size: int,
         seed: int,
         camera: Camera | None = None,
+        wrong_coordinates: float = 0.0,
+        places: "Mapping[str, Coordinates] | None" = None,
     ) -> None:
         """`camera_frames`: image name -> frame at the camera's size; only these are changed.
 
-        A frame is always seen through the `camera`, and in half of its epochs under one of the `stresses`.
+        A frame is always seen through the `camera`, and in half of its epochs under one of the `stresses`. Of the
+        prompts about images of `places`, a share `wrong_coordinates` has the coordinates of another of these.
         """
         self._frames, self._stresses, self._size, self._seed = camera_frames, stresses, frame_size, seed
         self._camera, self._epoch = camera, 0
+        self._wrong, self._places = wrong_coordinates, dict(places or {})
+        self._every = sorted(set(self._places.values()), key=lambda place: (place.lon, place.lat))
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch = epoch
@@ -44,7 +52,18 @@ class Augmentation:
     def to_json(self) -> dict[str, Any]:
         """What decides the pixels, beside the seed."""
         camera = self._camera.model_dump(mode="json") | {"version": cameras.VERSION} if self._camera else None
-        return {"stresses": [stress.to_json() for stress in self._stresses], "camera": camera, "share": SHARE}
+        stresses = [stress.to_json() for stress in self._stresses]
+        return {"stresses": stresses, "camera": camera, "share": SHARE, "wrong_coordinates": self._wrong}
+
+    def told(self, record: Record) -> Record:
+        """The record as it is asked in this epoch: with the coordinates of another place, or as it is."""
+        if not self._wrong or record.coordinates is None or record.image not in self._places:
+            return record
+        random = np.random.default_rng(seed_of(f"{record.image}/{self._seed}/{self._epoch}/coordinates"))
+        others = [place for place in self._every if place != record.coordinates]
+        if not others or random.random() >= self._wrong:
+            return record
+        return replace(record, coordinates=others[int(random.integers(len(others)))])
 
     def frame(self, name: str) -> "Image.Image | None":
         """The changed frame at the model's size; None if this frame is seen as it is in this epoch."""

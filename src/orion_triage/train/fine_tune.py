@@ -285,16 +285,17 @@ def decode_frames(
 def _augmentation(
     dataset: Dataset, records: Sequence[Record], settings: FineTuneSettings, frame_size: int, progress: Progress
 ) -> Augmentation | None:
-    """What changes the training frames; None if the settings name no stress and no camera.
+    """What changes the training records; None if the settings name no stress, no camera and no wrong coordinates.
 
     It keeps the frames at the camera's size: 0.8 MB each. Raises OrionError for a stress or camera that there is not.
     """
-    if not settings.augment and not settings.camera:
+    if not settings.augment and not settings.camera and not settings.wrong_coordinates:
         return None
     stresses = chosen(settings.augment) if settings.augment else ()
     camera = load_camera(settings.camera) if settings.camera else None
-    frames = decode_frames(dataset, records, CAMERA_SIZE, progress)
-    return Augmentation(frames, stresses, frame_size, settings.seed, camera)
+    frames = decode_frames(dataset, records, CAMERA_SIZE, progress) if camera or stresses else {}
+    places = {record.image: record.coordinates for record in records if record.coordinates}
+    return Augmentation(frames, stresses, frame_size, settings.seed, camera, settings.wrong_coordinates or 0.0, places)
 
 
 def _distinct_frames(records: Sequence[Record], frames: "dict[str, Image.Image]") -> "list[Image.Image]":
