@@ -155,6 +155,17 @@ def test_too_few_frames_are_refused(tmp_path: Path) -> None:
         adapt.read_labelled(tmp_path, MISSION)
 
 
+def test_a_frame_is_described_by_its_four_quarters_at_full_resolution() -> None:
+    picture = structured_picture(3)
+    parts = head.quarters(picture, 256)
+    pixels = np.asarray(picture)
+    assert [np.asarray(part).tobytes() for part in parts] == [
+        pixels[top : top + 256, left : left + 256].tobytes() for top in (0, 256) for left in (0, 256)
+    ]
+    assert [part.size for part in head.quarters(picture, 512)] == [(512, 512)] * 4
+    assert (np.asarray(head.quarters(picture, 512)[3])[::2, ::2] == pixels[256:, 256:]).all()
+
+
 @pytest.mark.llama_cpp
 def test_the_state_is_that_of_transformers(tiny_pair: Path, small_frames: list[Image.Image], tmp_path: Path) -> None:
     """The last hidden state after the image, of the same weights in 16 bits."""
@@ -168,7 +179,10 @@ def test_the_state_is_that_of_transformers(tiny_pair: Path, small_frames: list[I
     with head.serving(tiny_pair, tmp_path / "log", silent) as server:
         states = [head.state_of(server.client, text, frame) for frame in small_frames[:3]]
         again = head.state_of(server.client, text, small_frames[0])
+        described = head.description(server.client, text, structured_picture(5), 256)
+        four = [head.state_of(server.client, text, part) for part in head.quarters(structured_picture(5), 256)]
     assert (again == states[0]).all(), "asked again, it is the same to the last digit"
+    assert (described == np.concatenate([np.mean(four, axis=0), np.std(four, axis=0)])).all()
     model, processor = load_model(TINY_BASE_FOLDER, dtype="float32"), load_processor(TINY_BASE_FOLDER, 256)
     end = processor.tokenizer.convert_tokens_to_ids("<|image_end|>")
     for frame, state in zip(small_frames, states, strict=False):

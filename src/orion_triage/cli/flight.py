@@ -177,8 +177,10 @@ def triage(
 @command(epilog="Example: orion adapt my-labelled-frames\n\nExample: orion adapt downlink --run runs/tiny --json")
 def adapt(
     frames: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="Labelled frames, in any layout of 'orion run --dataset FOLDER'.")
-    ],
+        Path | None,
+        typer.Argument(metavar="[FOLDER]", help="Labelled frames, in any layout of 'orion run --dataset FOLDER'."),
+    ] = None,
+    named: Annotated[Path | None, typer.Option("--frames", help="The same as FOLDER.")] = None,
     folder: FinishedRunOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -194,9 +196,11 @@ def adapt(
     from orion_triage.report.render import adapted_in_words, adapted_table
     from orion_triage.safe.reading import read_object
 
+    if (frames is None) == (named is None):
+        raise typer.BadParameter("name one folder of labelled frames.", param_hint="'FOLDER'")
     run = finished_run(folder, "quantize")
     flown = triage.of_run(run)
-    labelled = adapting.read_labelled(frames, run.settings.mission, flown.stretch)
+    labelled = adapting.read_labelled(frames or named or Path(), run.settings.mission, flown.stretch)
     zero_shot: list[str | None] = []
     with progress_bar() as progress:
         paths = [frame.path for frame in labelled]

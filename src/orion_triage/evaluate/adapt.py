@@ -88,15 +88,13 @@ def run(of: "Run", frames: Sequence[Labelled], zero_shot: Sequence[str | None], 
 
 
 def states_of(of: "Run", images: "Sequence[Image.Image]", progress: Progress = silent) -> head.Floats:
-    """The states [frames, width] of frames of the camera's size, by the run's pair."""
-    from orion_triage.imagery.frames import shrink
-
+    """The descriptions [frames, width] of frames of the camera's size, by the run's pair."""
     mission, size = of.settings.mission, of.settings.base.frame_size
     text = user_text(mission, None)
     found = []
     with head.serving(of.pair, of.folder / "logs" / "adapt-server.log", progress) as server:
         for done, image in enumerate(images, start=1):
-            found.append(head.state_of(server.client, text, shrink(image, size)))
+            found.append(head.description(server.client, text, image, size))
             progress("looking at frames", done, len(images))
     return np.stack(found)
 

@@ -159,7 +159,7 @@ def ask(
 ) -> dict[str, dict[str, Any]]:
     """The same with any backend; `fingerprint` identifies the model and the frames."""
     dataset, settings = Dataset(run.dataset, run.settings.mission), run.settings
-    size, out_folder = settings.base.frame_size, run.evaluation(name_of(variant))
+    size, out_folder = variants.frame_size(variant, settings), run.evaluation(name_of(variant))
     asked = questions(dataset.records(run.split))
     made = {
         name: noise_frame(settings.evaluate.noise, size, seed=number) for number, name in enumerate(noises(), start=1)

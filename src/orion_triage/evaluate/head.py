@@ -1,8 +1,9 @@
-"""A head: logistic regression on the flight pair's last hidden state after the image; the model stays as it is.
+"""A head: logistic regression on what the flight pair sees in a frame's quarters; the model stays as it is.
 
-The state is that of llama.cpp on the pair that flies (`--embedding --pooling last`), after the user's turn up to and
-with the image. It does not depend on what stands after the image, so coordinates in the prompt change no answer. A head
-is a few kilobytes: the smallest change of what a model makes of what it sees.
+A quarter of the camera's frame, at the model's size, gives the last hidden state after the image, by llama.cpp on the
+pair that flies (`--embedding --pooling last`). Mean and spread of the four describe the frame: what is there, and how
+much its parts differ. They do not depend on what stands after the image, so coordinates change no answer. A head is
+some kilobytes: the smallest change of what a model makes of what it sees.
 """
 
 import base64
@@ -38,15 +39,15 @@ FILE_NAME = "head.json"  # in the run's folder
 # Of the server: it then answers nothing else. Only the last chunk's tokens are pooled, so "last" is right and a mean
 # would not be the image's.
 EMBEDDING = (*OPTIONS, "--embedding", "--pooling", "last")
-# scikit-learn's C times the width of a state. Chosen once, on 25 real frames: a cross-validation over so few frames
-# picks another value for each fold, and loses 2 to 4 of them that a fixed one gets (docs/log.md).
-PENALTY = 0.25
+# scikit-learn's C times the width of a description. Chosen once, on 25 real frames: a cross-validation over so few
+# frames picks another value for each fold, and loses 2 to 4 of them that a fixed one gets (docs/log.md).
+PENALTY = 1.0
 _FOLDS = 5
 
 
 @dataclass(frozen=True)
 class Head:
-    """`weights` [K, width] and `bias` [K]: logits are weights @ state + bias, of states of the pair with this hash."""
+    """`weights` [K, width] and `bias` [K]: logits are weights @ description + bias, of the pair with this hash."""
 
     categories: tuple[str, ...]
     weights: NDArray[np.float32]
@@ -56,7 +57,7 @@ class Head:
     figures: dict[str, Any]
 
     def scores(self, states: Floats) -> Floats:
-        """The probabilities [frames, K] of states [frames, width]."""
+        """The probabilities [frames, K] of descriptions [frames, width]."""
         return softmax(states @ self.weights.T.astype(np.float64) + self.bias)
 
 
@@ -66,7 +67,7 @@ def softmax(logits: Floats) -> Floats:
 
 
 def fit(states: Floats, truth: Integers, categories: int) -> tuple[Floats, Floats]:
-    """(Weights [K, width], bias [K]) for states as they come from the server: standardization is folded in.
+    """(Weights [K, width], bias [K]) for descriptions as they are: standardization is folded in.
 
     Categories without a frame get the bias of the rarest one, less what a whole frame is worth: they are possible, and
     nothing is known of them. With frames of a single category, the head always answers it.
@@ -174,7 +175,7 @@ def serving(pair: Path, log: Path, progress: Progress, threads: int | None = Non
 
 
 class HeadBackend:
-    """The category from a head, without a reason, over a server of `serving`.
+    """The category from a head, without a reason, over a server of `serving`; images are frames of the camera's size.
 
     Raises OrionError for a mission whose fields must have a value.
     """
@@ -191,10 +192,30 @@ class HeadBackend:
 
     def _answer(self, image: "Image.Image") -> Answer:
         if self._last is None or self._last[0] is not image:
-            (scores,) = self._head.scores(state_of(self._client, user_text(self._mission, None), image)[None])
+            described = description(self._client, user_text(self._mission, None), image, self._head.frame_size)
+            (scores,) = self._head.scores(described[None])
             category = self._mission.names[int(np.argmax(scores))]
             self._last = image, Answer(category_alone(self._mission, category), tuple(map(float, scores)), 1.0)
         return self._last[1]
+
+
+def description(client: "Client", user_text: str, image: "Image.Image", size: int) -> Floats:
+    """Mean and spread [2 * width] of the states of the four quarters of a frame of the camera's size.
+
+    Quarters have the camera's full resolution, which a whole frame at a model's size of 256 pixels has not.
+    """
+    states = np.stack([state_of(client, user_text, quarter) for quarter in quarters(image, size)])
+    return np.concatenate([states.mean(axis=0), states.std(axis=0)])
+
+
+def quarters(image: "Image.Image", size: int) -> "list[Image.Image]":
+    """The four quarters of a frame, each of `size` x `size` pixels: the model's."""
+    from PIL import Image
+
+    half = image.width // 2
+    corners = [(left, top) for top in (0, half) for left in (0, half)]
+    cut = [image.crop((left, top, left + half, top + half)) for left, top in corners]
+    return [one if one.width == size else one.resize((size, size), Image.Resampling.BOX) for one in cut]
 
 
 def state_of(client: "Client", user_text: str, image: "Image.Image") -> Floats:

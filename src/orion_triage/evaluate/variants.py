@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, assert_never
 
 from orion_triage.errors import OrionError, ParityError
 from orion_triage.evaluate import head
+from orion_triage.imagery.frames import CAMERA_SIZE
 from orion_triage.mission.mission import Mission
 from orion_triage.mission.prompt import Coordinates, render_prompt, with_image
 from orion_triage.mission.verdict import can_be_category_alone, grammars, require_category_alone
@@ -217,7 +218,8 @@ def evaluate(variant: Variant, run: "Run", progress: Progress) -> Figures:
         with _failure_recorded(run):
             gate = check_parity(run, clients[0]) if variant.weights == "F16" else {}
         backend = _backend(variant, run, clients)
-        figures = ask(run, variant.name, backend, {"model": run.pair}, progress, how) | lost_servers(backend)
+        made_from = {"model": run.pair} | ({"head": run.folder / head.FILE_NAME} if variant.decoding.head else {})
+        figures = ask(run, variant.name, backend, made_from, progress, how) | lost_servers(backend)
         figures |= {"served": servers[0].said | {"servers": len(servers)}}
     if variant.weights == "F16":
         with _failure_recorded(run):
@@ -379,6 +381,11 @@ def through_servers(urls: Sequence[str], run: "Run") -> tuple[Callable[[Progress
     return evaluate, first.identity
 
 
+def frame_size(variant: Variant, settings: Settings) -> int:
+    """The size of the frames that a variant is shown: the model's; a head divides the camera's frame itself."""
+    return CAMERA_SIZE if variant.decoding.head else settings.base.frame_size
+
+
 def lost_servers(backend: "Backend") -> Figures:
     """A warning for each server that was left out while others continued."""
     lost = [f"left out: {why}" for why in getattr(backend, "lost", [])]
@@ -451,7 +458,7 @@ def ask(
     hashes = manifest.hash_inputs(inputs | {"dataset": run.dataset})
     more = {"settings": json.dumps(settings.evaluate.model_dump()), "variant": variant}
 
-    def named(description: str, done: int, total: int) -> None:
+    def told(description: str, done: int, total: int) -> None:
         progress(f"{description} the {model} model", done, total)
 
     return evaluate(
@@ -460,7 +467,7 @@ def ask(
         backend,
         run.evaluation(model),
         settings.evaluate,
-        settings.base.frame_size,
+        frame_size(named(settings, model), settings),
         fingerprint=manifest.sha256_of_listing(hashes | more),
-        progress=named,
+        progress=told,
     )

@@ -315,6 +315,7 @@ def triage_with_pair(
             backend = HeadBackend(server.client, mission, flown.head)
         else:
             backend = LlamaCppBackend(server.client, mission, max_new_tokens=answer_tokens(mission), constrained=True)
-        yield from triage_files(paths, backend, mission, size, rules=rules, resize=resize, stretch=flown.stretch)
+        shown = CAMERA_SIZE if flown.head else size  # a head divides the camera's frame itself
+        yield from triage_files(paths, backend, mission, shown, rules=rules, resize=resize, stretch=flown.stretch)
     if not keep_log:
         flown.log.unlink(missing_ok=True)
