@@ -338,3 +338,12 @@ def test_the_commands(tmp_path: Path, tiles: Sequence[Image.Image]) -> None:
     again = orion("camera", "fit", "mine", "--like", "pictures", "--out", "found.toml", cwd=tmp_path)
     assert "found.toml exists" in again.stderr
     assert orion("camera", "fit", "gone", "--like", "pictures", cwd=tmp_path).returncode == 1
+
+
+def test_a_server_gets_no_camera_that_it_cannot_have_and_applies_none_twice() -> None:
+    from orion_triage.train.remote import training_of
+
+    with pytest.raises(OrionError, match=r"fine_tune\.camera=own\.toml is a file of this machine"):
+        training_of("tiny", ["fine_tune.camera=own.toml"], "run", "own.toml")
+    sent = training_of("tiny", ["fine_tune.camera=wide", "dataset.camera=own.toml"], "run", "wide")
+    assert sent.assignments == ("fine_tune.camera=wide",), "the frames that are sent were seen through it"

@@ -81,7 +81,7 @@ def train(
     try:
         remote.train(
             remote.server_of(server, os.environ, server_folder),
-            remote.training_of(preset, assignments, run.folder.name),
+            remote.training_of(preset, assignments, run.folder.name, run.settings.fine_tune.camera),
             dataset or run.dataset,
             run.adapter,
             keep_remote=keep_remote,

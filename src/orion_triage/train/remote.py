@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orion_triage.errors import OrionError
+from orion_triage.imagery.camera import SHIPPED
 
 Report = Callable[[str], None]  # takes one line for the user
 Write = Callable[[bytes], None]  # takes a piece of the training's log
@@ -133,8 +134,18 @@ def server_of(host: str, environment: Mapping[str, str], folder: str = "") -> Se
     )
 
 
-def training_of(preset: str, assignments: Sequence[str], run_name: str) -> Training:
-    """The training with these settings; includes the text of a TOML preset."""
+def training_of(preset: str, assignments: Sequence[str], run_name: str, camera: str | None = None) -> Training:
+    """The training with these settings; includes the text of a TOML preset.
+
+    `camera` is that of the training. A camera of the dataset is left out: the frames that are sent were seen through it,
+    and would be a second time. Raises OrionError for a camera in a file, which the server does not have.
+    """
+    if camera and camera != SHIPPED:
+        raise OrionError(
+            f"fine_tune.camera={camera} is a file of this machine.",
+            f"Use the shipped camera {SHIPPED!r}, or train on the server itself, with the file beside it.",
+        )
+    assignments = [one for one in assignments if one.partition("=")[0].strip() != "dataset.camera"]
     text = Path(preset).read_text(encoding="utf-8") if preset.endswith(".toml") else ""
     return Training(preset, tuple(assignments), run_name, text)
 
