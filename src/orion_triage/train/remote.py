@@ -137,8 +137,8 @@ def server_of(host: str, environment: Mapping[str, str], folder: str = "") -> Se
 def training_of(preset: str, assignments: Sequence[str], run_name: str, camera: str | None = None) -> Training:
     """The training with these settings; includes the text of a TOML preset.
 
-    `camera` is that of the training. A camera of the dataset is left out: the frames that are sent were seen through it,
-    and would be a second time. Raises OrionError for a camera in a file, which the server does not have.
+    `camera` is that of the training. A camera of the dataset is left out: the frames that are sent were seen through
+    it, and would be a second time. Raises OrionError for a camera in a file, which the server does not have.
     """
     if camera and camera != SHIPPED:
         raise OrionError(
