@@ -133,9 +133,9 @@ class FineTuneSettings(Strict):
     # three strengths; empty: none, as in the mission document. More of them: a model that survives more of what can go
     # wrong, and sees each frame less often as it is.
     augment: tuple[str, ...] | None = None
-    # A camera file, or "wide" (docs/camera.md), through which half of the training frames are seen, others in each epoch
-    # and with other values of its ranges; empty: none. Wider ranges: less that only the training frames' camera explains,
-    # and more to learn in the same number of steps.
+    # A camera file, or "wide" (docs/camera.md), through which half of the training frames are seen, others and with
+    # other values of its ranges in each epoch; empty: none. Wider ranges: less that only the training frames' camera
+    # explains, and more to learn in the same number of steps.
     camera: str | None = None
     # Share of the training prompts with coordinates that have those of another training place, others in each epoch;
     # empty: none, as in the mission document. Larger: less trust in coordinates, of which condition D shows the harm.
