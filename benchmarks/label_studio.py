@@ -133,7 +133,7 @@ def main() -> int:
         sys.stdout.write(f"imported {imported['task_count']} tasks, {imported['prediction_count']} suggestions\n")
         failed = False
         for kind in ("JSON", "JSON_MIN"):
-            labels, empty = read_labels(folder / f"{kind}.json", read_task(task), MISSION)
+            labels, empty = read_labels(folder / f"{kind}.json", read_task(task, MISSION), MISSION)
             wrong = differences(labels, said)
             failed |= bool(wrong)
             sys.stdout.write(f"{kind}: {len(labels)} labels, {empty} without one; {wrong or 'all as given'}\n")

@@ -177,7 +177,10 @@ def test_the_shipped_cameras_are_right_and_explained(tmp_path: Path) -> None:
         ("exposure = true", "should be a number, or a range"),
         ("snrs = 50", "there is no key snrs; the nearest name is snr"),
         ("bits = 3", "bits input should be greater than or equal to 4"),
-        ("gains = [1, 1]", "gains"),
+        ("gains = [1, 1]", "gains should have three values in each row"),
+        ("band_weights = [[1e30, 0, 0], [0, 1, 0], [0, 0, 1]]", "band_weights should be 0 to 10"),
+        ("ground_sample_distance_m = 9000", "leaves fewer than 8 pixels of a picture"),
+        ('turned = "yes"', "turned"),
         ("band_weights = [[1, 0, 0]]", "band_weights should have three rows"),
         ("band_weights = [[0, 0, 0], [0, 1, 0], [0, 0, 1]]", "at least one of each row above 0"),
         ("ground_sample_distance_m = 5", "detail that a picture does not have cannot be seen"),
@@ -333,6 +336,11 @@ def test_the_commands(tmp_path: Path, tiles: Sequence[Image.Image]) -> None:
     assert json.loads(orion("camera", "check", "wide", "--json", cwd=tmp_path).stdout)["bits"] == 10
     assert orion("camera", "preview", "own.toml", "pictures", cwd=tmp_path).returncode == 0
     assert Image.open(tmp_path / "camera.png").size[0] > 1000
+    before = (tmp_path / "pictures" / "0.png").read_bytes()
+    inside = orion("camera", "preview", "wide", "pictures", "--out", "pictures/0.png", cwd=tmp_path)
+    assert (inside.returncode, "is one of the pictures" in inside.stderr) == (1, True)
+    assert (tmp_path / "pictures" / "0.png").read_bytes() == before
+    assert orion("camera", "preview", "wide", "pictures", "--out", "sheet.jpg", cwd=tmp_path).returncode == 2
     (tmp_path / "own.toml").write_text('name = "x"\nsnr = 0\n')
     wrong = orion("camera", "check", "own.toml", cwd=tmp_path)
     assert (wrong.returncode, "own.toml:2: snr should lie" in wrong.stderr) == (1, True)

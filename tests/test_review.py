@@ -16,7 +16,7 @@ from orion_triage.errors import OrionError
 from orion_triage.evaluate.adapt import read_labelled
 from orion_triage.review.choose import RANDOM, UNLIKE, Logged, choose, margin, read_log, why_of
 from orion_triage.review.labels import CONFLICTS, merge, read_labels, read_task, write_dataset
-from orion_triage.review.task import CONFIG_FILE, FRAMES_FILE, PAGE_FILE, TASKS_FILE, write
+from orion_triage.review.task import CONFIG_FILE, FRAMES_FILE, PAGE_FILE, TASKS_FILE, found_in, write
 from orion_triage.safe.files import sha256_of_file
 from tests.chromium import Chromium
 from tests.conftest import MISSION, orion, structured_picture
@@ -59,6 +59,8 @@ def test_a_log_is_read_with_the_last_line_of_each_frame(tmp_path: Path) -> None:
         ("no JSON", "log:1 is not a line"), ('{"file": 1}', "log:1"), ('{"category": "HIGH"}', "log:1"),
         ('{"file": "a", "category": "FIRE", "scores": null}', "'FIRE' is not a category of the mission"),
         ("[]", "log:1"), ("", "has no frame"),
+        ('{"file": "a", "category": "HIGH", "scores": {"HIGH": 0.5}}', "a number for each category"),
+        ('{"file": "a", "category": "HIGH", "scores": {"HIGH": NaN, "MEDIUM": 0, "LOW": 0}}', "a number for each category"),
     ):  # fmt: skip
         (tmp_path / "log").write_text(line + "\n" if line else "")
         with pytest.raises(OrionError, match=re.escape(said)):
@@ -121,7 +123,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_task_says_what_belongs_to_each_frame(task: Path) -> None:
-    rows = read_task(task)
+    rows = read_task(task, MISSION)
     assert len(rows) == 25
     for one in rows.values():
         assert one["sha256"] == sha256_of_file(Path(one["file"]))
@@ -139,6 +141,29 @@ def test_a_task_says_what_belongs_to_each_frame(task: Path) -> None:
     assert all(f'value="{name}"' in config for name in MISSION.names)
     with pytest.raises(OrionError, match="exists"):
         write(task, [], None, MISSION, "x")
+
+
+@pytest.mark.parametrize(
+    "change", [{"suggestion": "FOO"}, {"suggestion": None, "file": 7}, {"why": None}, {"id": 3}, {"blind": ...}]
+)
+def test_a_damaged_task_is_refused(task: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    value = json.loads((task / FRAMES_FILE).read_text())
+    value["frames"][0] |= {key: one for key, one in change.items() if one is not ...}
+    for key in [key for key, one in change.items() if one is ...]:
+        del value["frames"][0][key]
+    saved(tmp_path / FRAMES_FILE, value)
+    with pytest.raises(OrionError, match="is damaged") as error:
+        read_task(tmp_path, MISSION)
+    assert "orion review new" in error.value.fix
+
+
+def test_frames_that_were_moved_are_found_by_what_is_left_of_their_path(tmp_path: Path) -> None:
+    frames_in(tmp_path / "here" / "pass-3", 2)
+    for logged_as in ("/home/other/pass-3/01.png", "pass-3/01.png", "01.png"):
+        found = found_in(tmp_path / "here", logged_as) if "pass" in logged_as else None
+        assert found in (None, tmp_path / "here" / "pass-3" / "01.png")
+    assert found_in(tmp_path / "here" / "pass-3", "/x/pass-3/00.png").name == "00.png"
+    assert not found_in(tmp_path / "here", "/x/gone.png").exists()
 
 
 @pytest.fixture(scope="module")
@@ -192,10 +217,10 @@ def test_25_frames_are_labelled_by_keyboard_and_an_interruption_loses_none(
     deadline = time.monotonic() + 20
     while not (files := list(downloads.glob("labels-*-Anna.json"))) and time.monotonic() < deadline:
         time.sleep(0.05)
-    labels, empty = read_labels(files[0], read_task(task), MISSION)
+    labels, empty = read_labels(files[0], read_task(task, MISSION), MISSION)
     assert empty == 0
     assert [label.category for label in labels] == [MISSION.names[int(key) - 1] for key in said]
-    assert [label.frame for label in labels] == list(read_task(task))
+    assert [label.frame for label in labels] == list(read_task(task, MISSION))
     assert (labels[24].reason, {label.labeller for label in labels}) == ('Quays 1 2 3 and "cranes".', {"Anna"})
     assert all(label.seconds is not None and label.seconds >= 0 for label in labels)
     assert chromium.complaints == []
@@ -206,7 +231,7 @@ def test_reasons_and_names_are_text_whatever_is_in_them(task: Path, chromium: Ch
     chromium.open(task / PAGE_FILE, width=400, height=800, dark=False)
     assert chromium.evaluate("document.title").startswith("Review "), "the script in a reason did not run"
     frames = chromium.evaluate("task.frames.map((frame) => [frame.name, frame.reason])")
-    rows = list(read_task(task).values())
+    rows = list(read_task(task, MISSION).values())
     assert [name for name, _ in frames] == [Path(one["file"]).name for one in rows]
     for (_, reason), one in zip(frames, rows, strict=True):
         assert reason == ("" if one["blind"] else one["reason"])
@@ -215,7 +240,7 @@ def test_reasons_and_names_are_text_whatever_is_in_them(task: Path, chromium: Ch
 
 
 def page_labels(task: Path, who: str, categories: dict[int, str], seconds: float = 5) -> dict[str, Any]:
-    ids = list(read_task(task))
+    ids = list(read_task(task, MISSION))
     labels = [
         {
             "frame": ids[index],
@@ -250,7 +275,7 @@ def test_label_studios_exports_are_read(task: Path, tmp_path: Path) -> None:
         {"id": 3, "data": tasks[2]["data"], "annotations": [annotation(M, 2, was_cancelled=True)]},
         {"id": 4, "data": tasks[3]["data"], "annotations": [annotation(M, 2), annotation(L, 3)]},
     ]
-    labels, empty = read_labels(saved(tmp_path / "export.json", exported), read_task(task), MISSION)
+    labels, empty = read_labels(saved(tmp_path / "export.json", exported), read_task(task, MISSION), MISSION)
     assert [(label.labeller, label.category) for label in labels] == [
         ("a@b.c", H), ("Label Studio user 2", M), ("Label Studio user 3", L),
     ]  # fmt: skip
@@ -260,7 +285,7 @@ def test_label_studios_exports_are_read(task: Path, tmp_path: Path) -> None:
         {**tasks[0]["data"], "id": 1, "category": H, "reason": ["A reason."], **more},
         {**tasks[1]["data"], "id": 2, **more},
     ]
-    labels, empty = read_labels(saved(tmp_path / "min.json", short), read_task(task), MISSION)
+    labels, empty = read_labels(saved(tmp_path / "min.json", short), read_task(task, MISSION), MISSION)
     assert ([(label.category, label.reason) for label in labels], empty) == ([(H, "A reason.")], 1)
 
 
@@ -272,20 +297,26 @@ def test_label_studios_exports_are_read(task: Path, tmp_path: Path) -> None:
             "no frame of",
         ),
         ({"labels": 5, "labeller": "A"}, "neither labels of the page nor"),
+        ({"labels": [], "labeller": {"x": 1}}, "neither labels of the page nor"),
         ([{"annotations": [{"result": 5}], "data": {}}], "neither labels of the page nor"),
         (7, "neither labels of the page nor"),
     ],
 )
 def test_other_files_are_refused(task: Path, tmp_path: Path, value: Any, said: str) -> None:
     with pytest.raises(OrionError, match=said):
-        read_labels(saved(tmp_path / "labels.json", value), read_task(task), MISSION)
+        read_labels(saved(tmp_path / "labels.json", value), read_task(task, MISSION), MISSION)
+    for name in ("\x1b[31mA", "A\nB", " "):
+        with pytest.raises(OrionError, match="is no name of a labeller"):
+            read_labels(
+                saved(tmp_path / "labels.json", page_labels(task, name, {0: H})), read_task(task, MISSION), MISSION
+            )
     wrong = page_labels(task, "A", {0: "FIRE"})
     with pytest.raises(OrionError, match="'FIRE' is not a category"):
-        read_labels(saved(tmp_path / "labels.json", wrong), read_task(task), MISSION)
+        read_labels(saved(tmp_path / "labels.json", wrong), read_task(task, MISSION), MISSION)
 
 
 def test_people_and_suggestions_are_compared(task: Path, tmp_path: Path) -> None:
-    rows = read_task(task)
+    rows = read_task(task, MISSION)
     anna = {n: (M if n % 2 else H) for n in range(20)}
     ben = {n: (M if n % 4 else H) for n in range(10, 25)}
     labels = []
@@ -313,13 +344,13 @@ def test_people_and_suggestions_are_compared(task: Path, tmp_path: Path) -> None
 
 def test_the_dataset_has_what_all_agree_on_and_lists_the_rest(tmp_path: Path) -> None:
     task = make_task(tmp_path / "own", 12)
-    rows = read_task(task)
+    rows = read_task(task, MISSION)
     labels = []
     for who, said in (("Anna", {n: MISSION.names[n % 3] for n in range(12)}), ("Ben", {0: H, 1: L})):
         labels += read_labels(saved(tmp_path / f"{who}.json", page_labels(task, who, said)), rows, MISSION)[0]
     merged = merge(labels, rows, MISSION, 0)
     assert write_dataset(tmp_path / "labelled", merged, rows) == 11
-    found = read_labelled(tmp_path / "labelled", MISSION)
+    found, _ = read_labelled(tmp_path / "labelled", MISSION)
     assert Counter(frame.category for frame in found) == {H: 4, M: 3, L: 4}
     conflicts = (tmp_path / "labelled" / CONFLICTS).read_text()
     assert "Anna: MEDIUM; Ben: LOW" in conflicts

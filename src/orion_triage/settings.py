@@ -139,7 +139,7 @@ class FineTuneSettings(Strict):
     camera: str | None = None
     # Share of the training prompts with coordinates that have those of another training place, others in each epoch;
     # empty: none, as in the mission document. Larger: less trust in coordinates, of which condition D shows the harm.
-    wrong_coordinates: float | None = Field(default=None, gt=0, le=1)
+    wrong_coordinates: float | None = Field(default=None, ge=0, le=1)
     seed: Seed = 42
 
     @property

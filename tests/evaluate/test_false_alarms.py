@@ -68,6 +68,14 @@ def test_other_rules_have_other_words() -> None:
     assert len(said) == 4
 
 
+@pytest.mark.parametrize(
+    "answers", [{}, {"a": {"FIRE": 1}}, {"a": {H: -1}}, {"a": {H: 1.5}}, {"a": {H: 10**12}}, {"a": {H: True}}]
+)
+def test_a_damaged_record_is_no_result(answers: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="answers"):
+        found(answers)
+
+
 @pytest.mark.llama_cpp
 @pytest.mark.slow
 def test_a_folder_is_decided_as_on_board_resumed_and_reported(finished: Path, tmp_path: Path) -> None:
@@ -106,6 +114,16 @@ def test_a_folder_is_decided_as_on_board_resumed_and_reported(finished: Path, tm
     assert "of another pair or threshold, and left out" in " ".join(
         (orion("report", "--run", "runs/small", cwd=copy), (copy / "runs/small/report.md").read_text())[1].split()
     )
+    for name, first in (("one", 20), ("two", 30)):  # other pictures under the same names
+        (copy / name).mkdir()
+        for number in range(2):
+            structured_picture(first + number).save(copy / name / f"{number}.png")
+        told = orion("false-alarms", ".", "--run", "../runs/small", "--json", cwd=copy / name)
+        assert told.returncode == 0, told.stderr
+    logged = [
+        json.loads(line) for path in (copy / "runs/small/logs").glob("false-alarms-*.jsonl") for line in path.open()
+    ]
+    assert len({row["sha256"] for row in logged if row["file"] == "0.png"}) == 2, "each is asked"
     (frames / "b" / "1.png").write_bytes(b"no picture")
     broken = orion(*arguments, cwd=copy)
     assert (broken.returncode, "Traceback" in broken.stderr) == (1, False)

@@ -19,6 +19,7 @@ from orion_triage.evaluate.run import read_predictions
 from orion_triage.export.quantize import PAIR
 from orion_triage.mission.mission import Mission
 from orion_triage.progress import silent
+from orion_triage.report.render import adapted_in_words
 from tests.conftest import MISSION, orion, structured_picture
 
 H, M, L = MISSION.names
@@ -147,12 +148,44 @@ def test_the_figures_say_whether_it_helps() -> None:
     assert adapt.figures(states, truth, names, names, right, MISSION)["change"]["zero_shot"]["gained"] == 0
 
 
-def test_too_few_frames_are_refused(tmp_path: Path) -> None:
-    for number, category in enumerate((H, M, L, L)):
-        (tmp_path / category).mkdir(exist_ok=True)
-        structured_picture(number).save(tmp_path / category / f"{number}.png")
+def labelled(folder: Path, *pictures: tuple[str, Image.Image]) -> Path:
+    for number, (category, picture) in enumerate(pictures):
+        (folder / category).mkdir(parents=True, exist_ok=True)
+        picture.save(folder / category / f"{number}.png", compress_level=1)
+    return folder
+
+
+def test_folders_that_teach_nothing_are_refused(tmp_path: Path) -> None:
+    few = labelled(tmp_path / "few", *((category, structured_picture(n)) for n, category in enumerate((H, M, L, L))))
     with pytest.raises(OrionError, match="has 4 labelled frames"):
-        adapt.read_labelled(tmp_path, MISSION)
+        adapt.read_labelled(few, MISSION)
+    one = labelled(tmp_path / "one", *((L, structured_picture(n)) for n in range(7)))
+    with pytest.raises(OrionError, match="all labelled frames are LOW"):
+        adapt.read_labelled(one, MISSION)
+    both = labelled(tmp_path / "both", (H, structured_picture(0)), (L, structured_picture(0)))
+    with pytest.raises(OrionError, match="are the same picture, labelled HIGH and LOW"):
+        adapt.read_labelled(both, MISSION)
+
+
+def test_blank_frames_and_copies_are_left_out_and_said(tmp_path: Path) -> None:
+    """No head is asked about a blank frame in flight, and a copy would stand on both sides of a fold."""
+    pictures = [((H, M, L)[n % 3], structured_picture(n)) for n in range(9)]
+    blank = Image.new("RGB", (512, 512), (3, 3, 3))
+    folder = labelled(tmp_path / "mine", *pictures, (L, blank), (H, structured_picture(0)))
+    frames, left_out = adapt.read_labelled(folder, MISSION)
+    assert len(frames) == 9
+    assert left_out == ["1 blank frames, which the blank rule decides", "1 pictures that are there already"]
+
+
+def test_it_helps_only_if_it_beats_the_pair_and_the_commonest_category() -> None:
+    def said(pair: float, constant: float) -> str:
+        change = {"gained": 9, "lost": 0, "points": 30.0, "mid_p": 0.5, "frames_to_resolve": None}
+        changes = {"zero_shot": change | {"exact_p": pair}, "constant": change | {"exact_p": constant}}
+        return adapted_in_words({"change": changes, "curve": {}, "of_category": {H: 0, M: 5, L: 5}})[0]
+
+    assert said(0.01, 0.01).startswith("It helps")
+    assert said(0.01, 0.5).startswith("It is not shown that it helps")
+    assert said(0.5, 0.01).startswith("It is not shown that it helps")
 
 
 def test_a_frame_is_described_by_its_four_quarters_at_full_resolution() -> None:

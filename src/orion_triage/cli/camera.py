@@ -1,5 +1,6 @@
 """Camera commands: write a camera file to start from, check and preview one, and estimate one from frames."""
 
+import io
 import json
 import shlex
 from pathlib import Path
@@ -74,15 +75,22 @@ def preview(
     Spreads the pictures over the folder. The camera sees each as it would in a
     dataset: the values of its ranges come from the picture's name.
     """
+    from orion_triage.errors import OrionError
     from orion_triage.imagery.camera import load_camera
     from orion_triage.imagery.camera_sheet import pictures_in, sheet
+    from orion_triage.safe.files import write_bytes
 
     seen = load_camera(camera)
+    if out.suffix.lower() != ".png":
+        raise typer.BadParameter("name a PNG file.", param_hint=f"'{out}'")
+    if out.is_file() and out.resolve().is_relative_to(folder.resolve()):
+        raise OrionError(f"{out} is one of the pictures.", "Name a file outside the folder with --out.")
     paths = pictures_in(folder, frames)
     with progress_bar() as progress:
         picture = sheet(paths, seen, progress)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(out, "PNG")
+    data = io.BytesIO()
+    picture.save(data, "PNG")
+    write_bytes(out, data.getvalue())
     messages().print(f"camera preview: {len(paths)} pictures  ->  {out}", soft_wrap=True)
 
 

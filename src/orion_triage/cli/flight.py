@@ -200,7 +200,9 @@ def adapt(
         raise typer.BadParameter("name one folder of labelled frames.", param_hint="'FOLDER'")
     run = finished_run(folder, "quantize")
     flown = triage.of_run(run)
-    labelled = adapting.read_labelled(frames or named or Path(), run.settings.mission, flown.stretch)
+    labelled, left_out = adapting.read_labelled(frames or named or Path(), run.settings.mission, flown.stretch)
+    for said in left_out:
+        messages().print(f"left out: {said}")
     zero_shot: list[str | None] = []
     with progress_bar() as progress:
         paths = [frame.path for frame in labelled]
@@ -248,11 +250,11 @@ def false_alarms_command(
     from orion_triage.report.render import false_alarms_found
 
     run = finished_run(folder, "quantize")
-    do_stage("evaluate constrained", run)  # the answers to the split's other frames; skipped if they are there
     with progress_bar() as progress:
         record = false_alarms.run(run, frames, category=category, recursive=recursive, resize=resize, progress=progress)
     for said in record["left_out"]:
         messages().print(f"left out of {one_line(said)}", soft_wrap=True)
+    do_stage("evaluate constrained", run)  # the answers to the split's other frames; skipped if they are there
     found = false_alarms_results(run)
     if as_json:
         typer.echo(json.dumps(found, indent=2))

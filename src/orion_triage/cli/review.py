@@ -31,7 +31,7 @@ def new(
     log: Annotated[Path, typer.Argument(metavar="LOG", help="Log of 'orion triage --out', or of the flight client.")],
     out: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to write: the task.")],
     frames: Annotated[
-        Path | None, typer.Option("--frames", help="Folder of the frames, if the log's paths do not lead to them.")
+        Path | None, typer.Option("--frames", help="Folder of the frames, if they are not where the log says.")
     ] = None,
     count: Annotated[int, typer.Option("--count", min=1, help="Frames to be labelled.")] = 50,
     random_share: Annotated[
@@ -40,7 +40,7 @@ def new(
     blind_share: Annotated[
         float, typer.Option("--blind-share", min=0, max=1, help="Of these, shown without the model's suggestion.")
     ] = 0.2,
-    seed: Annotated[int, typer.Option("--seed", help="Of the draw.")] = 42,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the draw.")] = 42,
     mission_file: MissionOption = None,
 ) -> None:
     """Choose frames of a log and write a labelling task.
@@ -89,7 +89,7 @@ def read(
     from orion_triage.review.labels import CONFLICTS, Label, merge, read_labels, read_task, to_json, write_dataset
 
     mission = load_mission(mission_file) if mission_file else default_mission()
-    task = read_task(folder)
+    task = read_task(folder, mission)
     labels: list[Label] = []
     empty = 0
     for path in files:
@@ -115,7 +115,9 @@ def read(
     quick, right = told["quick_as_suggested"], told["suggestions_right_on_random"]
     if quick:
         console.print(f"of these, after less than a second: {quick}", soft_wrap=True)
-    console.print(f"suggestions that were right, on the random frames: {right['count']} of {right['total']}")
+    console.print(
+        f"random frames with a suggestion on which people agree: it was right on {right['count']} of {right['total']}"
+    )
     if told["conflicts"]:
         where = f", listed in {CONFLICTS}" if dataset else ""
         console.print(

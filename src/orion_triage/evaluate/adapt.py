@@ -1,5 +1,6 @@
 """Adapt a run to a camera with a few labelled frames: fit a head, and say by cross-validation whether it helps."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,24 +43,43 @@ class Labelled:
     image: "Image.Image"
 
 
-def read_labelled(folder: Path, mission: Mission, stretch: Stretch | None = None) -> list[Labelled]:
-    """The frames of a folder in any layout of `orion run --dataset FOLDER`; raises OrionError that lists mistakes."""
+def read_labelled(folder: Path, mission: Mission, stretch: Stretch | None = None) -> tuple[list[Labelled], list[str]]:
+    """(The frames of a folder in any layout of `orion run --dataset FOLDER`, what is left out in words.)
+
+    Blank frames are left out if the mission has a rule for them: no head is asked about them. The same picture twice
+    counts once. Raises OrionError that lists mistakes, and for too few frames or categories.
+    """
     from orion_triage.dataset.sources.directory import Directory
     from orion_triage.dataset.sources.source import Picture, Shot
-    from orion_triage.imagery.frames import CAMERA_SIZE, read_frame
+    from orion_triage.imagery.frames import CAMERA_SIZE, is_blank, read_frame
 
     source = Directory(folder, mission)
-    found = []
+    found: dict[bytes, Labelled] = {}
+    blank = again = 0
     for target, answer in zip(source.targets, source.pictures([Shot(one) for one in source.targets]), strict=True):
         assert isinstance(answer, Picture)
         assert isinstance(answer.data, Path)
         where = target.coordinates
         place = clusters.place_label(where.lon, where.lat) if where else target.name
-        frame = read_frame(answer.data, CAMERA_SIZE, resize=True, stretch=stretch)
-        found.append(Labelled(target.file or target.name, target.category, place, answer.data, frame.image))
-    if len(found) < FEWEST:
-        raise OrionError(f"{folder} has {len(found)} labelled frames.", f"Add frames: at least {FEWEST} are needed.")
-    return found
+        image = read_frame(answer.data, CAMERA_SIZE, resize=True, stretch=stretch).image
+        own = Labelled(target.file or target.name, target.category, place, answer.data, image)
+        first = found.setdefault(hashlib.sha256(image.tobytes()).digest(), own)
+        if first.category != own.category:
+            raise OrionError(
+                f"{first.path} and {own.path} are the same picture, labelled {first.category} and {own.category}.",
+                "Keep the one with the right label.",
+            )
+        again += first is not own
+    frames = [frame for frame in found.values() if not (mission.blank and is_blank(frame.image))]
+    blank = len(found) - len(frames)
+    if len(frames) < FEWEST:
+        raise OrionError(f"{folder} has {len(frames)} labelled frames.", f"Add frames: at least {FEWEST} are needed.")
+    if len({frame.category for frame in frames}) < 2:
+        raise OrionError(f"all labelled frames are {frames[0].category}.", "Add frames of another category.")
+    if len({frame.place for frame in frames}) < 2:
+        raise OrionError("all labelled frames are of one place.", "Add frames of other places.")
+    told = [f"{blank} blank frames, which the blank rule decides"] if blank else []
+    return frames, told + ([f"{again} pictures that are there already"] if again else [])
 
 
 def run(of: "Run", frames: Sequence[Labelled], zero_shot: Sequence[str | None], progress: Progress = silent) -> Path:

@@ -14,6 +14,7 @@ from orion_triage.mission.decide import Rules
 from orion_triage.mission.mission import Mission
 
 FILE_NAME = "false_alarms.json"  # in the run's folder
+_MOST = 10_000_000  # frames of one place
 
 
 def rules_in_words(rules: Rules) -> str:
@@ -33,8 +34,12 @@ def figures(record: Mapping[str, Any], flown: Sequence[Prediction], mission: Mis
     places: list[str] = []
     for place, counts in record["answers"].items():
         for name, count in counts.items():
-            said += [name or None] * int(count)
-            places += [f"{FILE_NAME} {place}"] * int(count)
+            if name not in ("", *mission.names) or type(count) is not int or not 0 < count <= _MOST:
+                raise ValueError(f"{count!r} answers {name!r}")
+            said += [name or None] * count
+            places += [f"{FILE_NAME} {place}"] * count
+    if not said:
+        raise ValueError("no answers")
     guess = guess_of(said, mission)
     done = acted(guess, mission)
     others = [prediction for prediction in flown if prediction.truth != category]

@@ -122,6 +122,13 @@ def folds(truth: Integers, groups: Sequence[str], seed: int, count: int = _FOLDS
         return [test for _, test in split.split(np.zeros(len(truth)), truth, groups)]
 
 
+def path_in(folder: Path) -> Path:
+    """The head's file in a run's folder; raises OrionError if there is none."""
+    if not (folder / FILE_NAME).is_file():
+        raise OrionError(f"{folder / FILE_NAME} does not exist.", "Run 'orion adapt FOLDER' first.")
+    return folder / FILE_NAME
+
+
 def write(folder: Path, head: Head) -> Path:
     """Write head.json, whole or not at all; returns its path."""
     value = asdict(head) | {
@@ -138,17 +145,20 @@ def read(folder: Path, mission: Mission, pair: Path, frame_size: int) -> Head:
     path = folder / FILE_NAME
     try:
         value = read_object(path)
-        categories, width = tuple(value["categories"]), int(value["width"])
+        categories, width, size = tuple(value["categories"]), value["width"], value["frame_size"]
+        if type(width) is not int or width < 1 or type(size) is not int:
+            raise ValueError("width and frame_size should be whole numbers")
         raw = base64.b64decode(value["weights"], validate=True)
         weights = np.frombuffer(raw, dtype="<f4").reshape(len(categories), width)
-        bias = np.array(value["bias"], dtype=np.float32).reshape(len(categories))
-        head = Head(
-            categories, weights, bias, str(value["pair_sha256"]), int(value["frame_size"]), dict(value["figures"])
-        )
+        with np.errstate(over="ignore"):  # what overflows is not finite, which is asked below
+            bias = np.array(value["bias"], dtype=np.float32).reshape(len(categories))
+        head = Head(categories, weights, bias, str(value["pair_sha256"]), size, dict(value["figures"]))
         if not np.isfinite(weights).all() or not np.isfinite(bias).all():
             raise ValueError("a weight is not finite")
     except FileNotFoundError:
         raise OrionError(f"{path} does not exist.", "Run 'orion adapt FOLDER' first.") from None
+    except OrionError as error:
+        raise OrionError(error.message, "Run 'orion adapt FOLDER' again.") from None
     except (KeyError, TypeError, ValueError) as error:
         raise OrionError(f"{path} is damaged: {error!r}.", "Run 'orion adapt FOLDER' again.") from None
     now = (mission.names, sha256_of_file(pair / PAIR), frame_size)

@@ -213,7 +213,9 @@ def _false_alarms(run: Run, flown: list[Prediction] | None, rules: Rules) -> dic
         return {"outdated": False, **false_alarms.figures(record, under(flown, "B"), mission)}
     except FileNotFoundError:
         return None
-    except (KeyError, TypeError, ValueError) as error:
+    except OrionError as error:
+        raise OrionError(error.message, "Run 'orion false-alarms' again.") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise OrionError(f"{path} is damaged: {error!r}.", "Run 'orion false-alarms' again.") from None
 
 

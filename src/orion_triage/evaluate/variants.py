@@ -200,7 +200,7 @@ def inputs(variant: Variant, run: "Run") -> dict[str, Path]:
         case "quantized F16":
             return {"F16": run.gguf}
         case "pair":
-            return {"gguf": run.pair} | ({"head": run.folder / head.FILE_NAME} if variant.decoding.head else {})
+            return {"gguf": run.pair} | ({"head": head.path_in(run.folder)} if variant.decoding.head else {})
         case "server":
             return {}  # known by what it says of itself; see `through_servers`
         case _:

@@ -6,7 +6,7 @@ frames; of a downlink, thousands are known to be empty, and need no other label.
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,20 +55,26 @@ def run(
     flown = triage.of_run(of)
     category = category_of(flown.mission, category)
     paths, left_out = triage.frames_in([folder], recursive=recursive)
+    hashes = {path: sha256_of_file(path) for path in paths}
     pair = triage.asked_by(flown, flown.rules, resize)
     log = of.folder / "logs" / f"false-alarms-{pair}.jsonl"
-    left = triage.left_to_do(paths, log, pair)
+    triage.left_to_do([], log, pair)  # checks the log, and removes an incomplete last line
+    before = _decided(log)
+    # By its bytes: another downlink has other pictures under the same names.
+    left = list({hashes[path]: path for path in paths if hashes[path] not in before}.values())
     with triage.appending(log) as write:
         outcomes = triage.triage_with_pair(left, flown, rules=flown.rules, resize=resize, progress=progress)
-        for done, outcome in enumerate(outcomes if left else (), start=len(paths) - len(left) + 1):
+        for done, (path, outcome) in enumerate(zip(left, outcomes if left else (), strict=True), start=1):
             if outcome.error and not outcome.answer:
-                raise OrionError(outcome.error.rstrip("."), "Remove the frame, or correct it; the others stay decided.")
-            write(triage.to_json(outcome, flown.mission) | {"error": outcome.error, "pair": pair})
-            progress("classifying frames", done, len(paths))
+                raise OrionError(outcome.error, "Remove the frame or correct it; what is decided stays decided.")
+            row = triage.to_json(outcome, flown.mission) | {"error": outcome.error, "pair": pair}
+            write(row | {"sha256": hashes[path]})
+            progress("classifying frames", done, len(left))
+    decided = _decided(log)
     record = {
         "folder": str(folder),
         "category": category,
-        "answers": _by_place(_decided(log), paths, folder),
+        "answers": _by_place({path: decided[hashes[path]] for path in paths}, folder),
         "left_out": left_out,
         "pair_sha256": sha256_of_file(of.gguf / quantize.PAIR),
         "rules": rules_in_words(flown.rules),
@@ -78,16 +84,17 @@ def run(
 
 
 def _decided(log: Path) -> dict[str, str]:
-    """File -> the decided category; empty without one."""
-    rows = (json.loads(line) for line in log.read_text(encoding="utf-8").splitlines())
-    return {row["file"]: row["category"] or "" for row in rows}
+    """Hash of a picture -> the decided category; empty without one."""
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    rows = (json.loads(line) for line in lines)
+    return {row["sha256"]: row["category"] or "" for row in rows if "sha256" in row}
 
 
-def _by_place(decided: dict[str, str], paths: Iterable[Path], folder: Path) -> dict[str, dict[str, int]]:
+def _by_place(decided: Mapping[Path, str], folder: Path) -> dict[str, dict[str, int]]:
     """Place -> decided category -> frames."""
     counts: dict[str, Counter[str]] = {}
-    for path in paths:
+    for path, category in decided.items():
         inside = path.relative_to(folder)
         place = inside.as_posix() if len(inside.parts) == 1 else inside.parent.as_posix() + "/"
-        counts.setdefault(place, Counter())[decided[str(path)]] += 1
+        counts.setdefault(place, Counter())[category] += 1
     return {place: dict(sorted(count.items())) for place, count in sorted(counts.items())}

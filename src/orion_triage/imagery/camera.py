@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from PIL import Image
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError, model_validator
 
 from orion_triage.errors import OrionError
 from orion_triage.imagery.frames import CAMERA_SIZE, Frame
@@ -38,7 +38,7 @@ from orion_triage.safe.reading import LARGEST_JSON_BYTES, read_text, shown
 VERSION = 1  # of what a camera does to pixels; in the manifest of a dataset that was seen through one
 SHIPPED = "wide"
 BANDS = 3
-_LARGEST_BITS = 16
+_LARGEST_BITS, _LARGEST_WEIGHT, _FEWEST_PIXELS = 16, 10, 8
 
 Span = tuple[float, float]
 
@@ -78,7 +78,7 @@ class Camera(BaseModel):
     # Metres per pixel, and that of the pictures that it is applied to: a coarser camera averages areas of the same
     # ground. Empty: as fine as the pictures.
     ground_sample_distance_m: _checked_range(0.01, 10_000) | None = None  # type: ignore[valid-type]
-    picture_sample_distance_m: Annotated[float, Field(gt=0)] = 10.0
+    picture_sample_distance_m: Annotated[float, Field(ge=0.01, le=10_000)] = 10.0
     # MTF at Nyquist of optics, detector and attitude together, on top of the picture's own; 1: no blur.
     mtf_at_nyquist: _checked_range(0.001, 1) = (1.0, 1.0)  # type: ignore[valid-type]
     motion_pixels: _checked_range(0, 64) = (0.0, 0.0)  # type: ignore[valid-type]  # smear along the columns
@@ -98,14 +98,15 @@ class Camera(BaseModel):
     encoding: Literal["sRGB"] | Annotated[float, Field(ge=1, le=4)] = "sRGB"
     jpeg_quality: _checked_range(1, 100) | None = None  # type: ignore[valid-type]  # empty: no loss
     # Flips and quarter turns at random: a camera without a fixed north.
-    turned: bool = False
+    turned: StrictBool = False
 
     @model_validator(mode="after")
     def _three_rows(self) -> Self:
         if len(self.band_weights) != BANDS:
             raise ValueError("band_weights should have three rows: red, green and blue")
-        if any(weight < 0 for row in self.band_weights for weight in row) or any(not sum(r) for r in self.band_weights):
-            raise ValueError("band_weights should be 0 or more, and at least one of each row above 0")
+        weights = [weight for row in self.band_weights for weight in row]
+        if not all(0 <= weight <= _LARGEST_WEIGHT for weight in weights) or any(not sum(r) for r in self.band_weights):
+            raise ValueError(f"band_weights should be 0 to {_LARGEST_WEIGHT}, and at least one of each row above 0")
         return self
 
     @model_validator(mode="after")
@@ -115,6 +116,10 @@ class Camera(BaseModel):
             raise ValueError(
                 f"ground_sample_distance_m {spacing[0]:g} is finer than picture_sample_distance_m "
                 f"{self.picture_sample_distance_m:g}: detail that a picture does not have cannot be seen"
+            )
+        if spacing and CAMERA_SIZE * self.picture_sample_distance_m / spacing[1] < _FEWEST_PIXELS:
+            raise ValueError(
+                f"ground_sample_distance_m {spacing[1]:g} leaves fewer than {_FEWEST_PIXELS} pixels of a picture"
             )
         return self
 
@@ -152,7 +157,10 @@ def load_camera(name: str) -> Camera:
     try:
         return Camera.model_validate(given)
     except ValidationError as error:
-        lines = [f"{where}:{_line_of(text, problem)}: {_sentence(problem)}." for problem in error.errors()]
+        by_key: dict[str, Any] = {}  # one mistake a key: a value that may be of two kinds has two errors
+        for problem in error.errors():
+            by_key.setdefault(str(problem["loc"][:1]), problem)
+        lines = [f"{where}:{_line_of(text, problem)}: {_sentence(problem)}." for problem in by_key.values()]
         count = f"{len(lines)} mistakes" if len(lines) > 1 else "a mistake"
         raise OrionError(
             "\n".join([f"{where} has {count}:", *lines]), "Correct the file, then check it again."
@@ -190,7 +198,7 @@ def _sentence(problem: Any) -> str:
         near = get_close_matches(key, Camera.model_fields, 1, cutoff=0.6)
         return f"there is no key {key}" + (f"; the nearest name is {near[0]}" if near else "")
     if problem["type"] == "missing":
-        return f"{key} is missing"
+        return f"{key} is missing" if len(problem["loc"]) == 1 else f"{key} should have three values in each row"
     said = str(problem["ctx"]["error"]) if problem["type"] == "value_error" else problem["msg"]
     if not key:
         return said

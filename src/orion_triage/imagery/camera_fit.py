@@ -122,7 +122,7 @@ class Fitted:
     notes: tuple[str, ...]
 
 
-def fit(frames: Measured, pictures: Measured, name: str, *, seed: int = 42, resamples: int = 40) -> Fitted:
+def fit(frames: Measured, pictures: Measured, name: str, *, seed: int = 42, resamples: int = 200) -> Fitted:
     """The camera through which the pictures would look like the frames, with what is not known of it as ranges.
 
     Light and haze come from the medians of mean and spread over the frames: haze adds light and takes contrast. Blur

@@ -484,10 +484,17 @@ def adapted_table(figures: dict[str, Any]) -> "Table":
 
 def adapted_in_words(figures: dict[str, Any]) -> list[str]:
     """Whether the head helps, and what fewer frames would have given."""
-    change = figures["change"]["zero_shot"]
-    better = change["exact_p"] < SIGNIFICANT and change["points"] > 0
+    changes = figures["change"]
+    better = all(change["exact_p"] < SIGNIFICANT and change["points"] > 0 for change in changes.values())
     answer = "It helps" if better else "It is not shown that it helps"
-    found = [f"{answer}: from the pair to the head, {change_of_control(change)}."]
+    found = [
+        f"{answer}: from the pair to the head, {change_of_control(changes['zero_shot'])}; from the commonest category, "
+        f"{change_of_control(changes['constant'])}."
+    ]
+    if absent := [name for name, count in figures["of_category"].items() if not count]:
+        found.append(
+            f"No frame is {listed(absent, 'or')}: the head hardly ever says so, and the mean recall is without it."
+        )
     if curve := figures["curve"]:
         points = ", ".join(
             f"{size} frames {percent(point['mean'])} ({percent(point['low'])} to {percent(point['high'])})"

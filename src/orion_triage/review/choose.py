@@ -6,6 +6,7 @@ least certain ones.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,8 @@ def read_log(path: Path, mission: Mission) -> list[Logged]:
             if any(one is not None and one not in mission.names for one in (*said, *(scores or ()))):
                 raise ValueError(f"{said[0]!r} is not a category of the mission {mission.name}")
             values = {str(key): float(value) for key, value in scores.items()} if scores else None
+            if values and (len(values) != len(mission.names) or not all(map(math.isfinite, values.values()))):
+                raise ValueError("scores should have a number for each category")
             found[name] = Logged(name, *said, str(row.get("reason") or ""), values, str(row.get("decided_by") or ""))
     except FileNotFoundError:
         raise OrionError(f"{path} does not exist.", "Make one with 'orion triage FOLDER --out FILE'.") from None

@@ -26,6 +26,7 @@ COLUMNS = (
 )  # fmt: skip
 CONFLICTS = "conflicts.json"  # no second table
 QUICK_SECONDS = 1.0
+_LONGEST_NAME = 200
 
 
 @dataclass(frozen=True)
@@ -40,15 +41,24 @@ class Label:
     seconds: float | None
 
 
-def read_task(folder: Path) -> dict[str, dict[str, Any]]:
-    """Id -> the task's row of a frame; raises OrionError if the folder is no task."""
+def read_task(folder: Path, mission: Mission) -> dict[str, dict[str, Any]]:
+    """Id -> the task's row of a frame; raises OrionError if the folder is no task of this mission."""
     path = folder / FRAMES_FILE
+    again = "Write the task again with 'orion review new'."
     try:
-        return {str(row["id"]): row for row in read_object(path)["frames"]}
+        rows = read_object(path)["frames"]
+        for row in rows:
+            texts = [row[key] for key in ("id", "file", "sha256", "why", "suggested_by")]
+            if not all(isinstance(text, str) for text in texts) or row["suggestion"] not in (None, *mission.names):
+                raise ValueError(f"the frame {row['id']!r}")
+            bool(row["blind"])
+        return {row["id"]: row for row in rows}
     except FileNotFoundError:
         raise OrionError(f"{path} does not exist.", "Pass the folder that 'orion review new' wrote.") from None
-    except (KeyError, TypeError) as error:
-        raise OrionError(f"{path} is damaged: {error!r}.", "Write the task again with 'orion review new'.") from None
+    except OrionError as error:
+        raise OrionError(error.message, again) from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise OrionError(f"{path} is damaged: {error!r}.", again) from None
 
 
 def read_labels(path: Path, task: Mapping[str, Any], mission: Mission) -> tuple[list[Label], int]:
@@ -73,6 +83,8 @@ def read_labels(path: Path, task: Mapping[str, Any], mission: Mission) -> tuple[
             "Save the labels in the page, or export JSON in Label Studio.",
         ) from None
     for label in found:
+        if not label.labeller.strip() or not label.labeller.isprintable() or len(label.labeller) > _LONGEST_NAME:
+            raise OrionError(f"{path}: {shown(label.labeller)} is no name of a labeller.", "Write a plain name.")
         if label.frame not in task:
             raise OrionError(f"{path}: {shown(label.frame)} is no frame of this task.", "Pass the labels of this task.")
         if label.category not in mission.names:
@@ -81,10 +93,14 @@ def read_labels(path: Path, task: Mapping[str, Any], mission: Mission) -> tuple[
 
 
 def _of_page(value: Mapping[str, Any]) -> Iterator[Label]:
+    if not isinstance(value["labeller"], str):
+        raise TypeError("labeller is no text")
     for row in value["labels"]:
+        if not isinstance(row["at"], str):
+            raise TypeError("at is no text")
         yield Label(
-            str(row["frame"]), str(row["category"]), str(row.get("reason") or ""), str(value["labeller"]),
-            str(row["at"]), float(row["seconds"]),
+            str(row["frame"]), str(row["category"]), str(row.get("reason") or ""), value["labeller"].strip(),
+            row["at"], float(row["seconds"]),
         )  # fmt: skip
 
 
@@ -170,7 +186,13 @@ def merge(labels: Sequence[Label], task: Mapping[str, Mapping[str, Any]], missio
             for label, row in suggested
             if not row["blind"]
         ),
-        "suggestions_right_on_random": _share([(label, row) for label, row in suggested if row["why"] == RANDOM]),
+        "suggestions_right_on_random": _share(
+            [
+                (own[0], task[frame])
+                for frame, own in of_frame.items()
+                if frame not in conflicts and task[frame]["suggestion"] and task[frame]["why"] == RANDOM
+            ]
+        ),
     }
     return Merged(of_frame, figures)
 

@@ -10,7 +10,7 @@ import json
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from xml.sax.saxutils import quoteattr
 
@@ -75,11 +75,18 @@ def write(
 
 
 def _frame(number: int, chosen: Chosen, folder: Path | None, stretch: Stretch | None) -> Frame:
-    path = (folder / chosen.frame.file if folder else Path(chosen.frame.file)).absolute()
+    path = found_in(folder, chosen.frame.file) if folder else Path(chosen.frame.file).absolute()
     sha256 = sha256_of_file(path) if path.is_file() else ""
     picture = io.BytesIO()
     read_frame(path, CAMERA_SIZE, resize=True, stretch=stretch).image.save(picture, "JPEG", quality=JPEG_QUALITY)
     return Frame(f"{number:04d}-{sha256[:12]}", path, sha256, chosen, picture.getvalue())
+
+
+def found_in(folder: Path, logged: str) -> Path:
+    """The frame of a log in this folder: by as much of its logged path as is found there, at least its name."""
+    parts = PurePosixPath(logged).parts
+    candidates = [folder.joinpath(*parts[start:]) for start in range(parts[0] == "/", len(parts))]
+    return next((path for path in candidates if path.is_file()), folder / parts[-1]).absolute()
 
 
 def _row(frame: Frame, model: str) -> dict[str, Any]:
