@@ -60,7 +60,7 @@ def test_a_log_is_read_with_the_last_line_of_each_frame(tmp_path: Path) -> None:
         ('{"file": "a", "category": "FIRE", "scores": null}', "'FIRE' is not a category of the mission"),
         ("[]", "log:1"), ("", "has no frame"),
         ('{"file": "a", "category": "HIGH", "scores": {"HIGH": 0.5}}', "a number for each category"),
-        ('{"file": "a", "category": "HIGH", "scores": {"HIGH": NaN, "MEDIUM": 0, "LOW": 0}}', "a number for each category"),
+        ('{"file": "a", "category": "LOW", "scores": {"HIGH": NaN, "MEDIUM": 0, "LOW": 0}}', "a number for each"),
     ):  # fmt: skip
         (tmp_path / "log").write_text(line + "\n" if line else "")
         with pytest.raises(OrionError, match=re.escape(said)):
@@ -159,9 +159,8 @@ def test_a_damaged_task_is_refused(task: Path, tmp_path: Path, change: dict[str,
 
 def test_frames_that_were_moved_are_found_by_what_is_left_of_their_path(tmp_path: Path) -> None:
     frames_in(tmp_path / "here" / "pass-3", 2)
-    for logged_as in ("/home/other/pass-3/01.png", "pass-3/01.png", "01.png"):
-        found = found_in(tmp_path / "here", logged_as) if "pass" in logged_as else None
-        assert found in (None, tmp_path / "here" / "pass-3" / "01.png")
+    for logged_as in ("/home/other/pass-3/01.png", "pass-3/01.png"):
+        assert found_in(tmp_path / "here", logged_as) == tmp_path / "here" / "pass-3" / "01.png"
     assert found_in(tmp_path / "here" / "pass-3", "/x/pass-3/00.png").name == "00.png"
     assert not found_in(tmp_path / "here", "/x/gone.png").exists()
 

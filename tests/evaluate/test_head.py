@@ -121,6 +121,8 @@ def test_a_head_is_read_as_it_was_written_and_only_with_its_pair(tmp_path: Path)
         {"weights": "no base64!"},
         {"bias": [0, 1]},
         {"width": 31},
+        {"width": -1},
+        {"frame_size": 256.7},
         {"weights": base64.b64encode(np.full(96, np.nan, "<f4").tobytes()).decode()},
     ],
 )
