@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 FEWEST = 6  # labelled frames; with fewer, a cross-validation says nothing
 CURVE = (5, 10, 20, 25, 50, 100)
+_FEWEST_LEFT = 4  # frames that a point of the curve is measured on
 REPEATS = 100  # of each point of the curve, with other frames
 SEED = 42
 
@@ -183,7 +184,7 @@ def _curve(
     """Frames that a head is fitted on -> its accuracy on the frames of the other places, over drawn sets."""
     random, own = np.random.default_rng(SEED), np.array(places)
     names = sorted(set(places))
-    sizes = [size for size in CURVE if size <= 0.8 * len(truth)]
+    sizes = [size for size in CURVE if size <= len(truth) - _FEWEST_LEFT]
     found = {}
     for done, size in enumerate(sizes, start=1):
         accuracies = []

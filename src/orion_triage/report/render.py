@@ -477,7 +477,9 @@ def adapted_table(figures: dict[str, Any]) -> "Table":
         ("constant", "always the commonest category"),
     ):
         change = figures["change"].get(key)
-        said = change_of_control(change) if change else ""
+        said = ""
+        if change:
+            said = f"{change['points']:+.0f} points ({change['gained']} gained, {change['lost']} lost)"
         table.add_row(label, rate(figures[key]), percent(figures[key]["balanced"]), said)
     return table
 
