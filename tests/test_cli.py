@@ -33,7 +33,7 @@ REAL_FRAMES = SHARED / "frames"
 COMMANDS = (
     "run", "mission", "dataset", "ablation", "fine-tune", "fuse", "quantize", "evaluate", "threshold",
     "report", "verdict", "compare", "push", "clean", "verify", "triage", "bench-frame", "toolchain", "rehearse",
-    "plan", "doctor", "settings", "bundle", "remote",
+    "plan", "doctor", "settings", "bundle", "remote", "camera", "review", "adapt", "false-alarms",
 )  # fmt: skip
 
 
@@ -81,6 +81,12 @@ def test_a_run_folder_keeps_where_its_dataset_comes_from(tmp_path: Path) -> None
         "remote train",
         "mission new",
         "mission check",
+        "camera new",
+        "camera check",
+        "camera preview",
+        "camera fit",
+        "review new",
+        "review read",
     ],
 )
 def test_every_command_explains_itself_with_an_example(command: str) -> None:
