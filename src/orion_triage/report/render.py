@@ -493,6 +493,11 @@ def adapted_in_words(figures: dict[str, Any]) -> list[str]:
         f"{answer}: from the pair to the head, {change_of_control(changes['zero_shot'])}; from the commonest category, "
         f"{change_of_control(changes['constant'])}."
     ]
+    low, high = figures["repeats"][0], figures["repeats"][-1]
+    times, frames = len(figures["repeats"]), figures["frames"]
+    found.append(
+        f"In {times} divisions of the frames into folds, {low} to {high} of {frames} are right; the median is shown."
+    )
     if absent := [name for name, count in figures["of_category"].items() if not count]:
         found.append(
             f"No frame is {listed(absent, 'or')}: the head hardly ever says so, and the mean recall is without it."
