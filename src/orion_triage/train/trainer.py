@@ -168,7 +168,7 @@ def make_trainer(
     return trainer
 
 
-def _watch(progress: Progress, augmentation: Augmentation | None) -> Any:
+def _watch(progress: Progress, augmentation: Augmentation | None = None) -> Any:
     """Report each step and epoch; raise OrionError at the first figure that shows that the training is lost."""
     from transformers import TrainerCallback
 
