@@ -348,6 +348,15 @@ def test_the_commands(tmp_path: Path, tiles: Sequence[Image.Image]) -> None:
     told = json.loads(fitted.stdout)
     assert told["estimates"]["exposure"] == pytest.approx(0.5, rel=0.05)
     assert orion("camera", "check", "found.toml", cwd=tmp_path).returncode == 0
+    (tmp_path / "deep").mkdir()
+    for path in (tmp_path / "mine").glob("*.png"):  # 16 bits, of which 4000 is white
+        grey = np.asarray(Image.open(path).convert("L")).astype(np.uint16) * (4000 / 255)
+        Image.fromarray(grey.astype(np.uint16)).save(tmp_path / "deep" / path.name)
+    deep = ["camera", "fit", "deep", "--like", "pictures", "--out", "deep.toml"]
+    assert "dataset.stretch_low" in orion(*deep, cwd=tmp_path).stderr
+    limits = ["--set", "dataset.stretch_low=0", "--set", "dataset.stretch_high=4000"]
+    assert orion(*deep, "--set", "base.frame_size=512", cwd=tmp_path).returncode == 2
+    assert orion(*deep, *limits, cwd=tmp_path).returncode == 0
     again = orion("camera", "fit", "mine", "--like", "pictures", "--out", "found.toml", cwd=tmp_path)
     assert "found.toml exists" in again.stderr
     assert orion("camera", "fit", "gone", "--like", "pictures", cwd=tmp_path).returncode == 1

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from orion_triage.cli.app import app
-from orion_triage.cli.terminal import JsonOption, messages, output, progress_bar
+from orion_triage.cli.terminal import JsonOption, SetOption, messages, output, progress_bar
 
 camera_app = typer.Typer(add_completion=False, no_args_is_help=True)
 app.add_typer(
@@ -69,6 +69,7 @@ def preview(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of pictures, or of a dataset.")],
     out: Annotated[Path, typer.Option("--out", help="PNG file to write.")] = Path("camera.png"),
     frames: Annotated[int, typer.Option("--frames", min=1, max=64, help="Pictures on the sheet.")] = 6,
+    assignments: SetOption = [],  # noqa: B006
 ) -> None:
     """Draw pictures before and after a camera, whole and at the pixel.
 
@@ -87,7 +88,7 @@ def preview(
         raise OrionError(f"{out} is one of the pictures.", "Name a file outside the folder with --out.")
     paths = pictures_in(folder, frames)
     with progress_bar() as progress:
-        picture = sheet(paths, seen, progress)
+        picture = sheet(paths, seen, progress, _stretch(folder, assignments))
     data = io.BytesIO()
     picture.save(data, "PNG")
     write_bytes(out, data.getvalue())
@@ -107,12 +108,15 @@ def fit(
     resize: Annotated[
         bool, typer.Option("--resize", help="Accept frames of other sizes: crop to a square and scale.")
     ] = False,
+    assignments: SetOption = [],  # noqa: B006
     as_json: JsonOption = False,
 ) -> None:
     """Estimate the camera through which pictures would look like frames.
 
     Compares light, colour, contrast and spectra of the two folders. Ranges are
-    90 % intervals of what these frames can say. Says what was assumed.
+    90 % intervals of what these frames can say. Says what was assumed. Frames of
+    more than 8 bits need --set dataset.stretch_low=BLACK and
+    --set dataset.stretch_high=WHITE, as for a dataset.
     """
     from orion_triage.errors import OrionError
     from orion_triage.imagery.camera_fit import fit as fitted
@@ -124,8 +128,9 @@ def fit(
         raise OrionError(f"{out} exists.", "Name a file that does not exist yet with --out.")
     measured = {}
     with progress_bar() as progress:
-        for name, path in (("frames", folder), ("pictures", like)):
-            measured[name] = measure(frames_of(pictures_in(path, MOST_FITTED), resize=resize, progress=progress))
+        for name, path, stretch in (("frames", folder, _stretch(folder, assignments)), ("pictures", like, None)):
+            paths = pictures_in(path, MOST_FITTED)
+            measured[name] = measure(frames_of(paths, resize=resize, stretch=stretch, progress=progress))
     found = fitted(measured["frames"], measured["pictures"], "fitted")
     write_text(out, to_toml(found))
     told: dict[str, Any] = {name: summary(one) for name, one in measured.items()}
@@ -145,3 +150,15 @@ def fit(
         typer.echo(line)
     messages().print(f"camera fit  ->  {out}", soft_wrap=True)
     messages().print(f"next: {shlex.join(['orion', 'camera', 'preview', str(out), str(like)])}", soft_wrap=True)
+
+
+def _stretch(folder: Path, assignments: list[str]) -> Any:
+    """The stretch of these pictures that the settings name, or None; other settings are refused."""
+    from orion_triage.imagery.stretch import stretch_of
+    from orion_triage.settings import load_settings
+
+    if others := [one for one in assignments if not one.strip().startswith("dataset.stretch_")]:
+        raise typer.BadParameter(
+            "only dataset.stretch_low, stretch_high and stretch_samples count here.", param_hint=others[0]
+        )
+    return stretch_of(load_settings("tiny", [*assignments, f"dataset.folder={json.dumps(str(folder))}"]).dataset)

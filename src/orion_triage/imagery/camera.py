@@ -147,9 +147,7 @@ def load_camera(name: str) -> Camera:
         try:
             text = read_text(Path(name), LARGEST_JSON_BYTES)
         except FileNotFoundError:
-            raise OrionError(
-                f"{name} does not exist.", f"Write one with 'orion camera new FILE', or use the shipped {SHIPPED!r}."
-            ) from None
+            raise _absent(name) from None
     try:
         given = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
@@ -169,10 +167,19 @@ def load_camera(name: str) -> Camera:
 
 def camera_file(name: str) -> Path:
     """The file of a camera, for the inputs of a stage: the shipped one of this name, or the file."""
-    return (
+    path = (
         Path(str(resources.files("orion_triage.imagery") / "cameras" / f"{name}.toml"))
         if name == SHIPPED
         else Path(name)
+    )
+    if not path.is_file():
+        raise _absent(name)
+    return path
+
+
+def _absent(name: str) -> OrionError:
+    return OrionError(
+        f"{name} does not exist.", f"Write one with 'orion camera new FILE', or use the shipped {SHIPPED!r}."
     )
 
 

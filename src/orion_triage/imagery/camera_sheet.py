@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from orion_triage.errors import OrionError
 from orion_triage.imagery.camera import Camera, drawn, seen_through
 from orion_triage.imagery.frames import CAMERA_SIZE, PICTURE_SUFFIXES, read_frame, shrink
+from orion_triage.imagery.stretch import Stretch
 from orion_triage.progress import Progress, silent
 from orion_triage.safe.folders import listing
 
@@ -26,16 +27,20 @@ def pictures_in(folder: Path, most: int) -> list[Path]:
     return [found[index * len(found) // count] for index in range(count)]
 
 
-def frames_of(paths: Sequence[Path], *, resize: bool = False, progress: Progress = silent) -> list[Image.Image]:
+def frames_of(
+    paths: Sequence[Path], *, resize: bool = False, stretch: Stretch | None = None, progress: Progress = silent
+) -> list[Image.Image]:
     """The frames in these files, 512x512; raises FrameError for one that cannot be read."""
     frames = []
     for done, path in enumerate(paths, start=1):
-        frames.append(read_frame(path, CAMERA_SIZE, resize=resize).image)
+        frames.append(read_frame(path, CAMERA_SIZE, resize=resize, stretch=stretch).image)
         progress("reading pictures", done, len(paths))
     return frames
 
 
-def sheet(paths: Sequence[Path], camera: Camera, progress: Progress = silent) -> Image.Image:
+def sheet(
+    paths: Sequence[Path], camera: Camera, progress: Progress = silent, stretch: Stretch | None = None
+) -> Image.Image:
     """One row for each picture: before and after, whole and enlarged, with the values that the camera has there."""
     row_height = _SIDE + 3 * _LINE + _GAP
     picture = Image.new("RGB", (4 * (_SIDE + _GAP) + _GAP, _LINE + _GAP + len(paths) * row_height), "white")
@@ -43,7 +48,7 @@ def sheet(paths: Sequence[Path], camera: Camera, progress: Progress = silent) ->
     for column, title in enumerate(("before", f"after: {camera.name}", "before, 2 x", "after, 2 x")):
         draw.text((_GAP + column * (_SIDE + _GAP), _GAP // 2), title, "black", font)
     for row, path in enumerate(paths):
-        before = read_frame(path, CAMERA_SIZE, resize=True).image
+        before = read_frame(path, CAMERA_SIZE, resize=True, stretch=stretch).image
         after = seen_through(before, camera, path.stem)
         top = _LINE + _GAP + row * row_height
         for column, cell in enumerate(
