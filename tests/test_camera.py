@@ -19,7 +19,7 @@ from orion_triage.imagery import camera as cameras
 from orion_triage.imagery.camera import Camera, drawn, in_words, load_camera, seen_through, shipped_text
 from orion_triage.imagery.camera_fit import FEWEST, fit, measure, to_toml
 from orion_triage.imagery.camera_sheet import pictures_in, sheet
-from orion_triage.imagery.stress import AIRLIGHT, MID_GREY, to_linear
+from orion_triage.imagery.stress import AIRLIGHT, MID_GREY, noisy, to_linear
 from orion_triage.pipeline import DATASET, FINE_TUNE
 from orion_triage.runs.manifest import hash_inputs
 from orion_triage.runs.run import Run
@@ -50,8 +50,8 @@ def test_a_camera_that_does_nothing_changes_nothing_that_can_be_seen() -> None:
 def test_a_flat_frame_has_the_stated_signal_to_noise_ratio(snr: float) -> None:
     """At mid grey, without the rounding of 8 bits, which is a noise of its own at 200."""
     light = to_linear(np.asarray(flat(128)))
-    noisy = cameras._noisy(light, snr, 10, np.random.default_rng(0))
-    assert noisy.mean() / noisy.std() == pytest.approx(snr, rel=0.02)
+    grainy = noisy(light, snr, np.random.default_rng(0))
+    assert grainy.mean() / grainy.std() == pytest.approx(snr, rel=0.02)
     frame = to_linear(seen(flat(128), snr=snr))
     assert frame.mean() / frame.std() == pytest.approx(snr, rel=0.04 if snr < 100 else 0.3)
 
@@ -63,7 +63,7 @@ def test_variance_rises_with_light_from_that_of_the_read_noise() -> None:
     gain = MID_GREY / electrons
     levels = np.linspace(0.05, 0.9, 10)
     frames = [
-        cameras._noisy(np.full((SIDE, SIDE, 3), level), snr, read_noise, np.random.default_rng(n))
+        noisy(np.full((SIDE, SIDE, 3), level), snr, np.random.default_rng(n), read_noise)
         for n, level in enumerate(levels)
     ]
     slope, intercept = np.polyfit([f.mean() for f in frames], [f.var() for f in frames], 1)

@@ -56,7 +56,7 @@ def read_labelled(folder: Path, mission: Mission, stretch: Stretch | None = None
 
     source = Directory(folder, mission)
     found: dict[bytes, Labelled] = {}
-    blank = again = 0
+    again = 0
     for target, answer in zip(source.targets, source.pictures([Shot(one) for one in source.targets]), strict=True):
         assert isinstance(answer, Picture)
         assert isinstance(answer.data, Path)

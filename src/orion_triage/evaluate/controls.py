@@ -23,14 +23,13 @@ from orion_triage.evaluate.backends import Backend
 from orion_triage.evaluate.clusters import place_label
 from orion_triage.evaluate.conditions import Donor, Question, usable
 from orion_triage.evaluate.metrics import Prediction, compare, places_of, summarize, under
-from orion_triage.evaluate.run import Row, ask_all, predictions_of, read_predictions, store
+from orion_triage.evaluate.run import Row, ask_all, key_of, predictions_of, read_predictions, store
 from orion_triage.evaluate.variants import Variant
 from orion_triage.imagery.frames import noise_frame
 from orion_triage.mission.mission import Mission
 from orion_triage.progress import Progress, silent
 from orion_triage.runs import manifest
 from orion_triage.runs.run import EVALUATE, Run
-from orion_triage.safe.files import sha256_of_text
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -176,8 +175,8 @@ def ask(
     def named(description: str, done: int, total: int) -> None:
         progress(f"{description} the {variant.name} model, controls", done, total)
 
-    parts = [fingerprint, size, settings.evaluate.model_dump(mode="json"), [[q.id, q.image, q.prompt] for q in asked]]
-    rows = ask_all(asked, picture_of, backend, out_folder, sha256_of_text(json.dumps(parts)), named, more)
+    key = key_of(fingerprint, asked, settings.evaluate, size)
+    rows = ask_all(asked, picture_of, backend, out_folder, key, named, more)
     metrics: dict[str, Any] = {
         control: next(iter(summarize(predictions, dataset.mission).values()))
         for control, predictions in by_control(rows, dataset.mission).items()

@@ -57,7 +57,7 @@ def run(
     pairs = conflict_pairs(records)
     asked = questions(records, pairs)
     images = _Images(dataset, frame_size, settings.noise)
-    key = _key(fingerprint, asked, settings, frame_size)
+    key = key_of(fingerprint, asked, settings, frame_size)
     rows = ask_all(asked, images.of, backend, out_folder, key, progress)
     metrics = summarize(predictions_of(rows, dataset.mission), dataset.mission)
     store(out_folder, rows, metrics, {"conflict_pairs.json": json.dumps(_pairs_json(pairs), indent=1) + "\n"})
@@ -209,7 +209,8 @@ class _Images:
         return self._noise if question.image == NOISE else self._dataset.frame(question.record, self._size)
 
 
-def _key(fingerprint: str, asked: Sequence[Question], settings: EvaluateSettings, frame_size: int) -> str:
+def key_of(fingerprint: str, asked: Sequence[Question], settings: EvaluateSettings, frame_size: int) -> str:
+    """The key of a work file: answers of another model, of other questions or settings are not reused."""
     parts = [fingerprint, frame_size, settings.model_dump(mode="json"), [[q.id, q.image, q.prompt] for q in asked]]
     return sha256_of_text(json.dumps(parts))
 

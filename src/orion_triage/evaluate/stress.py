@@ -18,7 +18,7 @@ from orion_triage.evaluate.clusters import place_label
 from orion_triage.evaluate.conditions import Condition, Question
 from orion_triage.evaluate.judgement import guess_of, headline_of
 from orion_triage.evaluate.metrics import Prediction, change_of, places_of, summarize
-from orion_triage.evaluate.run import Row, ask_all, prediction_of, read_predictions, store
+from orion_triage.evaluate.run import Row, ask_all, key_of, prediction_of, read_predictions, store
 from orion_triage.evaluate.statistics import holm
 from orion_triage.imagery.frames import CAMERA_SIZE, appearance, looks_blank, shrink
 from orion_triage.imagery.stress import STRENGTHS, STRESSES, Strength, Stress, stressed
@@ -27,7 +27,6 @@ from orion_triage.mission.prompt import Coordinates
 from orion_triage.progress import Progress, silent
 from orion_triage.runs import manifest
 from orion_triage.runs.run import EVALUATE, Run
-from orion_triage.safe.files import sha256_of_text
 from orion_triage.settings import Settings
 
 if TYPE_CHECKING:
@@ -110,8 +109,8 @@ def ask(
     def named(description: str, done: int, total: int) -> None:
         progress(f"{description} the pair under {stress.name}", done, total)
 
-    parts = [fingerprint, size, settings.evaluate.model_dump(mode="json"), [[q.id, q.image, q.prompt] for q in asked]]
-    rows = ask_all(asked, picture_of, backend, out_folder, sha256_of_text(json.dumps(parts)), named, more)
+    key = key_of(fingerprint, asked, settings.evaluate, size)
+    rows = ask_all(asked, picture_of, backend, out_folder, key, named, more)
     metrics: dict[str, Any] = {
         strength: summarize([prediction_of(row, dataset.mission) for row in of_strength], dataset.mission)[CONDITION]
         for strength, of_strength in by_strength(rows).items()

@@ -21,18 +21,19 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, 
 from orion_triage.errors import OrionError
 from orion_triage.imagery.frames import CAMERA_SIZE, Frame
 from orion_triage.imagery.stress import (
-    AIRLIGHT,
-    MID_GREY,
     Light,
     Pixels,
+    behind,
     blurred,
-    electrons_at_mid_grey,
-    jpeg_bytes,
+    jpeg,
+    misregistered,
+    noisy,
     seed_of,
     sigma_of,
     to_linear,
     to_pixels,
 )
+from orion_triage.mission.load import line_of
 from orion_triage.safe.reading import LARGEST_JSON_BYTES, read_text, shown
 
 VERSION = 1  # of what a camera does to pixels; in the manifest of a dataset that was seen through one
@@ -43,16 +44,11 @@ _LARGEST_BITS, _LARGEST_WEIGHT, _FEWEST_PIXELS = 16, 10, 8
 Span = tuple[float, float]
 
 
-def _as_range(value: Any) -> Any:
-    """A number is a range of one value."""
-    return (value, value) if isinstance(value, int | float) and not isinstance(value, bool) else value
-
-
 def _checked_range(low: float, high: float) -> Any:
     """A type: a range within these limits, both included."""
 
     def check(value: Any) -> Any:
-        span = _as_range(value)
+        span = (value, value) if _is_number(value) else value  # a number is a range of one value
         if not isinstance(span, list | tuple) or len(span) != 2 or not all(_is_number(end) for end in span):
             raise ValueError("should be a number, or a range [lowest, highest]")
         if not low <= span[0] <= span[1] <= high:
@@ -158,7 +154,7 @@ def load_camera(name: str) -> Camera:
         by_key: dict[str, Any] = {}  # one mistake a key: a value that may be of two kinds has two errors
         for problem in error.errors():
             by_key.setdefault(str(problem["loc"][:1]), problem)
-        lines = [f"{where}:{_line_of(text, problem)}: {_sentence(problem)}." for problem in by_key.values()]
+        lines = [f"{where}:{line_of(text, _key_of(problem))}: {_sentence(problem)}." for problem in by_key.values()]
         count = f"{len(lines)} mistakes" if len(lines) > 1 else "a mistake"
         raise OrionError(
             "\n".join([f"{where} has {count}:", *lines]), "Correct the file, then check it again."
@@ -188,13 +184,9 @@ def shipped_text(name: str) -> str:
     return (resources.files("orion_triage.imagery") / "cameras" / f"{name}.toml").read_text(encoding="utf-8")
 
 
-def _line_of(text: str, problem: Any) -> int:
-    """The line of the key that a problem is about; the first line if it is about none."""
-    key = str(problem["loc"][0]) if problem["loc"] else str(problem["ctx"]["error"]).partition(" ")[0]
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.partition("=")[0].strip() == key:
-            return number
-    return 1
+def _key_of(problem: Any) -> tuple[str]:
+    """The key that a problem is about; a sentence about several keys begins with it."""
+    return (str(problem["loc"][0]) if problem["loc"] else str(problem["ctx"]["error"]).partition(" ")[0],)
 
 
 def _sentence(problem: Any) -> str:
@@ -277,15 +269,15 @@ def seen_through(picture: Image.Image, camera: Camera, name: str) -> Image.Image
     random = np.random.default_rng(seed_of("noise", camera.name, name))
     pixels = _turned(np.asarray(picture), int(values["turn"]))
     light = to_linear(pixels)
-    light = light * values["haze_transmission"] + AIRLIGHT * (1 - values["haze_transmission"])
+    light = behind(light, values["haze_transmission"])
     light = values["exposure"] * (light @ np.array(camera.band_weights, dtype=np.float64).T)
     light = _sampled(light, camera, values)
-    light = _misregistered(light, round(values["misregistration_pixels"]))
-    light = _digitized(_noisy(light, values["snr"], camera.read_noise_electrons, random), camera.bits)
+    light = misregistered(light, values["misregistration_pixels"])
+    light = _digitized(noisy(light, values["snr"], random, camera.read_noise_electrons), camera.bits)
     light = light * np.array([values[f"gains {band + 1}"] for band in range(BANDS)])
     encoded = _whole(_encoded(light, camera.encoding))
     if "jpeg_quality" in values:
-        encoded = _compressed(encoded, values["jpeg_quality"])
+        encoded = jpeg(encoded, values["jpeg_quality"], random)
     return Image.fromarray(encoded, "RGB")
 
 
@@ -320,24 +312,6 @@ def _sampled(light: Light, camera: Camera, values: Mapping[str, float]) -> Light
     return light
 
 
-def _misregistered(light: Light, shift: int) -> Light:
-    """Red moved down and blue up; the edges are repeated."""
-    if not shift:
-        return light
-    rows, moved = np.arange(len(light)), light.copy()
-    for band, offset in ((0, shift), (2, -shift)):
-        moved[..., band] = light[np.clip(rows - offset, 0, len(rows) - 1), :, band]
-    return moved
-
-
-def _noisy(light: Light, snr: float, read_noise: float, random: np.random.Generator) -> Light:
-    """Photon noise and read noise of a sensor with this signal-to-noise ratio at mid grey."""
-    electrons = electrons_at_mid_grey(snr, read_noise)
-    gain = MID_GREY / electrons
-    caught = random.poisson(np.maximum(light, 0) / gain) if electrons < 1e12 else light / gain
-    return np.asarray(gain * (caught + random.normal(0, read_noise, light.shape)))
-
-
 def _digitized(light: Light, bits: int) -> Light:
     """Clipped to full scale and rounded to the steps of the sensor."""
     largest = 2**bits - 1
@@ -355,10 +329,3 @@ def _whole(pixels: Pixels) -> Pixels:
     if len(pixels) == CAMERA_SIZE:
         return pixels
     return np.asarray(Image.fromarray(pixels, "RGB").resize((CAMERA_SIZE, CAMERA_SIZE), Image.Resampling.BOX))
-
-
-def _compressed(pixels: Pixels, quality: float) -> Pixels:
-    import io
-
-    with Image.open(io.BytesIO(jpeg_bytes(pixels, quality))) as picture:
-        return np.array(picture)

@@ -29,6 +29,7 @@ STRENGTHS: tuple[Strength, ...] = get_args(Strength)
 VERSION = 2
 AIRLIGHT = 0.8  # linear; of thick haze and of cloud, as bright as sunlit cloud beside a saturation of 1
 CLOUD_SCALE = 40.0  # pixels, sigma of the field's smoothing: patches of a quarter of the frame
+_NO_SHOT_NOISE = 1e12  # electrons, of which shot noise is a millionth
 READ_NOISE = 10.0  # electrons; of an industrial CMOS sensor at high gain it is 2 to 10
 _STEP = np.arange(256) / 255
 _LINEAR = np.where(_STEP <= 0.04045, _STEP / 12.92, ((_STEP + 0.055) / 1.055) ** 2.4)  # IEC 61966-2-1
@@ -98,12 +99,12 @@ def to_pixels(light: Light) -> Pixels:
 
 
 def haze(pixels: Pixels, transmission: float, random: np.random.Generator) -> Pixels:
-    return to_pixels(_behind(to_linear(pixels), transmission))
+    return to_pixels(behind(to_linear(pixels), transmission))
 
 
 def cloud(pixels: Pixels, optical_depth: float, random: np.random.Generator) -> Pixels:
     depth = optical_depth * cloud_field(pixels.shape[0], pixels.shape[1], random)
-    return to_pixels(_behind(to_linear(pixels), np.exp(-depth)[..., None]))
+    return to_pixels(behind(to_linear(pixels), np.exp(-depth)[..., None]))
 
 
 def cloud_field(rows: int, columns: int, random: np.random.Generator) -> Light:
@@ -114,7 +115,7 @@ def cloud_field(rows: int, columns: int, random: np.random.Generator) -> Light:
     return np.asarray(2 * ndtr((smooth - smooth.mean()) / smooth.std()))
 
 
-def _behind(light: Light, transmission: float | Light) -> Light:
+def behind(light: Light, transmission: float | Light) -> Light:
     """Light seen through a veil: what it lets through, and what it scatters instead."""
     return np.asarray(light * transmission + AIRLIGHT * (1 - transmission))
 
@@ -127,15 +128,16 @@ def noise(pixels: Pixels, snr: float, random: np.random.Generator) -> Pixels:
     return to_pixels(noisy(to_linear(pixels), snr, random))
 
 
-def noisy(light: Light, snr: float, random: np.random.Generator) -> Light:
-    """Linear values with shot noise (Poisson) and read noise (Gaussian, READ_NOISE electrons), neither clipped.
+def noisy(light: Light, snr: float, random: np.random.Generator, read_noise: float = READ_NOISE) -> Light:
+    """Linear values with shot noise (Poisson) and read noise (Gaussian, `read_noise` electrons), neither clipped.
 
     The sensor collects as many electrons at mid grey, n, as give this signal-to-noise ratio there:
-    snr = n / sqrt(n + READ_NOISE^2). The variance is gain * value + (gain * READ_NOISE)^2, with gain = MID_GREY / n.
+    snr = n / sqrt(n + read_noise^2). The variance is gain * value + (gain * read_noise)^2, with gain = MID_GREY / n.
     """
-    gain = MID_GREY / electrons_at_mid_grey(snr)
-    electrons = random.poisson(light / gain) + random.normal(0, READ_NOISE, light.shape)
-    return np.asarray(gain * electrons)
+    many = electrons_at_mid_grey(snr, read_noise)
+    gain = MID_GREY / many
+    caught = random.poisson(np.maximum(light, 0) / gain) if many < _NO_SHOT_NOISE else light / gain
+    return np.asarray(gain * (caught + random.normal(0, read_noise, light.shape)))
 
 
 def electrons_at_mid_grey(snr: float, read_noise: float = READ_NOISE) -> float:
@@ -187,10 +189,14 @@ def motion(pixels: Pixels, length: float, random: np.random.Generator) -> Pixels
 
 
 def misregistration(pixels: Pixels, shift: float, random: np.random.Generator) -> Pixels:
-    rows = np.arange(len(pixels))
-    moved = pixels.copy()
+    return misregistered(pixels, shift)
+
+
+def misregistered(values: Any, shift: float) -> Any:
+    """Red moved down and blue up by whole pixels; the edges are repeated."""
+    rows, moved = np.arange(len(values)), values.copy()
     for band, offset in ((0, round(shift)), (2, -round(shift))):
-        moved[..., band] = pixels[np.clip(rows - offset, 0, len(rows) - 1), :, band]
+        moved[..., band] = values[np.clip(rows - offset, 0, len(rows) - 1), :, band]
     return moved
 
 

@@ -167,7 +167,7 @@ def merge(labels: Sequence[Label], task: Mapping[str, Mapping[str, Any]], missio
     of_frame: dict[str, list[Label]] = {}
     for label in last.values():
         of_frame.setdefault(label.frame, []).append(label)
-    conflicts = [frame for frame, own in of_frame.items() if len({label.category for label in own}) > 1]
+    conflicts = [frame for frame, own in of_frame.items() if not agreed(own)]
     suggested = [(label, task[label.frame]) for label in last.values() if task[label.frame]["suggestion"]]
     figures = {
         "frames": len(task),
@@ -195,6 +195,12 @@ def merge(labels: Sequence[Label], task: Mapping[str, Mapping[str, Any]], missio
         ),
     }
     return Merged(of_frame, figures)
+
+
+def agreed(labels: Sequence[Label]) -> str:
+    """The category on which all labellers of a frame agree; empty if they do not."""
+    categories = {label.category for label in labels}
+    return categories.pop() if len(categories) == 1 else ""
 
 
 def _share(pairs: Sequence[tuple[Label, Mapping[str, Any]]]) -> dict[str, int]:
@@ -236,7 +242,7 @@ def write_dataset(folder: Path, merged: Merged, task: Mapping[str, Mapping[str, 
         if not path.is_file() or sha256_of_file(path) != row["sha256"]:
             raise OrionError(f"{path} is gone, or is not the picture that was labelled.", "Put the frame back.")
         cells = _cells(frame, labels, row, path)
-        (rows if len({label.category for label in labels}) == 1 else conflicts).append(cells)
+        (rows if agreed(labels) else conflicts).append(cells)
     with replaced_folder(folder) as new:
         (new / "pictures").mkdir()
         for cells in rows:
@@ -254,7 +260,7 @@ def _cells(frame: str, labels: Sequence[Label], row: Mapping[str, Any], path: Pa
     return {
         "path": path,
         "file_name": f"{frame}{path.suffix.lower()}",
-        "category": labels[0].category if len({label.category for label in labels}) == 1 else "",
+        "category": agreed(labels),
         "reason": reason,
         "labelled_by": "; ".join(label.labeller for label in labels),
         "labelled_at": max(label.at for label in labels),

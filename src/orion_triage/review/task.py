@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import secrets
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -68,10 +69,7 @@ def write(
         tasks = [_task(frame, mission, model) for frame in frames]
         write_text(new / TASKS_FILE, json.dumps(tasks, indent=1) + "\n")
         write_text(new / CONFIG_FILE, label_studio_config(mission))
-    counts: dict[str, int] = {}
-    for one in chosen:
-        counts[one.why] = counts.get(one.why, 0) + 1
-    return counts
+    return dict(Counter(one.why for one in chosen))
 
 
 def _frame(number: int, chosen: Chosen, folder: Path | None, stretch: Stretch | None) -> Frame:
