@@ -2,6 +2,8 @@ import numpy as np
 import pytest
 
 from orion_triage.dataset.catalogue import MORPHOLOGIES
+from orion_triage.dataset.sources.synthetic import countryside
+from orion_triage.dataset.sources.synthetic.canvas import Canvas
 from orion_triage.dataset.sources.synthetic.draw import PAINTERS, SUBTYPES, draw_tile, tile_seed
 from orion_triage.errors import OrionError
 from orion_triage.imagery.frames import is_blank
@@ -50,6 +52,28 @@ def test_a_tile_says_which_of_its_morphologys_scenes_it_shows() -> None:
     for morphology, subtypes in SUBTYPES.items():
         seen = {draw_tile(morphology, seed, metres_per_pixel=80, size=48).subtype for seed in range(12 * len(subtypes))}
         assert seen == set(subtypes), morphology
+
+
+@pytest.mark.parametrize(("wild", "worked"), [("hills", "valley_fields"), ("upland", "patchwork"), ("wetland", "clearings")])
+def test_wild_and_worked_land_are_equally_rough(wild: str, worked: str) -> None:
+    """Roughness must not tell them apart: a model that learned it answers by texture on real frames."""
+    assert roughness(worked) == pytest.approx(roughness(wild), rel=0.6)
+
+
+def test_rough_land_is_as_rough_as_real_frames() -> None:
+    # 25 real frames: 6.8 grey levels in the middle, 4.4 to 9.0 in the middle half; air and optics take a third of these.
+    assert 4 < np.mean([roughness(name) for name in ("hills", "upland", "wetland", "patchwork", "parcels")]) < 13
+
+
+def roughness(name: str, tiles: int = 6) -> float:
+    """Mean difference of neighbouring pixels in grey levels, the median over some tiles as they are drawn."""
+    painters = {**countryside.FARMED, **{n: getattr(countryside, n) for n in ("hills", "upland", "wetland")}}
+    values = []
+    for seed in range(tiles):
+        canvas = Canvas(np.random.default_rng(seed), 256, 10.0)
+        painters[name](canvas)
+        values.append(np.abs(np.diff(canvas.rgb.mean(axis=2), axis=1)).mean())
+    return float(np.median(values))
 
 
 def test_an_unknown_morphology_is_refused() -> None:

@@ -42,11 +42,15 @@ PAINTERS: dict[str, Callable[[Canvas], None]] = {
 
 # The scenes of each morphology; a morphology with a single scene has its own name here.
 SUBTYPES: dict[str, tuple[str, ...]] = {name: (name,) for name in PAINTERS} | {
-    "desert_ice_canopy": ("dunes", "ice", "canopy", "scrub"),
+    "desert_ice_canopy": ("dunes", "ice", "canopy", "scrub", "upland"),
     "coastline": ("islands", "mainland"),
-    "geological": ("crater", "volcano", "folds", "mountains"),
-    "fractal_texture": ("drainage", "braided", "meanders", "lakes", "badlands"),
-    "agriculture": ("mosaic", "smallholdings", "pivots", "strips", "paddies"),
+    "geological": ("crater", "volcano", "folds", "mountains", "hills"),
+    "fractal_texture": ("drainage", "braided", "meanders", "lakes", "badlands", "wetland"),
+    "agriculture": (
+        *("mosaic", "smallholdings", "pivots", "strips", "paddies"),
+        *("patchwork", "parcels", "clearings", "valley_fields"),
+    ),
+    "town": ("town", "hamlets"),
     "ordinary_infrastructure": ("interchange", "airstrip", "solar", "rail_yard", "harbour", "treatment"),
     "energy_dam": ("dam", "towers", "refinery"),
     "mega_mine_industry": ("open_pit", "works"),
@@ -140,7 +144,7 @@ def _observe(canvas: Canvas) -> float:
         share = float((cloud > 0.5).mean())
     grey = rgb.mean(axis=2, keepdims=True)
     rgb = grey + (rgb - grey) * canvas.uniform(0.7, 1.3)
-    rgb *= as_array([canvas.uniform(0.9, 1.12), canvas.uniform(0.92, 1.06), canvas.uniform(0.8, 1.08)])
+    rgb *= as_array([canvas.uniform(0.9, 1.15), canvas.uniform(0.92, 1.06), canvas.uniform(0.7, 1.06)])
     gain = canvas.uniform(0.62, 1.05)
     level = float(rgb.mean())
     rgb = (level + (rgb - level) * canvas.uniform(0.8, 1.35)) * gain
