@@ -54,14 +54,16 @@ def test_a_tile_says_which_of_its_morphologys_scenes_it_shows() -> None:
         assert seen == set(subtypes), morphology
 
 
-@pytest.mark.parametrize(("wild", "worked"), [("hills", "valley_fields"), ("upland", "patchwork"), ("wetland", "clearings")])
+@pytest.mark.parametrize(
+    ("wild", "worked"), [("hills", "valley_fields"), ("upland", "patchwork"), ("wetland", "clearings")]
+)
 def test_wild_and_worked_land_are_equally_rough(wild: str, worked: str) -> None:
     """Roughness must not tell them apart: a model that learned it answers by texture on real frames."""
     assert roughness(worked) == pytest.approx(roughness(wild), rel=0.6)
 
 
 def test_rough_land_is_as_rough_as_real_frames() -> None:
-    # 25 real frames: 6.8 grey levels in the middle, 4.4 to 9.0 in the middle half; air and optics take a third of these.
+    # 25 real frames: 6.8 grey levels in the middle, 4.4 to 9.0 in the middle half; air and optics take a third.
     assert 4 < np.mean([roughness(name) for name in ("hills", "upland", "wetland", "patchwork", "parcels")]) < 13
 
 

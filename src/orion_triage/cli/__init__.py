@@ -6,7 +6,7 @@ import sys
 from typing import Any, NoReturn
 
 from orion_triage import processes
-from orion_triage.cli import camera, dataset, evaluation, flight, machine, mission, remote, review, stages
+from orion_triage.cli import camera, cascade, dataset, evaluation, flight, machine, mission, remote, review, stages
 from orion_triage.cli.app import app
 from orion_triage.cli.terminal import messages, styled
 from orion_triage.errors import OrionError, obstacle
@@ -15,6 +15,7 @@ from orion_triage.safe import proxies
 __all__ = [
     "app",
     "camera",
+    "cascade",
     "dataset",
     "evaluation",
     "flight",

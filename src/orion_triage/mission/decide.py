@@ -36,7 +36,7 @@ class Decision:
     """
 
     category: str | None
-    by: Literal["blank rule", "field rule", "unlike training", "threshold", "model", "no verdict"]
+    by: Literal["blank rule", "first look", "field rule", "unlike training", "threshold", "model", "no verdict"]
     field: str = ""
 
 
@@ -80,6 +80,17 @@ def decide(
     if unlike and rules.appearance and not mission.kept(decision.category) and (instead := _instead(mission)):
         return Decision(_likeliest(mission, instead, scores), "unlike training")
     return decision
+
+
+def first_look(mission: Mission, scores: Sequence[float] | None, drop_threshold: float) -> Decision | None:
+    """The decision by a cheap look before the full one: dropped, if it is sure enough; else None, for the full look.
+
+    `scores` are the cheap look's probabilities of the mission's categories, `drop_threshold` the probability of the
+    categories that are dropped from which no full look is taken. Without scores, the full look decides.
+    """
+    if scores is None or drop_probability(mission, scores) < drop_threshold:
+        return None
+    return Decision(_likeliest(mission, mission.that("drop"), scores), "first look")
 
 
 def _instead(mission: Mission) -> tuple[str, ...]:
