@@ -229,11 +229,11 @@ def test_25_frames_are_labelled_by_keyboard_and_an_interruption_loses_none(
 def test_reasons_and_names_are_text_whatever_is_in_them(task: Path, chromium: Chromium) -> None:
     chromium.open(task / PAGE_FILE, width=400, height=800, dark=False)
     assert chromium.evaluate("document.title").startswith("Review "), "the script in a reason did not run"
-    frames = chromium.evaluate("task.frames.map((frame) => [frame.name, frame.reason])")
+    frames = chromium.evaluate("task.frames.map((frame) => [frame.name, frame.suggestions.map((one) => one.reason)])")
     rows = list(read_task(task, MISSION).values())
     assert [name for name, _ in frames] == [Path(one["file"]).name for one in rows]
-    for (_, reason), one in zip(frames, rows, strict=True):
-        assert reason == ("" if one["blind"] else one["reason"])
+    for (_, reasons), one in zip(frames, rows, strict=True):
+        assert reasons == ([] if one["blind"] else [one["reason"]])
     wide, seen = chromium.evaluate("(e => [e.scrollWidth, e.clientWidth])(document.documentElement)")
     assert wide <= seen, "a phone needs no scrolling sideways"
 

@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 from sklearn.metrics import cohen_kappa_score
 
-from orion_triage.errors import OrionError
+from orion_triage.errors import OrionError, ServerError
+from orion_triage.evaluate.servers import connect
 from orion_triage.evaluate.statistics import wilson
 from orion_triage.export import quantize
 from orion_triage.imagery.frames import read_frame
@@ -216,6 +217,29 @@ def test_a_server_that_stays_busy_or_fails_loses_nothing_that_was_answered(task:
     gone = suggest(task, "--server", "http://127.0.0.1:9")
     assert (gone.returncode, "no server answers" in gone.stderr) == (1, True)
     assert len(read_suggestions(task)) == 3
+
+
+def test_a_server_that_refuses_parameters_is_asked_without_them(task: Path) -> None:
+    """As OpenAI's newer models do: none of max_tokens, and no temperature of 0."""
+
+    def reply(number: int) -> Reply:
+        body = server.asked[number - 1][1]
+        for name in ("max_tokens", "temperature"):
+            if name in body:
+                error = {"message": f"'{name}' is not supported with this model.", "param": name}
+                return 400, {}, {"error": error | {"type": "invalid_request_error", "code": "unsupported_parameter"}}
+        return said(verdict(L))
+
+    with serving(reply) as server:
+        done = suggest(task, "--server", server.url, "--max-tokens", "77")
+        assert done.returncode == 0, done.stderr
+        assert "asked without max_tokens, temperature, which the server refused" in done.stderr
+        assert len(server.asked) == COUNT + 2, "it is told once"
+        assert {body.get("max_completion_tokens") for _, body in server.asked[2:]} == {77}
+        # An evaluation has to be greedy.
+        images, texts = [read_frame(task.parent / "frames" / "00.png", 512).image], [user_text(MISSION, None)]
+        with pytest.raises(ServerError, match="'max_tokens' is not supported"):
+            connect(server.url, "", MISSION, 64).backend.answer(images, texts)
 
 
 def test_a_killed_command_resumes_without_a_second_request(task: Path) -> None:

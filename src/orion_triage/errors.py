@@ -56,6 +56,14 @@ class ServerError(OrionError):
     """The llama.cpp server is unreachable or its reply is invalid."""
 
 
+class ParameterError(ServerError):
+    """The server does not take a parameter of the request, or its value."""
+
+    def __init__(self, message: str, fix: str, parameter: str) -> None:
+        super().__init__(message, fix)
+        self.parameter = parameter
+
+
 class RateLimitError(ServerError):
     """The server still answers "too many requests" (429) after the wait that it asked for."""
 

@@ -88,19 +88,22 @@ def connect(address: str, key: str, mission: Mission, max_new_tokens: int) -> Co
 def connect_chat(address: str, key: str, max_new_tokens: int) -> Connected:
     """A server through its OpenAI-compatible interface, also one of llama.cpp: for a model of any family.
 
-    Its chat template is the server's business. Nobody asks after each answer whether the server still has the model.
+    Its chat template is the server's business. Parameters that it refuses are left out, and listed in `said`. Nobody
+    asks after each answer whether the server still has the model.
     """
     url, asked = split_address(address)
-    return replace(_through_chat(Client(url, key), asked, max_new_tokens), now=None)
+    client = Client(url, key)
+    found = _through_chat(client, asked, max_new_tokens, adapt=True)
+    return replace(found, now=None, said={"refused_parameters": client.refused})
 
 
-def _through_chat(client: Client, asked: str, max_new_tokens: int) -> Connected:
+def _through_chat(client: Client, asked: str, max_new_tokens: int, *, adapt: bool = False) -> Connected:
     listed = client.served_models()
     model = _chosen(listed, asked, client.base_url)
     identity = manifest.sha256_of_listing({"model": model})
     return Connected(
         client.base_url,
-        OpenAIBackend(client, model, max_new_tokens=max_new_tokens),
+        OpenAIBackend(client, model, max_new_tokens=max_new_tokens, adapt=adapt),
         identity,
         model,
         "OpenAI API",
@@ -168,8 +171,8 @@ class OpenAIBackend:
 
     batch_size = 1
 
-    def __init__(self, client: Client, model: str, *, max_new_tokens: int) -> None:
-        self._client, self._model, self._max_new_tokens = client, model, max_new_tokens
+    def __init__(self, client: Client, model: str, *, max_new_tokens: int, adapt: bool = False) -> None:
+        self._client, self._model, self._max_new_tokens, self._adapt = client, model, max_new_tokens, adapt
 
     def answer(self, images: "Sequence[Image.Image]", user_texts: Sequence[str]) -> list[Answer]:
         from orion_triage.imagery.frames import Frame
@@ -178,7 +181,10 @@ class OpenAIBackend:
             self._messages(Frame(image, image.size).png(), user_text)
             for image, user_text in zip(images, user_texts, strict=True)
         ]
-        replies = [self._client.chat_completion(self._model, messages, self._max_new_tokens) for messages in asked]
+        replies = [
+            self._client.chat_completion(self._model, messages, self._max_new_tokens, adapt=self._adapt)
+            for messages in asked
+        ]
         return [Answer(text, tokens=tokens) for text, tokens in replies]
 
     @staticmethod

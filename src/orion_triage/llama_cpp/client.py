@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 from urllib.parse import quote
 
-from orion_triage.errors import AnswerError, RateLimitError, ServerError
+from orion_triage.errors import AnswerError, ParameterError, RateLimitError, ServerError
 from orion_triage.mission.prompt import IMAGE
 from orion_triage.safe.proxies import without_credentials
 from orion_triage.safe.reading import parse_json, shown
@@ -30,6 +30,9 @@ GREEDY = {
     "xtc_probability": 0.0, "dynatemp_range": 0.0, "typical_p": 1.0, "top_p": 1.0, "min_p": 0.0, "top_n_sigma": -1.0,
     "mirostat": 0, "n_keep": 0, "ignore_eos": False, "logit_bias": [],
 }  # fmt: skip
+# What replaces a parameter of a chat that the server refuses, "" for nothing: OpenAI's newer models take neither
+# max_tokens nor a temperature of 0 (by reports of 2025 and 2026).
+INSTEAD = {"max_tokens": "max_completion_tokens", "temperature": "", "seed": ""}
 # Keeps the token after part of a name printable, which an untrained model's is not; the server would answer 500.
 PRINTABLE = "root ::= [ -~]+"
 _PROBE = "zq7 orion probe"
@@ -72,6 +75,7 @@ class Client:
         url = base_url.rstrip("/")
         self.base_url = without_credentials(url)  # for messages
         self._key = api_key
+        self.refused: list[str] = []  # parameters of `chat_completion` that the server does not take
         self._model = model
         self._turn = turn
         self._timeout_seconds = timeout_seconds
@@ -145,15 +149,25 @@ class Client:
         return [entry["id"] for entry in entries if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
 
     def chat_completion(
-        self, model: str, messages: list[dict[str, Any]], max_tokens: int
+        self, model: str, messages: list[dict[str, Any]], max_tokens: int, *, adapt: bool = False
     ) -> tuple[str, tuple[int, int] | None]:
         """The greedy answer through the OpenAI-compatible interface, and its tokens.
 
         The text is empty if the model ended without one. The tokens are those of prompt and answer as the server counts
-        them; None if it does not.
+        them; None if it does not. With `adapt`, a parameter that the server refuses is left out or replaced, and
+        listed in `refused`: the answer may then not be the greedy one.
         """
-        body = {"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": 0, "seed": 0}
-        reply = self._request("POST", "/v1/chat/completions", body)
+        settings = {"max_tokens": max_tokens, "temperature": 0, "seed": 0}
+        while True:
+            named = {INSTEAD[name] if name in self.refused else name: value for name, value in settings.items()}
+            body = {"model": model, "messages": messages} | {name: value for name, value in named.items() if name}
+            try:
+                reply = self._request("POST", "/v1/chat/completions", body)
+                break
+            except ParameterError as error:
+                if not adapt or error.parameter in self.refused or error.parameter not in INSTEAD:
+                    raise
+                self.refused.append(error.parameter)
         try:
             message = reply["choices"][0]["message"]
             content = "" if message["content"] is None else message["content"]  # null: refused, or out of tokens
@@ -163,8 +177,10 @@ class Client:
             raise ServerError("the server's reply has no message.", "Check that its model accepts images.")
         _require_utf8(content)
         usage = reply.get("usage")
-        named: Iterable[Any] = map(usage.get, ("prompt_tokens", "completion_tokens")) if isinstance(usage, dict) else ()
-        counts = [count for count in named if _is_count(count)]
+        counted: Iterable[Any] = (
+            map(usage.get, ("prompt_tokens", "completion_tokens")) if isinstance(usage, dict) else ()
+        )
+        counts = [count for count in counted if _is_count(count)]
         return content, (counts[0], counts[1]) if len(counts) == 2 else None
 
     def tokenize(self, text: str) -> list[int]:
@@ -396,7 +412,8 @@ class Client:
         if status == 500 and _NOT_UTF8 in data:
             raise AnswerError(*_NOT_TEXT)
         if status != 200:
-            raise ServerError(f"{path} answered {status}: {text[:200]!r}.", "Read the server's log.")
+            wrong = f"{path} answered {status}: {text[:200]!r}.", "Read the server's log."
+            raise ParameterError(*wrong, parameter) if (parameter := _parameter_in(data)) else ServerError(*wrong)
         try:
             return parse_json(data)
         except ValueError:
@@ -450,6 +467,15 @@ class Client:
             raise ServerError(
                 f"the connection to {self.base_url} broke: {type(error).__name__} {error}.", "Read the server's log."
             ) from None
+
+
+def _parameter_in(data: bytes) -> str:
+    """The parameter that an error of OpenAI's form names; empty without one."""
+    try:
+        parameter = parse_json(data)["error"]["param"]
+    except (ValueError, LookupError, TypeError):
+        return ""
+    return parameter if isinstance(parameter, str) else ""
 
 
 def first_log_probabilities(reply: dict[str, Any], tokens: Sequence[int]) -> list[float] | None:

@@ -179,7 +179,10 @@ def ask_server(
     left = left_of(task, of_source(read_suggestions(folder), connected.model, server, mission))
     say(f"sending {len(left)} pictures and the mission's prompt to {source_of(connected.model, server)}")
     backend = SharedBackend([connected])
-    return ask(folder, task, mission, backend, connected.model, server, prices=prices, progress=progress)
+    told = ask(folder, task, mission, backend, connected.model, server, prices=prices, progress=progress)
+    if refused := connected.said["refused_parameters"]:
+        say(f"asked without {', '.join(refused)}, which the server refused: its answers may vary")
+    return told
 
 
 def _said(answer: Answer, mission: Mission) -> Row:
