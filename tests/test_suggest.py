@@ -33,7 +33,8 @@ from orion_triage.review.choose import choose, read_log
 from orion_triage.review.labels import merge, read_labels, read_task
 from orion_triage.review.suggest import (
     SUGGESTIONS_FILE,
-    ask_server,
+    ask,
+    connect_source,
     left_of,
     of_source,
     read_suggestions,
@@ -233,7 +234,7 @@ def test_a_server_that_refuses_parameters_is_asked_without_them(task: Path) -> N
     with serving(reply) as server:
         done = suggest(task, "--server", server.url, "--max-tokens", "77")
         assert done.returncode == 0, done.stderr
-        assert "asked without max_tokens, temperature, which the server refused" in done.stderr
+        assert "asked without max_tokens, temperature, which the server refused" in done.stdout
         assert len(server.asked) == COUNT + 2, "it is told once"
         assert {body.get("max_completion_tokens") for _, body in server.asked[2:]} == {77}
         # An evaluation has to be greedy.
@@ -299,7 +300,8 @@ def suggested(task: Path, *categories: str | None) -> str:
     """Let a model say these categories of the frames in their order, None for no verdict; returns its name."""
     with serving(lambda n: said(verdict(str(categories[n - 1])) if categories[n - 1] else "no idea")) as server:
         frames = read_task(task, MISSION)
-        return str(ask_server(task, frames, MISSION, server.url, "", 64, None, say=lambda text: None)["source"])
+        source = connect_source(task, frames, MISSION, server.url, "", 64, say=lambda text: None)
+        return str(ask(task, frames, MISSION, source)["source"])
 
 
 def labels_of(task: Path, who: str, categories: dict[int, str], saw: dict[int, list[str]] | None = None) -> list[Any]:
@@ -367,7 +369,7 @@ def test_the_page_and_the_tasks_show_suggestions_only_if_asked_and_blind_frames_
     assert (task / PAGE_FILE).read_text() == page
     done = suggest(task, "--show")
     assert done.returncode == 0, done.stderr
-    assert f"with the suggestions of {source}" in done.stderr
+    assert f"with suggestions of the log, {source}  ->" in done.stderr
     frames = list(read_task(task, MISSION).values())
     (line,) = [one for one in (task / PAGE_FILE).read_text().splitlines() if '<script id="task"' in one]
     inline = json.loads(line.partition(">")[2].removesuffix("</script>"))

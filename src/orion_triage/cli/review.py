@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from orion_triage.cli.app import app
-from orion_triage.cli.terminal import JsonOption, messages, output, progress_bar
+from orion_triage.cli.terminal import JsonOption, cell, messages, output, progress_bar
+from orion_triage.errors import one_line
 
 review_app = typer.Typer(add_completion=False, no_args_is_help=True)
 app.add_typer(
@@ -126,31 +127,30 @@ def suggest(
     prices = None if price_in is None or price_out is None else suggesting.Prices(price_in, price_out)
     mission = load_mission(mission_file) if mission_file else default_mission()
     task = read_task(folder, mission)
-    with locked(folder, "orion review suggest"), progress_bar() as progress:
+    with locked(folder, "orion review suggest"):
         if server:
-            told = suggesting.ask_server(
-                folder, task, mission, server, model, max_tokens, prices, say=_say, progress=progress
-            )
+            source = suggesting.connect_source(folder, task, mission, server, model, max_tokens, say=_say)
+            with progress_bar() as progress:
+                told = suggesting.ask(folder, task, mission, source, prices=prices, progress=progress)
+            typer.echo(json.dumps(told, indent=2)) if as_json else _print_suggested(told)
         if shown:
             said, _ = suggesting.suggestions_of(suggesting.read_suggestions(folder), task, mission)
-            show(folder, list(task.values()), mission, said, progress)
-    if shown:
-        sources = sorted({one.source for of in said.values() for one in of})
-        _say(
-            f"page and tasks with the suggestions of {', '.join(sources) or 'the log alone'}  ->  {folder / PAGE_FILE}"
-        )
-    if server:
-        typer.echo(json.dumps(told, indent=2)) if as_json else _print_suggested(told)
+            with progress_bar() as progress:
+                show(folder, list(task.values()), mission, said, progress)
+            names = ["the log", *sorted({one.source for of in said.values() for one in of})]
+            _say(f"page and tasks with suggestions of {', '.join(names)}  ->  {folder / PAGE_FILE}")
 
 
 def _say(text: str) -> None:
-    messages().print(text, soft_wrap=True)
+    messages().print(one_line(text), soft_wrap=True)  # with names that a server gives
 
 
 def _print_suggested(told: dict[str, Any]) -> None:
     console = output()
     counts = ", ".join(f"{number} {name}" for name, number in told["of_category"].items())
-    console.print(f"{told['source']}: {told['answered']} frames, {counts}, {told['no_verdict']} without a verdict")
+    console.print(
+        f"{cell(told['source'])}: {told['answered']} frames, {counts}, {told['no_verdict']} without a verdict"
+    )
     rate = told["frames_per_minute"]
     console.print(
         f"requests answered now: {told['asked_now']}" + (f", {rate:.1f} frames a minute" if rate is not None else "")
@@ -162,6 +162,8 @@ def _print_suggested(told: dict[str, Any]) -> None:
     else:
         why = "the server does not count all tokens" if told["priced"] else "give --price-in and --price-out"
         console.print(f"cost of all answers: unknown ({why})")
+    if refused := told["refused_parameters"]:
+        console.print(f"asked without {', '.join(refused)}, which the server refused: its answers may vary")
 
 
 @review_app.command(
@@ -219,9 +221,9 @@ def read(
             ("blind", "labels equal to its suggestion, which people did not see"),
             ("random", "right on random frames on which people agree"),
         ):
-            console.print(f"{source}: {words}: {_share_in_words(of[name])}", soft_wrap=True)
+            console.print(f"{cell(source)}: {words}: {_share_in_words(of[name])}", soft_wrap=True)
         if of["without"]:
-            console.print(f"{source}: labelled frames without its suggestion: {of['without']}", soft_wrap=True)
+            console.print(f"{cell(source)}: labelled frames without its suggestion: {of['without']}", soft_wrap=True)
     if told["quick_as_suggested"]:
         console.print(f"labels as a suggestion that was seen, in less than a second: {told['quick_as_suggested']}")
     if told["conflicts"]:

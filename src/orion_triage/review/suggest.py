@@ -40,6 +40,16 @@ class Prices:
     answer: float
 
 
+@dataclass(frozen=True)
+class Source:
+    """Who is asked. `backend` is None if nothing is left to ask; `refused` grows with what the server refuses."""
+
+    model: str
+    server: str
+    backend: Backend | None = None
+    refused: Sequence[str] = ()
+
+
 def source_of(model: str, server: str) -> str:
     """The name of a source, for people."""
     return f"{model} at {server}"
@@ -103,13 +113,44 @@ def left_of(task: Mapping[str, Row], answered: Mapping[str, Row]) -> list[Row]:
     return list({row["sha256"]: row for row in task.values() if row["sha256"] not in answered}.values())
 
 
+def connect_source(
+    folder: Path,
+    task: Mapping[str, Row],
+    mission: Mission,
+    address: str,
+    model: str,
+    max_tokens: int,
+    *,
+    say: Callable[[str], None],
+) -> Source:
+    """The model behind an address (key: LLAMA_API_KEY); `model` may be "" if the server has only one.
+
+    Says to whom the pictures will go before the first request. Makes none if all frames are answered and the model is
+    named.
+    """
+    url, named = split_address(address)
+    if model and named not in ("", model):
+        raise OrionError(f"the address names {named!r}, but --model {model!r}.", "Name one of them.")
+    asked = model or named
+    server = without_credentials(url).partition("://")[2]
+    answers = read_suggestions(folder)
+    if asked and not left_of(task, of_source(answers, asked, server, mission)):
+        say(f"{source_of(asked, server)} has answered all pictures: nothing is sent")
+        return Source(asked, server)
+    key = os.environ.get("LLAMA_API_KEY", "")
+    where = "this machine" if is_loopback(urlsplit(url).hostname or "") else "another machine"
+    say(f"server: {server} ({where}; {'key of LLAMA_API_KEY' if key else 'no key'})")
+    found = connect_chat(f"{url}#{asked}", key, max_tokens)
+    left = left_of(task, of_source(answers, found.model, server, mission))
+    say(f"sending {len(left)} pictures and the mission's prompt to {source_of(found.model, server)}")
+    return Source(found.model, server, SharedBackend([found]), found.said["refused_parameters"])
+
+
 def ask(
     folder: Path,
     task: Mapping[str, Row],
     mission: Mission,
-    backend: Backend,
-    model: str,
-    server: str,
+    source: Source,
     *,
     prices: Prices | None = None,
     progress: Progress = silent,
@@ -119,6 +160,7 @@ def ask(
     Raises OrionError for a frame that has changed, and ServerError if the server is lost: what was answered stays.
     """
     path, text, began = folder / SUGGESTIONS_FILE, user_text(mission, None), time.monotonic()
+    model, server = source.model, source.server
     answered = of_source(read_suggestions(folder), model, server, mission)
     left, kept = left_of(task, answered), len(answered)
     _drop_broken_line(path)
@@ -126,7 +168,8 @@ def ask(
         for done, frame in enumerate(left, start=1):
             image = read_frame(file_of(frame), CAMERA_SIZE, resize=True).image
             asked_at = time.monotonic()
-            (answer,) = backend.answer([image], [text])
+            assert source.backend is not None, "nobody was asked to answer what is left"
+            (answer,) = source.backend.answer([image], [text])
             row = {
                 "sha256": frame["sha256"],
                 "frame": frame["id"],
@@ -143,46 +186,7 @@ def ask(
             cost = cost_of(answered.values(), prices)
             costs = "" if cost is None else f", cost {cost:.4f}"
             progress(f"asking {model}, {rate:.1f} frames a minute{costs}", kept + done, kept + len(left))
-    return figures(answered, model, server, mission, asked=len(left), seconds=time.monotonic() - began, prices=prices)
-
-
-def ask_server(
-    folder: Path,
-    task: Mapping[str, Row],
-    mission: Mission,
-    address: str,
-    model: str,
-    max_tokens: int,
-    prices: Prices | None,
-    *,
-    say: Callable[[str], None],
-    progress: Progress = silent,
-) -> dict[str, Any]:
-    """`ask` through the server at an address (key: LLAMA_API_KEY); `model` may be "" if it has only one.
-
-    Says to whom the pictures go before the first request; makes none if all frames are answered and the model is named.
-    """
-    url, named = split_address(address)
-    if model and named not in ("", model):
-        raise OrionError(f"the address names {named!r}, but --model {model!r}.", "Name one of them.")
-    asked = model or named
-    server = without_credentials(url).partition("://")[2]
-    if asked:
-        answered = of_source(read_suggestions(folder), asked, server, mission)
-        if not left_of(task, answered):
-            say(f"{source_of(asked, server)} has answered all {len(answered)} pictures: nothing is sent")
-            return figures(answered, asked, server, mission, prices=prices)
-    key = os.environ.get("LLAMA_API_KEY", "")
-    where = "this machine" if is_loopback(urlsplit(url).hostname or "") else "another machine"
-    say(f"server: {server} ({where}; {'key of LLAMA_API_KEY' if key else 'no key'})")
-    connected = connect_chat(f"{url}#{asked}", key, max_tokens)
-    left = left_of(task, of_source(read_suggestions(folder), connected.model, server, mission))
-    say(f"sending {len(left)} pictures and the mission's prompt to {source_of(connected.model, server)}")
-    backend = SharedBackend([connected])
-    told = ask(folder, task, mission, backend, connected.model, server, prices=prices, progress=progress)
-    if refused := connected.said["refused_parameters"]:
-        say(f"asked without {', '.join(refused)}, which the server refused: its answers may vary")
-    return told
+    return figures(answered, source, mission, asked=len(left), seconds=time.monotonic() - began, prices=prices)
 
 
 def _said(answer: Answer, mission: Mission) -> Row:
@@ -210,24 +214,23 @@ def cost_of(rows: Iterable[Row], prices: Prices | None) -> float | None:
 
 def figures(
     answered: Mapping[str, Row],
-    model: str,
-    server: str,
+    source: Source,
     mission: Mission,
     *,
-    asked: int = 0,
-    seconds: float = 0.0,
-    prices: Prices | None = None,
+    asked: int,
+    seconds: float,
+    prices: Prices | None,
 ) -> dict[str, Any]:
     """Counts, tokens and cost of all answers of a source, and the rate of this call's requests.
 
     `no_verdict` are answers that do not parse. Without prices, or with `without_counts` (answers whose tokens nobody
-    counted), `cost` is None.
+    counted), `cost` is None. `refused_parameters` are those of the request that the server does not take.
     """
     rows = list(answered.values())
     counted = [row for row in rows if None not in [row[key] for key in _COUNTS]]
     verdicts = [parse_verdict(mission, row["answer"]) for row in rows]
     return {
-        "source": source_of(model, server),
+        "source": source_of(source.model, source.server),
         "answered": len(rows),
         "asked_now": asked,
         "of_category": {name: sum(v is not None and v.category == name for v in verdicts) for name in mission.names},
@@ -236,6 +239,7 @@ def figures(
         "without_counts": len(rows) - len(counted),
         "cost": cost_of(rows, prices),
         "priced": prices is not None,
+        "refused_parameters": list(source.refused),
         "seconds": round(seconds, 3),
         "frames_per_minute": 60 * asked / seconds if asked and seconds else None,
     }
