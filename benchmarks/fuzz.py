@@ -191,7 +191,7 @@ def llama_server() -> Target:
     def target(data: bytes) -> Any:
         answer.data = data
         client._marker, client._primed = "", b""
-        for ask in (client.served_models, lambda: client.tokenize("x"), lambda: client.chat_completion("x", [], 1)):
+        for ask in (client.served_models, lambda: client.tokenize("x"), lambda: client.chat_completion("x", [], 1)[0]):
             with contextlib.suppress(_orion_error()):
                 ask()
         backend = LlamaCppBackend.__new__(LlamaCppBackend)  # its labels are asked for first, and would end it here

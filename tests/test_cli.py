@@ -87,6 +87,7 @@ def test_a_run_folder_keeps_where_its_dataset_comes_from(tmp_path: Path) -> None
         "camera fit",
         "review new",
         "review read",
+        "review suggest",
     ],
 )
 def test_every_command_explains_itself_with_an_example(command: str) -> None:

@@ -12,11 +12,12 @@ import pytest
 from PIL import Image
 
 from orion_triage.errors import OrionError
-from orion_triage.flight.triage import appending, frames_in, left_to_do, triage_files
+from orion_triage.flight.triage import frames_in, left_to_do, triage_files
 from orion_triage.mission.answer import Answer
 from orion_triage.mission.decide import BLANK_REASON, Rules
 from orion_triage.mission.prompt import user_text
 from orion_triage.mission.verdict import Verdict, answer_text
+from orion_triage.safe.files import appending
 from tests.conftest import MISSION
 
 from .conftest import structured_picture

@@ -30,6 +30,7 @@ from orion_triage.mission.verdict import Verdict, answer_text, parse_verdict, re
 from orion_triage.models import lfm2_vl
 from orion_triage.runs import manifest
 from orion_triage.runs.run import SETTINGS_FILE, open_run
+from orion_triage.safe.bounded_http import retry_after_seconds
 from orion_triage.safe.reading import parse_json, read_text
 from orion_triage.safe.tables import json_lines, numbered_lines, read_csv
 from orion_triage.settings import Settings, load_settings
@@ -552,7 +553,7 @@ def client() -> Iterator[Client]:
 def test_a_reply_is_an_answer_or_no_answer(client: Client, body: bytes) -> None:
     Parrot.body = body
     client._marker, client._primed = "", b""
-    for ask in (client.served_models, lambda: client.tokenize("x"), lambda: client.chat_completion("x", [], 1)):
+    for ask in (client.served_models, lambda: client.tokenize("x"), lambda: client.chat_completion("x", [], 1)[0]):
         found = outcome(ask)
         assert isinstance(found, (str, list, ServerError, AnswerError))
     asked: dict[str, Any] = {"cue": '"category": "', "after_cue": [("", [1, 2, 3])], "grammars": {"": "a"}}
@@ -661,7 +662,7 @@ def test_a_simsat_reply_is_bytes_or_a_reason(status: int, told: str, later: str,
     ],
 )
 def test_a_wish_to_wait_is_a_number(value: str, seconds: float) -> None:
-    assert simsat._retry_after_seconds(value) == seconds
+    assert retry_after_seconds(value) == seconds
 
 
 def test_a_key_is_cut_out_of_what_simsat_says() -> None:

@@ -56,6 +56,18 @@ class ServerError(OrionError):
     """The llama.cpp server is unreachable or its reply is invalid."""
 
 
+class ParameterError(ServerError):
+    """The server does not take a parameter of the request, or its value."""
+
+    def __init__(self, message: str, fix: str, parameter: str) -> None:
+        super().__init__(message, fix)
+        self.parameter = parameter
+
+
+class RateLimitError(ServerError):
+    """The server still answers "too many requests" (429) after the wait that it asked for."""
+
+
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 DISK_FIX = "Free some space or check the disk, then run the same command again to resume."
 # Messages of torch (two), C++ and Python about a failed write, which do not contain the system's error message.

@@ -179,6 +179,27 @@ def test_blank_frames_and_copies_are_left_out_and_said(tmp_path: Path) -> None:
     assert left_out == ["1 blank frames, which the blank rule decides", "1 pictures that are there already"]
 
 
+def test_plain_tiffs_need_no_position(tmp_path: Path) -> None:
+    """As PNGs, the same pictures are the same frames; a TIFF that cannot be read is refused by name."""
+    pytest.importorskip("rasterio")
+    pictures = [((H, M, L)[n % 3], structured_picture(n)) for n in range(6)]
+    folder = labelled(tmp_path / "png", *pictures)
+    as_tiff = tmp_path / "tiff"
+    for path in folder.rglob("*.png"):
+        (as_tiff / path.parent.name).mkdir(parents=True, exist_ok=True)
+        Image.open(path).save(as_tiff / path.parent.name / f"{path.stem}.tif")
+    (of_png, _), (of_tiff, left_out) = adapt.read_labelled(folder, MISSION), adapt.read_labelled(as_tiff, MISSION)
+    assert left_out == []
+    assert [(one.category, one.image.tobytes()) for one in of_tiff] == [
+        (one.category, one.image.tobytes()) for one in of_png
+    ]
+    assert len({one.place for one in of_tiff}) == 6
+    damaged = as_tiff / H / "9.tif"
+    damaged.write_bytes((as_tiff / H / "0.tif").read_bytes()[:100])
+    with pytest.raises(OrionError, match=r"9\.tif is damaged"):
+        adapt.read_labelled(as_tiff, MISSION)
+
+
 def test_it_helps_only_if_it_beats_the_pair_and_the_commonest_category() -> None:
     def said(pair: float, constant: float) -> str:
         change = {"gained": 9, "lost": 0, "points": 30.0, "mid_p": 0.5, "frames_to_resolve": None}

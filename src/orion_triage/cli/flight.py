@@ -121,6 +121,7 @@ def triage(
     Exits with status 1 if a frame is refused.
     """
     from orion_triage.flight import triage
+    from orion_triage.safe.files import appending
 
     if bundle and folder:
         raise typer.BadParameter("cannot be combined with --run. Remove one of them.", param_hint="'--bundle'")
@@ -142,7 +143,7 @@ def triage(
     conversions: Counter[str] = Counter()
     shown: list[Any] = []
     try:
-        with progress_bar() as progress, triage.appending(out) as write:
+        with progress_bar() as progress, appending(out) as write:
             outcomes = triage.triage_with_pair(
                 left,
                 flown,

@@ -5,15 +5,15 @@ import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_incrementing
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_incrementing
 
-from orion_triage.errors import OrionError, ServerError
+from orion_triage.errors import OrionError, RateLimitError, ServerError
 from orion_triage.evaluate.backends import Backend, LlamaCppBackend
 from orion_triage.llama_cpp.client import Client
 from orion_triage.llama_cpp.server import said_of_itself
@@ -23,6 +23,7 @@ from orion_triage.mission.prompt import IMAGE
 from orion_triage.mission.verdict import tokens_of_fields
 from orion_triage.models.family import DEFAULT
 from orion_triage.runs import manifest
+from orion_triage.safe.proxies import without_credentials
 from orion_triage.safe.reading import shown
 
 if TYPE_CHECKING:
@@ -57,9 +58,9 @@ def connect(address: str, key: str, mission: Mission, max_new_tokens: int) -> Co
     """
     url, asked = split_address(address)
     client = Client(url, key, turn=DEFAULT.TURN)  # a server does not say of which family its model is
-    props = client.llama_cpp_props()
+    props, shown_url = client.llama_cpp_props(), client.base_url
     if props and props.get("role") == "router":  # one llama-server for several models, which each request names
-        asked = _chosen(client.served_models(), asked, url)
+        asked = _chosen(client.served_models(), asked, shown_url)
         client.close()
         client = Client(url, key, model=asked, turn=DEFAULT.TURN)
         props = client.props()  # the model's own; the router loads it now
@@ -68,11 +69,12 @@ def connect(address: str, key: str, mission: Mission, max_new_tokens: int) -> Co
         served = _served(props)
         if asked and asked not in _names_of(props):
             raise ServerError(
-                f"{url} serves {_shown(_names_of(props))}, not {asked!r}.", f"Pass {url} to ask what it serves."
+                f"{shown_url} serves {_shown(_names_of(props))}, not {asked!r}.",
+                f"Pass {shown_url} to ask what it serves.",
             )
         backend: Backend = LlamaCppBackend(client, mission, max_new_tokens=max_new_tokens, primed=True)
         return Connected(
-            url,
+            shown_url,
             backend,
             manifest.sha256_of_listing(served),
             served["model_path"],
@@ -80,12 +82,28 @@ def connect(address: str, key: str, mission: Mission, max_new_tokens: int) -> Co
             lambda: manifest.sha256_of_listing(_served(client.props())),
             said_of_itself(props),
         )
+    return _through_chat(client, asked, max_new_tokens + tokens_of_fields(mission))
+
+
+def connect_chat(address: str, key: str, max_new_tokens: int) -> Connected:
+    """A server through its OpenAI-compatible interface, also one of llama.cpp: for a model of any family.
+
+    Its chat template is the server's business. Parameters that it refuses are left out, and listed in `said`. Nobody
+    asks after each answer whether the server still has the model.
+    """
+    url, asked = split_address(address)
+    client = Client(url, key)
+    found = _through_chat(client, asked, max_new_tokens, adapt=True)
+    return replace(found, now=None, said={"refused_parameters": client.refused})
+
+
+def _through_chat(client: Client, asked: str, max_new_tokens: int, *, adapt: bool = False) -> Connected:
     listed = client.served_models()
-    model = _chosen(listed, asked, url)
+    model = _chosen(listed, asked, client.base_url)
     identity = manifest.sha256_of_listing({"model": model})
     return Connected(
-        url,
-        OpenAIBackend(client, model, max_new_tokens=max_new_tokens + tokens_of_fields(mission)),
+        client.base_url,
+        OpenAIBackend(client, model, max_new_tokens=max_new_tokens, adapt=adapt),
         identity,
         model,
         "OpenAI API",
@@ -110,7 +128,9 @@ def split_address(address: str) -> tuple[str, str]:
     except ValueError:
         good = False
     if not good:
-        raise OrionError(f"{address!r} is not an http(s) URL.", "Pass a URL like http://127.0.0.1:8080.")
+        raise OrionError(
+            f"{without_credentials(address)!r} is not an http(s) URL.", "Pass a URL like http://127.0.0.1:8080."
+        )
     path = parts.path.rstrip("/")
     for end in _ENDS:
         path = path.removesuffix(end).rstrip("/")
@@ -151,8 +171,8 @@ class OpenAIBackend:
 
     batch_size = 1
 
-    def __init__(self, client: Client, model: str, *, max_new_tokens: int) -> None:
-        self._client, self._model, self._max_new_tokens = client, model, max_new_tokens
+    def __init__(self, client: Client, model: str, *, max_new_tokens: int, adapt: bool = False) -> None:
+        self._client, self._model, self._max_new_tokens, self._adapt = client, model, max_new_tokens, adapt
 
     def answer(self, images: "Sequence[Image.Image]", user_texts: Sequence[str]) -> list[Answer]:
         from orion_triage.imagery.frames import Frame
@@ -161,7 +181,11 @@ class OpenAIBackend:
             self._messages(Frame(image, image.size).png(), user_text)
             for image, user_text in zip(images, user_texts, strict=True)
         ]
-        return [Answer(self._client.chat_completion(self._model, messages, self._max_new_tokens)) for messages in asked]
+        replies = [
+            self._client.chat_completion(self._model, messages, self._max_new_tokens, adapt=self._adapt)
+            for messages in asked
+        ]
+        return [Answer(text, tokens=tokens) for text, tokens in replies]
 
     @staticmethod
     def _messages(png: bytes, user_text: str) -> list[dict[str, Any]]:
@@ -223,7 +247,7 @@ class SharedBackend:
         again = Retrying(
             stop=stop_after_attempt(TRIES),
             wait=wait_incrementing(start=0, increment=self._pause_seconds),
-            retry=retry_if_exception_type(ServerError),
+            retry=retry_if_exception(_may_pass),
             reraise=True,
         )
         (answer,) = again(server.backend.answer, [image], [user_text])
@@ -237,6 +261,11 @@ class SharedBackend:
             self.lost.append(f"{server.url}: {failure.message}")
             if not self._left:
                 self._free.put(None)
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether the same question may succeed a moment later; after 429, the client has waited already."""
+    return isinstance(error, ServerError) and not isinstance(error, RateLimitError)
 
 
 def pieces(asked: "Sequence[tuple[Image.Image, str]]", most: int) -> "list[list[tuple[Image.Image, str]]]":

@@ -22,6 +22,7 @@ from orion_triage.mission.verdict import can_be_category_alone, grammars, requir
 from orion_triage.progress import Progress
 from orion_triage.runs import manifest
 from orion_triage.safe.files import sha256_of_text, write_text
+from orion_triage.safe.proxies import without_credentials
 from orion_triage.safe.reading import read_object
 from orion_triage.settings import Settings
 
@@ -375,7 +376,11 @@ def through_servers(urls: Sequence[str], run: "Run") -> tuple[Callable[[Progress
 
     def evaluate(progress: Progress) -> Figures:
         figures = ask(run, SERVER, backend, {}, progress, first.identity)
-        served = {"server": ", ".join(urls), "served_model": first.model, "server_build": first.build}
+        served = {
+            "server": ", ".join(map(without_credentials, urls)),
+            "served_model": first.model,
+            "server_build": first.build,
+        }
         return figures | served | {"served": dict(first.said)} | lost_servers(backend)
 
     return evaluate, first.identity

@@ -16,7 +16,7 @@ from orion_triage.export import quantize
 from orion_triage.flight import triage
 from orion_triage.mission.mission import Mission, listed
 from orion_triage.progress import Progress, silent
-from orion_triage.safe.files import sha256_of_file, write_text
+from orion_triage.safe.files import appending, sha256_of_file, write_text
 
 if TYPE_CHECKING:
     from orion_triage.runs.run import Run
@@ -62,7 +62,7 @@ def run(
     before = _decided(log)
     # By its bytes: another downlink has other pictures under the same names.
     left = list({hashes[path]: path for path in paths if hashes[path] not in before}.values())
-    with triage.appending(log) as write:
+    with appending(log) as write:
         outcomes = triage.triage_with_pair(left, flown, rules=flown.rules, resize=resize, progress=progress)
         for done, (path, outcome) in enumerate(zip(left, outcomes if left else (), strict=True), start=1):
             if outcome.error and not outcome.answer:

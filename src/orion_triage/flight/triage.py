@@ -5,8 +5,7 @@ import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +27,7 @@ from orion_triage.mission.prompt import user_text
 from orion_triage.mission.verdict import Verdict, answer_tokens, parse_verdict
 from orion_triage.models.family import turn_of
 from orion_triage.progress import Progress, silent
-from orion_triage.safe.files import naming, sha256_of_file, sha256_of_text
+from orion_triage.safe.files import sha256_of_file, sha256_of_text
 from orion_triage.safe.folders import listing
 
 if TYPE_CHECKING:
@@ -186,22 +185,6 @@ def left_to_do(paths: Iterable[Path], out: Path, pair: str) -> list[Path]:
         if before[str(path)] < 0:
             left.append(path)
     return left
-
-
-@contextmanager
-def appending(out: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Appends and flushes one line per frame, so an interruption loses only the current frame; no-op without a file."""
-    if out is None:
-        yield lambda row: None
-        return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with naming(out), out.open("a", encoding="utf-8") as file:
-
-        def write(row: dict[str, Any]) -> None:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-
-        yield write
 
 
 def _finished_before(out: Path, pair: str) -> Counter[str]:

@@ -91,14 +91,14 @@ def is_tiff(start: bytes) -> bool:
     return start.startswith(TIFF_SIGNATURES)
 
 
-def locate(path: Path) -> Located:
-    """The position of a GeoTIFF; raises OrionError without rasterio, and FrameError for a file without a position."""
+def locate(path: Path) -> Located | None:
+    """The position of a GeoTIFF; None for a TIFF without one on Earth.
+
+    Raises OrionError without rasterio, and FrameError for a damaged file.
+    """
     _refuse_what_is_no_file(path)
     with _raster(str(path.absolute()), str(path), "GTiff") as raster:
-        located = _located(raster)
-    if located is None:
-        raise FrameError(f"{path} has no position on Earth.", "Add the columns lon and lat to the table.")
-    return located
+        return _located(raster)
 
 
 def read_tiff(path: Path, *, resize: bool, stretch: Stretch | None) -> Opened:

@@ -3,19 +3,21 @@
 import base64
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 from urllib.parse import quote
 
-from orion_triage.errors import AnswerError, ServerError
+from orion_triage.errors import AnswerError, ParameterError, RateLimitError, ServerError
 from orion_triage.mission.prompt import IMAGE
+from orion_triage.safe.proxies import without_credentials
 from orion_triage.safe.reading import parse_json, shown
 
 _NOT_UTF8 = b"does not match the expected Content-only format"  # llama.cpp's message for an answer of invalid bytes
 _NOT_TEXT = ("the answer is not UTF-8.", "Decode greedily, or with the grammar.")
 LOADING_SECONDS = 60  # how long to retry on 503
+RATE_LIMIT_SECONDS = 120  # how long to retry on 429, with the waits that the server asks for, or growing ones
 LARGEST_REPLY_BYTES = 20_000_000  # of one reply; the largest measured has 0.2 MB
 SHOWN_BYTES = 2000  # of an invalid reply, shown in the error
 _ROUNDING = 1e-3  # by which a log-probability may be above 0
@@ -28,6 +30,9 @@ GREEDY = {
     "xtc_probability": 0.0, "dynatemp_range": 0.0, "typical_p": 1.0, "top_p": 1.0, "min_p": 0.0, "top_n_sigma": -1.0,
     "mirostat": 0, "n_keep": 0, "ignore_eos": False, "logit_bias": [],
 }  # fmt: skip
+# What replaces a parameter of a chat that the server refuses, "" for nothing: OpenAI's newer models take neither
+# max_tokens nor a temperature of 0 (by reports of 2025 and 2026).
+INSTEAD = {"max_tokens": "max_completion_tokens", "temperature": "", "seed": ""}
 # Keeps the token after part of a name printable, which an untrained model's is not; the server would answer 500.
 PRINTABLE = "root ::= [ -~]+"
 _PROBE = "zq7 orion probe"
@@ -67,11 +72,14 @@ class Client:
         headers = {"Accept-Encoding": "identity"}
         if api_key:
             headers["Authorization"] = f"Bearer {api_key}"
-        self.base_url = base_url.rstrip("/")
+        url = base_url.rstrip("/")
+        self.base_url = without_credentials(url)  # for messages
+        self._key = api_key
+        self.refused: list[str] = []  # parameters of `chat_completion` that the server does not take
         self._model = model
         self._turn = turn
         self._timeout_seconds = timeout_seconds
-        self._http = BoundedHttp(self.base_url, base_url=self.base_url, headers=headers)
+        self._http = BoundedHttp(url, base_url=url, headers=headers)
         self._marker = ""
         self._primed = b""
 
@@ -140,18 +148,40 @@ class Client:
         entries = listed if isinstance(listed, list) else []
         return [entry["id"] for entry in entries if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
 
-    def chat_completion(self, model: str, messages: list[dict[str, Any]], max_tokens: int) -> str:
-        """The greedy answer through the OpenAI-compatible interface."""
-        body = {"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": 0, "seed": 0}
-        reply = self._request("POST", "/v1/chat/completions", body)
+    def chat_completion(
+        self, model: str, messages: list[dict[str, Any]], max_tokens: int, *, adapt: bool = False
+    ) -> tuple[str, tuple[int, int] | None]:
+        """The greedy answer through the OpenAI-compatible interface, and its tokens.
+
+        The text is empty if the model ended without one. The tokens are those of prompt and answer as the server counts
+        them; None if it does not. With `adapt`, a parameter that the server refuses is left out or replaced, and
+        listed in `refused`: the answer may then not be the greedy one.
+        """
+        settings = {"max_tokens": max_tokens, "temperature": 0, "seed": 0}
+        while True:
+            named = {INSTEAD[name] if name in self.refused else name: value for name, value in settings.items()}
+            body = {"model": model, "messages": messages} | {name: value for name, value in named.items() if name}
+            try:
+                reply = self._request("POST", "/v1/chat/completions", body)
+                break
+            except ParameterError as error:
+                if not adapt or error.parameter in self.refused or error.parameter not in INSTEAD:
+                    raise
+                self.refused.append(error.parameter)
         try:
-            content = reply["choices"][0]["message"]["content"]
+            message = reply["choices"][0]["message"]
+            content = "" if message["content"] is None else message["content"]  # null: refused, or out of tokens
         except (KeyError, IndexError, TypeError):
             content = None
         if not isinstance(content, str):
             raise ServerError("the server's reply has no message.", "Check that its model accepts images.")
         _require_utf8(content)
-        return content
+        usage = reply.get("usage")
+        counted: Iterable[Any] = (
+            map(usage.get, ("prompt_tokens", "completion_tokens")) if isinstance(usage, dict) else ()
+        )
+        counts = [count for count in counted if _is_count(count)]
+        return content, (counts[0], counts[1]) if len(counts) == 2 else None
 
     def tokenize(self, text: str) -> list[int]:
         """The model's token ids of `text`; special tokens in it are recognized, none are added."""
@@ -355,22 +385,39 @@ class Client:
 
     def _value(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
         """The JSON value in the server's reply; raises ServerError for a reply that is none."""
-        deadline = time.monotonic() + LOADING_SECONDS
+        from orion_triage.safe.bounded_http import retry_after_seconds
+
+        began, pause = time.monotonic(), 1.0
         while True:
-            status, kind, data = self._exchange(method, path, body)
-            if status != 503 or time.monotonic() > deadline:
+            status, headers, data = self._exchange(method, path, body)
+            waited = time.monotonic() - began
+            if status == 503 and waited <= LOADING_SECONDS:
+                time.sleep(0.2)  # the server is still loading its model
+                continue
+            wait = retry_after_seconds(headers.get("retry-after", "")) or pause
+            if status != 429 or waited + wait > RATE_LIMIT_SECONDS:
                 break
-            time.sleep(0.2)  # the server is still loading its model
+            time.sleep(wait)
+            pause *= 2
         text = data[:SHOWN_BYTES].decode("utf-8", "replace")
+        if self._key:
+            text = text.replace(self._key, "(key)")  # some servers repeat it
         if status == 401:
             raise ServerError("the server refused the key (401).", "Set LLAMA_API_KEY to the server's --api-key.")
+        if status == 429:
+            raise RateLimitError(
+                f"{path} answered 429, too many requests: {text[:200]!r}.",
+                "Wait, or raise the account's limit, then run the same command again to resume.",
+            )
         if status == 500 and _NOT_UTF8 in data:
             raise AnswerError(*_NOT_TEXT)
         if status != 200:
-            raise ServerError(f"{path} answered {status}: {text[:200]!r}.", "Read the server's log.")
+            wrong = f"{path} answered {status}: {text[:200]!r}.", "Read the server's log."
+            raise ParameterError(*wrong, parameter) if (parameter := _parameter_in(data)) else ServerError(*wrong)
         try:
             return parse_json(data)
         except ValueError:
+            kind = headers.get("content-type", "no content type")
             raise ServerError(
                 f"{path} answered {kind[:80]} instead of a JSON object: {text[:80]!r}.",
                 "Check that it is a llama.cpp server.",
@@ -387,8 +434,8 @@ class Client:
             "Start llama-server, or check the address.",
         )
 
-    def _exchange(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[int, str, bytes]:
-        """One request: (status, content type, body), limited in bytes and in total seconds."""
+    def _exchange(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[int, Mapping[str, str], bytes]:
+        """One request: (status, headers, body), limited in bytes and in total seconds."""
         import httpx
 
         if self._model:
@@ -409,7 +456,7 @@ class Client:
                             f"the reply of {path} is larger than {LARGEST_REPLY_BYTES // 1_000_000} MB.",
                             "Check that it is a llama.cpp server.",
                         )
-                return reply.status_code, reply.headers.get("content-type", "no content type"), bytes(data)
+                return reply.status_code, reply.headers, bytes(data)
         except httpx.ConnectError as error:
             raise self._no_answer(error) from None
         except httpx.TimeoutException:
@@ -420,6 +467,15 @@ class Client:
             raise ServerError(
                 f"the connection to {self.base_url} broke: {type(error).__name__} {error}.", "Read the server's log."
             ) from None
+
+
+def _parameter_in(data: bytes) -> str:
+    """The parameter that an error of OpenAI's form names; empty without one."""
+    try:
+        parameter = parse_json(data)["error"]["param"]
+    except (ValueError, LookupError, TypeError):
+        return ""
+    return parameter if isinstance(parameter, str) else ""
 
 
 def first_log_probabilities(reply: dict[str, Any], tokens: Sequence[int]) -> list[float] | None:
@@ -445,7 +501,7 @@ def first_log_probabilities(reply: dict[str, Any], tokens: Sequence[int]) -> lis
     return found
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
 

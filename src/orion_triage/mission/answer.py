@@ -16,13 +16,14 @@ class Answer:
     The names of the categories are scored by the tokens in which they differ (`label_tree`). `scores` are the
     probabilities in the order of the mission's categories, normalized to a sum of 1; `label_mass` is their sum before.
     Both are None if the answer has no category or the backend returns no probabilities. `field_scores` are those of the
-    values of yes/no and choice fields.
+    values of yes/no and choice fields. `tokens` are those of prompt and answer, None if nobody counted them.
     """
 
     text: str
     scores: tuple[float, ...] | None = None
     label_mass: float | None = None
     field_scores: FieldScores = field(default_factory=dict)
+    tokens: tuple[int, int] | None = None
 
     @classmethod
     def scored(

@@ -1,23 +1,28 @@
 """Read labels back: from the page, and from Label Studio's export; and make a dataset of what people agree on.
 
 A label counts for the frame of its id, whose hash is in the task. Labellers are compared by Cohen's kappa, and labels
-with the suggestions: a label equal to its suggestion after less than a second says little.
+with the suggestions of each source: a label equal to one that was seen, after less than a second, says little. A
+suggestion is never a label.
 """
 
 import itertools
 import json
+import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from orion_triage.dataset.collect import csv_text
 from orion_triage.errors import OrionError
+from orion_triage.evaluate import clusters
 from orion_triage.mission.mission import Mission
 from orion_triage.review.choose import RANDOM
-from orion_triage.review.task import FRAMES_FILE
-from orion_triage.safe.files import replaced_folder, sha256_of_file, write_text
+from orion_triage.review.task import FRAMES_FILE, Said, Suggestion, file_of, suggestions
+from orion_triage.safe.files import replaced_folder, write_text
 from orion_triage.safe.reading import LARGEST_TABLE_BYTES, parse_json, read_bytes, read_object, shown
 
 COLUMNS = (
@@ -31,7 +36,10 @@ _LONGEST_NAME = 200
 
 @dataclass(frozen=True)
 class Label:
-    """What one person said of one frame; `seconds` is how long it took, None if it is not known."""
+    """What one person said of one frame; `seconds` is how long it took, None if it is not known.
+
+    `saw` are the sources whose suggestions were shown; None if the file does not say.
+    """
 
     frame: str
     category: str
@@ -39,6 +47,7 @@ class Label:
     labeller: str
     at: str
     seconds: float | None
+    saw: tuple[str, ...] | None = None
 
 
 def read_task(folder: Path, mission: Mission) -> dict[str, dict[str, Any]]:
@@ -48,16 +57,18 @@ def read_task(folder: Path, mission: Mission) -> dict[str, dict[str, Any]]:
     try:
         rows = read_object(path)["frames"]
         for row in rows:
-            texts = [row[key] for key in ("id", "file", "sha256", "why", "suggested_by")]
+            texts = [row[key] for key in ("id", "file", "sha256", "why", "suggested_by", "reason")]
             if not all(isinstance(text, str) for text in texts) or row["suggestion"] not in (None, *mission.names):
                 raise ValueError(f"the frame {row['id']!r}")
+            if not all(isinstance(value, int | float) for value in (row["scores"] or {}).values()):
+                raise ValueError(f"the scores of the frame {row['id']!r}")
             bool(row["blind"])
         return {row["id"]: row for row in rows}
     except FileNotFoundError:
         raise OrionError(f"{path} does not exist.", "Pass the folder that 'orion review new' wrote.") from None
     except OrionError as error:
         raise OrionError(error.message, again) from None
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise OrionError(f"{path} is damaged: {error!r}.", again) from None
 
 
@@ -100,7 +111,7 @@ def _of_page(value: Mapping[str, Any]) -> Iterator[Label]:
             raise TypeError("at is no text")
         yield Label(
             str(row["frame"]), str(row["category"]), str(row.get("reason") or ""), value["labeller"].strip(),
-            row["at"], float(row["seconds"]),
+            row["at"], float(row["seconds"]), _sources(row),
         )  # fmt: skip
 
 
@@ -128,7 +139,7 @@ def _of_row(row: Mapping[str, Any]) -> Label | None:
     text = reason[0] if isinstance(reason, list) else reason
     return Label(
         str(row["frame"]), str(row["category"]), str(text), f"Label Studio user {row.get('annotator', '')}".strip(),
-        str(row.get("created_at") or ""), _number(row.get("lead_time")),
+        str(row.get("created_at") or ""), _number(row.get("lead_time")), _sources(row),
     )  # fmt: skip
 
 
@@ -143,8 +154,13 @@ def _of_annotation(data: Mapping[str, Any], annotation: Mapping[str, Any]) -> La
     texts = said.get("reason", {}).get("text") or [""]
     return Label(
         str(data["frame"]), str(said["category"]["choices"][0]), str(texts[0] if isinstance(texts, list) else texts),
-        str(name), str(annotation.get("created_at") or ""), _number(annotation.get("lead_time")),
+        str(name), str(annotation.get("created_at") or ""), _number(annotation.get("lead_time")), _sources(data),
     )  # fmt: skip
+
+
+def _sources(row: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The sources that a label's row names; None in a file of a page that did not write them."""
+    return tuple(map(str, row["saw"])) if isinstance(row.get("saw"), list) else None
 
 
 def _number(value: Any) -> float | None:
@@ -159,8 +175,13 @@ class Merged:
     figures: dict[str, Any]
 
 
-def merge(labels: Sequence[Label], task: Mapping[str, Mapping[str, Any]], mission: Mission, empty: int) -> Merged:
-    """The labels by frame, with the figures: agreement of the labellers, and of the labels with the suggestions."""
+def merge(
+    labels: Sequence[Label], task: Mapping[str, dict[str, Any]], mission: Mission, empty: int, said: Said | None = None
+) -> Merged:
+    """The labels by frame, with the figures: agreement of the labellers, and of the labels with the suggestions.
+
+    `said` are suggestions beside those of the task's log.
+    """
     last: dict[tuple[str, str], Label] = {}
     for label in sorted(labels, key=lambda label: label.at):
         last[label.frame, label.labeller] = label
@@ -168,7 +189,14 @@ def merge(labels: Sequence[Label], task: Mapping[str, Mapping[str, Any]], missio
     for label in last.values():
         of_frame.setdefault(label.frame, []).append(label)
     conflicts = [frame for frame, own in of_frame.items() if not agreed(own)]
-    suggested = [(label, task[label.frame]) for label in last.values() if task[label.frame]["suggestion"]]
+    said = said or {}
+    compared = [
+        _Compared(label, one, one.source in _seen(label, task[label.frame]))
+        for label in last.values()
+        for one in suggestions(task[label.frame], said)
+    ]
+    named = [row["suggested_by"] for row in task.values()] + [one.source for of in said.values() for one in of]
+    sure = {own[0] for frame, own in of_frame.items() if frame not in conflicts and task[frame]["why"] == RANDOM}
     figures = {
         "frames": len(task),
         "labelled": len(of_frame),
@@ -178,20 +206,12 @@ def merge(labels: Sequence[Label], task: Mapping[str, Mapping[str, Any]], missio
         "conflicts": sorted(conflicts),
         "kappa": _kappas(list(last.values()), mission),
         "as_suggested": {
-            name: _share([(label, row) for label, row in suggested if bool(row["blind"]) == blind])
-            for name, blind in (("seen", False), ("blind", True))
+            source: _of_source([one for one in compared if one.said.source == source], sure, len(of_frame), mission)
+            for source in dict.fromkeys(named)
         },
         "quick_as_suggested": sum(
-            label.seconds is not None and label.seconds < QUICK_SECONDS and label.category == row["suggestion"]
-            for label, row in suggested
-            if not row["blind"]
-        ),
-        "suggestions_right_on_random": _share(
-            [
-                (own[0], task[frame])
-                for frame, own in of_frame.items()
-                if frame not in conflicts and task[frame]["suggestion"] and task[frame]["why"] == RANDOM
-            ]
+            one.seen and one.agrees and one.label.seconds is not None and one.label.seconds < QUICK_SECONDS
+            for one in compared
         ),
     }
     return Merged(of_frame, figures)
@@ -203,16 +223,51 @@ def agreed(labels: Sequence[Label]) -> str:
     return categories.pop() if len(categories) == 1 else ""
 
 
-def _share(pairs: Sequence[tuple[Label, Mapping[str, Any]]]) -> dict[str, int]:
-    return {"count": sum(label.category == row["suggestion"] for label, row in pairs), "total": len(pairs)}
+@dataclass(frozen=True)
+class _Compared:
+    """A label and a suggestion for its frame, and whether the labeller saw it."""
+
+    label: Label
+    said: Suggestion
+    seen: bool
+
+    @property
+    def agrees(self) -> bool:
+        return self.label.category == self.said.category
+
+
+def _seen(label: Label, row: Mapping[str, Any]) -> tuple[str, ...]:
+    """The sources whose suggestions a labeller saw; without a word of it, that of the task's log unless it is blind."""
+    if label.saw is not None:
+        return label.saw
+    return () if row["blind"] else (row["suggested_by"],)
+
+
+def _of_source(
+    compared: Sequence[_Compared], sure: Set[Label], labelled: int, mission: Mission
+) -> dict[str, dict[str, Any] | int]:
+    """The agreement of labels with the suggestions of a source: seen, not seen (blind), and on the random frames.
+
+    For the random frames, one label counts for all labellers, who agree (`sure`). `without` are labelled frames for
+    which the source has no category.
+    """
+    return {
+        "seen": _agreement([one for one in compared if one.seen], mission),
+        "blind": _agreement([one for one in compared if not one.seen], mission),
+        "random": _agreement([one for one in compared if one.label in sure], mission),
+        "without": labelled - len({one.label.frame for one in compared}),
+    }
+
+
+def _agreement(compared: Sequence[_Compared], mission: Mission) -> dict[str, Any]:
+    """{count, total, rate, low, high, kappa} of labels equal to their suggestion; the interval is over frames."""
+    kappa = _kappa([one.label.category for one in compared], [str(one.said.category) for one in compared], mission)
+    equal = np.array([one.agrees for one in compared], dtype=np.bool_)
+    return clusters.rate(equal, [one.label.frame for one in compared]) | {"kappa": kappa}
 
 
 def _kappas(labels: Sequence[Label], mission: Mission) -> dict[str, dict[str, Any]]:
     """Cohen's kappa of each two labellers, on the frames that both labelled; None if chance would agree as well."""
-    import math
-
-    from sklearn.metrics import cohen_kappa_score
-
     of_labeller: dict[str, dict[str, str]] = {}
     for label in labels:
         of_labeller.setdefault(label.labeller, {})[label.frame] = label.category
@@ -222,13 +277,21 @@ def _kappas(labels: Sequence[Label], mission: Mission) -> dict[str, dict[str, An
         if len(both) < 2:
             continue
         said = [[of_labeller[name][frame] for frame in both] for name in (first, second)]
-        same_word = len({word for words in said for word in words}) == 1
-        kappa = math.nan if same_word else float(cohen_kappa_score(*said, labels=list(mission.names)))
-        found[f"{first}, {second}"] = {"frames": len(both), "kappa": None if math.isnan(kappa) else kappa}
+        found[f"{first}, {second}"] = {"frames": len(both), "kappa": _kappa(said[0], said[1], mission)}
     return found
 
 
-def write_dataset(folder: Path, merged: Merged, task: Mapping[str, Mapping[str, Any]]) -> int:
+def _kappa(first: Sequence[str], second: Sequence[str], mission: Mission) -> float | None:
+    """Cohen's kappa of two lists of categories of the same frames; None if chance would agree as well."""
+    from sklearn.metrics import cohen_kappa_score
+
+    if len({*first, *second}) < 2:
+        return None
+    kappa = float(cohen_kappa_score(first, second, labels=list(mission.names)))
+    return None if math.isnan(kappa) else kappa
+
+
+def write_dataset(folder: Path, merged: Merged, task: Mapping[str, dict[str, Any]]) -> int:
     """Write the frames on which all labellers agree, with a table; returns their number. The others: conflicts.json.
 
     Raises OrionError if the folder exists, or if a frame is not the one that was shown.
@@ -238,10 +301,7 @@ def write_dataset(folder: Path, merged: Merged, task: Mapping[str, Mapping[str, 
     rows: list[dict[str, Any]] = []
     conflicts: list[dict[str, Any]] = []
     for frame, labels in sorted(merged.of_frame.items()):
-        row, path = task[frame], Path(task[frame]["file"])
-        if not path.is_file() or sha256_of_file(path) != row["sha256"]:
-            raise OrionError(f"{path} is gone, or is not the picture that was labelled.", "Put the frame back.")
-        cells = _cells(frame, labels, row, path)
+        cells = _cells(frame, labels, task[frame], file_of(task[frame]))
         (rows if agreed(labels) else conflicts).append(cells)
     with replaced_folder(folder) as new:
         (new / "pictures").mkdir()

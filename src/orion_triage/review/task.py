@@ -9,7 +9,7 @@ import io
 import json
 import secrets
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -28,16 +28,20 @@ FRAMES_FILE, PAGE_FILE = "frames.json", "review.html"
 TASKS_FILE, CONFIG_FILE = "label_studio_tasks.json", "label_studio_config.xml"
 JPEG_QUALITY = 92  # of the pictures that people see; the dataset gets the frames themselves
 
+Row = dict[str, Any]  # a frame in frames.json; see `_row`
+
 
 @dataclass(frozen=True)
-class Frame:
-    """A frame of a task. `id` begins with its position, so that a label can be traced; `picture` is a JPEG."""
+class Suggestion:
+    """What a source says of a frame; `category` is None if its answer has none. `score` is that of the category."""
 
-    id: str
-    path: Path
-    sha256: str
-    chosen: Chosen
-    picture: bytes
+    source: str
+    category: str | None
+    reason: str = ""
+    score: float | None = None
+
+
+Said = Mapping[str, Sequence[Suggestion]]  # id of a frame -> what models said of it beside the task's own log
 
 
 def write(
@@ -56,28 +60,66 @@ def write(
     """
     if folder.exists():
         raise OrionError(f"{folder} exists.", "Name a folder that does not exist yet: labels belong to their task.")
-    frames = []
+    rows, pictures = [], []
     for done, one in enumerate(chosen, start=1):
-        frames.append(_frame(done, one, frames_folder, stretch))
+        path = (found_in(frames_folder, one.frame.file) if frames_folder else Path(one.frame.file)).absolute()
+        sha256 = sha256_of_file(path) if path.is_file() else ""
+        pictures.append(_picture(path, stretch))
+        rows.append(_row(done, path, sha256, one, model))
         progress("reading frames", done, len(chosen))
-    review = hashlib.sha256("".join(frame.sha256 for frame in frames).encode()).hexdigest()[:12]
-    rows = [_row(frame, model) for frame in frames]
-    told = {"review": review, "mission": mission.name, "categories": list(mission.names), "frames": rows}
+    told = {"review": review_of(rows), "mission": mission.name, "categories": list(mission.names), "frames": rows}
     with replaced_folder(folder) as new:
         write_text(new / FRAMES_FILE, json.dumps(told, indent=1) + "\n")
-        write_text(new / PAGE_FILE, page(review, frames, mission))
-        tasks = [_task(frame, mission, model) for frame in frames]
-        write_text(new / TASKS_FILE, json.dumps(tasks, indent=1) + "\n")
+        _write_pages(new, rows, pictures, mission, {})
         write_text(new / CONFIG_FILE, label_studio_config(mission))
     return dict(Counter(one.why for one in chosen))
 
 
-def _frame(number: int, chosen: Chosen, folder: Path | None, stretch: Stretch | None) -> Frame:
-    path = found_in(folder, chosen.frame.file) if folder else Path(chosen.frame.file).absolute()
-    sha256 = sha256_of_file(path) if path.is_file() else ""
-    picture = io.BytesIO()
-    read_frame(path, CAMERA_SIZE, resize=True, stretch=stretch).image.save(picture, "JPEG", quality=JPEG_QUALITY)
-    return Frame(f"{number:04d}-{sha256[:12]}", path, sha256, chosen, picture.getvalue())
+def show(folder: Path, rows: Sequence[Row], mission: Mission, said: Said, progress: Progress = silent) -> None:
+    """Write the page and the tasks for Label Studio again, with these suggestions beside the task's own.
+
+    Frames keep their ids and the page its name, by which a browser keeps labels: none is lost. Raises OrionError for a
+    frame that has changed.
+    """
+    pictures = []
+    for done, row in enumerate(rows, start=1):
+        pictures.append(_picture(file_of(row)))
+        progress("reading frames", done, len(rows))
+    _write_pages(folder, rows, pictures, mission, said)
+
+
+def _write_pages(folder: Path, rows: Sequence[Row], pictures: Sequence[str], mission: Mission, said: Said) -> None:
+    shown = [suggestions(row, said) if not row["blind"] else [] for row in rows]
+    write_text(folder / PAGE_FILE, page(rows, pictures, shown, mission))
+    tasks = [_task(*of_frame) for of_frame in zip(rows, pictures, shown, strict=True)]
+    write_text(folder / TASKS_FILE, json.dumps(tasks, indent=1) + "\n")
+
+
+def review_of(rows: Sequence[Row]) -> str:
+    """The name of a task, by the bytes of its frames."""
+    return hashlib.sha256("".join(row["sha256"] for row in rows).encode()).hexdigest()[:12]
+
+
+def file_of(row: Row) -> Path:
+    """The frame's file; raises OrionError if it is not the one of the task."""
+    path = Path(row["file"])
+    if not path.is_file() or sha256_of_file(path) != row["sha256"]:
+        raise OrionError(f"{path} is gone, or is not the picture of the task.", "Put the frame back.")
+    return path
+
+
+def suggestions(row: Row, said: Said) -> list[Suggestion]:
+    """All suggestions for a frame that have a category, that of the task's log first."""
+    score = (row["scores"] or {}).get(row["suggestion"])
+    own = Suggestion(row["suggested_by"], row["suggestion"], row["reason"], score)
+    return [one for one in (own, *said.get(row["id"], ())) if one.category is not None]
+
+
+def _picture(path: Path, stretch: Stretch | None = None) -> str:
+    """The frame as people see it, as the address of an image."""
+    data = io.BytesIO()
+    read_frame(path, CAMERA_SIZE, resize=True, stretch=stretch).image.save(data, "JPEG", quality=JPEG_QUALITY)
+    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
 def found_in(folder: Path, logged: str) -> Path:
@@ -87,14 +129,15 @@ def found_in(folder: Path, logged: str) -> Path:
     return next((path for path in candidates if path.is_file()), folder / parts[-1]).absolute()
 
 
-def _row(frame: Frame, model: str) -> dict[str, Any]:
-    logged = frame.chosen.frame
+def _row(number: int, path: Path, sha256: str, chosen: Chosen, model: str) -> Row:
+    """A frame of a task. `id` begins with its position, so that a label can be traced."""
+    logged = chosen.frame
     return {
-        "id": frame.id,
-        "file": str(frame.path),
-        "sha256": frame.sha256,
-        "why": frame.chosen.why,
-        "blind": frame.chosen.blind,
+        "id": f"{number:04d}-{sha256[:12]}",
+        "file": str(path),
+        "sha256": sha256,
+        "why": chosen.why,
+        "blind": chosen.blind,
         "suggestion": logged.category,
         "reason": logged.reason,
         "scores": dict(logged.scores) if logged.scores else None,
@@ -102,21 +145,17 @@ def _row(frame: Frame, model: str) -> dict[str, Any]:
     }
 
 
-def _address(frame: Frame) -> str:
-    return f"data:image/jpeg;base64,{base64.b64encode(frame.picture).decode()}"
-
-
-def page(review: str, frames: Sequence[Frame], mission: Mission) -> str:
-    """The page: one frame at a time, with keys for the categories."""
-    shown = [
+def page(rows: Sequence[Row], pictures: Sequence[str], shown: Sequence[Sequence[Suggestion]], mission: Mission) -> str:
+    """The page: one frame at a time, with keys for the categories. `shown` are the suggestions for each frame."""
+    review = review_of(rows)
+    frames = [
         {
-            "id": frame.id,
-            "name": frame.path.name,
-            "picture": _address(frame),
-            "suggestion": None if frame.chosen.blind else frame.chosen.frame.category,
-            "reason": "" if frame.chosen.blind else frame.chosen.frame.reason,
+            "id": row["id"],
+            "name": Path(row["file"]).name,
+            "picture": picture,
+            "suggestions": [{"source": one.source, "category": one.category, "reason": one.reason} for one in said],
         }
-        for frame in frames
+        for row, picture, said in zip(rows, pictures, shown, strict=True)
     ]
     return templates.fill(
         "review",
@@ -126,7 +165,7 @@ def page(review: str, frames: Sequence[Frame], mission: Mission) -> str:
         mission=mission,
         colours=colours(mission),
         longest_reason=mission.longest_reason,
-        inline=_inline({"review": review, "categories": list(mission.names), "frames": shown}),
+        inline=_inline({"review": review, "categories": list(mission.names), "frames": frames}),
     )
 
 
@@ -138,22 +177,21 @@ def _inline(value: Any) -> str:
     return text
 
 
-def _task(frame: Frame, mission: Mission, model: str) -> dict[str, Any]:
+def _task(row: Row, picture: str, shown: Sequence[Suggestion]) -> Row:
     """A task of Label Studio. What traces a label to its frame is in `data`: an export has that, and no predictions."""
-    row = _row(frame, model)
-    data = {"image": _address(frame), "frame": frame.id, "sha256": frame.sha256, "name": frame.path.name}
-    if frame.chosen.blind or frame.chosen.frame.category is None:
-        return {"data": data}
+    saw = [one.source for one in shown]
+    data = {"image": picture, "frame": row["id"], "sha256": row["sha256"], "name": Path(row["file"]).name, "saw": saw}
+    return {"data": data} | ({"predictions": [_prediction(one) for one in shown]} if shown else {})
+
+
+def _prediction(said: Suggestion) -> Row:
     choice = {
         "from_name": "category",
         "to_name": "image",
         "type": "choices",
-        "value": {"choices": [row["suggestion"]]},
+        "value": {"choices": [said.category]},
     }
-    scores = frame.chosen.frame.scores or {}
-    score = scores.get(frame.chosen.frame.category)
-    prediction = {"model_version": model, "result": [choice]} | ({"score": score} if score is not None else {})
-    return {"data": data, "predictions": [prediction]}
+    return {"model_version": said.source, "result": [choice]} | ({} if said.score is None else {"score": said.score})
 
 
 def label_studio_config(mission: Mission) -> str:

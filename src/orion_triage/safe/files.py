@@ -7,13 +7,15 @@ import ctypes
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from orion_triage.errors import DISK_ERRORS, DISK_FIX, OrionError, disk_words_of
 
@@ -86,6 +88,22 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
+
+
+@contextmanager
+def appending(out: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Appends and flushes one JSON line a call, so an interruption loses only the current one; no-op without a file."""
+    if out is None:
+        yield lambda row: None
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with naming(out), out.open("a", encoding="utf-8") as file:
+
+        def write(row: dict[str, Any]) -> None:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+
+        yield write
 
 
 @contextmanager

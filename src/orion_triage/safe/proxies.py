@@ -7,6 +7,7 @@ it can be avoided: httpx ends in a traceback at SOCKS without its extra package,
 import importlib.util
 import ipaddress
 import os
+import re
 import urllib.request
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -27,6 +28,11 @@ class Proxy:
         """Without the user's name and password, which may be in the URL."""
         parts = urlsplit(self.url)
         return f"{self.variable}={parts.scheme}://{parts.hostname}" + (f":{parts.port}" if parts.port else "")
+
+
+def without_credentials(address: str) -> str:
+    """An address as it may be shown and stored: without the user's name and password."""
+    return re.sub(r"(^|//)[^/@#]*@", r"\1", address)
 
 
 def spare_loopback() -> None:

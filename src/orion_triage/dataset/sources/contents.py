@@ -182,8 +182,8 @@ def _completed(row: _Row, path: Path | None, contents: Contents) -> tuple[dict[s
     cells = row.cells | ({"category": category} if category else {})
     if path and path.suffix.lower() in GEOTIFF_SUFFIXES and not cells["lon"] and not cells["lat"]:
         try:
-            centre = locate(path).centre
-            cells |= {"lon": repr(centre.lon), "lat": repr(centre.lat)}
+            if located := locate(path):  # a plain TIFF has no position, as a PNG has none
+                cells |= {"lon": repr(located.centre.lon), "lat": repr(located.centre.lat)}
         except OrionError as error:
             contents.add("error", "picture-position", row.origin, error.message, error.fix)
     cells["morphology"] = cells["morphology"] or written.lower()

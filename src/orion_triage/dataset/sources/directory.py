@@ -48,9 +48,10 @@ class Directory:
             if path.suffix.lower() in GEOTIFF_SUFFIXES:
                 try:
                     located = locate(path)
-                except OrionError:  # without a position, or unreadable: reported when its picture is read
+                except OrionError:  # unreadable: reported when its picture is read
                     continue
-                found.append(located.metres_per_pixel * located.edge)
+                if located:
+                    found.append(located.metres_per_pixel * located.edge)
         return max(found, default=None)
 
 

@@ -14,8 +14,6 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -233,7 +231,9 @@ class _Pace:
 def _judged(status: int, headers: Mapping[str, str], body: bytes) -> bytes | _Fault:
     """The picture's bytes, not yet decoded, or the fault."""
     if status == 429 or status >= 500:
-        wait_seconds = _retry_after_seconds(headers.get("retry-after", ""))
+        from orion_triage.safe.bounded_http import retry_after_seconds
+
+        wait_seconds = retry_after_seconds(headers.get("retry-after", ""))
         return _Fault(f"HTTP {status}{_detail(body)}", unanswered=True, wait_seconds=wait_seconds)
     if status != 200:
         where = f" to {_said(headers['location'])}, which is not followed" if "location" in headers else ""
@@ -292,18 +292,6 @@ def _said(text: str) -> str:
 def _without_key(text: str) -> str:
     """Remove keys: SimSat quotes the Mapbox URL with the access token, which must not reach a log or a dataset."""
     return re.sub(r"(access_token=)[^&\s'\")]+", r"\1...", text)
-
-
-def _retry_after_seconds(value: str) -> float:
-    """Seconds to wait by Retry-After, which is a number or a date; 0 if it is neither."""
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
-    except (TypeError, ValueError, OverflowError):
-        return 0.0
 
 
 def _words(shot: Shot) -> str:
