@@ -13,6 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from orion_triage.dataset.labelled import read_labelled
 from orion_triage.errors import OrionError
 from orion_triage.evaluate import adapt, head
 from orion_triage.evaluate.run import read_predictions
@@ -160,13 +161,13 @@ def labelled(folder: Path, *pictures: tuple[str, Image.Image]) -> Path:
 def test_folders_that_teach_nothing_are_refused(tmp_path: Path) -> None:
     few = labelled(tmp_path / "few", *((category, structured_picture(n)) for n, category in enumerate((H, M, L, L))))
     with pytest.raises(OrionError, match="has 4 labelled frames"):
-        adapt.read_labelled(few, MISSION)
+        read_labelled(few, MISSION)
     one = labelled(tmp_path / "one", *((L, structured_picture(n)) for n in range(7)))
     with pytest.raises(OrionError, match="all labelled frames are LOW"):
-        adapt.read_labelled(one, MISSION)
+        read_labelled(one, MISSION)
     both = labelled(tmp_path / "both", (H, structured_picture(0)), (L, structured_picture(0)))
     with pytest.raises(OrionError, match="are the same picture, labelled HIGH and LOW"):
-        adapt.read_labelled(both, MISSION)
+        read_labelled(both, MISSION)
 
 
 def test_blank_frames_and_copies_are_left_out_and_said(tmp_path: Path) -> None:
@@ -174,14 +175,14 @@ def test_blank_frames_and_copies_are_left_out_and_said(tmp_path: Path) -> None:
     pictures = [((H, M, L)[n % 3], structured_picture(n)) for n in range(9)]
     blank = Image.new("RGB", (512, 512), (3, 3, 3))
     folder = labelled(tmp_path / "mine", *pictures, (L, blank), (H, structured_picture(0)))
-    frames, left_out = adapt.read_labelled(folder, MISSION)
+    frames, left_out = read_labelled(folder, MISSION)
     assert len(frames) == 9
     assert left_out == ["1 blank frames, which the blank rule decides", "1 pictures that are there already"]
 
 
 def test_it_helps_only_if_it_beats_the_pair_and_the_commonest_category() -> None:
     def said(pair: float, constant: float) -> str:
-        change = {"gained": 9, "lost": 0, "points": 30.0, "mid_p": 0.5, "frames_to_resolve": None}
+        change = {"gained": 9, "lost": 0, "points": 30.0, "mid_p": 0.5, "frames_to_resolve": None, "low": 0, "high": 1}
         changes = {"zero_shot": change | {"exact_p": pair}, "constant": change | {"exact_p": constant}}
         return adapted_in_words(
             {"change": changes, "curve": {}, "repeats": [5, 6], "frames": 10, "of_category": {H: 0, M: 5, L: 5}}
