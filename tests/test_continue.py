@@ -153,6 +153,8 @@ def test_an_adapter_of_another_base_or_frame_size_is_refused(
 ) -> None:
     with pytest.raises(OrionError, match="is an adapter of another base"):
         continued(other_base, small_dataset, tmp_path / "out", small_adapter, [])
+    with pytest.raises(OrionError, match=r"must contain adapter_config\.json"):
+        continued(small_base, small_dataset, tmp_path / "out", small_dataset, [])
     with pytest.raises(OrionError, match="was trained on frames of 256 px"):
         data = Dataset(small_dataset, MISSION)
         fine_tune.run(small_base, data, tmp_path / "out", tmp_path / "w", QUICK, 384, parent=small_adapter)

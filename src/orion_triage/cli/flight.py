@@ -216,6 +216,7 @@ def adapt(
     from orion_triage.dataset.labelled import read_labelled
     from orion_triage.evaluate import adapt as adapting
     from orion_triage.flight import continued, triage
+    from orion_triage.mission.verdict import require_category_alone
     from orion_triage.report.render import adapted_in_words, adapted_table
 
     source = frames or named
@@ -223,6 +224,7 @@ def adapt(
         raise typer.BadParameter("name one folder of labelled frames.", param_hint="'FOLDER'")
     run = finished_run(folder, "quantize")
     flown, mission = triage.of_run(run), run.settings.mission
+    require_category_alone(mission)  # before anything is trained
     labelled, left_out = read_labelled(source, mission, flown.stretch)
     for said in left_out:
         messages().print(f"left out: {said}")

@@ -113,6 +113,8 @@ def refuse_leaks(frames: Sequence[Labelled], dataset: Dataset) -> None:
     The rules are those of `orion dataset check`: equal pixels, pictures that differ only by re-encoding, brightness or
     a shift, and places closer than the width of a frame.
     """
+    if not frames:
+        return
     metres, distance, _ = made_with(dataset.folder)
     entries, pictures = [], {}
     for number, frame in enumerate(frames):

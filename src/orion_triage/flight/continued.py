@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 LEARNING_RATE_SHARE = 0.5
 EPOCHS = 1
 REPLAY = 0.25
+CHECK_RECORDS = 6  # of a fold's merge; that of the continued run is checked like any other
 FOLDS_FOLDER = "adapt_folds"
 FIGURES_FILE = "adapted.json"  # in the folder of the continued run
 
@@ -51,17 +52,22 @@ def run_beside(run: "Run", frames: Path) -> "Run":
     return replace(run, folder=run.folder.with_name(f"{run.folder.name}-continued"), settings=settings)
 
 
-def trained_pair(
-    run: "Run", frames: Sequence[Labelled], folder: Path, settings: FineTuneSettings, progress: Progress = silent
+def _trained_pair(
+    run: "Run",
+    dataset: Dataset,
+    frames: Sequence[Labelled],
+    folder: Path,
+    settings: FineTuneSettings,
+    progress: Progress,
 ) -> Path:
-    """The GGUF pair, in `folder`, of the run's adapter continued with these frames."""
+    """The GGUF pair, in `folder`, of the run's adapter continued with these frames; of the run's opened dataset."""
     base, size = resolve_base(run.settings.base.model), run.settings.base.frame_size
-    dataset = Dataset(run.dataset, run.settings.mission)
     adapter, merged = folder / "adapter", folder / "merged"
     fine_tune.run(
         base, dataset, adapter, folder / "work", settings, size, progress, labelled=frames, parent=run.adapter
     )
-    fuse.run(base, adapter, dataset, merged, run.settings.fuse, size, progress)
+    fusing = run.settings.fuse.model_copy(update={"check_records": CHECK_RECORDS})
+    fuse.run(base, adapter, dataset, merged, fusing, size, progress)
     texts = sorted({record.user_text for record in dataset.every_record()})
     quantize.run(merged, folder / "gguf", run.settings.quantize, user_texts=texts, progress=progress)
     return folder / "gguf"
@@ -88,7 +94,8 @@ def out_of_fold(
     cross-validation goes on.
     """
     settings, folder = settings or settings_of(run.settings.fine_tune), run.folder / FOLDS_FOLDER
-    refuse_leaks(frames, Dataset(run.dataset, run.settings.mission))
+    dataset = Dataset(run.dataset, run.settings.mission)  # one for all folds: frames are decoded once
+    refuse_leaks(frames, dataset)
     said: list[str | None] = [None] * len(frames)
     for number, held_out in enumerate(folds):
         shown = set(held_out.tolist())
@@ -98,7 +105,7 @@ def out_of_fold(
         if not path.is_file() or read_object(path).get("of") != identity:
             folder.mkdir(parents=True, exist_ok=True)
             with temporary_folder(folder, "fold") as temporary:
-                pair = trained_pair(run, known, temporary, settings, progress)
+                pair = _trained_pair(run, dataset, known, temporary, settings, progress)
                 answers = decided(pair, run.settings, asked, temporary / "server.log")
             write_text(path, json.dumps({"of": identity, "answers": answers}) + "\n")
         for index, answer in zip(held_out, read_object(path)["answers"], strict=True):

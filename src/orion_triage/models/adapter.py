@@ -303,7 +303,7 @@ def attach_adapter(model: Any, adapter: Path, tensors: "dict[str, torch.Tensor]"
     return adapted.eval(), census, warnings
 
 
-def load_weights(adapted: Any, adapter: Path) -> None:
+def load_weights(adapted: Any, adapter: Path, tensors: "dict[str, torch.Tensor]") -> None:
     """Set the LoRA matrices of a model to be trained to those of a finished adapter, to continue its training.
 
     Raises OrionError that names what differs: rank, scale, or the modules.
@@ -311,12 +311,14 @@ def load_weights(adapted: Any, adapter: Path) -> None:
     from peft import set_peft_model_state_dict
     from peft.utils import get_peft_model_state_dict
 
-    arithmetic, tensors = _read_config(adapter), read_adapter(adapter)
+    arithmetic = _read_config(adapter)
     family, own = family_of_model(adapted), adapted.peft_config["default"]
-    called = {family.plain_name(key): key for key in get_peft_model_state_dict(adapted)}
-    state = {
-        called.get(name := family.plain_name(key.replace("_orig_mod.", "")), name): tensors[key] for key in tensors
-    }
+
+    def plain(key: str) -> str:
+        return family.plain_name(key.replace("_orig_mod.", "").removeprefix("base_model.model."))
+
+    called = {plain(key): key for key in get_peft_model_state_dict(adapted)}
+    state = {called.get(plain(key), key): tensor for key, tensor in tensors.items()}
     settings = {"rank": (arithmetic.rank, own.r), "alpha": (arithmetic.alpha, own.lora_alpha)}
     wrong = [f"fine_tune.{name} is {now}, and {was:g} there" for name, (was, now) in settings.items() if was != now]
     if arithmetic.by_root_of_rank or arithmetic.ranks_differ or arithmetic.alpha_pattern:

@@ -29,6 +29,7 @@ from orion_triage.models.adapter import (
     Census,
     check_base,
     load_weights,
+    read_adapter,
     resolve_targets,
     tower_of,
 )
@@ -119,6 +120,7 @@ def run(
     require_free_space(work_folder, int(weights * _CHECKPOINT_SHARE * settings.epochs) + 50_000_000, "fine-tuning")
     base_sha256 = fingerprint(base)
     warnings_of_parent = check_base(base, parent, frame_size) if parent else []
+    parent_tensors = read_adapter(parent) if parent else {}
     continued = {"continued_from": sha256_of_file(parent / WEIGHTS_FILE)} if parent else {}
     processor = load_processor(base, frame_size)
     first = train_records[0]
@@ -148,7 +150,7 @@ def run(
         set_seed(settings.seed)
         model, census = add_adapter(model, settings)
         if parent:
-            load_weights(model, parent)
+            load_weights(model, parent, parent_tensors)
         # Only here, where base, dataset and targets have proved usable: it deletes checkpoints of another training.
         if processes.is_main():
             prepare_work_folder(
