@@ -20,7 +20,7 @@ from orion_triage.evaluate.run import read_predictions
 from orion_triage.export.quantize import PAIR
 from orion_triage.mission.mission import Mission
 from orion_triage.progress import silent
-from orion_triage.report.render import adapted_in_words
+from orion_triage.report.render import adapted_in_words, adapted_table
 from tests.conftest import MISSION, orion, structured_picture
 
 H, M, L = MISSION.names
@@ -149,6 +149,32 @@ def test_the_figures_say_whether_it_helps() -> None:
     assert found["curve"]["5"]["mean"] < found["curve"]["25"]["mean"]
     right = [MISSION.names[int(index)] for index in truth]
     assert adapt.figures(states, truth, names, names, right, MISSION)["change"]["zero_shot"]["gained"] == 0
+
+
+def test_of_head_and_continued_adapter_the_better_one_in_the_same_folds_is_chosen() -> None:
+    states, truth = planted(24, spread=0.1)
+    names = [str(n) for n in range(24)]
+    right: list[str | None] = [MISSION.names[int(index)] for index in truth]
+    wrong = [MISSION.names[(int(index) + 1) % 3] for index in truth]
+    folds = head.folds(truth, names, adapt.SEED)
+    by_head = [MISSION.names[index] for index in head.said_out_of_fold(states, truth, 3, folds)]
+    for answers, chosen in ((right, "continued"), (wrong, "head"), (by_head, "head")):
+        found = adapt.figures(states, truth, names, names, wrong, MISSION, silent, adapt.Continued(answers, folds))
+        assert found["chosen"] == chosen
+        hits = sum(answer == of for answer, of in zip(answers, right, strict=True))
+        assert found["continued"]["count"] == hits
+        assert found["head_on_its_folds"]["count"] == sum(a == b for a, b in zip(by_head, right, strict=True)) < 24
+        change = found["change_of_continued"]
+        assert change["zero_shot"]["gained"] - change["zero_shot"]["lost"] == hits
+        assert change["head_on_its_folds"]["gained"] == sum(
+            a == c != b for a, b, c in zip(answers, by_head, right, strict=True)
+        )
+        said = adapted_in_words(found)
+        which = "the continued adapter" if chosen == "continued" else "the head"
+        assert f"simpler if both are right as often: {which}." in said[-1]
+        assert said[-2].startswith("It helps" if chosen == "continued" else "It is not shown") or answers is by_head
+        assert len(adapted_table(found).columns) == 5
+        assert adapted_table(found).row_count == 5
 
 
 def labelled(folder: Path, *pictures: tuple[str, Image.Image]) -> Path:
