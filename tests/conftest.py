@@ -58,7 +58,7 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 LONGEST_FIRST = (
     "test_gpu_benchmark", "test_processes", "test_rehearse", "test_upload", "test_hub", "test_whole_run",
     "test_second_family", "test_fine_tune", "test_remote", "test_simsat_build", "test_scripts", "test_download",
-    "test_twins", "test_verdict",
+    "test_twins", "test_verdict", "test_continue",
     "test_cli", "test_bench_frame", "test_torture", "test_guides", "test_disk_faults", "test_speed_benchmark",
     "test_reliability", "test_html", "test_fuse", "test_bundle", "test_triage_on_board", "test_check",
     "test_hostile_weights", "test_sentinel2", "test_simsat", "test_report", "test_hostile_text", "test_directory",

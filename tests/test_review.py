@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 from sklearn.metrics import cohen_kappa_score
 
+from orion_triage.dataset.labelled import read_labelled
 from orion_triage.errors import OrionError
-from orion_triage.evaluate.adapt import read_labelled
 from orion_triage.review.choose import RANDOM, UNLIKE, Logged, choose, margin, read_log, why_of
 from orion_triage.review.labels import CONFLICTS, merge, read_labels, read_task, write_dataset
 from orion_triage.review.task import CONFIG_FILE, FRAMES_FILE, PAGE_FILE, TASKS_FILE, found_in, write

@@ -23,11 +23,12 @@ from orion_triage.mission.mission import Mission, default_mission
 from orion_triage.models.load import base_name, resolve_base
 from orion_triage.progress import Progress, silent
 from orion_triage.runs import manifest
-from orion_triage.runs.run import EVALUATE, WORK_FOLDER, Run, running
+from orion_triage.runs.run import EVALUATE, WORK_FOLDER, Run, adapter_in, running
 from orion_triage.safe.files import replaced_folder
 from orion_triage.settings import Settings
 
 if TYPE_CHECKING:
+    from orion_triage.dataset.labelled import Labelled
     from orion_triage.publish.card import Product
 
 Figures = dict[str, Any]
@@ -70,15 +71,49 @@ def _dataset(run: Run, progress: Progress) -> Figures:
 
 def _fine_tune(run: Run, progress: Progress) -> Figures:
     from orion_triage.dataset.check.soundness import require_sound
+    from orion_triage.dataset.labelled import refuse_leaks
     from orion_triage.train import fine_tune
 
     found = require_sound(run.dataset, run.settings.mission, progress=progress) if processes.is_main() else None
-    work, settings = run.folder / WORK_FOLDER, run.settings
-    size = settings.base.frame_size
+    settings, dataset = run.settings, Dataset(run.dataset, run.settings.mission)
+    labelled, left_out = labelled_frames(settings)
+    refuse_leaks(labelled, dataset)
     figures = fine_tune.run(
-        _base(run), Dataset(run.dataset, run.settings.mission), run.adapter, work, settings.fine_tune, size, progress
+        _base(run),
+        dataset,
+        run.adapter,
+        run.folder / WORK_FOLDER,
+        settings.fine_tune,
+        settings.base.frame_size,
+        progress,
+        labelled=labelled,
+        parent=_parent(run),
     )
-    return figures | {"warnings": found.summary() if found else []}
+    return figures | {"warnings": [*(found.summary() if found else []), *left_out]}
+
+
+def labelled_frames(settings: Settings) -> "tuple[list[Labelled], list[str]]":
+    """(The labelled frames that the settings train with, what is left out of their folder in words.)"""
+    from orion_triage.dataset.labelled import read_labelled
+    from orion_triage.imagery.stretch import stretch_of
+
+    if not settings.fine_tune.frames:
+        return [], []
+    folder = Path(settings.fine_tune.frames)
+    frames, left_out = read_labelled(folder, settings.mission, stretch_of(settings.dataset))
+    return frames, [f"left out of {folder}: {said}" for said in left_out]
+
+
+def _parent(run: Run) -> Path | None:
+    """The adapter that the training continues; raises OrionError if it is the one that it would replace."""
+    if not (name := run.settings.fine_tune.continue_from):
+        return None
+    if (folder := adapter_in(name)).resolve() == run.adapter.resolve():
+        raise OrionError(
+            f"fine_tune.continue_from={name} is the adapter that this training would replace.",
+            "Name another run folder with --run.",
+        )
+    return folder
 
 
 def _fuse(run: Run, progress: Progress) -> Figures:
@@ -147,7 +182,13 @@ def _of_base_and_dataset(run: Run) -> dict[str, Path]:
 
 
 def _of_training(run: Run) -> dict[str, Path]:
-    return _of_base_and_dataset(run) | _camera_input(run.settings.fine_tune.camera)
+    folders = {"adapter": _parent(run), "frames": _labelled_folder(run.settings.fine_tune.frames)}
+    given = {name: folder for name, folder in folders.items() if folder}
+    return _of_base_and_dataset(run) | _camera_input(run.settings.fine_tune.camera) | given
+
+
+def _labelled_folder(name: str | None) -> Path | None:
+    return Path(name) if name else None
 
 
 def _of_adapter(run: Run) -> dict[str, Path]:
@@ -345,6 +386,8 @@ def check_inputs(run: Run) -> None:
     for camera in (run.settings.dataset.camera, run.settings.fine_tune.camera):
         if camera:
             load_camera(camera)
+    _parent(run)
+    labelled_frames(run.settings)
     if build.published_folder(run.settings.dataset) is None:
         build.plan(run.settings.dataset, run.settings.mission)
 

@@ -140,7 +140,21 @@ class FineTuneSettings(Strict):
     # Share of the training prompts with coordinates that have those of another training place, others in each epoch;
     # empty: none, as in the mission document. Larger: less trust in coordinates, of which condition D shows the harm.
     wrong_coordinates: float | None = Field(default=None, ge=0, le=1)
+    # A run, or an adapter (folder or Hub id), with whose weights the training begins; empty: with new LoRA matrices.
+    # Rank, scale and modules must be the same. Nothing of its optimizer is taken over.
+    continue_from: str | None = None
+    # A folder of labelled frames (docs/camera.md) that are trained beside the dataset's, in their eight orientations.
+    frames: str | None = None
+    # Share of the dataset's training frames that are trained beside `frames`; empty: all. Lower: a shorter training,
+    # which forgets more of them.
+    replay: float | None = Field(default=None, ge=0, le=1)
     seed: Seed = 42
+
+    @model_validator(mode="after")
+    def _something_is_trained(self) -> Self:
+        if self.replay == 0 and not self.frames:
+            raise ValueError("replay=0 leaves nothing to train; it needs frames=FOLDER")
+        return self
 
     @property
     def trains_tower(self) -> bool:

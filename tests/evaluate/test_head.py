@@ -13,13 +13,14 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from orion_triage.dataset.labelled import read_labelled
 from orion_triage.errors import OrionError
 from orion_triage.evaluate import adapt, head
 from orion_triage.evaluate.run import read_predictions
 from orion_triage.export.quantize import PAIR
 from orion_triage.mission.mission import Mission
 from orion_triage.progress import silent
-from orion_triage.report.render import adapted_in_words
+from orion_triage.report.render import adapted_in_words, adapted_table
 from tests.conftest import MISSION, orion, structured_picture
 
 H, M, L = MISSION.names
@@ -150,6 +151,32 @@ def test_the_figures_say_whether_it_helps() -> None:
     assert adapt.figures(states, truth, names, names, right, MISSION)["change"]["zero_shot"]["gained"] == 0
 
 
+def test_of_head_and_continued_adapter_the_better_one_in_the_same_folds_is_chosen() -> None:
+    states, truth = planted(24, spread=0.1)
+    names = [str(n) for n in range(24)]
+    right: list[str | None] = [MISSION.names[int(index)] for index in truth]
+    wrong = [MISSION.names[(int(index) + 1) % 3] for index in truth]
+    folds = head.folds(truth, names, adapt.SEED)
+    by_head = [MISSION.names[index] for index in head.said_out_of_fold(states, truth, 3, folds)]
+    for answers, chosen in ((right, "continued"), (wrong, "head"), (by_head, "head")):
+        found = adapt.figures(states, truth, names, names, wrong, MISSION, silent, adapt.Continued(answers, folds))
+        assert found["chosen"] == chosen
+        hits = sum(answer == of for answer, of in zip(answers, right, strict=True))
+        assert found["continued"]["count"] == hits
+        assert found["head_on_its_folds"]["count"] == sum(a == b for a, b in zip(by_head, right, strict=True)) < 24
+        change = found["change_of_continued"]
+        assert change["zero_shot"]["gained"] - change["zero_shot"]["lost"] == hits
+        assert change["head_on_its_folds"]["gained"] == sum(
+            a == c != b for a, b, c in zip(answers, by_head, right, strict=True)
+        )
+        said = adapted_in_words(found)
+        which = "the continued adapter" if chosen == "continued" else "the head"
+        assert f"simpler if both are right as often: {which}." in said[-1]
+        assert said[-2].startswith("It helps" if chosen == "continued" else "It is not shown") or answers is by_head
+        assert len(adapted_table(found).columns) == 5
+        assert adapted_table(found).row_count == 5
+
+
 def labelled(folder: Path, *pictures: tuple[str, Image.Image]) -> Path:
     for number, (category, picture) in enumerate(pictures):
         (folder / category).mkdir(parents=True, exist_ok=True)
@@ -160,13 +187,13 @@ def labelled(folder: Path, *pictures: tuple[str, Image.Image]) -> Path:
 def test_folders_that_teach_nothing_are_refused(tmp_path: Path) -> None:
     few = labelled(tmp_path / "few", *((category, structured_picture(n)) for n, category in enumerate((H, M, L, L))))
     with pytest.raises(OrionError, match="has 4 labelled frames"):
-        adapt.read_labelled(few, MISSION)
+        read_labelled(few, MISSION)
     one = labelled(tmp_path / "one", *((L, structured_picture(n)) for n in range(7)))
     with pytest.raises(OrionError, match="all labelled frames are LOW"):
-        adapt.read_labelled(one, MISSION)
+        read_labelled(one, MISSION)
     both = labelled(tmp_path / "both", (H, structured_picture(0)), (L, structured_picture(0)))
     with pytest.raises(OrionError, match="are the same picture, labelled HIGH and LOW"):
-        adapt.read_labelled(both, MISSION)
+        read_labelled(both, MISSION)
 
 
 def test_blank_frames_and_copies_are_left_out_and_said(tmp_path: Path) -> None:
@@ -174,7 +201,7 @@ def test_blank_frames_and_copies_are_left_out_and_said(tmp_path: Path) -> None:
     pictures = [((H, M, L)[n % 3], structured_picture(n)) for n in range(9)]
     blank = Image.new("RGB", (512, 512), (3, 3, 3))
     folder = labelled(tmp_path / "mine", *pictures, (L, blank), (H, structured_picture(0)))
-    frames, left_out = adapt.read_labelled(folder, MISSION)
+    frames, left_out = read_labelled(folder, MISSION)
     assert len(frames) == 9
     assert left_out == ["1 blank frames, which the blank rule decides", "1 pictures that are there already"]
 
@@ -202,7 +229,7 @@ def test_plain_tiffs_need_no_position(tmp_path: Path) -> None:
 
 def test_it_helps_only_if_it_beats_the_pair_and_the_commonest_category() -> None:
     def said(pair: float, constant: float) -> str:
-        change = {"gained": 9, "lost": 0, "points": 30.0, "mid_p": 0.5, "frames_to_resolve": None}
+        change = {"gained": 9, "lost": 0, "points": 30.0, "mid_p": 0.5, "frames_to_resolve": None, "low": 0, "high": 1}
         changes = {"zero_shot": change | {"exact_p": pair}, "constant": change | {"exact_p": constant}}
         return adapted_in_words(
             {"change": changes, "curve": {}, "repeats": [5, 6], "frames": 10, "of_category": {H: 0, M: 5, L: 5}}

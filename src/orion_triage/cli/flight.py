@@ -1,8 +1,10 @@
 """Flight commands: build the bundle, classify frames, measure one frame."""
 
 import json
+import shlex
 from collections import Counter
 from dataclasses import replace
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -175,50 +177,102 @@ def triage(
         raise typer.Exit(1)
 
 
-@command(epilog="Example: orion adapt my-labelled-frames\n\nExample: orion adapt downlink --run runs/tiny --json")
+class How(StrEnum):
+    """The ways to adapt a run to a camera."""
+
+    head = "head"
+    CONTINUE = "continue"
+    both = "both"
+
+
+@command(
+    epilog="Example: orion adapt my-labelled-frames\n\n"
+    "Example: orion adapt my-labelled-frames --how both\n\n"
+    "Example: orion adapt downlink --run runs/tiny --json"
+)
 def adapt(
     frames: Annotated[
         Path | None,
         typer.Argument(metavar="[FOLDER]", help="Labelled frames, in any layout of 'orion run --dataset FOLDER'."),
     ] = None,
     named: Annotated[Path | None, typer.Option("--frames", help="The same as FOLDER.")] = None,
+    how: Annotated[
+        How, typer.Option("--how", help="Fit a head, continue the adapter, or measure both and make the better one.")
+    ] = How.head,
+    folds: Annotated[
+        int, typer.Option("--folds", min=2, max=20, help="Trainings of the cross-validation of a continued adapter.")
+    ] = 5,
     folder: FinishedRunOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Fit a head on a few labelled frames of your camera.
+    """Adapt a run to your camera with a few labelled frames.
 
     A head is a logistic regression on what the pair sees, fitted in seconds; the
-    pair stays as it is. Says by cross-validation whether it is better than the
-    pair on these frames. Use it with 'orion triage --head' and 'orion evaluate
-    --variants head'.
+    pair stays as it is. Use it with 'orion triage --head' and 'orion evaluate
+    --variants head'. --how continue trains the adapter on with these frames and
+    the run's own, and makes a new pair in RUN-continued. Says by cross-validation
+    whether it is better than the pair on these frames. Run the same command again
+    to resume.
     """
+    from orion_triage.dataset.labelled import read_labelled
     from orion_triage.evaluate import adapt as adapting
-    from orion_triage.flight import triage
+    from orion_triage.flight import continued, triage
+    from orion_triage.mission.verdict import require_category_alone
     from orion_triage.report.render import adapted_in_words, adapted_table
-    from orion_triage.safe.reading import read_object
 
-    if (frames is None) == (named is None):
+    source = frames or named
+    if source is None or (frames and named):
         raise typer.BadParameter("name one folder of labelled frames.", param_hint="'FOLDER'")
     run = finished_run(folder, "quantize")
-    flown = triage.of_run(run)
-    labelled, left_out = adapting.read_labelled(frames or named or Path(), run.settings.mission, flown.stretch)
+    flown, mission = triage.of_run(run), run.settings.mission
+    require_category_alone(mission)  # before anything is trained
+    labelled, left_out = read_labelled(source, mission, flown.stretch)
     for said in left_out:
         messages().print(f"left out: {said}")
     zero_shot: list[str | None] = []
-    with progress_bar() as progress:
+    answers = None
+    with progress_bar("adapt") as progress:
         paths = [frame.path for frame in labelled]
         for done, outcome in enumerate(triage.triage_with_pair(paths, flown, rules=flown.rules, resize=True), start=1):
             zero_shot.append(outcome.verdict.category if outcome.verdict else None)
             progress("classifying frames with the pair", done, len(paths))
-        path = adapting.run(run, labelled, zero_shot, progress)
-    figures = read_object(path)["figures"]
+        if how is not How.head:
+            divided = adapting.folds_of(labelled, mission, folds)
+            answers = continued.out_of_fold(run, labelled, divided, progress=progress)
+        made = adapting.fitted(run, labelled, zero_shot, progress, answers)
+    figures = made.figures
     if as_json:
         typer.echo(json.dumps(figures, indent=2))
+    else:
+        output().print(adapted_table(figures))
+        for line in adapted_in_words(figures):
+            output().print(line, soft_wrap=True)
+    if how is How.CONTINUE or (how is How.both and figures["chosen"] == "continued"):
+        _continue(run, source, figures)
         return
-    output().print(adapted_table(figures))
-    for line in adapted_in_words(figures):
-        output().print(line, soft_wrap=True)
+    path = adapting.write(run, made)
     messages().print(f"head: {path.stat().st_size / 1000:.1f} kB  ->  {path}", soft_wrap=True)
+
+
+def _continue(run: Any, frames: Path, figures: dict[str, Any]) -> None:
+    """Make the continued run beside this one, and say what it changes on the run's own test frames."""
+    from orion_triage.flight import continued
+    from orion_triage.pipeline import take_dataset
+    from orion_triage.report.compare import compare_runs
+    from orion_triage.report.render import forgotten_in_words
+    from orion_triage.safe.files import write_text
+
+    after = continued.run_beside(run, frames)
+    take_dataset(run, after)
+    for stage in ("fine-tune", "fuse", "quantize", "evaluate quantized"):
+        do_stage(stage, after)
+    do_stage("evaluate quantized", run)
+    compared = compare_runs(run, after)["quantized"]
+    write_text(after.folder / continued.FIGURES_FILE, json.dumps(figures | {"forgotten": compared}, indent=1) + "\n")
+    messages().print(forgotten_in_words(compared), soft_wrap=True)
+    messages().print(
+        f"next: {shlex.join(['orion', 'triage', str(frames), '--run', str(after.folder)])}", soft_wrap=True
+    )
 
 
 @command(

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -176,11 +177,48 @@ def _single(name: str, help_text: str, odd_example: str) -> None:
         do_stage(name, run_of(preset, assignments, folder), force)
 
 
-_single(
+@command(
     "fine-tune",
-    "Train the LoRA adapter on the dataset.\n\nResumes from the last complete checkpoint.",
-    "--run runs/seed-43 --set fine_tune.seed=43",
+    epilog="Example: orion fine-tune\n\n"
+    "Example: orion fine-tune --preset lfm2.5-vl-1.6b\n\n"
+    "Example: orion fine-tune --run runs/seed-43 --set fine_tune.seed=43\n\n"
+    "Example: orion fine-tune --run runs/mine --from runs/tiny --frames my-frames --set fine_tune.epochs=1",
 )
+def fine_tune(
+    preset: PresetOption = "tiny",
+    assignments: SetOption = [],  # noqa: B006
+    folder: RunOption = None,
+    parent: Annotated[
+        str,
+        typer.Option("--from", metavar="RUN|ADAPTER", help="Adapter to continue (fine_tune.continue_from)."),
+    ] = "",
+    frames: Annotated[
+        str,
+        typer.Option("--frames", metavar="FOLDER", help="Labelled frames to train, too (fine_tune.frames)."),
+    ] = "",
+    force: ForceOption = False,
+) -> None:
+    """Train the LoRA adapter on the dataset.
+
+    Resumes from the last complete checkpoint. With --from, training begins with
+    the weights of a finished adapter; a new run takes the dataset of the run that
+    it continues. With --frames, labelled frames are trained in their eight
+    orientations beside the dataset's ('orion adapt' does both, and measures).
+    """
+    from orion_triage.pipeline import take_dataset
+    from orion_triage.runs.run import SETTINGS_FILE, open_run
+
+    named = {"continue_from": parent, "frames": frames}
+    sets = [f"fine_tune.{key}={json.dumps(value)}" for key, value in named.items() if value]
+    current = run_of(preset, [*assignments, *sets], folder)
+    if (Path(parent) / SETTINGS_FILE).is_file() and parent and not current.dataset.exists():
+        before = open_run(Path(parent))
+        take_dataset(before, current)
+        dataset = {"dataset": before.settings.dataset}
+        current = replace(current, settings=current.settings.model_copy(update=dataset))
+    do_stage("fine-tune", current, force)
+
+
 _single("quantize", "Convert the merged model to a GGUF pair and quantize it.", "--run runs/tiny --force")
 
 

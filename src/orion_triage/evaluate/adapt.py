@@ -1,19 +1,17 @@
 """Adapt a run to a camera with a few labelled frames: fit a head, and say by cross-validation whether it helps."""
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from orion_triage.errors import OrionError
+from orion_triage.dataset.labelled import Labelled
 from orion_triage.evaluate import clusters, head
 from orion_triage.evaluate.metrics import Prediction, compare
 from orion_triage.evaluate.statistics import Integers
 from orion_triage.export.quantize import PAIR
-from orion_triage.imagery.stretch import Stretch
 from orion_triage.mission.mission import Mission
 from orion_triage.mission.prompt import user_text
 from orion_triage.mission.verdict import require_category_alone
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
 
     from orion_triage.runs.run import Run
 
-FEWEST = 6  # labelled frames; with fewer, a cross-validation says nothing
 CURVE = (5, 10, 20, 25, 50, 100)
 _FEWEST_LEFT = 4  # frames that a point of the curve is measured on
 REPEATS = 100  # of each point of the curve, with other frames
@@ -34,79 +31,52 @@ SEED = 42
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """A labelled frame of the camera's size and its file; `place` names those that are alike."""
+class Continued:
+    """What continued adapters that have not seen a frame decide about it, and the folds of that cross-validation."""
 
-    name: str
-    category: str
-    place: str
-    path: Path
-    image: "Image.Image"
+    answers: Sequence[str | None]
+    folds: Sequence[Integers]
 
 
-def read_labelled(folder: Path, mission: Mission, stretch: Stretch | None = None) -> tuple[list[Labelled], list[str]]:
-    """(The frames of a folder in any layout of `orion run --dataset FOLDER`, what is left out in words.)
-
-    Blank frames are left out if the mission has a rule for them: no head is asked about them. The same picture twice
-    counts once. Raises OrionError that lists mistakes, and for too few frames or categories.
-    """
-    from orion_triage.dataset.sources.directory import Directory
-    from orion_triage.dataset.sources.source import Picture, Shot
-    from orion_triage.imagery.frames import CAMERA_SIZE, is_blank, read_frame
-
-    source = Directory(folder, mission)
-    found: dict[bytes, Labelled] = {}
-    again = 0
-    for target, answer in zip(source.targets, source.pictures([Shot(one) for one in source.targets]), strict=True):
-        assert isinstance(answer, Picture)
-        assert isinstance(answer.data, Path)
-        where = target.coordinates
-        place = clusters.place_label(where.lon, where.lat) if where else target.name
-        image = read_frame(answer.data, CAMERA_SIZE, resize=True, stretch=stretch).image
-        own = Labelled(target.file or target.name, target.category, place, answer.data, image)
-        first = found.setdefault(hashlib.sha256(image.tobytes()).digest(), own)
-        if first.category != own.category:
-            raise OrionError(
-                f"{first.path} and {own.path} are the same picture, labelled {first.category} and {own.category}.",
-                "Keep the one with the right label.",
-            )
-        again += first is not own
-    # In an order of their own, so that the folds do not depend on names and folders.
-    ordered = [found[key] for key in sorted(found)]
-    frames = [frame for frame in ordered if not (mission.blank and is_blank(frame.image))]
-    blank = len(found) - len(frames)
-    if len(frames) < FEWEST:
-        raise OrionError(f"{folder} has {len(frames)} labelled frames.", f"Add frames: at least {FEWEST} are needed.")
-    if len({frame.category for frame in frames}) < 2:
-        raise OrionError(f"all labelled frames are {frames[0].category}.", "Add frames of another category.")
-    if len({frame.place for frame in frames}) < 2:
-        raise OrionError("all labelled frames are of one place.", "Add frames of other places.")
-    told = [f"{blank} blank frames, which the blank rule decides"] if blank else []
-    return frames, told + ([f"{again} pictures that are there already"] if again else [])
+def truth_of(frames: Sequence[Labelled], mission: Mission) -> Integers:
+    """The index [frames] of each frame's category."""
+    return np.array([mission.names.index(frame.category) for frame in frames], dtype=np.int64)
 
 
-def run(of: "Run", frames: Sequence[Labelled], zero_shot: Sequence[str | None], progress: Progress = silent) -> Path:
-    """Fit a head on these frames, write it into the run's folder, and return its path.
+def places_of(frames: Sequence[Labelled]) -> list[str]:
+    """A label of each frame's place, by its number: names decide no folds."""
+    numbers = {place: index for index, place in enumerate(dict.fromkeys(frame.place for frame in frames))}
+    return [f"place {numbers[frame.place]:06d}" for frame in frames]
 
-    `zero_shot` are the decisions of the pair as it flies on the same frames. The head's figures: see `figures`.
+
+def folds_of(frames: Sequence[Labelled], mission: Mission, count: int) -> list[Integers]:
+    """The frames of each fold of one cross-validation, whole places; see head.folds."""
+    return head.folds(truth_of(frames, mission), places_of(frames), SEED, count)
+
+
+def fitted(
+    of: "Run",
+    frames: Sequence[Labelled],
+    zero_shot: Sequence[str | None],
+    progress: Progress = silent,
+    continued: Continued | None = None,
+) -> head.Head:
+    """A head on these frames; its figures: see `figures`.
+
+    `zero_shot` are the decisions of the pair as it flies on the same frames, `continued` those of a continued adapter.
     """
     mission, size = of.settings.mission, of.settings.base.frame_size
     require_category_alone(mission)
     states = states_of(of, [frame.image for frame in frames], progress)
-    truth = np.array([mission.names.index(frame.category) for frame in frames], dtype=np.int64)
-    numbers = {place: index for index, place in enumerate(dict.fromkeys(frame.place for frame in frames))}
-    places = [f"place {numbers[frame.place]:06d}" for frame in frames]  # not by their names: see read_labelled
-    count = len(mission.names)
-    weights, bias = head.fit(states, truth, count)
-    told = figures(states, truth, places, [frame.name for frame in frames], zero_shot, mission, progress)
-    made = head.Head(
-        mission.names,
-        weights.astype(np.float32),
-        bias.astype(np.float32),
-        sha256_of_file(of.pair / PAIR),
-        size,
-        told,
-    )
+    truth, places, names = truth_of(frames, mission), places_of(frames), [frame.name for frame in frames]
+    weights, bias = head.fit(states, truth, len(mission.names))
+    told = figures(states, truth, places, names, zero_shot, mission, progress, continued)
+    arrays = weights.astype(np.float32), bias.astype(np.float32)
+    return head.Head(mission.names, *arrays, sha256_of_file(of.pair / PAIR), size, told)
+
+
+def write(of: "Run", made: head.Head) -> Path:
+    """Write the head into the run's folder; returns its path."""
     with held(of, "adapt"):
         return head.write(of.folder, made)
 
@@ -131,6 +101,7 @@ def figures(
     zero_shot: Sequence[str | None],
     mission: Mission,
     progress: Progress = silent,
+    continued: Continued | None = None,
 ) -> dict[str, Any]:
     """What a head on these frames is worth, each frame judged by a head that has not seen its place.
 
@@ -139,6 +110,10 @@ def figures(
     which the median one is reported.
     `change`: from zero-shot to the head, and from the constant; paired. `curve`: frames -> mean accuracy and its 10 and
     90 % quantiles over drawn sets of that many frames.
+
+    With `continued`: `continued` and `head_on_its_folds` (right answers on the same division into folds), `chosen`, the
+    one of the two that is right more often (the head if they are equal), and `change_of_continued`, from zero-shot, the
+    constant and the head.
     """
     count = len(mission.names)
     repeats = head.out_of_fold(states, truth, count, places, SEED)
@@ -147,7 +122,10 @@ def figures(
     scores = repeats[int(np.argsort(right, kind="stable")[(len(right) - 1) // 2])]
     said = [mission.names[int(index)] for index in scores.argmax(axis=1)]
     constant = [mission.names[int(np.bincount(truth).argmax())]] * len(truth)
-    answers: Mapping[str, Sequence[str | None]] = {"head": said, "zero_shot": zero_shot, "constant": constant}
+    answers: dict[str, Sequence[str | None]] = {"head": said, "zero_shot": zero_shot, "constant": constant}
+    if continued:
+        same = [mission.names[index] for index in head.said_out_of_fold(states, truth, count, continued.folds)]
+        answers |= {"continued": continued.answers, "head_on_its_folds": same}
     of = {
         name: [
             Prediction("B", frame, mission.names[int(right)], answer, place=place)
@@ -155,6 +133,16 @@ def figures(
         ]
         for name, given in answers.items()
     }
+    more: dict[str, Any] = {}
+    if continued:
+        right_of = {name: sum(p.predicted == p.truth for p in of[name]) for name in ("head_on_its_folds", "continued")}
+        changes = ("zero_shot", "constant", "head_on_its_folds")
+        more = {
+            "change_of_continued": {name: vars(compare(of[name], of["continued"])) for name in changes},
+            "folds": len(continued.folds),
+            "chosen": "continued" if right_of["continued"] > right_of["head_on_its_folds"] else "head",
+            "answers_of_continued": dict(zip(names, continued.answers, strict=True)),
+        }
     return {
         "frames": len(truth),
         "places": len(set(places)),
@@ -165,6 +153,8 @@ def figures(
         "log_loss": head.log_loss(scores, truth),
         "curve": _curve(states, truth, places, count, progress),
         "answers": dict(zip(names, said, strict=True)),
+        "answers_of_zero_shot": dict(zip(names, zero_shot, strict=True)),
+        **more,
     }
 
 

@@ -109,6 +109,16 @@ def out_of_fold(states: Floats, truth: Integers, categories: int, groups: Sequen
     return scores
 
 
+def said_out_of_fold(states: Floats, truth: Integers, categories: int, held_out: Sequence[Integers]) -> list[int]:
+    """The answer [frames] about each frame by the head on all frames that are not in its fold."""
+    answers = np.zeros(len(truth), dtype=np.int64)
+    for fold in held_out:
+        kept = np.setdiff1d(np.arange(len(truth)), fold)
+        weights, bias = fit(states[kept], truth[kept], categories)
+        answers[fold] = (states[fold] @ weights.T + bias).argmax(axis=1)
+    return [int(answer) for answer in answers]
+
+
 def folds(truth: Integers, groups: Sequence[str], seed: int, count: int = _FOLDS) -> list[Integers]:
     """The frames of each fold, whole places, with about the same share of each category; fewer folds for few places."""
     import warnings

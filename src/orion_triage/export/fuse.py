@@ -16,13 +16,11 @@ from typing import TYPE_CHECKING, Any
 from orion_triage.dataset.dataset import Dataset
 from orion_triage.dataset.records import Record
 from orion_triage.errors import OrionError
-from orion_triage.models.adapter import BASE_FILE, attach_adapter, read_adapter
+from orion_triage.models.adapter import attach_adapter, check_base, read_adapter
 from orion_triage.models.checkpoint import write_tensors
 from orion_triage.models.family import family_in, family_of_model, read_config
 from orion_triage.models.generate import answer_log_probabilities
 from orion_triage.models.load import (
-    base_name,
-    fingerprint,
     float32_compute,
     load_model,
     load_processor,
@@ -30,7 +28,6 @@ from orion_triage.models.load import (
 )
 from orion_triage.progress import Progress, silent
 from orion_triage.safe.files import replaced_folder, require_free_space, write_text
-from orion_triage.safe.reading import read_object
 from orion_triage.settings import FuseSettings
 
 if TYPE_CHECKING:
@@ -68,7 +65,7 @@ def run(
     few = [f"the merge was checked on only {len(records)} records"] if len(records) < ENOUGH_RECORDS else []
     weights = sum(path.stat().st_size for path in base.glob("*.safetensors"))
     require_free_space(out_folder, weights + 20_000_000, "the merged model")
-    warnings = _check_base(base, adapter, frame_size)
+    warnings = check_base(base, adapter, frame_size)
     tensors = read_adapter(adapter)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     processor = load_processor(base, frame_size)
@@ -155,30 +152,6 @@ class _Samples:
             scores += answer_log_probabilities(model, self.processor, [image], [record.user_text], [answer])
             self.progress(description, done, len(self.records))
         return torch.cat(scores)
-
-
-def _check_base(base: Path, adapter: Path, frame_size: int) -> list[str]:
-    """Warnings about the adapter's origin; raises OrionError if it was trained on another base or frame size."""
-    path = adapter / BASE_FILE
-    try:
-        made_from = read_object(path)
-        sha256, trained_size = made_from["sha256"], made_from["frame_size"]
-    except FileNotFoundError:
-        return [f"{adapter} has no {BASE_FILE}: only the shapes were compared with {base_name(base)}"]
-    except KeyError as error:
-        raise OrionError(f"{path} is damaged: {error!r}.", "Fine-tune again.") from None
-    if sha256 != fingerprint(base):
-        raise OrionError(
-            f"{adapter} is an adapter of another base ({made_from.get('name')}, weights {str(sha256)[:12]}), "
-            f"not of {base_name(base)}.",
-            "Use the base that it was trained on, or fine-tune again on this one.",
-        )
-    if trained_size != frame_size:
-        raise OrionError(
-            f"{adapter} was trained on frames of {trained_size} px; base.frame_size is {frame_size}.",
-            f"Set base.frame_size={trained_size}, or fine-tune again.",
-        )
-    return []
 
 
 def _changes(model: Any) -> "dict[str, Callable[[], torch.Tensor]]":

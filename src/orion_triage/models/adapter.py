@@ -9,6 +9,7 @@ from warnings import catch_warnings, filterwarnings
 
 from orion_triage.errors import OrionError
 from orion_triage.models.family import Family, family_of_model
+from orion_triage.models.load import base_name, fingerprint
 from orion_triage.safe.reading import read_object, refuse_lfs_pointers, shown
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 _LARGEST_NUMBER = 1e6  # in an adapter's settings
 
+WEIGHTS_FILE = "adapter_model.safetensors"
 BASE_FILE = "base.json"  # beside an adapter: the base and the frame size that it was trained with
 
 Census = dict[str, dict[str, int]]  # matched modules: {target name: {tower: count}}
@@ -100,7 +102,7 @@ def read_adapter(adapter: Path) -> "dict[str, torch.Tensor]":
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = adapter / "adapter_model.safetensors"
+    path = adapter / WEIGHTS_FILE
     refuse_lfs_pointers(adapter)
     if not (adapter / "adapter_config.json").is_file() or not path.is_file():
         strange = {"adapter_model.bin": "can run code when opened", "adapters.safetensors": "is MLX's form"}
@@ -218,6 +220,30 @@ def _is_names(value: Any) -> bool:
     )
 
 
+def check_base(base: Path, adapter: Path, frame_size: int) -> list[str]:
+    """Warnings about the adapter's origin; raises OrionError if it was trained on another base or frame size."""
+    path = adapter / BASE_FILE
+    try:
+        made_from = read_object(path)
+        sha256, trained_size = made_from["sha256"], made_from["frame_size"]
+    except FileNotFoundError:
+        return [f"{adapter} has no {BASE_FILE}: only the shapes were compared with {base_name(base)}"]
+    except KeyError as error:
+        raise OrionError(f"{path} is damaged: {error!r}.", "Fine-tune again.") from None
+    if sha256 != fingerprint(base):
+        raise OrionError(
+            f"{adapter} is an adapter of another base ({made_from.get('name')}, weights {str(sha256)[:12]}), "
+            f"not of {base_name(base)}.",
+            "Use the base that it was trained on, or fine-tune again on this one.",
+        )
+    if trained_size != frame_size:
+        raise OrionError(
+            f"{adapter} was trained on frames of {trained_size} px; base.frame_size is {frame_size}.",
+            f"Set base.frame_size={trained_size}, or fine-tune again.",
+        )
+    return []
+
+
 def attach_adapter(model: Any, adapter: Path, tensors: "dict[str, torch.Tensor]") -> tuple[Any, Census, list[str]]:
     """The model with the adapter attached, its matched modules, and a warning per target without a tensor.
 
@@ -275,3 +301,35 @@ def attach_adapter(model: Any, adapter: Path, tensors: "dict[str, torch.Tensor]"
         )
     census, warnings = adapter_census(arithmetic.asked, state, family)
     return adapted.eval(), census, warnings
+
+
+def load_weights(adapted: Any, adapter: Path, tensors: "dict[str, torch.Tensor]") -> None:
+    """Set the LoRA matrices of a model to be trained to those of a finished adapter, to continue its training.
+
+    Raises OrionError that names what differs: rank, scale, or the modules.
+    """
+    from peft import set_peft_model_state_dict
+    from peft.utils import get_peft_model_state_dict
+
+    arithmetic = _read_config(adapter)
+    family, own = family_of_model(adapted), adapted.peft_config["default"]
+
+    def plain(key: str) -> str:
+        return family.plain_name(key.replace("_orig_mod.", "").removeprefix("base_model.model."))
+
+    called = {plain(key): key for key in get_peft_model_state_dict(adapted)}
+    state = {called.get(plain(key), key): tensor for key, tensor in tensors.items()}
+    settings = {"rank": (arithmetic.rank, own.r), "alpha": (arithmetic.alpha, own.lora_alpha)}
+    wrong = [f"fine_tune.{name} is {now}, and {was:g} there" for name, (was, now) in settings.items() if was != now]
+    if arithmetic.by_root_of_rank or arithmetic.ranks_differ or arithmetic.alpha_pattern:
+        wrong.append("its modules have ranks or scales of their own")
+    here, there = ({key.rsplit(".", 3)[1] for key in keys} for keys in (called.values(), state))
+    if state.keys() != set(called.values()):
+        more = "" if here != there else ", in other layers"
+        wrong.append(f"it is on {', '.join(sorted(there))}, and the settings say {', '.join(sorted(here))}{more}")
+    if wrong:
+        raise OrionError(
+            f"{adapter} cannot be continued: {'; '.join(wrong)}.",
+            "Use the settings that it was trained with (--preset, --set), or leave fine_tune.continue_from out.",
+        )
+    set_peft_model_state_dict(adapted, state)

@@ -464,35 +464,38 @@ def change_of_control(change: dict[str, Any]) -> str:
 
 
 def adapted_table(figures: dict[str, Any]) -> "Table":
-    """The head, the pair as it flies and the commonest category on the labelled frames."""
+    """The head, the continued adapter, the pair as it flies and the commonest category on the labelled frames."""
     from rich.table import Table
 
     labelled = ", ".join(f"{count} {name}" for name, count in figures["of_category"].items())
     table = Table("who decides", "correct", title=f"{figures['frames']} labelled frames: {labelled}")
     table.add_column("mean recall", justify="right")
     table.add_column("change to the head")
+    of_continued = figures.get("change_of_continued", {})
+    if of_continued:
+        table.add_column("change to the continued adapter")
     for key, label in (
         ("head", "the head, on frames that it has not seen"),
+        ("head_on_its_folds", "the head, in the division of the continued adapter"),
+        ("continued", "the continued adapter, on frames that it has not seen"),
         ("zero_shot", "the pair as it flies"),
         ("constant", "always the commonest category"),
     ):
-        change = figures["change"].get(key)
-        said = ""
-        if change:
-            said = f"{change['points']:+.0f} points ({change['gained']} gained, {change['lost']} lost)"
-        table.add_row(label, rate(figures[key]), percent(figures[key]["balanced"]), said)
+        if key in figures:
+            changes = [_points(changes.get(key)) for changes in (figures["change"], of_continued)]
+            table.add_row(
+                label, rate(figures[key]), percent(figures[key]["balanced"]), *changes[: len(table.columns) - 3]
+            )
     return table
 
 
+def _points(change: dict[str, Any] | None) -> str:
+    return f"{change['points']:+.0f} points ({change['gained']} gained, {change['lost']} lost)" if change else ""
+
+
 def adapted_in_words(figures: dict[str, Any]) -> list[str]:
-    """Whether the head helps, and what fewer frames would have given."""
-    changes = figures["change"]
-    better = all(change["exact_p"] < SIGNIFICANT and change["points"] > 0 for change in changes.values())
-    answer = "It helps" if better else "It is not shown that it helps"
-    found = [
-        f"{answer}: from the pair to the head, {change_of_control(changes['zero_shot'])}; from the commonest category, "
-        f"{change_of_control(changes['constant'])}."
-    ]
+    """Whether the head and the continued adapter help, and what fewer frames would have given."""
+    found = [_whether_it_helps("the head", figures["change"])]
     low, high = figures["repeats"][0], figures["repeats"][-1]
     times, frames = len(figures["repeats"]), figures["frames"]
     found.append(
@@ -508,7 +511,40 @@ def adapted_in_words(figures: dict[str, Any]) -> list[str]:
             for size, point in curve.items()
         )
         found.append(f"Learning curve, accuracy on the other frames (80 % of the draws): {points}.")
+    if changes := figures.get("change_of_continued"):
+        found.append(_whether_it_helps("the continued adapter", changes))
+        between = changes["head_on_its_folds"]
+        chosen = "the continued adapter" if figures["chosen"] == "continued" else "the head"
+        found.append(
+            f"Right more often, or simpler if both are right as often: {chosen}. From the head to the continued "
+            f"adapter in the same {figures['folds']} folds, {change_of_control(between)}."
+        )
     return found
+
+
+def _whether_it_helps(name: str, changes: dict[str, dict[str, Any]]) -> str:
+    """Whether something is better than the pair as it flies and than the commonest category, by `changes` to it."""
+    asked = [changes[key] for key in ("zero_shot", "constant")]
+    better = all(change["exact_p"] < SIGNIFICANT and change["points"] > 0 for change in asked)
+    answer = "It helps" if better else "It is not shown that it helps"
+    before, always = (f"{change_of_control(one)} ({_interval_of(one)})" for one in asked)
+    return f"{answer}: from the pair to {name}, {before}; from the commonest category, {always}."
+
+
+def _interval_of(change: dict[str, Any]) -> str:
+    return f"95 % interval {100 * change['low']:+.0f} to {100 * change['high']:+.0f} points"
+
+
+def forgotten_in_words(compared: dict[str, dict[str, Any]]) -> str:
+    """What continuing changed on the run's own test frames, with coordinates (A) and without (B)."""
+    parts = []
+    for condition in ("A", "B"):
+        if of := compared.get(condition):
+            before, after = of["right"]
+            parts.append(
+                f"{condition} {before} -> {after} of {of['count']} ({_interval_of(of)}, p = {of['exact_p']:.2g})"
+            )
+    return f"on the run's own test frames, the quantized pair before and after: {'; '.join(parts)}"
 
 
 def controls_table(name: str, controls: dict[str, Any]) -> "Table":

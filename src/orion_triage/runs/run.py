@@ -78,6 +78,12 @@ class Run:
         }[stage]
 
 
+def adapter_in(name: str) -> Path:
+    """The folder of an adapter: of a run, or `name` itself (a folder or a Hub id)."""
+    folder = hub.locate(name, "adapter")
+    return own if (own := Run(folder, Settings()).adapter).is_dir() else folder
+
+
 MAKING = ("dataset", "fine-tune", "fuse", "quantize", "vision features")  # the stages that make something, in order
 EVALUATE = "evaluate "  # prefix of an evaluation stage's name
 

@@ -4,6 +4,7 @@ The base is loaded in NF4, LoRA matrices are added to the attention projections,
 contribute to the loss. The records are used as they are in the file, with and without coordinates.
 """
 
+import hashlib
 import json
 import os
 import warnings
@@ -11,15 +12,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from orion_triage import processes
 from orion_triage.dataset.dataset import Dataset
+from orion_triage.dataset.labelled import Labelled, to_train
 from orion_triage.dataset.records import Record
 from orion_triage.errors import OrionError
 from orion_triage.imagery.camera import load_camera
 from orion_triage.imagery.frames import CAMERA_SIZE
 from orion_triage.imagery.stress import chosen
 from orion_triage.mission.prompt import user_text
-from orion_triage.models.adapter import BASE_FILE, Census, resolve_targets, tower_of
+from orion_triage.models.adapter import (
+    BASE_FILE,
+    WEIGHTS_FILE,
+    Census,
+    check_base,
+    load_weights,
+    read_adapter,
+    resolve_targets,
+    tower_of,
+)
 from orion_triage.models.checkpoint import count_parameters
 from orion_triage.models.encode import check_template
 from orion_triage.models.family import family_in, family_of_model
@@ -37,7 +50,14 @@ from orion_triage.models.load import (
 )
 from orion_triage.progress import Progress, silent
 from orion_triage.runs.manifest import hash_inputs
-from orion_triage.safe.files import naming, replaced_folder, require_free_space, write_text
+from orion_triage.safe.files import (
+    naming,
+    replaced_folder,
+    require_free_space,
+    sha256_of_file,
+    sha256_of_text,
+    write_text,
+)
 from orion_triage.settings import FineTuneSettings
 from orion_triage.train.augment import Augmentation
 from orion_triage.train.checkpoints import CHECKPOINTS, last_checkpoint, prepare_work_folder, remove_damaged
@@ -69,11 +89,16 @@ def run(
     settings: FineTuneSettings,
     frame_size: int,
     progress: Progress = silent,
+    *,
+    labelled: Sequence[Labelled] = (),
+    parent: Path | None = None,
 ) -> dict[str, Any]:
     """Train, and write the adapter with its processor, matched modules, base fingerprint and losses to `out_folder`.
 
     `work_folder` has one checkpoint per epoch: an interrupted run with the same settings and inputs resumes from the
     last one. Which epoch's adapter is kept: validation.chosen_step. Returns the measurements.
+    `labelled` frames are trained in their eight orientations beside the dataset's, of which `settings.replay` is the
+    share; `parent` is an adapter whose weights the training begins with.
     Raises OrionError for an invalid dataset, a base that ignores images, a target that matches nothing, a loss that is
     not finite, or full memory.
     """
@@ -84,18 +109,24 @@ def run(
 
     from orion_triage.train.validation import CHOSEN_BY
 
-    train_records, val_records = dataset.records("train"), dataset.records("val")
+    own_records, val_records = dataset.records("train"), dataset.records("val")
+    replayed_records = replayed(own_records, settings.replay, settings.seed)
+    more_records, more_frames = to_train(labelled, dataset.mission, frame_size)
+    train_records = [*replayed_records, *more_records]
     if processes.are_sharded():
         _check_sharding(settings)
     device = choose_device(settings, count_parameters(base))
     weights = sum(path.stat().st_size for path in base.glob("*.safetensors"))
     require_free_space(work_folder, int(weights * _CHECKPOINT_SHARE * settings.epochs) + 50_000_000, "fine-tuning")
     base_sha256 = fingerprint(base)
+    warnings_of_parent = check_base(base, parent, frame_size) if parent else []
+    parent_tensors = read_adapter(parent) if parent else {}
+    continued = {"continued_from": sha256_of_file(parent / WEIGHTS_FILE)} if parent else {}
     processor = load_processor(base, frame_size)
     first = train_records[0]
     check_template(processor, first.user_text, first.answer)
-    frames = decode_frames(dataset, [*train_records, *val_records], frame_size, progress)
-    augmentation = _augmentation(dataset, train_records, settings, frame_size, progress)
+    frames = decode_frames(dataset, [*replayed_records, *val_records], frame_size, progress) | more_frames
+    augmentation = _augmentation(dataset, replayed_records, settings, frame_size, progress)
 
     progress("loading the base", 0, 2)
     looked_at = _distinct_frames(train_records, frames)
@@ -118,6 +149,8 @@ def run(
         _filter_warnings(device.is_gpu)
         set_seed(settings.seed)
         model, census = add_adapter(model, settings)
+        if parent:
+            load_weights(model, parent, parent_tensors)
         # Only here, where base, dataset and targets have proved usable: it deletes checkpoints of another training.
         if processes.is_main():
             prepare_work_folder(
@@ -131,6 +164,8 @@ def run(
                     "processes": processes.count(),
                     "chosen_by": CHOSEN_BY,  # the best epoch so far is in the checkpoint
                     **({"augmentation": augmentation.to_json()} if augmentation else {}),
+                    **({"labelled": identity(more_records, more_frames)} if labelled else {}),
+                    **continued,
                 },
             )
             remove_damaged(checkpoints)
@@ -188,7 +223,7 @@ def run(
             save_processor(processor, base, folder)
             for name, value in (
                 (CENSUS_FILE, census),
-                (BASE_FILE, {"name": base_name(base), "sha256": base_sha256, "frame_size": frame_size}),
+                (BASE_FILE, {"name": base_name(base), "sha256": base_sha256, "frame_size": frame_size, **continued}),
                 (LOSS_FILE, log),
             ):
                 write_text(folder / name, json.dumps(value, indent=2) + "\n")
@@ -197,6 +232,8 @@ def run(
     return {
         "train_records": len(train_records),
         "val_records": len(val_records),
+        **({"labelled_frames": len(labelled), "replayed_records": len(replayed_records)} if labelled else {}),
+        **continued,
         "steps": state.global_step,
         "resumed_from_step": resumed_step,
         "epochs": settings.epochs,
@@ -214,7 +251,7 @@ def run(
         "trained_parameters": trainable,
         "preflight": sees,
         "precision_used": device.precision,
-        "notes": list(device.notes),
+        "notes": [*device.notes, *warnings_of_parent, *_continued_in_words(parent, continued)],
         "device": torch.cuda.get_device_name(device.name) if device.is_gpu else "cpu",
         "peak_vram_bytes": torch.cuda.max_memory_allocated(device.name) if device.is_gpu else None,
         "processes": processes.count(),
@@ -222,6 +259,31 @@ def run(
         "attention": model.config.text_config._attn_implementation,
         **family_in(base).kernels(device.is_gpu),
     }
+
+
+def replayed(records: Sequence[Record], share: float | None, seed: int) -> list[Record]:
+    """A share (None: all) of the records' frames of each category, drawn by the seed, with all of their records."""
+    if share is None:
+        return list(records)
+    random, of_category = np.random.default_rng(seed), dict[str, list[str]]()
+    for record in {record.image: record for record in records}.values():
+        of_category.setdefault(record.verdict.category, []).append(record.image)
+    kept = {
+        images[index]
+        for images in of_category.values()
+        for index in random.permutation(len(images))[: round(share * len(images))]
+    }
+    return [record for record in records if record.image in kept]
+
+
+def identity(records: Sequence[Record], pictures: "dict[str, Image.Image]") -> str:
+    """A hash of what is trained beside the dataset."""
+    seen = {name: hashlib.sha256(picture.tobytes()).hexdigest() for name, picture in pictures.items()}
+    return sha256_of_text(json.dumps([[record.to_line() for record in records], seen]))
+
+
+def _continued_in_words(parent: Path | None, continued: dict[str, str]) -> list[str]:
+    return [f"continued from {parent}, weights {sha256[:12]}" for sha256 in continued.values()]
 
 
 def _look_once(

@@ -138,13 +138,17 @@ def training_of(preset: str, assignments: Sequence[str], run_name: str, camera: 
     """The training with these settings; includes the text of a TOML preset.
 
     `camera` is that of the training. A camera of the dataset is left out: the frames that are sent were seen through
-    it, and would be a second time. Raises OrionError for a camera in a file, which the server does not have.
+    it, and would be a second time. Raises OrionError for a camera in a file, an adapter to continue
+    and labelled frames, which the server does not have.
     """
     if camera and camera != SHIPPED:
         raise OrionError(
             f"fine_tune.camera={camera} is a file of this machine.",
             f"Use the shipped camera {SHIPPED!r}, or train on the server itself, with the file beside it.",
         )
+    for one in assignments:
+        if (key := one.partition("=")[0].strip()) in ("fine_tune.continue_from", "fine_tune.frames"):
+            raise OrionError(f"{one} is a folder of this machine.", f"Leave {key} out, or train on the server itself.")
     assignments = [one for one in assignments if one.partition("=")[0].strip() != "dataset.camera"]
     text = Path(preset).read_text(encoding="utf-8") if preset.endswith(".toml") else ""
     return Training(preset, tuple(assignments), run_name, text)

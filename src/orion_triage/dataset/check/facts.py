@@ -14,7 +14,7 @@ import numpy as np
 
 from orion_triage.dataset.records import IMAGES_FOLDER, EncodingError, Record, image_path, record_of, split_path
 from orion_triage.errors import FrameError, OrionError, RecordError
-from orion_triage.imagery.frames import CAMERA_SIZE, is_blank, read_frame, shrink
+from orion_triage.imagery.frames import CAMERA_SIZE, Frame, is_blank, read_frame, shrink
 from orion_triage.imagery.stretch import Stretch
 from orion_triage.mission.mission import Mission
 from orion_triage.progress import Progress
@@ -163,12 +163,17 @@ def looks_at(paths: list[str], stretch: Stretch | None = None) -> Iterator[Pictu
 
 def _look(path: str, stretch: Stretch | None = None) -> Picture | tuple[str, str]:
     """The picture's facts, or the fault and its fix."""
-    import imagehash
-
     try:
         frame = read_frame(Path(path), CAMERA_SIZE, resize=True, stretch=stretch)
     except FrameError as error:
         return error.message, error.fix
+    return facts_of(frame)
+
+
+def facts_of(frame: Frame) -> Picture:
+    """The facts of a decoded frame of 512x512 pixels."""
+    import imagehash
+
     grey = np.asarray(shrink(frame.image.convert("L").convert("F"), THUMBNAIL_SIZE), dtype=np.float64).ravel()
     grey -= grey.mean()
     grey /= np.linalg.norm(grey) or 1.0

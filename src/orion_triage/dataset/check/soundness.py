@@ -113,7 +113,7 @@ def check_dataset(
             "Pass a finished dataset, such as RUN/dataset. 'orion dataset --dataset FOLDER' makes one of a folder.",
         )
     mission = mission or mission_of(folder)
-    known_metres, known_distance, of_table = _made_with(folder)
+    known_metres, known_distance, of_table = made_with(folder)
     entries, findings = read_entries(folder, mission)
     # The picture of an invalid line is unknown, so pictures may only seem to be unused or to have no second record.
     of_all_lines = [] if findings else [*unused_pictures(folder, entries), *_twins(entries)]
@@ -176,7 +176,7 @@ def require_sound(
     return report
 
 
-def _made_with(folder: Path) -> tuple[float, float, list[Finding]]:
+def made_with(folder: Path) -> tuple[float, float, list[Finding]]:
     """The largest metres per pixel in frames.csv, and the distance between splits (km) in the stage's manifest.
 
     A frames.csv that cannot be read is a finding: the width of a frame decides which pictures share ground.
