@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 INSTALL = "apt-get update && apt-get install -y chromium"
-_SECONDS = 60
+_SECONDS = 300
 
 
 class Chromium:

@@ -169,11 +169,11 @@ def test_an_interrupted_command_says_so_and_leaves_nothing_half_done(tmp_path: P
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not list(tmp_path.glob("run/*/orion_dataset/images/*.png")) and time.monotonic() < deadline:
         time.sleep(0.1)
     os.killpg(running.pid, signal.SIGINT)
-    _, said = running.communicate(timeout=60)
+    _, said = running.communicate(timeout=600)
     assert running.returncode == 130
     assert "interrupted: run the same command again to resume" in said
     assert "Traceback" not in said
@@ -228,12 +228,15 @@ def test_a_run_leaves_every_product_and_its_manifests(finished: Path) -> None:
 
 @pytest.mark.llama_cpp
 @pytest.mark.slow
-def test_two_seeds_are_trained_and_the_best_on_val_is_named(finished: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "copy"
-    shutil.copytree(finished, folder)
-    told = orion(*run_command(), "--seeds", "2", "--set", "variants.all=false", cwd=folder)
+def test_two_seeds_are_trained_and_the_best_on_val_is_named(
+    small_base: Path, small_dataset: Path, tmp_path: Path
+) -> None:
+    sets = [f"base.model={small_base}", f"dataset.folder={json.dumps(str(small_dataset))}", "fuse.check_records=4"]
+    sets += ["fine_tune.epochs=1", "fine_tune.learning_rate=1e-2", "evaluate.max_new_tokens=16", "variants.all=false"]
+    words = [word for value in sets for word in ("--set", value)]
+    told = orion("run", "--run", "runs/small", *words, "--seeds", "2", cwd=tmp_path)
     assert told.returncode == 0, told.stderr
-    runs = [folder / "runs" / name for name in ("small", "small-seed-43")]
+    runs = [tmp_path / "runs" / name for name in ("small", "small-seed-43")]
     for product, same in (("dataset", True), ("orion_lora_weights", False)):
         first, second = (json.loads((run / product / "manifest.json").read_text())["outputs"] for run in runs)
         assert (first == second) is same, product

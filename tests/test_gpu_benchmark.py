@@ -132,7 +132,7 @@ def test_a_cut_leaves_what_was_measured(tmp_path: Path) -> None:
     assert steps["card"]["status"] == "done"
     assert steps["card"]["measured"]["peak_operations_per_second"] > 0
     assert [steps[name]["status"] for name in ("data", "training")] == ["begun", "not begun"]
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 300
     while processes_with(str(tmp_path)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not processes_with(str(tmp_path))  # the step's own process has ended with it

@@ -14,7 +14,7 @@ from orion_triage.llama_cpp.toolchain import PINNED_BUILD, built_meanwhile, exis
 
 from .conftest import orion
 
-WAIT_SECONDS = 60
+WAIT_SECONDS = 300
 HASWELL = frozenset("fpu sse4_2 avx avx2 bmi1 bmi2 fma f16c".split())
 ZEN4 = HASWELL | set("avx512f avx512cd avx512vl avx512dq avx512bw avx512vbmi avx512_vnni avx512_bf16 vaes".split())
 

@@ -38,7 +38,7 @@ from tests.conftest import MISSION
 
 from . import warm
 
-WAIT_SECONDS = 30
+WAIT_SECONDS = 300  # of what takes a moment, on a machine that does a lot else
 # A command that has begun to write into the run folder that it is given, and does not end by itself.
 WAITING = """
 import sys, time

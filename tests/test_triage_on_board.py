@@ -150,7 +150,7 @@ def command(bundle: Path, folder: Path, *more: object) -> list[str]:
 
 def run_once(bundle: Path, folder: Path, *more: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(bundle, folder, "--once", *more), capture_output=True, text=True, timeout=120, check=False, env={}
+        command(bundle, folder, "--once", *more), capture_output=True, text=True, timeout=600, check=False, env={}
     )
 
 
@@ -396,10 +396,11 @@ def test_fifty_kills_lose_no_frame_and_judge_none_twice(bundle: Path, tmp_path: 
             # A start takes some tenths of a second, so wait for a line. In half of the rounds, kill at once: while the
             # line is synced to the disk, before the frame moves. In the others, at a random moment.
             random_moment = draw.random() < 0.5
-            longest = draw.choice((0.2, 20)) if random_moment else 20
+            longest = draw.choice((0.2, 300)) if random_moment else 300
             while time.monotonic() < began + longest:
                 if log.exists() and log.stat().st_size > size:
                     break
+                time.sleep(0.001)  # the core is the client's
             time.sleep(draw.uniform(0, 0.06) if random_moment else 0)
             process.kill()
             process.wait()
@@ -439,7 +440,7 @@ def test_a_server_that_dies_or_hangs_is_started_again(bundle: Path, program: Pat
         put(folder, f"{number}.raw", frame(number))
     # Two requests per frame: the first one fails once, the second one (from request 4 on) both times.
     faults.write_text(json.dumps({"1": fault, "4": fault, "5": fault}))
-    told = run_once(bundle, folder, "--llama-server", program, "--time-out", "2")
+    told = run_once(bundle, folder, "--llama-server", program, "--time-out", "2" if fault == "hangs" else "60")
     assert told.returncode == 1, told.stderr
     lines = lines_of(folder)
     assert [(line["file"], line["decided_by"]) for line in lines] == [
@@ -461,12 +462,12 @@ def test_the_server_ends_with_the_client(bundle: Path, program: Path, number: si
         command(bundle, folder, "--llama-server", program, "--poll", "0.05"), stderr=subprocess.PIPE, text=True, env={}
     )
     put(folder, "a.raw", frame(1))
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not (folder / "done" / "a.raw").exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(number)
-    _, told = process.communicate(timeout=30)
+    _, told = process.communicate(timeout=300)
     assert process.returncode == (0 if number == signal.SIGTERM else -9), told
     (pid,) = program.with_name("started").read_text().split()
     while Path(f"/proc/{pid}").exists():

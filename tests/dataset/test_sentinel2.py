@@ -54,7 +54,7 @@ def source(stac: Stac, **options: Any) -> Sentinel2:
         "cache": stac.folder.parent / "cache",
         "url": stac.url,
         "retry_delay_seconds": 0.01,
-        "timeout_seconds": 5.0,
+        "timeout_seconds": 60.0,
     }
     return Sentinel2(**(settings | options))
 
@@ -309,7 +309,7 @@ def test_a_passing_fault_is_asked_again(stac: Stac, fault: str, requests: tuple[
     for number, request in enumerate(requests):
         stac.faults[request] = iter([fault])
         cache = stac.folder.parent / f"cache-{number}"
-        answer = picture(stac, timeout_seconds=1.0 if fault == "stall" else 10.0, cache=cache)
+        answer = picture(stac, timeout_seconds=1.0 if fault == "stall" else 60.0, cache=cache)
         assert stac.stalls_waited_for == 0, request
         assert item_of(answer) == "a", request
         assert np.array_equal(

@@ -13,7 +13,7 @@ from orion_triage.dataset.catalogue import COLUMNS, load_catalogue
 from orion_triage.llama_cpp.toolchain import find_toolchain
 from tests.conftest import orion
 
-PLACES = {2: 12, 8: 4}  # of each category, by their number: three splits
+PLACES = {2: 6, 8: 4}  # of each category, by their number: one for val, one for test, the others for training
 NAMES = {  # a drawn morphology each; SEA begins SEAPORT; the last two part at their second letter
     "SEA": "ocean_water", "ICE": "desert_ice_canopy", "STREETS": "urban_grid", "FIELDS": "agriculture",
     "SEAPORT": "mega_port", "RUNWAYS": "mega_airport", "DAMS": "energy_dam", "DIGS": "mega_mine_industry",

@@ -33,7 +33,7 @@ def run_and_cut(place: Place, script: str, at_bytes: int, side: str, delay_secon
 
     timer = threading.Timer(delay_seconds, cut)
     place.server.wire.at_bytes(at_bytes, timer.start)
-    process.communicate(timeout=60)
+    process.communicate(timeout=600)
     if timer.is_alive():
         timer.join()
     place.server.wire.leave_alone()

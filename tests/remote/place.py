@@ -149,7 +149,7 @@ class Place:
     def call(self, script: str, *options: str, first_on_path: Path | None = None) -> tuple[int, str]:
         """Exit status and all output."""
         process = self.popen(script, *options, first_on_path=first_on_path)
-        output = process.communicate(timeout=60)[0]
+        output = process.communicate(timeout=600)[0]
         return process.returncode, output
 
     def upload(self) -> str:

@@ -26,7 +26,7 @@ from tests.remote.place import Place, make_repository, make_weights, tree
 
 ORION = [sys.executable, "-c", "import orion_triage.cli.remote; from orion_triage.cli import main; main()"]
 INSTALLED = Path(sys.executable).with_name("orion")
-_SECONDS = 240
+_SECONDS = 900
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -151,7 +151,7 @@ def test_the_servers_half_of_a_cut_upload_is_waited_for(place: Place) -> None:
     second = place.popen("upload_to_server.sh")
     wait_until(lambda: any("flock" in command for command in place.server.commands()))
     (place.here / "go").touch()
-    output = second.communicate(timeout=60)[0]
+    output = second.communicate(timeout=600)[0]
     assert second.returncode == 0, output
     assert "already has the complete dataset" in output  # the first one's work was done by then
     assert tree(place.data) == new
@@ -171,7 +171,7 @@ def test_a_transfer_goes_on_where_it_was_cut(place: Place) -> None:
         place.server.wire.cut()
 
     place.server.wire.at_bytes(1_500_000, cut)
-    process.communicate(timeout=60)
+    process.communicate(timeout=600)
     place.server.wait_until_quiet()
     place.server.wire.leave_alone()
     arrived = archive.stat().st_size
