@@ -61,7 +61,7 @@ def check(folder: Path, *arguments: object, **environment: str) -> subprocess.Co
     command = [sys.executable, "-I", "-S", str(folder / "check_flight.py"), *map(str, arguments)]
     # One thread: llama.cpp's wait for each other actively, which is slow beside other work; the numbers are the same.
     environment = {"PATH": os.environ["PATH"], "ORION_THREADS": "1", **environment}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", timeout=600, check=False)
 
 
 def checked(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -705,7 +705,7 @@ def test_a_stopped_check_stops_its_server(copied: Path, tmp_path: Path, number: 
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(number)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=300)
     assert (process.returncode, err, out.splitlines()[-1]) == (1, "", f"NO-GO: stopped by signal {int(number)}")
     assert not Path(f"/proc/{pid.read_text().strip()}").exists()
 
@@ -883,8 +883,8 @@ def test_other_words_are_scored_after_the_words_of_the_ground(for_stub: Path) ->
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        ("stalls", "took longer than 1 s"),
-        ("drips", "took longer than 1 s"),
+        ("stalls", "took longer than 0.5 s"),
+        ("drips", "took longer than 0.5 s"),
         ("503", "503"),
         ("500", "500"),
         ("404", "404"),
@@ -904,16 +904,16 @@ def test_a_broken_server_is_no_go_within_the_limit(stubbed: Path, how: str, word
     for broken in ("/completion", "/props", "/health"):
         with stub(broken=broken, how=how) as url:
             result = checked(
-                stubbed, "--url", url, "--limit", "1" if slow or (how, broken) == ("503", "/health") else "30"
+                stubbed, "--url", url, "--limit", "0.5" if slow or (how, broken) == ("503", "/health") else "300"
             )
         if broken == "/completion":
             assert_no_go(result, words)
         elif how == "503" and broken == "/health":
-            assert_no_go(result, "took longer than 1 s")  # it is waited for
+            assert_no_go(result, "took longer than 0.5 s")  # it is waited for
         elif how == "empty" or (how in ("html", "half", "nested") and broken == "/health"):
             assert result.returncode == 0  # of /health only the status counts, and /props may have none of its fields
         else:
-            assert_no_go(result, *["took longer than 1 s"] * slow)
+            assert_no_go(result, *["took longer than 0.5 s"] * slow)
 
 
 @pytest.mark.llama_cpp
@@ -1120,7 +1120,7 @@ def test_after_other_words_a_hard_frame_is_compared_after_the_words_of_the_groun
 @pytest.mark.parametrize("how", ["500", "hangs up", "empty", "slow"])
 def test_the_flight_client_keeps_a_frame_without_an_answer(for_stub: Path, tmp_path: Path, how: str) -> None:
     """It goes on with the next frame, too."""
-    sign(for_stub, lambda record: record.update(seconds_per_frame_at_most=1))
+    sign(for_stub, lambda record: record.update(seconds_per_frame_at_most=1 if how == "slow" else 60))
     (tmp_path / "a.raw").write_bytes(structured_picture(1).tobytes())
     (tmp_path / "white.raw").write_bytes(bytes([250]) * (512 * 512 * 3))
     attributes = {"seconds": 5} if how == "slow" else {"broken_picture": True, "how": how}

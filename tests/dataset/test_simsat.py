@@ -25,7 +25,7 @@ from tests.conftest import structured_picture
 from tests.dataset.simsat_server import KEY, Place, SimSatServer, serve
 
 ATTEMPTS = 3
-READ_SECONDS = 1.0
+READ_SECONDS = 1.0  # where a server stalls on purpose; elsewhere a busy machine has a minute to answer
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +46,7 @@ def server(jpegs: list[bytes]) -> Iterator[SimSatServer]:
 
 
 def source(server: SimSatServer, cache: Path, **changes: Any) -> SimSat:
-    fast = {"requests_per_second": 1000, "read_seconds": READ_SECONDS, "attempts": ATTEMPTS, "backoff_seconds": 0.01}
+    fast = {"requests_per_second": 1000, "read_seconds": 60.0, "attempts": ATTEMPTS, "backoff_seconds": 0.01}
     return SimSat(**{"url": server.url, "cache": cache, **fast, **changes})
 
 
@@ -132,7 +132,7 @@ def test_every_fault_has_its_outcome_its_words_and_its_number_of_requests(server
     table = cases()
     asked = [shot(place(number), name) for number, name in enumerate(table)]
     server.scripts = {where(one): table[one.name].faults for one in asked}
-    answers = list(source(server, tmp_path / "cache").pictures(asked))
+    answers = list(source(server, tmp_path / "cache", read_seconds=READ_SECONDS).pictures(asked))
 
     outcomes = {
         one.name: "picture" if isinstance(answer, Picture) else answer.outcome
@@ -252,7 +252,7 @@ def test_a_server_that_is_not_there_stops_at_the_first_place(tmp_path: Path) -> 
 
 def test_a_place_at_which_the_server_hangs_does_not_stop_the_others(server: SimSatServer, tmp_path: Path) -> None:
     server.scripts = {place(0): repeat("stall")}
-    first, second = source(server, tmp_path, attempts=1).pictures(shots(2))
+    first, second = source(server, tmp_path, attempts=1, read_seconds=READ_SECONDS).pictures(shots(2))
     assert isinstance(first, Absent)
     assert isinstance(second, Picture)
 

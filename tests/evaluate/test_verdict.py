@@ -46,7 +46,7 @@ from orion_triage.runs.manifest import write_manifest
 from orion_triage.runs.run import Run
 from orion_triage.safe.files import sha256_of_file
 from orion_triage.settings import load_settings
-from tests.conftest import MISSION, REASONS, structured_picture
+from tests.conftest import MISSION, REASONS
 
 H, M, L = MISSION.names
 SIZE = 256
@@ -76,13 +76,14 @@ def _coordinates(prompt: str) -> Coordinates | None:
 
 
 def scene(number: int, category: str) -> Image.Image:
-    """A frame whose colours say nothing of its category."""
-    return structured_picture(number)
+    """A frame whose colours say nothing of its category. Squares are drawn, written and read in a moment."""
+    squares = np.random.default_rng(number).integers(20, 230, (16, 16, 3), dtype=np.uint8)
+    return Image.fromarray(squares).resize((512, 512), Image.Resampling.NEAREST)
 
 
 def tinted(number: int, category: str) -> Image.Image:
     """A frame whose category is its colour."""
-    return Image.blend(structured_picture(number), Image.new("RGB", (512, 512), TINTS[category]), 0.7)
+    return Image.blend(scene(number, category), Image.new("RGB", (512, 512), TINTS[category]), 0.7)
 
 
 def white(number: int, category: str) -> Image.Image:
