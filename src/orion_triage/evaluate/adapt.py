@@ -138,7 +138,7 @@ def figures(
     mean recall of the categories that occur. `repeats`: right answers in each division of the frames into folds, of
     which the median one is reported.
     `change`: from zero-shot to the head, and from the constant; paired. `curve`: frames -> mean accuracy and its 10 and
-    90 % quantiles over drawn sets of that many frames.
+    90 % quantiles over drawn sets of that many frames. `answers`: of each frame, by a head that has not seen its place.
     """
     count = len(mission.names)
     repeats = head.out_of_fold(states, truth, count, places, SEED)
@@ -164,7 +164,10 @@ def figures(
         "repeats": sorted(int(count) for count in right),
         "log_loss": head.log_loss(scores, truth),
         "curve": _curve(states, truth, places, count, progress),
-        "answers": dict(zip(names, said, strict=True)),
+        "answers": {
+            name: {"truth": mission.names[int(of_frame)], "place": place, "scores": [round(float(s), 6) for s in given]}
+            for name, of_frame, place, given in zip(names, truth, places, scores, strict=True)
+        },
     }
 
 

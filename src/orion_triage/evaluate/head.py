@@ -32,7 +32,9 @@ from orion_triage.safe.reading import read_object
 if TYPE_CHECKING:
     from PIL import Image
 
+    from orion_triage.evaluate.metrics import Prediction
     from orion_triage.llama_cpp.client import Client
+    from orion_triage.runs.run import Run
 
 Floats = NDArray[np.float64]
 FILE_NAME = "head.json"  # in the run's folder
@@ -171,6 +173,35 @@ def read(folder: Path, mission: Mission, pair: Path, frame_size: int) -> Head:
             f"{path} was fitted on another pair, frame size or mission.", "Run 'orion adapt FOLDER' again."
         )
     return head
+
+
+def predictions_of(run: "Run") -> "list[Prediction]":
+    """The answers of heads that have not seen a frame's place to the labelled frames.
+
+    Raises OrionError as `read`, and for a head of an earlier version, which has no such answers.
+    """
+    from orion_triage.evaluate.metrics import Prediction
+
+    mission, path = run.settings.mission, run.folder / FILE_NAME
+    figures = read(run.folder, mission, run.gguf, run.settings.base.frame_size).figures
+    try:
+        found = []
+        for name, answer in figures["answers"].items():
+            scores = tuple(map(float, answer["scores"]))
+            if (
+                len(scores) != len(mission.names)
+                or not np.isfinite(scores).all()
+                or answer["truth"] not in mission.names
+            ):
+                raise ValueError(f"the answer to {name!r} is not of this mission")
+            said = mission.names[int(np.argmax(scores))]
+            found.append(Prediction("B", name, answer["truth"], said, scores=scores, place=str(answer["place"])))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise OrionError(
+            f"{path} does not say what heads answer to frames that they have not seen: {error!r}.",
+            "Run 'orion adapt FOLDER' again.",
+        ) from None
+    return found
 
 
 @contextmanager

@@ -76,13 +76,12 @@ class Flown:
 
 
 def of_run(run: "Run", *, head: bool = False) -> Flown:
-    """A run's pair with its threshold, if one was chosen; or with its head, of whose scores the threshold is not."""
+    """A run's pair with its threshold, if one was chosen; or its head, with the threshold of that."""
     stretch, log = stretch_of(run.settings.dataset), run.folder / "logs" / "triage-server.log"
-    rules = threshold.rules_of(run)
+    rules = threshold.rules_of(run, head=head)
     mission, size = run.settings.mission, run.settings.base.frame_size
     if head:
         own = read_head(run.folder, mission, run.gguf, size)
-        rules = replace(rules, drop_threshold=None)
         return Flown(f"{run.folder} (head, {_rules(rules)})", run.gguf, mission, size, stretch, rules, log, own)
     return Flown(f"{run.folder} ({_rules(rules)})", run.gguf, mission, size, stretch, rules, log)
 
