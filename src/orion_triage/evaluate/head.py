@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 FILE_NAME = "head.json"  # in the run's folder
-# Of the server: it then answers nothing else. Only the last chunk's tokens are pooled, so "last" is right and a mean
-# would not be the image's.
+# Of the server, which otherwise refuses to give hidden states. Only the last chunk's tokens are pooled, so "last" is
+# right and a mean would not be the image's.
 EMBEDDING = (*OPTIONS, "--embedding", "--pooling", "last")
 # scikit-learn's C times the width of a description. Chosen once, on 25 real frames: a cross-validation over so few
 # frames picks another value for each fold, and loses 2 to 4 of them that a fixed one gets (docs/log.md).
@@ -206,7 +206,7 @@ def predictions_of(run: "Run") -> "list[Prediction]":
 
 @contextmanager
 def serving(pair: Path, log: Path, progress: Progress, threads: int | None = None) -> "Iterator[Server]":
-    """A server that gives hidden states of this pair, and nothing else."""
+    """A server that gives hidden states of this pair."""
     from orion_triage.export import quantize
     from orion_triage.llama_cpp.toolchain import find_toolchain
     from orion_triage.models.family import turn_of
