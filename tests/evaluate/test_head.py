@@ -15,12 +15,15 @@ from sklearn.preprocessing import StandardScaler
 
 from orion_triage.dataset.labelled import read_labelled
 from orion_triage.errors import OrionError
-from orion_triage.evaluate import adapt, head
+from orion_triage.evaluate import adapt, head, threshold
 from orion_triage.evaluate.run import read_predictions
 from orion_triage.export.quantize import PAIR
+from orion_triage.mission.decide import Rules
 from orion_triage.mission.mission import Mission
 from orion_triage.progress import silent
 from orion_triage.report.render import adapted_in_words, adapted_table
+from orion_triage.runs.run import Run
+from orion_triage.settings import load_settings
 from tests.conftest import MISSION, orion, structured_picture
 
 H, M, L = MISSION.names
@@ -143,6 +146,9 @@ def test_the_figures_say_whether_it_helps() -> None:
     assert found["head"]["count"] >= 40
     assert found["zero_shot"]["count"] == 0
     assert found["change"]["zero_shot"]["gained"] == found["head"]["count"]
+    likeliest = {name: MISSION.names[int(np.argmax(one["scores"]))] for name, one in found["answers"].items()}
+    right = sum(likeliest[name] == one["truth"] for name, one in found["answers"].items())
+    assert (list(likeliest), right) == (names, found["head"]["count"])
     assert found["head"]["balanced"] == pytest.approx(found["head"]["rate"]), "as many frames of each"
     assert found["constant"]["rate"] == pytest.approx(1 / 3)
     assert list(found["curve"]) == ["5", "10", "20", "25"]
@@ -323,3 +329,53 @@ def test_a_mission_whose_fields_need_a_value_is_refused() -> None:
     other: Mission = MISSION.model_copy(update={"fields": (field,), "keys": (*MISSION.keys, "smoke")})
     with pytest.raises(OrionError, match="cannot be asked for the category alone"):
         head.HeadBackend(None, other, None)  # type: ignore[arg-type]
+
+
+def run_with_a_head(folder: Path, frames: int = 45, spread: float = 1.0) -> Run:
+    """A run that has nothing but a pair's hash and a head, with what heads answer to frames that they have not seen."""
+    run = Run(folder / "run", load_settings("tiny"))
+    run.gguf.mkdir(parents=True)
+    (run.gguf / PAIR).write_text("{}")
+    states, truth = planted(frames, spread=spread)
+    names = [str(n) for n in range(frames)]
+    scores = head.out_of_fold(states, truth, 3, names, 1)[0]
+    answers = {
+        name: {"truth": MISSION.names[index], "place": name, "scores": given.tolist()}
+        for name, index, given in zip(names, truth, scores, strict=True)
+    }
+    head.write(run.folder, made(run.gguf, figures={"answers": answers}))
+    return run
+
+
+def test_the_heads_threshold_is_chosen_on_frames_that_it_has_not_seen(tmp_path: Path) -> None:
+    """By the code of the pair's: here on the scores of the figures, of which the loss is counted again by hand."""
+    run = run_with_a_head(tmp_path, spread=3.0)
+    record = threshold.choose(run, 0.1, (), head=True, loosen=True)
+    told = head.read(run.folder, MISSION, run.gguf, 256).figures["answers"]
+    limit = record["drop_threshold"]
+    lost = [one for one in told.values() if one["truth"] != L and one["scores"][2] >= limit]
+    more = [one for one in told.values() if one["truth"] != L and one["scores"][2] >= limit - 0.02]
+    assert record["chosen_on"] == {"split": "labelled", "condition": "B", "frames": 45}
+    assert len(lost) == record["there"]["after"]["irrecoverable_loss"]["count"] <= 3 <= len(more)
+    assert threshold.rules_of(run, head=True) == Rules(drop_threshold=limit)
+    assert threshold.rules_of(run) == Rules(), "the pair's is another one"
+    with pytest.raises(OrionError, match=r"from 30 places with such labelled frames") as error:
+        threshold.choose(run, 0.01, (), head=True, confidence=0.95)
+    assert "more HIGH and MEDIUM labelled frames of places of their own are needed" in error.value.fix
+    assert threshold.undo(run, head=True) is None
+    assert threshold.rules_of(run, head=True) == Rules()
+
+
+def test_a_threshold_is_of_one_head(tmp_path: Path) -> None:
+    run = run_with_a_head(tmp_path)
+    threshold.choose(run, 0.1, (), head=True, loosen=True)
+    old = json.loads((run.folder / head.FILE_NAME).read_text())
+    (run.folder / head.FILE_NAME).write_text(json.dumps(old | {"bias": [0.0, 0.0, 1.0]}))
+    with pytest.raises(OrionError, match="was chosen for another head") as error:
+        threshold.rules_of(run, head=True)
+    assert "orion threshold --head" in error.value.fix
+    said = {name: answer["truth"] for name, answer in old["figures"]["answers"].items()}  # as of an earlier version
+    old["figures"]["answers"] = said
+    (run.folder / head.FILE_NAME).write_text(json.dumps(old))
+    with pytest.raises(OrionError, match="does not say what heads answer"):
+        threshold.choose(run, 0.1, (), head=True)

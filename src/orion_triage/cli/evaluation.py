@@ -450,6 +450,7 @@ def compare(
     "Example: orion threshold --max-irrecoverable-loss 2%\n\n"
     "Example: orion threshold --max-irrecoverable-loss 10% --confidence 95%\n\n"
     "Example: orion threshold --keep-unlike\n\n"
+    "Example: orion threshold --head\n\n"
     "Example: orion threshold --undo --run runs/tiny",
 )
 def threshold_command(
@@ -474,6 +475,10 @@ def threshold_command(
         bool,
         typer.Option("--keep-unlike", help="Never drop a frame that looks unlike all frames of train and val."),
     ] = False,
+    headed: Annotated[
+        bool,
+        typer.Option("--head", help="Of the head of 'orion adapt', on its labelled frames instead of val."),
+    ] = False,
     loosen: Annotated[
         bool,
         typer.Option("--loosen", help="Drop more frames, although the decisions of now are within the limit."),
@@ -485,23 +490,37 @@ def threshold_command(
 
     Uses the validation split. Shows the frames before and after, on val and on
     test; evaluates both if necessary. 'orion triage', report and bundle apply
-    the threshold.
+    the threshold. With --head, uses what heads answer to the labelled frames of
+    places that they have not seen.
     """
     from orion_triage.dataset.dataset import Dataset
     from orion_triage.evaluate import threshold
     from orion_triage.evaluate.results import blank_frames, unlike_frames
     from orion_triage.mission.decide import Rules
-    from orion_triage.report.render import promised
 
     share = threshold.parse_share(limit)
     sure = threshold.parse_confidence(confidence) if confidence else None
+    if headed and keep_unlike:
+        raise typer.BadParameter(
+            "cannot be combined with --head: a head is for frames unlike those of train and val. "
+            "Without --head, it holds for the head, too.",
+            param_hint="'--keep-unlike'",
+        )
     run = finished_run(folder, "quantize", "val")
     if undo:
-        back = threshold.undo(run)
+        back = threshold.undo(run, head=headed)
         if as_json:
             typer.echo(json.dumps({"drop_threshold": back}))
         else:
             typer.echo("threshold: none; the model decides" if back is None else _drops(back, run.settings.mission))
+        return
+    if headed:
+        record = threshold.choose(run, share, (), loosen=loosen, confidence=sure, head=True)
+        if as_json:
+            typer.echo(json.dumps(record, indent=2))
+            return
+        _print_threshold(record, {threshold.LABELLED: record["there"]}, run.settings.mission)
+        typer.echo("'orion threshold --head --undo' takes the threshold back.")
         return
     test = replace(run, split="test")
     for one in (run, test):
@@ -517,14 +536,21 @@ def threshold_command(
     if as_json:
         typer.echo(json.dumps(record | {"on_test": on_test}, indent=2))
         return
-    typer.echo(_drops(record["drop_threshold"], run.settings.mission))
-    _print_effects({"val": record["there"], "test": on_test}, run.settings.mission)
-    typer.echo(promised(record["promise"], run.settings.mission))
+    _print_threshold(record, {"val": record["there"], "test": on_test}, run.settings.mission)
     if keep_unlike:
         typer.echo(
             f"frames unlike those of train and val are kept: {len(outside[0])} of val, {len(outside[1])} of test"
         )
     typer.echo("'orion threshold --undo' takes the threshold back.")
+
+
+def _print_threshold(record: dict[str, Any], effects: dict[str, dict[str, Any]], mission: Any) -> None:
+    """The threshold, its effects by split, and what it promises."""
+    from orion_triage.report.render import promised
+
+    typer.echo(_drops(record["drop_threshold"], mission))
+    _print_effects(effects, mission)
+    typer.echo(promised(record["promise"], mission, "val" if "val" in effects else "the labelled frames"))
 
 
 def _drops(drop_threshold: float, mission: Any) -> str:

@@ -33,7 +33,8 @@ REST_COLUMNS = 64  # width of the table without the file column: enough to read 
 
 @command(
     epilog="Example: orion bundle\n\nExample: orion bundle runs/tiny --out bundle\n\n"
-    "Example: orion bundle runs/tiny --accept-risk 'rehearsal on the Pi, not for flight'"
+    "Example: orion bundle runs/tiny --accept-risk 'rehearsal on the Pi, not for flight'\n\n"
+    "Example: orion bundle --head"
 )
 def bundle(
     folder: Annotated[
@@ -48,6 +49,10 @@ def bundle(
             "--accept-risk", metavar="REASON", help="Bundle a model whose verdict is DO NOT FLY. The bundle says why."
         ),
     ] = "",
+    headed: Annotated[
+        bool,
+        typer.Option("--head", help="Let the head of 'orion adapt' decide in flight instead of the language model."),
+    ] = False,
     time_out: Annotated[
         float | None,
         typer.Option(
@@ -72,7 +77,7 @@ def bundle(
     run = finished_run(folder, "quantize")
     where = out or run.folder / "bundle"
     with progress_bar() as progress:
-        made = bundle.run(run, where, progress, accepted_risk=accepted, time_out=time_out)
+        made = bundle.run(run, where, progress, accepted_risk=accepted, time_out=time_out, head=headed)
     console = messages()
     console.print(f"bundle: {made['bytes'] / 1e6:,.1f} MB  ->  {where}", soft_wrap=True)
     console.print(f"  {bundle.verdict_line(made)}", soft_wrap=True)
@@ -80,6 +85,13 @@ def bundle(
         console.print(f"  note: {note}", soft_wrap=True)
     console.print(f"  seconds per frame here: {', '.join(f'{took:g}' for took in made['seconds_per_frame'])}")
     console.print(f"  most seconds per frame in flight: {made['seconds_per_frame_at_most']:g} (--time-out)")
+    if headed:
+        console.print(f"  {bundle.head_line(made)}", soft_wrap=True)
+        for note in made["head"]["notes"]:
+            console.print(f"  note: {note}", soft_wrap=True)
+        took = ", ".join(f"{took:g}" for took in made["seconds_per_frame_of_head"])
+        most = made["head"]["seconds_per_frame_at_most"]
+        console.print(f"  seconds per frame of the head here: {took}; at most {most:g} in flight")
     console.print(f"  sha256 of bundle.json: {sha256_of_file(where / 'bundle.json')}", soft_wrap=True)
 
 
@@ -95,7 +107,10 @@ def triage(
     folder: FinishedRunOption = None,
     bundle: Annotated[
         Path | None,
-        typer.Option("--bundle", help="Classify with a flight bundle instead of a run, exactly as on board."),
+        typer.Option(
+            "--bundle",
+            help="Classify with a flight bundle instead of a run, exactly as on board: by its head, if it has one.",
+        ),
     ] = None,
     recursive: Annotated[
         bool, typer.Option("--recursive", help="Also classify the frames in the folders of a folder.")
@@ -127,10 +142,8 @@ def triage(
 
     if bundle and folder:
         raise typer.BadParameter("cannot be combined with --run. Remove one of them.", param_hint="'--bundle'")
-    if bundle and headed:
-        raise typer.BadParameter("a bundle has no head. Use it with --run.", param_hint="'--head'")
     flown = (
-        triage.of_bundle(bundle)
+        triage.of_bundle(bundle, head=headed)
         if bundle
         else triage.of_run(finished_run(folder, "quantize", named=False), head=headed)
     )

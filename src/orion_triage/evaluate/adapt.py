@@ -109,7 +109,7 @@ def figures(
     mean recall of the categories that occur. `repeats`: right answers in each division of the frames into folds, of
     which the median one is reported.
     `change`: from zero-shot to the head, and from the constant; paired. `curve`: frames -> mean accuracy and its 10 and
-    90 % quantiles over drawn sets of that many frames.
+    90 % quantiles over drawn sets of that many frames. `answers`: of each frame, by a head that has not seen its place.
 
     With `continued`: `continued` and `head_on_its_folds` (right answers on the same division into folds), `chosen`, the
     one of the two that is right more often (the head if they are equal), and `change_of_continued`, from zero-shot, the
@@ -152,7 +152,10 @@ def figures(
         "repeats": sorted(int(count) for count in right),
         "log_loss": head.log_loss(scores, truth),
         "curve": _curve(states, truth, places, count, progress),
-        "answers": dict(zip(names, said, strict=True)),
+        "answers": {
+            name: {"truth": mission.names[int(of_frame)], "place": place, "scores": [round(float(s), 6) for s in given]}
+            for name, of_frame, place, given in zip(names, truth, places, scores, strict=True)
+        },
         "answers_of_zero_shot": dict(zip(names, zero_shot, strict=True)),
         **more,
     }

@@ -32,12 +32,14 @@ from orion_triage.safe.reading import read_object
 if TYPE_CHECKING:
     from PIL import Image
 
+    from orion_triage.evaluate.metrics import Prediction
     from orion_triage.llama_cpp.client import Client
+    from orion_triage.runs.run import Run
 
 Floats = NDArray[np.float64]
 FILE_NAME = "head.json"  # in the run's folder
-# Of the server: it then answers nothing else. Only the last chunk's tokens are pooled, so "last" is right and a mean
-# would not be the image's.
+# Of the server, which otherwise refuses to give hidden states. Only the last chunk's tokens are pooled, so "last" is
+# right and a mean would not be the image's.
 EMBEDDING = (*OPTIONS, "--embedding", "--pooling", "last")
 # scikit-learn's C times the width of a description. Chosen once, on 25 real frames: a cross-validation over so few
 # frames picks another value for each fold, and loses 2 to 4 of them that a fixed one gets (docs/log.md).
@@ -183,9 +185,38 @@ def read(folder: Path, mission: Mission, pair: Path, frame_size: int) -> Head:
     return head
 
 
+def predictions_of(run: "Run") -> "list[Prediction]":
+    """The answers of heads that have not seen a frame's place to the labelled frames.
+
+    Raises OrionError as `read`, and for a head of an earlier version, which has no such answers.
+    """
+    from orion_triage.evaluate.metrics import Prediction
+
+    mission, path = run.settings.mission, run.folder / FILE_NAME
+    figures = read(run.folder, mission, run.gguf, run.settings.base.frame_size).figures
+    try:
+        found = []
+        for name, answer in figures["answers"].items():
+            scores = tuple(map(float, answer["scores"]))
+            if (
+                len(scores) != len(mission.names)
+                or not np.isfinite(scores).all()
+                or answer["truth"] not in mission.names
+            ):
+                raise ValueError(f"the answer to {name!r} is not of this mission")
+            said = mission.names[int(np.argmax(scores))]
+            found.append(Prediction("B", name, answer["truth"], said, scores=scores, place=str(answer["place"])))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise OrionError(
+            f"{path} does not say what heads answer to frames that they have not seen: {error!r}.",
+            "Run 'orion adapt FOLDER' again.",
+        ) from None
+    return found
+
+
 @contextmanager
 def serving(pair: Path, log: Path, progress: Progress, threads: int | None = None) -> "Iterator[Server]":
-    """A server that gives hidden states of this pair, and nothing else."""
+    """A server that gives hidden states of this pair."""
     from orion_triage.export import quantize
     from orion_triage.llama_cpp.toolchain import find_toolchain
     from orion_triage.models.family import turn_of

@@ -1,4 +1,8 @@
-"""The probability from which a frame is dropped: chosen on val, stored with the run, used in flight."""
+"""The probability from which a frame is dropped: stored with the run, used in flight.
+
+The pair's is chosen on val. A head's is chosen on the frames that it was fitted on, each scored by a head that has not
+seen its place: val is of the pair's camera, and a head is for another one.
+"""
 
 import json
 import math
@@ -12,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orion_triage.errors import OrionError
+from orion_triage.evaluate import head as heads
 from orion_triage.evaluate import orbit, promise, value
 from orion_triage.evaluate.judgement import guess_of, scores_of, truth_of
 from orion_triage.evaluate.metrics import Prediction, places_of, under
@@ -24,7 +29,8 @@ from orion_triage.runs.run import Run
 from orion_triage.safe.files import sha256_of_file, write_text
 from orion_triage.safe.reading import read_object
 
-FILE_NAME = "operating_point.json"
+FILE_NAME, OF_HEAD = "operating_point.json", "head_operating_point.json"
+LABELLED = "labelled"  # a head's frames, in the place of a split
 CONDITION = "B"  # in flight, the prompt has no coordinates
 _NEVER = 2.0  # above 1 by more than rounding: scores drop no frame
 
@@ -58,8 +64,11 @@ def choose(
     confidence: float | None = None,
     appearance: Appearance | None = None,
     unlike_frames: Sequence[str] = (),
+    head: bool = False,
 ) -> dict[str, Any]:
     """Choose the threshold on the val evaluation of `run` (a Run of that split) and write it into the run's folder.
+
+    With `head`, that of the run's head, on its labelled frames; blank ones are not among them.
 
     Returns the written values: the threshold, its effect on the frames of val with the decisions before beside it, the
     temperature that calibrates the scores best (it keeps their order, so it changes no decision). The file also has
@@ -73,15 +82,15 @@ def choose(
     Raises OrionError if the decisions of now are within the limit and the threshold would lose more frames, unless
     `loosen` is set or a promise is asked for; and if val has too few valuable frames for the promise.
     """
-    mission = run.settings.mission
-    answered = predictions_in(run.evaluation(CONSTRAINED), mission)
+    mission, split = run.settings.mission, LABELLED if head else run.split
+    answered = heads.predictions_of(run) if head else predictions_in(run.evaluation(CONSTRAINED), mission)
     rows = under(marked_by_rules(answered, blank_frames, unlike_frames), CONDITION)
     if confidence is None:
         lowest, promised = lowest_threshold(rows, max_irrecoverable_loss, mission, appearance), None
         rules = Rules(drop_threshold=lowest, appearance=appearance)
     else:
-        rules, promised = promising(rows, max_irrecoverable_loss, confidence, mission, appearance)
-    earlier, before = _of_this_pair(run), current_rules(run)
+        rules, promised = promising(rows, max_irrecoverable_loss, confidence, mission, appearance, split)
+    earlier, before = _of_this_pair(run, head), current_rules(run, head=head)
     change = effect(rows, before, rules, mission)
     lost, lost_before = (change[when]["irrecoverable_loss"] for when in ("after", "before"))
     if (
@@ -92,8 +101,8 @@ def choose(
     ):
         raise OrionError(
             f"nothing was changed: {_name(before)} loses {lost_before['count']} of {lost_before['total']} "
-            f"{listed(mission.that('send', 'store'))} frames of val, within the limit of {max_irrecoverable_loss:.1%}. "
-            f"The threshold {rules.drop_threshold:.3f} would lose {lost['count']}.",
+            f"{listed(mission.that('send', 'store'))} frames of {split}, within the limit of "
+            f"{max_irrecoverable_loss:.1%}. The threshold {rules.drop_threshold:.3f} would lose {lost['count']}.",
             "Keep it as it is, set a smaller --max-irrecoverable-loss, or add --loosen to drop more frames.",
         )
     record = {
@@ -104,65 +113,81 @@ def choose(
         "temperature": value.fit_temperature(
             truth_of(rows, mission), scores_of(rows, mission)
         ),  # calibrates the scores
-        "chosen_on": {"split": run.split, "condition": CONDITION, "frames": len(rows)},
-        "pair_sha256": _pair(run.gguf),
+        "chosen_on": {"split": split, "condition": CONDITION, "frames": len(rows)},
+        **_made_for(run, head),
         "there": change,
     }
-    _write(run, [record, *earlier])
+    _write(run, [record, *earlier], head)
     return record
 
 
-def undo(run: Run) -> float | None:
+def undo(run: Run, *, head: bool = False) -> float | None:
     """Put back the threshold before the last one; returns it, or None if the model alone decides from now on.
 
-    Raises OrionError if no threshold was chosen for the run's pair.
+    Raises OrionError if no threshold was chosen for the run's pair, or with `head` for its head.
     """
-    records = _of_this_pair(run)
+    records = _of_this_pair(run, head)
     if not records:
-        raise OrionError(f"{run.folder} has no threshold of its pair.", "Choose one with 'orion threshold'.")
-    _write(run, records[1:])
+        owner, option = ("head", " --head") if head else ("pair", "")
+        raise OrionError(
+            f"{run.folder} has no threshold of its {owner}.", f"Choose one with 'orion threshold{option}'."
+        )
+    _write(run, records[1:], head)
     return float(records[1]["drop_threshold"]) if records[1:] else None
 
 
-def _of_this_pair(run: Run) -> list[dict[str, Any]]:
-    """The thresholds chosen for the run's pair, the latest first; none if the file is of another pair or damaged."""
-    path = run.folder / FILE_NAME
+def _made_for(run: Run, head: bool) -> dict[str, str]:
+    """What a threshold is of: the pair, and the head if it is of that."""
+    return {"pair_sha256": _pair(run.gguf)} | ({"head_sha256": _head(run.folder)} if head else {})
+
+
+def _of_this_pair(run: Run, head: bool = False) -> list[dict[str, Any]]:
+    """The thresholds chosen for the run's pair, the latest first; none if the file is of another pair or damaged.
+
+    With `head`, those of its head.
+    """
+    path = run.folder / (OF_HEAD if head else FILE_NAME)
     if not path.is_file():
         return []
     try:
-        read(run.folder, run.gguf)
+        _read(path, run.gguf, head)
     except OrionError:  # a new threshold replaces it
         return []
     latest = _renamed(read_object(path))
     return [{key: kept for key, kept in latest.items() if key != "history"}, *latest.get("history", [])]
 
 
-def _write(run: Run, records: Sequence[dict[str, Any]]) -> None:
+def _write(run: Run, records: Sequence[dict[str, Any]], head: bool) -> None:
     """The file with these thresholds, the latest first; no file without one."""
-    path = run.folder / FILE_NAME
+    path = run.folder / (OF_HEAD if head else FILE_NAME)
     if not records:
         path.unlink(missing_ok=True)
         return
     write_text(path, json.dumps(records[0] | {"history": list(records[1:])}, indent=2) + "\n")
 
 
-def current_rules(run: Run) -> Rules:
-    """The rules with the run's threshold; without one if the file is of another pair or damaged."""
-    records = _of_this_pair(run)
-    if not records:
-        return Rules()
-    return Rules(drop_threshold=records[0]["drop_threshold"], appearance=records[0].get("appearance"))
+def current_rules(run: Run, *, head: bool = False) -> Rules:
+    """The rules with the run's threshold; without one if the file is of another pair or damaged.
+
+    With `head`, the threshold is that of its head, and unlike frames are kept if the pair keeps them.
+    """
+    records, of_head = _of_this_pair(run), _of_this_pair(run, head=True) if head else []
+    appearance = records[0].get("appearance") if records else None
+    chosen = of_head if head else records
+    return Rules(drop_threshold=chosen[0]["drop_threshold"] if chosen else None, appearance=appearance)
 
 
-def rules_of(run: Run) -> Rules:
+def rules_of(run: Run, *, head: bool = False) -> Rules:
     """The rules that fly: with the run's threshold, if one was chosen; raises OrionError as `read` does."""
     read(run.folder, run.gguf)
-    return current_rules(run)
+    if head:
+        _read(run.folder / OF_HEAD, run.gguf, head)
+    return current_rules(run, head=head)
 
 
-def promise_of(run: Run) -> dict[str, Any] | None:
+def promise_of(run: Run, *, head: bool = False) -> dict[str, Any] | None:
     """What the run's threshold promises; None without one, or if it was chosen without a confidence."""
-    records = _of_this_pair(run)
+    records = _of_this_pair(run, head)
     return records[0].get("promise") if records else None
 
 
@@ -256,11 +281,12 @@ def promising(
     confidence: float,
     mission: Mission,
     appearance: Appearance | None = None,
+    split: str = "val",
 ) -> tuple[Rules, dict[str, Any]]:
     """The rules with the lowest threshold that keeps the limit with this confidence, and the promise.
 
     The loss is the share of a place's valuable frames that are dropped, averaged over places. Raises OrionError as
-    `lowest_threshold`, and if val has too few places for the promise.
+    `lowest_threshold`, and if the split has too few places for the promise.
     """
     valuable = _valuable(rows, limit, mission)
     places = places_of(valuable)
@@ -281,11 +307,11 @@ def promising(
         f"that at most {limit:.1%} of the {kept} frames are dropped cannot be promised with {confidence:.0%} confidence"
     )
     if needed is None:
-        raise OrionError(f"{asked} by any number of val frames.", "Set a larger --max-irrecoverable-loss.")
+        raise OrionError(f"{asked} by any number of {split} frames.", "Set a larger --max-irrecoverable-loss.")
     raise OrionError(
-        f"{asked} from {have} places with such val frames{despite}.",
-        f"{needed - have} more {kept} val frames of places of their own are needed ({needed} in all). Or set a larger "
-        "--max-irrecoverable-loss, a smaller --confidence, or leave --confidence out.",
+        f"{asked} from {have} places with such {split} frames{despite}.",
+        f"{needed - have} more {kept} {split} frames of places of their own are needed ({needed} in all). Or set "
+        "a larger --max-irrecoverable-loss, a smaller --confidence, or leave --confidence out.",
     )
 
 
@@ -341,10 +367,16 @@ def tempered(rows: Sequence[Prediction], temperature: float, mission: Mission) -
 
 def read(folder: Path, gguf: Path) -> tuple[float, float] | None:
     """The run's threshold and temperature, or None; raises OrionError if it is damaged or of another GGUF pair."""
-    path = folder / FILE_NAME
+    return _read(folder / FILE_NAME, gguf, head=False)
+
+
+def _read(path: Path, gguf: Path, head: bool) -> tuple[float, float] | None:
+    """The same of one of the two files; that of a head is also refused if it is of another head."""
+    command = "orion threshold --head" if head else "orion threshold"
     try:
         record = _renamed(read_object(path))
         threshold, pair = float(record["drop_threshold"]), record["pair_sha256"]
+        of_head = record["head_sha256"] if head else None
         temperature, history = float(record["temperature"]), record.get("history", [])
         if not (0 <= threshold < math.inf and 0 < temperature < math.inf):
             raise ValueError("out of range")
@@ -355,11 +387,11 @@ def read(folder: Path, gguf: Path) -> tuple[float, float] | None:
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
-        raise OrionError(f"{path} is damaged: {error!r}.", "Run 'orion threshold' again.") from None
+        raise OrionError(f"{path} is damaged: {error!r}.", f"Run '{command}' again.") from None
     if pair != _pair(gguf):
-        raise OrionError(
-            f"{path} was chosen for another GGUF pair.", "Run 'orion threshold' again, or delete the file."
-        )
+        raise OrionError(f"{path} was chosen for another GGUF pair.", f"Run '{command}' again, or delete the file.")
+    if head and of_head != _head(path.parent):
+        raise OrionError(f"{path} was chosen for another head.", f"Run '{command}' again, or delete the file.")
     return threshold, temperature
 
 
@@ -374,3 +406,7 @@ def _renamed(record: dict[str, Any]) -> dict[str, Any]:
 
 def _pair(gguf: Path) -> str:
     return sha256_of_file(gguf / PAIR)
+
+
+def _head(folder: Path) -> str:
+    return sha256_of_file(heads.path_in(folder))

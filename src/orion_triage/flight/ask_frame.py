@@ -21,7 +21,11 @@ if TYPE_CHECKING or __package__:
         NoGoError,
         Questions,
         add_time_out,
+        add_variant,
+        ask_head,
         check_server,
+        flown,
+        named,
         read_bundle,
         time_limit,
     )
@@ -29,7 +33,19 @@ if TYPE_CHECKING or __package__:
 else:
     sys.dont_write_bytecode = True  # the bundle stays as it is
     sys.path.insert(0, str(Path(__file__).parent))  # with python3 -I, the script's folder is not on the path
-    from check_flight import Connection, NoGoError, Questions, add_time_out, check_server, read_bundle, time_limit
+    from check_flight import (
+        Connection,
+        NoGoError,
+        Questions,
+        add_time_out,
+        add_variant,
+        ask_head,
+        check_server,
+        flown,
+        named,
+        read_bundle,
+        time_limit,
+    )
     from decide_frame import RAW_BYTES, picture_for, with_model, without_model
 
 
@@ -43,6 +59,8 @@ def ask(questions: Questions, frame: bytes, bundle: dict[str, Any]) -> dict[str,
             f"the frame has {len(frame)} bytes, not {RAW_BYTES} (512x512x3). "
             "Give it raw RGB: PNG and JPEG are not read here."
         )
+    if bundle.get("variant") == "head":
+        return ask_head(questions, "the frame", frame, bundle)
     picture, unlike = picture_for(bundle, frame)
     if picture is None:
         return without_model(bundle, blank=True)
@@ -69,12 +87,13 @@ def main() -> int:
     parser.add_argument("--url", default="http://127.0.0.1:8080", help="the server of serve.sh (default: %(default)s)")
     parser.add_argument("--key-file", type=Path, help="file with the server's key (default: LLAMA_API_KEY)")
     add_time_out(parser)
+    add_variant(parser)
     options = parser.parse_args()
     status = 0
     try:
         key = options.key_file.read_text(encoding="utf-8") if options.key_file else os.environ.get("LLAMA_API_KEY", "")
         folder = Path(__file__).resolve().parent
-        bundle, connection = read_bundle(folder), Connection(options.url, key.strip())
+        bundle, connection = flown(read_bundle(folder), options.variant), Connection(options.url, key.strip())
         seconds = options.time_out or bundle["seconds_per_frame_at_most"]
         with time_limit(seconds, "asking the server what it is"):
             marker, _ = check_server(connection, folder, bundle)
@@ -89,7 +108,7 @@ def main() -> int:
             outcome = without_model(bundle, blank=False, error=f"the frame cannot be read: {error.strerror}")
         if "error" in outcome:
             sys.stderr.write(f"error: {path}: {outcome['error']}\n")
-        sys.stdout.write(json.dumps({"file": str(path), **outcome}) + "\n")
+        sys.stdout.write(json.dumps({"file": str(path), **named(bundle), **outcome}) + "\n")
         sys.stdout.flush()
         status = status or int(outcome["category"] is None)
     return status

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from orion_triage import __version__, templates
 from orion_triage.errors import OrionError, one_line
+from orion_triage.evaluate import head as heads
 from orion_triage.evaluate import threshold
 from orion_triage.evaluate.results import current_results
 from orion_triage.evaluate.verdict import DO_NOT_FLY
@@ -22,10 +23,10 @@ from orion_triage.imagery.stretch import stretch_of
 from orion_triage.llama_cpp.server import OPTIONS, Server
 from orion_triage.llama_cpp.toolchain import PINNED_BUILD, WHEEL, WHEEL_SHA256, Toolchain, find_toolchain
 from orion_triage.mission.contract import portable
-from orion_triage.mission.decide import as_steps, in_words
+from orion_triage.mission.decide import Rules, as_steps, in_words
 from orion_triage.mission.mission import listed
 from orion_triage.mission.prompt import render_prompt
-from orion_triage.mission.verdict import category_grammar, cue_of, grammar, grammars
+from orion_triage.mission.verdict import category_grammar, cue_of, grammar, grammars, require_category_alone
 from orion_triage.models.family import turn_of
 from orion_triage.models.licence import base_of, licence_files
 from orion_triage.progress import Progress, silent
@@ -46,7 +47,13 @@ TIME_OUT_FACTOR, SHORTEST_TIME_OUT = 10, 60
 
 
 def run(
-    run: "Run", out: Path, progress: Progress = silent, *, accepted_risk: str = "", time_out: float | None = None
+    run: "Run",
+    out: Path,
+    progress: Progress = silent,
+    *,
+    accepted_risk: str = "",
+    time_out: float | None = None,
+    head: bool = False,
 ) -> dict[str, Any]:
     """Write the bundle of a run's GGUF pair into the folder `out`.
 
@@ -54,6 +61,9 @@ def run(
     bundle: two bundles of one run are equal to the byte as long as they have the same time-out. The golden frames are
     of the test split; their expected answers come from a server with the flight options. `time_out` are the most
     seconds per frame in flight; by default, it is derived from the golden frames' (`time_out_of`).
+
+    With `head`, the run's head decides in flight. What it needs is under `head` in bundle.json, with names that stand
+    for the pair's beside it: whoever flies the head takes them instead (`flown` in check_flight.py).
 
     Raises OrionError if the pair is incomplete, changed or not evaluated, if its verdict is DO NOT FLY and
     `accepted_risk` does not say why it flies nevertheless, if the frames are missing, or if `out` is a folder that is
@@ -65,6 +75,11 @@ def run(
     quantize.check_pair(run.gguf)
     point = threshold.read(run.folder, run.gguf)
     rules = threshold.rules_of(run)
+    size = run.settings.base.frame_size
+    if head:
+        require_category_alone(run.settings.mission)
+    own = heads.read(run.folder, run.settings.mission, run.gguf, size) if head else None
+    of_head = threshold.rules_of(run, head=True) if own else None
     rows = _evaluated(run)
     verdict = _may_fly(run, accepted_risk)
     names = (quantize.QUANTIZED, quantize.MMPROJ, quantize.PAIR)
@@ -80,12 +95,23 @@ def run(
             golden, request, seconds = golden_frames.ask(server.client, run, rows, rules, folder, progress)
         limit = time_out or time_out_of(seconds)
         tolerances = golden_frames.tolerances(golden)
-        _write_texts(folder, run, toolchain, point, verdict, limit, tolerances)
+        flown_head: dict[str, Any] | None = None
+        of_its_frames: list[float] = []
+        if own and of_head:
+            shutil.copyfile(heads.path_in(run.folder), folder / heads.FILE_NAME)
+            with Server(
+                toolchain, *pair, log=log, turn=turn_of(pair[0]), threads=threads, options=heads.EMBEDDING
+            ) as server:
+                expected, of_its_frames = golden_frames.ask_head(
+                    server.client, run, own, of_head, golden, folder, progress
+                )
+            flown_head = _head(run, own, of_head, expected, time_out or time_out_of(of_its_frames))
+        _write_texts(folder, run, toolchain, point, verdict, limit, tolerances, flown_head)
         record = {
             "schema_version": SCHEMA_VERSION,
             "preset": run.settings.preset,
             "base": base_of(run.gguf) or run.settings.base.model,
-            "frame_size": run.settings.base.frame_size,
+            "frame_size": size,
             "stretch": _stretch(run),
             "mission": portable(run.settings.mission).model_dump(mode="json"),
             "model": quantize.QUANTIZED,
@@ -102,12 +128,31 @@ def run(
             "tolerances": tolerances,
             "golden": golden,
             "notes": list(golden_frames.notes(golden, run.settings.mission)),
+            **({"head": flown_head} if flown_head else {}),
             "files": manifest.hash_outputs(folder),
         }
         write_text(folder / LIST, json.dumps(record, indent=2) + "\n")
         write_text(folder / LIST_HASH, f"{sha256_of_file(folder / LIST)}  {LIST}\n")
-        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return record | {"bytes": size, "seconds_per_frame": seconds}
+        total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return record | {"bytes": total, "seconds_per_frame": seconds, "seconds_per_frame_of_head": of_its_frames}
+
+
+def _head(run: "Run", head: heads.Head, rules: Rules, golden: list[dict[str, Any]], limit: float) -> dict[str, Any]:
+    """What bundle.json says of the head; all but the last key have the names of what they stand for."""
+    heads_own = (heads.EMBEDDING[place] for place in range(len(OPTIONS), len(heads.EMBEDDING)))
+    return {
+        "weights": heads.FILE_NAME,
+        "decision": as_steps(run.settings.mission, rules, BLANK_LIMITS),
+        "seconds_per_frame_at_most": limit,
+        "promise": threshold.promise_of(run, head=True),
+        "tolerances": {
+            "category_nats": golden_frames.HEAD_NATS, "other_labels_nats": golden_frames.HEAD_NATS, "other_words": 0,
+        },
+        "golden": golden,
+        "notes": list(golden_frames.head_notes(golden)),
+        "server_options": list(heads_own),
+        "labelled": {key: head.figures[key] for key in ("frames", "head", "zero_shot", "change")},
+    }  # fmt: skip
 
 
 def time_out_of(seconds_per_frame: Sequence[float]) -> int:
@@ -124,6 +169,16 @@ def verdict_line(bundle: dict[str, Any]) -> str:
     because = f" ({', '.join(verdict['because'])})" if verdict["because"] else ""
     risk = f"; risk accepted: {verdict['accepted_risk']}" if verdict["accepted_risk"] else ""
     return f"the ground's verdict: {verdict['verdict']}{because}{risk}"
+
+
+def head_line(bundle: dict[str, Any]) -> str:
+    """What is known of the bundle's head, from the labelled frames that it was fitted on."""
+    told = bundle["head"]["labelled"]
+    right, pair = told["head"], told["zero_shot"]
+    return (
+        f"the head decides: right on {right['count']} of {right['total']} labelled frames that it had not seen, "
+        f"the pair on {pair['count']} (p = {told['change']['zero_shot']['exact_p']:.2g})"
+    )
 
 
 def _may_fly(run: "Run", accepted_risk: str) -> dict[str, Any]:
@@ -170,6 +225,7 @@ def _write_texts(
     verdict: dict[str, Any],
     time_out: float,
     tolerances: dict[str, float],
+    head: dict[str, Any] | None,
 ) -> None:
     """Prompt, grammars, launch script, checker, flight clients and the operator's README."""
     mission = run.settings.mission
@@ -201,6 +257,9 @@ def _write_texts(
         "temperature": point[1] if point else None,
         "verdict": verdict,
         "stretch": _stretch(run),
+        "head": head,
+        "head_line": head_line({"head": head}) if head else "",
+        "of_head": in_words(mission, threshold.rules_of(run, head=True), "the labelled frames") if head else [],
     }
     for template, name in (("serve.sh.j2", "serve.sh"), ("bundle_readme.txt.j2", "README.txt")):
         write_text(folder / name, templates.fill("flight", template, **values))

@@ -34,6 +34,7 @@ from typing import Any, Callable, Iterator  # noqa: UP035 - Python 3.9
 SCHEMA_VERSION = 4  # of the bundle.json that this file reads
 LIST, LIST_HASH = "bundle.json", "bundle.json.sha256"
 SERVE = "serve.sh"
+PAIR, HEAD = "quantized", "head"  # who decides: the language model of the pair, or the head on what the pair sees
 LARGEST_REPLY_BYTES = 16_000_000  # a reply with 500 candidates per token has 0.1 MB
 _PROBE = "zq7 orion probe"  # no model writes it by itself
 
@@ -93,6 +94,27 @@ def read_bundle(folder: Path) -> dict[str, Any]:
     return bundle
 
 
+def flown(bundle: dict[str, Any], variant: str | None = None) -> dict[str, Any]:
+    """The bundle as a variant flies it, "head" or "quantized"; by default the head, if the bundle has one.
+
+    What bundle.json says of the head stands then in the place of what it says of the pair: the decision, the golden
+    frames, the tolerances. A bundle without a head stays as it is. Raises NoGoError for a head that it does not have.
+    """
+    head = bundle.get("head")
+    if not head:
+        if variant == HEAD:
+            raise NoGoError(
+                "the bundle has no head: leave --variant out, or make the bundle with 'orion bundle --head'"
+            )
+        return bundle
+    return {**bundle, **(head if variant != PAIR else {}), "variant": variant or HEAD}
+
+
+def named(bundle: dict[str, Any]) -> dict[str, str]:
+    """The variant that decides, for the lines of a log; nothing in a bundle without a head."""
+    return {"variant": bundle["variant"]} if "variant" in bundle else {}
+
+
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     try:
@@ -130,6 +152,13 @@ class Connection:
             return 0
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        value, text = self.value(path, body)
+        if not isinstance(value, dict):
+            raise NoGoError(f"{path} did not answer with a JSON object: {_short(text)}")
+        return value
+
+    def value(self, path: str, body: dict[str, Any] | None = None) -> tuple[Any, str]:
+        """The reply's JSON value, None if it is none, and its text."""
         try:
             status, data = self._request(path, body)
         except OSError as error:
@@ -140,12 +169,9 @@ class Connection:
         if status != 200:
             raise NoGoError(f"{path} answered {status}: {_short(text)}")
         try:
-            value = json.loads(text)
+            return json.loads(text), text
         except (ValueError, RecursionError):
-            value = None
-        if not isinstance(value, dict):
-            raise NoGoError(f"{path} did not answer with a JSON object: {_short(text)}")
-        return value
+            return None, text
 
     def _request(self, path: str, body: dict[str, Any] | None) -> tuple[int, bytes]:
         data = None if body is None else json.dumps(body).encode()
@@ -168,9 +194,9 @@ def _short(text: str) -> str:
 
 
 class OwnServer:
-    """The bundle's serve.sh with the program `llama_server`; it runs during a `with` block."""
+    """The bundle's serve.sh with the program `llama_server`, for a variant; it runs during a `with` block."""
 
-    def __init__(self, folder: Path, llama_server: Path) -> None:
+    def __init__(self, folder: Path, llama_server: Path, variant: str = "") -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -178,6 +204,7 @@ class OwnServer:
         self.connection = Connection(f"http://127.0.0.1:{port}", key)
         self._command = ["/bin/sh", str(folder / SERVE)]
         self._environment = {**os.environ, "LLAMA_SERVER": str(llama_server), "ORION_PORT": str(port)}
+        self._environment["ORION_VARIANT"] = variant
         self._environment |= {"LLAMA_API_KEY": key, "ORION_KEY_FILE": ""}
 
     def __enter__(self) -> OwnServer:
@@ -273,7 +300,8 @@ def check_server(connection: Connection, folder: Path, bundle: dict[str, Any]) -
             raise NoGoError(
                 f"the server has loaded {os.path.realpath(seen[0])}, which is not the bundle's {bundle[kind]}"
             )
-    _check_grammar(connection)
+    if bundle.get("variant") != HEAD:  # of which no text is asked
+        _check_grammar(connection)
     return str(props.get("media_marker") or "<__media__>"), notes
 
 
@@ -335,6 +363,22 @@ class Questions:
         fields = {one["cue"]: one["grammar"] for one in self._request.get("fields", [])}
         files = {"": whole, self._request["cue"]: category, **fields}  # the grammar from each cue on
         self._grammars = {cue: (folder / name).read_text(encoding="utf-8") for cue, name in files.items()}
+        self._until_image = self._chat.partition(marker)[0] + marker
+        of_head = bundle.get("variant") == HEAD
+        self.head = json.loads((folder / bundle["weights"]).read_text(encoding="utf-8")) if of_head else None
+
+    def hidden_state(self, image: str, png: bytes) -> list[float]:
+        """The last hidden state after the turn up to and with the image; of a server for the head."""
+        prompt = {"prompt_string": self._until_image, "multimodal_data": [base64.b64encode(png).decode()]}
+        found, text = self._connection.value("/embeddings", {"content": prompt, "embd_normalize": -1})
+        try:
+            (state,) = found[0]["embedding"]
+            values = [float(value) for value in state]
+            if not values or not all(math.isfinite(value) for value in values):
+                raise ValueError
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise NoGoError(f"{image}: the reply has no hidden state: {_short(text)}") from None
+        return values
 
     def ask_with_fields(self, image: str, png: bytes) -> tuple[str, dict[str, float], dict[str, list[float]]]:
         """The answer to the bytes of a PNG file, and the log-probability of each category where their names differ.
@@ -424,6 +468,75 @@ class Questions:
         )
 
 
+def ask_head(questions: Questions, image: str, frame: bytes, bundle: dict[str, Any]) -> dict[str, Any]:
+    """The outcome of a raw frame of RAW_BYTES by the bundle's head; `image` names it in errors."""
+    rules = _rules()
+    pictures, unlike = rules.pictures_for(bundle, frame)
+    if pictures is None:
+        return dict(rules.without_model(bundle, blank=True))
+    states = [questions.hidden_state(image, picture) for picture in pictures]
+    return dict(rules.with_head(bundle, questions.head, states, unlike=unlike))
+
+
+def check_head_frame(
+    questions: Questions, folder: Path, golden: dict[str, Any], bundle: dict[str, Any], seconds: float
+) -> dict[str, Any]:
+    """The result of `check_frame` for a golden frame of the head.
+
+    A decision is compared where rounding cannot change it, the probabilities always. There are no words to compare.
+    """
+    image, expected, wanted = golden["image"], golden["decision"], golden.get("log_probabilities")
+    began = time.monotonic()
+    with time_limit(seconds, image):
+        outcome = ask_head(questions, image, _rules().pixels_of((folder / image).read_bytes()), bundle)
+    scores = outcome["scores"]
+    result = {
+        **_no_result(golden, time.monotonic() - began),
+        "category": outcome["model_category"],
+        "decision": {key: outcome[key] for key in ("category", "decided_by")},
+    }
+    if scores and wanted:
+        found = {label: math.log(max(score, 1e-300)) for label, score in scores.items()}
+        result |= _differences(found, golden, bundle["tolerances"])
+    if not result["why"] and (expected or not scores):
+        result["why"] = _other_decision(image, result["decision"], expected or {"category": None, "decided_by": "-"})
+    return result
+
+
+def _no_result(golden: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """The result for a golden frame before anything is compared."""
+    return {
+        "image": golden["image"],
+        "expected": golden["category"],
+        "same_answer": True,
+        "answer": None,
+        "log_probabilities": None,
+        "off_category": None,
+        "off_others": None,
+        "seconds": seconds,
+        "why": "",
+    }
+
+
+def _differences(found: dict[str, float], golden: dict[str, Any], tolerances: dict[str, float]) -> dict[str, Any]:
+    """The differences of the log-probabilities from the ground's, and `why` if one is larger than allowed."""
+    wanted = golden["log_probabilities"]
+    off = {label: abs(found[label] - wanted[label]) for label in wanted}
+    largest = max(off, key=lambda label: off[label] / _allowed(label, golden, tolerances))
+    allowed = _allowed(largest, golden, tolerances)
+    return {
+        "log_probabilities": found,
+        "off_category": off[golden["category"]],
+        "off_others": max(off[label] for label in off if label != golden["category"]),
+        "why": (
+            f"{golden['image']}: the log-probability of {largest} is {found[largest]:.4f} instead of "
+            f"{wanted[largest]:.4f}; a difference of {allowed:g} is allowed"
+            if off[largest] > allowed
+            else ""
+        ),
+    }
+
+
 def check_frame(
     questions: Questions, folder: Path, golden: dict[str, Any], bundle: dict[str, Any], seconds: float, limit: float
 ) -> dict[str, Any]:
@@ -439,17 +552,7 @@ def check_frame(
         picture, unlike = rules.picture_for(bundle, rules.pixels_of(data))
         if picture is not None:
             answer, found, of_fields = questions.ask_with_fields(image, picture)
-    result = {
-        "image": image,
-        "expected": golden["category"],
-        "same_answer": True,
-        "answer": None,
-        "log_probabilities": None,
-        "off_category": None,
-        "off_others": None,
-        "seconds": time.monotonic() - began,
-        "why": "",
-    }
+    result = _no_result(golden, time.monotonic() - began)
     if picture is None:
         outcome = rules.without_model(bundle, blank=True)
     else:
@@ -467,24 +570,12 @@ def check_frame(
         result["decision"] = {
             key: rules.with_model(bundle, golden["answer"], found, of_fields, unlike=unlike)[key] for key in expected
         }
-    wanted, tolerances = golden["log_probabilities"], bundle["tolerances"]
-    off = {label: abs(found[label] - wanted[label]) for label in wanted}
-    largest = max(off, key=lambda label: off[label] / _allowed(label, golden, tolerances))
-    result |= {
-        "log_probabilities": found,
-        "off_category": off[golden["category"]],
-        "off_others": max(off[label] for label in off if label != golden["category"]),
-    }
+    result |= _differences(found, golden, bundle["tolerances"])
     # After other words, a hard frame may get another category, though this machine computes as the ground does: of it,
     # only what follows the words of the ground is compared.
     if result["category"] != golden["category"] and (result["same_answer"] or not golden["hard"]):
         result["why"] = f"{image}: {result['category']} instead of {golden['category']}"
-    elif off[largest] > _allowed(largest, golden, tolerances):
-        result["why"] = (
-            f"{image}: the log-probability of {largest} is {found[largest]:.4f} instead of {wanted[largest]:.4f}; "
-            f"a difference of {_allowed(largest, golden, tolerances):g} is allowed"
-        )
-    else:
+    elif not result["why"]:
         result["why"] = _other_decision(image, result["decision"], expected)
     return result
 
@@ -517,33 +608,53 @@ def _allowed(label: str, golden: dict[str, Any], tolerances: dict[str, float]) -
 
 
 def check(options: argparse.Namespace, report: dict[str, Any]) -> None:
-    """Run the checks and fill in `report`; raises NoGoError at the first failure."""
+    """Run the checks and fill in `report`; raises NoGoError at the first failure.
+
+    Of a bundle with a head, servers of its own are checked for both variants, a running one for the one that it serves.
+    """
     folder = options.bundle.resolve()
+    with time_limit(options.limit, "reading the bundle's files"):
+        bundle = read_bundle(folder)
+    report |= {"files": len(bundle["files"]) + 2, "bundle_sha256": _sha256(folder / LIST)}
+    report["verdict"] = bundle.get("verdict")
+    both = bundle.get("head") and options.llama_server and not options.variant
+    for variant in (PAIR, HEAD) if both else (options.variant,):
+        check_variant(options, report, folder, flown(bundle, variant))
+
+
+def check_variant(options: argparse.Namespace, report: dict[str, Any], folder: Path, bundle: dict[str, Any]) -> None:
+    """Check the golden frames of one variant."""
+    images: list[dict[str, Any]] = []
     with ExitStack() as stack:
-        with time_limit(options.limit, "reading the bundle's files"):
-            bundle = read_bundle(folder)
-        report |= {"files": len(bundle["files"]) + 2, "bundle_sha256": _sha256(folder / LIST)}
-        report["verdict"] = bundle.get("verdict")
-        own = stack.enter_context(OwnServer(folder, options.llama_server)) if options.llama_server else None
+        server = OwnServer(folder, options.llama_server, bundle.get("variant", "")) if options.llama_server else None
+        own = stack.enter_context(server) if server else None
         connection = own.connection if own else Connection(options.url, options.key)
         try:
             with time_limit(options.limit, "waiting for the server"):
                 wait_until_ready(connection, own)
-                marker, report["notes"] = check_server(connection, folder, bundle)
+                marker, notes = check_server(connection, folder, bundle)
+            report["notes"] += [note for note in notes if note not in report["notes"]]
             questions = Questions(connection, folder, bundle, marker)
             seconds = options.time_out or bundle["seconds_per_frame_at_most"]
             for golden in bundle["golden"]:
-                report["images"].append(check_frame(questions, folder, golden, bundle, seconds, options.limit))
+                if bundle.get("variant") == HEAD:
+                    result = check_head_frame(questions, folder, golden, bundle, seconds)
+                else:
+                    result = check_frame(questions, folder, golden, bundle, seconds, options.limit)
+                images.append(result)
+                report["images"].append({**result, **named(bundle)})
         except NoGoError:
             if own:
                 time.sleep(1)  # a dying process closes its socket first
                 own.check_alive()  # its log gives a better reason
             raise
-        report["peak_bytes"] = own.peak_bytes() if own else None
-    failures = [image["why"] for image in report["images"] if image["why"]]
+        peak = own.peak_bytes() if own else None
+        report["peak_bytes"] = max(peak or 0, report["peak_bytes"] or 0) or None
+    failures = [image["why"] for image in images if image["why"]]
     if failures:
-        raise NoGoError(failures[0] + (f" (and {len(failures) - 1} more)" if failures[1:] else ""))
-    asked = [image for image in report["images"] if image["answer"] is not None]
+        of = " (head)" if bundle.get("variant") == HEAD else ""
+        raise NoGoError(failures[0] + of + (f" (and {len(failures) - 1} more)" if failures[1:] else ""))
+    asked = [image for image in images if image["answer"] is not None]
     other_words, most = sum(not image["same_answer"] for image in asked), bundle["tolerances"]["other_words"]
     if other_words > most:
         raise NoGoError(f"{other_words} of {len(asked)} reasons differ in their words; {most} may differ by rounding")
@@ -574,7 +685,15 @@ def _table(images: list[dict[str, Any]]) -> Iterator[str]:
         off = ("-" if image[key] is None else f"{image[key]:.4f}" for key in ("off_category", "off_others"))
         decision = (str(image["category"] or "-"), str(image["decision"]["category"]), image["decision"]["decided_by"])
         words = "-" if image["answer"] is None else "yes" if image["same_answer"] else "no"
-        rows.append((image["image"], *decision, *off, words, f"{image['seconds']:.2f}"))
+        rows.append(
+            (
+                image["image"] + (" (head)" if image.get("variant") == HEAD else ""),
+                *decision,
+                *off,
+                words,
+                f"{image['seconds']:.2f}",
+            )
+        )
     widths = [max(len(row[place]) for row in rows) for place in range(len(columns))]
     for row in rows:
         left = "  ".join(f"{cell:{width}}" for cell, width in zip(row[:4], widths))  # noqa: B905 - Python 3.9
@@ -597,6 +716,16 @@ def add_time_out(parser: argparse.ArgumentParser) -> None:
         type=_seconds,
         metavar="SECONDS",
         help=f"most seconds per frame (default: seconds_per_frame_at_most in {LIST})",
+    )
+
+
+def add_variant(parser: argparse.ArgumentParser) -> None:
+    """The option --variant of the three programs."""
+    parser.add_argument(
+        "--variant",
+        choices=(HEAD, PAIR),
+        help="of a bundle with a head: the head, or the language model of the pair (default: the head; "
+        "check_flight.py --llama-server checks both)",
     )
 
 
@@ -635,6 +764,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--limit", type=_seconds, default=300, metavar="SECONDS", help="limit of every other step (default: 300)"
     )
     add_time_out(parser)
+    add_variant(parser)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     options = parser.parse_args(arguments)
     if urllib.parse.urlsplit(options.url).scheme not in ("http", "https"):

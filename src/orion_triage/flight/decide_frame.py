@@ -7,6 +7,7 @@ Reads no files and asks no server.
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import struct
@@ -68,14 +69,17 @@ def _level(counts: list[int], hundredths: int) -> int:
     return len(counts) - 1
 
 
-def shrink(frame: bytes, size: int) -> bytes:
-    """The frame averaged down to `size` x `size` RGB pixels: first along the rows, then along the columns."""
-    if size == CAMERA_SIZE:
-        return frame
-    weights = [_box(place, size) for place in range(size)]
+def shrink(frame: bytes, size: int, width: int = CAMERA_SIZE) -> bytes:
+    """The frame of `width` averaged to `size` x `size` RGB pixels: first along the rows, then along the columns."""
+    if size % width == 0:  # each pixel several times, or once: much quicker than the sums below
+        times, row = size // width, width * BANDS
+        pixels = (frame[at : at + BANDS] * times for at in range(0, len(frame), BANDS))
+        wide = b"".join(pixels) if times > 1 else frame
+        return b"".join(wide[at : at + row * times] * times for at in range(0, len(wide), row * times))
+    weights = [_box(place, size, width) for place in range(size)]
     half, narrow = 1 << (PRECISION_BITS - 1), []
-    for row in range(0, len(frame), CAMERA_SIZE * BANDS):
-        line = frame[row : row + CAMERA_SIZE * BANDS]
+    for row in range(0, len(frame), width * BANDS):
+        line = frame[row : row + width * BANDS]
         narrow.append(
             bytes(
                 (sum(line[(first + n) * BANDS + band] * weight for n, weight in enumerate(of)) + half) >> PRECISION_BITS
@@ -92,12 +96,26 @@ def shrink(frame: bytes, size: int) -> bytes:
     )
 
 
-def _box(place: int, size: int) -> tuple[int, list[int]]:
-    """The first input pixel of an output pixel, and the weights of the inputs whose centres lie in its box."""
-    scale = CAMERA_SIZE / size
-    centre = (place + 0.5) * scale
-    first, last = int(centre - scale / 2 + 0.5), min(CAMERA_SIZE, int(centre + scale / 2 + 0.5))
-    inside = [float(-0.5 < (pixel - centre + 0.5) / scale <= 0.5) for pixel in range(first, last)]
+def quarters(frame: bytes, size: int) -> list[bytes]:
+    """The four quarters of a frame of the camera's size, by rows, each of `size` x `size` RGB pixels."""
+    half, row = CAMERA_SIZE // 2, CAMERA_SIZE * BANDS
+    cut = []
+    for top in (0, half):
+        for left in (0, half * BANDS):
+            lines = range(top * row + left, (top + half) * row, row)
+            cut.append(b"".join(frame[at : at + half * BANDS] for at in lines))
+    return [shrink(one, size, half) for one in cut]
+
+
+def _box(place: int, size: int, width: int) -> tuple[int, list[int]]:
+    """The first input pixel of an output pixel, and the weights of the inputs whose centres lie in its box.
+
+    Where pixels are more than before, the box is one input pixel wide: the nearest one.
+    """
+    scale = width / size
+    centre, wide = (place + 0.5) * scale, max(scale, 1.0)
+    first, last = int(centre - wide / 2 + 0.5), min(width, int(centre + wide / 2 + 0.5))
+    inside = [float(-0.5 < (pixel - centre + 0.5) / wide <= 0.5) for pixel in range(first, last)]
     return first, [int(0.5 + one / sum(inside) * (1 << PRECISION_BITS)) for one in inside]
 
 
@@ -267,14 +285,72 @@ def with_model(
     }  # fmt: skip
 
 
+def with_head(
+    bundle: dict[str, Any], head: dict[str, Any], states: list[list[float]], *, unlike: bool = False
+) -> dict[str, Any]:
+    """The outcome of a frame by the head (the content of head.json) and the states after its four quarters.
+
+    A head gives no reason: its reason, and the mission's short texts, are empty.
+    """
+    mission = bundle["mission"]
+    scores = head_scores(head, states)
+    said = max(scores, key=scores.__getitem__)
+    values = {field["name"]: "" for field in mission.get("fields", [])}
+    answer = {"reason": "", "category": said, **values}
+    category, by = decide(bundle["decision"], said, scores, unlike=unlike)
+    return {
+        "answer": json.dumps({key: answer[key] for key in mission["keys"]}), "category": category, "decided_by": by,
+        "model_category": said, "reason": "", "scores": scores, "label_mass": 1.0,
+        **({"fields": values, "field_scores": {}} if values else {}),
+        "blank": False, "action": action_of(bundle, category),
+    }  # fmt: skip
+
+
+def head_scores(head: dict[str, Any], states: list[list[float]]) -> dict[str, float]:
+    """The probabilities of the categories: a logistic regression on the mean and the spread of the states.
+
+    Raises ValueError for states of another width than the head's.
+    """
+    names, width = head["categories"], head["width"]
+    if any(2 * len(state) != width for state in states):
+        raise ValueError(f"a hidden state has {len(states[0])} numbers, of which the head takes {width // 2}")
+    means = [sum(values) / len(values) for values in zip(*states)]  # noqa: B905 - Python 3.9
+    spreads = [
+        math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
+        for values, mean in zip(zip(*states), means)  # noqa: B905
+    ]
+    described, count = means + spreads, len(names) * width
+    weights = struct.unpack(f"<{count}f", base64.b64decode(head["weights"]))
+    logits = [
+        sum(weight * value for weight, value in zip(weights[row * width : (row + 1) * width], described)) + bias  # noqa: B905
+        for row, bias in enumerate(head["bias"])
+    ]
+    powers = [math.exp(logit - max(logits)) for logit in logits]
+    return {name: power / sum(powers) for name, power in zip(names, powers)}  # noqa: B905
+
+
 def picture_for(bundle: dict[str, Any], frame: bytes) -> tuple[bytes | None, bool]:
     """The PNG file that the model is asked about for a raw frame of RAW_BYTES, and whether the frame is unlike.
 
     There is no picture if the frame is blank. Unlike: outside the ranges of the step "unlike training".
     """
-    rule, kind, size = step_of(bundle, "blank rule"), step_of(bundle, "unlike training"), bundle["frame_size"]
+    blank, unlike = by_rules(bundle, frame)
+    size = bundle["frame_size"]
+    return (None if blank else png(shrink(frame, size), size)), unlike
+
+
+def pictures_for(bundle: dict[str, Any], frame: bytes) -> tuple[list[bytes] | None, bool]:
+    """The same for a head, which looks at the four quarters of the frame."""
+    blank, unlike = by_rules(bundle, frame)
+    size = bundle["frame_size"]
+    return (None if blank else [png(quarter, size) for quarter in quarters(frame, size)]), unlike
+
+
+def by_rules(bundle: dict[str, Any], frame: bytes) -> tuple[bool, bool]:
+    """Whether a raw frame is blank, and whether it is unlike the training, by the steps of the decision."""
+    rule, kind = step_of(bundle, "blank rule"), step_of(bundle, "unlike training")
     between = (rule or kind or {}).get("rows")
     measures = appearance(frame, between) if between else {}
     if rule and is_blank(measures, rule):
-        return None, False
-    return png(shrink(frame, size), size), bool(kind and is_unlike(measures, kind))
+        return True, False
+    return False, bool(kind and is_unlike(measures, kind))

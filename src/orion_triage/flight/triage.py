@@ -75,24 +75,26 @@ class Flown:
 
 
 def of_run(run: "Run", *, head: bool = False) -> Flown:
-    """A run's pair with its threshold, if one was chosen; or with its head, of whose scores the threshold is not."""
+    """A run's pair with its threshold, if one was chosen; or its head, with the threshold of that."""
     stretch, log = stretch_of(run.settings.dataset), run.folder / "logs" / "triage-server.log"
-    rules = threshold.rules_of(run)
+    rules = threshold.rules_of(run, head=head)
     mission, size = run.settings.mission, run.settings.base.frame_size
     if head:
         own = read_head(run.folder, mission, run.gguf, size)
-        rules = replace(rules, drop_threshold=None)
         return Flown(f"{run.folder} (head, {_rules(rules)})", run.gguf, mission, size, stretch, rules, log, own)
     return Flown(f"{run.folder} ({_rules(rules)})", run.gguf, mission, size, stretch, rules, log)
 
 
-def of_bundle(folder: Path) -> Flown:
-    """A flight bundle, after a check of all its files; raises OrionError if one was changed or is missing."""
-    from orion_triage.flight.check_flight import NoGoError, OtherVersionError, read_bundle
+def of_bundle(folder: Path, *, head: bool = False) -> Flown:
+    """A flight bundle, after a check of all its files; its head decides if it has one, as on board.
+
+    Raises OrionError if a file was changed or is missing, and with `head` for a bundle without one.
+    """
+    from orion_triage.flight.check_flight import NoGoError, OtherVersionError, flown, read_bundle
     from orion_triage.flight.decide_frame import step_of
 
     try:
-        bundle = read_bundle(folder)
+        bundle = flown(read_bundle(folder))
         step, stretch = step_of(bundle, "threshold"), bundle["stretch"]
         unlike = step_of(bundle, "unlike training")
         rules = Rules(
@@ -101,6 +103,7 @@ def of_bundle(folder: Path) -> Flown:
         )
         limits, size = Stretch(**stretch) if stretch else None, int(bundle["frame_size"])
         mission = Mission.model_validate(bundle["mission"])
+        own = read_head(folder, mission, folder, size) if "variant" in bundle else None
     except OtherVersionError as error:
         raise OrionError(f"{folder}: {error}.", "Run 'orion bundle' again.") from None
     except NoGoError as error:
@@ -112,7 +115,10 @@ def of_bundle(folder: Path) -> Flown:
             f"{folder / 'bundle.json'} is of another version: {error!r}.", "Run 'orion bundle' again."
         ) from None
     log = Path(tempfile.gettempdir()) / f"orion-triage-{os.getpid()}.log"
-    return Flown(f"bundle {folder} ({_rules(rules)})", folder, mission, size, limits, rules, log)
+    if head and not own:
+        raise OrionError(f"{folder} has no head.", "Leave --head out, or make it with 'orion bundle --head'.")
+    named = f"bundle {folder} ({'head, ' if own else ''}{_rules(rules)})"
+    return Flown(named, folder, mission, size, limits, rules, log, own)
 
 
 def _rules(rules: Rules) -> str:

@@ -34,7 +34,10 @@ if TYPE_CHECKING or __package__:
         OwnServer,
         Questions,
         add_time_out,
+        add_variant,
         check_server,
+        flown,
+        named,
         read_bundle,
         read_server_options,
         time_limit,
@@ -51,7 +54,10 @@ else:
         OwnServer,
         Questions,
         add_time_out,
+        add_variant,
         check_server,
+        flown,
+        named,
         read_bundle,
         read_server_options,
         time_limit,
@@ -179,7 +185,9 @@ class Model:
             self.stop()
         if self._questions is None:
             if self._options.llama_server:
-                self._own = OwnServer(self._folder, self._options.llama_server).__enter__()
+                self._own = OwnServer(
+                    self._folder, self._options.llama_server, self._bundle.get("variant", "")
+                ).__enter__()
             connection = self._own.connection if self._own else Connection(self._options.url, self._options.key)
             try:
                 with time_limit(START_SECONDS, "the start of the server"):
@@ -238,6 +246,7 @@ class Frames:
                 "moved_to": self._free_name(path),
                 "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 "seconds": round(time.monotonic() - began, 3),
+                **named(bundle),
                 **outcome,
             }
             self.log.append(row)
@@ -299,6 +308,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--once", action="store_true", help="end when no complete frame is left")
     parser.add_argument("--poll", type=float, default=1.0, metavar="SECONDS", help="pause (default: %(default)s)")
     add_time_out(parser)
+    add_variant(parser)
     server = parser.add_mutually_exclusive_group(required=True)
     server.add_argument("--llama-server", type=Path, metavar="PATH", help="start serve.sh with this program")
     server.add_argument("--url", help="use a running server instead, which nobody starts again")
@@ -325,7 +335,9 @@ def main(arguments: list[str] | None = None) -> int:
     folder = Path(__file__).resolve().parent
     model = None
     try:
-        bundle = read_bundle(folder)
+        bundle = flown(read_bundle(folder), options.variant)
+        if bundle.get("variant") == "head":
+            say("the head decides: its answers have no reason")
         frames = Frames(
             options.folder, options.log or options.folder / "triage.jsonl", options.done or options.folder / "done"
         )

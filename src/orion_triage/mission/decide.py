@@ -175,8 +175,11 @@ def as_steps(mission: Mission, rules: Rules, blank_limits: dict[str, Any]) -> li
     return [*steps, {"step": "model"}]
 
 
-def in_words(mission: Mission, rules: Rules) -> list[str]:
-    """The rules as text for developers of flight software, one sentence per step, in the order of `decide`."""
+def in_words(mission: Mission, rules: Rules, chosen_on: str = "val") -> list[str]:
+    """The rules as text for developers of flight software, one sentence per step, in the order of `decide`.
+
+    `chosen_on` names the frames that the threshold was chosen on.
+    """
     words = []
     if rules.blank and mission.blank:
         words.append(f"A blank frame is {mission.blank}. The model is not asked about it.")
@@ -206,7 +209,7 @@ def in_words(mission: Mission, rules: Rules) -> list[str]:
     other = listed(kept, "or")
     rest = other if len(kept) == 1 else f"{other}, whichever has the higher score ({kept[0]} if equal)"
     words.append(
-        f"With scores: {which} if {score} is at least {rules.drop_threshold} (the threshold, chosen on val); "
+        f"With scores: {which} if {score} is at least {rules.drop_threshold} (the threshold, chosen on {chosen_on}); "
         f"otherwise {rest}."
     )
     words.append("Without scores: use the category in the answer.")

@@ -130,12 +130,12 @@ def columns_of_orbit(orbit: dict[str, Any], mission: Mission) -> list[dict[str, 
     ]
 
 
-def promised(promise: dict[str, Any] | None, mission: Mission) -> str:
-    """What a threshold promises, in a sentence."""
+def promised(promise: dict[str, Any] | None, mission: Mission, split: str = "val") -> str:
+    """What a threshold that was chosen on a split promises, in a sentence."""
     if promise is None:
-        return "It promises nothing: its loss on val is too low, because it was chosen there."
+        return f"It promises nothing: its loss on {split} is too low, because it was chosen there."
     return (
-        f"Promise, with {promise['confidence']:.0%} confidence, for frames like those of val: at most "
+        f"Promise, with {promise['confidence']:.0%} confidence, for frames like those of {split}: at most "
         f"{promise['largest_loss']:.1%} of the {listed(mission.that('send', 'store'))} frames are dropped (upper bound "
         f"{promise['upper_bound']:.1%}, from {promise['frames']} frames of {promise['places']} places)."
     )
