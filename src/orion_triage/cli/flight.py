@@ -391,7 +391,8 @@ def _print_frames(measured: dict[str, Any]) -> None:
         console.print(table)
         alone = " (verdict-only: 1)" if any(row["change"] == VERDICT_ONLY for row in rows) else ""
         console.print(
-            f"Answer length: {flown['answer_tokens']} tokens{alone}. 'orion triage': {seconds:.{digits}f} s per frame.",
+            f"Prompt: {flown['prompt_tokens']} tokens, {flown['tokens_read']} of them read per frame. "
+            f"Answer: {flown['answer_tokens']} tokens{alone}. 'orion triage': {seconds:.{digits}f} s per frame.",
         )
     console.print(
         f"Medians of {measured['repeats']} frames on {machine['cores']} cores ({machine['processor']}). "

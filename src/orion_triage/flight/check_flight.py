@@ -36,6 +36,7 @@ LIST, LIST_HASH = "bundle.json", "bundle.json.sha256"
 SERVE = "serve.sh"
 LARGEST_REPLY_BYTES = 16_000_000  # a reply with 500 candidates per token has 0.1 MB
 _PROBE = "zq7 orion probe"  # no model writes it by itself
+CHECKPOINT_TOKENS = 4  # a server's state is saved at the end of a request and this many tokens before it, or fewer
 
 
 class NoGoError(Exception):
@@ -168,9 +169,12 @@ def _short(text: str) -> str:
 
 
 class OwnServer:
-    """The bundle's serve.sh with the program `llama_server`; it runs during a `with` block."""
+    """The bundle's serve.sh with the program `llama_server`; it runs during a `with` block.
 
-    def __init__(self, folder: Path, llama_server: Path) -> None:
+    With a folder `state`, it saves and restores its state after the prompt there.
+    """
+
+    def __init__(self, folder: Path, llama_server: Path, state: Path | None = None) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -178,7 +182,7 @@ class OwnServer:
         self.connection = Connection(f"http://127.0.0.1:{port}", key)
         self._command = ["/bin/sh", str(folder / SERVE)]
         self._environment = {**os.environ, "LLAMA_SERVER": str(llama_server), "ORION_PORT": str(port)}
-        self._environment |= {"LLAMA_API_KEY": key, "ORION_KEY_FILE": ""}
+        self._environment |= {"LLAMA_API_KEY": key, "ORION_KEY_FILE": "", "ORION_STATE": str(state or "")}
 
     def __enter__(self) -> OwnServer:
         self._log = tempfile.TemporaryFile()
@@ -327,7 +331,7 @@ class Questions:
     """The requests of the flight, with the same bodies as those of orion_triage's client."""
 
     def __init__(self, connection: Connection, folder: Path, bundle: dict[str, Any], marker: str) -> None:
-        self._connection, self._folder, self._request = connection, folder, bundle["request"]
+        self._connection, self._request, self._marker = connection, bundle["request"], marker
         self._labels: list[dict[str, Any]] = self._request["labels"]
         self._prompt = (folder / "prompt.txt").read_text(encoding="utf-8")
         self._chat = self._request["chat"].replace("{image}", marker).replace("{prompt}", self._prompt)
@@ -335,6 +339,23 @@ class Questions:
         fields = {one["cue"]: one["grammar"] for one in self._request.get("fields", [])}
         files = {"": whole, self._request["cue"]: category, **fields}  # the grammar from each cue on
         self._grammars = {cue: (folder / name).read_text(encoding="utf-8") for cue, name in files.items()}
+        self._keeps = "kept_tokens" in self._request  # whether the prompt stands before the image
+        self._kept = False  # whether the server has the state after the prompt
+        self.reused_tokens: int | None = None  # of the last frame's prompt; None if its whole prompt is read anew
+
+    def keep_prompt(self) -> None:
+        """Let the server read the prompt before the image once; does nothing while it has that state.
+
+        The requests of a frame go on from it. Raises NoGoError if the server reads another number of tokens.
+        """
+        if not self._keeps or self._kept:
+            return
+        more = {"n_predict": 0, "grammar": self._request["printable"], "cache_prompt": True}
+        body = {"prompt": self._chat.partition(self._marker)[0], **self._request["sampling"], **more}
+        read, wanted = self._connection.ask("/completion", body).get("tokens_evaluated"), self._request["kept_tokens"]
+        if read != wanted:
+            raise NoGoError(f"the server reads {read} tokens of the prompt instead of {wanted}: the model differs")
+        self._kept = True
 
     def ask_with_fields(self, image: str, png: bytes) -> tuple[str, dict[str, float], dict[str, list[float]]]:
         """The answer to the bytes of a PNG file, and the log-probability of each category where their names differ.
@@ -342,6 +363,7 @@ class Questions:
         And the probabilities of the values of each yes/no and choice field, in their order. One request up to the first
         cue, and one from each cue on. `image` names the picture in errors.
         """
+        self.keep_prompt()
         request, left = self._request, self._request["answer_tokens"]
         waiting = {request["cue"]: "category", **{one["cue"]: one["field"] for one in request.get("fields", [])}}
         text, at, replies, starts = "", "", {}, {}
@@ -359,6 +381,8 @@ class Questions:
                     f"{image}: the server reads {reply.get('tokens_evaluated')} tokens instead of "
                     f"{request['prompt_tokens']}: the model or the image settings differ"
                 )
+            if not at:
+                self._check_kept(reply)
             text, at, left = text + word, word, left - used
             del waiting[word]
         cue = request["cue"]
@@ -381,8 +405,39 @@ class Questions:
 
     def _from(self, cue: str, png: bytes, start: str, most: int, stop: dict[str, Any]) -> dict[str, Any]:
         """The reply from a cue on, with probabilities; from the beginning of the answer with an empty one."""
-        more = {"cache_prompt": True, "n_probs": self._request["candidates"]} if cue else {}
+        more = {"cache_prompt": True, "n_probs": self._request["candidates"]} if cue else {"cache_prompt": self._keeps}
         return self._completion(png, start, most, {**stop, "grammar": self._grammars[cue], **more})
+
+    @property
+    def keeps_prompt(self) -> bool:
+        """Whether the server reads the prompt once for all frames."""
+        return self._keeps
+
+    @property
+    def has_lost_prompt(self) -> bool:
+        """Whether the server read the whole prompt for the last frame, though it had its state before."""
+        return self.reused_tokens is not None and not self._kept
+
+    def save_prompt(self, name: str) -> None:
+        """Let the server write its state after the prompt; raises NoGoError if it cannot."""
+        self._kept = False
+        self.keep_prompt()  # the state after the prompt, not that after a frame
+        self._connection.ask("/slots/0?action=save", {"filename": name})
+
+    def restore_prompt(self, name: str) -> bool:
+        """Let the server read a file of `save_prompt`; False if it cannot."""
+        with suppress(NoGoError):
+            restored = self._connection.ask("/slots/0?action=restore", {"filename": name}).get("n_restored")
+            self._kept = restored == self._request["kept_tokens"]
+        return self._kept
+
+    def _check_kept(self, reply: dict[str, Any]) -> None:
+        """Note how many tokens the server did not read again; if it had lost the prompt, the next frame reads it."""
+        if self._keeps:
+            timings = reply.get("timings")
+            reused = timings.get("cache_n") if isinstance(timings, dict) else None
+            self.reused_tokens = reused if isinstance(reused, int) else 0
+            self._kept = self.reused_tokens >= self._request["kept_tokens"] - CHECKPOINT_TOKENS
 
     def _scores(self, image: str, png: bytes, start: str, reply: dict[str, Any]) -> dict[str, float]:
         """The log-probability of each label after `start`, of which `reply` is the continuation."""

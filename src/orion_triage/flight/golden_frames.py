@@ -15,7 +15,7 @@ from orion_triage.llama_cpp.client import CANDIDATES, GREEDY, PRINTABLE, Client
 from orion_triage.mission.answer import Answer
 from orion_triage.mission.decide import BLANK_REASON, Rules, by_in_words, decide, drop_probability, holds, is_unlike
 from orion_triage.mission.mission import Mission
-from orion_triage.mission.prompt import user_text, with_image
+from orion_triage.mission.prompt import render_prompt, user_text
 from orion_triage.mission.scoring import FieldScores, Scoring
 from orion_triage.mission.verdict import CATEGORY_CUE, answer_tokens, grammar, grammars, parse_verdict
 from orion_triage.progress import Progress
@@ -244,14 +244,16 @@ class _Asking:
     def requests(self) -> dict[str, Any]:
         """What the flight's client sends and reads, for a client that knows neither the mission nor the tokenizer."""
         mission, scoring = self._mission, self._scoring
+        template = self._text.replace(render_prompt(mission, None), "{prompt}")
         fields = [
             {"field": one.field, "cue": one.cue, "tokens": list(one.tokens), "grammar": f"{one.field}_grammar.gbnf"}
             for one in scoring.field_cues
         ]
         return {
-            "chat": self._client.chat(with_image(mission, "{prompt}"), "{image}"),
+            "chat": self._client.chat(template, "{image}"),
             "cue": CATEGORY_CUE,
             "answer_tokens": answer_tokens(mission),
+            **({"kept_tokens": self._client.kept_tokens} if self._client.keep_text(self._text) else {}),
             "candidates": CANDIDATES,
             "sampling": GREEDY,
             "grammars": ["grammar.gbnf", "category_grammar.gbnf"],

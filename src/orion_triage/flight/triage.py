@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 RULES = Rules()  # a blank frame has its category; otherwise the answer's category counts
 PICTURES = (*PICTURE_SUFFIXES, ".raw")
+PROMPT_LOST = "the server had lost the prompt, and read it again"
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class FrameVerdict:
 
     `decided_by` is "model", "threshold 0.162", "smoke is yes" (a field's rule), "unlike training", "blank rule" or "no
     verdict"; empty if the file was refused. `answer` is the model's; None if the model was not asked. `changes` are the
-    conversions that the file needed.
+    conversions that the file needed, and what else is unusual about it.
     """
 
     file: str
@@ -316,6 +317,9 @@ def triage_with_pair(
         else:
             backend = LlamaCppBackend(server.client, mission, max_new_tokens=answer_tokens(mission), constrained=True)
         shown = CAMERA_SIZE if flown.head else size  # a head divides the camera's frame itself
-        yield from triage_files(paths, backend, mission, shown, rules=rules, resize=resize, stretch=flown.stretch)
+        lost = 0
+        for outcome in triage_files(paths, backend, mission, shown, rules=rules, resize=resize, stretch=flown.stretch):
+            again, lost = server.client.texts_lost > lost, server.client.texts_lost
+            yield replace(outcome, changes=(*outcome.changes, PROMPT_LOST)) if again else outcome
     if not keep_log:
         flown.log.unlink(missing_ok=True)
