@@ -337,7 +337,9 @@ class Questions:
         self._chat = self._request["chat"].replace("{image}", marker).replace("{prompt}", self._prompt)
         whole, category = self._request["grammars"]
         fields = {one["cue"]: one["grammar"] for one in self._request.get("fields", [])}
-        files = {"": whole, self._request["cue"]: category, **fields}  # the grammar from each cue on
+        self._verdict_only: dict[str, Any] | None = self._request.get("verdict_only")
+        reasons = self._verdict_only["reasons"] if self._verdict_only else {}  # the grammar of an answer, by category
+        files = {"": whole, self._request["cue"]: category, **fields, **reasons}  # the grammar from each cue on
         self._grammars = {cue: (folder / name).read_text(encoding="utf-8") for cue, name in files.items()}
         self._keeps = "kept_tokens" in self._request  # whether the prompt stands before the image
         self._kept = False  # whether the server has the state after the prompt
@@ -361,9 +363,12 @@ class Questions:
         """The answer to the bytes of a PNG file, and the log-probability of each category where their names differ.
 
         And the probabilities of the values of each yes/no and choice field, in their order. One request up to the first
-        cue, and one from each cue on. `image` names the picture in errors.
+        cue, and one from each cue on. `image` names the picture in errors. In a bundle whose verdict comes first, the
+        answer has a reason only for the categories that are to have one.
         """
         self.keep_prompt()
+        if self._verdict_only:
+            return (*self._verdict_first(image, png, self._verdict_only), {})
         request, left = self._request, self._request["answer_tokens"]
         waiting = {request["cue"]: "category", **{one["cue"]: one["field"] for one in request.get("fields", [])}}
         text, at, replies, starts = "", "", {}, {}
@@ -376,17 +381,41 @@ class Questions:
             word, used = reply.get("stopping_word"), reply.get("tokens_predicted")
             if not isinstance(word, str) or word not in waiting or not isinstance(used, int):
                 raise NoGoError(f"{image}: the answer has no {' and no '.join(waiting.values())}: {_short(text)}")
-            if not at and reply.get("tokens_evaluated") != request["prompt_tokens"]:
-                raise NoGoError(
-                    f"{image}: the server reads {reply.get('tokens_evaluated')} tokens instead of "
-                    f"{request['prompt_tokens']}: the model or the image settings differ"
-                )
             if not at:
+                self._check_tokens(image, reply)
                 self._check_kept(reply)
             text, at, left = text + word, word, left - used
             del waiting[word]
         cue = request["cue"]
         return text, self._scores(image, png, starts[cue], replies[cue]), self._of_fields(image, replies)
+
+    def _verdict_first(self, image: str, png: bytes, how: dict[str, Any]) -> tuple[str, dict[str, float]]:
+        """The answer and the log-probability of each category, by the token in which their names differ."""
+        # The server reads the image, and goes on from there in each of the following requests.
+        self._check_kept(self._completion(png, None, 0, {"cache_prompt": True, "grammar": self._request["printable"]}))
+        start, begun = how["start"], self._labels[0]["after"]
+        more = {"cache_prompt": True, "n_probs": self._request["candidates"]}
+        more["grammar"] = self._request["printable"] if begun else self._grammars[self._request["cue"]]
+        reply = self._completion(png, start + begun, 1, more)
+        self._check_tokens(image, reply)
+        said, scores = str(reply.get("content"))[:1], self._scores(image, png, start, reply)
+        names = [name for name in how["answers"] if said and name.startswith(begun + said)]
+        if not begun and not names:  # not a category
+            return start + str(reply.get("content")), scores
+        category = names[0] if len(names) == 1 else max(how["answers"], key=scores.__getitem__)
+        if category not in how["reasons"]:
+            return how["answers"][category], scores
+        rule = {"cache_prompt": True, "grammar": self._grammars[category]}
+        answer = str(self._completion(png, "", self._request["answer_tokens"], rule).get("content"))
+        return answer if answer.endswith("}") else how["answers"][category], scores
+
+    def _check_tokens(self, image: str, reply: dict[str, Any]) -> None:
+        """Raise NoGoError unless the server read as many tokens as on the ground."""
+        read, wanted = reply.get("tokens_evaluated"), self._request["prompt_tokens"]
+        if read != wanted:
+            raise NoGoError(
+                f"{image}: the server reads {read} tokens instead of {wanted}: the model or the image settings differ"
+            )
 
     def score_after(self, image: str, png: bytes, answer: str) -> tuple[dict[str, float], dict[str, list[float]]]:
         """The same log-probabilities and probabilities after the words of another answer, that of the ground."""
@@ -440,11 +469,13 @@ class Questions:
             self._kept = self.reused_tokens >= self._request["kept_tokens"] - CHECKPOINT_TOKENS
 
     def _scores(self, image: str, png: bytes, start: str, reply: dict[str, Any]) -> dict[str, float]:
-        """The log-probability of each label after `start`, of which `reply` is the continuation."""
+        """The log-probability of each label after `start`, of which `reply` is the continuation, or its first place."""
         found: dict[str, float] = {}
         for place in self._labels:
             asked = reply
-            if place["after"]:  # further places, where names with the same beginning part, take a request each
+            if place["after"] and not (
+                self._verdict_only and place is self._labels[0]
+            ):  # further places, where names with the same beginning part, take a request each
                 more = {"cache_prompt": True, "n_probs": self._request["candidates"]}
                 rule = {"grammar": self._request["printable"]}
                 asked = self._completion(png, start + place["after"], 1, {**more, **rule})
@@ -465,12 +496,14 @@ class Questions:
         except (KeyError, IndexError, TypeError, ValueError):
             raise NoGoError(f"{image}: the reply has no log-probabilities") from None
 
-    def _completion(self, png: bytes, start: str, most: int, more: dict[str, Any]) -> dict[str, Any]:
+    def _completion(self, png: bytes, start: str | None, most: int, more: dict[str, Any]) -> dict[str, Any]:
+        """The reply from this beginning of the answer on; from the end of the image on with None."""
+        text = self._chat.partition(self._marker)[0] + self._marker if start is None else self._chat + start
         picture = base64.b64encode(png).decode()
         return self._connection.ask(
             "/completion",
             {
-                "prompt": {"prompt_string": self._chat + start, "multimodal_data": [picture]},
+                "prompt": {"prompt_string": text, "multimodal_data": [picture]},
                 "n_predict": most,
                 "cache_prompt": False,
                 **self._request["sampling"],
@@ -516,7 +549,8 @@ def check_frame(
     if outcome["model_category"] is None:
         raise NoGoError(f"{image}: the answer is not a verdict: {_short(answer)}")
     result |= {"answer": answer, "same_answer": answer == golden["answer"]}
-    if not result["same_answer"]:  # only comparable after the same reason
+    # Only comparable after the same reason. A verdict that comes first does not depend on it.
+    if not result["same_answer"] and "verdict_only" not in bundle["request"]:
         with time_limit(limit, f"{image}, after the words of the ground"):
             found, of_fields = questions.score_after(image, picture, golden["answer"])
         result["decision"] = {

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from orion_triage.errors import OrionError
 from orion_triage.evaluate import threshold
-from orion_triage.evaluate.backends import Backend, LlamaCppBackend
+from orion_triage.evaluate.backends import Backend, LlamaCppBackend, VerdictOnlyBackend
 from orion_triage.evaluate.head import EMBEDDING, Head, HeadBackend
 from orion_triage.evaluate.head import read as read_head
 from orion_triage.export import quantize
@@ -25,7 +25,7 @@ from orion_triage.mission.answer import Answer
 from orion_triage.mission.decide import BLANK_REASON, Rules, by_in_words, decide, is_unlike
 from orion_triage.mission.mission import Mission, default_mission
 from orion_triage.mission.prompt import user_text
-from orion_triage.mission.verdict import Verdict, answer_tokens, parse_verdict
+from orion_triage.mission.verdict import Verdict, answer_tokens, parse_verdict, require_category_alone
 from orion_triage.models.family import turn_of
 from orion_triage.progress import Progress, silent
 from orion_triage.safe.files import naming, sha256_of_file, sha256_of_text
@@ -63,7 +63,8 @@ class FrameVerdict:
 class Flown:
     """What classifies: a GGUF pair, its mission, the size and stretch of its frames, and the rules of the decision.
 
-    With a `head`, it answers instead of the language model.
+    With a `head`, it answers instead of the language model. With `verdict_only`, the category is decided before a
+    reason is written, and reasons are written for the mission's `reasons_for` only.
     """
 
     name: str
@@ -74,10 +75,15 @@ class Flown:
     rules: Rules
     log: Path
     head: Head | None = None
+    verdict_only: bool = False
 
 
-def of_run(run: "Run", *, head: bool = False) -> Flown:
-    """A run's pair with its threshold, if one was chosen; or with its head, of whose scores the threshold is not."""
+def of_run(run: "Run", *, head: bool = False, verdict_only: bool = False) -> Flown:
+    """A run's pair with its threshold, if one was chosen.
+
+    Without the threshold for a head and for `verdict_only`: it was chosen on the scores after a reason. Raises
+    OrionError if the mission's answers cannot be the category alone.
+    """
     stretch, log = stretch_of(run.settings.dataset), run.folder / "logs" / "triage-server.log"
     rules = threshold.rules_of(run)
     mission, size = run.settings.mission, run.settings.base.frame_size
@@ -85,7 +91,11 @@ def of_run(run: "Run", *, head: bool = False) -> Flown:
         own = read_head(run.folder, mission, run.gguf, size)
         rules = replace(rules, drop_threshold=None)
         return Flown(f"{run.folder} (head, {_rules(rules)})", run.gguf, mission, size, stretch, rules, log, own)
-    return Flown(f"{run.folder} ({_rules(rules)})", run.gguf, mission, size, stretch, rules, log)
+    if verdict_only:
+        require_category_alone(mission)
+        rules = replace(rules, drop_threshold=None)
+    name = f"{run.folder} ({'verdict only, ' if verdict_only else ''}{_rules(rules)})"
+    return Flown(name, run.gguf, mission, size, stretch, rules, log, verdict_only=verdict_only)
 
 
 def of_bundle(folder: Path) -> Flown:
@@ -102,7 +112,7 @@ def of_bundle(folder: Path) -> Flown:
             appearance=unlike["ranges"] if unlike else None,
         )
         limits, size = Stretch(**stretch) if stretch else None, int(bundle["frame_size"])
-        mission = Mission.model_validate(bundle["mission"])
+        mission, verdict_only = Mission.model_validate(bundle["mission"]), "verdict_only" in bundle["request"]
     except OtherVersionError as error:
         raise OrionError(f"{folder}: {error}.", "Run 'orion bundle' again.") from None
     except NoGoError as error:
@@ -114,7 +124,8 @@ def of_bundle(folder: Path) -> Flown:
             f"{folder / 'bundle.json'} is of another version: {error!r}.", "Run 'orion bundle' again."
         ) from None
     log = Path(tempfile.gettempdir()) / f"orion-triage-{os.getpid()}.log"
-    return Flown(f"bundle {folder} ({_rules(rules)})", folder, mission, size, limits, rules, log)
+    name = f"bundle {folder} ({'verdict only, ' if verdict_only else ''}{_rules(rules)})"
+    return Flown(name, folder, mission, size, limits, rules, log, verdict_only=verdict_only)
 
 
 def _rules(rules: Rules) -> str:
@@ -172,6 +183,7 @@ def asked_by(flown: Flown, rules: Rules, resize: bool) -> str:
     parts += [{name: list(ends) for name, ends in rules.appearance.items()}] if rules.appearance else []
     parts += [sha256_of_text(flown.head.weights.tobytes().hex())] if flown.head else []
     parts += [flown.mission.model_dump(mode="json")] if flown.mission != default_mission() else []
+    parts += ["verdict only"] if flown.verdict_only else []
     return sha256_of_text(json.dumps(parts))[:12]
 
 
@@ -314,6 +326,8 @@ def triage_with_pair(
         backend: Backend
         if flown.head:
             backend = HeadBackend(server.client, mission, flown.head)
+        elif flown.verdict_only:
+            backend = VerdictOnlyBackend(server.client, mission, mission.reasons_for or ())
         else:
             backend = LlamaCppBackend(server.client, mission, max_new_tokens=answer_tokens(mission), constrained=True)
         shown = CAMERA_SIZE if flown.head else size  # a head divides the camera's frame itself
