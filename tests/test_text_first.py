@@ -212,22 +212,23 @@ def test_a_bundle_with_the_text_first_is_go(flown: Path) -> None:
 
 def test_after_kills_of_the_server_every_frame_has_the_undisturbed_answer(flown: Path, tmp_path: Path) -> None:
     """The saved prompt is restored after each kill; figures: ORION_TEST_KILLS=20."""
-    calm, wild = camera(tmp_path / "calm", KILLS + 2), camera(tmp_path / "wild", KILLS + 2)
+    calm, wild = camera(tmp_path / "calm", 2 * KILLS + 2), camera(tmp_path / "wild", 2 * KILLS + 2)
     _, said = flight(flown, calm).communicate(timeout=600 + 100 * KILLS)
     assert "the server has read the prompt; its state is saved in" in said
     kept = json.loads((flown / "bundle.json").read_text())["request"]["kept_tokens"]
-    assert {line["prompt_tokens_reused"] >= kept - CHECKPOINT_TOKENS for line in lines_of(calm) if line["scores"]} == {
-        True
-    }
+    reused = [line["prompt_tokens_reused"] for line in lines_of(calm) if line["scores"]]
+    assert min(reused) >= kept - CHECKPOINT_TOKENS > 100
     process, choice, killed = flight(flown, wild), random.Random(7), 0
 
-    def kill() -> None:
+    def kill() -> None:  # at most once a frame, so that the server is never killed while it starts
         nonlocal killed
+        finished = 0
         while process.poll() is None and killed < KILLS:
-            if len(lines_of(wild)) < killed or not children_of(process.pid):
-                time.sleep(0.02)
+            if len(lines_of(wild)) == finished:
+                time.sleep(0.005)
                 continue
-            time.sleep(choice.uniform(0, 1.5))
+            time.sleep(choice.uniform(0, 0.6))
+            finished = len(lines_of(wild))
             for child in children_of(process.pid):
                 os.kill(child, signal.SIGKILL)
                 killed += 1
@@ -239,7 +240,7 @@ def test_after_kills_of_the_server_every_frame_has_the_undisturbed_answer(flown:
     assert killed == KILLS
     assert said.count("the prompt's state was restored from") == KILLS
     assert said.count("the server has read the prompt") == 1
-    assert len(lines_of(wild)) == KILLS + 2
+    assert len(lines_of(wild)) == 2 * KILLS + 2
     assert answers(wild) == answers(calm)
 
 

@@ -176,6 +176,18 @@ def test_records_come_back_whatever_the_order(image: str, keys: list[str]) -> No
     assert category_grammar(own).startswith('root ::= category "' + after[:1].replace('"', '\\"'))
 
 
+def test_reasons_are_written_for_what_is_sent_unless_the_mission_says_otherwise() -> None:
+    assert mission("SHIP", "WAKE", "SEA").reasons_for == ("SHIP",)
+    assert mission("SHIP", "WAKE", "SEA", reasons_for=["WAKE"]).reasons_for == ("WAKE",)
+    assert mission("SHIP", "WAKE", "SEA", reasons_for=[]).reasons_for == ()
+    own = mission("SHIP", "SEA", keys=["category", "reason"])
+    assert 'category ::= "SHIP"\n' in grammar(own, "SHIP")
+    assert differences(own, mission("SHIP", "SEA", keys=["category", "reason"], reasons_for=[])) == []
+    text = preview(mission("SHIP", "SEA", image="after the text"), letters)
+    assert text["tokens_before_image"] == len(text["prompt"]) - len("<image>")
+    assert preview(own, letters)["tokens_before_image"] == 0
+
+
 def test_a_prompt_of_another_mission_is_refused_by_name() -> None:
     with pytest.raises(OrionError, match="the prompt is not that of the mission test"):
         parse_prompt(mission("A", "B"), render_prompt(default_mission(), PLACE))
@@ -366,6 +378,11 @@ def test_what_mission_new_writes_is_right() -> None:
             ('# image = "before the text" ', "image = false #"),
             "image = ",
             "image should be 'before the text' or 'after the",
+        ),
+        (
+            ('# reasons_for = ["FIRE"] ', 'reasons_for = ["FIER"] #'),
+            "reasons_for = ",
+            "reasons_for has 'FIER', which is no category; did you mean FIRE?",
         ),
     ],
 )
