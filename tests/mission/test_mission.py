@@ -164,18 +164,34 @@ def test_records_come_back_whatever_the_order(image: str, keys: list[str]) -> No
     record = Record("a.png", PLACE, Verdict('A "ship".', "SHIP"), own)
     assert parse_record(record.to_line(), own) == record
     assert record.answer.startswith(f'{{"{keys[0]}": ')
-    at = record.user_text.index("<image>")
-    assert at == (0 if image.startswith("before") else len(record.prompt) + 1)
-    assert record.user_text.replace("<image>", "").strip("\n") == record.prompt
+    alone = record.without_coordinates()
+    assert parse_record(alone.to_line(), own) == alone
+    if image == "before the text":
+        assert record.user_text == f"<image>\n{record.prompt}"
+    else:  # all that precedes the coordinates is the same with and without them
+        assert alone.user_text == f"{alone.prompt}\n<image>"
+        assert record.user_text == alone.user_text + own.coordinates.format(longitude="-120.62", latitude="34.0")
     before, after = answer_text(own, Verdict("", "X")).split("X")
     assert answer_start(own) == before
     assert category_grammar(own).startswith('root ::= category "' + after[:1].replace('"', '\\"'))
 
 
+def test_reasons_are_written_for_what_is_sent_unless_the_mission_says_otherwise() -> None:
+    assert mission("SHIP", "WAKE", "SEA").reasons_for == ("SHIP",)
+    assert mission("SHIP", "WAKE", "SEA", reasons_for=["WAKE"]).reasons_for == ("WAKE",)
+    assert mission("SHIP", "WAKE", "SEA", reasons_for=[]).reasons_for == ()
+    own = mission("SHIP", "SEA", keys=["category", "reason"])
+    assert 'category ::= "SHIP"\n' in grammar(own, "SHIP")
+    assert differences(own, mission("SHIP", "SEA", keys=["category", "reason"], reasons_for=[])) == []
+    text = preview(mission("SHIP", "SEA", image="after the text"), letters)
+    assert text["tokens_before_image"] == len(text["prompt"]) - len("<image>")
+    assert preview(own, letters)["tokens_before_image"] == 0
+
+
 def test_a_prompt_of_another_mission_is_refused_by_name() -> None:
     with pytest.raises(OrionError, match="the prompt is not that of the mission test"):
         parse_prompt(mission("A", "B"), render_prompt(default_mission(), PLACE))
-    with pytest.raises(OrionError, match="It must end with"):
+    with pytest.raises(OrionError, match="and the coordinates, if any, after it"):
         parse_record(
             Record("a.png", None, Verdict("x", "A"), mission("A", "B")).to_line(),
             mission("A", "B", image="after the text"),
@@ -362,6 +378,11 @@ def test_what_mission_new_writes_is_right() -> None:
             ('# image = "before the text" ', "image = false #"),
             "image = ",
             "image should be 'before the text' or 'after the",
+        ),
+        (
+            ('# reasons_for = ["FIRE"] ', 'reasons_for = ["FIER"] #'),
+            "reasons_for = ",
+            "reasons_for has 'FIER', which is no category; did you mean FIRE?",
         ),
     ],
 )

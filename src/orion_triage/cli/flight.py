@@ -64,6 +64,14 @@ def bundle(
             "Default: 10 times the slowest golden frame here, in whole minutes.",
         ),
     ] = None,
+    verdict_only: Annotated[
+        bool,
+        typer.Option(
+            "--verdict-only",
+            help="In flight, decide the category first, in one step, and write a reason only for the mission's "
+            "reasons_for. Needs 'orion evaluate --variants verdict-only'.",
+        ),
+    ] = False,
 ) -> None:
     """Build the flight bundle of a run.
 
@@ -77,7 +85,9 @@ def bundle(
     run = finished_run(folder, "quantize")
     where = out or run.folder / "bundle"
     with progress_bar() as progress:
-        made = bundle.run(run, where, progress, accepted_risk=accepted, time_out=time_out, head=headed)
+        made = bundle.run(
+            run, where, progress, accepted_risk=accepted, time_out=time_out, head=headed, verdict_only=verdict_only
+        )
     console = messages()
     console.print(f"bundle: {made['bytes'] / 1e6:,.1f} MB  ->  {where}", soft_wrap=True)
     console.print(f"  {bundle.verdict_line(made)}", soft_wrap=True)
@@ -121,6 +131,13 @@ def triage(
     blank_rule: Annotated[
         bool, typer.Option("--blank-rule/--no-blank-rule", help="Decide blank frames without using the model.")
     ] = True,
+    verdict_only: Annotated[
+        bool,
+        typer.Option(
+            "--verdict-only",
+            help="Decide the category first, in one step, and write a reason only for the mission's reasons_for.",
+        ),
+    ] = False,
     headed: Annotated[
         bool, typer.Option("--head", help="Let the head of 'orion adapt' decide instead of the language model.")
     ] = False,
@@ -142,10 +159,13 @@ def triage(
 
     if bundle and folder:
         raise typer.BadParameter("cannot be combined with --run. Remove one of them.", param_hint="'--bundle'")
+    if verdict_only and (bundle or headed):
+        other = "a bundle decides as it was made ('orion bundle --verdict-only')" if bundle else "a head has no reason"
+        raise typer.BadParameter(f"{other}. Use it with --run alone.", param_hint="'--verdict-only'")
     flown = (
         triage.of_bundle(bundle, head=headed)
         if bundle
-        else triage.of_run(finished_run(folder, "quantize", named=False), head=headed)
+        else triage.of_run(finished_run(folder, "quantize", named=False), head=headed, verdict_only=verdict_only)
     )
     messages().print(f"triage with {flown.name}", soft_wrap=True)
     paths, left_out = triage.frames_in(files, recursive=recursive)
@@ -459,7 +479,8 @@ def _print_frames(measured: dict[str, Any]) -> None:
         console.print(table)
         alone = " (verdict-only: 1)" if any(row["change"] == VERDICT_ONLY for row in rows) else ""
         console.print(
-            f"Answer length: {flown['answer_tokens']} tokens{alone}. 'orion triage': {seconds:.{digits}f} s per frame.",
+            f"Prompt: {flown['prompt_tokens']} tokens, {flown['tokens_read']} of them read per frame. "
+            f"Answer: {flown['answer_tokens']} tokens{alone}. 'orion triage': {seconds:.{digits}f} s per frame.",
         )
     console.print(
         f"Medians of {measured['repeats']} frames on {machine['cores']} cores ({machine['processor']}). "

@@ -86,6 +86,9 @@ def _print_mission(shown: dict[str, Any]) -> None:
     rule = f"a blank frame is {shown['blank']}" if shown["blank"] else "no rule for blank frames"
     unparsable = shown["unparsable"] or "kept, and counted"
     typer.echo(f"{rule}; an answer without a verdict is {unparsable}")
+    if kept := shown["tokens_before_image"]:
+        typer.echo(f"the text before the image is read once for all frames: {kept} tokens")
+    typer.echo(f"with --verdict-only, a reason is written for: {', '.join(shown['reasons_for']) or 'none'}")
     count = shown["scoring_requests"]
     typer.echo(f"scores of the categories: {count} request{'s' if count > 1 else ''} per frame")
     for note in shown["notes"]:

@@ -18,7 +18,7 @@ from typing import Any
 from orion_triage.errors import OrionError, RecordError
 from orion_triage.mission.fields import value_fault
 from orion_triage.mission.mission import Mission, listed
-from orion_triage.mission.prompt import Coordinates, parse_prompt, render_prompt, with_image, without_image
+from orion_triage.mission.prompt import Coordinates, parse_user_text, render_prompt, user_text
 from orion_triage.mission.verdict import Verdict, answer_text, parse_verdict, reason_fault
 from orion_triage.safe.files import write_text
 from orion_triage.safe.folders import existing
@@ -56,7 +56,7 @@ class Record:
     @property
     def user_text(self) -> str:
         """The user's whole turn: the prompt, with `<image>` in the place of the image."""
-        return with_image(self.mission, self.prompt)
+        return user_text(self.mission, self.coordinates)
 
     @property
     def answer(self) -> str:
@@ -101,14 +101,8 @@ def parse_record(line: str, mission: Mission) -> Record:
         )
     image = _checked_image(value["image"])
     user, assistant = _turns(value["conversations"])
-    prompt = without_image(mission, user)
-    if prompt is None:
-        before = mission.image == "before the text"
-        shown_part, needed = (f"starts with {user[:12]!r}", "start") if before else (f"ends with {user[-12:]!r}", "end")
-        placeholder = with_image(mission, "")
-        raise RecordError(f"the user's turn {shown_part}.", f"It must {needed} with {placeholder!r}.")
     try:
-        coordinates = parse_prompt(mission, prompt)
+        coordinates = parse_user_text(mission, user)
     except OrionError as error:
         raise RecordError(error.message + ".", error.fix) from None
     return Record(image, coordinates, _checked_verdict(assistant, mission), mission)

@@ -13,7 +13,9 @@ from orion_triage.mission.verdict import (
     answer_tokens,
     category_alone,
     category_grammar,
+    grammar,
     grammars,
+    parse_verdict,
     require_category_alone,
     tokens_of_fields,
 )
@@ -168,16 +170,17 @@ class VerdictOnlyBackend:
     """The category without a reason, from a GGUF pair behind llama.cpp's HTTP server: one token instead of an answer.
 
     The request contains the beginning of the answer, up to the category, with an empty reason. The token in which the
-    names differ decides; one request more for each further place where they do. Raises OrionError for a mission whose
-    fields must have a value.
+    names differ decides; one request more for each further place where they do. For the categories in `reasons_for`,
+    the server then writes the whole answer with this category, so its reason: that costs only the answer's tokens.
+    Raises OrionError for a mission whose fields must have a value.
     """
 
     batch_size = 1
 
-    def __init__(self, client: "Client", mission: Mission) -> None:
+    def __init__(self, client: "Client", mission: Mission, reasons_for: Sequence[str] = ()) -> None:
         require_category_alone(mission)
         client.require_grammar()
-        self._client, self._mission = client, mission
+        self._client, self._mission, self._reasons_for = client, mission, reasons_for
         self._scoring = Scoring(mission, label_tree(mission, client.tokenize), ())
 
     def answer(self, images: "Sequence[Image.Image]", user_texts: Sequence[str]) -> list[Answer]:
@@ -203,7 +206,17 @@ class VerdictOnlyBackend:
             category = (begun_with or names)[0]
         else:
             category = max(names, key=lambda name: scores[names.index(name)])
-        return Answer.scored(category_alone(self._mission, category), scores)
+        return Answer.scored(self._written(user_text, png, category), scores)
+
+    def _written(self, user_text: str, image_png: bytes, category: str) -> str:
+        """The answer with this category: with a reason where one is wanted."""
+        mission = self._mission
+        if category not in self._reasons_for:
+            return category_alone(mission, category)
+        rule, most = grammar(mission, category), answer_tokens(mission)
+        reply = self._client.completion(user_text, image_png, most, grammar=rule, cache_prompt=True)
+        text: str = reply["content"]
+        return text if parse_verdict(mission, text) else category_alone(mission, category)
 
 
 def ask_for_category(

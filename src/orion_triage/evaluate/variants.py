@@ -17,7 +17,7 @@ from orion_triage.errors import OrionError, ParityError
 from orion_triage.evaluate import head
 from orion_triage.imagery.frames import CAMERA_SIZE
 from orion_triage.mission.mission import Mission
-from orion_triage.mission.prompt import Coordinates, render_prompt, with_image
+from orion_triage.mission.prompt import Coordinates, place_of_image, render_prompt
 from orion_triage.mission.verdict import can_be_category_alone, grammars, require_category_alone
 from orion_triage.progress import Progress
 from orion_triage.runs import manifest
@@ -174,7 +174,7 @@ def protocol(variant: Variant, mission: Mission) -> dict[str, Any]:
     The conditions are not included: more conditions do not change the answers to the other questions.
     """
     prompts = [render_prompt(mission, None), render_prompt(mission, Coordinates(-120.625, 0.0))]
-    asked = [*prompts, with_image(mission, "")]
+    asked = [*prompts, place_of_image(mission)]
     uses_grammar = variant.decoding.constrained or variant.decoding.verdict_only
     rules = [*grammars(mission).values()] if uses_grammar else []
     return {

@@ -64,7 +64,9 @@ def ask(questions: Questions, frame: bytes, bundle: dict[str, Any]) -> dict[str,
     picture, unlike = picture_for(bundle, frame)
     if picture is None:
         return without_model(bundle, blank=True)
-    return with_model(bundle, *questions.ask_with_fields("the frame", picture), unlike=unlike)
+    outcome = with_model(bundle, *questions.ask_with_fields("the frame", picture), unlike=unlike)
+    reused = questions.reused_tokens
+    return outcome if reused is None else {**outcome, "prompt_tokens_reused": reused}
 
 
 def ask_in_time(questions: Questions, frame: bytes, bundle: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -97,10 +99,11 @@ def main() -> int:
         seconds = options.time_out or bundle["seconds_per_frame_at_most"]
         with time_limit(seconds, "asking the server what it is"):
             marker, _ = check_server(connection, folder, bundle)
+            questions = Questions(connection, folder, bundle, marker)
+            questions.keep_prompt()
     except (NoGoError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
-    questions = Questions(connection, folder, bundle, marker)
     for path in options.frames:
         try:
             outcome = ask_in_time(questions, path.read_bytes(), bundle, seconds)

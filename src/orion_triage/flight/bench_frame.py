@@ -91,6 +91,7 @@ class Row:
     flash_attention: bool
     reason_tokens: int
     prompt_tokens: int
+    tokens_read: int  # of the prompt, per frame; the rest is the text before the image, which is read once
     answer_tokens: int
     encode_seconds: float
     prefill_seconds: float
@@ -328,7 +329,8 @@ class _Asked:
         """Measure answers with only the category."""
 
         def ask(png: bytes) -> dict[str, Any]:
-            return ask_for_category(self._server.client, self._mission, self._text, png)
+            kept = self._server.client.keep_text(self._text)
+            return ask_for_category(self._server.client, self._mission, self._text, png, cache_prompt=kept)
 
         row = self._measure(VERDICT_ONLY, 1, ask)
         return _beside_accuracy(row, self._run, self._setup, VERDICT_ONLY)
@@ -346,7 +348,9 @@ class _Asked:
         return round(statistics.median(seconds), 4)
 
     def _complete(self, png: bytes, tokens: int) -> dict[str, Any]:
-        return self._server.client.completion(self._text, png, tokens, grammar=_OPEN_GRAMMAR, ignore_eos=True)
+        client = self._server.client
+        kept = client.keep_text(self._text)
+        return client.completion(self._text, png, tokens, grammar=_OPEN_GRAMMAR, ignore_eos=True, cache_prompt=kept)
 
     def _measure(self, change: str, answer_tokens: int, ask: Callable[[bytes], dict[str, Any]]) -> Row:
         parts: list[tuple[float, float, float, float]] = []
@@ -372,6 +376,7 @@ class _Asked:
             **asdict(self._setup),
             reason_tokens=max(answer_tokens - self.frame_tokens, 0),
             prompt_tokens=reply["tokens_evaluated"],
+            tokens_read=reply["timings"]["prompt_n"],
             answer_tokens=answer_tokens,
             encode_seconds=encode,
             prefill_seconds=prefill,

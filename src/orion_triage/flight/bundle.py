@@ -5,7 +5,7 @@ import math
 import platform
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,10 @@ from orion_triage import __version__, templates
 from orion_triage.errors import OrionError, one_line
 from orion_triage.evaluate import head as heads
 from orion_triage.evaluate import threshold
+from orion_triage.evaluate.metrics import compare
 from orion_triage.evaluate.results import current_results
+from orion_triage.evaluate.run import prediction_of
+from orion_triage.evaluate.variants import VERDICT_ONLY
 from orion_triage.evaluate.verdict import DO_NOT_FLY
 from orion_triage.export import quantize
 from orion_triage.flight import golden_frames
@@ -54,6 +57,7 @@ def run(
     accepted_risk: str = "",
     time_out: float | None = None,
     head: bool = False,
+    verdict_only: bool = False,
 ) -> dict[str, Any]:
     """Write the bundle of a run's GGUF pair into the folder `out`.
 
@@ -64,6 +68,8 @@ def run(
 
     With `head`, the run's head decides in flight. What it needs is under `head` in bundle.json, with names that stand
     for the pair's beside it: whoever flies the head takes them instead (`flown` in check_flight.py).
+    With `verdict_only`, the flight decides the category first, without the threshold, which is one on scores after a
+    reason, and writes a reason only for the mission's `reasons_for`. The notes compare it with reason-first answers.
 
     Raises OrionError if the pair is incomplete, changed or not evaluated, if its verdict is DO NOT FLY and
     `accepted_risk` does not say why it flies nevertheless, if the frames are missing, or if `out` is a folder that is
@@ -73,14 +79,17 @@ def run(
     if out.exists() and not (out / LIST).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise OrionError(f"{out} exists and is not a bundle.", "Choose another folder with --out.")
     quantize.check_pair(run.gguf)
-    point = threshold.read(run.folder, run.gguf)
-    rules = threshold.rules_of(run)
-    size = run.settings.base.frame_size
-    if head:
+    if head and verdict_only:
+        raise OrionError("a head has no reason to leave out.", "Leave out one of --head and --verdict-only.")
+    point, rules = threshold.read(run.folder, run.gguf), threshold.rules_of(run)
+    promised, size = threshold.promise_of(run), run.settings.base.frame_size
+    if head or verdict_only:
         require_category_alone(run.settings.mission)
+    if verdict_only:
+        point, rules, promised = None, replace(rules, drop_threshold=None), None
     own = heads.read(run.folder, run.settings.mission, run.gguf, size) if head else None
     of_head = threshold.rules_of(run, head=True) if own else None
-    rows = _evaluated(run)
+    rows = _evaluated(run, VERDICT_ONLY if verdict_only else "quantized")
     verdict = _may_fly(run, accepted_risk)
     names = (quantize.QUANTIZED, quantize.MMPROJ, quantize.PAIR)
     require_free_space(out.parent, sum((run.gguf / name).stat().st_size for name in names) + 20_000_000, "the bundle")
@@ -92,7 +101,9 @@ def run(
         pair = (folder / quantize.QUANTIZED, folder / quantize.MMPROJ)
         log, threads = run.folder / "logs" / "bundle-server.log", run.settings.evaluate.threads
         with Server(toolchain, *pair, log=log, turn=turn_of(pair[0]), threads=threads) as server:
-            golden, request, seconds = golden_frames.ask(server.client, run, rows, rules, folder, progress)
+            golden, request, seconds = golden_frames.ask(
+                server.client, run, rows, rules, folder, progress, verdict_only=verdict_only
+            )
         limit = time_out or time_out_of(seconds)
         tolerances = golden_frames.tolerances(golden)
         flown_head: dict[str, Any] | None = None
@@ -106,7 +117,11 @@ def run(
                     server.client, run, own, of_head, golden, folder, progress
                 )
             flown_head = _head(run, own, of_head, expected, time_out or time_out_of(of_its_frames))
-        _write_texts(folder, run, toolchain, point, verdict, limit, tolerances, flown_head)
+        reasons = request["verdict_only"]["reasons"] if verdict_only else None
+        for category, name in (reasons or {}).items():
+            write_text(folder / name, grammar(run.settings.mission, category))
+        more = {"time_out": limit, "tolerances": tolerances, "promise": promised, "reasons": reasons}
+        _write_texts(folder, run, toolchain, point, verdict, rules, more, flown_head)
         record = {
             "schema_version": SCHEMA_VERSION,
             "preset": run.settings.preset,
@@ -122,12 +137,15 @@ def run(
             "decision": as_steps(run.settings.mission, rules, BLANK_LIMITS),
             "seconds_per_frame_at_most": limit,
             "temperature": point[1] if point else None,
-            "promise": threshold.promise_of(run),
+            "promise": promised,
             "verdict": verdict,
             "request": request,
             "tolerances": tolerances,
             "golden": golden,
-            "notes": list(golden_frames.notes(golden, run.settings.mission)),
+            "notes": [
+                *golden_frames.notes(golden, run.settings.mission),
+                *([_against_reason_first(run, rows)] if verdict_only else []),
+            ],
             **({"head": flown_head} if flown_head else {}),
             "files": manifest.hash_outputs(folder),
         }
@@ -200,15 +218,28 @@ def _manifest(folder: Path, stage: str) -> manifest.Manifest:
     return stage_manifest
 
 
-def _evaluated(run: "Run") -> list[dict[str, Any]]:
+def _evaluated(run: "Run", variant: str) -> list[dict[str, Any]]:
     """The answers of exactly this pair to the test frames with the flight prompt; raises OrionError without them."""
     from orion_triage.evaluate.run import read_predictions
 
-    folder = run.evaluation("quantized")
-    stage_manifest = _manifest(folder, "evaluate --gguf")
+    folder = run.evaluation(variant)
+    command = "evaluate --gguf" if variant == "quantized" else f"evaluate --variants {variant}"
+    stage_manifest = _manifest(folder, command)
     if stage_manifest.inputs.get("gguf") != manifest.hash_inputs({"gguf": run.gguf})["gguf"]:
-        raise OrionError(f"{folder} is the evaluation of another pair.", "Run 'orion evaluate --gguf' again.")
+        raise OrionError(f"{folder} is the evaluation of another pair.", f"Run 'orion {command}' again.")
     return [row for row in read_predictions(folder, run.settings.mission) if row["condition"] == CONDITION]
+
+
+def _against_reason_first(run: "Run", rows: list[dict[str, Any]]) -> str:
+    """The right answers of the category alone beside those with the reason first, on the same frames."""
+    reason_first = {row["name"]: row for row in _evaluated(run, "quantized")}
+    pairs = [(reason_first[row["name"]], row) for row in rows]
+    change = compare(*([prediction_of(pair[side], run.settings.mission) for pair in pairs] for side in (0, 1)))
+    before, after = (sum(pair[side]["category"] == pair[side]["truth"] for pair in pairs) for side in (0, 1))
+    return (
+        f"Verdict only: {after} of {len(pairs)} test frames are right without coordinates; with the reason first, "
+        f"{before} (McNemar's exact p = {change.exact_p:.2f}). The verdict on the run is on those."
+    )
 
 
 def _stretch(run: "Run") -> dict[str, Any] | None:
@@ -223,11 +254,11 @@ def _write_texts(
     toolchain: Toolchain,
     point: tuple[float, float] | None,
     verdict: dict[str, Any],
-    time_out: float,
-    tolerances: dict[str, float],
+    rules: Rules,
+    more: dict[str, Any],
     head: dict[str, Any] | None,
 ) -> None:
-    """Prompt, grammars, launch script, checker, flight clients and the operator's README."""
+    """Prompt, grammars, launch script, checker, flight clients and the operator's README; `more` is for the latter."""
     mission = run.settings.mission
     write_text(folder / "prompt.txt", render_prompt(mission, None))
     write_text(folder / "grammar.gbnf", grammar(mission))
@@ -246,12 +277,9 @@ def _write_texts(
         "pinned": toolchain.build == PINNED_BUILD,
         "wheel": WHEEL,
         "wheel_sha256": WHEEL_SHA256,
-        "tolerances": tolerances,
-        "time_out": time_out,
         "time_out_factor": TIME_OUT_FACTOR,
         "blank_limits": BLANK_LIMITS,
-        "decision": in_words(mission, threshold.rules_of(run)),
-        "promise": threshold.promise_of(run),
+        "decision": in_words(mission, rules),
         "kept": listed(mission.that("send", "store")),
         "mission": mission,
         "temperature": point[1] if point else None,
@@ -260,6 +288,7 @@ def _write_texts(
         "head": head,
         "head_line": head_line({"head": head}) if head else "",
         "of_head": in_words(mission, threshold.rules_of(run, head=True), "the labelled frames") if head else [],
+        **more,
     }
     for template, name in (("serve.sh.j2", "serve.sh"), ("bundle_readme.txt.j2", "README.txt")):
         write_text(folder / name, templates.fill("flight", template, **values))

@@ -37,6 +37,7 @@ SERVE = "serve.sh"
 PAIR, HEAD = "quantized", "head"  # who decides: the language model of the pair, or the head on what the pair sees
 LARGEST_REPLY_BYTES = 16_000_000  # a reply with 500 candidates per token has 0.1 MB
 _PROBE = "zq7 orion probe"  # no model writes it by itself
+CHECKPOINT_TOKENS = 4  # a server's state is saved at the end of a request and this many tokens before it, or fewer
 
 
 class NoGoError(Exception):
@@ -194,9 +195,12 @@ def _short(text: str) -> str:
 
 
 class OwnServer:
-    """The bundle's serve.sh with the program `llama_server`, for a variant; it runs during a `with` block."""
+    """The bundle's serve.sh with the program `llama_server`, for a variant; it runs during a `with` block.
 
-    def __init__(self, folder: Path, llama_server: Path, variant: str = "") -> None:
+    With a folder `state`, it saves and restores its state after the prompt there.
+    """
+
+    def __init__(self, folder: Path, llama_server: Path, variant: str = "", state: Path | None = None) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -204,7 +208,7 @@ class OwnServer:
         self.connection = Connection(f"http://127.0.0.1:{port}", key)
         self._command = ["/bin/sh", str(folder / SERVE)]
         self._environment = {**os.environ, "LLAMA_SERVER": str(llama_server), "ORION_PORT": str(port)}
-        self._environment["ORION_VARIANT"] = variant
+        self._environment |= {"ORION_VARIANT": variant, "ORION_STATE": str(state or "")}
         self._environment |= {"LLAMA_API_KEY": key, "ORION_KEY_FILE": ""}
 
     def __enter__(self) -> OwnServer:
@@ -355,17 +359,22 @@ class Questions:
     """The requests of the flight, with the same bodies as those of orion_triage's client."""
 
     def __init__(self, connection: Connection, folder: Path, bundle: dict[str, Any], marker: str) -> None:
-        self._connection, self._folder, self._request = connection, folder, bundle["request"]
+        self._connection, self._request, self._marker = connection, bundle["request"], marker
         self._labels: list[dict[str, Any]] = self._request["labels"]
         self._prompt = (folder / "prompt.txt").read_text(encoding="utf-8")
         self._chat = self._request["chat"].replace("{image}", marker).replace("{prompt}", self._prompt)
         whole, category = self._request["grammars"]
         fields = {one["cue"]: one["grammar"] for one in self._request.get("fields", [])}
-        files = {"": whole, self._request["cue"]: category, **fields}  # the grammar from each cue on
+        self._verdict_only: dict[str, Any] | None = self._request.get("verdict_only")
+        reasons = self._verdict_only["reasons"] if self._verdict_only else {}  # the grammar of an answer, by category
+        files = {"": whole, self._request["cue"]: category, **fields, **reasons}  # the grammar from each cue on
         self._grammars = {cue: (folder / name).read_text(encoding="utf-8") for cue, name in files.items()}
         self._until_image = self._chat.partition(marker)[0] + marker
         of_head = bundle.get("variant") == HEAD
         self.head = json.loads((folder / bundle["weights"]).read_text(encoding="utf-8")) if of_head else None
+        self._keeps = "kept_tokens" in self._request  # whether the prompt stands before the image
+        self._kept = False  # whether the server has the state after the prompt
+        self.reused_tokens: int | None = None  # of the last frame's prompt; None if its whole prompt is read anew
 
     def hidden_state(self, image: str, png: bytes) -> list[float]:
         """The last hidden state after the turn up to and with the image; of a server for the head."""
@@ -380,12 +389,30 @@ class Questions:
             raise NoGoError(f"{image}: the reply has no hidden state: {_short(text)}") from None
         return values
 
+    def keep_prompt(self) -> None:
+        """Let the server read the prompt before the image once; does nothing while it has that state.
+
+        The requests of a frame go on from it. Raises NoGoError if the server reads another number of tokens.
+        """
+        if not self._keeps or self._kept:
+            return
+        more = {"n_predict": 0, "grammar": self._request["printable"], "cache_prompt": True}
+        body = {"prompt": self._chat.partition(self._marker)[0], **self._request["sampling"], **more}
+        read, wanted = self._connection.ask("/completion", body).get("tokens_evaluated"), self._request["kept_tokens"]
+        if read != wanted:
+            raise NoGoError(f"the server reads {read} tokens of the prompt instead of {wanted}: the model differs")
+        self._kept = True
+
     def ask_with_fields(self, image: str, png: bytes) -> tuple[str, dict[str, float], dict[str, list[float]]]:
         """The answer to the bytes of a PNG file, and the log-probability of each category where their names differ.
 
         And the probabilities of the values of each yes/no and choice field, in their order. One request up to the first
-        cue, and one from each cue on. `image` names the picture in errors.
+        cue, and one from each cue on. `image` names the picture in errors. In a bundle whose verdict comes first, the
+        answer has a reason only for the categories that are to have one.
         """
+        self.keep_prompt()
+        if self._verdict_only:
+            return (*self._verdict_first(image, png, self._verdict_only), {})
         request, left = self._request, self._request["answer_tokens"]
         waiting = {request["cue"]: "category", **{one["cue"]: one["field"] for one in request.get("fields", [])}}
         text, at, replies, starts = "", "", {}, {}
@@ -398,15 +425,41 @@ class Questions:
             word, used = reply.get("stopping_word"), reply.get("tokens_predicted")
             if not isinstance(word, str) or word not in waiting or not isinstance(used, int):
                 raise NoGoError(f"{image}: the answer has no {' and no '.join(waiting.values())}: {_short(text)}")
-            if not at and reply.get("tokens_evaluated") != request["prompt_tokens"]:
-                raise NoGoError(
-                    f"{image}: the server reads {reply.get('tokens_evaluated')} tokens instead of "
-                    f"{request['prompt_tokens']}: the model or the image settings differ"
-                )
+            if not at:
+                self._check_tokens(image, reply)
+                self._check_kept(reply)
             text, at, left = text + word, word, left - used
             del waiting[word]
         cue = request["cue"]
         return text, self._scores(image, png, starts[cue], replies[cue]), self._of_fields(image, replies)
+
+    def _verdict_first(self, image: str, png: bytes, how: dict[str, Any]) -> tuple[str, dict[str, float]]:
+        """The answer and the log-probability of each category, by the token in which their names differ."""
+        # The server reads the image, and goes on from there in each of the following requests.
+        self._check_kept(self._completion(png, None, 0, {"cache_prompt": True, "grammar": self._request["printable"]}))
+        start, begun = how["start"], self._labels[0]["after"]
+        more = {"cache_prompt": True, "n_probs": self._request["candidates"]}
+        more["grammar"] = self._request["printable"] if begun else self._grammars[self._request["cue"]]
+        reply = self._completion(png, start + begun, 1, more)
+        self._check_tokens(image, reply)
+        said, scores = str(reply.get("content"))[:1], self._scores(image, png, start, reply)
+        names = [name for name in how["answers"] if said and name.startswith(begun + said)]
+        if not begun and not names:  # not a category
+            return start + str(reply.get("content")), scores
+        category = names[0] if len(names) == 1 else max(how["answers"], key=scores.__getitem__)
+        if category not in how["reasons"]:
+            return how["answers"][category], scores
+        rule = {"cache_prompt": True, "grammar": self._grammars[category]}
+        answer = str(self._completion(png, "", self._request["answer_tokens"], rule).get("content"))
+        return answer if answer.endswith("}") else how["answers"][category], scores
+
+    def _check_tokens(self, image: str, reply: dict[str, Any]) -> None:
+        """Raise NoGoError unless the server read as many tokens as on the ground."""
+        read, wanted = reply.get("tokens_evaluated"), self._request["prompt_tokens"]
+        if read != wanted:
+            raise NoGoError(
+                f"{image}: the server reads {read} tokens instead of {wanted}: the model or the image settings differ"
+            )
 
     def score_after(self, image: str, png: bytes, answer: str) -> tuple[dict[str, float], dict[str, list[float]]]:
         """The same log-probabilities and probabilities after the words of another answer, that of the ground."""
@@ -425,15 +478,48 @@ class Questions:
 
     def _from(self, cue: str, png: bytes, start: str, most: int, stop: dict[str, Any]) -> dict[str, Any]:
         """The reply from a cue on, with probabilities; from the beginning of the answer with an empty one."""
-        more = {"cache_prompt": True, "n_probs": self._request["candidates"]} if cue else {}
+        more = {"cache_prompt": True, "n_probs": self._request["candidates"]} if cue else {"cache_prompt": self._keeps}
         return self._completion(png, start, most, {**stop, "grammar": self._grammars[cue], **more})
 
+    @property
+    def keeps_prompt(self) -> bool:
+        """Whether the server reads the prompt once for all frames."""
+        return self._keeps
+
+    @property
+    def has_lost_prompt(self) -> bool:
+        """Whether the server read the whole prompt for the last frame, though it had its state before."""
+        return self.reused_tokens is not None and not self._kept
+
+    def save_prompt(self, name: str) -> None:
+        """Let the server write its state after the prompt; raises NoGoError if it cannot."""
+        self._kept = False
+        self.keep_prompt()  # the state after the prompt, not that after a frame
+        self._connection.ask("/slots/0?action=save", {"filename": name})
+
+    def restore_prompt(self, name: str) -> bool:
+        """Let the server read a file of `save_prompt`; False if it cannot."""
+        with suppress(NoGoError):
+            restored = self._connection.ask("/slots/0?action=restore", {"filename": name}).get("n_restored")
+            self._kept = restored == self._request["kept_tokens"]
+        return self._kept
+
+    def _check_kept(self, reply: dict[str, Any]) -> None:
+        """Note how many tokens the server did not read again; if it had lost the prompt, the next frame reads it."""
+        if self._keeps:
+            timings = reply.get("timings")
+            reused = timings.get("cache_n") if isinstance(timings, dict) else None
+            self.reused_tokens = reused if isinstance(reused, int) else 0
+            self._kept = self.reused_tokens >= self._request["kept_tokens"] - CHECKPOINT_TOKENS
+
     def _scores(self, image: str, png: bytes, start: str, reply: dict[str, Any]) -> dict[str, float]:
-        """The log-probability of each label after `start`, of which `reply` is the continuation."""
+        """The log-probability of each label after `start`, of which `reply` is the continuation, or its first place."""
         found: dict[str, float] = {}
         for place in self._labels:
             asked = reply
-            if place["after"]:  # further places, where names with the same beginning part, take a request each
+            if place["after"] and not (
+                self._verdict_only and place is self._labels[0]
+            ):  # further places, where names with the same beginning part, take a request each
                 more = {"cache_prompt": True, "n_probs": self._request["candidates"]}
                 rule = {"grammar": self._request["printable"]}
                 asked = self._completion(png, start + place["after"], 1, {**more, **rule})
@@ -454,12 +540,14 @@ class Questions:
         except (KeyError, IndexError, TypeError, ValueError):
             raise NoGoError(f"{image}: the reply has no log-probabilities") from None
 
-    def _completion(self, png: bytes, start: str, most: int, more: dict[str, Any]) -> dict[str, Any]:
+    def _completion(self, png: bytes, start: str | None, most: int, more: dict[str, Any]) -> dict[str, Any]:
+        """The reply from this beginning of the answer on; from the end of the image on with None."""
+        text = self._chat.partition(self._marker)[0] + self._marker if start is None else self._chat + start
         picture = base64.b64encode(png).decode()
         return self._connection.ask(
             "/completion",
             {
-                "prompt": {"prompt_string": self._chat + start, "multimodal_data": [picture]},
+                "prompt": {"prompt_string": text, "multimodal_data": [picture]},
                 "n_predict": most,
                 "cache_prompt": False,
                 **self._request["sampling"],
@@ -564,7 +652,8 @@ def check_frame(
     if outcome["model_category"] is None:
         raise NoGoError(f"{image}: the answer is not a verdict: {_short(answer)}")
     result |= {"answer": answer, "same_answer": answer == golden["answer"]}
-    if not result["same_answer"]:  # only comparable after the same reason
+    # Only comparable after the same reason. A verdict that comes first does not depend on it.
+    if not result["same_answer"] and "verdict_only" not in bundle["request"]:
         with time_limit(limit, f"{image}, after the words of the ground"):
             found, of_fields = questions.score_after(image, picture, golden["answer"])
         result["decision"] = {

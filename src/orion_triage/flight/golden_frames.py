@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from orion_triage.dataset.dataset import Dataset
 from orion_triage.errors import OrionError
+from orion_triage.evaluate.backends import VerdictOnlyBackend
 from orion_triage.evaluate.head import Head, HeadBackend
 from orion_triage.flight import decide_frame
 from orion_triage.imagery.frames import CAMERA_SIZE, Frame, appearance, looks_blank, shrink
@@ -16,9 +17,16 @@ from orion_triage.llama_cpp.client import CANDIDATES, GREEDY, PRINTABLE, Client
 from orion_triage.mission.answer import Answer
 from orion_triage.mission.decide import BLANK_REASON, Rules, by_in_words, decide, drop_probability, holds, is_unlike
 from orion_triage.mission.mission import Mission
-from orion_triage.mission.prompt import user_text, with_image
+from orion_triage.mission.prompt import render_prompt, user_text
 from orion_triage.mission.scoring import FieldScores, Scoring
-from orion_triage.mission.verdict import CATEGORY_CUE, answer_tokens, grammar, grammars, parse_verdict
+from orion_triage.mission.verdict import (
+    CATEGORY_CUE,
+    answer_start,
+    answer_tokens,
+    category_alone,
+    grammars,
+    parse_verdict,
+)
 from orion_triage.progress import Progress
 from orion_triage.safe.files import write_bytes
 
@@ -127,17 +135,25 @@ def hardest_first(rows: Iterable[dict[str, Any]], mission: Mission, rules: Rules
 
 
 def ask(
-    client: Client, run: "Run", rows: list[dict[str, Any]], rules: Rules, folder: Path, progress: Progress
+    client: Client,
+    run: "Run",
+    rows: list[dict[str, Any]],
+    rules: Rules,
+    folder: Path,
+    progress: Progress,
+    *,
+    verdict_only: bool = False,
 ) -> tuple[list[dict[str, Any]], dict[str, Any], list[float]]:
     """Write the golden frames into the folder; returns them with what is expected, the requests, and seconds per frame.
 
     The files have the camera's size, so that the flight's own shrinking is checked, too. `rows` are the evaluated
-    answers. Raises OrionError if no answer is a verdict.
+    answers. With `verdict_only`, the category is decided before a reason is written. Raises OrionError if no answer is
+    a verdict.
     """
     mission, dataset = run.settings.mission, Dataset(run.dataset, run.settings.mission)
     records = {record.name: record for record in dataset.records(run.split)}
     client.require_grammar()
-    asking = _Asking(client, run, rules)
+    asking = _Asking(client, run, rules, verdict_only=verdict_only)
     golden: list[dict[str, Any]] = []
     candidates = [
         *((row, False) for row in clearest_first(rows, mission, rules)),
@@ -241,10 +257,13 @@ def _blank(mission: Mission, name: str) -> dict[str, Any]:
 class _Asking:
     """Asks about one frame after the other as in flight, and remembers how long each took."""
 
-    def __init__(self, client: Client, run: "Run", rules: Rules) -> None:
+    def __init__(self, client: Client, run: "Run", rules: Rules, *, verdict_only: bool) -> None:
         self._client, self._mission, self._rules = client, run.settings.mission, rules
         self._size = run.settings.base.frame_size
         self._text, self._scoring = user_text(self._mission, None), Scoring.of(self._mission, client.tokenize)
+        self._verdict_first = (
+            VerdictOnlyBackend(client, self._mission, self._mission.reasons_for or ()) if verdict_only else None
+        )
         self._png = b""
         self.seconds: list[float] = []
 
@@ -253,24 +272,16 @@ class _Asking:
 
         That is, if with the grammar the category is not that of the evaluation, or if a hard frame is not stable.
         """
-        mission, scoring = self._mission, self._scoring
+        mission = self._mission
         picture = shrink(image, self._size)
         self._png = Frame(picture, picture.size).png()
         began = time.monotonic()
-        answer, found, further = self._client.complete_and_score(
-            self._text,
-            self._png,
-            answer_tokens(mission),
-            cue=CATEGORY_CUE,
-            after_cue=scoring.after_cue,
-            further=scoring.further,
-            grammars=grammars(mission),
-        )
-        took, verdict = time.monotonic() - began, parse_verdict(mission, answer)
-        if found is None or verdict is None or verdict.category != row["category"]:
+        scored = self._answer(picture)
+        took, verdict = time.monotonic() - began, parse_verdict(mission, scored.text)
+        if not scored.scores or not scored.label_mass or verdict is None or verdict.category != row["category"]:
             return None
-        each, field_scores = scoring.of_categories(found) or [], scoring.of_fields(further)
-        scored = Answer.scored(answer, each, field_scores)
+        answer, field_scores = scored.text, scored.field_scores
+        each = [_log(score) + _log(scored.label_mass) for score in scored.scores]
         scores = scored.to_json(mission)["scores"]
         decision = decide(
             mission, verdict.category, scored.scores, blank=False, rules=self._rules, field_scores=field_scores
@@ -294,17 +305,35 @@ class _Asking:
             },
         }
 
+    def _answer(self, picture: "Image.Image") -> Answer:
+        if self._verdict_first:
+            (scored,) = self._verdict_first.answer([picture], [self._text])
+            return scored
+        mission, scoring = self._mission, self._scoring
+        answer, found, further = self._client.complete_and_score(
+            self._text,
+            self._png,
+            answer_tokens(mission),
+            cue=CATEGORY_CUE,
+            after_cue=scoring.after_cue,
+            further=scoring.further,
+            grammars=grammars(mission),
+        )
+        return Answer.scored(answer, scoring.of_categories(found), scoring.of_fields(further))
+
     def requests(self) -> dict[str, Any]:
         """What the flight's client sends and reads, for a client that knows neither the mission nor the tokenizer."""
         mission, scoring = self._mission, self._scoring
+        template = self._text.replace(render_prompt(mission, None), "{prompt}")
         fields = [
             {"field": one.field, "cue": one.cue, "tokens": list(one.tokens), "grammar": f"{one.field}_grammar.gbnf"}
             for one in scoring.field_cues
         ]
         return {
-            "chat": self._client.chat(with_image(mission, "{prompt}"), "{image}"),
+            "chat": self._client.chat(template, "{image}"),
             "cue": CATEGORY_CUE,
             "answer_tokens": answer_tokens(mission),
+            **({"kept_tokens": self._client.kept_tokens} if self._client.keep_text(self._text) else {}),
             "candidates": CANDIDATES,
             "sampling": GREEDY,
             "grammars": ["grammar.gbnf", "category_grammar.gbnf"],
@@ -318,10 +347,25 @@ class _Asking:
                 for node in scoring.nodes
             ],
             **({"fields": fields} if fields else {}),
-            "prompt_tokens": self._client.completion(self._text, self._png, 1, grammar=grammar(mission))[
-                "tokens_evaluated"
-            ],
+            **({"verdict_only": self._verdict_only()} if self._verdict_first else {}),
+            "prompt_tokens": self._client.completion(
+                self._text, self._png, 1, start=answer_start(mission) if self._verdict_first else "", grammar=PRINTABLE
+            )["tokens_evaluated"],
         }
+
+    def _verdict_only(self) -> dict[str, Any]:
+        """The beginning of the answer before the category, the answers, and the grammars of those with a reason."""
+        mission = self._mission
+        return {
+            "start": answer_start(mission),
+            "answers": {name: category_alone(mission, name) for name in mission.names},
+            "reasons": {name: reason_grammar(name) for name in mission.reasons_for or ()},
+        }
+
+
+def reason_grammar(category: str) -> str:
+    """The bundle's file with the grammar of the answer of this category."""
+    return f"{category}_grammar.gbnf"
 
 
 def notes(golden: list[dict[str, Any]], mission: Mission) -> Iterator[str]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from orion_triage.errors import OrionError
 from orion_triage.evaluate import threshold
-from orion_triage.evaluate.backends import Backend, LlamaCppBackend
+from orion_triage.evaluate.backends import Backend, LlamaCppBackend, VerdictOnlyBackend
 from orion_triage.evaluate.head import EMBEDDING, Head, HeadBackend
 from orion_triage.evaluate.head import read as read_head
 from orion_triage.export import quantize
@@ -24,7 +24,7 @@ from orion_triage.mission.answer import Answer
 from orion_triage.mission.decide import BLANK_REASON, Rules, by_in_words, decide, is_unlike
 from orion_triage.mission.mission import Mission, default_mission
 from orion_triage.mission.prompt import user_text
-from orion_triage.mission.verdict import Verdict, answer_tokens, parse_verdict
+from orion_triage.mission.verdict import Verdict, answer_tokens, parse_verdict, require_category_alone
 from orion_triage.models.family import turn_of
 from orion_triage.progress import Progress, silent
 from orion_triage.safe.files import sha256_of_file, sha256_of_text
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 RULES = Rules()  # a blank frame has its category; otherwise the answer's category counts
 PICTURES = (*PICTURE_SUFFIXES, ".raw")
+PROMPT_LOST = "the server had lost the prompt, and read it again"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class FrameVerdict:
 
     `decided_by` is "model", "threshold 0.162", "smoke is yes" (a field's rule), "unlike training", "blank rule" or "no
     verdict"; empty if the file was refused. `answer` is the model's; None if the model was not asked. `changes` are the
-    conversions that the file needed.
+    conversions that the file needed, and what else is unusual about it.
     """
 
     file: str
@@ -61,7 +62,8 @@ class FrameVerdict:
 class Flown:
     """What classifies: a GGUF pair, its mission, the size and stretch of its frames, and the rules of the decision.
 
-    With a `head`, it answers instead of the language model.
+    With a `head`, it answers instead of the language model. With `verdict_only`, the category is decided before a
+    reason is written, and reasons are written for the mission's `reasons_for` only.
     """
 
     name: str
@@ -72,17 +74,26 @@ class Flown:
     rules: Rules
     log: Path
     head: Head | None = None
+    verdict_only: bool = False
 
 
-def of_run(run: "Run", *, head: bool = False) -> Flown:
-    """A run's pair with its threshold, if one was chosen; or its head, with the threshold of that."""
+def of_run(run: "Run", *, head: bool = False, verdict_only: bool = False) -> Flown:
+    """A run's pair with its threshold, if one was chosen; or its head, with the threshold of that.
+
+    Without the threshold for `verdict_only`: it was chosen on the scores after a reason. Raises OrionError if the
+    mission's answers cannot be the category alone.
+    """
     stretch, log = stretch_of(run.settings.dataset), run.folder / "logs" / "triage-server.log"
     rules = threshold.rules_of(run, head=head)
     mission, size = run.settings.mission, run.settings.base.frame_size
     if head:
         own = read_head(run.folder, mission, run.gguf, size)
         return Flown(f"{run.folder} (head, {_rules(rules)})", run.gguf, mission, size, stretch, rules, log, own)
-    return Flown(f"{run.folder} ({_rules(rules)})", run.gguf, mission, size, stretch, rules, log)
+    if verdict_only:
+        require_category_alone(mission)
+        rules = replace(rules, drop_threshold=None)
+    name = f"{run.folder} ({'verdict only, ' if verdict_only else ''}{_rules(rules)})"
+    return Flown(name, run.gguf, mission, size, stretch, rules, log, verdict_only=verdict_only)
 
 
 def of_bundle(folder: Path, *, head: bool = False) -> Flown:
@@ -102,7 +113,7 @@ def of_bundle(folder: Path, *, head: bool = False) -> Flown:
             appearance=unlike["ranges"] if unlike else None,
         )
         limits, size = Stretch(**stretch) if stretch else None, int(bundle["frame_size"])
-        mission = Mission.model_validate(bundle["mission"])
+        mission, verdict_only = Mission.model_validate(bundle["mission"]), "verdict_only" in bundle["request"]
         own = read_head(folder, mission, folder, size) if "variant" in bundle else None
     except OtherVersionError as error:
         raise OrionError(f"{folder}: {error}.", "Run 'orion bundle' again.") from None
@@ -117,8 +128,9 @@ def of_bundle(folder: Path, *, head: bool = False) -> Flown:
     log = Path(tempfile.gettempdir()) / f"orion-triage-{os.getpid()}.log"
     if head and not own:
         raise OrionError(f"{folder} has no head.", "Leave --head out, or make it with 'orion bundle --head'.")
-    named = f"bundle {folder} ({'head, ' if own else ''}{_rules(rules)})"
-    return Flown(named, folder, mission, size, limits, rules, log, own)
+    how = "head, " if own else "verdict only, " if verdict_only else ""
+    named = f"bundle {folder} ({how}{_rules(rules)})"
+    return Flown(named, folder, mission, size, limits, rules, log, own, verdict_only=verdict_only)
 
 
 def _rules(rules: Rules) -> str:
@@ -176,6 +188,7 @@ def asked_by(flown: Flown, rules: Rules, resize: bool) -> str:
     parts += [{name: list(ends) for name, ends in rules.appearance.items()}] if rules.appearance else []
     parts += [sha256_of_text(flown.head.weights.tobytes().hex())] if flown.head else []
     parts += [flown.mission.model_dump(mode="json")] if flown.mission != default_mission() else []
+    parts += ["verdict only"] if flown.verdict_only else []
     return sha256_of_text(json.dumps(parts))[:12]
 
 
@@ -302,9 +315,14 @@ def triage_with_pair(
         backend: Backend
         if flown.head:
             backend = HeadBackend(server.client, mission, flown.head)
+        elif flown.verdict_only:
+            backend = VerdictOnlyBackend(server.client, mission, mission.reasons_for or ())
         else:
             backend = LlamaCppBackend(server.client, mission, max_new_tokens=answer_tokens(mission), constrained=True)
         shown = CAMERA_SIZE if flown.head else size  # a head divides the camera's frame itself
-        yield from triage_files(paths, backend, mission, shown, rules=rules, resize=resize, stretch=flown.stretch)
+        lost = 0
+        for outcome in triage_files(paths, backend, mission, shown, rules=rules, resize=resize, stretch=flown.stretch):
+            again, lost = server.client.texts_lost > lost, server.client.texts_lost
+            yield replace(outcome, changes=(*outcome.changes, PROMPT_LOST)) if again else outcome
     if not keep_log:
         flown.log.unlink(missing_ok=True)

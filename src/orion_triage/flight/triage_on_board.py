@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING or __package__:
     from orion_triage.flight.ask_frame import ask_in_time
     from orion_triage.flight.check_flight import (
+        LIST_HASH,
         Connection,
         NoGoError,
         OwnServer,
@@ -49,6 +50,7 @@ else:
     sys.path.insert(0, str(Path(__file__).parent))  # with python3 -I, the script's folder is not on the path
     from ask_frame import ask_in_time
     from check_flight import (
+        LIST_HASH,
         Connection,
         NoGoError,
         OwnServer,
@@ -157,11 +159,44 @@ def sync_folder(folder: Path) -> None:
 # --- server ---------------------------------------------------------------------------------------------------
 
 
+class SavedPrompt:
+    """The server's state after the prompt, as a file: after a restart, the prompt is not read again.
+
+    The state of another model would give other answers without an error, and a power loss may leave a part of a file.
+    So the file's name has the hash of what made the state (bundle and build of llama.cpp) and that of its content.
+    """
+
+    def __init__(self, state: Path, bundle_folder: Path, build: str) -> None:
+        made_by = hashlib.sha256((bundle_folder / LIST_HASH).read_bytes() + build.encode()).hexdigest()[:16]
+        self._state, self._start = state, f"prompt-{made_by}-"
+
+    def restore(self, questions: Questions) -> bool:
+        """Whether the server has the state again."""
+        files = self._state.glob(f"{self._start}*.bin")
+        return any(self._name(path) == path.name and questions.restore_prompt(path.name) for path in files)
+
+    def save(self, questions: Questions) -> None:
+        """Write the file, and remove those of other bundles; raises NoGoError or OSError if it cannot be written."""
+        part = self._state / "prompt.part"
+        questions.save_prompt(part.name)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        for path in self._state.glob("prompt-*.bin"):
+            path.unlink()
+        part.rename(self._state / self._name(part))
+        sync_folder(self._state)
+
+    def _name(self, path: Path) -> str:
+        return f"{self._start}{sha256_of(path)[:16]}.bin"
+
+
 class Model:
     """The served model. With a program, its server is the bundle's serve.sh, which is started again if need be."""
 
     def __init__(self, folder: Path, bundle: dict[str, Any], options: argparse.Namespace) -> None:
         self._folder, self._bundle, self._options = folder, bundle, options
+        self._state = options.state or options.folder / "state"
+        self._times_lost = 0  # the prompt, by the server
         self._own: OwnServer | None = None
         self._questions: Questions | None = None
 
@@ -174,6 +209,9 @@ class Model:
         for _ in range(ATTEMPTS):
             outcome = ask_in_time(self._ready(), frame, self._bundle, seconds)
             if "error" not in outcome:
+                if self._questions and self._questions.has_lost_prompt:
+                    self._times_lost += 1
+                    say(f"the server had lost the prompt, which is read again (time {self._times_lost})")
                 break
             say(f"no answer: {outcome['error']}")
             self.stop()  # it hangs, or has died
@@ -185,21 +223,42 @@ class Model:
             self.stop()
         if self._questions is None:
             if self._options.llama_server:
+                state = self._state if "kept_tokens" in self._bundle["request"] else None
+                if state:
+                    state.mkdir(exist_ok=True)
                 self._own = OwnServer(
-                    self._folder, self._options.llama_server, self._bundle.get("variant", "")
+                    self._folder, self._options.llama_server, self._bundle.get("variant", ""), state
                 ).__enter__()
             connection = self._own.connection if self._own else Connection(self._options.url, self._options.key)
             try:
                 with time_limit(START_SECONDS, "the start of the server"):
                     wait_until_ready(connection, self._own)
                     marker, notes = check_server(connection, self._folder, self._bundle)
+                    questions = Questions(connection, self._folder, self._bundle, marker)
+                    if questions.keeps_prompt:
+                        say(self._keep_prompt(connection, questions))
             except BaseException:
                 self.stop()
                 raise
             for note in notes:
                 say(note)
-            self._questions = Questions(connection, self._folder, self._bundle, marker)
+            self._questions = questions
         return self._questions
+
+    def _keep_prompt(self, connection: Connection, questions: Questions) -> str:
+        """Let the server have its state after the prompt; how, in words."""
+        if not self._own:
+            questions.keep_prompt()
+            return "the server has read the prompt"
+        saved = SavedPrompt(self._state, self._folder, str(connection.ask("/props").get("build_info")))
+        if saved.restore(questions):
+            return f"the prompt's state was restored from {self._state}"
+        try:
+            saved.save(questions)
+        except (NoGoError, OSError) as error:  # a build without it, or a full disk: the flight goes on
+            questions.keep_prompt()
+            return f"the server has read the prompt; its state cannot be saved: {error}"
+        return f"the server has read the prompt; its state is saved in {self._state}"
 
     def stop(self) -> None:
         self._questions, own, self._own = None, self._own, None
@@ -305,6 +364,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("folder", type=Path, help="where frames appear as *.raw")
     parser.add_argument("--log", type=Path, help="log of decisions (default: triage.jsonl in the folder)")
     parser.add_argument("--done", type=Path, help="folder of finished frames (default: done in the folder)")
+    parser.add_argument("--state", type=Path, help="folder of the saved prompt (default: state in the folder)")
     parser.add_argument("--once", action="store_true", help="end when no complete frame is left")
     parser.add_argument("--poll", type=float, default=1.0, metavar="SECONDS", help="pause (default: %(default)s)")
     add_time_out(parser)

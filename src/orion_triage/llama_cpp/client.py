@@ -36,6 +36,8 @@ INSTEAD = {"max_tokens": "max_completion_tokens", "temperature": "", "seed": ""}
 # Keeps the token after part of a name printable, which an untrained model's is not; the server would answer 500.
 PRINTABLE = "root ::= [ -~]+"
 _PROBE = "zq7 orion probe"
+# A server saves its state at the end of a request, and a few tokens before that: it may go on from either.
+CHECKPOINT_TOKENS = 4
 CANDIDATES = 100  # candidates per token with probabilities; each costs 9 microseconds and 0.1 kB per token
 
 
@@ -81,7 +83,9 @@ class Client:
         self._timeout_seconds = timeout_seconds
         self._http = BoundedHttp(url, base_url=url, headers=headers)
         self._marker = ""
-        self._primed = b""
+        self._primed = b""  # the image whose state the server has
+        self._kept, self._kept_tokens = "", 0  # the text before every image, if the server has its state
+        self.texts_lost = 0  # how often a reply said that the server had lost that state
 
     def close(self) -> None:
         self._http.close()
@@ -228,19 +232,42 @@ class Client:
                 "Use the llama.cpp build of this project ('orion toolchain').",
             )
 
+    def keep_text(self, user_text: str) -> bool:
+        """Let the server read the text before the image once for all frames; False if there is none.
+
+        The state of short convolutions can only be restored at a saved checkpoint, not at any token. The end of this
+        request is such a checkpoint, from which requests with `cache_prompt` go on. Every reply to one says from how
+        many tokens it went on. Does nothing while the server has the state; reads the text again when it was lost.
+        """
+        before = user_text.partition(IMAGE)[0]
+        if not before:
+            return False
+        if before != self._kept:
+            text = self.chat(user_text, IMAGE).partition(IMAGE)[0]
+            asking = {**GREEDY, "n_predict": 0, "grammar": PRINTABLE, "cache_prompt": True}
+            tokens = self._request("POST", "/completion", {"prompt": text, **asking}).get("tokens_evaluated")
+            if not isinstance(tokens, int) or not _is_count(tokens):
+                raise ServerError("the server's reply has no tokens_evaluated.", "Check that it is a llama.cpp server.")
+            self._kept, self._kept_tokens, self._primed = before, tokens, b""
+        return True
+
+    @property
+    def kept_tokens(self) -> int:
+        """The tokens of the text that `keep_text` let the server read; 0 if there is none."""
+        return self._kept_tokens
+
     def prime(self, user_text: str, image_png: bytes) -> None:
         """Let the server encode the image and cache its state for the following prompts about the same image.
 
-        The state of short convolutions can only be restored at a saved checkpoint, not at any token. The end of this
-        request is such a checkpoint. Does nothing if this client primed the same image last, or if there is text before
-        the image.
+        Its checkpoint is after the image, as that of `keep_text` is before it. Does nothing if this client primed the
+        same image last.
         """
-        if image_png == self._primed or not user_text.startswith(IMAGE):
+        if image_png == self._primed:
             return
         self._primed = b""
-        self._complete(
-            self.chat(IMAGE, self.marker).partition(self.marker)[0] + self.marker, image_png, 0, cache_prompt=True
-        )
+        self.keep_text(user_text)
+        before = self.chat(user_text, self.marker).partition(self.marker)[0]
+        self._complete(before + self.marker, image_png, 0, cache_prompt=True)
         self._primed = image_png
 
     def complete(self, user_text: str, image_png: bytes, max_tokens: int, grammar: str = "") -> str:
@@ -272,12 +299,13 @@ class Client:
         their tokens. A single request does not do: the server holds back text that may be a cue, so its list of
         tokens does not say where a cue ends. Probabilities are the model's before grammar and sampling.
         With `primed`, the cached state of the image is used (see `prime`). Without it, the server encodes the image
-        again, as in flight.
+        again, as in flight, and only the state of a text before the image is used.
         """
         sampling, cues = dict(options or {}), [cue, *(further or {})]
         if primed:
             self.prime(user_text, image_png)
-        text, parts = self._in_parts(user_text, image_png, max_tokens, cues, grammars or {}, primed, sampling)
+        cached = primed or self.keep_text(user_text)
+        text, parts = self._in_parts(user_text, image_png, max_tokens, cues, grammars or {}, cached, sampling)
         others = {
             other: values
             for other, tokens in (further or {}).items()
@@ -370,8 +398,18 @@ class Client:
                 f"the server's reply belongs to another prompt: ...{answered[-60:]!r}.",
                 "Connect directly, without a proxy or cache.",
             )
+        self._check_kept(reply, cached=bool(body["cache_prompt"]))
         _require_utf8(reply["content"])
         return reply
+
+    def _check_kept(self, reply: dict[str, Any], *, cached: bool) -> None:
+        """Forget the kept text if the server had lost its state, or was told to begin anew."""
+        timings = reply.get("timings")
+        tokens = timings.get("cache_n") if isinstance(timings, dict) else None
+        lost = cached and isinstance(tokens, int) and tokens < self._kept_tokens - CHECKPOINT_TOKENS
+        if self._kept and (lost or not cached):
+            self.texts_lost += lost
+            self._kept, self._primed = "", b""
 
     def _request(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         """The JSON object in the server's reply; raises ServerError for any other reply."""

@@ -10,7 +10,7 @@ from typing import Any
 from orion_triage.errors import OrionError
 from orion_triage.mission.load import checked
 from orion_triage.mission.mission import Mission, default_mission
-from orion_triage.mission.prompt import Coordinates, render_prompt, with_image
+from orion_triage.mission.prompt import Coordinates, user_text
 from orion_triage.mission.verdict import grammar
 from orion_triage.safe.files import sha256_of_text, write_text
 from orion_triage.safe.reading import read_object
@@ -23,8 +23,8 @@ def contract(mission: Mission) -> dict[str, Any]:
     """The parts of a mission that a dataset shows and a model answers; values, costs and actions are not among them."""
     return {
         "categories": list(mission.names),
-        "prompt": with_image(mission, render_prompt(mission, None)),
-        "prompt with coordinates": with_image(mission, render_prompt(mission, Coordinates(-120.62, 34.0))),
+        "prompt": user_text(mission, None),
+        "prompt with coordinates": user_text(mission, Coordinates(-120.62, 34.0)),
         "answer": grammar(mission),
     }
 

@@ -120,7 +120,11 @@ def _replace(tables: Any, place: Place) -> None:
         inner = within.get(part) if isinstance(within, dict) else None
         if isinstance(within, list) and isinstance(part, int) and part < len(within):
             inner = within[part]
-        if not isinstance(inner, dict | list) or part == place[-1] or last in ("keys", "costs", "choices"):
+        if (
+            not isinstance(inner, dict | list)
+            or part == place[-1]
+            or last in ("keys", "costs", "choices", "reasons_for")
+        ):
             break
         within = inner
     if place[:1] == ("fields",) and last == "name":

@@ -134,6 +134,8 @@ class FieldOfAnswer(Strict):
 class Mission(Strict):
     """The mission; empty `costs`, `blank`, `keys`, and a category's `reason` and `conflict` are derived.
 
+    So is `reasons_for`, unless it is given, if only as an empty list.
+
     `costs` has one row per category and the columns sent, stored and dropped. `blank` is the category of a blank frame,
     `unparsable` that of an answer without a verdict (empty: the frame is kept, and counted as without a verdict).
     """
@@ -147,6 +149,8 @@ class Mission(Strict):
     # The order of the keys in the answer. The reason first makes the model reason before it decides.
     keys: tuple[str, ...] = ()
     longest_reason: Annotated[int, Field(ge=20, le=1000)] = 160
+    # Verdict first (--verdict-only): the categories of whose frames a reason is written afterwards.
+    reasons_for: tuple[str, ...] | None = None
     blank: str = ""
     unparsable: str = ""
     costs: tuple[tuple[float, float, float], ...] = ()
@@ -184,6 +188,7 @@ class Mission(Strict):
             raise MistakesError(faults)
         derived = {
             "keys": self.keys or ("reason", *(field.name for field in self.fields), "category"),
+            "reasons_for": self.that("send") if self.reasons_for is None else self.reasons_for,
             "blank": self.blank or next((c.name for c in self.categories if c.action == "drop"), ""),
             "costs": self.costs or tuple(_costs(category) for category in self.categories),
             "categories": tuple(
@@ -308,6 +313,11 @@ def mistakes(mission: Mission) -> list[Fault]:
     for key, name in (("blank", mission.blank), ("unparsable", mission.unparsable)):
         if name and name not in names:
             found.append(((key,), f"{key} is {shown(name)}, which is no category{nearest(name, names)}"))
+    for place, name in enumerate(mission.reasons_for or ()):
+        if name not in names:
+            found.append(
+                (("reasons_for", place), f"reasons_for has {shown(name)}, which is no category{nearest(name, names)}")
+            )
     if mission.costs and len(mission.costs) != len(names):
         found.append(
             (("costs",), f"costs has {len(mission.costs)} rows; write one for each of {len(names)} categories")

@@ -6,7 +6,7 @@ from typing import Any
 from orion_triage.mission.contract import contract_sha256
 from orion_triage.mission.fields import allowed
 from orion_triage.mission.mission import Mission, listed
-from orion_triage.mission.prompt import Coordinates, user_text
+from orion_triage.mission.prompt import IMAGE, Coordinates, user_text
 from orion_triage.mission.scoring import field_cues, label_tree
 from orion_triage.mission.verdict import answer_schema, grammar
 
@@ -28,9 +28,11 @@ def preview(mission: Mission, tokenize: Callable[[str], list[int]]) -> dict[str,
         "fields": [field.model_dump(mode="json") | {"allowed": allowed(field)} for field in mission.fields],
         "blank": mission.blank,
         "unparsable": mission.unparsable,
+        "reasons_for": list(mission.reasons_for or ()),
         "contract_sha256": contract_sha256(mission),
         "prompt": in_flight,
         "prompt_tokens": len(tokenize(in_flight)),
+        "tokens_before_image": len(tokenize(before)) if (before := in_flight.partition(IMAGE)[0]) else 0,
         "prompt_with_coordinates": with_place,
         "prompt_with_coordinates_tokens": len(tokenize(with_place)),
         "name_tokens": {name: len(tokenize(name)) for name in mission.names},

@@ -47,30 +47,33 @@ def _around(mission: Mission) -> tuple[str, str]:
     return before, after
 
 
-def render_prompt(mission: Mission, coordinates: Coordinates | None) -> str:
-    """The user's text of one frame, with or without its coordinates."""
-    before, after = _around(mission)
-    if coordinates is None:
-        return before + after
-    clause = mission.coordinates.replace(LONGITUDE, format_degrees(coordinates.lon))
-    return before + clause.replace(LATITUDE, format_degrees(coordinates.lat)) + after
+def user_text(mission: Mission, coordinates: Coordinates | None, image: str = IMAGE) -> str:
+    """The user's whole turn of one frame, with or without its coordinates; `image` stands for the image.
 
-
-def with_image(mission: Mission, prompt: str, image: str = IMAGE) -> str:
-    """The prompt with `image` in the place of the image, and one newline between them."""
-    return f"{image}\n{prompt}" if mission.image == "before the text" else f"{prompt}\n{image}"
-
-
-def without_image(mission: Mission, text: str) -> str | None:
-    """The prompt in a text of `with_image`; None if the image is not in its place."""
+    With the image after the text, the coordinates follow the image: what precedes them is then the same for every
+    frame, so a server reads the text once for all frames, and one image once for all questions about it.
+    """
+    before, after, clause = *_around(mission), _clause(mission, coordinates)
     if mission.image == "before the text":
-        return text.removeprefix(f"{IMAGE}\n") if text.startswith(f"{IMAGE}\n") else None
-    return text.removesuffix(f"\n{IMAGE}") if text.endswith(f"\n{IMAGE}") else None
+        return f"{image}\n{before}{clause}{after}"
+    return f"{before}{after}\n{image}{clause}"
 
 
-def user_text(mission: Mission, coordinates: Coordinates | None) -> str:
-    """The user's whole turn: the prompt, with IMAGE in the place of the image."""
-    return with_image(mission, render_prompt(mission, coordinates))
+def render_prompt(mission: Mission, coordinates: Coordinates | None) -> str:
+    """The text of the user's turn without the image and the newline beside it."""
+    return user_text(mission, coordinates).replace(place_of_image(mission), "", 1)
+
+
+def place_of_image(mission: Mission) -> str:
+    """IMAGE with the newline between it and the text."""
+    return f"{IMAGE}\n" if mission.image == "before the text" else f"\n{IMAGE}"
+
+
+def _clause(mission: Mission, coordinates: Coordinates | None) -> str:
+    if coordinates is None:
+        return ""
+    clause = mission.coordinates.replace(LONGITUDE, format_degrees(coordinates.lon))
+    return clause.replace(LATITUDE, format_degrees(coordinates.lat))
 
 
 @lru_cache(16)
@@ -80,11 +83,27 @@ def _with_coordinates(mission: Mission) -> re.Pattern[str]:
     clause = re.escape(mission.coordinates)
     for placeholder in (LONGITUDE, LATITUDE):
         clause = clause.replace(re.escape(placeholder), number)
-    return re.compile(re.escape(before) + clause + re.escape(after))
+    inside = mission.image == "before the text"
+    return re.compile(re.escape(before) + (clause if inside else "") + re.escape(after) + ("" if inside else clause))
+
+
+def parse_user_text(mission: Mission, text: str) -> Coordinates | None:
+    """The fields of a text of `user_text`; raises OrionError unless they render to the same bytes."""
+    place = place_of_image(mission)
+    coordinates = parse_prompt(mission, text.replace(place, "", 1)) if place in text else None
+    if text == user_text(mission, coordinates):
+        return coordinates
+    before = mission.image == "before the text"
+    raise OrionError(
+        f"the user's turn {f'starts with {text[:12]!r}' if before else f'ends with {text[-12:]!r}'}",
+        f"It must start with {place!r}."
+        if before
+        else f"It must have {place!r} after the text, and the coordinates, if any, after it.",
+    )
 
 
 def parse_prompt(mission: Mission, prompt: str) -> Coordinates | None:
-    """The fields of a rendered prompt; raises OrionError unless they render to the same bytes."""
+    """The fields of a text of `render_prompt`; raises OrionError unless they render to the same bytes."""
     if prompt == render_prompt(mission, None):
         return None
     match = _with_coordinates(mission).fullmatch(prompt)

@@ -88,13 +88,13 @@ def tokens_of_fields(mission: Mission) -> int:
     return sum(len(json.dumps({name: value})) for name, value in longest_values(mission))
 
 
-def grammar(mission: Mission) -> str:
-    """The answer in llama.cpp's GBNF.
+def grammar(mission: Mission, category: str = "") -> str:
+    """The answer in llama.cpp's GBNF; with a `category`, that of this category.
 
     Exactly the bytes of `answer_text`, so the answer has the tokens of training: one space after colon and comma,
     printable ASCII without quote and backslash in the reason.
     """
-    return f"root ::= {_rule(mission, mission.keys)}\n{_rules(mission, mission.keys)}"
+    return f"root ::= {_rule(mission, mission.keys)}\n{_rules(mission, mission.keys, category)}"
 
 
 def category_grammar(mission: Mission) -> str:
@@ -135,10 +135,11 @@ def _quoted(text: str) -> str:
     return text.replace('"', '\\"')
 
 
-def _rules(mission: Mission, keys: Sequence[str]) -> str:
+def _rules(mission: Mission, keys: Sequence[str], category: str = "") -> str:
+    names = (category,) if category else mission.names
     rules = {
         "reason": f"reason ::= {PLAIN}{{1,{mission.longest_reason}}}\n",
-        "category": f"category ::= {' | '.join(json.dumps(name) for name in mission.names)}\n",
+        "category": f"category ::= {' | '.join(json.dumps(name) for name in names)}\n",
         **{field.name: f"{_rule_name(field.name)} ::= {gbnf(field)}\n" for field in mission.fields},
     }
     return "".join(rules[key] for key in sorted(keys, key=lambda key: key == "category"))

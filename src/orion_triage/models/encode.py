@@ -31,7 +31,13 @@ def render_turn(processor: "ProcessorMixin", user_text: str) -> str:
 def _user_turn(processor: "ProcessorMixin", user_text: str) -> dict[str, Any]:
     before, image, after = user_text.partition(IMAGE)
     assert image, "the user's text has no place for the image"
-    after = after.removeprefix(family_of_processor(processor).AFTER_IMAGE)
+    family = family_of_processor(processor)
+    if not after.startswith(family.AFTER_IMAGE):
+        raise OrionError(
+            f"{family.NAME} writes {family.AFTER_IMAGE!r} after the image, and the mission's prompt has no text there.",
+            'Set image = "before the text" in the mission, or choose another base model.',
+        )
+    after = after.removeprefix(family.AFTER_IMAGE)
     parts: list[dict[str, str]] = [{"type": "text", "text": before}, {"type": "image"}, {"type": "text", "text": after}]
     return {"role": "user", "content": [part for part in parts if part.get("text") != ""]}
 
