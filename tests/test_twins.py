@@ -1,6 +1,7 @@
 """The two records of a frame in one micro batch, and what they share computed once."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from orion_triage.dataset.dataset import Dataset
 from orion_triage.dataset.records import Record, read_split
 from orion_triage.errors import OrionError
+from orion_triage.mission.mission import Mission
 from orion_triage.mission.prompt import Coordinates
 from orion_triage.mission.verdict import Verdict
 from orion_triage.models import lfm2_vl
@@ -201,6 +203,47 @@ def test_a_shared_prefix_gives_the_plain_loss_and_gradients(
         model.train()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         assert gradients(model, batch)[0] == expected_loss  # to the bit: it is the plain path
+
+
+@pytest.mark.parametrize("base", ["small", "tiny"])
+def test_a_text_before_the_image_is_read_once_for_all_rows(small_base: Path, small_dataset: Path, base: str) -> None:
+    """Rows of different images, with and without coordinates: loss and gradients are those of the plain path."""
+    own = Mission.model_validate(MISSION.model_dump() | {"image": "after the text"})
+    records = [replace(one, mission=own) for one in read_split(small_dataset, "train", MISSION)]
+    folder = small_base if base == "small" else TINY_BASE_FOLDER
+    batch = batch_of(folder, small_dataset, [records[0], records[3], records[4], records[7]])
+    assert len(set(batch["image_of_row"].tolist())) == 4
+    image = load_processor(folder, 256).image_token_id
+    before = batch["input_ids"][:, : batch["shared_tokens"]]
+    assert batch["shared_tokens"] > 150
+    assert image not in before
+    assert (batch["input_ids"][:, batch["shared_tokens"]] == image).all()
+    model = adapted(folder, TOGETHER.model_copy(update={"dropout": 0.0}), four_bit=False).train()
+    shapes: list[tuple[int, ...]] = []
+    hook = model.model.model.language_model.register_forward_pre_hook(
+        lambda module, inputs, options: shapes.append(tuple(options["inputs_embeds"].shape[:2])), with_kwargs=True
+    )
+    loss, shared = gradients(model, batch)
+    assert shapes == [(1, before.shape[1]), (4, batch["input_ids"].shape[1] - before.shape[1])]
+    hook.remove()
+    expected_loss, expected = gradients(model, plain(batch))
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert shared.keys() == expected.keys()
+    for name, gradient in shared.items():
+        assert float(expected[name].norm()) > 0
+        assert float((gradient - expected[name]).norm() / expected[name].norm()) < 1e-4, name
+    together = batch_of(folder, small_dataset, records[:2])  # one image: it is read once, too
+    assert image in together["input_ids"][0, : together["shared_tokens"]]
+    check_shared_prefix(
+        model,
+        collator(
+            load_processor(folder, 256),
+            fine_tune.decode_frames(Dataset(small_dataset, MISSION), records, 256, silent),
+            share_prefix=True,
+        ),
+        records[::2],
+        "float32",
+    )
 
 
 def test_the_language_model_reads_a_prefix_once_an_image(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from transformers import BatchFeature, ProcessorMixin
 
+_SHORTEST_TEXT = 32  # tokens before the image: with the image first, 4 of the chat template stand there
 IGNORED = -100  # torch's cross entropy ignores these labels
 
 
@@ -161,17 +162,24 @@ def pad(processor: "ProcessorMixin", rows: Sequence[EncodedRow]) -> "BatchFeatur
 
 
 def shared_tokens(processor: "ProcessorMixin", rows: Sequence[EncodedRow]) -> int:
-    """The number of first tokens that a batch of these rows can compute once per image.
+    """The number of first tokens that a batch of these rows can compute once per image, or once for all rows.
 
-    They are the same in all rows and contain the whole image; at least the last token of each turn stays outside,
-    because its logits are those of the answer's first token. 0 if there are fewer, or if no two rows share an image.
+    They are the same in all rows. They contain the whole image, or only text before it, whichever leaves fewer tokens
+    to compute. At least the last token of each turn stays outside, because its logits are those of the answer's first
+    token. 0 if no tokens are saved: a few before the image are not worth a pass of their own.
     """
     turns = [row.turn for row in rows]
     shortest, other = min(turns), max(turns)  # in the order of words: all others lie between, and start as both do
     differences = (place for place, (one, two) in enumerate(zip(shortest, other, strict=False)) if one != two)
     length = next(differences, min(map(len, turns)) - 1)
-    shares = len({row.image for row in rows}) < len(rows)
-    return length if shares and all(processor.image_token_id not in turn[length:] for turn in turns) else 0
+    images, placeholder = len({row.image for row in rows}), processor.image_token_id
+    before = min(length, *(turn.index(placeholder) for turn in turns))  # placeholders are the same token in all images
+    saved_before = (len(rows) - 1) * before if before >= _SHORTEST_TEXT else 0
+    whole = all(placeholder not in turn[length:] for turn in turns)
+    saved = (len(rows) - images) * length if whole else 0
+    if saved >= saved_before:
+        return length if saved else 0
+    return before
 
 
 def encode_rows(

@@ -4,7 +4,8 @@ Both records of a training target, and three of the four conditions, use the sam
 the tower is half of a row's arithmetic (490 of 1,000 billion products). With `image_of_row`, the pixels have one row
 per image instead of one per question. Without it, the model is transformers' own.
 
-With `shared_tokens`, the language model also reads the image and the text before the first difference once per image.
+With `shared_tokens`, the language model also reads the image and the text before the first difference once per image,
+or, where the text stands before the image, that text once for all rows.
 
 Each family's `model_class` puts this before transformers' class, in which `model.language_model` and
 `config.image_token_id` have the same names in every family.
@@ -50,8 +51,8 @@ class SharedImages:
 
         `image_of_row` [rows] is the index of each row's image; `others` has the images, all of one size, under
         `vision_keys`. `image_features` [images, image tokens, text width] is the result of `look` and replaces them.
-        `shared_tokens` is the number of first tokens that are the same in all rows and contain the image
-        (`encode.shared_tokens`): they run once per image, and the logits start after them. Under gradient
+        `shared_tokens` is the number of first tokens that are the same in all rows (`encode.shared_tokens`): they run
+        once per image if they contain it, else once for all rows, and the logits start after them. Under gradient
         checkpointing it is ignored: a layer that is computed again would write into the cache twice, so transformers
         gives it none. Padding has to be on the right, because no mask hides it.
         """
@@ -62,7 +63,7 @@ class SharedImages:
             recomputed = self.training and self.model.language_model.layers[0].gradient_checkpointing
             if shared_tokens and not recomputed:
                 past_key_values = self.read(input_ids[:, :shared_tokens], seen, image_of_row)
-                inputs_embeds = self.get_input_embeddings()(input_ids[:, shared_tokens:])
+                inputs_embeds = self.embed(input_ids[:, shared_tokens:], seen, image_of_row)
             else:
                 inputs_embeds = self.embed(input_ids, seen, image_of_row)
             input_ids = None
@@ -79,11 +80,16 @@ class SharedImages:
         )
 
     def read(self, input_ids: torch.Tensor, seen: torch.Tensor, image_of_row: torch.Tensor) -> transformers.Cache:
-        """The cache after tokens [rows, tokens] that are the same in all rows: read once per image, with gradients."""
-        each = torch.arange(len(seen), device=image_of_row.device)
+        """The cache after tokens [rows, tokens] that are the same in all rows, with gradients.
+
+        They are read once per image, or once if they contain no image.
+        """
+        has_image = bool((input_ids[0] == self.config.image_token_id).any())
+        each = torch.arange(len(seen) if has_image else 1, device=image_of_row.device)
         cache = transformers.DynamicCache(config=self.config.text_config)
-        self.model.language_model(inputs_embeds=self.embed(input_ids[: len(seen)], seen, each), past_key_values=cache)
-        cache.reorder_cache(image_of_row)  # meant for beams: row i gets the states of its image
+        self.model.language_model(inputs_embeds=self.embed(input_ids[: len(each)], seen, each), past_key_values=cache)
+        # Meant for beams: row i gets the states of its image, or those of the text.
+        cache.reorder_cache(image_of_row if has_image else torch.zeros_like(image_of_row))
         return cache
 
     def embed(self, input_ids: torch.Tensor, seen: torch.Tensor, image_of_row: torch.Tensor) -> torch.Tensor:

@@ -174,7 +174,8 @@ def run(
         resumed_step = int(resume_from.name.rsplit("-", 1)[1]) if resume_from else 0
         trainable = _trainable_by_tower(model)
         # With FSDP not: a layer that runs twice in a pass would be gathered and reduced twice, which was never tried.
-        share_prefix = settings.twins_together and not processes.are_sharded()
+        repeats = settings.twins_together or dataset.mission.image == "after the text"  # the prompts of a batch
+        share_prefix = repeats and not processes.are_sharded()
         collate = collator(processor, frames, features, augmentation, share_prefix=share_prefix)
         if share_prefix:
             check_shared_prefix(model, collate, train_records, device.precision)

@@ -45,7 +45,7 @@ def collator(
     start at the token before the first verdict: same loss, a fifth of the logits (float32 logits of a whole row are
     120 MB at 1.6B). There is no attention mask: the padding is on the right, which causal layers do not attend to.
     `features` [image tokens, text width] by image replace a frozen tower. Frames that `augmentation` changes are
-    encoded anew. With `share_prefix`, rows of one image share the computation of what their prompts have in common.
+    encoded anew. With `share_prefix`, rows share the computation of what their prompts have in common.
     """
 
     @cache

@@ -65,17 +65,19 @@ def costliest_first(records: Sequence[Record]) -> list[Record]:
 def check_shared_prefix(
     model: Any, collate: "Callable[[list[Record]], BatchFeature]", records: Sequence[Record], precision: str
 ) -> None:
-    """Raise OrionError unless the first twins get the same logits, at every token after the prefix, as without it.
+    """Raise OrionError unless two records get the same logits, at every token after the prefix, as without it.
+
+    They are the first twins, or without twins the first two records, if these have a prefix.
 
     The prefix is carried over in transformers' cache. Before version 5.15, short convolutions read only one token
     after a cache, and gave all following tokens the result of one, without an error.
     """
     import torch
 
-    twins = next((group for group in twins_of(records) if len(group) == 2), ())
-    if not twins:
+    two = next((group for group in twins_of(records) if len(group) == 2), (0, 1))
+    batch = collate([records[index] for index in two if index < len(records)]).to(model.device)
+    if not batch["shared_tokens"]:
         return
-    batch = collate([records[index] for index in twins]).to(model.device)
     del batch["labels"]
     batch["logits_to_keep"] = batch["input_ids"].shape[1] - batch["shared_tokens"]
     model.eval()
@@ -89,7 +91,7 @@ def check_shared_prefix(
     change = float(((shared - plain).norm(dim=-1) / spread).max())
     if not change <= LARGEST_LOGIT_CHANGE:
         raise OrionError(
-            f"fine_tune.twins_together: sharing the start of two prompts changes a token's logits by {change:.1%} "
+            f"sharing the start of two prompts changes a token's logits by {change:.1%} "
             f"(rounding: at most {LARGEST_LOGIT_CHANGE:.0%}).",
-            "Set fine_tune.twins_together=false, or use transformers 5.15 or newer.",
+            "Use transformers 5.15 or newer. With the image before the text, fine_tune.twins_together=false is enough.",
         )
