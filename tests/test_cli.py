@@ -33,7 +33,7 @@ REAL_FRAMES = SHARED / "frames"
 COMMANDS = (
     "run", "mission", "dataset", "ablation", "fine-tune", "fuse", "quantize", "evaluate", "threshold",
     "report", "verdict", "compare", "push", "clean", "verify", "triage", "bench-frame", "toolchain", "rehearse",
-    "plan", "doctor", "settings", "bundle", "remote", "camera", "review", "adapt", "false-alarms",
+    "plan", "doctor", "settings", "bundle", "remote", "camera", "review", "adapt", "false-alarms", "cascade",
 )  # fmt: skip
 
 
@@ -352,6 +352,15 @@ def test_an_operating_point_is_chosen_on_val_kept_and_flown(finished: Path, tmp_
             assert [[cell.strip() for cell in row[:2]] for row in rows] == [["val", "after"], ["test", "after"]]
             assert rows[0][2].strip().startswith("0/4 = 0.0 %")
             assert re.search(r"val: 0 more HIGH and MEDIUM frames lost, [0-4] saved", result.stdout)
+    told = orion("cascade", "--max-loss", "100%", "--seconds", "0.5,2", "--json", cwd=folder)
+    assert told.returncode == 0, told.stderr
+    cascade = json.loads(told.stdout)
+    assert cascade["chosen_on"] == {"split": "val", "largest_loss": 1.0, "frames": 6}
+    assert cascade["effects"]["val"]["spared"] == {"count": 6, "total": 6}  # all may be lost, so all are dropped
+    spared = cascade["effects"]["test"]["spared_in_orbit"]["value"]
+    assert cascade["effects"]["test"]["seconds_per_frame"]["expected"] == pytest.approx(0.5 + 2 * (1 - spared))
+    assert_refused(orion("cascade", "--first", "sampled", cwd=folder), "--first sampled is not a cheap look")
+    assert_refused(orion("cascade", "--seconds", "2", cwd=folder), "--seconds 2 is not two times")
     guarded = orion("threshold", "--max-irrecoverable-loss", "100%", "--loosen", "--keep-unlike", cwd=folder)
     assert guarded.returncode == 0, guarded.stderr
     assert re.search(r"frames unlike those of train and val are kept: 0 of val, \d of test\n", guarded.stdout)
