@@ -178,6 +178,8 @@ def test_the_operators_readme_has_the_formula() -> None:
         "time_out_factor": 10,
         "blank_limits": {"rows": [16, 479], "entropy_bits_below": 4.0, "gradient_below": 1.0},
         "verdict": {"verdict": "FLY", "because": [], "accepted_risk": ""},
+        "head": None,
+        "reasons": None,
     }
     said = templates.fill(
         "flight", "bundle_readme.txt.j2", **values, stretch={"low": 6.5, "high": 9, "samples": "int16"}

@@ -221,7 +221,7 @@ def test_plain_tiffs_need_no_position(tmp_path: Path) -> None:
     for path in folder.rglob("*.png"):
         (as_tiff / path.parent.name).mkdir(parents=True, exist_ok=True)
         Image.open(path).save(as_tiff / path.parent.name / f"{path.stem}.tif")
-    (of_png, _), (of_tiff, left_out) = adapt.read_labelled(folder, MISSION), adapt.read_labelled(as_tiff, MISSION)
+    (of_png, _), (of_tiff, left_out) = read_labelled(folder, MISSION), read_labelled(as_tiff, MISSION)
     assert left_out == []
     assert [(one.category, one.image.tobytes()) for one in of_tiff] == [
         (one.category, one.image.tobytes()) for one in of_png
@@ -230,7 +230,7 @@ def test_plain_tiffs_need_no_position(tmp_path: Path) -> None:
     damaged = as_tiff / H / "9.tif"
     damaged.write_bytes((as_tiff / H / "0.tif").read_bytes()[:100])
     with pytest.raises(OrionError, match=r"9\.tif is damaged"):
-        adapt.read_labelled(as_tiff, MISSION)
+        read_labelled(as_tiff, MISSION)
 
 
 def test_it_helps_only_if_it_beats_the_pair_and_the_commonest_category() -> None:

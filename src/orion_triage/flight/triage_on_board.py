@@ -195,7 +195,7 @@ class Model:
 
     def __init__(self, folder: Path, bundle: dict[str, Any], options: argparse.Namespace) -> None:
         self._folder, self._bundle, self._options = folder, bundle, options
-        self._state = options.state or options.folder / "state"
+        self._state = (options.state or options.folder / "state").resolve()  # serve.sh runs in the bundle's folder
         self._times_lost = 0  # the prompt, by the server
         self._own: OwnServer | None = None
         self._questions: Questions | None = None
@@ -223,7 +223,8 @@ class Model:
             self.stop()
         if self._questions is None:
             if self._options.llama_server:
-                state = self._state if "kept_tokens" in self._bundle["request"] else None
+                of_head = self._bundle.get("variant") == "head"  # whose server reads no text alone
+                state = self._state if "kept_tokens" in self._bundle["request"] and not of_head else None
                 if state:
                     state.mkdir(exist_ok=True)
                 self._own = OwnServer(
