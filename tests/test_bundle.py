@@ -1268,7 +1268,7 @@ def test_the_check_is_of_the_pair_and_of_the_head(headed: Path, toolchain: Toolc
         (headed / "head.json").write_text(json.dumps(other))
         assert_no_go(check(headed, *at, LLAMA_API_KEY=key), "head.json was changed")
         sign(headed, lambda record: record["files"].update({"head.json": sha256_of_file(headed / "head.json")}))
-        assert_no_go(check(headed, *at, LLAMA_API_KEY=key), "the log-probability of HIGH is", "(head)")
+        assert_no_go(check(headed, *at, LLAMA_API_KEY=key), "the log-probability of", "(head)")
 
 
 @pytest.mark.llama_cpp

@@ -19,6 +19,7 @@ from orion_triage.safe.reading import LARGEST_JSON_BYTES, read_text, shown
 
 # Limits: larger values cannot be computed, and numbers can have more digits than Python prints.
 Count = Annotated[int, Field(gt=0, lt=2**31)]
+SomeShare = Annotated[float, Field(gt=0, le=1)]
 CountOrZero = Annotated[int, Field(ge=0, lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -62,6 +63,9 @@ class DatasetSettings(Strict):
     stretch_samples: StretchedSamples | None = None  # the type of the stored values; empty: uint16 (12 and 16 bits)
     # A camera file, or "wide": the frames are as that camera would deliver them (docs/camera.md); empty: as they are.
     camera: str | None = None
+    # Drawn tiles: the share that shows rough land, wild or worked (docs/camera.md), of the tiles of nature, cropland
+    # and towns; empty: none. More: closer to real frames, and harder than the other tiles.
+    rough_land: SomeShare | None = None
     # Number of test frames; 0: one per place. With synthetic imagery, a larger number draws several tiles per place,
     # which is less informative than more places.
     test_size: CountOrZero = 0

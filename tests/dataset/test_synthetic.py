@@ -69,13 +69,24 @@ def test_rough_land_is_as_rough_as_real_frames() -> None:
 
 def roughness(name: str, tiles: int = 6) -> float:
     """Mean difference of neighbouring pixels in grey levels, the median over some tiles as they are drawn."""
-    painters = {**countryside.FARMED, **{n: getattr(countryside, n) for n in ("hills", "upland", "wetland")}}
+    painters = {scene: painter for scenes in countryside.SCENES.values() for scene, painter in scenes.items()}
     values = []
     for seed in range(tiles):
         canvas = Canvas(np.random.default_rng(seed), 256, 10.0)
         painters[name](canvas)
         values.append(np.abs(np.diff(canvas.rgb.mean(axis=2), axis=1)).mean())
     return float(np.median(values))
+
+
+def test_rough_land_is_drawn_where_it_is_asked_for() -> None:
+    small = {"metres_per_pixel": 80, "size": 48}
+    for morphology, scenes in countryside.SCENES.items():
+        seen = {draw_tile(morphology, seed, rough_land=1.0, **small).subtype for seed in range(12 * len(scenes))}
+        assert seen == set(scenes), morphology
+    some = [draw_tile("town", seed, rough_land=0.5, **small).subtype for seed in range(40)]
+    assert 10 < some.count("hamlets") < 30
+    assert draw_tile("mega_port", 3, rough_land=1.0, **small).image == draw_tile("mega_port", 3, **small).image
+    assert draw_tile("town", 3, rough_land=1.0, **small).image != draw_tile("town", 3, **small).image
 
 
 def test_an_unknown_morphology_is_refused() -> None:

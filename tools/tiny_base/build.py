@@ -45,6 +45,7 @@ def build(
     from transformers import Lfm2VlForConditionalGeneration
 
     from orion_triage.models.lfm2_vl_shapes import make_config, make_processor, save_base, train_tokenizer
+    from orion_triage.models.load import load_model
     from tools.tiny_base.instruct import AWAY_DEGREES, cache_features, measure_language, train_language
     from tools.tiny_base.texts import corpus, phrases
     from tools.tiny_base.tiles import FRAME_SIZE, NAMESPACE, draw_tiles, load_tiles, seed_of
@@ -76,11 +77,12 @@ def build(
         seed=SEED,
         progress=progress,
     )
-    progress("asking about unseen tiles", 0, 1)
     processor = make_processor(tokenizer, FRAME_SIZE)
-    answers = measure_language(model.eval(), processor, pixels[-HELD_OUT:], facts[-HELD_OUT:])
     with replaced_folder(out_folder) as folder:
         save_base(model, processor, folder)
+        progress("asking about unseen tiles", 0, 1)
+        shipped = load_model(folder, dtype="float32")  # as users load it
+        answers = measure_language(shipped, processor, pixels[-HELD_OUT:], facts[-HELD_OUT:])
         record = {
             "tiles": {
                 "namespace": NAMESPACE,

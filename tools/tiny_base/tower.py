@@ -1,7 +1,7 @@
 """First stage of the shipped base: the vision tower learns to see before any language is attached.
 
 Captions alone do not teach a small tower to look at the image (the caption prior is an easier optimum), so
-it gets its own objective: the scene (48 subtypes of 15 morphologies), the ground's biome, and the measured
+it gets its own objective: the scene (40 subtypes of 15 morphologies), the ground's biome, and the measured
 shares of each tile.
 """
 

@@ -150,7 +150,7 @@ def _source(settings: DatasetSettings) -> ImagerySource:
         case "synthetic":
             from orion_triage.dataset.sources.synthetic.draw import Synthetic
 
-            return Synthetic(settings.imagery_seed, settings.metres_per_pixel)
+            return Synthetic(settings.imagery_seed, settings.metres_per_pixel, settings.rough_land or 0.0)
         case "directory":
             raise ValueError("plan() handles a folder: its places come with it")
         case _:

@@ -317,15 +317,16 @@ def track_of_water(canvas: Canvas) -> None:
     canvas.flood(np.clip(-line * 40, 0, 0.9), canvas.water_colour())
 
 
-# The worked scenes that the morphology `agriculture` draws beside its own.
-FARMED: dict[str, Callable[[Canvas], None]] = {
-    "patchwork": patchwork,
-    "parcels": parcels,
-    "clearings": clearings,
-    "valley_fields": valley_fields,
+# The rough scenes of the morphologies that have some, by name.
+SCENES: dict[str, dict[str, Callable[[Canvas], None]]] = {
+    "geological": {"hills": hills},
+    "desert_ice_canopy": {"upland": upland},
+    "fractal_texture": {"wetland": wetland},
+    "agriculture": {
+        "patchwork": patchwork,
+        "parcels": parcels,
+        "clearings": clearings,
+        "valley_fields": valley_fields,
+    },
+    "town": {"hamlets": hamlets},
 }
-
-
-def surroundings(canvas: Canvas) -> None:
-    """Land around something else, wild or worked."""
-    canvas.pick([upland, hills, wetland, patchwork, parcels, valley_fields])(canvas)

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from orion_triage.dataset.sources.source import Picture, Shot
-from orion_triage.dataset.sources.synthetic import landscapes, megastructures, settlements
+from orion_triage.dataset.sources.synthetic import countryside, landscapes, megastructures, settlements
 from orion_triage.dataset.sources.synthetic.canvas import Canvas, as_array
 from orion_triage.dataset.sources.synthetic.chokepoints import space_military_chokepoint
 from orion_triage.errors import OrionError
@@ -42,15 +42,11 @@ PAINTERS: dict[str, Callable[[Canvas], None]] = {
 
 # The scenes of each morphology; a morphology with a single scene has its own name here.
 SUBTYPES: dict[str, tuple[str, ...]] = {name: (name,) for name in PAINTERS} | {
-    "desert_ice_canopy": ("dunes", "ice", "canopy", "scrub", "upland"),
+    "desert_ice_canopy": ("dunes", "ice", "canopy", "scrub"),
     "coastline": ("islands", "mainland"),
-    "geological": ("crater", "volcano", "folds", "mountains", "hills"),
-    "fractal_texture": ("drainage", "braided", "meanders", "lakes", "badlands", "wetland"),
-    "agriculture": (
-        *("mosaic", "smallholdings", "pivots", "strips", "paddies"),
-        *("patchwork", "parcels", "clearings", "valley_fields"),
-    ),
-    "town": ("town", "hamlets"),
+    "geological": ("crater", "volcano", "folds", "mountains"),
+    "fractal_texture": ("drainage", "braided", "meanders", "lakes", "badlands"),
+    "agriculture": ("mosaic", "smallholdings", "pivots", "strips", "paddies"),
     "ordinary_infrastructure": ("interchange", "airstrip", "solar", "rail_yard", "harbour", "treatment"),
     "energy_dam": ("dam", "towers", "refinery"),
     "mega_mine_industry": ("open_pit", "works"),
@@ -62,7 +58,7 @@ SUBTYPES: dict[str, tuple[str, ...]] = {name: (name,) for name in PAINTERS} | {
 class Tile:
     """A drawn tile and its contents; shares are fractions of the area, road density is km per km2.
 
-    `subtype` is one of `SUBTYPES[morphology]`.
+    `subtype` is one of `SUBTYPES[morphology]`, or of `countryside.SCENES[morphology]`.
     """
 
     image: Image.Image
@@ -81,6 +77,7 @@ class Synthetic:
 
     seed: int
     metres_per_pixel: float
+    rough_land: float = 0.0  # share of rough tiles among those of the morphologies that have some
 
     name = "synthetic"
     licence = "Apache-2.0"
@@ -88,13 +85,22 @@ class Synthetic:
     redistributable = True
 
     def pictures(self, shots: Sequence[Shot]) -> Iterator[Picture]:
-        jobs = [(shot.target.morphology, tile_seed(self.seed, shot.name), self.metres_per_pixel) for shot in shots]
+        jobs = [
+            (
+                shot.target.morphology,
+                tile_seed(self.seed, shot.name),
+                self.metres_per_pixel,
+                CAMERA_SIZE,
+                self.rough_land,
+            )
+            for shot in shots
+        ]
         with workers() as pool:
             for data in pool.map(_draw_png, jobs, chunksize=4):
                 yield Picture(data, self.metres_per_pixel)
 
 
-def _draw_png(job: tuple[str, int, float]) -> bytes:
+def _draw_png(job: tuple[str, int, float, int, float]) -> bytes:
     buffer = io.BytesIO()
     draw_tile(*job).image.save(buffer, "PNG")
     return buffer.getvalue()
@@ -105,15 +111,28 @@ def tile_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big")
 
 
-def draw_tile(morphology: str, seed: int, metres_per_pixel: float = 10.0, size: int = CAMERA_SIZE) -> Tile:
+def draw_tile(
+    morphology: str,
+    seed: int,
+    metres_per_pixel: float = 10.0,
+    size: int = CAMERA_SIZE,
+    rough_land: float = 0.0,
+) -> Tile:
     """Draw one tile. The same arguments give the same pixels on one machine and library version.
+
+    `rough_land` is the share of tiles that show rough land, if the morphology has such scenes (`countryside.SCENES`).
 
     Raises OrionError for an unknown morphology.
     """
     if morphology not in PAINTERS:
         raise OrionError(f"there is no morphology {morphology!r}.", f"Choose one of {', '.join(PAINTERS)}.")
     canvas = Canvas(np.random.default_rng(seed), size, metres_per_pixel)
-    PAINTERS[morphology](canvas)
+    rough = countryside.SCENES.get(morphology, {})
+    if rough and rough_land and canvas.chance(rough_land):
+        canvas.subtype = canvas.pick(list(rough))
+        rough[canvas.subtype](canvas)
+    else:
+        PAINTERS[morphology](canvas)
     cloud = _observe(canvas)
     return Tile(
         image=Image.fromarray(np.clip(canvas.rgb, 0, 255).astype(np.uint8), "RGB"),
@@ -144,7 +163,7 @@ def _observe(canvas: Canvas) -> float:
         share = float((cloud > 0.5).mean())
     grey = rgb.mean(axis=2, keepdims=True)
     rgb = grey + (rgb - grey) * canvas.uniform(0.7, 1.3)
-    rgb *= as_array([canvas.uniform(0.9, 1.15), canvas.uniform(0.92, 1.06), canvas.uniform(0.7, 1.06)])
+    rgb *= as_array([canvas.uniform(0.9, 1.12), canvas.uniform(0.92, 1.06), canvas.uniform(0.8, 1.08)])
     gain = canvas.uniform(0.62, 1.05)
     level = float(rgb.mean())
     rgb = (level + (rgb - level) * canvas.uniform(0.8, 1.35)) * gain

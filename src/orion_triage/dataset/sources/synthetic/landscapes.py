@@ -5,7 +5,6 @@ import math
 import numpy as np
 from scipy import ndimage
 
-from orion_triage.dataset.sources.synthetic import countryside
 from orion_triage.dataset.sources.synthetic.canvas import (
     BIOMES,
     Array,
@@ -33,23 +32,13 @@ def ocean_water(canvas: Canvas) -> None:
     if canvas.chance(0.45):  # glint brightens one side
         along, _ = canvas.rotated(canvas.uniform(0, 2 * math.pi))
         canvas.rgb += (np.clip(along / canvas.extent + 0.35, 0, 1) ** 2 * canvas.uniform(30, 110))[..., None]
-    if canvas.chance(0.15):
-        _seam(canvas)
     canvas.water[:] = 1
 
 
-def _seam(canvas: Canvas) -> None:
-    """A straight edge where a mosaic of two dates changes its tone: it is in the picture, not on the ground."""
-    along, _ = canvas.rotated(canvas.uniform(0, 2 * math.pi))
-    other = (along > canvas.uniform(-0.4, 0.4) * canvas.extent)[..., None]
-    tint = as_array([canvas.uniform(0.3, 1.2), canvas.uniform(0.5, 1.3), canvas.uniform(0.5, 1.3)])
-    canvas.rgb = np.where(other, canvas.rgb * tint, canvas.rgb)
-
-
 def desert_ice_canopy(canvas: Canvas) -> None:
-    """Sand, ice, scrub, open land or closed forest from edge to edge, without objects."""
-    painters = {"dunes": _dunes, "ice": _ice, "canopy": _canopy, "scrub": _scrub, "upland": countryside.upland}
-    canvas.subtype = canvas.pick([*painters, "upland", "upland"])
+    """Sand, ice, scrub or closed forest from edge to edge: one texture without objects."""
+    painters = {"dunes": _dunes, "ice": _ice, "canopy": _canopy, "scrub": _scrub}
+    canvas.subtype = canvas.pick(list(painters))
     painters[canvas.subtype](canvas)
 
 
@@ -133,7 +122,7 @@ def paint_coast(canvas: Canvas, field: Array, *, beach: bool = True) -> None:
 
 
 def coastline(canvas: Canvas) -> None:
-    """A natural shore: bays, headlands, a lagoon or islands, or little more than sea; no harbour, no road."""
+    """A natural shore: bays, headlands, a lagoon or islands; no harbour, no road."""
     relief = canvas.fractal(3.2, 3500)
     canvas.ground()
     canvas.shade(relief, canvas.uniform(1, 5))
@@ -144,16 +133,13 @@ def coastline(canvas: Canvas) -> None:
         if canvas.chance(0.4):
             field = (np.abs(rings - 0.9) - canvas.uniform(0.15, 0.4)).astype(np.float32)
     else:
-        field = shoreline(canvas, canvas.uniform(0.05, 0.7), canvas.uniform(0.35, 0.95))
+        field = shoreline(canvas, canvas.uniform(0.25, 0.7), canvas.uniform(0.35, 0.7))
     paint_coast(canvas, field)
 
 
 def geological(canvas: Canvas) -> None:
-    """Craters, cones, folded beds, ridges, dissected hills: rock with little or much on it."""
-    kind = canvas.subtype = canvas.pick(["crater", "volcano", "folds", "mountains", "hills", "hills", "hills"])
-    if kind == "hills":
-        countryside.hills(canvas)
-        return
+    """Craters, cones, folded beds, ridges: bare rock."""
+    kind = canvas.subtype = canvas.pick(["crater", "volcano", "folds", "mountains"])
     canvas.ground(canvas.pick(["arid", "red_soil", "grey_rock", "tundra", "steppe", "snowy"]))
     if kind == "folds":
         direction = canvas.angle()
@@ -266,13 +252,8 @@ def _meanders(canvas: Canvas) -> None:
 
 
 def fractal_texture(canvas: Canvas) -> None:
-    """Self-similar natural patterns: drainage trees, braided or winding rivers, badlands, lakes, swamp forest."""
-    kind = canvas.subtype = canvas.pick(
-        ["drainage", "braided", "meanders", "lakes", "badlands", "wetland", "wetland", "wetland"]
-    )
-    if kind == "wetland":
-        countryside.wetland(canvas)
-        return
+    """Self-similar natural patterns: drainage trees, braided or winding rivers, badlands, a maze of small lakes."""
+    kind = canvas.subtype = canvas.pick(["drainage", "braided", "meanders", "lakes", "badlands"])
     if kind == "meanders":
         _meanders(canvas)
         return

@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 
-from orion_triage.dataset.sources.synthetic import countryside
 from orion_triage.dataset.sources.synthetic.canvas import (
     BIOMES,
     Canvas,
@@ -35,9 +34,7 @@ def surroundings(canvas: Canvas) -> None:
     choice = canvas.uniform(0, 1)
     if choice < 0.1:
         paint_smallholdings(canvas)
-    elif choice < 0.35:
-        countryside.surroundings(canvas)
-    elif choice < 0.6:
+    elif choice < 0.4:
         paint_fields(canvas)
     else:
         canvas.shade(canvas.ground(), canvas.uniform(0, 1.5))
@@ -308,10 +305,7 @@ def mega_mine_industry(canvas: Canvas) -> None:
 
 
 def _open_pit(canvas: Canvas) -> None:
-    if canvas.chance(0.3):
-        countryside.surroundings(canvas)
-    else:
-        canvas.shade(canvas.ground(), canvas.uniform(0.5, 2.5))
+    canvas.shade(canvas.ground(), canvas.uniform(0.5, 2.5))
     centre = (canvas.uniform(-500, 500), canvas.uniform(-500, 500))
     angle = canvas.angle()
     along, across = canvas.rotated(angle, centre)

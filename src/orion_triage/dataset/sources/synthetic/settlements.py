@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 
-from orion_triage.dataset.sources.synthetic import countryside
 from orion_triage.dataset.sources.synthetic.canvas import (
     BIOMES,
     Array,
@@ -192,11 +191,9 @@ def river(canvas: Canvas, width: float) -> None:
 def _countryside(canvas: Canvas) -> None:
     """The surroundings of a town or an installation: fields or bare land."""
     choice = canvas.uniform(0, 1)
-    if choice < 0.1:
+    if choice < 0.15:
         paint_smallholdings(canvas)
-    elif choice < 0.4:
-        countryside.surroundings(canvas)
-    elif choice < 0.65:
+    elif choice < 0.55:
         paint_fields(canvas)
         farmsteads(canvas, canvas.integer(0, 10))
     else:
@@ -252,14 +249,8 @@ def suburb(canvas: Canvas) -> None:
 
 
 def agriculture(canvas: Canvas) -> None:
-    """Cropland: one kind of field from edge to edge, or fields in rough, wooded or hilly land."""
-    mixed = [*countryside.FARMED] * 2
-    kind = canvas.subtype = canvas.pick(
-        ["mosaic", "smallholdings", "smallholdings", "pivots", "strips", "paddies", *mixed]
-    )
-    if kind in countryside.FARMED:
-        countryside.FARMED[kind](canvas)
-        return
+    """Cropland from edge to edge: mosaic, smallholdings, centre pivots, strips or paddies."""
+    kind = canvas.subtype = canvas.pick(["mosaic", "smallholdings", "smallholdings", "pivots", "strips", "paddies"])
     if kind == "smallholdings":
         paint_smallholdings(canvas)
         hamlets(canvas, canvas.integer(0, 3))
@@ -299,11 +290,7 @@ def agriculture(canvas: Canvas) -> None:
 
 
 def town(canvas: Canvas) -> None:
-    """One small settlement in open country, roads meeting in its middle, or a few hamlets along one road."""
-    canvas.subtype = "hamlets" if canvas.chance(0.4) else "town"
-    if canvas.subtype == "hamlets":
-        countryside.hamlets(canvas)
-        return
+    """One small settlement in open country, roads meeting in its middle."""
     _countryside(canvas)
     if canvas.chance(0.3):
         river(canvas, canvas.uniform(30, 90))
