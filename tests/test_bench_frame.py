@@ -209,7 +209,8 @@ def test_the_encoder_is_timed_by_the_stamps_of_one_image(tmp_path: Path) -> None
 
 ROW = Row(
     run="r", change="x", frame_size=256, quantization="Q4_K_M", mmproj="F16", flash_attention=False, reason_tokens=0,
-    prompt_tokens=1, answer_tokens=1, encode_seconds=0, prefill_seconds=0, decode_seconds=0, seconds_per_frame=1,
+    prompt_tokens=1, tokens_read=1, answer_tokens=1, encode_seconds=0, prefill_seconds=0, decode_seconds=0,
+    seconds_per_frame=1,
     decode_seconds_per_token=None, peak_memory_bytes=1,
 )  # fmt: skip
 

@@ -542,12 +542,14 @@ def test_no_lie_of_a_server_is_counted_as_an_answer(
     images, prompts = drawn_questions(1)
     # A limit that is reached sooner: 1 s instead of 10 minutes.
     monkeypatch.setattr(Client.__init__, "__kwdefaults__", {"model": "", "timeout_seconds": 1.0})
+    monkeypatch.setattr("orion_triage.llama_cpp.client.RATE_LIMIT_SECONDS", 1.5)  # instead of 2 minutes
     with liar(how) as url:
         shared = SharedBackend([connect(url, "", MISSION, 96)], pause_seconds=0)
         with pytest.raises(ServerError, match=f"no server is left: {url}: .*{said}.*run the same command again"):
             shared.answer(images, prompts)
-        # The image and the question, once, where that is noticed after them; else three tries of what goes wrong.
-        assert Liar.asked == {"swapped": 2, "another's answer": 4}.get(how, 3)
+        # The image and the question, once, where that is noticed after them; 429 is waited out, and not tried again
+        # after that; else three tries of what goes wrong.
+        assert Liar.asked == {"swapped": 2, "another's answer": 4, "429": 2}.get(how, 3)
 
 
 def test_a_server_that_drips_before_it_is_asked_is_hung_up_on_too() -> None:

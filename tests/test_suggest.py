@@ -239,7 +239,7 @@ def test_a_server_that_refuses_parameters_is_asked_without_them(task: Path) -> N
         assert {body.get("max_completion_tokens") for _, body in server.asked[2:]} == {77}
         # An evaluation has to be greedy.
         images, texts = [read_frame(task.parent / "frames" / "00.png", 512).image], [user_text(MISSION, None)]
-        with pytest.raises(ServerError, match="'max_tokens' is not supported"):
+        with pytest.raises(ServerError, match=r"max_tokens\W+ is not supported"):
             connect(server.url, "", MISSION, 64).backend.answer(images, texts)
 
 

@@ -33,7 +33,7 @@ def _user_turn(processor: "ProcessorMixin", user_text: str) -> dict[str, Any]:
     before, image, after = user_text.partition(IMAGE)
     assert image, "the user's text has no place for the image"
     family = family_of_processor(processor)
-    if not after.startswith(family.AFTER_IMAGE):
+    if before and not after.startswith(family.AFTER_IMAGE):
         raise OrionError(
             f"{family.NAME} writes {family.AFTER_IMAGE!r} after the image, and the mission's prompt has no text there.",
             'Set image = "before the text" in the mission, or choose another base model.',
