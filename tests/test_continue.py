@@ -195,14 +195,19 @@ def test_settings_name_the_adapter_and_the_frames(small_adapter: Path, tmp_path:
             training_of("tiny", [setting], "run")
 
 
-@pytest.mark.slow
-def test_fine_tune_continues_a_run_through_the_command_line(finished: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "copy"
+def with_labelled_frames(finished: Path, copy: Path) -> Path:
+    """A copy of the finished run's folder, with six labelled frames in the folder `mine`."""
     shutil.copytree(finished, copy)
     for number in range(6):
         category = MISSION.names[number % 3]
         (copy / "mine" / category).mkdir(parents=True, exist_ok=True)
         structured_picture(700 + number).save(copy / "mine" / category / f"{number}.png", compress_level=1)
+    return copy
+
+
+@pytest.mark.slow
+def test_fine_tune_continues_a_run_through_the_command_line(finished: Path, tmp_path: Path) -> None:
+    copy = with_labelled_frames(finished, tmp_path / "copy")
     words = ["fine-tune", "--run", "runs/next", "--from", "runs/small", "--frames", "mine"]
     words += ["--set", "fine_tune.epochs=1", "--set", "fine_tune.replay=0.2"]
     done = orion(*words, cwd=copy)
@@ -223,12 +228,7 @@ def test_fine_tune_continues_a_run_through_the_command_line(finished: Path, tmp_
 @pytest.mark.slow
 def test_adapt_continues_a_run_and_says_what_it_is_worth(finished: Path, tmp_path: Path) -> None:
     """Two folds and the whole chain on all frames; then the same again, for which nothing is trained."""
-    copy = tmp_path / "copy"
-    shutil.copytree(finished, copy)
-    for number in range(6):
-        category = MISSION.names[number % 3]
-        (copy / "mine" / category).mkdir(parents=True, exist_ok=True)
-        structured_picture(700 + number).save(copy / "mine" / category / f"{number}.png", compress_level=1)
+    copy = with_labelled_frames(finished, tmp_path / "copy")
     words = ["adapt", "mine", "--run", "runs/small", "--folds", "2"]
     done = orion(*words, "--how", "continue", "--json", cwd=copy)
     assert done.returncode == 0, done.stderr

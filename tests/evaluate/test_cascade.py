@@ -3,8 +3,9 @@
 import pytest
 
 from orion_triage.errors import OrionError
-from orion_triage.evaluate.cascade import NEVER, Looks, effect, lowest_threshold
+from orion_triage.evaluate.cascade import Looks, effect, lowest_threshold
 from orion_triage.evaluate.metrics import Prediction
+from orion_triage.evaluate.threshold import NEVER
 from orion_triage.mission.decide import Rules, first_look
 from tests.conftest import MISSION
 

@@ -16,11 +16,9 @@ from orion_triage.evaluate import clusters, orbit, value
 from orion_triage.evaluate.judgement import guess_of, truth_of
 from orion_triage.evaluate.metrics import Prediction, places_of
 from orion_triage.evaluate.statistics import NO_VERDICT
-from orion_triage.evaluate.threshold import decided
-from orion_triage.mission.decide import Rules, drop_probability, first_look
-from orion_triage.mission.mission import Mission, listed
-
-NEVER = 2.0  # above 1 by more than rounding: the first look drops no frame
+from orion_triage.evaluate.threshold import candidates, decided, is_dropped, valuable_frames
+from orion_triage.mission.decide import Decision, Rules, first_look
+from orion_triage.mission.mission import Mission
 
 
 @dataclass(frozen=True)
@@ -45,47 +43,43 @@ class Looks:
         """The decisions of the full look on everything."""
         return decided(self.full, self.rules, self.mission)
 
+    def early(self, drop_threshold: float) -> list[Decision | None]:
+        """For each frame the first look's decision; None where a full look is taken, and for a blank frame: neither."""
+        return [None if row.blank else first_look(self.mission, row.scores, drop_threshold) for row in self.cheap]
+
     def spared(self, drop_threshold: float) -> list[bool]:
-        """For each frame whether the first look drops it, so that no full look is taken. Blank frames need neither."""
-        return [
-            not row.blank and first_look(self.mission, row.scores, drop_threshold) is not None for row in self.cheap
-        ]
+        """For each frame whether the first look drops it, so that no full look is taken."""
+        return [decision is not None for decision in self.early(drop_threshold)]
 
     def together(self, drop_threshold: float) -> list[str | None]:
         """The decisions of the cascade."""
-        decisions = self.alone()
-        for index, row in enumerate(self.cheap):
-            if not row.blank and (early := first_look(self.mission, row.scores, drop_threshold)):
-                decisions[index] = early.category
-        return decisions
+        return [
+            decision.category if decision else category
+            for decision, category in zip(self.early(drop_threshold), self.alone(), strict=True)
+        ]
 
 
 def lowest_threshold(looks: Looks, largest_loss: float) -> float:
     """The probability from which the first look drops the most frames, with at most this loss on these frames.
 
     The loss is the share of valuable frames (to be sent or stored) that the first look drops and the full look would
-    have kept. Raises OrionError if no frame is valuable.
+    have kept. Raises OrionError if no frame is valuable, or if the mission has no categories to choose between.
     """
     mission = looks.mission
+    valuable = len(valuable_frames(looks.full, largest_loss, mission))
     kept_alone = [
         index
         for index, (row, category) in enumerate(zip(looks.full, looks.alone(), strict=True))
-        if mission.kept(row.truth) and (category is None or mission.kept(category))
+        if mission.kept(row.truth) and not is_dropped(category, mission)
     ]
-    valuable = sum(mission.kept(row.truth) for row in looks.full)
-    if not valuable:
-        raise OrionError(
-            f"no frame is {listed(mission.that('send', 'store'), 'or')}: what a first look loses cannot be measured.",
-            "Choose it on a split with all categories.",
-        )
 
     def loss(threshold: float) -> float:
         spared = looks.spared(threshold)
         return sum(spared[index] for index in kept_alone) / valuable
 
-    candidates = [*sorted({drop_probability(mission, row.scores) for row in looks.cheap if row.scores}), NEVER]
-    # The loss falls as the threshold rises; at NEVER it is 0.
-    return candidates[bisect_left(candidates, True, key=lambda threshold: loss(threshold) <= largest_loss)]
+    thresholds = candidates(looks.cheap, mission)
+    # The loss falls as the threshold rises; at the last it is 0.
+    return thresholds[bisect_left(thresholds, True, key=lambda threshold: loss(threshold) <= largest_loss)]
 
 
 def effect(looks: Looks, drop_threshold: float, seconds: tuple[float, float] | None) -> dict[str, Any]:
@@ -104,7 +98,7 @@ def effect(looks: Looks, drop_threshold: float, seconds: tuple[float, float] | N
     in_orbit = orbit.orbit(truth, np.where(spared, dropped, NO_VERDICT), places, mission)
     share = in_orbit["dropped"] if in_orbit else None
     valuable = [
-        (place, int(_is_dropped(after, mission)) - int(_is_dropped(before, mission)))
+        (place, int(is_dropped(after, mission)) - int(is_dropped(before, mission)))
         for row, place, before, after in zip(rows, places, alone, together, strict=True)
         if mission.kept(row.truth)
     ]
@@ -120,10 +114,6 @@ def effect(looks: Looks, drop_threshold: float, seconds: tuple[float, float] | N
         "difference": {"low": low, "high": high},
         "seconds_per_frame": _seconds(seconds, share),
     }
-
-
-def _is_dropped(category: str | None, mission: Mission) -> bool:
-    return category is not None and not mission.kept(category)
 
 
 def _seconds(seconds: tuple[float, float] | None, spared: dict[str, Any] | None) -> dict[str, float] | None:

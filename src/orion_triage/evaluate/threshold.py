@@ -32,7 +32,7 @@ from orion_triage.safe.reading import read_object
 FILE_NAME, OF_HEAD = "operating_point.json", "head_operating_point.json"
 LABELLED = "labelled"  # a head's frames, in the place of a split
 CONDITION = "B"  # in flight, the prompt has no coordinates
-_NEVER = 2.0  # above 1 by more than rounding: scores drop no frame
+NEVER = 2.0  # above 1 by more than rounding: scores drop no frame
 
 
 def parse_share(text: str) -> float:
@@ -207,7 +207,7 @@ def _name(rules: Rules) -> str:
 def effect(rows: Sequence[Prediction], before: Rules, after: Rules, mission: Mission) -> dict[str, Any]:
     """The measurements `before` and `after`, and the valuable frames `lost` and `saved` by the change."""
     valuable = [row for row in rows if mission.kept(row.truth)]
-    dropped = [[_is_dropped(c, mission) for c in decided(valuable, rules, mission)] for rules in (before, after)]
+    dropped = [[is_dropped(c, mission) for c in decided(valuable, rules, mission)] for rules in (before, after)]
     pairs = list(zip(*dropped, strict=True))
     return {
         "before": measurements(rows, before, mission),
@@ -245,7 +245,7 @@ def decision_of(row: Prediction, rules: Rules, mission: Mission) -> Decision:
     )
 
 
-def _is_dropped(category: str | None, mission: Mission) -> bool:
+def is_dropped(category: str | None, mission: Mission) -> bool:
     return category is not None and not mission.kept(category)
 
 
@@ -258,17 +258,17 @@ def lowest_threshold(
     because the loss is underestimated on the frames used for the choice. Raises OrionError for a limit outside 0..1, if
     no frame is valuable, if the mission has no categories to choose between, or if no threshold keeps the limit.
     """
-    valuable = _valuable(rows, max_irrecoverable_loss, mission)
+    valuable = valuable_frames(rows, max_irrecoverable_loss, mission)
 
     def loss(threshold: float) -> float:
         return sum(_lost(valuable, Rules(threshold, appearance=appearance), mission)) / len(valuable)
 
-    thresholds = _candidates(rows, mission)
+    thresholds = candidates(rows, mission)
     # The loss falls as the threshold rises.
     place = bisect_left(thresholds, True, key=lambda threshold: loss(threshold) <= max_irrecoverable_loss)
     if place == len(thresholds):
         raise OrionError(
-            f"{loss(_NEVER):.1%} of the valuable frames are {listed(mission.that('drop'), 'or')} at any threshold, "
+            f"{loss(NEVER):.1%} of the valuable frames are {listed(mission.that('drop'), 'or')} at any threshold, "
             "because they are blank, have such an answer without scores, or a field's rule says so.",
             "Set a larger --max-irrecoverable-loss, or inspect these frames.",
         )
@@ -288,18 +288,18 @@ def promising(
     The loss is the share of a place's valuable frames that are dropped, averaged over places. Raises OrionError as
     `lowest_threshold`, and if the split has too few places for the promise.
     """
-    valuable = _valuable(rows, limit, mission)
+    valuable = valuable_frames(rows, limit, mission)
     places = places_of(valuable)
 
     def losses(threshold: float) -> NDArray[np.float64]:
         rules = Rules(threshold, appearance=appearance)
         return promise.losses_by_place(_lost(valuable, rules, mission), places)
 
-    chosen = promise.lowest_within(_candidates(rows, mission), losses, limit, confidence)
+    chosen = promise.lowest_within(candidates(rows, mission), losses, limit, confidence)
     if chosen is not None:
         rules = Rules(chosen, appearance=appearance)
         return rules, promise.promise(losses(chosen), len(valuable), limit, confidence)
-    have, lost = len(losses(_NEVER)), math.ceil(float(losses(_NEVER).sum()))
+    have, lost = len(losses(NEVER)), math.ceil(float(losses(NEVER).sum()))
     needed = promise.places_needed(lost, limit, confidence)
     kept = listed(mission.that("send", "store"))
     despite = f", because {lost} of them are lost at any threshold" if lost else ""
@@ -315,7 +315,7 @@ def promising(
     )
 
 
-def _valuable(rows: Sequence[Prediction], max_irrecoverable_loss: float, mission: Mission) -> list[Prediction]:
+def valuable_frames(rows: Sequence[Prediction], max_irrecoverable_loss: float, mission: Mission) -> list[Prediction]:
     """The valuable frames; raises OrionError as `lowest_threshold`."""
     if not 0 <= max_irrecoverable_loss <= 1:
         raise OrionError(
@@ -338,12 +338,12 @@ def _valuable(rows: Sequence[Prediction], max_irrecoverable_loss: float, mission
 
 
 def _lost(valuable: Sequence[Prediction], rules: Rules, mission: Mission) -> list[bool]:
-    return [_is_dropped(c, mission) for c in decided(valuable, rules, mission)]
+    return [is_dropped(c, mission) for c in decided(valuable, rules, mission)]
 
 
-def _candidates(rows: Sequence[Prediction], mission: Mission) -> list[float]:
+def candidates(rows: Sequence[Prediction], mission: Mission) -> list[float]:
     """The thresholds at which a decision changes, rising; the last drops nothing by its scores."""
-    return [*sorted({drop_probability(mission, row.scores) for row in rows if row.scores}), _NEVER]
+    return [*sorted({drop_probability(mission, row.scores) for row in rows if row.scores}), NEVER]
 
 
 def measurements(rows: Sequence[Prediction], rules: Rules, mission: Mission) -> dict[str, Any]:
