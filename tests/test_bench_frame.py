@@ -83,7 +83,8 @@ def test_each_row_is_one_change_and_has_an_accuracy_where_that_was_evaluated(run
         assert row["peak_memory_bytes"] > 20e6
     assert measured["left_out"] == []
     assert measured["same_frames"]
-    assert measured["in_flight_seconds_per_frame"][str(run.folder)] > 0
+    seconds = measured["in_flight_seconds_per_frame"][str(run.folder)]
+    assert measured["in_flight_cost"][str(run.folder)]["frames_per_eclipse"] == (2100 / seconds, 2100 / seconds)
     assert not list(run.folder.glob(".bench-*"))
 
 
@@ -116,6 +117,7 @@ def test_the_table_fits_a_terminal_and_json_is_alone_on_standard_output(run: Run
     assert re.search(r"│ flight configuration .*│ +\d/6 │ +\d/6 \* │", shown.stdout)
     assert max(len(line) for line in shown.stdout.splitlines() if line[:1] in "┏│└") <= 80
     assert "Run 'orion evaluate --variants verdict-only'." in shown.stderr
+    assert re.search(r"[0-9,]+ frames in an eclipse of 35 minutes", shown.stdout)
     printed = orion("bench-frame", run.folder, *few, "--json")
     assert printed.returncode == 0, printed.stderr
     assert list(by_change(json.loads(printed.stdout))) == [

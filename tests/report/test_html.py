@@ -18,6 +18,7 @@ from PIL import Image
 
 from orion_triage.evaluate.results import build_results
 from orion_triage.report import html, plot
+from orion_triage.report.render import render_markdown
 from orion_triage.runs.manifest import write_manifest
 from orion_triage.runs.run import Run, prepare
 from tests.chromium import Chromium
@@ -70,6 +71,15 @@ class Document(HTMLParser):
 
     def section(self, start: str) -> str:
         return next(text for text in self.all("section") if text.startswith(start))
+
+
+def test_a_measured_frame_has_its_cost_on_board(results: dict[str, Any]) -> None:
+    assert "One frame" not in html.render_html(results, [], lambda name: None)
+    results["seconds_per_frame"] = {"seconds_per_frame": 20.0, "processor": "Raspberry Pi 5 Model B Rev 1.0"}
+    said = "100 frames in an eclipse of 35 minutes; 170 to 230 J per frame"
+    cells = check(html.render_html(results, [], lambda name: None)).all("td")
+    assert any(cell.startswith(said) for cell in cells)
+    assert f"One frame took 20 s (Raspberry Pi 5 Model B Rev 1.0): {said}" in render_markdown(results)
 
 
 def check(text: str) -> Document:

@@ -455,6 +455,7 @@ def _print_frames(measured: dict[str, Any]) -> None:
 
     from orion_triage.evaluate.variants import VERDICT_ONLY
     from orion_triage.flight.bench_frame import BUSY
+    from orion_triage.machine import power
 
     console, conditions, machine = output(), measured["conditions"], measured["machine"]
     everything = measured["rows"]
@@ -480,7 +481,9 @@ def _print_frames(measured: dict[str, Any]) -> None:
         alone = " (verdict-only: 1)" if any(row["change"] == VERDICT_ONLY for row in rows) else ""
         console.print(
             f"Prompt: {flown['prompt_tokens']} tokens, {flown['tokens_read']} of them read per frame. "
-            f"Answer: {flown['answer_tokens']} tokens{alone}. 'orion triage': {seconds:.{digits}f} s per frame.",
+            f"Answer: {flown['answer_tokens']} tokens{alone}. 'orion triage': {seconds:.{digits}f} s per frame, "
+            f"{power.in_words(measured['in_flight_cost'][name], power.board_of(machine['processor']))}.",
+            soft_wrap=True,
         )
     console.print(
         f"Medians of {measured['repeats']} frames on {machine['cores']} cores ({machine['processor']}). "

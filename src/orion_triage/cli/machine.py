@@ -238,6 +238,7 @@ def plan(
     for title, lines in (
         ("How each number is known:", reasons(made)),
         ("What the last 'orion rehearse' on this machine says instead:", made.rehearsed),
+        ("What a frame costs on board:", made.on_board),
         ("What so many frames show:", made.claims),
     ):
         for line in [title, *(f"- {line}" for line in lines)] if lines else []:

@@ -122,7 +122,7 @@ def build_results(run: Run, *, with_others: bool = True) -> dict[str, Any]:
     }
     # On val the checkpoint and the threshold were chosen: what a model shows there says too much.
     judged = run.split == "test"
-    measured = seconds_per_frame(run)
+    measured = results["seconds_per_frame"] = seconds_per_frame(run)
     results["verdict"] = (
         verdict.assess(results, predictions, settings.verdict, mission, flight=FLIGHT, seconds_per_frame=measured)
         if judged

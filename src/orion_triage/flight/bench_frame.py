@@ -27,6 +27,7 @@ from orion_triage.imagery.frames import Frame, shrink
 from orion_triage.llama_cpp.server import OPTIONS, Server
 from orion_triage.llama_cpp.toolchain import Toolchain, existing_tools, fetch_source, find_toolchain
 from orion_triage.llama_cpp.tools import quantize_file
+from orion_triage.machine import power
 from orion_triage.machine.describe import describe
 from orion_triage.mission.fields import examples
 from orion_triage.mission.mission import Mission
@@ -146,6 +147,7 @@ def run(
     machine = {**describe(), "busy_cores": round(_busy_cores(1.0), 2)}
     shown = sizes or (SIZES if len(runs) == 1 else ())
     plans = [plan(one, shown, mmprojs, quantizations or one.settings.variants.quantizations) for one in runs]
+    board = power.board_of(machine["processor"])
     total, done = sum(map(len, plans)), 0
     rows: list[Row] = []
     left_out: list[str] = []
@@ -189,6 +191,7 @@ def run(
         "conditions": list(CONDITIONS),
         "rows": [asdict(row) for row in mark_best(rows)],
         "in_flight_seconds_per_frame": in_flight,
+        "in_flight_cost": {name: power.cost_of((seconds, seconds), board) for name, seconds in in_flight.items()},
         "same_frames": len({frames for one in runs if (frames := _evaluated_frames(one))}) < 2,
         "left_out": left_out,
     }

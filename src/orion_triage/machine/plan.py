@@ -12,6 +12,7 @@ from typing import Any, Literal
 from orion_triage.dataset.split import SHARES
 from orion_triage.errors import OrionError
 from orion_triage.evaluate.statistics import wilson
+from orion_triage.machine import power
 from orion_triage.machine.budgets import last_rehearsal
 from orion_triage.machine.doctor import needs_of
 from orion_triage.progress import in_words
@@ -63,6 +64,7 @@ class Plan:
     gpu: Gpu | None
     frames: dict[str, int]  # of each split
     steps: list[Step]
+    on_board: list[str] = field(default_factory=list)  # what a frame costs in flight
     claims: list[str] = field(default_factory=list)  # what so many frames can show
     rehearsed: list[str] = field(default_factory=list)  # what the last rehearsal on this machine says instead
 
@@ -176,7 +178,8 @@ _PUBLISHED = "the published ORION training: 1,440 records in 2,492 s on an RTX 4
 _PUBLISHED_RECORD_SECONDS, _PUBLISHED_GPU = 2492 / 1440, GPUS["rtx-4070-ti"]
 _PI_FRAME = Figure(51, 82, "source", "the published ORION flight on a Raspberry Pi 5, per frame of 512 px")
 _PI_MEMORY = Figure(1.753e9, 1.753e9, "source", "the published ORION flight, 1.6B")
-_OUR_PI_FRAME = (17, 34)  # docs/raspberry-pi.md, from two x86 cores, flash attention off
+_PI_FRAME_SIZE = 512
+_OUR_PI_FRAME = (17.0, 34.0)  # docs/raspberry-pi.md, from two x86 cores, flash attention off
 _GOLDEN = 8  # frames that the check asks about; the blank one takes no time
 
 # --- what is assumed --------------------------------------------------------------------------------------------------
@@ -208,7 +211,8 @@ def plan(settings: Settings, gpu: str, frames: int) -> Plan:
             f"Choose a preset with one of {', '.join([*_MEASURED, _TINY])}.",
         )
     rehearsed = by_rehearsal(last_rehearsal(settings.preset), settings, counts)
-    return Plan(settings.preset, card, counts, steps, claims(settings, counts["test"]), rehearsed)
+    flown = on_board() if _MEASURED.get(base) is _OF_1600M else []
+    return Plan(settings.preset, card, counts, steps, flown, claims(settings, counts["test"]), rehearsed)
 
 
 def gpu_named(name: str) -> Gpu | None:
@@ -226,6 +230,19 @@ def split_of(frames: int) -> dict[str, int]:
         raise OrionError(f"{frames} frames are too few for three splits.", f"Plan with {parts} or more.")
     val, test = (frames * SHARES[split] // parts for split in ("val", "test"))
     return {"train": frames - val - test, "val": val, "test": test}
+
+
+def on_board() -> list[str]:
+    """Frames per eclipse and energy per frame of the mission's base on a Raspberry Pi 5; how the power is known."""
+    said = [
+        f"{text}, {_PI_FRAME_SIZE} px, {low:g} to {high:g} s per frame: "
+        + power.in_words(power.cost_of((low, high), power.PI_5), power.PI_5)
+        for text, (low, high) in (
+            ("published flight (source)", (_PI_FRAME.low, _PI_FRAME.high)),
+            ("this project (estimate, docs/raspberry-pi.md)", _OUR_PI_FRAME),
+        )
+    ]
+    return [*said, f"power (source): {power.PI_5.source}"]
 
 
 def claims(settings: Settings, test: int) -> list[str]:
@@ -429,7 +446,7 @@ def _full_size_steps(settings: Settings, base: _Measured, gpu: Gpu | None, count
     )
     check = (
         Figure(_GOLDEN * _OUR_PI_FRAME[0], _GOLDEN * _PI_FRAME.high, "estimate", f"{_GOLDEN} golden frames, each "
-               f"{_OUR_PI_FRAME[0]} s (estimate, docs/raspberry-pi.md) to {_PI_FRAME.high:.0f} s (published flight)")
+               f"{_OUR_PI_FRAME[0]:g} s (estimate, docs/raspberry-pi.md) to {_PI_FRAME.high:.0f} s (published flight)")
         if is_mission
         else None
     )  # fmt: skip

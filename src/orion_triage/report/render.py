@@ -10,6 +10,7 @@ from orion_triage.evaluate.controls import NOISE, OTHER, SAME
 from orion_triage.evaluate.results import DELTAS, SHOWN
 from orion_triage.evaluate.variants import MODELS
 from orion_triage.evaluate.verdict import DO_NOT_FLY, FLY, NOT_ENOUGH
+from orion_triage.machine import power
 from orion_triage.mission.mission import Mission, listed, what_happens
 from orion_triage.templates import percent
 
@@ -80,8 +81,15 @@ def from_template(name: str, **values: Any) -> str:
         "unbroken": unbroken,
         "worst_under_stress": worst_under_stress,
         "controls_rows": controls_rows,
+        "on_board": on_board,
     }
     return templates.fill("report", name, filters=filters, **values)
+
+
+def on_board(measured: dict[str, Any]) -> str:
+    """Frames per eclipse for a measured {seconds_per_frame, processor}, and the energy of a frame if it is known."""
+    seconds, board = measured["seconds_per_frame"], power.board_of(measured["processor"])
+    return power.in_words(power.cost_of((seconds, seconds), board), board)
 
 
 def unbroken(text: str) -> str:
