@@ -79,7 +79,7 @@ def test_a_measured_frame_has_its_cost_on_board(results: dict[str, Any]) -> None
     said = "100 frames in an eclipse of 35 minutes; 170 to 230 J per frame"
     cells = check(html.render_html(results, [], lambda name: None)).all("td")
     assert any(cell.startswith(said) for cell in cells)
-    assert f"One frame took 20 s (Raspberry Pi 5 Model B Rev 1.0): {said}" in render_markdown(results)
+    assert f"One frame took 20 s (Raspberry Pi 5 Model B Rev 1.0): {said}" in render_markdown(results, "x.png")
 
 
 def check(text: str) -> Document:
