@@ -165,8 +165,8 @@ def run(
                 except FileNotFoundError as error:
                     left_out.append(f"{one.folder}: {change}: {error}")
                     continue
-                with _serve(one, toolchain, backbone, mmproj, setup) as server:
-                    asked = _Asked(server, one, setup, repeats)
+                with serve(one, toolchain, backbone, mmproj, setup) as server:
+                    asked = Asked(server, one, setup, repeats)
                     tokens = tokens or _own_answer_tokens(one, server.client)
                     rows.append(asked.with_reason(change, tokens, own=True))
                     if setup == setups[0]:
@@ -296,7 +296,7 @@ class _Files:
 # --- asking -----------------------------------------------------------------------------------------------------------
 
 
-def _serve(run: "Run", toolchain: "Toolchain", backbone: Path, mmproj: Path, setup: Setup) -> "Server":
+def serve(run: "Run", toolchain: "Toolchain", backbone: Path, mmproj: Path, setup: Setup) -> "Server":
     """A server with the flight options and the changes of `setup`; its log has time stamps of the image encoding."""
     log, threads = run.folder / "logs" / LOG, run.settings.evaluate.threads
     options = _options(setup)
@@ -311,12 +311,12 @@ def _options(setup: Setup) -> list[str]:
     return options
 
 
-class _Asked:
+class Asked:
     """Measurements on one server; every frame is new to it, so each is encoded."""
 
     def __init__(self, server: "Server", run: "Run", setup: Setup, repeats: int) -> None:
         self._server, self._run, self._setup, self._repeats = server, run, setup, repeats
-        self._frames = _frames(setup.frame_size)
+        self._frames = frames_of(setup.frame_size)
         self._mission = run.settings.mission
         self._text = user_text(self._mission, None)
         self.frame_tokens = _tokens(server.client, _empty_answer(self._mission))
@@ -417,7 +417,7 @@ def _seconds(match: "re.Match[str]") -> float:
     return 60 * minutes + seconds + milliseconds / 1e3 + microseconds / 1e6
 
 
-def _frames(size: int) -> Iterator[bytes]:
+def frames_of(size: int) -> Iterator[bytes]:
     """Distinct PNGs of synthetic tiles. Their content does not affect the time of the encoder."""
     from orion_triage.dataset.sources.synthetic.draw import draw_tile
 

@@ -1,0 +1,279 @@
+"""One frame, from the published recipe to everything that this project changes, and what each step leaves of accuracy.
+
+    python benchmarks/frame_steps.py                                    # 1.6B shapes, random weights; 25 GB of disk
+    python benchmarks/frame_steps.py --run RUN                          # the pair of a finished run instead
+    python benchmarks/frame_steps.py --accuracy runs/tiny runs/text-first    # beside it what these runs answered
+    python benchmarks/frame_steps.py --accuracy ... --spared 0.8             # and a cascade that spares such a share
+
+Each row adds one step to the row before: llama-server's default flags and the published order; the package's flags; the
+text before the image, read once; the verdict without a reason; smaller frames. Then a cascade's expected seconds: a
+verdict alone at the smallest size on every frame, the full look of the package on the share that it does not drop.
+Further rows measure every frame size in every way of asking, for the charts. Medians of a few frames, each new to the
+server, on a machine that does nothing else.
+
+An accuracy is that of a run trained and evaluated in this way (order, size, reason or not), paired with the first run
+of --accuracy (McNemar), with the loss's upper bound (95 %). Figures: benchmarks/results/frame_steps.json, and charts.
+"""
+
+import argparse
+import io
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import reference  # beside this file
+import speed
+from PIL import Image
+
+from orion_triage.evaluate.judgement import headline_of
+from orion_triage.evaluate.metrics import Prediction, summarize, under
+from orion_triage.evaluate.results import differences
+from orion_triage.evaluate.run import prediction_of, read_predictions
+from orion_triage.evaluate.variants import CONSTRAINED, VERDICT_ONLY
+from orion_triage.export import quantize
+from orion_triage.flight import bench_frame
+from orion_triage.llama_cpp.toolchain import find_toolchain
+from orion_triage.machine import power
+from orion_triage.mission.prompt import user_text
+from orion_triage.runs.run import Run, open_run
+from orion_triage.safe.files import write_bytes, write_text
+
+RESULTS = Path(__file__).parent / "results"
+FIRST, AFTER = "before the text", "after the text"  # mission.image
+ANSWER_TOKENS = 40  # of an answer with its reason
+SIZES = (512, 384, 256)
+PUBLISHED, TODAY, CASCADE = "published recipe", "today's default", "cascade"
+
+Figures = dict[str, Any]
+
+
+def published(run: Run, size: int, repeats: int, log: Path) -> Figures:
+    """llama-server with no flag but its files; a frame is asked as the published program asks it."""
+    text, frames = user_text(run.settings.mission, None), bench_frame.frames_of(size)
+    pair = run.gguf / quantize.QUANTIZED, run.gguf / quantize.MMPROJ
+    seconds, replies = [], []
+    with reference.default_server(*pair, log) as ask:
+        ask(opened(next(frames)), text, reference.WARM_UP_TOKENS, ignore_eos=True).raise_for_status()
+        for _ in range(repeats):
+            image = opened(next(frames))
+            began = time.monotonic()
+            reply = ask(image, text, ANSWER_TOKENS, ignore_eos=True)
+            seconds.append(time.monotonic() - began)
+            reply.raise_for_status()
+            replies.append(reply.json()["timings"])
+        memory = reference.peak_memory_of_children()
+    decode = statistics.median(one["predicted_ms"] for one in replies) / 1000
+    whole = statistics.median(seconds)
+    return {
+        "seconds": whole,
+        "encode_seconds": None,  # its log does not say
+        "prefill_seconds": whole - decode,
+        "decode_seconds": decode,
+        "tokens_read": replies[-1]["prompt_n"],
+        "peak_memory_bytes": memory,
+    }
+
+
+def opened(png: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(png)).convert("RGB")
+
+
+def ours(run: Run, size: int, order: str, repeats: int) -> dict[bool, Figures]:
+    """The package's server and way of asking, with the reason (True) and without (False)."""
+    mission = run.settings.mission.model_copy(update={"image": order})
+    turned = replace(run, settings=run.settings.model_copy(update={"mission": mission}))
+    setup = bench_frame.Setup(size, run.settings.quantize.type)
+    backbone, mmproj = run.gguf / quantize.QUANTIZED, run.gguf / quantize.MMPROJ
+    with bench_frame.serve(turned, find_toolchain(), backbone, mmproj, setup) as server:
+        asked = bench_frame.Asked(server, turned, setup, repeats)
+        rows = {True: asked.with_reason("", ANSWER_TOKENS), False: asked.without_reason()}
+    return {
+        reason: {
+            "seconds": row.seconds_per_frame,
+            "encode_seconds": row.encode_seconds,
+            "prefill_seconds": row.prefill_seconds,
+            "decode_seconds": row.decode_seconds,
+            "tokens_read": row.tokens_read,
+            "peak_memory_bytes": row.peak_memory_bytes,
+        }
+        for reason, row in rows.items()
+    }
+
+
+def way_of(run: Run, reason: bool) -> tuple[int, str, bool]:
+    return run.settings.base.frame_size, run.settings.mission.image, reason
+
+
+def accuracies(runs: Sequence[Run]) -> dict[tuple[int, str, bool], Figures]:
+    """By (size, order, reason): right answers under A and B, the loss under B, and both paired with the first run's."""
+    found: dict[tuple[int, str, bool], Figures] = {}
+    first: list[Prediction] = []
+    for run in runs:
+        mission = run.settings.mission
+        for reason, name in ((True, CONSTRAINED), (False, VERDICT_ONLY)):
+            if not (run.evaluation(name) / "predictions.jsonl").exists():
+                continue
+            rows = [prediction_of(row, mission) for row in read_predictions(run.evaluation(name), mission)]
+            first = first or rows
+            rates, change = summarize(rows, mission), differences(first, rows)["B"]
+            found[way_of(run, reason)] = {
+                "run": str(run.folder),
+                "frames": rates["B"]["count"],
+                "right": {condition: rates[condition]["right"] for condition in rates},
+                "loss": headline_of(under(rows, "B"), mission)["irrecoverable_loss"],
+                "change": {key: change[key] for key in ("gained", "lost", "exact_p")},
+            }
+    return found
+
+
+def measured(run: Run, repeats: int) -> tuple[list[Figures], dict[tuple[int, str, bool], Figures]]:
+    """(The rows of the table, each step on top of the one before; the figures of every way)."""
+    log = run.folder / "logs" / "frame-steps-server.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    first = published(run, SIZES[0], repeats, log)
+    say(PUBLISHED, first)
+    ways: dict[tuple[int, str, bool], Figures] = {}
+    for size in SIZES:
+        for order in (FIRST, AFTER):
+            for reason, figures in ours(run, size, order, repeats).items():
+                ways[size, order, reason] = figures
+                say(f"{size} px, image {order}, {'with reason' if reason else 'verdict only'}", figures)
+    largest, smallest = SIZES[0], SIZES[-1]
+    steps = [
+        (TODAY, (largest, FIRST, True)),
+        ("+ text first", (largest, AFTER, True)),
+        ("+ verdict only", (largest, AFTER, False)),
+        *((f"+ {size} px", (size, AFTER, False)) for size in SIZES[1:]),
+    ]
+    rows = [{"step": PUBLISHED, "way": [largest, FIRST, True], **first}]
+    rows += [{"step": step, "way": list(way), **ways[way]} for step, way in steps]
+    assert rows[-1]["way"][0] == smallest
+    return rows, ways
+
+
+def say(what: str, figures: Figures) -> None:
+    print(f"  {what}: {figures['seconds']:.2f} s", flush=True)
+
+
+def with_cascade(rows: list[Figures], spared: float) -> list[Figures]:
+    """A row more: the last row's look on every frame, and today's default on the share that it does not drop."""
+    cheap, full = rows[-1]["seconds"], next(row["seconds"] for row in rows if row["step"] == TODAY)
+    return [*rows, {"step": CASCADE, "spared": spared, "seconds": cheap + (1 - spared) * full}]
+
+
+def table(rows: Sequence[Figures], known: dict[tuple[int, str, bool], Figures]) -> str:
+    """Markdown."""
+    lines = [
+        "| step | s | times faster | tower | read | answer | tokens read | MB | frames per eclipse | A | B "
+        "| loss, at most | p |",
+        "|---|" + "---:|" * 12,
+    ]
+    for row in rows:
+        seconds = row["seconds"]
+        frames = power.ECLIPSE_SECONDS / seconds
+        cells = [row["step"], f"{seconds:.2f}", f"{rows[0]['seconds'] / seconds:.1f}"]
+        if row["step"] == CASCADE:
+            lines.append(f"| {' | '.join(cells)} | | | | | | {frames:,.0f} | | | | |")
+            continue
+        parts = [row["encode_seconds"], row["prefill_seconds"], row["decode_seconds"]]
+        cells += ["" if part is None else f"{part:.2f}" for part in parts]
+        cells += [str(row["tokens_read"]), f"{row['peak_memory_bytes'] / 1e6:,.0f}", f"{frames:,.0f}"]
+        one = known.get(tuple(row["way"]))
+        if one is None or row["step"] == PUBLISHED:
+            cells += [""] * 4
+        else:
+            cells += [f"{one['right'][c]}/{one['frames']}" for c in "AB"]
+            loss = one["loss"]
+            cells += [f"{loss['count']}/{loss['total']}, {100 * loss['high']:.0f} %", f"{one['change']['exact_p']:.2g}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def charts(ways: dict[tuple[int, str, bool], Figures], known: dict[tuple[int, str, bool], Figures], path: Path) -> None:
+    """Loss against seconds, and against frames of an eclipse; a way of asking has a colour, a size its label."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    looks = {
+        (FIRST, True): ("#66707f", "s", "image first, reason"),
+        (FIRST, False): ("#a84605", "D", "image first, verdict only"),
+        (AFTER, True): ("#1558c0", "^", "text first, reason"),
+        (AFTER, False): ("#0a6e4d", "o", "text first, verdict only"),
+    }
+    for look, (colour, marker, label) in looks.items():
+        own = sorted((way, ways[way]["seconds"]) for way in ways if way[1:] == look and way in known)
+        if not own:
+            continue
+        losses = [known[way]["loss"]["rate"] for way, _ in own]
+        tops = [known[way]["loss"]["high"] - known[way]["loss"]["rate"] for way, _ in own]
+        for axes, values in (
+            (left, [seconds for _, seconds in own]),
+            (right, [power.ECLIPSE_SECONDS / seconds for _, seconds in own]),
+        ):
+            axes.errorbar(values, losses, [[0] * len(tops), tops], color=colour, marker=marker, label=label, capsize=3)
+            for (way, _), value, loss in zip(own, values, losses, strict=True):
+                axes.annotate(f"{way[0]} px", (value, loss), textcoords="offset points", xytext=(5, -13), fontsize=9)
+    left.set_ylabel("valuable frames dropped (bar: at most, 95 %)")
+    left.set_xlabel("seconds per frame")
+    right.set_xlabel(f"frames in an eclipse of {power.ECLIPSE_SECONDS // 60} minutes")
+    for axes in (left, right):
+        axes.set_xlim(left=0)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+        axes.grid(alpha=0.3)
+    left.legend(frameon=False, fontsize=9)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=110)
+    write_bytes(path, picture.getvalue())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, help="finished run; default: random weights of --preset")
+    parser.add_argument("--preset", default="lfm2.5-vl-1.6b")
+    parser.add_argument("--folder", type=Path, default=Path(".bench"), help="for the random weights")
+    parser.add_argument(
+        "--accuracy", type=Path, nargs="*", default=[], help="finished runs; the first is compared with"
+    )
+    parser.add_argument(
+        "--spared", type=float, help="share of frames that a cascade's first look drops ('orion cascade')"
+    )
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    asked = parser.parse_args()
+    if asked.run:
+        run = open_run(asked.run)
+    else:
+        bench = speed.Bench(
+            preset=asked.preset, folder=asked.folder, results=asked.results, repeats=asked.repeats, toy=False,
+            records=None, validation_records=None, run=None, base=None, orion=None,
+        )  # fmt: skip
+        run = speed.finished_run(bench)
+    known = accuracies([open_run(folder) for folder in asked.accuracy])
+    rows, ways = measured(run, asked.repeats)
+    if asked.spared is not None:
+        rows = with_cascade(rows, asked.spared)
+    written = {
+        "command": ["python", "benchmarks/frame_steps.py", *sys.argv[1:]],
+        "machine": speed.machine(),
+        "versions": speed.versions(),
+        "weights": str(asked.run) if asked.run else f"random, {asked.preset}",
+        "repeats": asked.repeats,
+        "rows": rows,
+        "ways": [{"way": list(way), **figures} for way, figures in ways.items()],
+        "accuracies": [{"way": list(way), **figures} for way, figures in known.items()],
+    }
+    asked.results.mkdir(parents=True, exist_ok=True)
+    write_text(asked.results / "frame_steps.json", json.dumps(written, indent=1) + "\n")
+    if known:
+        charts(ways, known, asked.results / "frame_steps.png")
+    print(table(rows, known))
+
+
+if __name__ == "__main__":
+    main()
