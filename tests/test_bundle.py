@@ -1160,7 +1160,7 @@ def run_with_head(small_run: Run, tmp_path_factory: pytest.TempPathFactory) -> R
         for number in range(9)
     ]
     adapt.write(run, adapt.fitted(run, frames, ["LOW"] * len(frames)))
-    threshold.choose(run, 0.34, (), head=True, loosen=True)
+    threshold.choose(run, 0.34, (), of="head", loosen=True)
     return run
 
 
@@ -1198,7 +1198,7 @@ def test_a_bundle_has_a_head_beside_all_that_it_has_without_one(
     assert of_head["labelled"]["frames"] == 9
     step = decide_frame.step_of(of_head, "threshold")
     assert step is not None
-    assert step["drop_probability_at_least"] == threshold.rules_of(run_with_head, head=True).drop_threshold
+    assert step["drop_probability_at_least"] == threshold.rules_of(run_with_head, of="head").drop_threshold
     readme = (made_with_head / "README.txt").read_text()
     assert "A head decides in flight instead of the language model (step 7)" in readme
     assert "(the threshold, chosen on the labelled frames)" in readme

@@ -19,7 +19,7 @@ import pytest
 
 from orion_triage.dataset.records import read_split, write_split
 from orion_triage.errors import OrionError
-from orion_triage.evaluate import variants
+from orion_triage.evaluate import threshold, variants
 from orion_triage.evaluate.run import read_predictions
 from orion_triage.flight import bundle
 from orion_triage.imagery.frames import Frame, shrink
@@ -27,6 +27,7 @@ from orion_triage.llama_cpp.client import CHECKPOINT_TOKENS, Client
 from orion_triage.llama_cpp.server import Server
 from orion_triage.llama_cpp.toolchain import find_toolchain
 from orion_triage.mission.contract import write_mission
+from orion_triage.mission.decide import Rules
 from orion_triage.mission.mission import Mission
 from orion_triage.mission.prompt import Coordinates, user_text
 from orion_triage.mission.scoring import Scoring
@@ -272,11 +273,19 @@ def test_a_verdict_comes_before_its_reason_and_the_flight_answers_as_the_ground(
     rows = read_predictions(small.evaluation("verdict-only"), OWN)
     ((common, _), *_) = Counter(row["category"] for row in rows if row["condition"] == "B").most_common()
     assert {row["reason"] for row in rows} == {""}
+    words = ["threshold", "--verdict-only", "--max-irrecoverable-loss", "100%", "--loosen", "--json"]
+    chosen = orion(*words, "--run", small.folder)
+    assert chosen.returncode == 0, chosen.stderr
+    limit = json.loads(chosen.stdout)["drop_threshold"]
+    assert threshold.rules_of(small, "verdict-only") == Rules(drop_threshold=limit)
+    assert threshold.rules_of(small) == Rules(), "scores after a reason are others"
     reasoned = small.settings.mission.model_copy(update={"reasons_for": (common,)})
     own = Run(small.folder, small.settings.model_copy(update={"mission": reasoned}))
     made = bundle.run(own, tmp_path / "bundle", accepted_risk="a test", time_out=60, verdict_only=True)
     assert made["notes"][-1].startswith("Verdict only: ")
-    assert [step["step"] for step in made["decision"]] == ["blank rule", "no answer", "no verdict", "model"]
+    steps = ["blank rule", "no answer", "no verdict", "threshold", "model"]
+    assert [step["step"] for step in made["decision"]] == steps
+    assert made["decision"][3]["drop_probability_at_least"] == limit
     report = check(tmp_path / "bundle")
     assert report["go"], report["why"]
     assert all(image["same_answer"] for image in report["images"])
@@ -293,3 +302,4 @@ def test_a_verdict_comes_before_its_reason_and_the_flight_answers_as_the_ground(
             row["category"], row["decided_by"], row["answer"],
         )  # fmt: skip
         assert line["scores"] == pytest.approx(row["scores"], abs=1e-6)
+        assert line["decided_by"] == f"threshold {limit:.3f}"

@@ -350,32 +350,32 @@ def run_with_a_head(folder: Path, frames: int = 45, spread: float = 1.0) -> Run:
 def test_the_heads_threshold_is_chosen_on_frames_that_it_has_not_seen(tmp_path: Path) -> None:
     """By the code of the pair's: here on the scores of the figures, of which the loss is counted again by hand."""
     run = run_with_a_head(tmp_path, spread=3.0)
-    record = threshold.choose(run, 0.1, (), head=True, loosen=True)
+    record = threshold.choose(run, 0.1, (), of="head", loosen=True)
     told = head.read(run.folder, MISSION, run.gguf, 256).figures["answers"]
     limit = record["drop_threshold"]
     lost = [one for one in told.values() if one["truth"] != L and one["scores"][2] >= limit]
     more = [one for one in told.values() if one["truth"] != L and one["scores"][2] >= limit - 0.02]
     assert record["chosen_on"] == {"split": "labelled", "condition": "B", "frames": 45}
     assert len(lost) == record["there"]["after"]["irrecoverable_loss"]["count"] <= 3 <= len(more)
-    assert threshold.rules_of(run, head=True) == Rules(drop_threshold=limit)
+    assert threshold.rules_of(run, of="head") == Rules(drop_threshold=limit)
     assert threshold.rules_of(run) == Rules(), "the pair's is another one"
     with pytest.raises(OrionError, match=r"from 30 places with such labelled frames") as error:
-        threshold.choose(run, 0.01, (), head=True, confidence=0.95)
+        threshold.choose(run, 0.01, (), of="head", confidence=0.95)
     assert "more HIGH and MEDIUM labelled frames of places of their own are needed" in error.value.fix
-    assert threshold.undo(run, head=True) is None
-    assert threshold.rules_of(run, head=True) == Rules()
+    assert threshold.undo(run, of="head") is None
+    assert threshold.rules_of(run, of="head") == Rules()
 
 
 def test_a_threshold_is_of_one_head(tmp_path: Path) -> None:
     run = run_with_a_head(tmp_path)
-    threshold.choose(run, 0.1, (), head=True, loosen=True)
+    threshold.choose(run, 0.1, (), of="head", loosen=True)
     old = json.loads((run.folder / head.FILE_NAME).read_text())
     (run.folder / head.FILE_NAME).write_text(json.dumps(old | {"bias": [0.0, 0.0, 1.0]}))
     with pytest.raises(OrionError, match="was chosen for another head") as error:
-        threshold.rules_of(run, head=True)
+        threshold.rules_of(run, of="head")
     assert "orion threshold --head" in error.value.fix
     said = {name: answer["truth"] for name, answer in old["figures"]["answers"].items()}  # as of an earlier version
     old["figures"]["answers"] = said
     (run.folder / head.FILE_NAME).write_text(json.dumps(old))
     with pytest.raises(OrionError, match="does not say what heads answer"):
-        threshold.choose(run, 0.1, (), head=True)
+        threshold.choose(run, 0.1, (), of="head")

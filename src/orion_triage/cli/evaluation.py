@@ -479,6 +479,12 @@ def threshold_command(
         bool,
         typer.Option("--head", help="Of the head of 'orion adapt', on its labelled frames instead of val."),
     ] = False,
+    verdict_only: Annotated[
+        bool,
+        typer.Option(
+            "--verdict-only", help="Of the category decided without a reason ('orion triage --verdict-only')."
+        ),
+    ] = False,
     loosen: Annotated[
         bool,
         typer.Option("--loosen", help="Drop more frames, although the decisions of now are within the limit."),
@@ -500,6 +506,14 @@ def threshold_command(
 
     share = threshold.parse_share(limit)
     sure = threshold.parse_confidence(confidence) if confidence else None
+    if headed and verdict_only:
+        raise typer.BadParameter("cannot be combined with --head: a head has no reason.", param_hint="'--verdict-only'")
+    of: threshold.Of = "head" if headed else "verdict-only" if verdict_only else "pair"
+    if verdict_only and keep_unlike:
+        raise typer.BadParameter(
+            "cannot be combined with --verdict-only. Without --verdict-only, it holds for both.",
+            param_hint="'--keep-unlike'",
+        )
     if headed and keep_unlike:
         raise typer.BadParameter(
             "cannot be combined with --head: a head is for frames unlike those of train and val. "
@@ -508,14 +522,14 @@ def threshold_command(
         )
     run = finished_run(folder, "quantize", "val")
     if undo:
-        back = threshold.undo(run, head=headed)
+        back = threshold.undo(run, of)
         if as_json:
             typer.echo(json.dumps({"drop_threshold": back}))
         else:
             typer.echo("threshold: none; the model decides" if back is None else _drops(back, run.settings.mission))
         return
     if headed:
-        record = threshold.choose(run, share, (), loosen=loosen, confidence=sure, head=True)
+        record = threshold.choose(run, share, (), loosen=loosen, confidence=sure, of="head")
         if as_json:
             typer.echo(json.dumps(record, indent=2))
             return
@@ -524,15 +538,16 @@ def threshold_command(
         return
     test = replace(run, split="test")
     for one in (run, test):
-        do_stage("evaluate constrained", one)
-    before = threshold.current_rules(run)
+        do_stage("evaluate verdict-only" if verdict_only else "evaluate constrained", one)
+    before = threshold.current_rules(run, of)
     ranges = Dataset(run.dataset, run.settings.mission).appearance() if keep_unlike else None
+    ranges = before.appearance if verdict_only else ranges
     outside = [unlike_frames(one, Rules(appearance=ranges)) for one in (run, test)]
     record = threshold.choose(
         run, share, blank_frames(run),
-        loosen=loosen, confidence=sure, appearance=ranges, unlike_frames=outside[0],
+        loosen=loosen, confidence=sure, appearance=ranges, unlike_frames=outside[0], of=of,
     )  # fmt: skip
-    on_test = threshold.effect_on(test, before, blank_frames(test), outside[1])
+    on_test = threshold.effect_on(test, before, blank_frames(test), outside[1], of)
     if as_json:
         typer.echo(json.dumps(record | {"on_test": on_test}, indent=2))
         return
@@ -541,7 +556,7 @@ def threshold_command(
         typer.echo(
             f"frames unlike those of train and val are kept: {len(outside[0])} of val, {len(outside[1])} of test"
         )
-    typer.echo("'orion threshold --undo' takes the threshold back.")
+    typer.echo(f"'orion threshold{' --verdict-only' if verdict_only else ''} --undo' takes the threshold back.")
 
 
 def _print_threshold(record: dict[str, Any], effects: dict[str, dict[str, Any]], mission: Any) -> None:

@@ -1,7 +1,8 @@
 """The probability from which a frame is dropped: stored with the run, used in flight.
 
-The pair's is chosen on val. A head's is chosen on the frames that it was fitted on, each scored by a head that has not
-seen its place: val is of the pair's camera, and a head is for another one.
+The pair's is chosen on val: one on its scores after a reason, another on those of the verdict alone. A head's is chosen
+on the frames that it was fitted on, each scored by a head that has not seen its place: val is of the pair's camera, and
+a head is for another one.
 """
 
 import json
@@ -10,7 +11,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,7 @@ from orion_triage.evaluate import orbit, promise, value
 from orion_triage.evaluate.judgement import guess_of, scores_of, truth_of
 from orion_triage.evaluate.metrics import Prediction, places_of, under
 from orion_triage.evaluate.run import predictions_in
-from orion_triage.evaluate.variants import CONSTRAINED
+from orion_triage.evaluate.variants import CONSTRAINED, VERDICT_ONLY
 from orion_triage.export.quantize import PAIR
 from orion_triage.mission.decide import Appearance, Decision, Rules, decide, drop_probability
 from orion_triage.mission.mission import Mission, listed
@@ -29,8 +30,15 @@ from orion_triage.runs.run import Run
 from orion_triage.safe.files import sha256_of_file, write_text
 from orion_triage.safe.reading import read_object
 
-FILE_NAME, OF_HEAD = "operating_point.json", "head_operating_point.json"
+Of = Literal["pair", "verdict-only", "head"]  # what gives the scores: the pair after a reason or without, or the head
+FILE_NAME = "operating_point.json"
+FILES: dict[Of, str] = {
+    "pair": FILE_NAME,
+    "verdict-only": f"verdict_only_{FILE_NAME}",
+    "head": f"head_{FILE_NAME}",
+}
 LABELLED = "labelled"  # a head's frames, in the place of a split
+_VARIANTS: dict[Of, str] = {"pair": CONSTRAINED, "verdict-only": VERDICT_ONLY}  # evaluated on val for the choice
 CONDITION = "B"  # in flight, the prompt has no coordinates
 NEVER = 2.0  # above 1 by more than rounding: scores drop no frame
 
@@ -64,11 +72,11 @@ def choose(
     confidence: float | None = None,
     appearance: Appearance | None = None,
     unlike_frames: Sequence[str] = (),
-    head: bool = False,
+    of: Of = "pair",
 ) -> dict[str, Any]:
     """Choose the threshold on the val evaluation of `run` (a Run of that split) and write it into the run's folder.
 
-    With `head`, that of the run's head, on its labelled frames; blank ones are not among them.
+    That of a head is chosen on its labelled frames; blank ones are not among them.
 
     Returns the written values: the threshold, its effect on the frames of val with the decisions before beside it, the
     temperature that calibrates the scores best (it keeps their order, so it changes no decision). The file also has
@@ -82,15 +90,14 @@ def choose(
     Raises OrionError if the decisions of now are within the limit and the threshold would lose more frames, unless
     `loosen` is set or a promise is asked for; and if val has too few valuable frames for the promise.
     """
-    mission, split = run.settings.mission, LABELLED if head else run.split
-    answered = heads.predictions_of(run) if head else predictions_in(run.evaluation(CONSTRAINED), mission)
-    rows = under(marked_by_rules(answered, blank_frames, unlike_frames), CONDITION)
+    mission, split = run.settings.mission, LABELLED if of == "head" else run.split
+    rows = under(marked_by_rules(_answered(run, of), blank_frames, unlike_frames), CONDITION)
     if confidence is None:
         lowest, promised = lowest_threshold(rows, max_irrecoverable_loss, mission, appearance), None
         rules = Rules(drop_threshold=lowest, appearance=appearance)
     else:
         rules, promised = promising(rows, max_irrecoverable_loss, confidence, mission, appearance, split)
-    earlier, before = _of_this_pair(run, head), current_rules(run, head=head)
+    earlier, before = _of_this_pair(run, of), current_rules(run, of)
     change = effect(rows, before, rules, mission)
     lost, lost_before = (change[when]["irrecoverable_loss"] for when in ("after", "before"))
     if (
@@ -114,90 +121,92 @@ def choose(
             truth_of(rows, mission), scores_of(rows, mission)
         ),  # calibrates the scores
         "chosen_on": {"split": split, "condition": CONDITION, "frames": len(rows)},
-        **_made_for(run, head),
+        **_made_for(run, of),
         "there": change,
     }
-    _write(run, [record, *earlier], head)
+    _write(run, [record, *earlier], of)
     return record
 
 
-def undo(run: Run, *, head: bool = False) -> float | None:
+def _answered(run: Run, of: Of) -> list[Prediction]:
+    if of == "head":
+        return heads.predictions_of(run)
+    return predictions_in(run.evaluation(_VARIANTS[of]), run.settings.mission)
+
+
+def undo(run: Run, of: Of = "pair") -> float | None:
     """Put back the threshold before the last one; returns it, or None if the model alone decides from now on.
 
-    Raises OrionError if no threshold was chosen for the run's pair, or with `head` for its head.
+    Raises OrionError if no threshold was chosen.
     """
-    records = _of_this_pair(run, head)
+    records = _of_this_pair(run, of)
     if not records:
-        owner, option = ("head", " --head") if head else ("pair", "")
-        raise OrionError(
-            f"{run.folder} has no threshold of its {owner}.", f"Choose one with 'orion threshold{option}'."
-        )
-    _write(run, records[1:], head)
+        owner = {"pair": "its pair", "verdict-only": "the verdict alone", "head": "its head"}[of]
+        raise OrionError(f"{run.folder} has no threshold of {owner}.", f"Choose one with '{_command(of)}'.")
+    _write(run, records[1:], of)
     return float(records[1]["drop_threshold"]) if records[1:] else None
 
 
-def _made_for(run: Run, head: bool) -> dict[str, str]:
+def _command(of: Of) -> str:
+    return "orion threshold" if of == "pair" else f"orion threshold --{of}"
+
+
+def _made_for(run: Run, of: Of) -> dict[str, str]:
     """What a threshold is of: the pair, and the head if it is of that."""
-    return {"pair_sha256": _pair(run.gguf)} | ({"head_sha256": _head(run.folder)} if head else {})
+    return {"pair_sha256": _pair(run.gguf)} | ({"head_sha256": _head(run.folder)} if of == "head" else {})
 
 
-def _of_this_pair(run: Run, head: bool = False) -> list[dict[str, Any]]:
-    """The thresholds chosen for the run's pair, the latest first; none if the file is of another pair or damaged.
-
-    With `head`, those of its head.
-    """
-    path = run.folder / (OF_HEAD if head else FILE_NAME)
+def _of_this_pair(run: Run, of: Of) -> list[dict[str, Any]]:
+    """The thresholds chosen so far, the latest first; none if the file is of another pair or damaged."""
+    path = run.folder / FILES[of]
     if not path.is_file():
         return []
     try:
-        _read(path, run.gguf, head)
+        _read(path, run.gguf, of)
     except OrionError:  # a new threshold replaces it
         return []
     latest = _renamed(read_object(path))
     return [{key: kept for key, kept in latest.items() if key != "history"}, *latest.get("history", [])]
 
 
-def _write(run: Run, records: Sequence[dict[str, Any]], head: bool) -> None:
+def _write(run: Run, records: Sequence[dict[str, Any]], of: Of) -> None:
     """The file with these thresholds, the latest first; no file without one."""
-    path = run.folder / (OF_HEAD if head else FILE_NAME)
+    path = run.folder / FILES[of]
     if not records:
         path.unlink(missing_ok=True)
         return
     write_text(path, json.dumps(records[0] | {"history": list(records[1:])}, indent=2) + "\n")
 
 
-def current_rules(run: Run, *, head: bool = False) -> Rules:
+def current_rules(run: Run, of: Of = "pair") -> Rules:
     """The rules with the run's threshold; without one if the file is of another pair or damaged.
 
-    With `head`, the threshold is that of its head, and unlike frames are kept if the pair keeps them.
+    Unlike frames are kept if the threshold of the pair keeps them, whatever the scores are of.
     """
-    records, of_head = _of_this_pair(run), _of_this_pair(run, head=True) if head else []
-    appearance = records[0].get("appearance") if records else None
-    chosen = of_head if head else records
+    of_pair, chosen = _of_this_pair(run, "pair"), _of_this_pair(run, of)
+    appearance = of_pair[0].get("appearance") if of_pair else None
     return Rules(drop_threshold=chosen[0]["drop_threshold"] if chosen else None, appearance=appearance)
 
 
-def rules_of(run: Run, *, head: bool = False) -> Rules:
+def rules_of(run: Run, of: Of = "pair") -> Rules:
     """The rules that fly: with the run's threshold, if one was chosen; raises OrionError as `read` does."""
     read(run.folder, run.gguf)
-    if head:
-        _read(run.folder / OF_HEAD, run.gguf, head)
-    return current_rules(run, head=head)
+    read(run.folder, run.gguf, of)
+    return current_rules(run, of)
 
 
-def promise_of(run: Run, *, head: bool = False) -> dict[str, Any] | None:
+def promise_of(run: Run, of: Of = "pair") -> dict[str, Any] | None:
     """What the run's threshold promises; None without one, or if it was chosen without a confidence."""
-    records = _of_this_pair(run, head)
+    records = _of_this_pair(run, of)
     return records[0].get("promise") if records else None
 
 
 def effect_on(
-    run: Run, before: Rules, blank_frames: Sequence[str], unlike_frames: Sequence[str] = ()
+    run: Run, before: Rules, blank_frames: Sequence[str], unlike_frames: Sequence[str] = (), of: Of = "pair"
 ) -> dict[str, Any]:
-    """The effect of the run's threshold on the frames of its split, which was evaluated with the grammar."""
-    answered = predictions_in(run.evaluation(CONSTRAINED), run.settings.mission)
-    rows = under(marked_by_rules(answered, blank_frames, unlike_frames), CONDITION)
-    return effect(rows, before, rules_of(run), run.settings.mission)
+    """The effect of the run's threshold on the frames of its split, which was evaluated in the threshold's way."""
+    rows = under(marked_by_rules(_answered(run, of), blank_frames, unlike_frames), CONDITION)
+    return effect(rows, before, rules_of(run, of), run.settings.mission)
 
 
 def _name(rules: Rules) -> str:
@@ -365,18 +374,18 @@ def tempered(rows: Sequence[Prediction], temperature: float, mission: Mission) -
     }
 
 
-def read(folder: Path, gguf: Path) -> tuple[float, float] | None:
+def read(folder: Path, gguf: Path, of: Of = "pair") -> tuple[float, float] | None:
     """The run's threshold and temperature, or None; raises OrionError if it is damaged or of another GGUF pair."""
-    return _read(folder / FILE_NAME, gguf, head=False)
+    return _read(folder / FILES[of], gguf, of)
 
 
-def _read(path: Path, gguf: Path, head: bool) -> tuple[float, float] | None:
-    """The same of one of the two files; that of a head is also refused if it is of another head."""
-    command = "orion threshold --head" if head else "orion threshold"
+def _read(path: Path, gguf: Path, of: Of) -> tuple[float, float] | None:
+    """The same of one file; that of a head is also refused if it is of another head."""
+    command = _command(of)
     try:
         record = _renamed(read_object(path))
         threshold, pair = float(record["drop_threshold"]), record["pair_sha256"]
-        of_head = record["head_sha256"] if head else None
+        of_head = record["head_sha256"] if of == "head" else None
         temperature, history = float(record["temperature"]), record.get("history", [])
         if not (0 <= threshold < math.inf and 0 < temperature < math.inf):
             raise ValueError("out of range")
@@ -390,7 +399,7 @@ def _read(path: Path, gguf: Path, head: bool) -> tuple[float, float] | None:
         raise OrionError(f"{path} is damaged: {error!r}.", f"Run '{command}' again.") from None
     if pair != _pair(gguf):
         raise OrionError(f"{path} was chosen for another GGUF pair.", f"Run '{command}' again, or delete the file.")
-    if head and of_head != _head(path.parent):
+    if of == "head" and of_head != _head(path.parent):
         raise OrionError(f"{path} was chosen for another head.", f"Run '{command}' again, or delete the file.")
     return threshold, temperature
 

@@ -5,7 +5,7 @@ import math
 import platform
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,8 +68,8 @@ def run(
 
     With `head`, the run's head decides in flight. What it needs is under `head` in bundle.json, with names that stand
     for the pair's beside it: whoever flies the head takes them instead (`flown` in check_flight.py).
-    With `verdict_only`, the flight decides the category first, without the threshold, which is one on scores after a
-    reason, and writes a reason only for the mission's `reasons_for`. The notes compare it with reason-first answers.
+    With `verdict_only`, the flight decides the category first, with the threshold of the verdict alone, and writes a
+    reason only for the mission's `reasons_for`. The notes compare it with reason-first answers.
 
     Raises OrionError if the pair is incomplete, changed or not evaluated, if its verdict is DO NOT FLY and
     `accepted_risk` does not say why it flies nevertheless, if the frames are missing, or if `out` is a folder that is
@@ -81,14 +81,13 @@ def run(
     quantize.check_pair(run.gguf)
     if head and verdict_only:
         raise OrionError("a head has no reason to leave out.", "Leave out one of --head and --verdict-only.")
-    point, rules = threshold.read(run.folder, run.gguf), threshold.rules_of(run)
-    promised, size = threshold.promise_of(run), run.settings.base.frame_size
+    of: threshold.Of = "verdict-only" if verdict_only else "pair"
+    point, rules = threshold.read(run.folder, run.gguf, of), threshold.rules_of(run, of)
+    promised, size = threshold.promise_of(run, of), run.settings.base.frame_size
     if head or verdict_only:
         require_category_alone(run.settings.mission)
-    if verdict_only:
-        point, rules, promised = None, replace(rules, drop_threshold=None), None
     own = heads.read(run.folder, run.settings.mission, run.gguf, size) if head else None
-    of_head = threshold.rules_of(run, head=True) if own else None
+    of_head = threshold.rules_of(run, "head") if own else None
     rows = _evaluated(run, VERDICT_ONLY if verdict_only else "quantized")
     verdict = _may_fly(run, accepted_risk)
     names = (quantize.QUANTIZED, quantize.MMPROJ, quantize.PAIR)
@@ -162,7 +161,7 @@ def _head(run: "Run", head: heads.Head, rules: Rules, golden: list[dict[str, Any
         "weights": heads.FILE_NAME,
         "decision": as_steps(run.settings.mission, rules, BLANK_LIMITS),
         "seconds_per_frame_at_most": limit,
-        "promise": threshold.promise_of(run, head=True),
+        "promise": threshold.promise_of(run, "head"),
         "tolerances": {
             "category_nats": golden_frames.HEAD_NATS, "other_labels_nats": golden_frames.HEAD_NATS, "other_words": 0,
         },
@@ -287,7 +286,7 @@ def _write_texts(
         "stretch": _stretch(run),
         "head": head,
         "head_line": head_line({"head": head}) if head else "",
-        "of_head": in_words(mission, threshold.rules_of(run, head=True), "the labelled frames") if head else [],
+        "of_head": in_words(mission, threshold.rules_of(run, "head"), "the labelled frames") if head else [],
         **more,
     }
     for template, name in (("serve.sh.j2", "serve.sh"), ("bundle_readme.txt.j2", "README.txt")):

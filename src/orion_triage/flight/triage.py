@@ -78,20 +78,18 @@ class Flown:
 
 
 def of_run(run: "Run", *, head: bool = False, verdict_only: bool = False) -> Flown:
-    """A run's pair with its threshold, if one was chosen; or its head, with the threshold of that.
+    """A run's pair, its verdict alone, or its head; with the threshold of that, if one was chosen.
 
-    Without the threshold for `verdict_only`: it was chosen on the scores after a reason. Raises OrionError if the
-    mission's answers cannot be the category alone.
+    Raises OrionError if the verdict alone is asked for, and the mission's answers cannot be the category alone.
     """
     stretch, log = stretch_of(run.settings.dataset), run.folder / "logs" / "triage-server.log"
-    rules = threshold.rules_of(run, head=head)
+    rules = threshold.rules_of(run, "head" if head else "verdict-only" if verdict_only else "pair")
     mission, size = run.settings.mission, run.settings.base.frame_size
     if head:
         own = read_head(run.folder, mission, run.gguf, size)
         return Flown(f"{run.folder} (head, {_rules(rules)})", run.gguf, mission, size, stretch, rules, log, own)
     if verdict_only:
         require_category_alone(mission)
-        rules = replace(rules, drop_threshold=None)
     name = f"{run.folder} ({'verdict only, ' if verdict_only else ''}{_rules(rules)})"
     return Flown(name, run.gguf, mission, size, stretch, rules, log, verdict_only=verdict_only)
 
