@@ -540,8 +540,9 @@ def threshold_command(
     for one in (run, test):
         do_stage("evaluate verdict-only" if verdict_only else "evaluate constrained", one)
     before = threshold.current_rules(run, of)
-    ranges = Dataset(run.dataset, run.settings.mission).appearance() if keep_unlike else None
-    ranges = before.appearance if verdict_only else ranges
+    ranges = before.appearance if verdict_only else None
+    if keep_unlike:
+        ranges = Dataset(run.dataset, run.settings.mission).appearance()
     outside = [unlike_frames(one, Rules(appearance=ranges)) for one in (run, test)]
     record = threshold.choose(
         run, share, blank_frames(run),
