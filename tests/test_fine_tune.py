@@ -1,6 +1,7 @@
 import json
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from orion_triage.dataset.dataset import Dataset
 from orion_triage.dataset.records import read_split, split_path, write_split
 from orion_triage.errors import OrionError
+from orion_triage.mission.verdict import category_alone
 from orion_triage.models.encode import IGNORED, encode
 from orion_triage.models.load import expand_four_bit, fingerprint, load_model, load_processor
 from orion_triage.progress import silent
@@ -54,6 +56,32 @@ def tensors_of(folder: Path) -> dict[str, Any]:
 def largest_difference(first: dict[str, Any], second: dict[str, Any]) -> float:
     assert set(first) == set(second)
     return max(float((first[key] - second[key]).abs().max()) for key in first)
+
+
+def test_a_share_of_the_records_is_trained_without_a_reason(
+    small_base: Path, small_dataset: Path, few: Path, tmp_path: Path
+) -> None:
+    records = Dataset(small_dataset, MISSION).records("train")
+    assert fine_tune.without_reasons(records, None, 42) == records
+    drawn = fine_tune.without_reasons(records, 0.25, 42)
+    empty = [record for record in drawn if not record.verdict.reason]
+    assert len(empty) == round(0.25 * len(records))
+    assert all(record.answer == category_alone(MISSION, record.verdict.category) for record in empty)
+    for record, before in zip(drawn, records, strict=True):
+        assert record == before or (record in empty and record.verdict.category == before.verdict.category)
+    assert fine_tune.without_reasons(records, 0.25, 42) == drawn != fine_tune.without_reasons(records, 0.25, 43)
+    mission = MISSION.model_copy(update={"fields": (Number(name="count", lowest=0, highest=9),)})
+    needing = [replace(record, mission=mission) for record in records]
+    with pytest.raises(OrionError, match="cannot be asked for the category alone"):
+        fine_tune.without_reasons(needing, 0.25, 42)
+    losses = {
+        share: fine_tune.run(
+            small_base, Dataset(few, MISSION), tmp_path / f"{share}", tmp_path / f"work-{share}",
+            QUICK.model_copy(update={"epochs": 1, "empty_reasons": share}), 256,
+        )["first_loss"]
+        for share in (None, 1.0)
+    }  # fmt: skip
+    assert abs(losses[1.0] - losses[None]) > 0.3, "other answers are learned"
 
 
 def test_a_run_leaves_an_adapter_with_its_papers(

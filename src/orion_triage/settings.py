@@ -144,6 +144,10 @@ class FineTuneSettings(Strict):
     # Share of the training prompts with coordinates that have those of another training place, others in each epoch;
     # empty: none, as in the mission document. Larger: less trust in coordinates, of which condition D shows the harm.
     wrong_coordinates: float | None = Field(default=None, ge=0, le=1)
+    # Share of the training records whose reason is left empty; empty: none, as in the mission document. For a flight
+    # that decides before it reasons (--verdict-only): a model that has never seen an answer without a reason may be far
+    # worse there (docs/training.md). Larger: fewer reasons to learn from.
+    empty_reasons: SomeShare | None = None
     # A run, or an adapter (folder or Hub id), with whose weights the training begins; empty: with new LoRA matrices.
     # Rank, scale and modules must be the same. Nothing of its optimizer is taken over.
     continue_from: str | None = None

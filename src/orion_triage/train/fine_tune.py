@@ -9,6 +9,7 @@ import json
 import os
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,9 @@ from orion_triage.errors import OrionError
 from orion_triage.imagery.camera import load_camera
 from orion_triage.imagery.frames import CAMERA_SIZE
 from orion_triage.imagery.stress import chosen
+from orion_triage.mission.fields import examples
 from orion_triage.mission.prompt import user_text
+from orion_triage.mission.verdict import Verdict, require_category_alone
 from orion_triage.models.adapter import (
     BASE_FILE,
     WEIGHTS_FILE,
@@ -112,7 +115,7 @@ def run(
     own_records, val_records = dataset.records("train"), dataset.records("val")
     replayed_records = replayed(own_records, settings.replay, settings.seed)
     more_records, more_frames = to_train(labelled, dataset.mission, frame_size)
-    train_records = [*replayed_records, *more_records]
+    train_records = without_reasons([*replayed_records, *more_records], settings.empty_reasons, settings.seed)
     if processes.are_sharded():
         _check_sharding(settings)
     device = choose_device(settings, count_parameters(base))
@@ -275,6 +278,25 @@ def replayed(records: Sequence[Record], share: float | None, seed: int) -> list[
         for index in random.permutation(len(images))[: round(share * len(images))]
     }
     return [record for record in records if record.image in kept]
+
+
+def without_reasons(records: Sequence[Record], share: float | None, seed: int) -> list[Record]:
+    """The records, a share of them with the category alone as the answer, drawn by the seed.
+
+    Raises OrionError if the mission's answers cannot be the category alone.
+    """
+    if not share:
+        return list(records)
+    mission = records[0].mission
+    require_category_alone(mission)
+    drawn = np.random.default_rng((seed, len(records))).permutation(len(records))
+    empty = set(drawn[: round(share * len(records))].tolist())
+    return [
+        replace(record, verdict=Verdict("", record.verdict.category, examples(mission, "")))
+        if index in empty
+        else record
+        for index, record in enumerate(records)
+    ]
 
 
 def identity(records: Sequence[Record], pictures: "dict[str, Image.Image]") -> str:
