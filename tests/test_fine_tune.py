@@ -10,6 +10,7 @@ import pytest
 from orion_triage.dataset.dataset import Dataset
 from orion_triage.dataset.records import read_split, split_path, write_split
 from orion_triage.errors import OrionError
+from orion_triage.mission.mission import FieldOfAnswer
 from orion_triage.mission.verdict import category_alone
 from orion_triage.models.encode import IGNORED, encode
 from orion_triage.models.load import expand_four_bit, fingerprint, load_model, load_processor
@@ -70,7 +71,8 @@ def test_a_share_of_the_records_is_trained_without_a_reason(
     for record, before in zip(drawn, records, strict=True):
         assert record == before or (record in empty and record.verdict.category == before.verdict.category)
     assert fine_tune.without_reasons(records, 0.25, 42) == drawn != fine_tune.without_reasons(records, 0.25, 43)
-    mission = MISSION.model_copy(update={"fields": (Number(name="count", lowest=0, highest=9),)})
+    field = FieldOfAnswer(name="smoke", kind="yes/no", definition="Smoke.")
+    mission = MISSION.model_copy(update={"fields": (field,)})
     needing = [replace(record, mission=mission) for record in records]
     with pytest.raises(OrionError, match="cannot be asked for the category alone"):
         fine_tune.without_reasons(needing, 0.25, 42)
