@@ -83,7 +83,7 @@ def test_a_share_of_the_records_is_trained_without_a_reason(
         )["first_loss"]
         for share in (None, 1.0)
     }  # fmt: skip
-    assert abs(losses[1.0] - losses[None]) > 0.3, "other answers are learned"
+    assert abs(losses[1.0] - losses[None]) > 0.05, "other answers are learned"
 
 
 def test_a_run_leaves_an_adapter_with_its_papers(
