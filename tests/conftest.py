@@ -300,6 +300,23 @@ def _shared_run() -> Path:
     return Path(os.environ[warm.SOCKET]).with_name("run")
 
 
+@pytest.fixture(scope="session")
+def two_seeds(small_base: Path, small_dataset: Path) -> Path:
+    """A folder with runs/small and runs/small-seed-43, of `small_base` and one epoch, and what the command said."""
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        sets = [f"base.model={small_base}", f"dataset.folder={json.dumps(str(small_dataset))}", "fuse.check_records=4"]
+        sets += ["fine_tune.epochs=1", "fine_tune.learning_rate=1e-2", "evaluate.max_new_tokens=16"]
+        sets += ["variants.all=false"]
+        words = [word for value in sets for word in ("--set", value)]
+        made = orion("run", "--run", "runs/small", *words, "--seeds", "2", cwd=folder)
+        assert made.returncode == 0, made.stderr
+        (folder / "said").write_text(made.stderr)
+
+    return made_once("two-seeds", make)
+
+
 @pytest.fixture
 def warm_python(monkeypatch: pytest.MonkeyPatch) -> None:
     """Python programs that this process starts, such as llama.cpp's converter, begin with their libraries loaded."""

@@ -195,9 +195,9 @@ def test_settings_name_the_adapter_and_the_frames(small_adapter: Path, tmp_path:
             training_of("tiny", [setting], "run")
 
 
-def with_labelled_frames(finished: Path, copy: Path) -> Path:
-    """A copy of the finished run's folder, with six labelled frames in the folder `mine`."""
-    shutil.copytree(finished, copy)
+def with_labelled_frames(two_seeds: Path, copy: Path) -> Path:
+    """A copy of a finished run's folder, with six labelled frames in the folder `mine`."""
+    shutil.copytree(two_seeds, copy)
     for number in range(6):
         category = MISSION.names[number % 3]
         (copy / "mine" / category).mkdir(parents=True, exist_ok=True)
@@ -206,10 +206,12 @@ def with_labelled_frames(finished: Path, copy: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_fine_tune_continues_a_run_through_the_command_line(finished: Path, tmp_path: Path) -> None:
-    copy = with_labelled_frames(finished, tmp_path / "copy")
+def test_fine_tune_continues_a_run_through_the_command_line(two_seeds: Path, tmp_path: Path) -> None:
+    copy = with_labelled_frames(two_seeds, tmp_path / "copy")
     words = ["fine-tune", "--run", "runs/next", "--from", "runs/small", "--frames", "mine"]
-    words += ["--set", "fine_tune.epochs=1", "--set", "fine_tune.replay=0.2"]
+    base = json.loads((copy / "runs/small/settings.json").read_text())["base"]["model"]
+    sets = ["fine_tune.epochs=1", "fine_tune.replay=0.2", f"base.model={base}"]
+    words += [word for value in sets for word in ("--set", value)]
     done = orion(*words, cwd=copy)
     assert done.returncode == 0, done.stderr
     assert "continued from runs/small/orion_lora_weights, weights " in done.stderr
@@ -226,9 +228,9 @@ def test_fine_tune_continues_a_run_through_the_command_line(finished: Path, tmp_
 
 @pytest.mark.llama_cpp
 @pytest.mark.slow
-def test_adapt_continues_a_run_and_says_what_it_is_worth(finished: Path, tmp_path: Path) -> None:
+def test_adapt_continues_a_run_and_says_what_it_is_worth(two_seeds: Path, tmp_path: Path) -> None:
     """Two folds and the whole chain on all frames; then the same again, for which nothing is trained."""
-    copy = with_labelled_frames(finished, tmp_path / "copy")
+    copy = with_labelled_frames(two_seeds, tmp_path / "copy")
     words = ["adapt", "mine", "--run", "runs/small", "--folds", "2"]
     done = orion(*words, "--how", "continue", "--json", cwd=copy)
     assert done.returncode == 0, done.stderr

@@ -12,6 +12,7 @@ import json
 import math
 import struct
 import zlib
+from operator import sub
 from typing import Any
 
 CAMERA_SIZE = 512
@@ -23,11 +24,16 @@ PRECISION_BITS = 22  # of the weights, as in Pillow, so that every value is roun
 
 
 def grey(frame: bytes) -> list[bytes]:
-    """The grey levels of an RGB frame by rows (ITU-R 601, in Pillow's fixed point)."""
-    levels = bytes(
-        (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16
-        for red, green, blue in zip(frame[0::BANDS], frame[1::BANDS], frame[2::BANDS])  # noqa: B905 - Python 3.9
-    )
+    """The grey levels of an RGB frame by rows (ITU-R 601, in Pillow's fixed point).
+
+    Every band is one number with four bytes for each pixel, which multiplies all pixels at once.
+    """
+    weighted = int.from_bytes((0x8000).to_bytes(4, "little") * (CAMERA_SIZE * CAMERA_SIZE), "little")
+    for band, weight in enumerate((19595, 38470, 7471)):
+        wide = bytearray(4 * CAMERA_SIZE * CAMERA_SIZE)
+        wide[::4] = frame[band::BANDS]
+        weighted += int.from_bytes(wide, "little") * weight
+    levels = weighted.to_bytes(4 * CAMERA_SIZE * CAMERA_SIZE, "little")[2::4]  # the third byte: divided by 2^16
     return [levels[row : row + CAMERA_SIZE] for row in range(0, len(levels), CAMERA_SIZE)]
 
 
@@ -49,8 +55,8 @@ def appearance(frame: bytes, between: list[int]) -> dict[str, float]:
     counts = [pixels.count(level) for level in range(256)]
     shares = [count / len(pixels) for count in counts]
     entropy = -sum(share * math.log2(share) for share in shares if share)
-    across = sum(abs(a - b) for row in rows for a, b in zip(row, row[1:]))  # noqa: B905, RUF007 - Python 3.9
-    down = sum(abs(a - b) for above, row in zip(rows, rows[1:]) for a, b in zip(above, row))  # noqa: B905, RUF007
+    across = sum(sum(map(abs, map(sub, row, row[1:]))) for row in rows)
+    down = sum(sum(map(abs, map(sub, above, row))) for above, row in zip(rows, rows[1:]))  # noqa: B905, RUF007
     gradient = across / (len(rows) * (CAMERA_SIZE - 1)) + down / ((len(rows) - 1) * CAMERA_SIZE)
     dark, middle, bright = (_level(counts, share * len(pixels)) for share in (1, 50, 99))
     return {
@@ -76,24 +82,29 @@ def shrink(frame: bytes, size: int, width: int = CAMERA_SIZE) -> bytes:
         pixels = (frame[at : at + BANDS] * times for at in range(0, len(frame), BANDS))
         wide = b"".join(pixels) if times > 1 else frame
         return b"".join(wide[at : at + row * times] * times for at in range(0, len(wide), row * times))
-    weights = [_box(place, size, width) for place in range(size)]
-    half, narrow = 1 << (PRECISION_BITS - 1), []
-    for row in range(0, len(frame), width * BANDS):
-        line = frame[row : row + width * BANDS]
-        narrow.append(
-            bytes(
-                (sum(line[(first + n) * BANDS + band] * weight for n, weight in enumerate(of)) + half) >> PRECISION_BITS
-                for first, of in weights
-                for band in range(BANDS)
-            )
-        )
-    return b"".join(
-        bytes(
-            (sum(narrow[first + n][place] * weight for n, weight in enumerate(of)) + half) >> PRECISION_BITS
-            for place in range(size * BANDS)
-        )
-        for first, of in weights
-    )
+    boxes, narrow = [_box(place, size, width) for place in range(size)], bytearray(width * size * BANDS)
+    for place, inside in enumerate(boxes):
+        for band in range(BANDS):
+            columns = [frame[pixel * BANDS + band :: width * BANDS] for pixel in inside]
+            narrow[place * BANDS + band :: size * BANDS] = _means(columns)
+    row = size * BANDS
+    return b"".join(_means([bytes(narrow[at * row : (at + 1) * row]) for at in inside]) for inside in boxes)
+
+
+def _means(lines: list[bytes]) -> bytes:
+    """The mean of the lines' values at each place, rounded as Pillow does.
+
+    Two lines are added as one number each, forty times as fast: the mean of two bytes is (a | b) - ((a ^ b) >> 1).
+    """
+    if len(lines) == 1:
+        return lines[0]
+    if len(lines) == 2:
+        one, other = (int.from_bytes(line, "big") for line in lines)
+        without_last_bits = int.from_bytes(b"\xfe" * len(lines[0]), "big")
+        means = (one | other) - (((one ^ other) & without_last_bits) >> 1)
+        return means.to_bytes(len(lines[0]), "big")
+    weight, half = int(0.5 + 1 / len(lines) * (1 << PRECISION_BITS)), 1 << (PRECISION_BITS - 1)
+    return bytes((sum(values) * weight + half) >> PRECISION_BITS for values in zip(*lines))  # noqa: B905 - Python 3.9
 
 
 def quarters(frame: bytes, size: int) -> list[bytes]:
@@ -107,16 +118,15 @@ def quarters(frame: bytes, size: int) -> list[bytes]:
     return [shrink(one, size, half) for one in cut]
 
 
-def _box(place: int, size: int, width: int) -> tuple[int, list[int]]:
-    """The first input pixel of an output pixel, and the weights of the inputs whose centres lie in its box.
+def _box(place: int, size: int, width: int) -> list[int]:
+    """The input pixels whose centres lie in the box of an output pixel, which is their mean.
 
     Where pixels are more than before, the box is one input pixel wide: the nearest one.
     """
     scale = width / size
     centre, wide = (place + 0.5) * scale, max(scale, 1.0)
     first, last = int(centre - wide / 2 + 0.5), min(width, int(centre + wide / 2 + 0.5))
-    inside = [float(-0.5 < (pixel - centre + 0.5) / wide <= 0.5) for pixel in range(first, last)]
-    return first, [int(0.5 + one / sum(inside) * (1 << PRECISION_BITS)) for one in inside]
+    return [pixel for pixel in range(first, last) if -0.5 < (pixel - centre + 0.5) / wide <= 0.5]
 
 
 def png(pixels: bytes, size: int) -> bytes:
