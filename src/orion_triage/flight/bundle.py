@@ -22,7 +22,7 @@ from orion_triage.export import quantize
 from orion_triage.export.convert import convert
 from orion_triage.flight import golden_frames
 from orion_triage.flight.check_flight import SCHEMA_VERSION
-from orion_triage.flight.server_flags import FLASH_ATTENTION
+from orion_triage.flight.server_flags import ALLOWED, FLASH_ATTENTION
 from orion_triage.imagery.frames import BLANK_ENTROPY_BITS, BLANK_GRADIENT, BLANK_ROWS
 from orion_triage.imagery.stretch import stretch_of
 from orion_triage.llama_cpp.server import OPTIONS, Server
@@ -296,6 +296,8 @@ def _write_texts(
         "mmproj": quantize.MMPROJ,
         "arguments": " ".join(fixed),
         "tunable": " ".join(tunable),
+        "allowed": list(ALLOWED),
+        "towers": 1 + (folder / SECOND_TOWER).exists(),
         "frame_size": run.settings.base.frame_size,
         "build": toolchain.build,
         "pinned": toolchain.build == PINNED_BUILD,

@@ -168,8 +168,6 @@ def read(path: Path, folder: Path, program: Path, variant: str) -> dict[str, Any
     tower = flags.pop(MMPROJ, towers[0])
     if tower not in towers:
         raise FlagsError(f"{tower} is no mmproj of this bundle")
-    if int(flags[THREADS]) > here["machine"]["cores"]:
-        raise FlagsError(f"{THREADS} {flags[THREADS]} is more than the {here['machine']['cores']} cores")
     return {**record, "mmproj": tower, "flags": flags}
 
 
