@@ -21,7 +21,7 @@ from orion_triage.evaluate.run import read_predictions
 from orion_triage.evaluate.variants import VERDICT_ONLY
 from orion_triage.export import quantize
 from orion_triage.export.convert import convert
-from orion_triage.flight import bench_frame, bundle, triage
+from orion_triage.flight import bench_frame, bundle, triage, tune
 from orion_triage.flight.bench_frame import Row, Setup, changed, encode_seconds, mark_best, parse_list, plan
 from orion_triage.imagery.frames import Frame, read_frame, shrink
 from orion_triage.llama_cpp.server import Server
@@ -228,11 +228,11 @@ def test_the_best_are_beaten_by_none_and_what_was_not_evaluated_takes_no_part() 
 
 
 def test_cores_that_others_keep_busy_are_counted() -> None:
-    idle = bench_frame._busy_cores(0.3)
+    idle = tune.busy_cores(0.3)
     measured = threading.Event()
     thread = threading.Thread(target=lambda: [hashlib.sha256(bytes(1 << 20)) for _ in iter(measured.is_set, True)])
     thread.start()
-    busy = bench_frame._busy_cores(1.0)
+    busy = tune.busy_cores(1.0)
     measured.set()
     thread.join()
     assert 0 <= idle <= os.cpu_count()

@@ -166,6 +166,7 @@ def test_a_bundle_has_all_that_flies_and_says_what_it_is(made: Path, small_run: 
     assert files == {
         quantize.QUANTIZED, quantize.MMPROJ, quantize.PAIR, "LICENSE", "README.txt", "bundle.json",
         "bundle.json.sha256", "check_flight.py", "decide_frame.py", "ask_frame.py", "triage_on_board.py", "serve.sh",
+        "server_flags.py", "tune.py",
         "prompt.txt", "grammar.gbnf", "category_grammar.gbnf", *golden,
     }  # fmt: skip
     assert record["files"] == {

@@ -34,7 +34,7 @@ REST_COLUMNS = 64  # width of the table without the file column: enough to read 
 @command(
     epilog="Example: orion bundle\n\nExample: orion bundle runs/tiny --out bundle\n\n"
     "Example: orion bundle runs/tiny --accept-risk 'rehearsal on the Pi, not for flight'\n\n"
-    "Example: orion bundle --head"
+    "Example: orion bundle --head\n\nExample: orion bundle --both-towers"
 )
 def bundle(
     folder: Annotated[
@@ -72,6 +72,10 @@ def bundle(
             "reasons_for. Needs 'orion evaluate --variants verdict-only'.",
         ),
     ] = False,
+    both_towers: Annotated[
+        bool,
+        typer.Option("--both-towers", help="Also put in the vision tower as Q8_0. On board, tune.py measures both."),
+    ] = False,
 ) -> None:
     """Build the flight bundle of a run.
 
@@ -86,7 +90,14 @@ def bundle(
     where = out or run.folder / "bundle"
     with progress_bar() as progress:
         made = bundle.run(
-            run, where, progress, accepted_risk=accepted, time_out=time_out, head=headed, verdict_only=verdict_only
+            run,
+            where,
+            progress,
+            accepted_risk=accepted,
+            time_out=time_out,
+            head=headed,
+            verdict_only=verdict_only,
+            second_tower=both_towers,
         )
     console = messages()
     console.print(f"bundle: {made['bytes'] / 1e6:,.1f} MB  ->  {where}", soft_wrap=True)
@@ -388,7 +399,8 @@ def _show_verdicts(outcomes: list[Any], mission: Any, as_json: bool) -> None:
     "bench-frame",
     epilog="Example: orion bench-frame\n\n"
     "Example: orion bench-frame runs/tiny runs/tiny-384 --repeats 5\n\n"
-    "Example: orion bench-frame --sizes 256 --quants Q3_K_M --reasons 10",
+    "Example: orion bench-frame --sizes 256 --quants Q3_K_M --reasons 10\n\n"
+    "Example: orion bench-frame runs/tiny --tune --minutes 5",
 )
 def bench_frame_command(
     folders: Annotated[
@@ -419,6 +431,17 @@ def bench_frame_command(
         typer.Option("--reasons", metavar="TOKENS,TOKENS", help="More lengths of the reason to measure, in tokens."),
     ] = "20,40",
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Frames per row. Prints the median.")] = 3,
+    tuning: Annotated[
+        bool,
+        typer.Option(
+            "--tune",
+            help="Search for the fastest flags of llama-server for one run: threads, flash attention, mmproj, batches, "
+            "weight repacking, mmap. As tune.py of the bundle does on board. Run the same command again to resume.",
+        ),
+    ] = False,
+    minutes: Annotated[
+        float, typer.Option("--minutes", min=0.01, max=1440, help="Most minutes of --tune, beside making a bundle.")
+    ] = 10,
     file: FileOption = SplitName.test,
     as_json: JsonOption = False,
 ) -> None:
@@ -427,6 +450,8 @@ def bench_frame_command(
     Measures the flight setup first, then one change at a time: input size,
     mmproj, quantization, flash attention, length of the reason.
     Shows accuracy only for setups that were evaluated.
+    With --tune, searches for the fastest flags of llama-server instead, among
+    those that move no verdict of the bundle's golden frames.
     """
     from orion_triage.flight import bench_frame
 
@@ -434,6 +459,13 @@ def bench_frame_command(
         raise typer.BadParameter("cannot be combined with the argument RUN. Remove one of them.", param_hint="'--run'")
     named = [folder] if folder else folders or []
     runs = [finished_run(one, "quantize", file.value) for one in named] or [finished_run(None, "quantize", file.value)]
+    if tuning:
+        if len(runs) > 1:
+            raise typer.BadParameter("is for one run. Name one RUN.", param_hint="'--tune'")
+        with progress_bar() as progress:
+            report = bench_frame.tuned(runs[0], minutes=minutes, progress=progress)
+        _print_tuning(report, as_json)
+        return
     with progress_bar() as progress:
         measured = bench_frame.run(
             runs,
@@ -450,11 +482,29 @@ def bench_frame_command(
     _print_frames(measured)
 
 
+def _print_tuning(report: dict[str, Any], as_json: bool) -> None:
+    from rich.table import Table
+
+    from orion_triage.flight import tune
+
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+        return
+    table = Table(title=f"{report['run']}: flags of llama-server, the fastest first")
+    for place, heading in enumerate(tune.COLUMNS):
+        table.add_column(heading, justify="right" if 0 < place < tune.VERDICTS else "left")
+    for row in tune.table(report):
+        table.add_row(*(cell(value) for value in row))
+    output().print(table)
+    for line in tune.lines_of(report):
+        output().print(cell(line), soft_wrap=True)
+
+
 def _print_frames(measured: dict[str, Any]) -> None:
     from rich.table import Table
 
     from orion_triage.evaluate.variants import VERDICT_ONLY
-    from orion_triage.flight.bench_frame import BUSY
+    from orion_triage.flight.tune import BUSY
     from orion_triage.machine import power
 
     console, conditions, machine = output(), measured["conditions"], measured["machine"]

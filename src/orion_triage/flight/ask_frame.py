@@ -98,9 +98,11 @@ def main() -> int:
         bundle, connection = flown(read_bundle(folder), options.variant), Connection(options.url, key.strip())
         seconds = options.time_out or bundle["seconds_per_frame_at_most"]
         with time_limit(seconds, "asking the server what it is"):
-            marker, _ = check_server(connection, folder, bundle)
+            marker, notes = check_server(connection, folder, bundle)
             questions = Questions(connection, folder, bundle, marker)
             questions.keep_prompt()
+        for note in notes:
+            sys.stderr.write(f"{note}\n")
     except (NoGoError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1

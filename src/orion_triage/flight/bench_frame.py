@@ -8,7 +8,6 @@ configuration.
 import io
 import itertools
 import json
-import os
 import re
 import statistics
 import time
@@ -23,6 +22,9 @@ from orion_triage.evaluate.results import BENCH_FILE
 from orion_triage.evaluate.variants import CONSTRAINED, VERDICT_ONLY
 from orion_triage.export import quantize
 from orion_triage.export.convert import convert
+from orion_triage.flight import bundle, tune
+from orion_triage.flight.check_flight import NoGoError
+from orion_triage.flight.server_flags import MMPROJ
 from orion_triage.imagery.frames import Frame, shrink
 from orion_triage.llama_cpp.server import OPTIONS, Server
 from orion_triage.llama_cpp.toolchain import Toolchain, existing_tools, fetch_source, find_toolchain
@@ -56,7 +58,6 @@ _WORDS = {  # option -> allowed values, and the fix in an error
     "length": (r"[1-9]\d?\d?", "Use 1 to 999 (tokens of a reason)."),
 }
 FLIGHT = "flight configuration"  # the change of the first row
-BUSY = 0.5  # busy cores of other programs from which the measured times are unreliable
 _VERBOSITY = "4"  # from which on the server's log has a time stamp before and after each image is encoded
 _STAMP = r"^(\d+)\.(\d\d)\.(\d\d\d)\.(\d\d\d) \S .*"  # minutes.seconds.milliseconds.microseconds
 _ENCODING, _ENCODED = (re.compile(_STAMP + what) for what in ("encoding mtmd batch", "decoding image batch 1/"))
@@ -144,7 +145,7 @@ def run(
     for one in runs:
         quantize.check_pair(one.gguf)
     toolchain = existing_tools() or find_toolchain(progress)
-    machine = {**describe(), "busy_cores": round(_busy_cores(1.0), 2)}
+    machine = {**describe(), "busy_cores": round(tune.busy_cores(1.0), 2)}
     shown = sizes or (SIZES if len(runs) == 1 else ())
     plans = [plan(one, shown, mmprojs, quantizations or one.settings.variants.quantizations) for one in runs]
     board = power.board_of(machine["processor"])
@@ -197,6 +198,28 @@ def run(
     }
 
 
+def tuned(run: "Run", *, minutes: float = tune.MINUTES, progress: Progress = silent) -> dict[str, Any]:
+    """The report of tune.py for a temporary bundle of the run on this machine; its results stay in the run's folder.
+
+    With the vision tower as Q8_0, too, if the merged weights are there. Raises OrionError if the run cannot be bundled,
+    or today's flags already fail on its golden frames.
+    """
+    toolchain = find_toolchain(progress)
+    towers = any(run.merged.glob("*.safetensors"))
+    with locked(run.folder, "orion bench-frame"), temporary_folder(run.folder, "tune") as temporary:
+        folder = temporary / "bundle"
+        bundle.run(run, folder, progress, accepted_risk="measured, not flown", second_tower=towers)
+        try:
+            results = run.folder / tune.RESULTS
+            report = tune.Tuning(folder, toolchain.llama_server, results, minutes=minutes, progress=progress).run()
+        except (tune.TuneError, NoGoError) as error:
+            raise OrionError(f"{run.folder}: {error}.", "Allow more with --minutes, or make the pair again.") from None
+    if not towers:
+        why = f"{run.merged.name} has no weights (removed by 'orion clean'?)"
+        report["not_measured"].append({"change": f"{MMPROJ} {bundle.SECOND_TOWER}", "why": why})
+    return {"run": str(run.folder), **report}
+
+
 def plan(run: "Run", sizes: Sequence[int], mmprojs: Sequence[str], quantizations: Sequence[str]) -> list[Setup]:
     """The distinct configurations to measure for one run, the flight configuration first."""
     flown = Setup(run.settings.base.frame_size, run.settings.quantize.type)
@@ -231,20 +254,6 @@ def mark_best(rows: Sequence[Row]) -> list[Row]:
 
     evaluated = [row for row in rows if row.accuracy is not None]
     return [replace(row, best=row in evaluated and not any(beaten(row, by) for by in evaluated)) for row in rows]
-
-
-def _busy_cores(seconds: float) -> float:
-    """The mean number of busy cores over the next `seconds`; the load average would include ended programs."""
-
-    def ticks() -> tuple[int, int]:
-        first, *_ = Path("/proc/stat").read_text(encoding="utf-8").splitlines()
-        counts = [int(word) for word in first.split()[1:9]]  # user, nice, system, idle, iowait, irq, softirq, steal
-        return sum(counts) - counts[3] - counts[4], sum(counts)
-
-    busy, whole = ticks()
-    time.sleep(seconds)
-    busy_later, whole_later = ticks()
-    return (os.cpu_count() or 1) * (busy_later - busy) / max(whole_later - whole, 1)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

@@ -19,12 +19,21 @@ from orion_triage.evaluate.run import prediction_of
 from orion_triage.evaluate.variants import VERDICT_ONLY
 from orion_triage.evaluate.verdict import DO_NOT_FLY
 from orion_triage.export import quantize
+from orion_triage.export.convert import convert
 from orion_triage.flight import golden_frames
 from orion_triage.flight.check_flight import SCHEMA_VERSION
+from orion_triage.flight.server_flags import ALLOWED, FLASH_ATTENTION
 from orion_triage.imagery.frames import BLANK_ENTROPY_BITS, BLANK_GRADIENT, BLANK_ROWS
 from orion_triage.imagery.stretch import stretch_of
 from orion_triage.llama_cpp.server import OPTIONS, Server
-from orion_triage.llama_cpp.toolchain import PINNED_BUILD, WHEEL, WHEEL_SHA256, Toolchain, find_toolchain
+from orion_triage.llama_cpp.toolchain import (
+    PINNED_BUILD,
+    WHEEL,
+    WHEEL_SHA256,
+    Toolchain,
+    fetch_source,
+    find_toolchain,
+)
 from orion_triage.mission.contract import portable
 from orion_triage.mission.decide import Rules, as_steps, in_words
 from orion_triage.mission.mission import listed
@@ -40,9 +49,10 @@ if TYPE_CHECKING:
     from orion_triage.runs.run import Run
 
 LIST, LIST_HASH = "bundle.json", "bundle.json.sha256"
+SECOND_TOWER = "orion-mmproj-q8_0.gguf"
 CONDITION = "B"  # in flight, the prompt has no coordinates
 # These need only Python's standard library.
-PROGRAMS = ("check_flight.py", "decide_frame.py", "ask_frame.py", "triage_on_board.py")
+PROGRAMS = ("check_flight.py", "decide_frame.py", "ask_frame.py", "triage_on_board.py", "server_flags.py", "tune.py")
 BLANK_LIMITS = {"rows": [*BLANK_ROWS], "entropy_bits_below": BLANK_ENTROPY_BITS, "gradient_below": BLANK_GRADIENT}
 # The time-out ends a frame that hangs; it must not end one on a slower computer. The published flight took up to 82 s
 # per frame on a Raspberry Pi 5, six times the 14 s of two x86 cores; a hot or busy Pi is slower still.
@@ -58,6 +68,7 @@ def run(
     time_out: float | None = None,
     head: bool = False,
     verdict_only: bool = False,
+    second_tower: bool = False,
 ) -> dict[str, Any]:
     """Write the bundle of a run's GGUF pair into the folder `out`.
 
@@ -70,6 +81,7 @@ def run(
     for the pair's beside it: whoever flies the head takes them instead (`flown` in check_flight.py).
     With `verdict_only`, the flight decides the category first, with the threshold of the verdict alone, and writes a
     reason only for the mission's `reasons_for`. The notes compare it with reason-first answers.
+    With `second_tower`, the vision tower is in it as Q8_0, too, for tune.py to measure.
 
     Raises OrionError if the pair is incomplete, changed or not evaluated, if its verdict is DO NOT FLY and
     `accepted_risk` does not say why it flies nevertheless, if the frames are missing, or if `out` is a folder that is
@@ -90,6 +102,11 @@ def run(
     of_head = threshold.rules_of(run, "head") if own else None
     rows = _evaluated(run, VERDICT_ONLY if verdict_only else "quantized")
     verdict = _may_fly(run, accepted_risk)
+    if second_tower and not any(run.merged.glob("*.safetensors")):
+        raise OrionError(
+            f"{run.merged} has no weights, of which a Q8_0 vision tower is made.",
+            "Run 'orion fuse --force' to make them again.",
+        )
     names = (quantize.QUANTIZED, quantize.MMPROJ, quantize.PAIR)
     require_free_space(out.parent, sum((run.gguf / name).stat().st_size for name in names) + 20_000_000, "the bundle")
     toolchain = find_toolchain(progress)
@@ -97,6 +114,10 @@ def run(
         for path in [*(run.gguf / name for name in names), *licence_files(run.gguf)]:
             shutil.copyfile(path, folder / path.name)
         quantize.check_pair(folder)
+        if second_tower:
+            progress("converting the vision tower to Q8_0", 0, 1)
+            fetch_source()  # for the converter; the tools may be the user's
+            convert(toolchain, run.merged, folder / SECOND_TOWER, mmproj=True, outtype="q8_0")
         pair = (folder / quantize.QUANTIZED, folder / quantize.MMPROJ)
         log, threads = run.folder / "logs" / "bundle-server.log", run.settings.evaluate.threads
         with Server(toolchain, *pair, log=log, turn=turn_of(pair[0]), threads=threads) as server:
@@ -267,10 +288,15 @@ def _write_texts(
             write_text(folder / f"{field.name}_grammar.gbnf", grammars(mission)[cue_of(field.name)])
     for name in PROGRAMS:
         shutil.copyfile(Path(__file__).with_name(name), folder / name)
+    place = OPTIONS.index(FLASH_ATTENTION)
+    tunable, fixed = OPTIONS[place : place + 2], OPTIONS[:place] + OPTIONS[place + 2 :]
     values: dict[str, Any] = {
         "model": quantize.QUANTIZED,
         "mmproj": quantize.MMPROJ,
-        "arguments": " ".join(OPTIONS),
+        "arguments": " ".join(fixed),
+        "tunable": " ".join(tunable),
+        "allowed": list(ALLOWED),
+        "towers": 1 + (folder / SECOND_TOWER).exists(),
         "frame_size": run.settings.base.frame_size,
         "build": toolchain.build,
         "pinned": toolchain.build == PINNED_BUILD,

@@ -197,19 +197,25 @@ def _short(text: str) -> str:
 class OwnServer:
     """The bundle's serve.sh with the program `llama_server`, for a variant; it runs during a `with` block.
 
-    With a folder `state`, it saves and restores its state after the prompt there.
+    With a folder `state`, it saves and restores its state after the prompt there. `flags` are a file in the place of
+    the bundle's server_flags.json; "none": serve.sh's own flags.
     """
 
-    def __init__(self, folder: Path, llama_server: Path, variant: str = "", state: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path, llama_server: Path, variant: str = "", state: Path | None = None, flags: str = ""
+    ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         key = secrets.token_urlsafe(24)
+        self.program, self.flags = llama_server, flags
         self.connection = Connection(f"http://127.0.0.1:{port}", key)
         self._command = ["/bin/sh", str(folder / SERVE)]
         self._environment = {**os.environ, "LLAMA_SERVER": str(llama_server), "ORION_PORT": str(port)}
         self._environment |= {"ORION_VARIANT": variant, "ORION_STATE": str(state or "")}
-        self._environment |= {"LLAMA_API_KEY": key, "ORION_KEY_FILE": ""}
+        self._environment |= {"LLAMA_API_KEY": key, "ORION_KEY_FILE": "", "ORION_SERVER_FLAGS": flags}
+        if flags:  # which have the threads
+            self._environment["ORION_THREADS"] = os.environ.get("ORION_THREADS", "") if flags == "none" else ""
 
     def __enter__(self) -> OwnServer:
         self._log = tempfile.TemporaryFile()
@@ -232,6 +238,11 @@ class OwnServer:
             self._process.wait()
         self._log.close()
 
+    @property
+    def process(self) -> Path:
+        """Its folder in /proc; serve.sh becomes the server by `exec`."""
+        return Path(f"/proc/{self._process.pid}")
+
     def is_alive(self) -> bool:
         return self._process.poll() is None
 
@@ -242,9 +253,9 @@ class OwnServer:
             raise NoGoError(f"llama-server ended ({self._process.returncode}): {' | '.join(lines)}")
 
     def peak_bytes(self) -> int | None:
-        """The server's peak resident memory so far, including mapped files; serve.sh became the server by `exec`."""
+        """The server's peak resident memory so far, including mapped files."""
         try:
-            status = Path(f"/proc/{self._process.pid}/status").read_text(encoding="utf-8")
+            status = (self.process / "status").read_text(encoding="utf-8")
         except OSError:
             return None
         match = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
@@ -280,10 +291,13 @@ def wait_until_ready(connection: Connection, own: OwnServer | None) -> None:
         time.sleep(0.2)
 
 
-def check_server(connection: Connection, folder: Path, bundle: dict[str, Any]) -> tuple[str, list[str]]:
+def check_server(
+    connection: Connection, folder: Path, bundle: dict[str, Any], own: OwnServer | None = None, strict: bool = False
+) -> tuple[str, list[str]]:
     """The image marker of this server's prompts, and notes about acceptable differences from the ground.
 
-    Raises NoGoError if the server has loaded another model or mmproj, or drops grammars.
+    Raises NoGoError if the server has loaded another model or mmproj, or drops grammars. With `strict`, also if
+    server_flags.json is not valid, or the server runs without its flags; in flight, serve.sh's own flags are as good.
     """
     props, notes = connection.ask("/props"), []
     match = re.match(r"b(\d+)", str(props.get("build_info")))
@@ -295,7 +309,16 @@ def check_server(connection: Connection, folder: Path, bundle: dict[str, Any]) -
     # A server does not say which mmproj it loaded. Its command line does, if it runs on this machine. The answers do
     # not: on the tiny preset's test frames, a Q8_0 mmproj changes the log-probabilities of the other categories by
     # 0.023 on average and 0.088 at most, and flash attention with the right mmproj by 0.022 and 0.060.
-    served["mmproj"] = [*_mmproj_of(_process_at(connection.url))]
+    process = own.process if own else _process_at(connection.url)
+    served["mmproj"] = [*_mmproj_of(process)]
+    flags = _beside("server_flags")
+    tower, line, fault = flags.used(
+        folder, process, own.program if own else None, bundle.get("variant", ""), own.flags if own else ""
+    )
+    if strict and fault:
+        raise NoGoError(fault)
+    notes += [line] if line else []
+    bundle = {**bundle, "mmproj": tower or bundle["mmproj"]}
     for kind in ("model", "mmproj"):
         seen = [path for path in served[kind] if path.is_file()]
         if not seen:
@@ -557,10 +580,41 @@ class Questions:
         )
 
 
+def check_golden(
+    questions: Questions,
+    folder: Path,
+    golden: dict[str, Any],
+    bundle: dict[str, Any],
+    seconds: float,
+    limit: float,
+    pictures: Any = None,
+) -> dict[str, Any]:
+    """The result for one golden frame, by the head or the language model, whichever flies.
+
+    With `pictures`, those of `pictures_of`, the result's seconds are the answer's alone.
+    """
+    pictures = pictures or (lambda: pictures_of(folder, golden, bundle))
+    if bundle.get("variant") == HEAD:
+        return check_head_frame(questions, golden, bundle, seconds, pictures)
+    return check_frame(questions, golden, bundle, seconds, limit, pictures)
+
+
+def pictures_of(folder: Path, golden: dict[str, Any], bundle: dict[str, Any]) -> Any:
+    """What the model is asked about a golden frame, and whether it is unlike the training (see decide_frame.py)."""
+    rules = _rules()
+    made = rules.pictures_for if bundle.get("variant") == HEAD else rules.picture_for
+    return made(bundle, rules.pixels_of((folder / golden["image"]).read_bytes()))
+
+
 def ask_head(questions: Questions, image: str, frame: bytes, bundle: dict[str, Any]) -> dict[str, Any]:
     """The outcome of a raw frame of RAW_BYTES by the bundle's head; `image` names it in errors."""
+    return _ask_head(questions, image, bundle, *_rules().pictures_for(bundle, frame))
+
+
+def _ask_head(
+    questions: Questions, image: str, bundle: dict[str, Any], pictures: list[bytes] | None, unlike: bool
+) -> dict[str, Any]:
     rules = _rules()
-    pictures, unlike = rules.pictures_for(bundle, frame)
     if pictures is None:
         return dict(rules.without_model(bundle, blank=True))
     states = [questions.hidden_state(image, picture) for picture in pictures]
@@ -568,7 +622,7 @@ def ask_head(questions: Questions, image: str, frame: bytes, bundle: dict[str, A
 
 
 def check_head_frame(
-    questions: Questions, folder: Path, golden: dict[str, Any], bundle: dict[str, Any], seconds: float
+    questions: Questions, golden: dict[str, Any], bundle: dict[str, Any], seconds: float, pictures: Callable[[], Any]
 ) -> dict[str, Any]:
     """The result of `check_frame` for a golden frame of the head.
 
@@ -577,7 +631,7 @@ def check_head_frame(
     image, expected, wanted = golden["image"], golden["decision"], golden.get("log_probabilities")
     began = time.monotonic()
     with time_limit(seconds, image):
-        outcome = ask_head(questions, image, _rules().pixels_of((folder / image).read_bytes()), bundle)
+        outcome = _ask_head(questions, image, bundle, *pictures())
     scores = outcome["scores"]
     result = {
         **_no_result(golden, time.monotonic() - began),
@@ -627,7 +681,12 @@ def _differences(found: dict[str, float], golden: dict[str, Any], tolerances: di
 
 
 def check_frame(
-    questions: Questions, folder: Path, golden: dict[str, Any], bundle: dict[str, Any], seconds: float, limit: float
+    questions: Questions,
+    golden: dict[str, Any],
+    bundle: dict[str, Any],
+    seconds: float,
+    limit: float,
+    pictures: Callable[[], Any],
 ) -> dict[str, Any]:
     """The result for one golden frame, which is decided as in flight, from the camera's pixels on.
 
@@ -635,10 +694,9 @@ def check_frame(
     the frame takes more than `seconds`.
     """
     rules, image, expected = _rules(), golden["image"], golden["decision"]
-    data = (folder / image).read_bytes()
     began = time.monotonic()
     with time_limit(seconds, image):
-        picture, unlike = rules.picture_for(bundle, rules.pixels_of(data))
+        picture, unlike = pictures()
         if picture is not None:
             answer, found, of_fields = questions.ask_with_fields(image, picture)
     result = _no_result(golden, time.monotonic() - began)
@@ -679,13 +737,17 @@ def _other_decision(image: str, found: dict[str, Any], expected: dict[str, Any])
 
 
 def _rules() -> Any:
-    """decide_frame.py, beside this file; imported only after the hashes of the bundle's files were checked."""
+    return _beside("decide_frame")
+
+
+def _beside(name: str) -> Any:
+    """The module beside this file; imported only after the hashes of the bundle's files were checked."""
     if __package__:
-        return importlib.import_module(f"{__package__}.decide_frame")
+        return importlib.import_module(f"{__package__}.{name}")
     sys.dont_write_bytecode = True  # the bundle stays as it is
     sys.path.insert(0, str(Path(__file__).resolve().parent))  # with python3 -I, it is not on the path
     try:
-        return importlib.import_module("decide_frame")
+        return importlib.import_module(name)
     finally:
         sys.path.pop(0)
 
@@ -722,15 +784,12 @@ def check_variant(options: argparse.Namespace, report: dict[str, Any], folder: P
         try:
             with time_limit(options.limit, "waiting for the server"):
                 wait_until_ready(connection, own)
-                marker, notes = check_server(connection, folder, bundle)
+                marker, notes = check_server(connection, folder, bundle, own, strict=True)
             report["notes"] += [note for note in notes if note not in report["notes"]]
             questions = Questions(connection, folder, bundle, marker)
             seconds = options.time_out or bundle["seconds_per_frame_at_most"]
             for golden in bundle["golden"]:
-                if bundle.get("variant") == HEAD:
-                    result = check_head_frame(questions, folder, golden, bundle, seconds)
-                else:
-                    result = check_frame(questions, folder, golden, bundle, seconds, options.limit)
+                result = check_golden(questions, folder, golden, bundle, seconds, options.limit)
                 images.append(result)
                 report["images"].append({**result, **named(bundle)})
         except NoGoError:

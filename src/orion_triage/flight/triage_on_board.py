@@ -234,7 +234,7 @@ class Model:
             try:
                 with time_limit(START_SECONDS, "the start of the server"):
                     wait_until_ready(connection, self._own)
-                    marker, notes = check_server(connection, self._folder, self._bundle)
+                    marker, notes = check_server(connection, self._folder, self._bundle, self._own)
                     questions = Questions(connection, self._folder, self._bundle, marker)
                     if questions.keeps_prompt:
                         say(self._keep_prompt(connection, questions))
