@@ -1,6 +1,7 @@
 """Small real things for the tests: a random LFM2-VL base, frames, and a dataset in the published layout."""
 
 import csv
+import gc
 import json
 import os
 import shutil
@@ -77,6 +78,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
+    gc.unfreeze()  # of the freeze below: what is left at the end would count as leaked
     if not hasattr(config, "workerinput"):
         shutil.rmtree(Path(os.environ[warm.SOCKET]).parent, ignore_errors=True)
 
@@ -92,6 +94,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = [item for item in items if item.get_closest_marker("shared")]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
+
+
+_modules_of_last_freeze = 0
+
+
+def pytest_runtest_logfinish() -> None:
+    """Leave what libraries made while they were loaded out of every later garbage collection, of which a training asks
+    for one: each would go through a million objects."""
+    global _modules_of_last_freeze
+    if len(sys.modules) > _modules_of_last_freeze + 300:
+        _modules_of_last_freeze = len(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 ORION = [sys.executable, "-m", "orion_triage.cli"]

@@ -125,7 +125,8 @@ def test_an_interrupted_continuation_goes_on_from_its_own_checkpoint(
     one, other = tensors_of(tmp_path / "straight"), tensors_of(tmp_path / "resumed")
     assert max(float((one[key] - other[key]).abs().max()) for key in one) < 1e-4
     frames = frames[:1]
-    assert train("fewer")["resumed_from_step"] == 0, "other frames are another training"
+    with pytest.raises(KeyboardInterrupt):  # before the first step: other frames are another training
+        train("fewer", 0)
 
 
 @pytest.mark.parametrize(

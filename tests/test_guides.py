@@ -165,7 +165,7 @@ def readers_folder(finished: Path, tmp_path: Path) -> Path:
     shutil.copy(finished / "places.csv", folder)
     for name in ("seed-43", "seed-44"):
         shutil.copytree(run, folder / "runs" / name)
-    for picture in sorted((run / "dataset" / "orion_dataset" / "images").iterdir())[::2]:  # six of each category
+    for picture in sorted((run / "dataset" / "orion_dataset" / "images").iterdir())[::3]:  # four of each category
         own = folder / "my-frames" / picture.name.split("_")[0].upper()
         own.mkdir(parents=True, exist_ok=True)
         shutil.copy(picture, own)

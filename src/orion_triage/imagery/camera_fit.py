@@ -5,6 +5,7 @@ frames: light, colour, haze, blur and noise. It is assumed that both folders sho
 what differs is the camera and the air. Pure functions of arrays.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,10 +98,8 @@ def _smoothest(luminance: Floats) -> float:
     By a mask that removes linear structure (Immerkaer 1996); the smallest of many estimates is too small, by a sixth
     with blocks of 16x16.
     """
-    from scipy.signal import convolve2d
-
-    mask = np.array([[1.0, -2.0, 1.0], [-2.0, 4.0, -2.0], [1.0, -2.0, 1.0]])
-    detail = convolve2d(luminance, mask, mode="valid") ** 2 / np.sum(mask**2)
+    # The mask is 1, -2, 1 along the rows and along the columns; its squares add up to 36.
+    detail = np.diff(np.diff(luminance, n=2, axis=0), n=2, axis=1) ** 2 / 36
     size = len(detail) // _BLOCK * _BLOCK
     blocks = detail[:size, :size].reshape(size // _BLOCK, _BLOCK, size // _BLOCK, _BLOCK).mean(axis=(1, 3))
     return float(np.quantile(blocks, 0.02)) / _TOO_SMALL
@@ -129,12 +128,13 @@ def fit(frames: Measured, pictures: Measured, name: str, *, seed: int = 42, resa
     and noise come from the ratio of the two spectra: blur takes high frequencies, noise adds the same power everywhere.
     So does fine texture, but not where a frame is smoothest: what is there is the most that counts as noise.
     """
-    estimates, residual = _estimates(frames, pictures)
+    estimates, residual, found = _estimates(frames, pictures)
     random = np.random.default_rng(seed)
     drawn = [
         _estimates(
             frames.of(random.integers(len(frames.means), size=len(frames.means))),
             pictures.of(random.integers(len(pictures.means), size=len(pictures.means))),
+            (found,),  # a drawn set's is near
         )[0]
         for _ in range(resamples)
     ]
@@ -168,19 +168,25 @@ def _within(span: tuple[float, ...], key: str) -> tuple[float, float]:
     return float(f"{min(high, max(low, span[0])):.4g}"), float(f"{min(high, max(low, span[1])):.4g}")
 
 
-def _estimates(frames: Measured, pictures: Measured) -> tuple[dict[str, float], float]:
-    """(The camera's values, the residual of the spectra.)"""
+# Where the least squares begin: sigma of the blur, and the logarithms of the noise's share and of the level.
+_STARTS = ((0.1, math.log(0.01), 0.0), (0.1, math.log(0.9), 0.0), (0.7, math.log(0.5), 0.0))
+
+
+def _estimates(
+    frames: Measured, pictures: Measured, starts: Sequence[tuple[float, float, float]] = _STARTS
+) -> tuple[dict[str, float], float, tuple[float, float, float]]:
+    """(The camera's values, the residual of the spectra, where the least squares ended.)"""
     exposure, haze = _light_and_haze(frames, pictures)
     scale = exposure * haze
     # What a band differs by beyond exposure and haze: white balance.
     seen = np.median(pictures.means, axis=0) * scale + exposure * (1 - haze) * AIRLIGHT
     gains = np.median(frames.means, axis=0) / seen
     gains /= float(gains @ _WEIGHTS)
-    mtf, noise, residual = _blur_and_noise(frames.spectrum, pictures.spectrum * scale**2)
+    mtf, noise, residual, ended = _blur_and_noise(frames.spectrum, pictures.spectrum * scale**2, starts)
     noise = min(noise, float(np.median(frames.smoothest)))
     snr = _snr(noise, float(np.median(frames.means @ _WEIGHTS)), gains)
     values = {"mtf_at_nyquist": mtf, "snr": snr, "exposure": exposure, "haze_transmission": haze}
-    return values | {f"gains {band + 1}": float(gains[band]) for band in range(BANDS)}, residual
+    return values | {f"gains {band + 1}": float(gains[band]) for band in range(BANDS)}, residual, ended
 
 
 def _light_and_haze(frames: Measured, pictures: Measured) -> tuple[float, float]:
@@ -198,8 +204,10 @@ def _light_and_haze(frames: Measured, pictures: Measured) -> tuple[float, float]
     return exposure, max(0.05, scale / exposure)
 
 
-def _blur_and_noise(seen: Floats, expected: Floats) -> tuple[float, float, float]:
-    """(MTF at Nyquist, noise power per pixel, residual): `seen` = `expected` * MTF(f)^2 + noise, by least squares."""
+def _blur_and_noise(
+    seen: Floats, expected: Floats, starts: Sequence[tuple[float, float, float]]
+) -> tuple[float, float, float, tuple[float, float, float]]:
+    """(MTF at Nyquist, noise power per pixel, residual, end): `seen` = `expected` * MTF(f)^2 + noise, least squares."""
     from scipy.optimize import least_squares
 
     cycles = frequencies()
@@ -215,19 +223,21 @@ def _blur_and_noise(seen: Floats, expected: Floats) -> tuple[float, float, float
         (
             least_squares(
                 difference,
-                [sigma, np.log(seen.min() * share), 0.0],
+                [sigma, min(0.0, max(-60.0, float(np.log(seen.min())) + share)), level],
                 bounds=([0, -60, -2], [2.0, 0, 2]),
                 loss="soft_l1",
                 f_scale=0.1,
             )
-            for sigma, share in ((0.1, 0.01), (0.1, 0.9), (0.7, 0.5))
+            for sigma, share, level in starts
         ),
         key=lambda result: float(result.cost),
     )
     sigma, noise = float(found.x[0]), float(np.exp(found.x[1]))
     residual = float(np.mean(np.abs(difference(found.x))))
     # Noise that is less than a fiftieth of the weakest ring is not seen.
-    return float(np.exp(-((np.pi * sigma) ** 2) / 2)), noise if noise > seen.min() / 50 else 0.0, residual
+    visible = noise if noise > seen.min() / 50 else 0.0
+    ended = sigma, float(found.x[1] - np.log(seen.min())), float(found.x[2])
+    return float(np.exp(-((np.pi * sigma) ** 2) / 2)), visible, residual, ended
 
 
 def _snr(noise: float, level: float, gains: Floats) -> float:
