@@ -68,7 +68,7 @@ else:
 
 RESULTS = "tuning.json"
 MINUTES = 10.0
-TODAY = "flags of today"
+TODAY, AGAIN = "flags of today", ", again"
 PLENTY = 120  # frames that the time allows: with fewer, a measurement has two frames twice instead of three three times
 LEAST_GAIN = 0.02  # of the seconds per frame; less is noise whatever the spread
 BUSY = 0.5  # busy cores of other programs from which the measured times are unreliable
@@ -247,9 +247,9 @@ class Tuning:
         if row["frames_checked"] < len(self._asked):  # measured in another search, in which it was not the best
             row["why"] = "not confirmed: not every golden frame was asked. Delete the results and measure again"
             return best
-        name = best["change"].partition(", again")[0]
-        key = f"{name}, again, after {_text(row['flags'])}"
-        again = self._measured(f"{name}, again", None if name == TODAY else best["flags"], None, key)
+        name = best["change"].partition(AGAIN)[0]
+        key = f"{name}{AGAIN}, after {_text(row['flags'])}"
+        again = self._measured(f"{name}{AGAIN}", None if name == TODAY else best["flags"], None, key)
         if again is None or again["why"]:
             row["why"] = f"not confirmed: {again['why'] if again else 'no time was left (--minutes)'}"
             return best
@@ -426,7 +426,10 @@ def table(report: dict[str, Any]) -> list[tuple[str, ...]]:
             f"{100 * row['gain']:+.1f} %" if row["seconds_per_frame"] else "-",
             f"{row['peak_bytes'] / 1e6:.0f}" if row["peak_bytes"] else "-",
             "MOVED" if row["why"].startswith("verdict moved") else f"{row['frames_checked']} unmoved",
-            row["why"] or ("best" if row.get("best") else "" if TODAY in row["change"] else "kept"),
+            row["why"]
+            or (
+                "best" if row.get("best") else "" if row["change"] == TODAY or row["change"].endswith(AGAIN) else "kept"
+            ),
         )
         for row in report["rows"]
     ]
