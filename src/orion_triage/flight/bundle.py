@@ -78,7 +78,7 @@ def run(
     out = out.resolve()
     if out.exists() and not (out / LIST).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise OrionError(f"{out} exists and is not a bundle.", "Choose another folder with --out.")
-    quantize.check_pair(run.gguf)
+    flown = quantize.check_pair(run.gguf)
     if head and verdict_only:
         raise OrionError("a head has no reason to leave out.", "Leave out one of --head and --verdict-only.")
     point, rules = threshold.read(run.folder, run.gguf), threshold.rules_of(run)
@@ -91,14 +91,14 @@ def run(
     of_head = threshold.rules_of(run, head=True) if own else None
     rows = _evaluated(run, VERDICT_ONLY if verdict_only else "quantized")
     verdict = _may_fly(run, accepted_risk)
-    names = (quantize.QUANTIZED, quantize.MMPROJ, quantize.PAIR)
+    names = (*flown.names, quantize.PAIR)
     require_free_space(out.parent, sum((run.gguf / name).stat().st_size for name in names) + 20_000_000, "the bundle")
     toolchain = find_toolchain(progress)
     with locked(run.folder, "orion bundle"), replaced_folder(out) as folder:
         for path in [*(run.gguf / name for name in names), *licence_files(run.gguf)]:
             shutil.copyfile(path, folder / path.name)
         quantize.check_pair(folder)
-        pair = (folder / quantize.QUANTIZED, folder / quantize.MMPROJ)
+        pair = tuple(folder / name for name in flown.names)
         log, threads = run.folder / "logs" / "bundle-server.log", run.settings.evaluate.threads
         with Server(toolchain, *pair, log=log, turn=turn_of(pair[0]), threads=threads) as server:
             golden, request, seconds = golden_frames.ask(
@@ -121,7 +121,7 @@ def run(
         for category, name in (reasons or {}).items():
             write_text(folder / name, grammar(run.settings.mission, category))
         more = {"time_out": limit, "tolerances": tolerances, "promise": promised, "reasons": reasons}
-        _write_texts(folder, run, toolchain, point, verdict, rules, more, flown_head)
+        _write_texts(folder, run, flown, toolchain, point, verdict, rules, more, flown_head)
         record = {
             "schema_version": SCHEMA_VERSION,
             "preset": run.settings.preset,
@@ -129,8 +129,8 @@ def run(
             "frame_size": size,
             "stretch": _stretch(run),
             "mission": portable(run.settings.mission).model_dump(mode="json"),
-            "model": quantize.QUANTIZED,
-            "mmproj": quantize.MMPROJ,
+            "model": flown.backbone.name,
+            "mmproj": flown.mmproj.name,
             "llama_cpp_build": toolchain.build,
             "versions": {"orion-triage": __version__, **_manifest(run.gguf, "quantize").versions},
             "made_on": platform.machine(),
@@ -251,6 +251,7 @@ def _stretch(run: "Run") -> dict[str, Any] | None:
 def _write_texts(
     folder: Path,
     run: "Run",
+    pair: quantize.Pair,
     toolchain: Toolchain,
     point: tuple[float, float] | None,
     verdict: dict[str, Any],
@@ -269,8 +270,8 @@ def _write_texts(
     for name in PROGRAMS:
         shutil.copyfile(Path(__file__).with_name(name), folder / name)
     values: dict[str, Any] = {
-        "model": quantize.QUANTIZED,
-        "mmproj": quantize.MMPROJ,
+        "model": pair.backbone.name,
+        "mmproj": pair.mmproj.name,
         "arguments": " ".join(OPTIONS),
         "frame_size": run.settings.base.frame_size,
         "build": toolchain.build,
