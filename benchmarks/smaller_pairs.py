@@ -1,0 +1,269 @@
+"""Smaller flight pairs, with and without an importance matrix: bytes, memory, seconds, and what the answers lose.
+
+    python benchmarks/smaller_pairs.py runs/tiny              # 20 minutes on 2 cores
+    python benchmarks/smaller_pairs.py --shapes 1.6b          # random weights: bytes, memory, seconds; 11 GB of disk
+
+With a finished run, each pair is made and evaluated by the package's own stages in a folder of its own beside the
+results of others (--folder), so the same command goes on after a stop. The best two types by divergence, and Q4_K_M,
+are then made with a tower in Q8_0. A pair is compared with the merged 16-bit model on the same test frames:
+
+KL     mean over frames of the Kullback-Leibler divergence of the categories' probabilities, in nats: 0 is the same
+flips  frames with another category than the 16-bit model's; gained and lost count the right ones; McNemar's exact p
+
+With --shapes, a checkpoint of random weights has no answers. Its pairs show bytes, memory and seconds of the real size.
+"""
+
+import argparse
+import json
+import resource
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import entropy
+
+from orion_triage.dataset.dataset import Dataset
+from orion_triage.evaluate.metrics import Prediction, compare, under
+from orion_triage.evaluate.run import predictions_in
+from orion_triage.export import calibrate, quantize
+from orion_triage.flight import bench_frame
+from orion_triage.llama_cpp.toolchain import find_toolchain
+from orion_triage.llama_cpp.tools import quantize_file
+from orion_triage.machine import rehearse
+from orion_triage.machine.describe import describe
+from orion_triage.mission.prompt import user_text
+from orion_triage.pipeline import QUANTIZE, run_stage, stage_named
+from orion_triage.runs.run import Run, open_run
+from orion_triage.safe.files import sha256_of_file, write_text
+from orion_triage.settings import QuantizeSettings, load_settings
+
+HERE = Path(__file__).parent
+SHAPES = {"1.6b": "lfm2.5-vl-1.6b", "450m": "lfm2.5-vl-450m"}
+KINDS = ("Q4_K_M", "Q3_K_M", "IQ4_XS", "Q4_0")
+CONDITIONS = ("A", "B")
+REPEATS = 5  # frames that are timed
+FEW_RECORDS = 4  # of a calibration at the real size, whose time is then known for all of them
+Figures = dict[str, Any]
+
+
+def name_of(settings: QuantizeSettings) -> str:
+    parts = [settings.type, "matrix" if settings.calibrate == "task" else "", f"tower {settings.tower}"]
+    return ", ".join(filter(None, parts))
+
+
+# --- a finished run ---------------------------------------------------------------------------------------------------
+
+
+def measured(run: Run, settings: QuantizeSettings, folder: Path) -> Figures:
+    """One pair of the run's merged model: made, evaluated, timed, and compared with the merged model."""
+    own = replace(
+        run,
+        folder=(folder / name_of(settings).replace(", ", "_").replace(" ", "-")).resolve(),
+        settings=run.settings.model_copy(update={"quantize": settings}),
+    )
+    own.folder.mkdir(parents=True, exist_ok=True)
+    for source, link in ((run.dataset, own.dataset), (run.merged, own.merged)):
+        if not link.exists():
+            link.symlink_to(source.resolve())
+    made, _ = run_stage(QUANTIZE, own)
+    run_stage(stage_named("evaluate quantized", own.settings), own)
+    path, pair = own.folder / "row.json", sha256_of_file(own.gguf / quantize.PAIR)
+    if path.is_file() and (row := json.loads(path.read_text(encoding="utf-8")))["pair_sha256"] == pair:
+        return dict(row)
+    files = quantize.check_pair(own.gguf)
+    timed = bench_frame.run(
+        [own],
+        sizes=[own.settings.base.frame_size],
+        mmprojs=[settings.tower],
+        quantizations=[settings.type],
+        reason_tokens=[],
+        repeats=REPEATS,
+    )
+    (flown,) = (one for one in timed["rows"] if one["change"] == bench_frame.FLIGHT)
+    mission = run.settings.mission
+    merge, answers = (
+        predictions_in(one, mission) for one in (run.evaluation("fine-tuned"), own.evaluation("quantized"))
+    )
+    row: Figures = {
+        "pair": name_of(settings),
+        **settings.model_dump(),
+        "pair_sha256": pair,
+        "tensor_types": made.figures["tensor_types"][files.backbone.name],
+        "backbone_bytes": files.backbone.stat().st_size,
+        "tower_bytes": files.mmproj.stat().st_size,
+        "pair_bytes": files.backbone.stat().st_size + files.mmproj.stat().st_size,
+        "peak_memory_bytes": flown["peak_memory_bytes"],
+        "seconds_per_frame": flown["seconds_per_frame"],
+        "busy_cores": timed["machine"]["busy_cores"],
+        "conditions": {c: against(under(merge, c), under(answers, c)) for c in CONDITIONS},
+    }
+    write_text(path, json.dumps(row, indent=1) + "\n")
+    return row
+
+
+def against(merge: Sequence[Prediction], pair: Sequence[Prediction]) -> Figures:
+    """The pair's answers beside those of the merged model to the same frames."""
+    change = compare(merge, pair)
+    both = [(m.scores, p.scores) for m, p in zip(merge, pair, strict=True) if m.scores and p.scores]
+    divergence = entropy(*(np.array(side) for side in zip(*both, strict=True)), axis=1)
+    return {
+        "count": len(pair),
+        "right": sum(one.predicted == one.truth for one in pair),
+        "right_of_merge": sum(one.predicted == one.truth for one in merge),
+        "divergence": float(divergence.mean()),
+        "largest_divergence": float(divergence.max()),
+        "scored": len(both),
+        "flips": sum(m.predicted != p.predicted for m, p in zip(merge, pair, strict=True)),
+        "gained": change.gained,
+        "lost": change.lost,
+        "exact_p": change.exact_p,
+    }
+
+
+def of_run(folder: Path, work: Path) -> Figures:
+    run = open_run(folder)
+    rows: list[Figures] = []
+
+    def add(settings: QuantizeSettings) -> None:
+        print(f"{name_of(settings)} ...", flush=True)
+        rows.append(measured(run, settings, work))
+
+    for kind in KINDS:
+        for how in ("none", "task"):
+            add(QuantizeSettings(type=kind, calibrate=how))
+    best = sorted(rows, key=lambda row: sum(row["conditions"][c]["divergence"] for c in CONDITIONS))[:2]
+    chosen = {(row["type"], row["calibrate"]) for row in best} | {("Q4_K_M", "none")}
+    for kind, how in sorted(chosen):
+        add(QuantizeSettings(type=kind, calibrate=how, tower="Q8_0"))
+    return {"preset": run.settings.preset, "machine": describe(), "rows": rows}
+
+
+def table_of_run(figures: Figures) -> list[str]:
+    lines = [
+        "| pair | MB | memory, MB | s a frame | right A, B | KL A | KL B | flips A, B | p A, B |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in figures["rows"]:
+        a, b = (row["conditions"][condition] for condition in CONDITIONS)
+        cells = [
+            row["pair"],
+            f"{row['pair_bytes'] / 1e6:.2f}",
+            f"{row['peak_memory_bytes'] / 1e6:.0f}",
+            f"{row['seconds_per_frame']:.3f}",
+            f"{a['right']}, {b['right']} of {b['count']}",
+            f"{a['divergence']:.5f}",
+            f"{b['divergence']:.5f}",
+            f"{a['flips']}, {b['flips']}",
+            f"{a['exact_p']:.2f}, {b['exact_p']:.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+# --- random weights at a published shape ------------------------------------------------------------------------------
+
+
+def of_shapes(preset: str, work: Path) -> Figures:
+    base, settings = work / "base", QuantizeSettings(tower="Q8_0")
+    run = Run((work / "run").resolve(), load_settings(preset).model_copy(update={"quantize": settings}))
+    if not base.exists():
+        print("random weights ...", flush=True)
+        rehearse.make_base(preset, base)
+    if not run.dataset.exists():
+        rehearse.make_dataset(run.dataset, rehearse.CHECK_RECORDS)
+    if not run.merged.exists():
+        run.merged.symlink_to(base.resolve())
+    if not run.gguf.exists():
+        print("converting ...", flush=True)
+        quantize.run(run.merged, run.gguf, settings, user_texts=[user_text(run.settings.mission, None)])
+    f16, matrix = run.gguf / quantize.F16, work / quantize.MATRIX
+    print(f"calibrating with {FEW_RECORDS} records ...", flush=True)
+    with ProcessPoolExecutor(1, get_context("spawn")) as beside:
+        calibration = beside.submit(calibrated, run, f16, matrix).result()
+    sizes: Figures = {}
+    for kind in KINDS:
+        for importance in (None, matrix):
+            print(f"quantizing to {kind}{' with the matrix' if importance else ''} ...", flush=True)
+            path = work / quantize.backbone_name(kind)
+            use = quantize_file(find_toolchain(), f16, path, kind, importance)
+            sizes[f"{kind}{', matrix' if importance else ''}"] = {
+                "bytes": path.stat().st_size, "seconds": use.seconds, "peak_memory_bytes": use.peak_memory_bytes,
+            }  # fmt: skip
+            path.unlink()
+    towers = {kind: (run.gguf / quantize.tower_name(kind)).stat().st_size for kind in ("F16", "Q8_0")}
+    print("asking about frames ...", flush=True)
+    timed = bench_frame.run(
+        [run],
+        sizes=[run.settings.base.frame_size],
+        mmprojs=["F16"],
+        quantizations=[kind for kind in KINDS if kind != settings.type],
+        reason_tokens=[],
+        repeats=1,
+    )
+    return {
+        "preset": preset,
+        "machine": timed["machine"],
+        "calibration": calibration,
+        "backbones": sizes,
+        "tower_bytes": towers,
+        "frames": timed["rows"],
+    }
+
+
+def calibrated(run: Run, f16: Path, matrix: Path) -> Figures:
+    """The cost of a calibration; in a process of its own, for its memory."""
+    dataset, size = Dataset(run.dataset, run.settings.mission), run.settings.base.frame_size
+    began = time.monotonic()
+    figures = calibrate.run(run.merged, f16, dataset, matrix, size, count=FEW_RECORDS)
+    seconds = time.monotonic() - began
+    return figures | {
+        "seconds": seconds,
+        "peak_memory_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    }
+
+
+def table_of_shapes(figures: Figures) -> list[str]:
+    lines = ["| backbone | MB | with tower F16, Q8_0 | s to quantize |", "|---|---:|---:|---:|"]
+    towers = figures["tower_bytes"]
+    for name, one in figures["backbones"].items():
+        both = ", ".join(f"{(one['bytes'] + towers[kind]) / 1e6:,.0f}" for kind in ("F16", "Q8_0"))
+        lines.append(f"| {name} | {one['bytes'] / 1e6:,.0f} | {both} | {one['seconds']:.0f} |")
+    lines += ["", "| backbone, tower | memory, GB | s a frame | of it encoding |", "|---|---:|---:|---:|"]
+    for row in figures["frames"]:
+        if not row["flash_attention"] and row["change"] != bench_frame.VERDICT_ONLY:
+            name = f"{row['quantization']}, {row['mmproj']}"
+            memory, seconds = row["peak_memory_bytes"] / 1e9, row["seconds_per_frame"]
+            lines.append(f"| {name} | {memory:.2f} | {seconds:.1f} | {row['encode_seconds']:.1f} |")
+    one = figures["calibration"]
+    lines += [
+        "",
+        f"calibration: {one['seconds']:.0f} s for {one['records']} records, {one['peak_memory_bytes'] / 1e9:.2f} GB",
+    ]
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, nargs="?", help="folder of a finished run")
+    parser.add_argument("--shapes", choices=SHAPES, help="random weights instead of a run")
+    parser.add_argument("--folder", type=Path, default=Path("build/smaller-pairs"), help="where the pairs are made")
+    parser.add_argument("--out", type=Path, help="JSON file of the results")
+    arguments = parser.parse_args()
+    if (arguments.run is None) == (arguments.shapes is None):
+        parser.error("give either the folder of a run or --shapes")
+    if arguments.shapes:
+        figures = of_shapes(SHAPES[arguments.shapes], arguments.folder / arguments.shapes)
+    else:
+        figures = of_run(arguments.run, arguments.folder)
+    out = arguments.out or HERE / "results" / f"smaller_pairs_{figures['preset']}.json"
+    write_text(out, json.dumps(figures, indent=1) + "\n")
+    print("\n".join((table_of_shapes if arguments.shapes else table_of_run)(figures)))
+
+
+if __name__ == "__main__":
+    main()
