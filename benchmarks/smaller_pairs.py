@@ -19,7 +19,7 @@ import resource
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -28,25 +28,28 @@ import numpy as np
 from scipy.stats import entropy
 
 from orion_triage.dataset.dataset import Dataset
+from orion_triage.dataset.sources.synthetic.draw import draw_tile
 from orion_triage.evaluate.metrics import Prediction, compare, under
 from orion_triage.evaluate.run import predictions_in
 from orion_triage.export import calibrate, quantize
-from orion_triage.flight import bench_frame
-from orion_triage.llama_cpp.toolchain import find_toolchain
+from orion_triage.imagery.frames import Frame, shrink
+from orion_triage.llama_cpp.server import Server
+from orion_triage.llama_cpp.toolchain import Toolchain, find_toolchain
 from orion_triage.llama_cpp.tools import quantize_file
 from orion_triage.machine import rehearse
 from orion_triage.machine.describe import describe
 from orion_triage.mission.prompt import user_text
+from orion_triage.models.family import turn_of
 from orion_triage.pipeline import QUANTIZE, run_stage, stage_named
 from orion_triage.runs.run import Run, open_run
 from orion_triage.safe.files import sha256_of_file, write_text
-from orion_triage.settings import QuantizeSettings, load_settings
+from orion_triage.settings import BackboneType, QuantizeSettings, Settings, load_settings
 
 HERE = Path(__file__).parent
 SHAPES = {"1.6b": "lfm2.5-vl-1.6b", "450m": "lfm2.5-vl-450m"}
-KINDS = ("Q4_K_M", "Q3_K_M", "IQ4_XS", "Q4_0")
+KINDS: tuple[BackboneType, ...] = ("Q4_K_M", "Q3_K_M", "IQ4_XS", "Q4_0")
 CONDITIONS = ("A", "B")
-REPEATS = 5  # frames that are timed
+FRAMES, TOKENS, REPEATS = 20, 40, 3  # frames that are timed, the length of their answers, and how often
 FEW_RECORDS = 4  # of a calibration at the real size, whose time is then known for all of them
 Figures = dict[str, Any]
 
@@ -76,15 +79,7 @@ def measured(run: Run, settings: QuantizeSettings, folder: Path) -> Figures:
     if path.is_file() and (row := json.loads(path.read_text(encoding="utf-8")))["pair_sha256"] == pair:
         return dict(row)
     files = quantize.check_pair(own.gguf)
-    timed = bench_frame.run(
-        [own],
-        sizes=[own.settings.base.frame_size],
-        mmprojs=[settings.tower],
-        quantizations=[settings.type],
-        reason_tokens=[],
-        repeats=REPEATS,
-    )
-    (flown,) = (one for one in timed["rows"] if one["change"] == bench_frame.FLIGHT)
+    cost = cost_of_frames(find_toolchain(), files.backbone, files.mmproj, own.settings, own.folder)
     mission = run.settings.mission
     merge, answers = (
         predictions_in(one, mission) for one in (run.evaluation("fine-tuned"), own.evaluation("quantized"))
@@ -97,9 +92,7 @@ def measured(run: Run, settings: QuantizeSettings, folder: Path) -> Figures:
         "backbone_bytes": files.backbone.stat().st_size,
         "tower_bytes": files.mmproj.stat().st_size,
         "pair_bytes": files.backbone.stat().st_size + files.mmproj.stat().st_size,
-        "peak_memory_bytes": flown["peak_memory_bytes"],
-        "seconds_per_frame": flown["seconds_per_frame"],
-        "busy_cores": timed["machine"]["busy_cores"],
+        **cost,
         "conditions": {c: against(under(merge, c), under(answers, c)) for c in CONDITIONS},
     }
     write_text(path, json.dumps(row, indent=1) + "\n")
@@ -145,7 +138,7 @@ def of_run(folder: Path, work: Path) -> Figures:
 
 def table_of_run(figures: Figures) -> list[str]:
     lines = [
-        "| pair | MB | memory, MB | s a frame | right A, B | KL A | KL B | flips A, B | p A, B |",
+        "| pair | MB | memory, MB | CPU s a frame | right A, B | KL A | KL B | flips A, B | p A, B |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in figures["rows"]:
@@ -154,7 +147,7 @@ def table_of_run(figures: Figures) -> list[str]:
             row["pair"],
             f"{row['pair_bytes'] / 1e6:.2f}",
             f"{row['peak_memory_bytes'] / 1e6:.0f}",
-            f"{row['seconds_per_frame']:.3f}",
+            f"{row['cpu_seconds_per_frame']:.4f}",
             f"{a['right']}, {b['right']} of {b['count']}",
             f"{a['divergence']:.5f}",
             f"{b['divergence']:.5f}",
@@ -163,6 +156,40 @@ def table_of_run(figures: Figures) -> list[str]:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+# --- what a frame costs -----------------------------------------------------------------------------------------------
+
+
+def cost_of_frames(
+    toolchain: Toolchain, backbone: Path, mmproj: Path, settings: Settings, folder: Path, *, few: bool = False
+) -> Figures:
+    """CPU seconds per frame and peak memory of a server with one thread, for answers of TOKENS tokens.
+
+    CPU seconds are those of the server's process, so other programs on the machine add little; the lowest of several
+    measurements counts. The first frame and the loading are subtracted: they are the cost of a server that was asked
+    about one frame.
+    """
+    text, size = user_text(settings.mission, None), settings.base.frame_size
+    more = 1 if few else FRAMES
+    seconds, peak = [], 0
+    for count in (1, 1 + more) * (1 if few else REPEATS):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        log = folder / "logs" / "cost-server.log"
+        with Server(toolchain, backbone, mmproj, log=log, turn=turn_of(backbone), threads=1) as server:
+            for seed in range(count):
+                image = shrink(draw_tile("urban_grid", seed).image, size)
+                png, grammar = Frame(image, image.size).png(), "root ::= [a-z]+"
+                reply = server.client.completion(text, png, TOKENS, grammar=grammar, ignore_eos=True)
+                assert reply["tokens_predicted"] == TOKENS
+            peak = server.peak_memory_bytes()
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return {
+        "cpu_seconds_per_frame": (min(seconds[1::2]) - min(seconds[::2])) / more,
+        "peak_memory_bytes": peak,
+        "answer_tokens": TOKENS,
+    }
 
 
 # --- random weights at a published shape ------------------------------------------------------------------------------
@@ -181,37 +208,29 @@ def of_shapes(preset: str, work: Path) -> Figures:
     if not run.gguf.exists():
         print("converting ...", flush=True)
         quantize.run(run.merged, run.gguf, settings, user_texts=[user_text(run.settings.mission, None)])
-    f16, matrix = run.gguf / quantize.F16, work / quantize.MATRIX
+    toolchain, f16, matrix = find_toolchain(), run.gguf / quantize.F16, work / quantize.MATRIX
     print(f"calibrating with {FEW_RECORDS} records ...", flush=True)
     with ProcessPoolExecutor(1, get_context("spawn")) as beside:
         calibration = beside.submit(calibrated, run, f16, matrix).result()
-    sizes: Figures = {}
+    towers = {kind: run.gguf / quantize.tower_name(kind) for kind in ("F16", "Q8_0")}
+    rows = []
     for kind in KINDS:
         for importance in (None, matrix):
-            print(f"quantizing to {kind}{' with the matrix' if importance else ''} ...", flush=True)
+            print(f"{kind}{', matrix' if importance else ''} ...", flush=True)
             path = work / quantize.backbone_name(kind)
-            use = quantize_file(find_toolchain(), f16, path, kind, importance)
-            sizes[f"{kind}{', matrix' if importance else ''}"] = {
-                "bytes": path.stat().st_size, "seconds": use.seconds, "peak_memory_bytes": use.peak_memory_bytes,
-            }  # fmt: skip
+            use = quantize_file(toolchain, f16, path, kind, importance)
+            row = {"type": kind, "matrix": bool(importance), "bytes": path.stat().st_size, "quantize": asdict(use)}
+            # The matrix changes neither the work of a frame nor the memory; the tower's type is the same for all types.
+            timed = [] if importance else ["F16", "Q8_0"] if kind == "Q4_K_M" else ["F16"]
+            cost = {one: cost_of_frames(toolchain, path, towers[one], run.settings, work, few=True) for one in timed}
+            rows.append(row | {"with_tower": cost})
             path.unlink()
-    towers = {kind: (run.gguf / quantize.tower_name(kind)).stat().st_size for kind in ("F16", "Q8_0")}
-    print("asking about frames ...", flush=True)
-    timed = bench_frame.run(
-        [run],
-        sizes=[run.settings.base.frame_size],
-        mmprojs=["F16"],
-        quantizations=[kind for kind in KINDS if kind != settings.type],
-        reason_tokens=[],
-        repeats=1,
-    )
     return {
         "preset": preset,
-        "machine": timed["machine"],
+        "machine": describe(),
         "calibration": calibration,
-        "backbones": sizes,
-        "tower_bytes": towers,
-        "frames": timed["rows"],
+        "backbones": rows,
+        "tower_bytes": {kind: path.stat().st_size for kind, path in towers.items()},
     }
 
 
@@ -228,17 +247,22 @@ def calibrated(run: Run, f16: Path, matrix: Path) -> Figures:
 
 
 def table_of_shapes(figures: Figures) -> list[str]:
-    lines = ["| backbone | MB | with tower F16, Q8_0 | s to quantize |", "|---|---:|---:|---:|"]
-    towers = figures["tower_bytes"]
-    for name, one in figures["backbones"].items():
-        both = ", ".join(f"{(one['bytes'] + towers[kind]) / 1e6:,.0f}" for kind in ("F16", "Q8_0"))
-        lines.append(f"| {name} | {one['bytes'] / 1e6:,.0f} | {both} | {one['seconds']:.0f} |")
-    lines += ["", "| backbone, tower | memory, GB | s a frame | of it encoding |", "|---|---:|---:|---:|"]
-    for row in figures["frames"]:
-        if not row["flash_attention"] and row["change"] != bench_frame.VERDICT_ONLY:
-            name = f"{row['quantization']}, {row['mmproj']}"
-            memory, seconds = row["peak_memory_bytes"] / 1e9, row["seconds_per_frame"]
-            lines.append(f"| {name} | {memory:.2f} | {seconds:.1f} | {row['encode_seconds']:.1f} |")
+    lines = [
+        "| backbone | MB | pair with tower F16, Q8_0 | s to quantize | memory, GB | CPU s a frame |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in figures["backbones"]:
+        both = ", ".join(f"{(row['bytes'] + of_tower) / 1e6:,.0f}" for of_tower in figures["tower_bytes"].values())
+        costs = row["with_tower"].values()
+        cells = [
+            f"{row['type']}{', matrix' if row['matrix'] else ''}",
+            f"{row['bytes'] / 1e6:,.0f}",
+            both,
+            f"{row['quantize']['seconds']:.0f}",
+            ", ".join(f"{one['peak_memory_bytes'] / 1e9:.2f}" for one in costs),
+            ", ".join(f"{one['cpu_seconds_per_frame']:.1f}" for one in costs),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     one = figures["calibration"]
     lines += [
         "",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from orion_triage.dataset.dataset import Dataset
 from orion_triage.errors import OrionError
 from orion_triage.export import calibrate
-from orion_triage.export.calibrate import TOKEN_EMBEDDING
+from orion_triage.export.calibrate import HEAD, TOKEN_EMBEDDING
 from orion_triage.export.convert import convert, matrices
 from orion_triage.hub import pair_among
 from orion_triage.llama_cpp.client import Client
@@ -180,8 +180,8 @@ def _plan(name: str, reader: "GGUFReader", family: Family) -> "Iterator[tuple[Re
     """The matrices of a file of this name, each with the types that it may have."""
     if kind := _BACKBONES.get(name):
         for tensor in matrices(reader, family):
-            # Only the token embedding, feed-forward and attention have better types than the rest.
-            is_better = tensor.name == TOKEN_EMBEDDING or any(part in tensor.name for part in ("ffn_down", "attn_"))
+            # Only embedding, head, attention and the last matrix of a feed-forward have better types than the rest.
+            is_better = tensor.name in (TOKEN_EMBEDDING, HEAD) or any(p in tensor.name for p in ("ffn_down", "attn_"))
             yield tensor, _MATRIX_TYPES[kind] if is_better else _MATRIX_TYPES[kind][:1]
     elif name == tower_name("Q8_0"):
         for tensor in reader.tensors:
