@@ -18,9 +18,10 @@ from orion_triage.errors import OrionError
 from orion_triage.evaluate import variants
 from orion_triage.evaluate.metrics import Prediction
 from orion_triage.export import calibrate, quantize
-from orion_triage.flight import bundle
+from orion_triage.flight import bench_frame, bundle
 from orion_triage.llama_cpp.toolchain import Toolchain, find_toolchain
 from orion_triage.llama_cpp.tools import quantize_file, run_tool
+from orion_triage.machine import plan
 from orion_triage.models import lfm2_vl
 from orion_triage.models.load import TINY_BASE_FOLDER
 from orion_triage.pipeline import QUANTIZE, clean, is_current, run_stage, stage_named
@@ -242,6 +243,21 @@ def test_the_inputs_of_a_default_pair_are_those_of_before_other_pairs_existed() 
     ):
         changed = default.model_copy(update={"quantize": settings})
         assert variants.named(changed, "quantized").changes == said
+
+
+def test_what_is_planned_and_measured_is_the_pair_of_the_settings() -> None:
+    chosen = ["quantize.type=Q3_K_M", "quantize.tower=Q8_0"]
+    flown, *_ = bench_frame.plan(Run(Path("r"), load_settings("tiny", chosen)), (), (), ())
+    assert flown == bench_frame.Setup(256, "Q3_K_M", "Q8_0")
+    default, other = (
+        {step.name: step.disk for step in plan.plan(load_settings("lfm2.5-vl-1.6b", sets), "none", 360).steps}["copy"]
+        for sets in ([], chosen)
+    )
+    assert default
+    assert (default.known, default.how) == ("measured", "Q4_K_M and mmproj")
+    assert other
+    assert other.known == "estimate"
+    assert "Q3_K_M with one in Q8_0" in other.how
 
 
 @pytest.mark.llama_cpp

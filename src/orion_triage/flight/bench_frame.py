@@ -463,6 +463,8 @@ def _beside_accuracy(row: Row, run: "Run", setup: Setup, model: str = "") -> Row
     flown = _flown(run)
     if replace(setup, quantization=flown.quantization) != flown:
         return row
+    if setup != flown and setup.mmproj != "F16":  # of the evaluated variants, only the pair has another tower
+        return row
     models = (model,) if model else _FLOWN if setup == flown else (setup.quantization,)
     for name in models:
         if _is_of_this_pair(run, name):
