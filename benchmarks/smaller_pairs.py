@@ -3,8 +3,8 @@
     python benchmarks/smaller_pairs.py runs/tiny              # 20 minutes on 2 cores
     python benchmarks/smaller_pairs.py --shapes 1.6b          # random weights: bytes, memory, seconds; 11 GB of disk
 
-With a finished run, each pair is made and evaluated by the package's own stages in a folder of its own beside the
-results of others (--folder), so the same command goes on after a stop. The best two types by divergence, and Q4_K_M,
+With a finished run, each pair is made and evaluated by the package's own stages in a folder of its own (below
+--folder), so the same command goes on after a stop. The best two types by divergence, and Q4_K_M,
 are then made with a tower in Q8_0. A pair is compared with the merged 16-bit model on the same test frames:
 
 KL     mean over frames of the Kullback-Leibler divergence of the categories' probabilities, in nats: 0 is the same
@@ -17,12 +17,13 @@ import argparse
 import json
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from scipy.stats import entropy
@@ -48,9 +49,10 @@ from orion_triage.settings import BackboneType, QuantizeSettings, Settings, load
 HERE = Path(__file__).parent
 SHAPES = {"1.6b": "lfm2.5-vl-1.6b", "450m": "lfm2.5-vl-450m"}
 KINDS: tuple[BackboneType, ...] = ("Q4_K_M", "Q3_K_M", "IQ4_XS", "Q4_0")
+HOWS: tuple[Literal["none", "task"], ...] = ("none", "task")
 CONDITIONS = ("A", "B")
 FRAMES, TOKENS, REPEATS = 20, 40, 3  # frames that are timed, the length of their answers, and how often
-FEW_RECORDS = 4  # of a calibration at the real size, whose time is then known for all of them
+FEW_RECORDS = 2  # of a calibration at the real size, whose time is then known for all of them
 Figures = dict[str, Any]
 
 
@@ -76,8 +78,8 @@ def measured(run: Run, settings: QuantizeSettings, folder: Path) -> Figures:
     made, _ = run_stage(QUANTIZE, own)
     run_stage(stage_named("evaluate quantized", own.settings), own)
     path, pair = own.folder / "row.json", sha256_of_file(own.gguf / quantize.PAIR)
-    if path.is_file() and (row := json.loads(path.read_text(encoding="utf-8")))["pair_sha256"] == pair:
-        return dict(row)
+    if path.is_file() and (kept := json.loads(path.read_text(encoding="utf-8")))["pair_sha256"] == pair:
+        return dict(kept)
     files = quantize.check_pair(own.gguf)
     cost = cost_of_frames(find_toolchain(), files.backbone, files.mmproj, own.settings, own.folder)
     mission = run.settings.mission
@@ -127,12 +129,14 @@ def of_run(folder: Path, work: Path) -> Figures:
         rows.append(measured(run, settings, work))
 
     for kind in KINDS:
-        for how in ("none", "task"):
+        for how in HOWS:
             add(QuantizeSettings(type=kind, calibrate=how))
     best = sorted(rows, key=lambda row: sum(row["conditions"][c]["divergence"] for c in CONDITIONS))[:2]
     chosen = {(row["type"], row["calibrate"]) for row in best} | {("Q4_K_M", "none")}
-    for kind, how in sorted(chosen):
-        add(QuantizeSettings(type=kind, calibrate=how, tower="Q8_0"))
+    for kind in KINDS:
+        for how in HOWS:
+            if (kind, how) in chosen:
+                add(QuantizeSettings(type=kind, calibrate=how, tower="Q8_0"))
     return {"preset": run.settings.preset, "machine": describe(), "rows": rows}
 
 
@@ -209,39 +213,53 @@ def of_shapes(preset: str, work: Path) -> Figures:
         print("converting ...", flush=True)
         quantize.run(run.merged, run.gguf, settings, user_texts=[user_text(run.settings.mission, None)])
     toolchain, f16, matrix = find_toolchain(), run.gguf / quantize.F16, work / quantize.MATRIX
-    print(f"calibrating with {FEW_RECORDS} records ...", flush=True)
-    with ProcessPoolExecutor(1, get_context("spawn")) as beside:
-        calibration = beside.submit(calibrated, run, f16, matrix).result()
     towers = {kind: run.gguf / quantize.tower_name(kind) for kind in ("F16", "Q8_0")}
+
+    def calibration() -> Figures:
+        with ProcessPoolExecutor(1, get_context("spawn")) as beside:
+            return beside.submit(calibrated, run, f16, matrix).result()
+
+    def backbone(kind: BackboneType, importance: Path | None) -> Figures:
+        path = work / quantize.backbone_name(kind)
+        use = quantize_file(toolchain, f16, path, kind, importance)
+        # The matrix changes neither the work of a frame nor the memory; the tower's type is the same for all types.
+        timed = [] if importance else ["F16", "Q8_0"] if kind == "Q4_K_M" else ["F16"]
+        cost = {one: cost_of_frames(toolchain, path, towers[one], run.settings, work, few=True) for one in timed}
+        size = path.stat().st_size
+        path.unlink()
+        return {"type": kind, "matrix": bool(importance), "bytes": size, "quantize": asdict(use), "with_tower": cost}
+
+    made = once(work / "calibration.json", f"calibrating with {FEW_RECORDS} records", calibration)
     rows = []
     for kind in KINDS:
         for importance in (None, matrix):
-            print(f"{kind}{', matrix' if importance else ''} ...", flush=True)
-            path = work / quantize.backbone_name(kind)
-            use = quantize_file(toolchain, f16, path, kind, importance)
-            row = {"type": kind, "matrix": bool(importance), "bytes": path.stat().st_size, "quantize": asdict(use)}
-            # The matrix changes neither the work of a frame nor the memory; the tower's type is the same for all types.
-            timed = [] if importance else ["F16", "Q8_0"] if kind == "Q4_K_M" else ["F16"]
-            cost = {one: cost_of_frames(toolchain, path, towers[one], run.settings, work, few=True) for one in timed}
-            rows.append(row | {"with_tower": cost})
-            path.unlink()
+            name = f"{kind}, matrix" if importance else kind
+            rows.append(once(work / f"{name}.json", name, partial(backbone, kind, importance)))
     return {
         "preset": preset,
         "machine": describe(),
-        "calibration": calibration,
+        "calibration": made,
         "backbones": rows,
         "tower_bytes": {kind: path.stat().st_size for kind, path in towers.items()},
     }
 
 
+def once(path: Path, what: str, measure: Callable[[], Figures]) -> Figures:
+    """What was measured, from its file if there is one."""
+    if not path.is_file():
+        print(f"{what} ...", flush=True)
+        write_text(path, json.dumps(measure(), indent=1) + "\n")
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
 def calibrated(run: Run, f16: Path, matrix: Path) -> Figures:
     """The cost of a calibration; in a process of its own, for its memory."""
     dataset, size = Dataset(run.dataset, run.settings.mission), run.settings.base.frame_size
-    began = time.monotonic()
+    began, processors_began = time.monotonic(), time.process_time()
     figures = calibrate.run(run.merged, f16, dataset, matrix, size, count=FEW_RECORDS)
-    seconds = time.monotonic() - began
     return figures | {
-        "seconds": seconds,
+        "seconds": time.monotonic() - began,
+        "cpu_seconds": time.process_time() - processors_began,
         "peak_memory_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     }
 
@@ -266,7 +284,8 @@ def table_of_shapes(figures: Figures) -> list[str]:
     one = figures["calibration"]
     lines += [
         "",
-        f"calibration: {one['seconds']:.0f} s for {one['records']} records, {one['peak_memory_bytes'] / 1e9:.2f} GB",
+        f"calibration: {one['cpu_seconds']:.0f} CPU s for {one['records']} records, "
+        f"{one['peak_memory_bytes'] / 1e9:.2f} GB",
     ]
     return lines
 
