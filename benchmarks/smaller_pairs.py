@@ -7,7 +7,9 @@ With a finished run, each pair is made and evaluated by the package's own stages
 --folder), so the same command goes on after a stop. The best two types by divergence, and Q4_K_M,
 are then made with a tower in Q8_0. A pair is compared with the merged 16-bit model on the same test frames:
 
-KL     mean over frames of the Kullback-Leibler divergence of the categories' probabilities, in nats: 0 is the same
+KL     mean over frames of the Kullback-Leibler divergence of the categories' probabilities, in nats: 0 is the same.
+       They are those after the reason that each model wrote, so another word in a reason counts too
+less   how much lower the KL is than that of the first pair, on the same answers
 flips  frames with another category than the 16-bit model's; gained and lost count the right ones; McNemar's exact p
 
 With --shapes, a checkpoint of random weights has no answers. Its pairs show bytes, memory and seconds of the real size.
@@ -17,7 +19,7 @@ import argparse
 import json
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
@@ -26,7 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from scipy.stats import entropy
+from scipy.stats import bootstrap, entropy
 
 from orion_triage.dataset.dataset import Dataset
 from orion_triage.dataset.sources.synthetic.draw import draw_tile
@@ -51,7 +53,7 @@ SHAPES = {"1.6b": "lfm2.5-vl-1.6b", "450m": "lfm2.5-vl-450m"}
 KINDS: tuple[BackboneType, ...] = ("Q4_K_M", "Q3_K_M", "IQ4_XS", "Q4_0")
 HOWS: tuple[Literal["none", "task"], ...] = ("none", "task")
 CONDITIONS = ("A", "B")
-FRAMES, TOKENS, REPEATS = 20, 40, 3  # frames that are timed, the length of their answers, and how often
+FRAMES, TOKENS, REPEATS = 10, 40, 3  # frames that are timed, the length of their answers, and how often
 FEW_RECORDS = 2  # of a calibration at the real size, whose time is then known for all of them
 Figures = dict[str, Any]
 
@@ -64,13 +66,18 @@ def name_of(settings: QuantizeSettings) -> str:
 # --- a finished run ---------------------------------------------------------------------------------------------------
 
 
-def measured(run: Run, settings: QuantizeSettings, folder: Path) -> Figures:
-    """One pair of the run's merged model: made, evaluated, timed, and compared with the merged model."""
-    own = replace(
+def run_of(run: Run, settings: QuantizeSettings, folder: Path) -> Run:
+    """The run of one pair, in a folder of its own."""
+    return replace(
         run,
         folder=(folder / name_of(settings).replace(", ", "_").replace(" ", "-")).resolve(),
         settings=run.settings.model_copy(update={"quantize": settings}),
     )
+
+
+def measured(run: Run, settings: QuantizeSettings, folder: Path) -> Figures:
+    """One pair of the run's merged model: made, evaluated, timed, and compared with the merged model."""
+    own = run_of(run, settings, folder)
     own.folder.mkdir(parents=True, exist_ok=True)
     for source, link in ((run.dataset, own.dataset), (run.merged, own.merged)):
         if not link.exists():
@@ -104,15 +111,15 @@ def measured(run: Run, settings: QuantizeSettings, folder: Path) -> Figures:
 def against(merge: Sequence[Prediction], pair: Sequence[Prediction]) -> Figures:
     """The pair's answers beside those of the merged model to the same frames."""
     change = compare(merge, pair)
-    both = [(m.scores, p.scores) for m, p in zip(merge, pair, strict=True) if m.scores and p.scores]
-    divergence = entropy(*(np.array(side) for side in zip(*both, strict=True)), axis=1)
+    by_frame = divergences(merge, pair)
+    divergence = np.array(list(by_frame.values()))
     return {
         "count": len(pair),
         "right": sum(one.predicted == one.truth for one in pair),
         "right_of_merge": sum(one.predicted == one.truth for one in merge),
         "divergence": float(divergence.mean()),
         "largest_divergence": float(divergence.max()),
-        "scored": len(both),
+        "scored": len(by_frame),
         "flips": sum(m.predicted != p.predicted for m, p in zip(merge, pair, strict=True)),
         "gained": change.gained,
         "lost": change.lost,
@@ -120,13 +127,43 @@ def against(merge: Sequence[Prediction], pair: Sequence[Prediction]) -> Figures:
     }
 
 
+def divergences(merge: Sequence[Prediction], pair: Sequence[Prediction]) -> dict[str, float]:
+    """Frame -> divergence of the pair's probabilities from the merged model's; without answers that have no verdict."""
+    return {
+        m.name: float(entropy(m.scores, p.scores)) for m, p in zip(merge, pair, strict=True) if m.scores and p.scores
+    }
+
+
+def less_than(first: Mapping[str, float], second: Mapping[str, float]) -> Figures:
+    """How much lower the second divergences are, with the 95 % interval of a bootstrap over frames.
+
+    Names are "CONDITION FRAME"; the conditions of a frame are drawn together.
+    """
+    by_frame: dict[str, list[float]] = {}
+    for name in first.keys() & second.keys():
+        by_frame.setdefault(name.partition(" ")[2], []).append(first[name] - second[name])
+    lower = [float(np.mean(by_frame[frame])) for frame in sorted(by_frame)]
+    found = bootstrap((lower,), np.mean, method="percentile", rng=np.random.default_rng(0)).confidence_interval
+    return {"lower_by": float(np.mean(lower)), "low": float(found.low), "high": float(found.high)}
+
+
 def of_run(folder: Path, work: Path) -> Figures:
     run = open_run(folder)
     rows: list[Figures] = []
+    merge = predictions_in(run.evaluation("fine-tuned"), run.settings.mission)
+    default: dict[str, float] = {}
 
     def add(settings: QuantizeSettings) -> None:
         print(f"{name_of(settings)} ...", flush=True)
-        rows.append(measured(run, settings, work))
+        row = measured(run, settings, work)
+        answers = predictions_in(run_of(run, settings, work).evaluation("quantized"), run.settings.mission)
+        found = {
+            f"{condition} {name}": value
+            for condition in CONDITIONS
+            for name, value in divergences(under(merge, condition), under(answers, condition)).items()
+        }
+        default.update({} if default else found)  # the first pair is the default one
+        rows.append(row | ({"divergence": less_than(default, found)} if rows else {}))
 
     for kind in KINDS:
         for how in HOWS:
@@ -142,7 +179,8 @@ def of_run(folder: Path, work: Path) -> Figures:
 
 def table_of_run(figures: Figures) -> list[str]:
     lines = [
-        "| pair | MB | memory, MB | CPU s a frame | right A, B | KL A | KL B | flips A, B | p A, B |",
+        "| pair | MB | memory, MB | CPU s a frame | right A, B | KL A, B (10^-3) | less than the first (95 %) "
+        "| flips A, B | p A, B |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in figures["rows"]:
@@ -153,13 +191,22 @@ def table_of_run(figures: Figures) -> list[str]:
             f"{row['peak_memory_bytes'] / 1e6:.0f}",
             f"{row['cpu_seconds_per_frame']:.4f}",
             f"{a['right']}, {b['right']} of {b['count']}",
-            f"{a['divergence']:.5f}",
-            f"{b['divergence']:.5f}",
+            ", ".join(f"{1000 * one['divergence']:.1f}{_left_out(one)}" for one in (a, b)),
+            _lower(row["divergence"]) if "divergence" in row else "",
             f"{a['flips']}, {b['flips']}",
             f"{a['exact_p']:.2f}, {b['exact_p']:.2f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _left_out(figures: Figures) -> str:
+    missing = figures["count"] - figures["scored"]
+    return f" without {missing}" if missing else ""
+
+
+def _lower(figures: Figures) -> str:
+    return f"{1000 * figures['lower_by']:+.1f} ({1000 * figures['low']:+.1f} to {1000 * figures['high']:+.1f})"
 
 
 # --- what a frame costs -----------------------------------------------------------------------------------------------

@@ -349,3 +349,13 @@ def test_the_benchmark_compares_a_pair_with_the_merged_model() -> None:
     assert found["divergence"] == pytest.approx(0.5 * np.log(2) / 2)
     assert found["largest_divergence"] == pytest.approx(0.5 * np.log(2))
     assert (found["right"], found["right_of_merge"], found["flips"], found["gained"], found["lost"]) == (1, 2, 1, 0, 1)
+
+
+def test_a_lower_divergence_is_one_on_the_same_frames() -> None:
+    first = {f"{condition} {frame}": 0.004 + frame / 1e5 for condition in "AB" for frame in range(60)}
+    second = {name: value - 0.001 for name, value in first.items() if name != "B 7"} | {"B other": 9.0}
+    found = smaller_pairs.less_than(first, second)
+    assert [found[key] for key in ("lower_by", "low", "high")] == pytest.approx([0.001] * 3)
+    noisy = {name: value + (-1) ** int(name[2:]) * 0.002 for name, value in first.items()}
+    found = smaller_pairs.less_than(first, noisy)
+    assert found["low"] < 0 < found["high"]

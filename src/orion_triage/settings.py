@@ -184,7 +184,7 @@ class QuantizeSettings(Strict):
     # Of the vision tower. Q8_0 has two thirds of the size at 1.6B, and is not faster.
     tower: TowerType = "F16"
     # "task": an importance matrix from training records, image and text, says which weights have to be exact. It adds
-    # one pass over 48 records (17 minutes at 1.6B on 2 cores); measure whether it helps before you fly it.
+    # one pass over 48 records (half an hour of CPU time at 1.6B); measure whether it helps before you fly it.
     calibrate: Literal["none", "task"] = "none"
 
 
