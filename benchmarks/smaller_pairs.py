@@ -54,6 +54,7 @@ KINDS: tuple[BackboneType, ...] = ("Q4_K_M", "Q3_K_M", "IQ4_XS", "Q4_0")
 HOWS: tuple[Literal["none", "task"], ...] = ("none", "task")
 CONDITIONS = ("A", "B")
 FRAMES, TOKENS, REPEATS = 10, 40, 3  # frames that are timed, the length of their answers, and how often
+SHAPES_FRAME_SIZE = 256  # a frame of 512 px takes three to five times as long, with any of the pairs
 FEW_RECORDS = 2  # of a calibration at the real size, whose time is then known for all of them
 Figures = dict[str, Any]
 
@@ -221,7 +222,7 @@ def cost_of_frames(
     measurements counts. The first frame and the loading are subtracted: they are the cost of a server that was asked
     about one frame.
     """
-    text, size = user_text(settings.mission, None), settings.base.frame_size
+    text, size = user_text(settings.mission, None), SHAPES_FRAME_SIZE if few else settings.base.frame_size
     more = 1 if few else FRAMES
     seconds, peak = [], 0
     for count in (1, 1 + more) * (1 if few else REPEATS):
@@ -266,27 +267,40 @@ def of_shapes(preset: str, work: Path) -> Figures:
         with ProcessPoolExecutor(1, get_context("spawn")) as beside:
             return beside.submit(calibrated, run, f16, matrix).result()
 
-    def backbone(kind: BackboneType, importance: Path | None) -> Figures:
+    def quantized(kind: BackboneType, importance: Path | None) -> Figures:
         path = work / quantize.backbone_name(kind)
         use = quantize_file(toolchain, f16, path, kind, importance)
-        # The matrix changes neither the work of a frame nor the memory; the tower's type is the same for all types.
-        timed = [] if importance else ["F16", "Q8_0"] if kind == "Q4_K_M" else ["F16"]
-        cost = {one: cost_of_frames(toolchain, path, towers[one], run.settings, work, few=True) for one in timed}
         size = path.stat().st_size
-        path.unlink()
-        return {"type": kind, "matrix": bool(importance), "bytes": size, "quantize": asdict(use), "with_tower": cost}
+        if importance:
+            path.unlink()
+        return {"type": kind, "matrix": bool(importance), "bytes": size, "quantize": asdict(use)}
+
+    def asked(kind: BackboneType, tower: str) -> Figures:
+        path = work / quantize.backbone_name(kind)
+        if not path.is_file():
+            quantize_file(toolchain, f16, path, kind)
+        return cost_of_frames(toolchain, path, towers[tower], run.settings, work, few=True)
 
     made = once(work / "calibration.json", f"calibrating with {FEW_RECORDS} records", calibration)
     rows = []
-    for kind in KINDS:
-        for importance in (None, matrix):
+    for importance in (matrix, None):
+        for kind in KINDS:
             name = f"{kind}, matrix" if importance else kind
-            rows.append(once(work / f"{name}.json", name, partial(backbone, kind, importance)))
+            rows.append(once(work / f"{name}.json", name, partial(quantized, kind, importance)))
+    # The matrix changes neither the work of a frame nor the memory; the tower's type is the same for all types.
+    costs = {
+        f"{kind}, tower {tower}": once(
+            work / f"cost {kind} {tower}.json", f"{kind}, tower {tower}: frames", partial(asked, kind, tower)
+        )
+        for kind, tower in [*((kind, "F16") for kind in KINDS), (KINDS[0], "Q8_0")]
+    }
     return {
         "preset": preset,
         "machine": describe(),
         "calibration": made,
         "backbones": rows,
+        "costs": costs,
+        "frame_size": SHAPES_FRAME_SIZE,
         "tower_bytes": {kind: path.stat().st_size for kind, path in towers.items()},
     }
 
@@ -312,22 +326,14 @@ def calibrated(run: Run, f16: Path, matrix: Path) -> Figures:
 
 
 def table_of_shapes(figures: Figures) -> list[str]:
-    lines = [
-        "| backbone | MB | pair with tower F16, Q8_0 | s to quantize | memory, GB | CPU s a frame |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
+    lines = ["| backbone | MB | pair with tower F16, Q8_0 | s to quantize |", "|---|---:|---:|---:|"]
     for row in figures["backbones"]:
         both = ", ".join(f"{(row['bytes'] + of_tower) / 1e6:,.0f}" for of_tower in figures["tower_bytes"].values())
-        costs = row["with_tower"].values()
-        cells = [
-            f"{row['type']}{', matrix' if row['matrix'] else ''}",
-            f"{row['bytes'] / 1e6:,.0f}",
-            both,
-            f"{row['quantize']['seconds']:.0f}",
-            ", ".join(f"{one['peak_memory_bytes'] / 1e9:.2f}" for one in costs),
-            ", ".join(f"{one['cpu_seconds_per_frame']:.1f}" for one in costs),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+        name = f"{row['type']}{', matrix' if row['matrix'] else ''}"
+        lines.append(f"| {name} | {row['bytes'] / 1e6:,.0f} | {both} | {row['quantize']['seconds']:.0f} |")
+    lines += ["", f"| pair | memory, GB | CPU s a frame of {figures['frame_size']} px |", "|---|---:|---:|"]
+    for name, cost in figures["costs"].items():
+        lines.append(f"| {name} | {cost['peak_memory_bytes'] / 1e9:.2f} | {cost['cpu_seconds_per_frame']:.1f} |")
     one = figures["calibration"]
     lines += [
         "",
