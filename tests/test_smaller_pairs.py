@@ -26,7 +26,7 @@ from orion_triage.models import lfm2_vl
 from orion_triage.models.load import TINY_BASE_FOLDER
 from orion_triage.pipeline import QUANTIZE, clean, is_current, run_stage, stage_named
 from orion_triage.runs import manifest
-from orion_triage.runs.run import Run, prepare
+from orion_triage.runs.run import Run, changed_settings, prepare
 from orion_triage.settings import BackboneType, QuantizeSettings, Settings, load_settings
 from tests.conftest import MISSION
 
@@ -235,6 +235,10 @@ def test_the_inputs_of_a_default_pair_are_those_of_before_other_pairs_existed() 
     assert QUANTIZE.settings_of(default) == {"quantize": {"type": "Q4_K_M"}}
     assert of(type="Q3_K_M") == {"type": "Q3_K_M"}
     assert of(tower="Q8_0", calibrate="task") == {"type": "Q4_K_M", "tower": "Q8_0", "calibrate": "task"}
+    made = manifest.Manifest("quantize", QUANTIZE.settings_of(default), {}, {}, {}, 0, {})
+    assert changed_settings(Run(Path(), default), made) == []
+    other = default.model_copy(update={"quantize": QuantizeSettings(tower="Q8_0")})
+    assert changed_settings(Run(Path(), other), made) == ["quantize.tower F16, now Q8_0"]
     changes = {variant.name: variant.changes for variant in variants.table(default)}
     assert changes["quantized"] == "quantization to Q4_K_M"
     for settings, said in (
