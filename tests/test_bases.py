@@ -267,6 +267,7 @@ FILES = ["LFM-F16.gguf", "LFM-Q4_K_M.gguf", "LFM-Q8_0.gguf", "mmproj-LFM-BF16.gg
         (["m.gguf", "mmproj.gguf", "config.json"], ("m.gguf", "mmproj.gguf")),
         (["a-q4_k_m.gguf", "mmproj-a-q8_0.gguf", "old/a-q4_k_m.gguf"], ("a-q4_k_m.gguf", "mmproj-a-q8_0.gguf")),
         (["imatrix.gguf", "m-Q4_K_M.gguf", "mmproj-f32.gguf", "mmproj_f16.gguf"], ("m-Q4_K_M.gguf", "mmproj_f16.gguf")),
+        (["m-Q3_K_M.gguf", "m-imatrix.gguf", "mmproj-m.gguf"], ("m-Q3_K_M.gguf", "mmproj-m.gguf")),
         (["m-Q4_K_M-00001-of-00002.gguf", "m-Q4_K_M-00002-of-00002.gguf", "mmproj.gguf"], None),
         (["m-Q4_0.gguf", "m-Q8_0.gguf", "mmproj.gguf"], None),
         (["m-Q4_K_M.gguf", "mmproj-BF16.gguf", "mmproj-Q8_0.gguf"], None),

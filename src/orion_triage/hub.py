@@ -66,12 +66,12 @@ def pair_among(names: Sequence[str], where: str, fix: str) -> tuple[str, str]:
     """The names of the backbone and the mmproj among the files of a folder or repository.
 
     Of several backbones, the one whose name contains Q4_K_M; of several mmproj files, the one whose name contains F16,
-    the type that `orion quantize` writes. Files in folders below are not considered. Raises OrionError that lists the
-    names if that does not leave one of each; `where` and `fix` are for its text.
+    the type that `orion quantize` writes. Importance matrices and files in folders below are not considered. Raises
+    OrionError that lists the names if that does not leave one of each; `where` and `fix` are for its text.
     """
     files = sorted(name for name in names if name.endswith(".gguf") and "/" not in name)
     projectors = [name for name in files if "mmproj" in name.lower()]
-    backbones = [name for name in files if name not in projectors]
+    backbones = [name for name in files if name not in projectors and "imatrix" not in name.lower()]
     if len(backbones) > 1:
         backbones = [name for name in backbones if "q4_k_m" in name.lower()]
     if len(projectors) > 1:

@@ -25,7 +25,7 @@ from orion_triage.progress import Progress, silent
 from orion_triage.runs import manifest
 from orion_triage.runs.run import EVALUATE, WORK_FOLDER, Run, adapter_in, running
 from orion_triage.safe.files import replaced_folder
-from orion_triage.settings import Settings
+from orion_triage.settings import QuantizeSettings, Settings
 
 if TYPE_CHECKING:
     from orion_triage.dataset.labelled import Labelled
@@ -60,6 +60,10 @@ class Stage:
         # Settings that are empty leave datasets and adapters current that were made before they existed.
         for section in {"dataset", "fine_tune"} & sections.keys():
             sections[section] = {key: value for key, value in sections[section].items() if value is not None}
+        # So do those that came later, at their defaults.
+        if "quantize" in sections:
+            later = QuantizeSettings().model_dump(exclude={"type"}).items()
+            sections["quantize"] = dict(sections["quantize"].items() - later)
         return sections | ({"protocol": self.protocol} if self.protocol else {})
 
 
@@ -129,8 +133,16 @@ def _fuse(run: Run, progress: Progress) -> Figures:
 def _quantize(run: Run, progress: Progress) -> Figures:
     from orion_triage.export import quantize
 
-    texts = sorted({record.user_text for record in Dataset(run.dataset, run.settings.mission).every_record()})
-    return quantize.run(run.merged, run.gguf, run.settings.quantize, user_texts=texts, progress=progress)
+    dataset, settings = Dataset(run.dataset, run.settings.mission), run.settings
+    texts = sorted({record.user_text for record in dataset.every_record()})
+    return quantize.run(
+        run.merged,
+        run.gguf,
+        settings.quantize,
+        user_texts=texts,
+        training=(dataset, settings.base.frame_size),
+        progress=progress,
+    )
 
 
 def _vision_features(run: Run, progress: Progress) -> Figures:
@@ -333,7 +345,7 @@ def run_stage(
             "Launch several processes only for 'orion fine-tune', 'orion ablation' and 'orion evaluate'.",
         )
     for name, path in stage.inputs(run).items():
-        # No stage reads the F16 backbone after the quantization, so a pair without it is complete.
+        # No stage reads the F16 files after the quantization unless they fly, so a pair without them is complete.
         stage_manifest = manifest.read_manifest(path) if name != "gguf" and path.is_dir() else None
         if (
             stage_manifest
@@ -407,20 +419,21 @@ def verify(run: Run) -> dict[str, list[str]]:
 def clean(run: Run) -> int:
     """Delete large files that the flight does not need and that stages can make again; returns the bytes freed.
 
-    Deletes the frames, the merged weights, the F16 backbone and the training's checkpoints. Keeps the flight pair, the
-    adapter, and all manifests, splits, answers and reports. A later run skips finished stages.
+    Deletes the frames, the merged weights, F16 files that do not fly and the training's checkpoints. Keeps the flight
+    pair, the adapter, and all manifests, splits, answers and reports. A later run skips finished stages.
     """
     from orion_triage.dataset.records import IMAGES_FOLDER
     from orion_triage.export import quantize
 
     if manifest.read_manifest(run.gguf) is None:
         raise OrionError(f"{run.folder} has no finished flight pair.", "Run 'orion run' first.")
-    quantize.check_pair(run.gguf)
+    pair = quantize.check_pair(run.gguf)
     # First delete files that need no change of a manifest: the disk may be too full to write one.
     work = run.folder / WORK_FOLDER / "checkpoints"
     freed = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
     shutil.rmtree(work, ignore_errors=True)
     freed += manifest.remove_outputs(run.dataset, lambda name: name.startswith(IMAGES_FOLDER))
     freed += manifest.remove_outputs(run.merged, lambda name: name.endswith(".safetensors"))
-    freed += manifest.remove_outputs(run.gguf, lambda name: name == quantize.F16)
+    made_beside = {quantize.F16, quantize.MMPROJ} - set(pair.names)
+    freed += manifest.remove_outputs(run.gguf, lambda name: name in made_beside)
     return freed

@@ -133,7 +133,10 @@ def test_internvl_is_trained_fused_quantized_and_evaluated(
     own_name = {"text": 0, "vision": VISION_LAYERS, "projector": 0}  # PEFT writes the modules' own names
     assert fused["census"] == tuned["census"] | {"projection_layer": own_name}
     texts = [user_text(MISSION, None), user_text(MISSION, Coordinates(-120.62, 34.0))]
-    quantized = quantize.run(merged, gguf, QuantizeSettings(), user_texts=texts)
+    calibrated = QuantizeSettings(calibrate="task")
+    quantized = quantize.run(merged, gguf, calibrated, user_texts=texts, training=(dataset, SIZE))
+    # Seven a layer, the head, and the token embedding, which this model does not share with the head.
+    assert quantized["calibration"]["entries"] == 7 * LAYERS + 2
     assert quantized["prompts_tokenized_alike"] == 2
 
     evaluate = EvaluateSettings(max_new_tokens=8, batch_size=8)

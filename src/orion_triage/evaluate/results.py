@@ -43,9 +43,6 @@ _NO_PRODUCTS = ("logs", "bundle", WORK_FOLDER)  # in the run's folder, without e
 ARTIFACTS = (
     "orion_lora_weights/adapter_model.safetensors",
     "orion_merged/*.safetensors",
-    "gguf/orion-f16.gguf",
-    "gguf/orion-mmproj-f16.gguf",
-    "gguf/orion-q4_k_m.gguf",
 )
 
 
@@ -66,6 +63,7 @@ def build_results(run: Run, *, with_others: bool = True) -> dict[str, Any]:
             finished[EVALUATE + other] = of_other
             wanted.append(other)
     vision = features.read(run.vision_features) if "vision features" in finished else None
+    of_pair = [f"gguf/{path.name}" for path in sorted(run.gguf.glob("*.gguf"))]
     of_frames = _of_frames(run, dataset, finished.get("dataset"), vision)
     mission = settings.mission
     answers = {name: read_predictions(run.evaluation(name), mission) for name in wanted if EVALUATE + name in finished}
@@ -115,7 +113,7 @@ def build_results(run: Run, *, with_others: bool = True) -> dict[str, Any]:
         **of_frames,
         "foreign_server": {key: server.figures[key] for key in SERVER_FIGURES} if server else {},
         "foreign_pair": other_pair.figures["pair"] if other_pair else "",
-        "bytes": {name: size for name in ARTIFACTS if (size := _size(run.folder, name))},
+        "bytes": {name: size for name in (*ARTIFACTS, *of_pair) if (size := _size(run.folder, name))},
         "seconds": {name: manifest.seconds for name, manifest in finished.items()},
         "figures": {name: manifest.figures for name, manifest in finished.items() if "evaluate" not in name},
         "versions": next((manifest.versions for manifest in finished.values()), {}),

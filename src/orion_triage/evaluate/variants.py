@@ -109,7 +109,7 @@ def table(settings: Settings) -> tuple[Variant, ...]:
             Variant(kind, "quantized F16", f"quantization to {kind}", "step")
             for kind in settings.variants.quantizations
         ),
-        Variant("quantized", "pair", f"quantization to {settings.quantize.type}", "model"),
+        Variant("quantized", "pair", _quantization(settings), "model"),
         Variant(CONSTRAINED, "pair", "the grammar", "step", Decoding(constrained=True)),
         Variant("sampled", "pair", "sampling", "decoding", Decoding(options=SAMPLING), "quantized"),
         Variant(
@@ -127,6 +127,14 @@ def table(settings: Settings) -> tuple[Variant, ...]:
         Variant(OTHER_PAIR, "pair", "another GGUF pair", "other", compared_with="quantized"),
         Variant(SERVER, "server", "a third-party server", "other", compared_with="quantized"),
     )
+
+
+def _quantization(settings: Settings) -> str:
+    """What quantization changes, in words."""
+    chosen = settings.quantize
+    matrix = "" if chosen.calibrate == "none" else " with an importance matrix"
+    tower = "" if chosen.tower == "F16" else f", and of the tower to {chosen.tower}"
+    return f"quantization to {chosen.type}{matrix}{tower}"
 
 
 def wanted(settings: Settings) -> tuple[Variant, ...]:

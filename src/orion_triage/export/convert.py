@@ -3,11 +3,15 @@
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from orion_triage.errors import OrionError
 from orion_triage.llama_cpp.toolchain import Toolchain
 from orion_triage.llama_cpp.tools import ToolUse, run_tool
 from orion_triage.models.family import Family, family_in
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader, ReaderTensor
 
 # Runs in the converter's process. The converter does not know the fingerprint of the shipped base's vocabulary. Its
 # pre-tokenizer is its family's: `convert` checks this, and quantize compares every prompt afterwards.
@@ -48,6 +52,18 @@ def convert(toolchain: Toolchain, model: Path, target: Path, *, mmproj: bool, ou
     command.append(str(model))
     command += ["--outtype", outtype, "--outfile", str(target), *(["--mmproj"] if mmproj else [])]
     return run_tool(command, target, "llama.cpp's converter")
+
+
+def matrices(reader: "GGUFReader", family: Family) -> "list[ReaderTensor]":
+    """The tensors of a backbone that llama-quantize quantizes; norms, biases and short-conv kernels stay as they are.
+
+    `reader` is a `gguf.GGUFReader`; the first number of a tensor's `shape` is the width of a row.
+    """
+    return [
+        tensor
+        for tensor in reader.tensors
+        if len(tensor.shape) == 2 and not any(part in tensor.name for part in family.GGUF_NOT_MATRICES)
+    ]
 
 
 def _check_pre_tokenizer(model: Path, family: Family) -> None:

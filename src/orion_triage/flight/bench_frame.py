@@ -142,8 +142,7 @@ def run(
     and several runs at their own size. Without `quantizations`, the run's `variants.quantizations` are made. Raises
     OrionError for a pair that is incomplete or changed, and ServerError if a frame was not encoded exactly once.
     """
-    for one in runs:
-        quantize.check_pair(one.gguf)
+    pairs = [quantize.check_pair(one.gguf) for one in runs]
     toolchain = existing_tools() or find_toolchain(progress)
     machine = {**describe(), "busy_cores": round(tune.busy_cores(1.0), 2)}
     shown = sizes or (SIZES if len(runs) == 1 else ())
@@ -153,9 +152,9 @@ def run(
     rows: list[Row] = []
     left_out: list[str] = []
     in_flight: dict[str, float] = {}
-    for one, setups in zip(runs, plans, strict=True):
+    for one, pair, setups in zip(runs, pairs, plans, strict=True):
         with locked(one.folder, "orion bench-frame"), temporary_folder(one.folder, "bench") as temporary:
-            files = _Files(one, toolchain, temporary)
+            files = _Files(one, pair, toolchain, temporary)
             tokens = 0
             for setup in setups:
                 change = changed(setups[0], setup)
@@ -222,7 +221,7 @@ def tuned(run: "Run", *, minutes: float = tune.MINUTES, progress: Progress = sil
 
 def plan(run: "Run", sizes: Sequence[int], mmprojs: Sequence[str], quantizations: Sequence[str]) -> list[Setup]:
     """The distinct configurations to measure for one run, the flight configuration first."""
-    flown = Setup(run.settings.base.frame_size, run.settings.quantize.type)
+    flown = _flown(run)
     of_images = [
         replace(flown, frame_size=size, mmproj=mmproj)
         for size in (flown.frame_size, *sizes)
@@ -230,6 +229,11 @@ def plan(run: "Run", sizes: Sequence[int], mmprojs: Sequence[str], quantizations
     ]
     others = [replace(flown, quantization=kind) for kind in quantizations]
     return list(dict.fromkeys([flown, *of_images, *others, replace(flown, flash_attention=True)]))
+
+
+def _flown(run: "Run") -> Setup:
+    """The flight configuration of a run."""
+    return Setup(run.settings.base.frame_size, run.settings.quantize.type, run.settings.quantize.tower)
 
 
 def changed(flown: Setup, setup: Setup) -> str:
@@ -265,12 +269,12 @@ class _Files:
     Raises FileNotFoundError with a message if this needs files that 'orion clean' has removed.
     """
 
-    def __init__(self, run: "Run", toolchain: "Toolchain", temporary: Path) -> None:
-        self._run, self._toolchain, self._temporary = run, toolchain, temporary
+    def __init__(self, run: "Run", pair: quantize.Pair, toolchain: "Toolchain", temporary: Path) -> None:
+        self._run, self._pair, self._toolchain, self._temporary = run, pair, toolchain, temporary
 
     def backbone(self, kind: str) -> Path:
-        if kind == self._run.settings.quantize.type:
-            return self._run.gguf / quantize.QUANTIZED
+        if kind == self._pair.type:
+            return self._pair.backbone
         f16 = self._run.gguf / quantize.F16
         if not f16.is_file():
             raise FileNotFoundError(
@@ -279,8 +283,10 @@ class _Files:
         return f16 if kind == "F16" else self._made(kind, lambda path: self._quantize(f16, path, kind))
 
     def mmproj(self, kind: str) -> Path:
-        if kind == "F16":
-            return self._run.gguf / quantize.MMPROJ
+        if kind == self._pair.tower:
+            return self._pair.mmproj
+        if kind == "F16" and (beside := self._run.gguf / quantize.MMPROJ).is_file():
+            return beside
         if not any(self._run.merged.glob("*.safetensors")):
             merged = self._run.merged.name
             raise FileNotFoundError(
@@ -466,8 +472,10 @@ def _empty_answer(mission: Mission) -> str:
 
 def _beside_accuracy(row: Row, run: "Run", setup: Setup, model: str = "") -> Row:
     """The row with its accuracy if the run has an evaluation of exactly this configuration; else unchanged."""
-    flown = Setup(run.settings.base.frame_size, run.settings.quantize.type)
+    flown = _flown(run)
     if replace(setup, quantization=flown.quantization) != flown:
+        return row
+    if setup != flown and setup.mmproj != "F16":  # of the evaluated variants, only the pair has another tower
         return row
     models = (model,) if model else _FLOWN if setup == flown else (setup.quantization,)
     for name in models:

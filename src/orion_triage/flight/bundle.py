@@ -90,7 +90,7 @@ def run(
     out = out.resolve()
     if out.exists() and not (out / LIST).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise OrionError(f"{out} exists and is not a bundle.", "Choose another folder with --out.")
-    quantize.check_pair(run.gguf)
+    flown = quantize.check_pair(run.gguf)
     if head and verdict_only:
         raise OrionError("a head has no reason to leave out.", "Leave out one of --head and --verdict-only.")
     of: threshold.Of = "verdict-only" if verdict_only else "pair"
@@ -107,7 +107,9 @@ def run(
             f"{run.merged} has no weights, of which a Q8_0 vision tower is made.",
             "Run 'orion fuse --force' to make them again.",
         )
-    names = (quantize.QUANTIZED, quantize.MMPROJ, quantize.PAIR)
+    if second_tower and SECOND_TOWER in flown.names:
+        raise OrionError("the pair's vision tower is Q8_0 already.", "Leave --both-towers out.")
+    names = (*flown.names, quantize.PAIR)
     require_free_space(out.parent, sum((run.gguf / name).stat().st_size for name in names) + 20_000_000, "the bundle")
     toolchain = find_toolchain(progress)
     with locked(run.folder, "orion bundle"), replaced_folder(out) as folder:
@@ -118,7 +120,7 @@ def run(
             progress("converting the vision tower to Q8_0", 0, 1)
             fetch_source()  # for the converter; the tools may be the user's
             convert(toolchain, run.merged, folder / SECOND_TOWER, mmproj=True, outtype="q8_0")
-        pair = (folder / quantize.QUANTIZED, folder / quantize.MMPROJ)
+        pair = tuple(folder / name for name in flown.names)
         log, threads = run.folder / "logs" / "bundle-server.log", run.settings.evaluate.threads
         with Server(toolchain, *pair, log=log, turn=turn_of(pair[0]), threads=threads) as server:
             golden, request, seconds = golden_frames.ask(
@@ -141,7 +143,7 @@ def run(
         for category, name in (reasons or {}).items():
             write_text(folder / name, grammar(run.settings.mission, category))
         more = {"time_out": limit, "tolerances": tolerances, "promise": promised, "reasons": reasons}
-        _write_texts(folder, run, toolchain, point, verdict, rules, more, flown_head)
+        _write_texts(folder, run, flown, toolchain, point, verdict, rules, more, flown_head)
         record = {
             "schema_version": SCHEMA_VERSION,
             "preset": run.settings.preset,
@@ -149,8 +151,8 @@ def run(
             "frame_size": size,
             "stretch": _stretch(run),
             "mission": portable(run.settings.mission).model_dump(mode="json"),
-            "model": quantize.QUANTIZED,
-            "mmproj": quantize.MMPROJ,
+            "model": flown.backbone.name,
+            "mmproj": flown.mmproj.name,
             "llama_cpp_build": toolchain.build,
             "versions": {"orion-triage": __version__, **_manifest(run.gguf, "quantize").versions},
             "made_on": platform.machine(),
@@ -271,6 +273,7 @@ def _stretch(run: "Run") -> dict[str, Any] | None:
 def _write_texts(
     folder: Path,
     run: "Run",
+    pair: quantize.Pair,
     toolchain: Toolchain,
     point: tuple[float, float] | None,
     verdict: dict[str, Any],
@@ -291,12 +294,12 @@ def _write_texts(
     place = OPTIONS.index(FLASH_ATTENTION)
     tunable, fixed = OPTIONS[place : place + 2], OPTIONS[:place] + OPTIONS[place + 2 :]
     values: dict[str, Any] = {
-        "model": quantize.QUANTIZED,
-        "mmproj": quantize.MMPROJ,
+        "model": pair.backbone.name,
+        "mmproj": pair.mmproj.name,
         "arguments": " ".join(fixed),
         "tunable": " ".join(tunable),
         "allowed": list(ALLOWED),
-        "towers": 1 + (folder / SECOND_TOWER).exists(),
+        "towers": 1 + (pair.mmproj.name != SECOND_TOWER and (folder / SECOND_TOWER).exists()),
         "frame_size": run.settings.base.frame_size,
         "build": toolchain.build,
         "pinned": toolchain.build == PINNED_BUILD,

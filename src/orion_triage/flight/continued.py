@@ -69,7 +69,14 @@ def _trained_pair(
     fusing = run.settings.fuse.model_copy(update={"check_records": CHECK_RECORDS})
     fuse.run(base, adapter, dataset, merged, fusing, size, progress)
     texts = sorted({record.user_text for record in dataset.every_record()})
-    quantize.run(merged, folder / "gguf", run.settings.quantize, user_texts=texts, progress=progress)
+    quantize.run(
+        merged,
+        folder / "gguf",
+        run.settings.quantize,
+        user_texts=texts,
+        training=(dataset, size),
+        progress=progress,
+    )
     return folder / "gguf"
 
 

@@ -303,12 +303,11 @@ def triage_with_pair(
     Its log is kept if the server failed, or with `keep_log`.
     """
     gguf, mission, size = flown.gguf, flown.mission, flown.frame_size
-    quantize.check_pair(gguf)
+    pair = quantize.check_pair(gguf)
     toolchain = find_toolchain(progress)
-    backbone = gguf / quantize.QUANTIZED
     options = EMBEDDING if flown.head else OPTIONS
     with Server(
-        toolchain, backbone, gguf / quantize.MMPROJ, log=flown.log, turn=turn_of(backbone), options=options
+        toolchain, pair.backbone, pair.mmproj, log=flown.log, turn=turn_of(pair.backbone), options=options
     ) as server:
         backend: Backend
         if flown.head:

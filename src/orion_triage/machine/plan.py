@@ -336,10 +336,14 @@ def _setting_up(preset: str) -> list[Step]:
 
 
 def _last_steps(
-    preset: str, pair_bytes: float, golden: Figure | None, check: Figure | None, is_mission: bool
+    settings: Settings, pair_bytes: float, golden: Figure | None, check: Figure | None, is_mission: bool
 ) -> list[Step]:
+    preset, chosen = settings.preset, settings.quantize
     run = f"runs/{preset}"
     copied = Figure(pair_bytes, pair_bytes, "measured", "Q4_K_M and mmproj")
+    if (chosen.type, chosen.tower) != ("Q4_K_M", "F16"):
+        how = f"as Q4_K_M with a tower in F16; {chosen.type} with one in {chosen.tower} is in docs/quantization.md"
+        copied = replace(copied, known="estimate", how=how)
     return [
         Step("verdict", "GPU machine", f"orion verdict {run}", VERDICT),
         Step("bundle", "GPU machine", f"orion bundle {run} --out bundle", golden, disk=copied),
@@ -388,7 +392,7 @@ def _tiny_steps(settings: Settings, counts: dict[str, int]) -> list[Step]:
         Step("quantize", "GPU machine", f"orion quantize --preset {preset}", time("quantize", factor=1)),
         Step("evaluate", "GPU machine", f"orion run --preset {preset}", time(*variants)),
     ]  # fmt: skip
-    every = [*_setting_up(preset), *steps, *_last_steps(preset, 8.2e6, None, None, False)]
+    every = [*_setting_up(preset), *steps, *_last_steps(settings, 8.2e6, None, None, False)]
     return _at_home(every)
 
 
@@ -453,7 +457,7 @@ def _full_size_steps(settings: Settings, base: _Measured, gpu: Gpu | None, count
     every = [
         *_first_steps(preset, rehearsal, frames),
         *steps,
-        *_last_steps(preset, base.pair_bytes, golden, check, is_mission),
+        *_last_steps(settings, base.pair_bytes, golden, check, is_mission),
     ]
     return every if gpu else _at_home(every)
 

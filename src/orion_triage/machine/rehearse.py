@@ -134,8 +134,8 @@ def sizes(run: Run, base: Path) -> dict[str, int]:
         "adapter": size(run.adapter, "*.safetensors"),
         "merged": size(run.merged, "*.safetensors"),
         "F16": size(run.gguf, quantize.F16),
-        "Q4_K_M": size(run.gguf, quantize.QUANTIZED),
-        "mmproj": size(run.gguf, quantize.MMPROJ),
+        run.settings.quantize.type: size(run.gguf, quantize.backbone_name(run.settings.quantize.type)),
+        "mmproj": size(run.gguf, quantize.tower_name(run.settings.quantize.tower)),
     }
 
 

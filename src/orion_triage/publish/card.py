@@ -1,13 +1,14 @@
 """Model cards: every product states its origin and includes the licence of the base."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from orion_triage import templates
 from orion_triage.errors import OrionError
 from orion_triage.evaluate.conditions import CONDITIONS
+from orion_triage.export import quantize
 from orion_triage.mission.mission import Mission
 from orion_triage.models.family import DEFAULT, Family, family_in
 from orion_triage.models.licence import README, Licence, licence_files, licence_of
@@ -27,7 +28,9 @@ def write_card(product: Product, source: Path, base: str, folder: Path, mission:
     """
     for path in licence_files(source):
         shutil.copyfile(path, folder / path.name)
-    write_text(folder / README, render_card(product, base, licence_of(source), mission, family_or_default(source)))
+    pair = quantize.check_pair(folder).names if product == "gguf" else ()
+    family = family_or_default(source)
+    write_text(folder / README, render_card(product, base, licence_of(source), mission, family, pair=pair))
 
 
 def family_or_default(folder: Path) -> Family:
@@ -46,8 +49,12 @@ def render_card(
     family: Family,
     results: dict[str, Any] | None = None,
     hashes: Mapping[str, str] | None = None,
+    pair: Sequence[str] = (),
 ) -> str:
-    """The text of the card: YAML header and Markdown, with the measurements in `results` and `hashes` of the files."""
+    """The text of the card: YAML header and Markdown, with the measurements in `results` and `hashes` of the files.
+
+    `pair` has the names of backbone and mmproj; only the card of a GGUF pair needs them.
+    """
     from huggingface_hub import ModelCardData
 
     from orion_triage.report.render import MET, accuracy_rows, rate, sentences, shown, verdict_in_words, words
@@ -77,6 +84,7 @@ def render_card(
         results=results,
         conditions=list(CONDITIONS),
         hashes=hashes,
+        pair=pair,
         rows=accuracy_rows(results) if results else [],
     )
 

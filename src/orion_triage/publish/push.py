@@ -17,10 +17,6 @@ from orion_triage.runs.run import Run
 from orion_triage.safe.files import sha256_of_file
 from orion_triage.train.fine_tune import read_losses
 
-# The F16 backbone is not published: it can be made from the merged model, and has three times the pair's size.
-_PAIR = (quantize.QUANTIZED, quantize.MMPROJ, quantize.PAIR)
-
-
 # Only measurements of the results are published: settings and manifests contain paths of this machine.
 _PUBLISHED = (
     "schema_version", "preset", "split", "frames", "models", "deltas", "within", "linear_probe", "variants", "parity",
@@ -37,8 +33,8 @@ def push(run: Run, product: card.Product, repository: str, *, private: bool = Tr
     folder = {"adapter": run.adapter, "merged": run.merged, "gguf": run.gguf}[product]
     if read_manifest(folder) is None:
         raise OrionError(f"{folder} is not finished.", "Run 'orion run' first, or pass another run with --run.")
-    if product == "gguf":
-        quantize.check_pair(folder)
+    # Files beside the pair are not published: they can be made from the merged model, and have three times its size.
+    pair = quantize.check_pair(folder).names if product == "gguf" else ()
     licence = licence_of(folder)
     if licence is None:
         raise OrionError(
@@ -49,13 +45,15 @@ def push(run: Run, product: card.Product, repository: str, *, private: bool = Tr
     results = build_results(run, with_others=False)
     complete = all(model in results["models"] for model in MODELS)
     own_files = {
-        name: path for name, path in _files(folder) if product != "gguf" or name in _PAIR or name.startswith("LICENSE")
+        name: path
+        for name, path in _files(folder)
+        if product != "gguf" or name in (*pair, quantize.PAIR) or name.startswith("LICENSE")
     }
     hashes = {
         name: sha256_of_file(path) for name, path in own_files.items() if name.endswith((".safetensors", ".gguf"))
     }
     family, measured_results = card.family_or_default(run.merged), results if complete else None
-    text = card.render_card(product, base, licence, run.settings.mission, family, measured_results, hashes)
+    text = card.render_card(product, base, licence, run.settings.mission, family, measured_results, hashes, pair)
     measured = _measured(run, results) if complete else {}
     return hub.push(
         {**own_files, **measured, README: text.encode()},

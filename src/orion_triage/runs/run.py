@@ -225,15 +225,18 @@ def open_run(folder: Path, split: Split = "test") -> Run:
 
 
 def changed_settings(run: Run, made: manifest.Manifest) -> list[str]:
-    """The settings that a product was made with and that the run no longer has: "base.frame_size 256, now 128"."""
-    now = run.settings.model_dump(mode="json")
+    """The settings that a product was made with and that the run no longer has: "base.frame_size 256, now 128".
+
+    Stages leave out settings at defaults that came later, so a missing one had its default.
+    """
+    now, default = run.settings.model_dump(mode="json"), Settings().model_dump(mode="json")
     mission, before = run.settings.mission, made.settings.get("mission", contract_of(default_mission()))
     other_mission = before["contract"] != contract_of(mission)["contract"]
     return [f"mission {before['name']}, now {mission.name}"] * other_mission + [
         f"{section}.{key} {before}, now {now[section].get(key)}"
         for section, values in made.settings.items()
         if section in now and section != "mission" and isinstance(values, dict)
-        for key, before in values.items()
+        for key, before in {**default[section], **values}.items()
         if before != now[section].get(key)
     ]
 
