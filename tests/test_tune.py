@@ -102,7 +102,9 @@ def test_the_fastest_flags_are_written_and_served(folder: Path, tmp_path: Path) 
     tuning.write_flags(report)
     flags = report["flags"]
     assert flags is not None, report
-    assert "--no-repack" in flags or flags[-2:] == ["--flash-attn", "on"]
+    tower = flags[flags.index("--mmproj") + 1] if "--mmproj" in flags else "orion-mmproj-f16.gguf"
+    line = " ".join(flags).partition(" --mmproj")[0]
+    assert "--no-repack" in line or "--flash-attn on" in line
     assert report["seconds_per_frame"] < 0.5 * report["seconds_per_frame_before"]
     rows = {row["change"]: row for row in report["rows"]}
     assert next(iter(rows)) == report["rows"][0]["change"]
@@ -118,7 +120,8 @@ def test_the_fastest_flags_are_written_and_served(folder: Path, tmp_path: Path) 
     with check_flight.OwnServer(folder, server) as own, check_flight.time_limit(60, "the start"):
         check_flight.wait_until_ready(own.connection, own)
         words = (own.process / "cmdline").read_bytes().decode().split("\0")
-        assert " ".join(flags) in " ".join(words)
+        assert line in " ".join(words)
+        assert words[words.index("--mmproj") + 1] == str(folder / tower)
         assert words.count("--flash-attn") == words.count("--threads") == words.count("--mmproj") == 1
     known = len(started(tmp_path))
     told = subprocess.run(
@@ -126,8 +129,9 @@ def test_the_fastest_flags_are_written_and_served(folder: Path, tmp_path: Path) 
         capture_output=True, text=True, check=False, cwd="/",
     )  # fmt: skip
     assert (told.returncode, told.stderr) == (0, ""), told.stdout
-    assert f"server flags, measured here: {' '.join(flags)}" in told.stdout
-    assert started(tmp_path)[known:] == [line for line in started(tmp_path)[known:] if " ".join(flags) in line]
+    assert f"server flags, measured here: {line} --mmproj {tower} (" in told.stdout
+    (served,) = started(tmp_path)[known:]
+    assert f"{line} --parallel 1" in served
     # Measured already: the same command starts no server.
     known = len(started(tmp_path))
     again = tune.Tuning(folder, server, folder / tune.RESULTS).run()
