@@ -218,12 +218,13 @@ def charts(ways: dict[tuple[int, str, bool], Figures], known: dict[tuple[int, st
         ):
             axes.errorbar(values, losses, [[0] * len(tops), tops], color=colour, marker=marker, label=label, capsize=3)
             for (way, _), value, loss in zip(own, values, losses, strict=True):
-                axes.annotate(f"{way[0]} px", (value, loss), textcoords="offset points", xytext=(5, -13), fontsize=9)
+                axes.annotate(f"{way[0]} px", (value, loss), textcoords="offset points", xytext=(5, 5), fontsize=9)
     left.set_ylabel("valuable frames dropped (bar: at most, 95 %)")
     left.set_xlabel("seconds per frame")
     right.set_xlabel(f"frames in an eclipse of {power.ECLIPSE_SECONDS // 60} minutes")
     for axes in (left, right):
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, 1.12 * axes.get_xlim()[1])
+        axes.set_ylim(bottom=-0.01)
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
         axes.grid(alpha=0.3)
     left.legend(frameon=False, fontsize=9)
