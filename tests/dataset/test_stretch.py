@@ -180,6 +180,8 @@ def test_the_operators_readme_has_the_formula() -> None:
         "verdict": {"verdict": "FLY", "because": [], "accepted_risk": ""},
         "head": None,
         "reasons": None,
+        "towers": 1,
+        "allowed": [],
     }
     said = templates.fill(
         "flight", "bundle_readme.txt.j2", **values, stretch={"low": 6.5, "high": 9, "samples": "int16"}

@@ -23,13 +23,13 @@ from orion_triage.llama_cpp.toolchain import find_toolchain
 from orion_triage.runs.run import open_run
 from orion_triage.safe.files import sha256_of_file
 
-from . import warm
+from tests import warm
 
 pytestmark = pytest.mark.llama_cpp
 
-# The server is stopped for six sevenths of the time: no noise hides that gain.
+# The server is stopped for three quarters of the time: no noise hides that gain.
 SLOW = """
-(while kill -STOP $$; do sleep 0.3; kill -CONT $$; sleep 0.05; done) 2>/dev/null &
+(while kill -STOP $$; do sleep 0.12; kill -CONT $$; sleep 0.04; done) 2>/dev/null &
 """
 SLOW_TODAY = f"""
 case " $* " in *" --flash-attn on "* | *" --no-repack "*) ;; *) {SLOW.strip()} ;; esac
