@@ -117,7 +117,7 @@ TINY_SECONDS: dict[str, tuple[float, float]] = {
 }
 TINY_SECONDS_AVX2 = 967.0  # the sum of the stages of one `make run`, 2026-11-29
 TINY_FRAMES = 360
-_TINY_BYTES_PER_FRAME = 148e6 / 360  # drawn tiles of 512 px as PNG
+_TINY_BYTES_PER_FRAME = 167e6 / 360  # drawn tiles of 512 px as PNG
 _LARGEST_BYTES_PER_FRAME = 700_000  # a noisy 512x512 PNG: what `orion dataset` asks for
 
 SETUP = Figure(49, 260, "measured", f"packages of constraints.txt with uv ({AVX2}: 49 s) to pip (260 s), 5 GB fetched")
@@ -321,7 +321,7 @@ def _first_steps(preset: str, rehearsal: Step, frames: int) -> list[Step]:
                 frames * _TINY_BYTES_PER_FRAME,
                 frames * _LARGEST_BYTES_PER_FRAME,
                 "estimate",
-                f"{frames:,} frames as PNG: 0.41 MB (drawn tiles) to 0.7 MB (noise)",
+                f"{frames:,} frames as PNG: 0.46 MB (drawn tiles) to 0.7 MB (noise)",
             ),
         ),
     ]
@@ -381,7 +381,7 @@ def _tiny_steps(settings: Settings, counts: dict[str, int]) -> list[Step]:
     steps = [
         Step(
             "dataset", "GPU machine", f"orion dataset --preset {preset}", time("dataset"),
-            disk=Figure(drawn, drawn, "estimate", f"{frames:,} drawn tiles; 360 take 148 MB"),
+            disk=Figure(drawn, drawn, "estimate", f"{frames:,} drawn tiles; 360 take 167 MB"),
         ),
         Step("evaluate the base", "GPU machine", f"orion ablation --preset {preset}", time("evaluate base")),
         Step(
