@@ -1,6 +1,6 @@
 """What a few labelled frames of another camera are worth to a run: a head, a continued adapter, a linear probe.
 
-    python benchmarks/few_labels.py FOLDER --run runs/tiny            # about 10 minutes on 2 free cores
+    python benchmarks/few_labels.py FOLDER --run runs/tiny            # about 20 minutes on 2 free cores
     python benchmarks/few_labels.py FOLDER --run runs/tiny --no-training
 
 FOLDER is any that `orion adapt` takes. First `orion adapt --how continue`: zero-shot, always the commonest category,

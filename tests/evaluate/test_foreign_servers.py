@@ -255,8 +255,13 @@ def test_serve_sh_hands_nothing_on_that_changes_numbers(tmp_path: Path) -> None:
     script = tmp_path / "serve.sh"
     script.write_text(
         templates.fill(
-            "flight", "serve.sh.j2",
-            model="m.gguf", mmproj="p.gguf", tunable="--flash-attn off", arguments="--parallel 1", head=None,
+            "flight",
+            "serve.sh.j2",
+            model="m.gguf",
+            mmproj="p.gguf",
+            tunable="--flash-attn off",
+            arguments="--parallel 1",
+            head=None,
         )
     )
     own = {"PATH": os.environ["PATH"], "LLAMA_SERVER": str(shown), "LLAMA_API_KEY": "key", "OMP_NUM_THREADS": "3"}

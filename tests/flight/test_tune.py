@@ -22,7 +22,6 @@ from orion_triage.flight import check_flight, server_flags, tune
 from orion_triage.llama_cpp.toolchain import find_toolchain
 from orion_triage.runs.run import open_run
 from orion_triage.safe.files import sha256_of_file
-
 from tests import warm
 
 pytestmark = pytest.mark.llama_cpp
