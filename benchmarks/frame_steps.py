@@ -55,7 +55,7 @@ Figures = dict[str, Any]
 def published(run: Run, size: int, repeats: int, log: Path) -> Figures:
     """llama-server with no flag but its files; a frame is asked as the published program asks it."""
     text, frames = user_text(run.settings.mission, None), bench_frame.frames_of(size)
-    pair = run.gguf / quantize.QUANTIZED, run.gguf / quantize.MMPROJ
+    pair = quantize.find_pair(run.gguf)
     seconds, replies = [], []
     with reference.default_server(*pair, log) as ask:
         ask(opened(next(frames)), text, reference.WARM_UP_TOKENS, ignore_eos=True).raise_for_status()
@@ -87,8 +87,8 @@ def ours(run: Run, size: int, order: str, repeats: int) -> dict[bool, Figures]:
     """The package's server and way of asking, with the reason (True) and without (False)."""
     mission = run.settings.mission.model_copy(update={"image": order})
     turned = replace(run, settings=run.settings.model_copy(update={"mission": mission}))
-    setup = bench_frame.Setup(size, run.settings.quantize.type)
-    backbone, mmproj = run.gguf / quantize.QUANTIZED, run.gguf / quantize.MMPROJ
+    setup = bench_frame.Setup(size, run.settings.quantize.type, run.settings.quantize.tower)
+    backbone, mmproj = quantize.find_pair(run.gguf)
     with bench_frame.serve(turned, find_toolchain(), backbone, mmproj, setup) as server:
         asked = bench_frame.Asked(server, turned, setup, repeats)
         rows = {True: asked.with_reason("", ANSWER_TOKENS), False: asked.without_reason()}

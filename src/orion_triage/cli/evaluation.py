@@ -534,11 +534,11 @@ def threshold_command(
             typer.echo(json.dumps(record, indent=2))
             return
         _print_threshold(record, {threshold.LABELLED: record["there"]}, run.settings.mission)
-        typer.echo("'orion threshold --head --undo' takes the threshold back.")
+        typer.echo(f"'{threshold.command_of(of)} --undo' takes the threshold back.")
         return
     test = replace(run, split="test")
     for one in (run, test):
-        do_stage("evaluate verdict-only" if verdict_only else "evaluate constrained", one)
+        do_stage(f"evaluate {threshold.VARIANTS[of]}", one)
     before = threshold.current_rules(run, of)
     ranges = before.appearance if verdict_only else None
     if keep_unlike:
@@ -557,7 +557,7 @@ def threshold_command(
         typer.echo(
             f"frames unlike those of train and val are kept: {len(outside[0])} of val, {len(outside[1])} of test"
         )
-    typer.echo(f"'orion threshold{' --verdict-only' if verdict_only else ''} --undo' takes the threshold back.")
+    typer.echo(f"'{threshold.command_of(of)} --undo' takes the threshold back.")
 
 
 def _print_threshold(record: dict[str, Any], effects: dict[str, dict[str, Any]], mission: Any) -> None:

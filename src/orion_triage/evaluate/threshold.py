@@ -38,7 +38,7 @@ FILES: dict[Of, str] = {
     "head": f"head_{FILE_NAME}",
 }
 LABELLED = "labelled"  # a head's frames, in the place of a split
-_VARIANTS: dict[Of, str] = {"pair": CONSTRAINED, "verdict-only": VERDICT_ONLY}  # evaluated on val for the choice
+VARIANTS: dict[Of, str] = {"pair": CONSTRAINED, "verdict-only": VERDICT_ONLY}  # evaluated on val for the choice
 CONDITION = "B"  # in flight, the prompt has no coordinates
 NEVER = 2.0  # above 1 by more than rounding: scores drop no frame
 
@@ -131,7 +131,7 @@ def choose(
 def _answered(run: Run, of: Of) -> list[Prediction]:
     if of == "head":
         return heads.predictions_of(run)
-    return predictions_in(run.evaluation(_VARIANTS[of]), run.settings.mission)
+    return predictions_in(run.evaluation(VARIANTS[of]), run.settings.mission)
 
 
 def undo(run: Run, of: Of = "pair") -> float | None:
@@ -142,12 +142,12 @@ def undo(run: Run, of: Of = "pair") -> float | None:
     records = _of_this_pair(run, of)
     if not records:
         owner = {"pair": "its pair", "verdict-only": "the verdict alone", "head": "its head"}[of]
-        raise OrionError(f"{run.folder} has no threshold of {owner}.", f"Choose one with '{_command(of)}'.")
+        raise OrionError(f"{run.folder} has no threshold of {owner}.", f"Choose one with '{command_of(of)}'.")
     _write(run, records[1:], of)
     return float(records[1]["drop_threshold"]) if records[1:] else None
 
 
-def _command(of: Of) -> str:
+def command_of(of: Of) -> str:
     return "orion threshold" if of == "pair" else f"orion threshold --{of}"
 
 
@@ -183,7 +183,8 @@ def current_rules(run: Run, of: Of = "pair") -> Rules:
 
     Unlike frames are kept if the threshold of the pair keeps them, whatever the scores are of.
     """
-    of_pair, chosen = _of_this_pair(run, "pair"), _of_this_pair(run, of)
+    of_pair = _of_this_pair(run, "pair")
+    chosen = of_pair if of == "pair" else _of_this_pair(run, of)
     appearance = of_pair[0].get("appearance") if of_pair else None
     return Rules(drop_threshold=chosen[0]["drop_threshold"] if chosen else None, appearance=appearance)
 
@@ -191,7 +192,8 @@ def current_rules(run: Run, of: Of = "pair") -> Rules:
 def rules_of(run: Run, of: Of = "pair") -> Rules:
     """The rules that fly: with the run's threshold, if one was chosen; raises OrionError as `read` does."""
     read(run.folder, run.gguf)
-    read(run.folder, run.gguf, of)
+    if of != "pair":
+        read(run.folder, run.gguf, of)
     return current_rules(run, of)
 
 
@@ -381,7 +383,7 @@ def read(folder: Path, gguf: Path, of: Of = "pair") -> tuple[float, float] | Non
 
 def _read(path: Path, gguf: Path, of: Of) -> tuple[float, float] | None:
     """The same of one file; that of a head is also refused if it is of another head."""
-    command = _command(of)
+    command = command_of(of)
     try:
         record = _renamed(read_object(path))
         threshold, pair = float(record["drop_threshold"]), record["pair_sha256"]

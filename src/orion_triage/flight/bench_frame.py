@@ -200,20 +200,22 @@ def run(
 def tuned(run: "Run", *, minutes: float = tune.MINUTES, progress: Progress = silent) -> dict[str, Any]:
     """The report of tune.py for a temporary bundle of the run on this machine; its results stay in the run's folder.
 
-    With the vision tower as Q8_0, too, if the merged weights are there. Raises OrionError if the run cannot be bundled,
-    or today's flags already fail on its golden frames.
+    With the vision tower as Q8_0, too, unless that flies already or the merged weights are missing. Raises OrionError
+    if the run cannot be bundled, or today's flags already fail on its golden frames.
     """
     toolchain = find_toolchain(progress)
-    towers = any(run.merged.glob("*.safetensors"))
+    has_weights = any(run.merged.glob("*.safetensors"))
+    has_another = quantize.check_pair(run.gguf).mmproj.name != bundle.SECOND_TOWER
     with locked(run.folder, "orion bench-frame"), temporary_folder(run.folder, "tune") as temporary:
         folder = temporary / "bundle"
-        bundle.run(run, folder, progress, accepted_risk="measured, not flown", second_tower=towers)
+        second = has_weights and has_another
+        bundle.run(run, folder, progress, accepted_risk="measured, not flown", second_tower=second)
         try:
             results = run.folder / tune.RESULTS
             report = tune.Tuning(folder, toolchain.llama_server, results, minutes=minutes, progress=progress).run()
         except (tune.TuneError, NoGoError) as error:
             raise OrionError(f"{run.folder}: {error}.", "Allow more with --minutes, or make the pair again.") from None
-    if not towers:
+    if has_another and not has_weights:
         why = f"{run.merged.name} has no weights (removed by 'orion clean'?)"
         report["not_measured"].append({"change": f"{MMPROJ} {bundle.SECOND_TOWER}", "why": why})
     return {"run": str(run.folder), **report}

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from orion_triage.runs.run import Run
 
 LIST, LIST_HASH = "bundle.json", "bundle.json.sha256"
-SECOND_TOWER = "orion-mmproj-q8_0.gguf"
+SECOND_TOWER = quantize.tower_name("Q8_0")
 CONDITION = "B"  # in flight, the prompt has no coordinates
 # These need only Python's standard library.
 PROGRAMS = ("check_flight.py", "decide_frame.py", "ask_frame.py", "triage_on_board.py", "server_flags.py", "tune.py")

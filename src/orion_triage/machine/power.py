@@ -23,7 +23,7 @@ class Board:
     source: str
 
 
-# Three boards with the Pi 5's processor (BCM2712). Busy: stress-ng's matrix product, and Linpack.
+# Two boards with the Pi 5's processor (BCM2712). Busy: stress-ng's matrix product, and Linpack.
 PI_5 = Board(
     "Raspberry Pi 5",
     ("Raspberry Pi 5", "Raspberry Pi Compute Module 5"),
