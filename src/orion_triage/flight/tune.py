@@ -30,41 +30,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterator  # noqa: UP035 - Python 3.9
 
 if TYPE_CHECKING or __package__:
-    from orion_triage.flight import server_flags
-    from orion_triage.flight.check_flight import (
-        NoGoError,
-        OwnServer,
-        Questions,
-        add_time_out,
-        add_variant,
-        check_golden,
-        check_server,
-        flown,
-        pictures_of,
-        read_bundle,
-        time_limit,
-        wait_until_ready,
-    )
-    from orion_triage.flight.server_flags import FLASH_ATTENTION, MMPROJ, THREADS
+    from orion_triage.flight import check_flight, server_flags
 else:
     sys.dont_write_bytecode = True  # the bundle stays as it is
     sys.path.insert(0, str(Path(__file__).resolve().parent))  # with python3 -I, the script's folder is not on the path
+    import check_flight
     import server_flags
-    from check_flight import (
-        NoGoError,
-        OwnServer,
-        Questions,
-        add_time_out,
-        add_variant,
-        check_golden,
-        check_server,
-        flown,
-        pictures_of,
-        read_bundle,
-        time_limit,
-        wait_until_ready,
-    )
-    from server_flags import FLASH_ATTENTION, MMPROJ, THREADS
 
 RESULTS = "tuning.json"
 MINUTES = 10.0
@@ -103,9 +74,13 @@ def thread_counts(cores: int) -> list[int]:
 
 def changes(today: dict[str, str], cores: int, towers: list[str]) -> list[dict[str, str]]:
     """The changes to try, the most valuable ones first; `towers` are the bundle's, first the one of today."""
-    threads = [{THREADS: str(count)} for count in thread_counts(cores) if str(count) != today[THREADS]]
-    flash_attention = {FLASH_ATTENTION: "off" if today[FLASH_ATTENTION] == "on" else "on"}
-    return [*threads, flash_attention, *({MMPROJ: tower} for tower in towers[1:]), *CHANGES]
+    threads = [
+        {server_flags.THREADS: str(count)}
+        for count in thread_counts(cores)
+        if str(count) != today[server_flags.THREADS]
+    ]
+    flash_attention = {server_flags.FLASH_ATTENTION: "off" if today[server_flags.FLASH_ATTENTION] == "on" else "on"}
+    return [*threads, flash_attention, *({server_flags.MMPROJ: tower} for tower in towers[1:]), *CHANGES]
 
 
 def identity(bundle: dict[str, Any], program: Path, variant: str) -> dict[str, Any]:
@@ -154,7 +129,7 @@ class Tuning:
         self._deadline = time.monotonic() + 60 * minutes
         self._folder, self._program, self._results = folder, program, results
         self._budget, self._progress, self._time_out = 60 * minutes, progress, time_out
-        self._bundle = flown(read_bundle(folder), variant)
+        self._bundle = check_flight.flown(check_flight.read_bundle(folder), variant)
         self._variant = self._bundle.get("variant", "")
         self._asked = [golden for golden in self._bundle["golden"] if golden.get("log_probabilities")]
         if not self._asked:
@@ -225,7 +200,7 @@ class Tuning:
             name = " ".join(server_flags.words_of(change))
             self._progress(name, number, len(plan) + 1)
             flags = {**best["flags"], **change}
-            if THREADS in change and int(change[THREADS]) < slower_threads:
+            if server_flags.THREADS in change and int(change[server_flags.THREADS]) < slower_threads:
                 why = f"{slower_threads} threads are slower already"
                 self.not_measured.append({"change": name, "why": why})
                 continue
@@ -235,8 +210,8 @@ class Tuning:
                 continue
             if not row["why"] and not _is_faster(row, best):
                 row["why"] = "slower" if _is_faster(best, row) else "within the noise"
-                if THREADS in change and row["seconds_per_frame"] > HOPELESS * best["seconds_per_frame"]:
-                    slower_threads = int(change[THREADS])
+                if server_flags.THREADS in change and row["seconds_per_frame"] > HOPELESS * best["seconds_per_frame"]:
+                    slower_threads = int(change[server_flags.THREADS])
             elif not row["why"]:
                 best = self._confirmed(row, best)
         best["best"] = True
@@ -289,30 +264,30 @@ class Tuning:
             if flags:
                 file = f"{temporary}/{server_flags.FILE}"
                 server_flags.write(Path(file), self._flags_file(flags, 0.0, 0.0))
-            own = stack.enter_context(OwnServer(self._folder, self._program, self._variant, flags=file))
+            own = stack.enter_context(check_flight.OwnServer(self._folder, self._program, self._variant, flags=file))
             try:
                 self._fill(row, own, best)
-            except NoGoError as error:
+            except check_flight.NoGoError as error:
                 if time.monotonic() >= self._deadline:
                     raise OutOfTimeError from None
                 time.sleep(1)  # a dying process closes its socket first
                 row["why"] = str(error)
                 try:
                     own.check_alive()
-                except NoGoError as ended:
+                except check_flight.NoGoError as ended:
                     row["why"] = str(ended)
         return row
 
-    def _fill(self, row: dict[str, Any], own: OwnServer, best: dict[str, Any] | None) -> None:
+    def _fill(self, row: dict[str, Any], own: check_flight.OwnServer, best: dict[str, Any] | None) -> None:
         """Fill in a row of a started server. Raises NoGoError for a server that is not to fly."""
         began = time.monotonic()
-        with time_limit(self._within(START_SECONDS), "waiting for the server"):
-            wait_until_ready(own.connection, own)
-            marker, _ = check_server(own.connection, self._folder, self._bundle, own, strict=True)
+        with check_flight.time_limit(self._within(START_SECONDS), "waiting for the server"):
+            check_flight.wait_until_ready(own.connection, own)
+            marker, _ = check_flight.check_server(own.connection, self._folder, self._bundle, own, strict=True)
         row["start_seconds"] = round(time.monotonic() - began, 2)
         row["flags"] = row["flags"] or server_flags.served(own.process)
         self._record["build"] = self._record["build"] or own.connection.ask("/props").get("build_info")
-        questions = Questions(own.connection, self._folder, self._bundle, marker)
+        questions = check_flight.Questions(own.connection, self._folder, self._bundle, marker)
         warm_up = self._ask(questions, self._asked[0], row)
         plan = self._record["plan"] = self._record["plan"] or self._plan(warm_up)
         frames = self._asked[: plan["frames"]]
@@ -331,17 +306,17 @@ class Tuning:
         if (other := row.pop("other_words", 0)) > self._bundle["tolerances"]["other_words"]:
             row["why"] = f"{other} reasons differ in their words"
 
-    def _ask(self, questions: Questions, golden: dict[str, Any], row: dict[str, Any]) -> float:
+    def _ask(self, questions: check_flight.Questions, golden: dict[str, Any], row: dict[str, Any]) -> float:
         """Seconds of an answer, which is compared with the ground's; raises NoGoError if it differs too much."""
         image = golden["image"]
         if image not in self._pictures:  # made once: it takes Python as long as a small model takes to answer
-            self._pictures[image] = pictures_of(self._folder, golden, self._bundle)
+            self._pictures[image] = check_flight.pictures_of(self._folder, golden, self._bundle)
         seconds = self._within(self._time_out or self._bundle["seconds_per_frame_at_most"])
-        result = check_golden(
+        result = check_flight.check_golden(
             questions, self._folder, golden, self._bundle, seconds, seconds, lambda: self._pictures[image]
         )
         if result["why"]:
-            raise NoGoError(f"verdict moved: {result['why']}")
+            raise check_flight.NoGoError(f"verdict moved: {result['why']}")
         first = image not in row.setdefault("images", [])
         if first:
             row["images"].append(image)
@@ -479,8 +454,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--minutes", type=float, default=MINUTES, help="most minutes; run again to go on (default: %(default)g)"
     )
-    add_time_out(parser)
-    add_variant(parser)
+    check_flight.add_time_out(parser)
+    check_flight.add_variant(parser)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     options = parser.parse_args(arguments)
     if not 0 < options.minutes <= 1440:
@@ -515,7 +490,7 @@ def main(arguments: list[str] | None = None) -> int:
             _say(note)
         report = tuning.run()
         tuning.write_flags(report)
-    except (TuneError, NoGoError, OSError) as error:
+    except (TuneError, check_flight.NoGoError, OSError) as error:
         _say(f"error: {error}")
         return 1
     text = json.dumps(report, indent=2) if options.json else "\n".join(_printed(report))
