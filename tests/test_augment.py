@@ -144,20 +144,20 @@ def test_a_share_of_the_training_prompts_has_the_coordinates_of_another_place(
     for epoch in range(100):
         told.set_epoch(epoch)
         for record in own:
-            asked = told.told(record)
+            asked = told.as_asked(record)
             assert (asked.image, asked.verdict) == (record.image, record.verdict)
             if asked != record:
                 wrong += 1
                 assert asked.coordinates in places.values()
     assert wrong / (100 * len(own)) == pytest.approx(0.2, abs=0.03)
-    assert all(told.told(record) is record for record in records if record.coordinates is None)
+    assert all(told.as_asked(record) is record for record in records if record.coordinates is None)
     val = read_split(small_dataset, "val", MISSION)
     every = Augmentation({}, (), 256, 42, None, 1.0, places)
-    assert all(every.told(record) is record for record in val), "only training records"
-    assert all(every.told(record).coordinates != record.coordinates for record in own)
+    assert all(every.as_asked(record) is record for record in val), "only training records"
+    assert all(every.as_asked(record).coordinates != record.coordinates for record in own)
     frames = fine_tune.decode_frames(Dataset(small_dataset, MISSION), records, 256, silent)
     processor = load_processor(small_base, 256)
-    asked = [every.told(record) for record in own[:4]]
+    asked = [every.as_asked(record) for record in own[:4]]
     found, expected = collator(processor, frames, None, every)(own[:4]), collator(processor, frames)(asked)
     assert (found["input_ids"] == expected["input_ids"]).all()
     assert (found["pixel_values"] == expected["pixel_values"]).all()

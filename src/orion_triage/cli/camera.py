@@ -133,16 +133,16 @@ def fit(
             measured[name] = measure(frames_of(paths, resize=resize, stretch=stretch, progress=progress))
     found = fitted(measured["frames"], measured["pictures"], "fitted")
     write_text(out, to_toml(found))
-    told: dict[str, Any] = {name: summary(one) for name, one in measured.items()}
+    measurements: dict[str, Any] = {name: summary(one) for name, one in measured.items()}
     if as_json:
-        camera = found.camera.model_dump(mode="json")
-        told |= {"camera": camera, "estimates": found.estimates, "residual": found.residual, "notes": found.notes}
-        typer.echo(json.dumps(told, indent=2))
+        measurements |= {"camera": found.camera.model_dump(mode="json")}
+        measurements |= {"estimates": found.estimates, "residual": found.residual, "notes": found.notes}
+        typer.echo(json.dumps(measurements, indent=2))
         return
     from rich.table import Table
 
     table = Table("", "frames", "mean RGB", "spread RGB", "slope", "clipped", title="On linear values")
-    for name, of in told.items():
+    for name, of in measurements.items():
         colours = [" ".join(f"{value:.3f}" for value in of[key]) for key in ("mean", "spread")]
         table.add_row(name, str(of["frames"]), *colours, f"{of['spectrum_slope']:.2f}", f"{of['clipped_share']:.1%}")
     output().print(table)

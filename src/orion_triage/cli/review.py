@@ -131,8 +131,8 @@ def suggest(
         if server:
             source = suggesting.connect_source(folder, task, mission, server, model, max_tokens, say=_say)
             with progress_bar() as progress:
-                told = suggesting.ask(folder, task, mission, source, prices=prices, progress=progress)
-            typer.echo(json.dumps(told, indent=2)) if as_json else _print_suggested(told)
+                figures = suggesting.ask(folder, task, mission, source, prices=prices, progress=progress)
+            typer.echo(json.dumps(figures, indent=2)) if as_json else _print_suggested(figures)
         if shown:
             said, _ = suggesting.suggestions_of(suggesting.read_suggestions(folder), task, mission)
             with progress_bar() as progress:
@@ -145,24 +145,24 @@ def _say(text: str) -> None:
     messages().print(one_line(text), soft_wrap=True)  # with names that a server gives
 
 
-def _print_suggested(told: dict[str, Any]) -> None:
+def _print_suggested(figures: dict[str, Any]) -> None:
     console = output()
-    counts = ", ".join(f"{number} {name}" for name, number in told["of_category"].items())
+    counts = ", ".join(f"{number} {name}" for name, number in figures["of_category"].items())
     console.print(
-        f"{cell(told['source'])}: {told['answered']} frames, {counts}, {told['no_verdict']} without a verdict"
+        f"{cell(figures['source'])}: {figures['answered']} frames, {counts}, {figures['no_verdict']} without a verdict"
     )
-    rate = told["frames_per_minute"]
+    rate = figures["frames_per_minute"]
     console.print(
-        f"requests answered now: {told['asked_now']}" + (f", {rate:.1f} frames a minute" if rate is not None else "")
+        f"requests answered now: {figures['asked_now']}" + (f", {rate:.1f} frames a minute" if rate is not None else "")
     )
-    missing = f" ({told['without_counts']} answers not counted by the server)" if told["without_counts"] else ""
-    console.print(f"tokens: {told['prompt_tokens']:,} of prompts, {told['answer_tokens']:,} of answers{missing}")
-    if told["cost"] is not None:
-        console.print(f"cost of all answers: {told['cost']:.4f}, in the currency of the prices")
+    missing = f" ({figures['without_counts']} answers not counted by the server)" if figures["without_counts"] else ""
+    console.print(f"tokens: {figures['prompt_tokens']:,} of prompts, {figures['answer_tokens']:,} of answers{missing}")
+    if figures["cost"] is not None:
+        console.print(f"cost of all answers: {figures['cost']:.4f}, in the currency of the prices")
     else:
-        why = "the server does not count all tokens" if told["priced"] else "give --price-in and --price-out"
+        why = "the server does not count all tokens" if figures["priced"] else "give --price-in and --price-out"
         console.print(f"cost of all answers: unknown ({why})")
-    if refused := told["refused_parameters"]:
+    if refused := figures["refused_parameters"]:
         console.print(f"asked without {', '.join(refused)}, which the server refused: its answers may vary")
 
 
@@ -206,16 +206,17 @@ def read(
     if as_json:
         typer.echo(to_json(merged))
         return
-    told = merged.figures
+    figures = merged.figures
+    labellers = ", ".join(figures["labellers"]) or "nobody"
     console = output()
     console.print(
-        f"{told['labelled']} of {told['frames']} frames labelled by {', '.join(told['labellers']) or 'nobody'}",
+        f"{figures['labelled']} of {figures['frames']} frames labelled by {labellers}",
         soft_wrap=True,
     )
-    for pair, kappa in told["kappa"].items():
+    for pair, kappa in figures["kappa"].items():
         value = "-" if kappa["kappa"] is None else f"{kappa['kappa']:.2f}"
         console.print(f"kappa of {pair}: {value} on {kappa['frames']} frames", soft_wrap=True)
-    for source, of in told["as_suggested"].items():
+    for source, of in figures["as_suggested"].items():
         for name, words in (
             ("seen", "labels equal to its suggestion, which people saw"),
             ("blind", "labels equal to its suggestion, which people did not see"),
@@ -224,12 +225,12 @@ def read(
             console.print(f"{cell(source)}: {words}: {_share_in_words(of[name])}", soft_wrap=True)
         if of["without"]:
             console.print(f"{cell(source)}: labelled frames without its suggestion: {of['without']}", soft_wrap=True)
-    if told["quick_as_suggested"]:
-        console.print(f"labels as a suggestion that was seen, in less than a second: {told['quick_as_suggested']}")
-    if told["conflicts"]:
+    if figures["quick_as_suggested"]:
+        console.print(f"labels as a suggestion that was seen, in less than a second: {figures['quick_as_suggested']}")
+    if figures["conflicts"]:
         where = f", listed in {CONFLICTS}" if dataset else ""
         console.print(
-            f"{len(told['conflicts'])} frames on which labellers disagree are left out{where}", soft_wrap=True
+            f"{len(figures['conflicts'])} frames on which labellers disagree are left out{where}", soft_wrap=True
         )
     if dataset:
         messages().print(f"review read: {written} frames  ->  {dataset}", soft_wrap=True)

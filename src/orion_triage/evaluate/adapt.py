@@ -70,9 +70,9 @@ def fitted(
     states = states_of(of, [frame.image for frame in frames], progress)
     truth, places, names = truth_of(frames, mission), places_of(frames), [frame.name for frame in frames]
     weights, bias = head.fit(states, truth, len(mission.names))
-    told = figures(states, truth, places, names, zero_shot, mission, progress, continued)
+    measured = figures(states, truth, places, names, zero_shot, mission, progress, continued)
     arrays = weights.astype(np.float32), bias.astype(np.float32)
-    return head.Head(mission.names, *arrays, sha256_of_file(of.pair / PAIR), size, told)
+    return head.Head(mission.names, *arrays, sha256_of_file(of.pair / PAIR), size, measured)
 
 
 def write(of: "Run", made: head.Head) -> Path:

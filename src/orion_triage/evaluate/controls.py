@@ -147,9 +147,9 @@ def protocol(variant: Variant, mission: Mission) -> dict[str, Any]:
 def evaluate(variant: Variant, run: Run, progress: Progress) -> dict[str, Any]:
     """Ask a variant all questions about the run's split; returns the metrics by control."""
     made_from = {"dataset": run.dataset, **variants.inputs(variant, run)}
-    told = [manifest.hash_inputs(made_from), protocol(variant, run.settings.mission)]
+    identity = [manifest.hash_inputs(made_from), protocol(variant, run.settings.mission)]
     with variants.opened(variant, run, progress) as (backend, said):
-        figures = ask(variant, run, backend, json.dumps(told), progress)
+        figures = ask(variant, run, backend, json.dumps(identity), progress)
         return figures | said | variants.lost_servers(backend)
 
 

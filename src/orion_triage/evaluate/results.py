@@ -387,13 +387,13 @@ def made_from(run: Run) -> str:
         ],
         own.parent: [file for other in others for file in other.glob(f"evaluation/{run.split}/*/*")],
     }
-    told = [run.split, run.settings.model_dump_json()]
+    parts = [run.split, run.settings.model_dump_json()]
     for folder, found in files.items():  # without the folder: a copy that keeps the times is current
         for path in sorted({path for path in found if path.is_file()}):
             state = path.stat()
-            told.append(f"{path.relative_to(folder)} {state.st_size} {state.st_mtime_ns}")
-    told += [(other / SETTINGS_FILE).read_text(encoding="utf-8", errors="replace") for other in sorted(others)]
-    return sha256_of_text("\n".join(told))
+            parts.append(f"{path.relative_to(folder)} {state.st_size} {state.st_mtime_ns}")
+    parts += [(other / SETTINGS_FILE).read_text(encoding="utf-8", errors="replace") for other in sorted(others)]
+    return sha256_of_text("\n".join(parts))
 
 
 def results_path(run: Run) -> Path:

@@ -76,10 +76,10 @@ def protocol(stress: Stress, settings: Settings) -> dict[str, Any]:
 def evaluate(stress: Stress, run: Run, progress: Progress) -> dict[str, Any]:
     """Ask the run's pair about all frames of its split under one stress; returns the metrics by strength."""
     how = {"dataset": run.dataset, "model": run.pair}
-    told = [manifest.hash_inputs(how), protocol(stress, run.settings)]
+    identity = [manifest.hash_inputs(how), protocol(stress, run.settings)]
     flown = variants.named(run.settings, variants.CONSTRAINED)
     with variants.opened(flown, run, progress) as (backend, said):
-        figures = ask(stress, run, backend, json.dumps(told), progress)
+        figures = ask(stress, run, backend, json.dumps(identity), progress)
         return figures | said | variants.lost_servers(backend)
 
 

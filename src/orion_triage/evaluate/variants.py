@@ -471,7 +471,7 @@ def ask(
     hashes = manifest.hash_inputs(inputs | {"dataset": run.dataset})
     more = {"settings": json.dumps(settings.evaluate.model_dump()), "variant": variant}
 
-    def told(description: str, done: int, total: int) -> None:
+    def of_the_model(description: str, done: int, total: int) -> None:
         progress(f"{description} the {model} model", done, total)
 
     return evaluate(
@@ -482,5 +482,5 @@ def ask(
         settings.evaluate,
         frame_size(named(settings, model), settings),
         fingerprint=manifest.sha256_of_listing(hashes | more),
-        progress=told,
+        progress=of_the_model,
     )

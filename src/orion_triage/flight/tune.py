@@ -8,7 +8,7 @@ for the changes after it. Flags are kept only if they are faster by more than th
 the check before flight with them. Then the flags before the change are measured once more, so that a machine that
 became quieter or cooler is not taken for a gain.
 
-Each measurement is in tuning.json before the next one starts. The same command goes on after a power loss, and measures
+Each measurement is in tuning.json before the next one starts. Run the same command again after a power loss to measure
 what is missing. Exit status: 0, 1 if nothing could be measured (the last line gives the reason), 2 for a wrong command
 line.
 """
@@ -452,7 +452,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="the program that serve.sh starts (default: LLAMA_SERVER, or llama-server on PATH)",
     )
     parser.add_argument(
-        "--minutes", type=float, default=MINUTES, help="most minutes; run again to go on (default: %(default)g)"
+        "--minutes", type=float, default=MINUTES, help="most minutes; run again to resume (default: %(default)g)"
     )
     check_flight.add_time_out(parser)
     check_flight.add_variant(parser)
@@ -468,7 +468,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _stopped(number: int, frame: Any) -> None:
-    raise TuneError(f"stopped by signal {number}; the same command goes on")
+    raise TuneError(f"stopped by signal {number}; run the same command again to resume")
 
 
 def _say(text: str, done: int = 0, total: int = 0) -> None:

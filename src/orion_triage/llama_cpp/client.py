@@ -36,7 +36,7 @@ INSTEAD = {"max_tokens": "max_completion_tokens", "temperature": "", "seed": ""}
 # Keeps the token after part of a name printable, which an untrained model's is not; the server would answer 500.
 PRINTABLE = "root ::= [ -~]+"
 _PROBE = "zq7 orion probe"
-# A server saves its state at the end of a request, and a few tokens before that: it may go on from either.
+# A server saves its state at the end of a request, and a few tokens before that: it may continue from either.
 CHECKPOINT_TOKENS = 4
 CANDIDATES = 100  # candidates per token with probabilities; each costs 9 microseconds and 0.1 kB per token
 
@@ -236,7 +236,7 @@ class Client:
         """Let the server read the text before the image once for all frames; False if there is none.
 
         The state of short convolutions can only be restored at a saved checkpoint, not at any token. The end of this
-        request is such a checkpoint, from which requests with `cache_prompt` go on. Every reply to one says from how
+        request is such a checkpoint, from which requests with `cache_prompt` continue. Every reply to one says from how
         many tokens it went on. Does nothing while the server has the state; reads the text again when it was lost.
         """
         before = user_text.partition(IMAGE)[0]

@@ -309,8 +309,8 @@ def write_dataset(folder: Path, merged: Merged, task: Mapping[str, dict[str, Any
             shutil.copyfile(cells.pop("path"), new / "pictures" / cells["file_name"])
         write_text(new / "metadata.csv", csv_text(COLUMNS, rows))
         if conflicts:
-            told = [{key: str(value) for key, value in cells.items()} for cells in conflicts]
-            write_text(new / CONFLICTS, json.dumps(told, indent=1) + "\n")
+            as_text = [{key: str(value) for key, value in cells.items()} for cells in conflicts]
+            write_text(new / CONFLICTS, json.dumps(as_text, indent=1) + "\n")
     return len(rows)
 
 

@@ -67,9 +67,9 @@ def write(
         pictures.append(_picture(path, stretch))
         rows.append(_row(done, path, sha256, one, model))
         progress("reading frames", done, len(chosen))
-    told = {"review": review_of(rows), "mission": mission.name, "categories": list(mission.names), "frames": rows}
+    content = {"review": review_of(rows), "mission": mission.name, "categories": list(mission.names), "frames": rows}
     with replaced_folder(folder) as new:
-        write_text(new / FRAMES_FILE, json.dumps(told, indent=1) + "\n")
+        write_text(new / FRAMES_FILE, json.dumps(content, indent=1) + "\n")
         _write_pages(new, rows, pictures, mission, {})
         write_text(new / CONFIG_FILE, label_studio_config(mission))
     return dict(Counter(one.why for one in chosen))

@@ -56,7 +56,7 @@ class Augmentation:
         stresses = [stress.to_json() for stress in self._stresses]
         return {"stresses": stresses, "camera": camera, "share": SHARE, "wrong_coordinates": self._wrong}
 
-    def told(self, record: Record) -> Record:
+    def as_asked(self, record: Record) -> Record:
         """The record as it is asked in this epoch: with the coordinates of another place, or as it is."""
         if not self._wrong or record.coordinates is None or record.image not in self._places:
             return record
@@ -70,12 +70,12 @@ class Augmentation:
         """The changed frame at the model's size; None if this frame is seen as it is in this epoch."""
         if name not in self._frames:
             return None
-        told = f"{name}/{self._seed}/{self._epoch}"
-        random, picture = np.random.default_rng(seed_of(told)), self._frames[name]
+        seed = f"{name}/{self._seed}/{self._epoch}"
+        random, picture = np.random.default_rng(seed_of(seed)), self._frames[name]
         if self._camera and random.random() < SHARE:
-            picture = seen_through(picture, self._camera, told)
+            picture = seen_through(picture, self._camera, seed)
         if self._stresses and random.random() < SHARE:
             stress = self._stresses[int(random.integers(len(self._stresses)))]
             strength = STRENGTHS[int(random.integers(len(STRENGTHS)))]
-            picture = stressed(picture, stress, strength, told)
+            picture = stressed(picture, stress, strength, seed)
         return None if picture is self._frames[name] else shrink(picture, self._size)

@@ -67,7 +67,7 @@ def collator(
         return {name: encode_image(processor, frame) for name, frame in frames.items() if frame}
 
     def collate(records: list[Record]) -> "BatchFeature":
-        records = [augmentation.told(record) for record in records] if augmentation else records
+        records = [augmentation.as_asked(record) for record in records] if augmentation else records
         other = changed(records)
         rows = [
             encode_row(processor, other[record.image], record.user_text, record.answer)
