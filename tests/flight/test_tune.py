@@ -55,6 +55,7 @@ def folder(made: Path, tmp_path: Path) -> Path:
 def one_core(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """For this process and its servers: threads that wait for each other are slow beside other tests."""
     monkeypatch.setattr(tune, "PLENTY", float("inf"))
+    monkeypatch.setattr(tune, "BUSY_SECONDS", 0.1)
     monkeypatch.setattr(tune, "CHANGES", ({"--no-repack": ""},))
     for name in ("OMP_NUM_THREADS", "ORION_THREADS"):
         monkeypatch.delenv(name, raising=False)

@@ -144,7 +144,7 @@ def run(
     """
     pairs = [quantize.check_pair(one.gguf) for one in runs]
     toolchain = existing_tools() or find_toolchain(progress)
-    machine = {**describe(), "busy_cores": round(tune.busy_cores(1.0), 2)}
+    machine = {**describe(), "busy_cores": round(tune.busy_cores(tune.BUSY_SECONDS), 2)}
     shown = sizes or (SIZES if len(runs) == 1 else ())
     plans = [plan(one, shown, mmprojs, quantizations or one.settings.variants.quantizations) for one in runs]
     board = power.board_of(machine["processor"])

@@ -43,6 +43,7 @@ TODAY, AGAIN = "flags of today", ", again"
 PLENTY = 120  # frames that the time allows: with fewer, a measurement has two frames twice instead of three three times
 LEAST_GAIN = 0.02  # of the seconds per frame; less is noise whatever the spread
 BUSY = 0.5  # busy cores of other programs from which the measured times are unreliable
+BUSY_SECONDS = 1.0  # for which they are counted
 HOPELESS = 1.25  # times as slow in its first round: the other rounds are left out
 START_SECONDS = 300
 # After the threads. Flash attention doubles the time of a tower on one processor and costs nothing on another.
@@ -141,7 +142,7 @@ class Tuning:
         self._record = self._earlier(own) or {"identity": own, "plan": None, "build": None, "measured": {}}
         if known := len(self._record["measured"]):
             self.notes.append(f"{known} measurements are in {results} already and are not repeated")
-        if (busy := busy_cores(1.0)) > BUSY:
+        if (busy := busy_cores(BUSY_SECONDS)) > BUSY:
             self.notes.append(f"warning: other programs used {busy:.1f} cores. The measured times are too long")
         self.not_measured: list[dict[str, str]] = []
         self._rows: list[dict[str, Any]] = []
