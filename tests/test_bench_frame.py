@@ -18,7 +18,7 @@ from orion_triage.dataset.records import image_path, read_split, write_split
 from orion_triage.errors import OrionError, ServerError
 from orion_triage.evaluate.results import seconds_per_frame
 from orion_triage.evaluate.run import read_predictions
-from orion_triage.evaluate.variants import VERDICT_ONLY
+from orion_triage.evaluate.variants import VERDICT_ONLY, chosen
 from orion_triage.export import quantize
 from orion_triage.export.convert import convert
 from orion_triage.flight import bench_frame, bundle, triage, tune
@@ -142,6 +142,15 @@ def test_a_run_trains_and_flies_at_another_size(small_dataset: Path, tmp_path: P
     asked = [row for row in read_predictions(run.evaluation("quantized"), MISSION) if row["name"] == record.name]
     seen = {row["condition"]: row["pixels_sha256"] for row in asked}
     assert seen["A"] == seen["B"] == hashlib.sha256(frame.image.tobytes()).hexdigest()
+    pipeline.run_stage(pipeline.stage_named("evaluate first-look", run.settings), run)
+    smaller = read_frame(image_path(run.dataset, record), 256)
+    first = [row for row in read_predictions(run.evaluation("first-look"), MISSION) if row["name"] == record.name]
+    seen = {row["condition"]: row["pixels_sha256"] for row in first}
+    assert seen["B"] == hashlib.sha256(smaller.image.tobytes()).hexdigest()
+    assert {row["reason"] for row in first} == {""}
+    with pytest.raises(OrionError, match=r"first look at 256 px is not smaller than the model's frames of 256 px"):
+        chosen(load_settings("tiny"), ["first-look"])
+    assert "first-look" not in [variant.name for variant in chosen(load_settings("tiny"), ["all"])]
     with pytest.raises(OrionError, match=r"was trained on frames of 384 px; base\.frame_size is 256"):
         pipeline.run_stage(pipeline.FUSE, replace(run, settings=load_settings("tiny", sets[1:])))
     made = bundle.run(run, tmp_path / "bundle", accepted_risk="three test frames")

@@ -210,6 +210,9 @@ class VariantSettings(Strict):
     all: bool = True  # five more evaluations; the report shows the effect of each step
     # Quantizations between F16 and that of the flight: any type of llama-quantize.
     quantizations: tuple[Annotated[str, Field(pattern=r"^(I|T)?Q[0-9][A-Z0-9_]*$")], ...] = ("Q8_0",)
+    # Pixels of the frames of the variant first-look (`orion cascade --first first-look`). Smaller ones cost no less:
+    # llama.cpp enlarges them to 64 tokens, this family's least.
+    first_look_size: Count = 256
     parity_records: Count = 4  # records on which llama.cpp's F16 must give the same probabilities as transformers
 
 

@@ -13,11 +13,15 @@ from orion_triage.errors import OrionError
 
 @app.command(
     rich_help_panel="Evaluation",
-    epilog="Example: orion cascade\n\nExample: orion cascade --first head --max-loss 2% --seconds 0.9,3.6",
+    epilog="Example: orion cascade\n\nExample: orion cascade --first head --max-loss 2% --seconds 0.9,3.6\n\n"
+    "Example: orion cascade --run runs/large --first first-look",
 )
 def cascade(
     first: Annotated[
-        str, typer.Option("--first", metavar="VARIANT", help="The cheap look: verdict-only, or head (orion adapt).")
+        str,
+        typer.Option(
+            "--first", metavar="VARIANT", help="The cheap look: verdict-only, first-look (a smaller frame), or head."
+        ),
     ] = "verdict-only",
     limit: Annotated[
         str,
@@ -76,10 +80,11 @@ def _looks(run: Any, first: str) -> Any:
     from orion_triage.evaluate.results import blank_frames, unlike_frames
     from orion_triage.evaluate.run import predictions_in
     from orion_triage.evaluate.threshold import CONDITION, marked_by_rules, rules_of
-    from orion_triage.evaluate.variants import CONSTRAINED, HEAD, VERDICT_ONLY
+    from orion_triage.evaluate.variants import CONSTRAINED, FIRST_LOOK, HEAD, VERDICT_ONLY, chosen
 
-    if first not in (VERDICT_ONLY, HEAD):
-        raise OrionError(f"--first {first} is not a cheap look.", f"Use {VERDICT_ONLY} or {HEAD}.")
+    if first not in (VERDICT_ONLY, FIRST_LOOK, HEAD):
+        raise OrionError(f"--first {first} is not a cheap look.", f"Use {VERDICT_ONLY}, {FIRST_LOOK} or {HEAD}.")
+    chosen(run.settings, [first])
     mission = run.settings.mission
     rules = rules_of(run)
     blank, unlike = blank_frames(run), unlike_frames(run, rules)

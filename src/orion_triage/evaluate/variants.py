@@ -40,7 +40,7 @@ MODELS = ("base", "fine-tuned", "quantized")  # every run evaluates these
 # give the same model another answer. Changes of the prompt and the grammar are detected by their hashes; after a change
 # of the parser, the report says which stored answers it reads otherwise ('orion report --rescore').
 PROTOCOL_VERSION = 1
-CONSTRAINED, VERDICT_ONLY, HEAD = "constrained", "verdict-only", "head"
+CONSTRAINED, VERDICT_ONLY, FIRST_LOOK, HEAD = "constrained", "verdict-only", "first-look", "head"
 OTHER_PAIR, SERVER = "other-pair", "server"
 SMALL_PAIR_BYTES = 100_000_000  # measured: 0.050 s per question with 2 servers of 1 thread, 0.075 to 0.09 with 1 of 2
 SMALLEST_AGREEMENT = 0.95  # of verdicts between transformers and llama.cpp on the same 16-bit weights
@@ -52,17 +52,19 @@ class Decoding:
     """How llama.cpp decodes: `constrained` by the flight's grammar, with sampling `options` (default: greedy).
 
     With `verdict_only`, the answer starts with an empty reason, and only the category is generated. With `head`, a head
-    on the hidden state answers instead of the language model (see head.py).
+    on the hidden state answers instead of the language model (see head.py). `frame_size`: pixels of the frame that is
+    shown; 0: those of the model.
     """
 
     constrained: bool = False
     options: Mapping[str, float] = field(default_factory=dict)
     verdict_only: bool = False
     head: bool = False
+    frame_size: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """For a manifest; without `head` where there is none, as before heads existed."""
-        return {key: value for key, value in asdict(self).items() if key != "head" or value}
+        """For a manifest; without a head and a frame size where there is none, as before these existed."""
+        return {key: value for key, value in asdict(self).items() if key not in ("head", "frame_size") or value}
 
 
 FREE = Decoding()
@@ -123,6 +125,14 @@ def table(settings: Settings) -> tuple[Variant, ...]:
         Variant(
             VERDICT_ONLY, "pair", "no reason: the category alone", "decoding", Decoding(verdict_only=True), "quantized"
         ),
+        Variant(
+            FIRST_LOOK,
+            "pair",
+            f"the category alone, of a frame of {settings.variants.first_look_size} px",
+            "decoding",
+            Decoding(verdict_only=True, frame_size=settings.variants.first_look_size),
+            "quantized",
+        ),
         Variant(HEAD, "pair", "a head instead of the language model", "decoding", Decoding(head=True), "quantized"),
         Variant(OTHER_PAIR, "pair", "another GGUF pair", "other", compared_with="quantized"),
         Variant(SERVER, "server", "a third-party server", "other", compared_with="quantized"),
@@ -155,14 +165,22 @@ def named(settings: Settings, name: str) -> Variant:
 def chosen(settings: Settings, names: Sequence[str]) -> list[Variant]:
     """The variants of the run with these names ("all": each), in the table's order; raises OrionError for others.
 
-    "all" leaves the head out, which a run has only after 'orion adapt', and verdict-only where the mission's fields
-    must have a value; by its name it is then refused.
+    "all" leaves the head out, which a run has only after 'orion adapt', the category alone where the mission's fields
+    must have a value, and the first look where it is not smaller than the model's. By name, these are then refused.
     """
     own = [variant for variant in table(settings) if variant.role != "other"]
-    if VERDICT_ONLY in names:
+    if VERDICT_ONLY in names or FIRST_LOOK in names:
         require_category_alone(settings.mission)
     if not can_be_category_alone(settings.mission):
         own = [variant for variant in own if not variant.decoding.verdict_only]
+    size, first = settings.base.frame_size, settings.variants.first_look_size
+    if first >= size:
+        if FIRST_LOOK in names:
+            raise OrionError(
+                f"a first look at {first} px is not smaller than the model's frames of {size} px.",
+                "Set variants.first_look_size, or train with a larger base.frame_size.",
+            )
+        own = [variant for variant in own if variant.name != FIRST_LOOK]
     asked = (
         [variant for variant in own if not variant.decoding.head]
         if "all" in names
@@ -395,8 +413,11 @@ def through_servers(urls: Sequence[str], run: "Run") -> tuple[Callable[[Progress
 
 
 def frame_size(variant: Variant, settings: Settings) -> int:
-    """The size of the frames that a variant is shown: the model's; a head divides the camera's frame itself."""
-    return CAMERA_SIZE if variant.decoding.head else settings.base.frame_size
+    """The size of the frames that a variant is shown: the model's, or that of a first look.
+
+    A head divides the camera's frame itself.
+    """
+    return CAMERA_SIZE if variant.decoding.head else variant.decoding.frame_size or settings.base.frame_size
 
 
 def lost_servers(backend: "Backend") -> Figures:
