@@ -84,7 +84,9 @@ def generated_cases(said: str) -> list[int]:
 PARTS: dict[str, Script | Tests] = {
     "kills": Script("kills.py", ("--kills", "6")),
     "disk_faults": Script("disk_faults.py", ("--faults-per-stage", "1", "--only", "dataset", "quantize")),
-    "hostile": Tests(("tests/test_hostile_text.py", "tests/test_hostile_pictures.py", "tests/test_hostile_weights.py")),
+    "hostile": Tests(
+        ("tests/test_hostile_text.py", "tests/imagery/test_hostile_pictures.py", "tests/test_hostile_weights.py")
+    ),
     "fuzz": Script("fuzz.py", ("--seconds", "3")),
     "servers": Tests(
         ("tests/test_reliability.py", *(f"tests/remote/test_{n}.py" for n in ("upload", "download", "scripts")))

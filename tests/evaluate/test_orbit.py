@@ -10,7 +10,7 @@ from orion_triage.evaluate.judgement import ideal_figures, value_figures
 from orion_triage.evaluate.orbit import Rate, jeffreys, mover, orbit, weights
 from orion_triage.evaluate.value import downlink
 from orion_triage.mission.mission import Mission, default_mission
-from tests.test_value import COSTS, GUESS, MISSION, TRUTH, VALUES, H, L, M, with_prior
+from tests.evaluate.test_value import COSTS, GUESS, MISSION, TRUTH, VALUES, H, L, M, with_prior
 
 ACTIONS = ("sent", "stored", "dropped", "no_verdict")
 

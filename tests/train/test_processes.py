@@ -22,12 +22,10 @@ import pytest
 
 from orion_triage.dataset.records import read_split, write_split
 from orion_triage.train.checkpoints import HASHES_FILE
-from tests.conftest import MISSION
+from tests import warm
+from tests.conftest import MISSION, orion_with
 
-from . import warm
-from .conftest import orion_with
-
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 
 
 def orion(cwd: Path, *words: object, processes: int = 1) -> list[subprocess.CompletedProcess[str]]:
@@ -229,7 +227,7 @@ def test_a_shared_out_base_trains_is_killed_goes_on_and_fuses(
 def test_a_base_that_is_shared_out_gives_the_same_loss_and_gradients(
     small_base: Path, small_dataset: Path, tmp_path: Path
 ) -> None:
-    from . import fsdp_worker
+    from tests import fsdp_worker
 
     work = functools.partial(fsdp_worker.compare, small_base, small_dataset, _layer_classes(), tmp_path / "meeting", 2)
     start = multiprocessing.get_context("fork" if warm.is_possible() else "spawn")  # forks have all libraries loaded

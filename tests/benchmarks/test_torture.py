@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 
 from orion_triage.runs.run import Run, open_run
+from tests import warm
 
-from . import warm
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def script(name: str, *words: object, cwd: Path) -> "subprocess.CompletedProcess[str]":

@@ -10,9 +10,7 @@ from orion_triage.errors import OrionError, RecordError
 from orion_triage.mission.prompt import Coordinates, format_degrees, parse_prompt, render_prompt
 from orion_triage.mission.verdict import Verdict, parse_verdict
 from orion_triage.settings import SPLITS
-from tests.conftest import MISSION
-
-from .conftest import SHARED
+from tests.conftest import MISSION, SHARED
 
 PUBLISHED = SHARED / "orion-dataset"
 

@@ -20,7 +20,7 @@ from orion_triage.runs.run import WORK_FOLDER, open_run
 from orion_triage.safe.files import naming
 from tests.conftest import ORION, orion, places_of, write_catalogue
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 FULL, FAILED_ONCE = (errno.ENOSPC, True), (errno.EIO, False)
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or shutil.which(os.environ.get("CC", "cc")) is None, reason="needs Linux and a C compiler"

@@ -21,7 +21,7 @@ from orion_triage.train import fine_tune
 from orion_triage.train.augment import Augmentation
 from orion_triage.train.trainer import collator
 from tests.conftest import MISSION, structured_picture
-from tests.test_fine_tune import QUICK, InterruptionError, largest_difference, tensors_of
+from tests.train.test_fine_tune import QUICK, InterruptionError, largest_difference, tensors_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*checkpointing.* is deprecated:FutureWarning"),

@@ -19,8 +19,7 @@ from orion_triage.errors import FrameError
 from orion_triage.imagery import geotiff, opened
 from orion_triage.imagery.frames import Frame, read_frame
 from orion_triage.imagery.stretch import Stretch
-
-from .conftest import structured_picture
+from tests.conftest import structured_picture
 
 rasterio = pytest.importorskip("rasterio")
 from rasterio.enums import ColorInterp  # noqa: E402
@@ -657,7 +656,7 @@ def test_a_damaged_tile_is_no_black_square(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_table_in_the_docs_names_every_conversion() -> None:
-    text = (Path(__file__).parents[1] / "docs" / "dataset.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "dataset.md").read_text(encoding="utf-8")
     for constant in (
         opened.ALPHA, opened.NO_DATA, opened.GREY, opened.PALETTE, opened.ORIENTATION, opened.FIRST_OF_SEVERAL,
         opened.PROFILE, geotiff.MIRRORED, geotiff.UNNAMED, geotiff.INVERTED,

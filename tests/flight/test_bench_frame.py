@@ -31,9 +31,7 @@ from orion_triage.models import lfm2_vl
 from orion_triage.runs import manifest
 from orion_triage.runs.run import Run, open_run, prepare
 from orion_triage.settings import load_settings
-from tests.conftest import MISSION
-
-from .conftest import orion, structured_picture
+from tests.conftest import MISSION, orion, structured_picture
 
 
 @pytest.fixture

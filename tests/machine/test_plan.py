@@ -17,7 +17,7 @@ from orion_triage.machine import plan as planning
 from orion_triage.machine.plan import GPUS, Figure, Plan, Step, by_rehearsal, plan, rows, time_in_words
 from orion_triage.settings import load_settings
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FULL, SMALLER = "lfm2.5-vl-1.6b", "lfm2.5-vl-450m"
 PRESETS = (FULL, SMALLER, "tiny")
 

@@ -21,9 +21,7 @@ from orion_triage.models import lfm2_vl
 from orion_triage.models.adapter import adapter_census, attach_adapter, read_adapter
 from orion_triage.models.load import load_model, load_processor, resolve_base, save_processor
 from orion_triage.settings import load_settings
-from tests.conftest import MISSION
-
-from .conftest import make_base, orion
+from tests.conftest import MISSION, make_base, orion
 
 BITS_AND_BYTES = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 QUANTIZED = [

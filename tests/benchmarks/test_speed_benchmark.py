@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 
 from orion_triage.errors import OrionError
+from tests import warm
 
-from . import warm
-
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "speed.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "speed.py"
 WHAT = ("training", "evaluation-gguf", "frame-256")  # "evaluation" is the second with another runtime
 MEASURES = {
     "training": {"training_seconds", "records_per_second", "process_seconds", "peak_memory_bytes", "share_of_peak"},

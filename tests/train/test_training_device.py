@@ -17,9 +17,7 @@ from orion_triage.settings import FineTuneSettings
 from orion_triage.train import fine_tune
 from orion_triage.train.device import Device, choose_device, driver_fault, gpu_fault, needs_gpu
 from orion_triage.train.trainer import collator, fault_of, make_trainer
-from tests.conftest import MISSION
-
-from .conftest import orion
+from tests.conftest import MISSION, orion
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*checkpointing.* is deprecated:FutureWarning"),

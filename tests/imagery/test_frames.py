@@ -7,8 +7,7 @@ from PIL import Image
 
 from orion_triage.errors import FrameError
 from orion_triage.imagery.frames import RAW_BYTES, decode_frame, is_blank, noise_frame, read_frame, shrink
-
-from .conftest import SHARED
+from tests.conftest import SHARED
 
 
 def picture(width: int = 512, height: int = 512, mode: str = "RGB") -> Image.Image:

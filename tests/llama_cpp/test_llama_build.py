@@ -11,8 +11,7 @@ import pytest
 from orion_triage.errors import OrionError
 from orion_triage.llama_cpp import cmake_build
 from orion_triage.llama_cpp.toolchain import PINNED_BUILD, built_meanwhile, existing_tools, find_toolchain
-
-from .conftest import orion
+from tests.conftest import orion
 
 WAIT_SECONDS = 300
 HASWELL = frozenset("fpu sse4_2 avx avx2 bmi1 bmi2 fma f16c".split())

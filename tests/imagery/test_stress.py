@@ -15,8 +15,7 @@ from PIL import Image
 from orion_triage.errors import OrionError
 from orion_triage.imagery import stress
 from orion_triage.imagery.stress import AIRLIGHT, MID_GREY, READ_NOISE, STRENGTHS, STRESSES, Stress, chosen, stressed
-
-from .conftest import structured_picture
+from tests.conftest import structured_picture
 
 SIDE = 512
 
@@ -237,6 +236,6 @@ def test_stresses_are_chosen_by_name_in_the_tables_order() -> None:
 
 
 def test_the_page_has_the_table() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "stress.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "stress.md").read_text()
     rows = {row[0]: row[1] for row in re.findall(r"^\| `([\w-]+)` \|.*?\| ([^|]+?) \|", page, re.MULTILINE)}
     assert rows == {one.name: ", ".join(one.words or [f"{value:g}" for value in one.values]) for one in STRESSES}

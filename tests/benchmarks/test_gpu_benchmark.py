@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from . import warm
-from .test_speed_benchmark import SCRIPT as BESIDE
+from tests import warm
+from tests.benchmarks.test_speed_benchmark import SCRIPT as BESIDE
 
 GPU, KIT = (BESIDE.with_name(name) for name in ("gpu.py", "gpu_kit.py"))
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # two tests at a time on two cores

@@ -18,9 +18,7 @@ from orion_triage.mission.decide import BLANK_REASON, Rules
 from orion_triage.mission.prompt import user_text
 from orion_triage.mission.verdict import Verdict, answer_text
 from orion_triage.safe.files import appending
-from tests.conftest import MISSION
-
-from .conftest import structured_picture
+from tests.conftest import MISSION, structured_picture
 
 HIGH = Verdict("Long quays.", "HIGH")
 

@@ -25,10 +25,8 @@ from orion_triage.imagery.frames import Frame, decode_frame, read_frame
 from orion_triage.imagery.stretch import Stretch
 from orion_triage.mission.verdict import Verdict, answer_text
 from orion_triage.settings import DatasetSettings
-from tests.conftest import MISSION, ConstantBackend
-
-from .conftest import structured_picture
-from .hostile import mutated, outcome
+from tests.conftest import MISSION, ConstantBackend, structured_picture
+from tests.hostile import mutated, outcome
 
 PIXELS = structured_picture(3)
 LARGE, SMALL = (512, 512), (64, 64)

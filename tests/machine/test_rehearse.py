@@ -13,10 +13,8 @@ from orion_triage.models.checkpoint import count_parameters
 from orion_triage.runs.run import Run
 from orion_triage.settings import load_settings
 from orion_triage.train.device import gpu_fault
-from tests.conftest import MISSION
-
-from . import warm
-from .conftest import orion
+from tests import warm
+from tests.conftest import MISSION, orion
 
 PUBLISHED = {"lfm2.5-vl-1.6b": 1_596_625_904, "lfm2.5-vl-450m": 450_816_512}
 SMALL: dict[str, Any] = {

@@ -43,9 +43,9 @@ from orion_triage.review.suggest import (
 from orion_triage.review.task import FRAMES_FILE, PAGE_FILE, TASKS_FILE, Suggestion, show, write
 from tests.chromium import Chromium
 from tests.conftest import MISSION, orion
-from tests.test_review import chromium, frames_in, log_of, page_labels, press, row, saved
+from tests.review.test_review import chromium, frames_in, log_of, page_labels, press, row, saved
 
-__all__ = ["chromium"]  # the browser of tests/test_review.py, as a fixture
+__all__ = ["chromium"]  # the browser of tests/review/test_review.py, as a fixture
 H, M, L = MISSION.names
 KEY = "sk-a-secret-key-0123456789"
 COUNT = 10
