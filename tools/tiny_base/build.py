@@ -15,7 +15,7 @@ from orion_triage.progress import Progress, silent
 from orion_triage.safe.files import replaced_folder, sha256_of_file, write_text
 
 TILES = 9_600
-TOWER_EPOCHS = 7.0
+TOWER_EPOCHS = 10.0
 LANGUAGE_STEPS = 1300
 SEED = 0
 CARD = """---

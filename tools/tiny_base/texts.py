@@ -42,6 +42,18 @@ SCENES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("open dry scrub", "wild empty ground", "a natural plain with bushes", "heath land"),
         ("scattered bushes", "patches of grass and soil", "a dark burn scar", "natural cover everywhere", "untouched ground on a large scale"),
     ),
+    "upland": (
+        ("open wild land", "a wild plain in patches", "bush and bare ground", "rough grass land", "a natural open country"),
+        ("patches of many tones", "a burnt patch in the grass", "darker bush along a dry bed", "bare soil between the bushes", "soft edges between the covers", "a natural cover everywhere"),
+    ),
+    "hills": (
+        ("wild hills", "steep dissected hills", "bare mountain slopes", "wooded hills", "a rough hill land"),
+        ("valleys that branch", "light and shaded slopes", "dark woods on the shaded side", "a stony stream bed", "snow on the heights", "sharp ridges and deep valleys", "an untouched slope"),
+    ),
+    "wetland": (
+        ("swamp forest", "wild wet forest", "a natural forest maze", "forest and marsh", "a river forest"),
+        ("winding lines in the forest", "lighter green along old streams", "openings that are natural", "still water among the trees", "a maze of green tones", "no straight line"),
+    ),
     "islands": (
         ("wild islands", "an island coast", "a group of islands", "an atoll in the sea"),
         ("scattered islets", "shallow water along the land", "a quiet lagoon", "reefs in clear water", "only stone and surf"),
@@ -113,6 +125,26 @@ SCENES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "paddies": (
         ("wet crop fields", "flooded rice land", "small paddies"),
         ("water standing in the plots", "low banks around the fields", "wet and dry plots", "even rows of small fields", "straight ditches between fields"),
+    ),
+    "patchwork": (
+        ("a fine patchwork of plots", "a farmed land of tiny plots", "small plots and trees everywhere", "a crowded farm land", "a land of many villages"),
+        ("tiny plots of every tone", "trees between the plots", "villages all over", "a grain of small fields", "no large field", "everyday farm life"),
+    ),
+    "parcels": (
+        ("large fields in many directions", "wide farm parcels", "big fields among woods", "open farm land", "a plain of large parcels"),
+        ("fields of every direction", "dark ploughed parcels", "bright green parcels", "woods left between the fields", "farm roads along large fields", "ripe and bare fields"),
+    ),
+    "clearings": (
+        ("forest with clearings", "farm plots cut into forest", "newly opened forest land", "a forest settlement", "cleared blocks in the woods"),
+        ("straight edges in the forest", "a straight track through trees", "cleared blocks", "houses in a row", "bare plots among trees", "new farm land"),
+    ),
+    "valley_fields": (
+        ("fields between hills", "farmed valleys", "hills with farm land", "valley farm land", "a hill country with fields"),
+        ("fields on the valley floors", "a road along the valley", "villages between the hills", "plots that follow the slopes", "steep woods above the fields", "flat land in use"),
+    ),
+    "hamlets": (
+        ("a few hamlets on a road", "villages in wild land", "a rural road with houses", "scattered villages", "a road through open country"),
+        ("one road across the land", "a handful of roofs", "plots around the houses", "houses along the road", "a small group of houses", "open land between the villages"),
     ),
     "interchange": (
         ("a road interchange", "a crossing of two main roads", "a motorway junction"),

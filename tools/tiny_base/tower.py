@@ -1,11 +1,12 @@
 """First stage of the shipped base: the vision tower learns to see before any language is attached.
 
 Captions alone do not teach a small tower to look at the image (the caption prior is an easier optimum), so
-it gets its own objective: the scene (40 subtypes of 15 morphologies), the ground's biome, and the measured
+it gets its own objective: the scene (48 subtypes of 15 morphologies), the ground's biome, and the measured
 shares of each tile.
 """
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torchvision.transforms import v2
 
+from orion_triage.dataset.sources.synthetic import countryside
 from orion_triage.dataset.sources.synthetic.canvas import BIOMES
 from orion_triage.dataset.sources.synthetic.draw import SUBTYPES
 from orion_triage.progress import Progress, silent
@@ -31,7 +33,11 @@ _ANOTHER_LOOK = v2.Compose(
         v2.ColorJitter(brightness=0.3, contrast=0.5, saturation=0.7, hue=0.04),
     ]
 )
-_SCENES = [(morphology, subtype) for morphology, subtypes in SUBTYPES.items() for subtype in subtypes]
+_SCENES = [
+    (morphology, subtype)
+    for morphology, subtypes in SUBTYPES.items()
+    for subtype in (*subtypes, *countryside.SCENES.get(morphology, ()))
+]
 
 
 def patches(pixels: torch.Tensor) -> torch.Tensor:
@@ -67,6 +73,33 @@ def targets_of(facts: list[Facts]) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     biome = torch.tensor([_BIOMES.index(fact.biome) for fact in facts])
     shares = torch.tensor([[f.water_share, f.built_share, f.cloud_share, min(f.road_density, 20) / 20] for f in facts])
     return scene, biome, shares
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The batch of a step: indices of its tiles (24,) and their pixels (24, 256, 256, 3), each tile varied."""
+
+    pixels: NDArray[np.uint8]
+    seed: int
+
+    def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        epoch, position = divmod(step * BATCH, len(self.pixels))
+        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.pixels))
+        chosen = np.take(order, range(position, position + BATCH), mode="wrap")
+        with torch.random.fork_rng():
+            torch.manual_seed((self.seed << 32) + step)  # a resumed run draws what an uninterrupted one would
+            return torch.from_numpy(chosen), torch.from_numpy(np.stack([augment(self.pixels[i]) for i in chosen]))
+
+
+def in_advance(batches: Batches, steps: range) -> Any:
+    """The batches of `steps`, made in another process while the tower learns (0.12 s of a step of 0.8 s)."""
+    return torch.utils.data.DataLoader(
+        batches,  # type: ignore[arg-type]
+        batch_size=None,
+        sampler=steps,
+        num_workers=1,
+        multiprocessing_context="fork",
+    )
 
 
 class TowerWithHeads(torch.nn.Module):
@@ -111,14 +144,9 @@ def train_tower(
     start = load_state(checkpoint, model, optimizers)
     loss_of = torch.nn.functional.cross_entropy
     running, began = 0.0, time.monotonic()
-    for step in range(start, steps):
+    batches = Batches(pixels[:usable], seed)
+    for step, (chosen, batch) in enumerate(in_advance(batches, range(start, steps)), start):
         set_learning_rates(optimizers, step, steps)
-        epoch, position = divmod(step * BATCH, usable)
-        order = np.random.default_rng((seed, epoch)).permutation(usable)
-        chosen = np.take(order, range(position, position + BATCH), mode="wrap")
-        with torch.random.fork_rng():
-            torch.manual_seed((seed << 32) + step)  # a resumed run draws what an uninterrupted one would
-            batch = torch.from_numpy(np.stack([augment(pixels[index]) for index in chosen]))
         scene, biome, shares = model(batch)
         loss = (
             loss_of(scene, labels[0][chosen], label_smoothing=0.05)

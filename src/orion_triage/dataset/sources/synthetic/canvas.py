@@ -56,6 +56,7 @@ class Canvas:
         self.road_metres = 0.0
         self.biome = str(random.choice(list(BIOMES)))
         self.subtype = ""  # the scene, if the morphology has several
+        self.rough_land = 0.0  # how often the land around a town or an installation is rough
 
     # --- random numbers -------------------------------------------------------------------------------
 

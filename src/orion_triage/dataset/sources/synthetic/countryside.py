@@ -317,6 +317,14 @@ def track_of_water(canvas: Canvas) -> None:
     canvas.flood(np.clip(-line * 40, 0, 0.9), canvas.water_colour())
 
 
+def surroundings(canvas: Canvas) -> bool:
+    """Rough land around something else, as often as the canvas asks for it; False if there is none."""
+    if not (canvas.rough_land and canvas.chance(canvas.rough_land)):
+        return False
+    canvas.pick([upland, hills, wetland, patchwork, parcels, valley_fields])(canvas)
+    return True
+
+
 # The rough scenes of the morphologies that have some, by name.
 SCENES: dict[str, dict[str, Callable[[Canvas], None]]] = {
     "geological": {"hills": hills},

@@ -121,12 +121,14 @@ def draw_tile(
     """Draw one tile. The same arguments give the same pixels on one machine and library version.
 
     `rough_land` is the share of tiles that show rough land, if the morphology has such scenes (`countryside.SCENES`).
+    It is also how often the land around a town or an installation is rough.
 
     Raises OrionError for an unknown morphology.
     """
     if morphology not in PAINTERS:
         raise OrionError(f"there is no morphology {morphology!r}.", f"Choose one of {', '.join(PAINTERS)}.")
     canvas = Canvas(np.random.default_rng(seed), size, metres_per_pixel)
+    canvas.rough_land = rough_land
     rough = countryside.SCENES.get(morphology, {})
     if rough and rough_land and canvas.chance(rough_land):
         canvas.subtype = canvas.pick(list(rough))

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from orion_triage.dataset.sources.synthetic import countryside
 from orion_triage.dataset.sources.synthetic.canvas import (
     BIOMES,
     Canvas,
@@ -30,14 +31,15 @@ CONTAINERS: tuple[Colour, ...] = (
 
 
 def surroundings(canvas: Canvas) -> None:
-    """Fields, bare land or the edge of a city."""
-    choice = canvas.uniform(0, 1)
-    if choice < 0.1:
-        paint_smallholdings(canvas)
-    elif choice < 0.4:
-        paint_fields(canvas)
-    else:
-        canvas.shade(canvas.ground(), canvas.uniform(0, 1.5))
+    """Rough land, fields, bare land or the edge of a city."""
+    if not countryside.surroundings(canvas):
+        choice = canvas.uniform(0, 1)
+        if choice < 0.1:
+            paint_smallholdings(canvas)
+        elif choice < 0.4:
+            paint_fields(canvas)
+        else:
+            canvas.shade(canvas.ground(), canvas.uniform(0, 1.5))
     if canvas.chance(0.45):
         fringe = np.round(np.clip(canvas.fractal(3.2, 3000) - canvas.uniform(0.2, 0.8), 0, 1))
         if canvas.chance(0.5):
@@ -305,7 +307,8 @@ def mega_mine_industry(canvas: Canvas) -> None:
 
 
 def _open_pit(canvas: Canvas) -> None:
-    canvas.shade(canvas.ground(), canvas.uniform(0.5, 2.5))
+    if not countryside.surroundings(canvas):
+        canvas.shade(canvas.ground(), canvas.uniform(0.5, 2.5))
     centre = (canvas.uniform(-500, 500), canvas.uniform(-500, 500))
     angle = canvas.angle()
     along, across = canvas.rotated(angle, centre)

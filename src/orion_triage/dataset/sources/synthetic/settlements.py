@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from orion_triage.dataset.sources.synthetic import countryside
 from orion_triage.dataset.sources.synthetic.canvas import (
     BIOMES,
     Array,
@@ -189,7 +190,9 @@ def river(canvas: Canvas, width: float) -> None:
 
 
 def _countryside(canvas: Canvas) -> None:
-    """The surroundings of a town or an installation: fields or bare land."""
+    """The surroundings of a town or an installation: rough land, fields or bare land."""
+    if countryside.surroundings(canvas):
+        return
     choice = canvas.uniform(0, 1)
     if choice < 0.15:
         paint_smallholdings(canvas)
