@@ -1,4 +1,4 @@
-"""Rebuild the shipped base from nothing: python -m tools.tiny_base (about 90 minutes on 2 cores)."""
+"""Rebuild the shipped base from nothing: python -m tools.tiny_base (about two hours on 2 cores)."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""Makes the shipped base from nothing: tiles, tokenizer, tower, language. Resumable; about 90 minutes on 2 cores.
+"""Makes the shipped base from nothing: tiles, tokenizer, tower, language. Resumable; about two hours on 2 cores.
 
 The base never sees the triage task: its questions have labels and category sets of their own (`texts`), its
 tiles have seeds of their own (`tiles`), and its random coordinates stay 2 degrees away from val and test.
