@@ -67,7 +67,8 @@ class DatasetSettings(Strict):
     # A camera file, or "wide": the frames are as that camera would deliver them (docs/camera.md); empty: as they are.
     camera: str | None = None
     # Drawn tiles: the share that shows rough land, wild or worked (docs/camera.md), of the tiles of nature, cropland
-    # and towns; empty: none. More: closer to real frames, and harder than the other tiles.
+    # and towns, and of the land around towns and installations; empty: none. More: closer to real frames, and harder
+    # than the other tiles.
     rough_land: SomeShare | None = None
     # Number of test frames; 0: one per place. With synthetic imagery, a larger number draws several tiles per place,
     # which is less informative than more places.

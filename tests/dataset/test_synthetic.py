@@ -85,7 +85,11 @@ def test_rough_land_is_drawn_where_it_is_asked_for() -> None:
         assert seen == set(scenes), morphology
     some = [draw_tile("town", seed, rough_land=0.5, **small).subtype for seed in range(40)]
     assert 10 < some.count("hamlets") < 30
-    assert draw_tile("mega_port", 3, rough_land=1.0, **small).image == draw_tile("mega_port", 3, **small).image
+    assert draw_tile("ocean_water", 3, rough_land=1.0, **small).image == draw_tile("ocean_water", 3, **small).image
+    around = [draw_tile("mega_airport", seed, rough_land=1.0, **small) for seed in range(3)]
+    plain = [draw_tile("mega_airport", seed, **small) for seed in range(3)]
+    assert all(one.image != other.image for one, other in zip(around, plain, strict=True))
+    assert {one.morphology for one in around} == {"mega_airport"}
     assert draw_tile("town", 3, rough_land=1.0, **small).image != draw_tile("town", 3, **small).image
 
 

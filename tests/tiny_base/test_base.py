@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from orion_triage.dataset.catalogue import MORPHOLOGIES, load_catalogue
+from orion_triage.dataset.sources.synthetic import countryside
 from orion_triage.dataset.sources.synthetic.draw import SUBTYPES, draw_tile, tile_seed
 from orion_triage.dataset.split import split_targets
 from orion_triage.imagery.frames import shrink
@@ -85,7 +86,8 @@ def test_its_texts_are_recorded_and_none_of_the_catalogues(record: dict[str, Any
 
 
 def test_every_scene_that_a_tile_can_show_has_its_words() -> None:
-    assert set(texts.SCENES) == {subtype for subtypes in SUBTYPES.values() for subtype in subtypes}
+    drawn = [*SUBTYPES.values(), *countryside.SCENES.values()]
+    assert set(texts.SCENES) == {subtype for subtypes in drawn for subtype in subtypes}
     for what, sights in texts.SCENES.values():
         assert len(set(what)) == len(what) >= 3
         assert len(set(sights)) == len(sights) >= 5
