@@ -20,7 +20,7 @@ from orion_triage.settings import SPLITS
 
 HERE = Path(__file__).parent / "expected"
 # Another processor of the same kind adds up in another order, and its training ends elsewhere, as with another seed:
-# three seeds on one machine differ by 2 of 60 frames (docs/measurements.md).
+# three seeds on one machine differ by 4 of 60 frames (docs/measurements.md).
 TRAINED_FRAMES = 5
 LOSS = 0.1  # nats per token of the validation loss
 EXACT_BASELINES = ("majority class", "colour k-NN", "coordinates k-NN")
