@@ -16,8 +16,8 @@ BIN    := $(VENV)/bin
 READY     := $(VENV)/.ready-$(shell cat constraints.txt pyproject.toml | sha256sum | cut -c1-16)
 READY_DEV := $(VENV)/.ready-dev-$(shell cat constraints*.txt pyproject.toml | sha256sum | cut -c1-16)
 PINS := --universal --python-version 3.11.5 --generate-hashes --quiet --custom-compile-command "make pins"
-# Two tests beside each other: with three, 2 cores are busy to 95 % and the suite takes as long
-SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
+# Three tests beside each other on 2 cores, because many wait for a server or a time limit: 11:01 minutes, 11:49 with two
+SPREAD := -n 3 --dist loadfile --no-loadscope-reorder
 
 # A run and its tests start many interpreters; without compiled modules each of them reads 25 s of sources again.
 unexport PYTHONDONTWRITEBYTECODE

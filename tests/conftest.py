@@ -54,7 +54,7 @@ MISSION = default_mission()  # of most tests; the mission of one's own is that o
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
-# Two workers take a file of tests at a time, so the short ones come last and even out the end. The first ones do not
+# The workers take a file of tests at a time, so the short ones come last and even out the end. The first ones do not
 # need the run of `finished`, which is made meanwhile. All of these are slow: 'make quick' leaves them out.
 LONGEST_FIRST = (
     "test_gpu_benchmark", "test_processes", "test_rehearse", "test_upload", "test_hub", "test_whole_run",
