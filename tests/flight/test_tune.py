@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from orion_triage.flight import bundle as bundles
 from orion_triage.flight import check_flight, server_flags, tune
 from orion_triage.llama_cpp.toolchain import find_toolchain
 from orion_triage.runs.run import open_run
-from orion_triage.safe.files import sha256_of_file
 from tests import warm
+from tests.flight.bundles import sign
 
 pytestmark = pytest.mark.llama_cpp
 
@@ -76,14 +76,6 @@ def program(folder: Path, before: str = "") -> Path:
 
 def started(folder: Path) -> list[str]:
     return (folder / "started").read_text().splitlines()
-
-
-def sign(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change bundle.json as if it had been made so."""
-    record = json.loads((folder / "bundle.json").read_text())
-    change(record)
-    (folder / "bundle.json").write_text(json.dumps(record))
-    (folder / "bundle.json.sha256").write_text(f"{sha256_of_file(folder / 'bundle.json')}  bundle.json\n")
 
 
 def write_flags(folder: Path, server: Path, words: list[str], **changes: Any) -> None:

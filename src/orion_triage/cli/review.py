@@ -209,10 +209,7 @@ def read(
     figures = merged.figures
     labellers = ", ".join(figures["labellers"]) or "nobody"
     console = output()
-    console.print(
-        f"{figures['labelled']} of {figures['frames']} frames labelled by {labellers}",
-        soft_wrap=True,
-    )
+    console.print(f"{figures['labelled']} of {figures['frames']} frames labelled by {labellers}", soft_wrap=True)
     for pair, kappa in figures["kappa"].items():
         value = "-" if kappa["kappa"] is None else f"{kappa['kappa']:.2f}"
         console.print(f"kappa of {pair}: {value} on {kappa['frames']} frames", soft_wrap=True)

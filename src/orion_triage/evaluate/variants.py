@@ -169,7 +169,7 @@ def chosen(settings: Settings, names: Sequence[str]) -> list[Variant]:
     must have a value, and the first look where it is not smaller than the model's. By name, these are then refused.
     """
     own = [variant for variant in table(settings) if variant.role != "other"]
-    if VERDICT_ONLY in names or FIRST_LOOK in names:
+    if any(variant.name in names for variant in own if variant.decoding.verdict_only):
         require_category_alone(settings.mission)
     if not can_be_category_alone(settings.mission):
         own = [variant for variant in own if not variant.decoding.verdict_only]

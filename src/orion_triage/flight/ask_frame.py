@@ -72,10 +72,8 @@ def main() -> int:
     try:
         key = options.key_file.read_text(encoding="utf-8") if options.key_file else os.environ.get("LLAMA_API_KEY", "")
         folder = Path(__file__).resolve().parent
-        bundle, connection = (
-            check_flight.flown(check_flight.read_bundle(folder), options.variant),
-            check_flight.Connection(options.url, key.strip()),
-        )
+        bundle = check_flight.flown(check_flight.read_bundle(folder), options.variant)
+        connection = check_flight.Connection(options.url, key.strip())
         seconds = options.time_out or bundle["seconds_per_frame_at_most"]
         with check_flight.time_limit(seconds, "asking the server what it is"):
             marker, notes = check_flight.check_server(connection, folder, bundle)
@@ -90,9 +88,8 @@ def main() -> int:
         try:
             outcome = ask_in_time(questions, path.read_bytes(), bundle, seconds)
         except OSError as error:
-            outcome = decide_frame.without_model(
-                bundle, blank=False, error=f"the frame cannot be read: {error.strerror}"
-            )
+            why = f"the frame cannot be read: {error.strerror}"
+            outcome = decide_frame.without_model(bundle, blank=False, error=why)
         if "error" in outcome:
             sys.stderr.write(f"error: {path}: {outcome['error']}\n")
         sys.stdout.write(json.dumps({"file": str(path), **check_flight.named(bundle), **outcome}) + "\n")
