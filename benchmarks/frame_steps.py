@@ -4,6 +4,8 @@
     python benchmarks/frame_steps.py --run RUN                          # the pair of a finished run instead
     python benchmarks/frame_steps.py --accuracy runs/tiny runs/text-first    # beside it what these runs answered
     python benchmarks/frame_steps.py --accuracy ... --spared 0.8             # and a cascade that spares such a share
+    python benchmarks/frame_steps.py --preset lfm2.5-vl-450m --results build/450m
+    python benchmarks/frame_steps.py --measured FILE --beside build/450m/frame_steps.json --accuracy ...  # no new times
 
 Each row adds one step to the row before: llama-server's default flags and the published order; the package's flags; the
 text before the image, read once; the verdict without a reason; smaller frames. Then a cascade's expected seconds: a
@@ -50,6 +52,7 @@ SIZES = (512, 384, 256)
 PUBLISHED, TODAY, CASCADE = "published recipe", "today's default", "cascade"
 
 Figures = dict[str, Any]
+Ways = dict[tuple[int, str, bool], Figures]  # by frame size, image before or after the text, with a reason or not
 
 
 def published(run: Run, size: int, repeats: int, log: Path) -> Figures:
@@ -109,9 +112,9 @@ def way_of(run: Run, reason: bool) -> tuple[int, str, bool]:
     return run.settings.base.frame_size, run.settings.mission.image, reason
 
 
-def accuracies(runs: Sequence[Run]) -> dict[tuple[int, str, bool], Figures]:
+def accuracies(runs: Sequence[Run]) -> Ways:
     """By (size, order, reason): right answers under A and B, the loss under B, and both paired with the first run's."""
-    found: dict[tuple[int, str, bool], Figures] = {}
+    found: Ways = {}
     first: list[Prediction] = []
     for run in runs:
         mission = run.settings.mission
@@ -131,13 +134,13 @@ def accuracies(runs: Sequence[Run]) -> dict[tuple[int, str, bool], Figures]:
     return found
 
 
-def measured(run: Run, repeats: int) -> tuple[list[Figures], dict[tuple[int, str, bool], Figures]]:
+def measured(run: Run, repeats: int) -> tuple[list[Figures], Ways]:
     """(The rows of the table, each step on top of the one before; the figures of every way)."""
     log = run.folder / "logs" / "frame-steps-server.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     first = published(run, SIZES[0], repeats, log)
     say(PUBLISHED, first)
-    ways: dict[tuple[int, str, bool], Figures] = {}
+    ways: Ways = {}
     for size in SIZES:
         for order in (FIRST, AFTER):
             for reason, figures in ours(run, size, order, repeats).items():
@@ -166,7 +169,7 @@ def with_cascade(rows: list[Figures], spared: float) -> list[Figures]:
     return [*rows, {"step": CASCADE, "spared": spared, "seconds": cheap + (1 - spared) * full}]
 
 
-def table(rows: Sequence[Figures], known: dict[tuple[int, str, bool], Figures]) -> str:
+def table(rows: Sequence[Figures], known: Ways) -> str:
     """Markdown."""
     lines = [
         "| step | s | times faster | tower | read | answer | tokens read | MB | frames per eclipse | A | B "
@@ -194,8 +197,11 @@ def table(rows: Sequence[Figures], known: dict[tuple[int, str, bool], Figures]) 
     return "\n".join(lines) + "\n"
 
 
-def charts(ways: dict[tuple[int, str, bool], Figures], known: dict[tuple[int, str, bool], Figures], path: Path) -> None:
-    """Loss against seconds, and against frames of an eclipse; a way of asking has a colour, a size its label."""
+def charts(ways: Ways, beside: Ways, known: Ways, path: Path) -> None:
+    """Loss against seconds, and against frames of an eclipse; a way of asking has a colour, a size its label.
+
+    The points of `beside`, of another preset, are hollow.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.4), layout="constrained")
@@ -219,6 +225,10 @@ def charts(ways: dict[tuple[int, str, bool], Figures], known: dict[tuple[int, st
             axes.errorbar(values, losses, [[0] * len(tops), tops], color=colour, marker=marker, label=label, capsize=3)
             for (way, _), value, loss in zip(own, values, losses, strict=True):
                 axes.annotate(f"{way[0]} px", (value, loss), textcoords="offset points", xytext=(5, 5), fontsize=9)
+        others = [(beside[way]["seconds"], known[way]["loss"]["rate"]) for way, _ in own if way in beside]
+        for axes, of_seconds in ((left, float), (right, lambda seconds: power.ECLIPSE_SECONDS / seconds)):
+            values = [of_seconds(seconds) for seconds, _ in others]
+            axes.plot(values, [loss for _, loss in others], color=colour, marker=marker, mfc="none", ls="none")
     left.set_ylabel("valuable frames dropped (bar: at most, 95 %)")
     left.set_xlabel("seconds per frame")
     right.set_xlabel(f"frames in an eclipse of {power.ECLIPSE_SECONDS // 60} minutes")
@@ -233,6 +243,26 @@ def charts(ways: dict[tuple[int, str, bool], Figures], known: dict[tuple[int, st
     write_bytes(path, picture.getvalue())
 
 
+def run_of(asked: argparse.Namespace) -> Run:
+    """The run of --run, or one of random weights."""
+    if asked.run:
+        return open_run(asked.run)
+    bench = speed.Bench(
+        preset=asked.preset, folder=asked.folder, results=asked.results, repeats=asked.repeats, toy=False,
+        records=None, validation_records=None, run=None, base=None, orion=None,
+    )  # fmt: skip
+    return speed.finished_run(bench)
+
+
+def ways_of(written: Figures) -> Ways:
+    """The ways of a written file."""
+    found = {}
+    for figures in written["ways"]:
+        size, order, reason = figures["way"]
+        found[size, order, reason] = figures
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, help="finished run; default: random weights of --preset")
@@ -245,34 +275,32 @@ def main() -> None:
         "--spared", type=float, help="share of frames that a cascade's first look drops ('orion cascade')"
     )
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--measured", type=Path, help="figures of an earlier call, instead of measuring anew")
+    parser.add_argument("--beside", type=Path, help="figures of another preset, for the charts")
     parser.add_argument("--results", type=Path, default=RESULTS)
     asked = parser.parse_args()
-    if asked.run:
-        run = open_run(asked.run)
-    else:
-        bench = speed.Bench(
-            preset=asked.preset, folder=asked.folder, results=asked.results, repeats=asked.repeats, toy=False,
-            records=None, validation_records=None, run=None, base=None, orion=None,
-        )  # fmt: skip
-        run = speed.finished_run(bench)
     known = accuracies([open_run(folder) for folder in asked.accuracy])
-    rows, ways = measured(run, asked.repeats)
+    if asked.measured:
+        written = json.loads(asked.measured.read_text(encoding="utf-8"))
+        rows = [row for row in written["rows"] if row["step"] != CASCADE]
+    else:
+        rows, ways = measured(run_of(asked), asked.repeats)
+        written = {
+            "command": ["python", "benchmarks/frame_steps.py", *sys.argv[1:]],
+            "machine": speed.machine(),
+            "versions": speed.versions(),
+            "weights": str(asked.run) if asked.run else f"random, {asked.preset}",
+            "repeats": asked.repeats,
+            "ways": [{"way": list(way), **figures} for way, figures in ways.items()],
+        }
     if asked.spared is not None:
         rows = with_cascade(rows, asked.spared)
-    written = {
-        "command": ["python", "benchmarks/frame_steps.py", *sys.argv[1:]],
-        "machine": speed.machine(),
-        "versions": speed.versions(),
-        "weights": str(asked.run) if asked.run else f"random, {asked.preset}",
-        "repeats": asked.repeats,
-        "rows": rows,
-        "ways": [{"way": list(way), **figures} for way, figures in ways.items()],
-        "accuracies": [{"way": list(way), **figures} for way, figures in known.items()],
-    }
+    written |= {"rows": rows, "accuracies": [{"way": list(way), **figures} for way, figures in known.items()]}
     asked.results.mkdir(parents=True, exist_ok=True)
     write_text(asked.results / "frame_steps.json", json.dumps(written, indent=1) + "\n")
     if known:
-        charts(ways, known, asked.results / "frame_steps.png")
+        beside = json.loads(asked.beside.read_text(encoding="utf-8")) if asked.beside else {"ways": []}
+        charts(ways_of(written), ways_of(beside), known, asked.results / "frame_steps.png")
     print(table(rows, known))
 
 
