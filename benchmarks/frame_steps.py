@@ -6,6 +6,7 @@
     python benchmarks/frame_steps.py --accuracy ... --spared 0.8             # and a cascade that spares such a share
     python benchmarks/frame_steps.py --preset lfm2.5-vl-450m --results build/450m
     python benchmarks/frame_steps.py --measured FILE --beside build/450m/frame_steps.json --accuracy ...  # no new times
+    python benchmarks/frame_steps.py --measured FILE --tune                  # only the flags are measured
 
 Each row adds one step to the row before: llama-server's default flags and the published order; the package's flags; the
 text before the image, read once; the verdict without a reason; smaller frames. Then a cascade's expected seconds: a
@@ -20,10 +21,12 @@ of --accuracy (McNemar), with the loss's upper bound (95 %). Figures: benchmarks
 import argparse
 import io
 import json
+import os
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +41,8 @@ from orion_triage.evaluate.results import differences
 from orion_triage.evaluate.run import prediction_of, read_predictions
 from orion_triage.evaluate.variants import CONSTRAINED, VERDICT_ONLY
 from orion_triage.export import quantize
-from orion_triage.flight import bench_frame
+from orion_triage.flight import bench_frame, server_flags, tune
+from orion_triage.flight.bundle import SECOND_TOWER
 from orion_triage.llama_cpp.toolchain import find_toolchain
 from orion_triage.machine import power
 from orion_triage.mission.prompt import user_text
@@ -49,7 +53,7 @@ RESULTS = Path(__file__).parent / "results"
 FIRST, AFTER = "before the text", "after the text"  # mission.image
 ANSWER_TOKENS = 40  # of an answer with its reason
 SIZES = (512, 384, 256)
-PUBLISHED, TODAY, CASCADE = "published recipe", "today's default", "cascade"
+PUBLISHED, TODAY, TUNED, CASCADE = "published recipe", "today's default", "+ flags of this machine", "cascade"
 
 Figures = dict[str, Any]
 Ways = dict[tuple[int, str, bool], Figures]  # by frame size, image before or after the text, with a reason or not
@@ -88,24 +92,56 @@ def opened(png: bytes) -> Image.Image:
 
 def ours(run: Run, size: int, order: str, repeats: int) -> dict[bool, Figures]:
     """The package's server and way of asking, with the reason (True) and without (False)."""
+    with asked_of(run, size, order, repeats) as asked:
+        return {True: figures_of(asked.with_reason("", ANSWER_TOKENS)), False: figures_of(asked.without_reason())}
+
+
+@contextmanager
+def asked_of(
+    run: Run, size: int, order: str, repeats: int, tower: str | None = None, flags: Sequence[str] = ()
+) -> Iterator[bench_frame.Asked]:
     mission = run.settings.mission.model_copy(update={"image": order})
     turned = replace(run, settings=run.settings.model_copy(update={"mission": mission}))
     setup = bench_frame.Setup(size, run.settings.quantize.type, run.settings.quantize.tower)
     backbone, mmproj = quantize.find_pair(run.gguf)
-    with bench_frame.serve(turned, find_toolchain(), backbone, mmproj, setup) as server:
-        asked = bench_frame.Asked(server, turned, setup, repeats)
-        rows = {True: asked.with_reason("", ANSWER_TOKENS), False: asked.without_reason()}
+    mmproj = mmproj.with_name(tower) if tower else mmproj
+    with bench_frame.serve(turned, find_toolchain(), backbone, mmproj, setup, flags) as server:
+        yield bench_frame.Asked(server, turned, setup, repeats)
+
+
+def figures_of(row: bench_frame.Row) -> Figures:
     return {
-        reason: {
-            "seconds": row.seconds_per_frame,
-            "encode_seconds": row.encode_seconds,
-            "prefill_seconds": row.prefill_seconds,
-            "decode_seconds": row.decode_seconds,
-            "tokens_read": row.tokens_read,
-            "peak_memory_bytes": row.peak_memory_bytes,
-        }
-        for reason, row in rows.items()
+        "seconds": row.seconds_per_frame,
+        "encode_seconds": row.encode_seconds,
+        "prefill_seconds": row.prefill_seconds,
+        "decode_seconds": row.decode_seconds,
+        "tokens_read": row.tokens_read,
+        "peak_memory_bytes": row.peak_memory_bytes,
     }
+
+
+def tuned(run: Run, repeats: int) -> Figures:
+    """The last row's way with the fastest flags of this machine, found one after the other as tune.py does.
+
+    Nothing is flown here, so no verdict is checked and no gain confirmed. A tower in Q8_0 is tried if the pair has one.
+    """
+    way = (SIZES[-1], AFTER, False)
+    towers = [path.name for path in (quantize.find_pair(run.gguf)[1], run.gguf / SECOND_TOWER) if path.exists()]
+    cores = len(os.sched_getaffinity(0))
+    flags, best = {"--threads": str(cores), "--flash-attn": "off"}, None
+    tried: dict[str, float] = {}
+    for change in [{}, *tune.changes(flags, cores, towers)]:
+        words = flags | change
+        tower = words.get("--mmproj")
+        command = server_flags.words_of({name: value for name, value in words.items() if name != "--mmproj"})
+        with asked_of(run, *way[:2], repeats, tower, command) as asked:
+            figures = figures_of(asked.without_reason())
+        name = " ".join(server_flags.words_of(change)) or tune.TODAY
+        tried[name] = figures["seconds"]
+        say(name, figures)
+        if best is None or figures["seconds"] < (1 - tune.LEAST_GAIN) * best["seconds"]:
+            flags, best = words, figures
+    return {"step": TUNED, "way": list(way), "flags": " ".join(server_flags.words_of(flags)), "tried": tried, **best}
 
 
 def way_of(run: Run, reason: bool) -> tuple[int, str, bool]:
@@ -164,9 +200,10 @@ def say(what: str, figures: Figures) -> None:
 
 
 def with_cascade(rows: list[Figures], spared: float) -> list[Figures]:
-    """A row more: the last row's look on every frame, and today's default on the share that it does not drop."""
-    cheap, full = rows[-1]["seconds"], next(row["seconds"] for row in rows if row["step"] == TODAY)
-    return [*rows, {"step": CASCADE, "spared": spared, "seconds": cheap + (1 - spared) * full}]
+    """A row more: the look of the last step at every frame, and today's default at the share that it does not drop."""
+    steps = {row["step"]: row["seconds"] for row in rows if row["step"] != TUNED}
+    *_, cheap = steps.values()
+    return [*rows, {"step": CASCADE, "spared": spared, "seconds": cheap + (1 - spared) * steps[TODAY]}]
 
 
 def table(rows: Sequence[Figures], known: Ways) -> str:
@@ -275,6 +312,7 @@ def main() -> None:
         "--spared", type=float, help="share of frames that a cascade's first look drops ('orion cascade')"
     )
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tune", action="store_true", help="also the last step with the fastest flags of this machine")
     parser.add_argument("--measured", type=Path, help="figures of an earlier call, instead of measuring anew")
     parser.add_argument("--beside", type=Path, help="figures of another preset, for the charts")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -282,7 +320,7 @@ def main() -> None:
     known = accuracies([open_run(folder) for folder in asked.accuracy])
     if asked.measured:
         written = json.loads(asked.measured.read_text(encoding="utf-8"))
-        rows = [row for row in written["rows"] if row["step"] != CASCADE]
+        rows = [row for row in written["rows"] if row["step"] not in (CASCADE, TUNED)]
     else:
         rows, ways = measured(run_of(asked), asked.repeats)
         written = {
@@ -293,6 +331,8 @@ def main() -> None:
             "repeats": asked.repeats,
             "ways": [{"way": list(way), **figures} for way, figures in ways.items()],
         }
+    if asked.tune:
+        rows.append(tuned(run_of(asked), asked.repeats))
     if asked.spared is not None:
         rows = with_cascade(rows, asked.spared)
     written |= {"rows": rows, "accuracies": [{"way": list(way), **figures} for way, figures in known.items()]}

@@ -313,10 +313,15 @@ class _Files:
 # --- asking -----------------------------------------------------------------------------------------------------------
 
 
-def serve(run: "Run", toolchain: "Toolchain", backbone: Path, mmproj: Path, setup: Setup) -> "Server":
-    """A server with the flight options and the changes of `setup`; its log has time stamps of the image encoding."""
+def serve(
+    run: "Run", toolchain: "Toolchain", backbone: Path, mmproj: Path, setup: Setup, more: Sequence[str] = ()
+) -> "Server":
+    """A server with the flight options and the changes of `setup`; its log has time stamps of the image encoding.
+
+    The options `more` come last, and replace others of the same name.
+    """
     log, threads = run.folder / "logs" / LOG, run.settings.evaluate.threads
-    options = _options(setup)
+    options = [*_options(setup), *more]
     return Server(toolchain, backbone, mmproj, log=log, turn=turn_of(backbone), threads=threads, options=options)
 
 
