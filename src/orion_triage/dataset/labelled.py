@@ -78,8 +78,8 @@ def read_labelled(folder: Path, mission: Mission, stretch: Stretch | None = None
         raise OrionError(f"all labelled frames are {frames[0].category}.", "Add frames of another category.")
     if len({frame.place for frame in frames}) < 2:
         raise OrionError("all labelled frames are of one place.", "Add frames of other places.")
-    told = [f"{blank} blank frames, which the blank rule decides"] if blank else []
-    return frames, told + ([f"{again} pictures that are there already"] if again else [])
+    left_out = [f"{blank} blank frames, which the blank rule decides"] if blank else []
+    return frames, left_out + ([f"{again} pictures that are there already"] if again else [])
 
 
 def turned(image: "Image.Image") -> "list[Image.Image]":

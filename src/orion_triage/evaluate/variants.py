@@ -257,7 +257,7 @@ def evaluate(variant: Variant, run: "Run", progress: Progress) -> Figures:
 
 @contextmanager
 def opened(variant: Variant, run: "Run", progress: Progress) -> "Iterator[tuple[Backend, Figures]]":
-    """The variant loaded, or behind servers of its own; and what these say of themselves."""
+    """The variant, loaded or behind started servers, and what these servers report about themselves."""
     if variant.in_parallel:
         yield _load(variant, inputs(variant, run), run.settings), {}
         return

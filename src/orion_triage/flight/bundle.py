@@ -211,11 +211,11 @@ def verdict_line(bundle: dict[str, Any]) -> str:
 
 def head_line(bundle: dict[str, Any]) -> str:
     """What is known of the bundle's head, from the labelled frames that it was fitted on."""
-    told = bundle["head"]["labelled"]
-    right, pair = told["head"], told["zero_shot"]
+    labelled = bundle["head"]["labelled"]
+    right, pair = labelled["head"], labelled["zero_shot"]
     return (
         f"the head decides: right on {right['count']} of {right['total']} labelled frames that it had not seen, "
-        f"the pair on {pair['count']} (p = {told['change']['zero_shot']['exact_p']:.2g})"
+        f"the pair on {pair['count']} (p = {labelled['change']['zero_shot']['exact_p']:.2g})"
     )
 
 

@@ -459,7 +459,7 @@ class Questions:
 
     def _verdict_first(self, image: str, png: bytes, how: dict[str, Any]) -> tuple[str, dict[str, float]]:
         """The answer and the log-probability of each category, by the token in which their names differ."""
-        # The server reads the image, and goes on from there in each of the following requests.
+        # The server reads the image once; each of the following requests continues after it.
         self._check_kept(self._completion(png, None, 0, {"cache_prompt": True, "grammar": self._request["printable"]}))
         start, begun = how["start"], self._labels[0]["after"]
         more = {"cache_prompt": True, "n_probs": self._request["candidates"]}
@@ -762,7 +762,7 @@ def _allowed(label: str, golden: dict[str, Any], tolerances: dict[str, float]) -
 def check(options: argparse.Namespace, report: dict[str, Any]) -> None:
     """Run the checks and fill in `report`; raises NoGoError at the first failure.
 
-    Of a bundle with a head, servers of its own are checked for both variants, a running one for the one that it serves.
+    For a bundle with a head, started servers are checked for both variants, a running one for the one that it serves.
     """
     folder = options.bundle.resolve()
     with time_limit(options.limit, "reading the bundle's files"):

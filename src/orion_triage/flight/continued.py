@@ -100,7 +100,7 @@ def out_of_fold(
     """What pairs that have not seen a frame decide about it: one training per fold, from the run's adapter.
 
     None about a frame that is in no fold. A finished fold leaves a file in the run's folder, so that an interrupted
-    cross-validation goes on.
+    cross-validation can be resumed.
     """
     settings, folder = settings or settings_of(run.settings.fine_tune), run.folder / FOLDS_FOLDER
     dataset = Dataset(run.dataset, run.settings.mission)  # one for all folds: frames are decoded once

@@ -226,7 +226,7 @@ class Model:
             return f"the prompt's state was restored from {self._state}"
         try:
             saved.save(questions)
-        except (check_flight.NoGoError, OSError) as error:  # a build without it, or a full disk: the flight goes on
+        except (check_flight.NoGoError, OSError) as error:  # a build without it, or a full disk: the flight continues
             questions.keep_prompt()
             return f"the server has read the prompt; its state cannot be saved: {error}"
         return f"the server has read the prompt; its state is saved in {self._state}"

@@ -403,7 +403,7 @@ class Client:
         return reply
 
     def _check_kept(self, reply: dict[str, Any], *, cached: bool) -> None:
-        """Forget the kept text if the server had lost its state, or was told to begin anew."""
+        """Forget the kept text if the server had lost its state, or was asked to begin anew."""
         timings = reply.get("timings")
         tokens = timings.get("cache_n") if isinstance(timings, dict) else None
         lost = cached and isinstance(tokens, int) and tokens < self._kept_tokens - CHECKPOINT_TOKENS

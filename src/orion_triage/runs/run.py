@@ -128,7 +128,7 @@ def running(run: Run, stage: str) -> Iterator[None]:
     """Lock the run and write its settings for a stage that begins.
 
     If it is refused (OrionError), the settings of what is finished come back. In a run without a finished product they
-    stay with what was begun, since a dataset that was interrupted goes on with its source; in an empty one they go.
+    stay with what was begun, since an interrupted dataset is resumed with its source; in an empty one they go.
     """
     with held(run, stage):
         path = run.folder / SETTINGS_FILE

@@ -34,9 +34,9 @@ CHOSEN_BY = "lowest eval_loss within one standard error of the lowest eval_loss_
 def chosen_step(log: Sequence[Mapping[str, float]]) -> int:
     """The step of the epoch to keep, out of a training's log.
 
-    The category is what flies, but 60 records cannot tell late epochs apart by it: the loss of the whole verdict, of
-    which the category is a small part, decides among those within one standard error of the best (the one standard
-    error rule of Breiman and others, 1984). Both without coordinates. The earlier epoch wins a tie.
+    The flight uses the category, but 60 records do not distinguish late epochs by it. Among the epochs within one
+    standard error of the best (rule of Breiman and others, 1984), the loss of the whole verdict decides, of which the
+    category is a small part. Both without coordinates. The earlier epoch wins a tie.
     """
     epochs = [entry for entry in log if "eval_loss_category" in entry]
     best = min(epochs, key=lambda entry: entry["eval_loss_category"])
@@ -46,7 +46,7 @@ def chosen_step(log: Sequence[Mapping[str, float]]) -> int:
 
 
 class ValidatingTrainer(transformers.Trainer):  # type: ignore[misc]
-    """transformers' Trainer with a validation of its own: sums per row instead of a mean of the batches' means.
+    """transformers' Trainer with another validation: sums per row instead of a mean of the batches' means.
 
     `train_order` is a sampler of the training records; None: Trainer's random order.
     """

@@ -175,7 +175,7 @@ def _path_of(row: _Row, names: PictureNames, earlier: dict[str, tuple[Path, str]
 def _completed(row: _Row, path: Path | None, contents: Contents) -> tuple[dict[str, str], bool]:
     """The row's cells, with missing values filled in: a GeoTIFF's position, the morphology and the reason.
 
-    Also whether the row has a reason of its own.
+    Also whether the row itself has a reason.
     """
     mission, written = contents.mission, row.cells["category"]
     category = mission.named(written)
