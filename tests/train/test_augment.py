@@ -16,12 +16,12 @@ from orion_triage.imagery.stress import STRENGTHS, chosen, stressed
 from orion_triage.models.load import load_processor
 from orion_triage.pipeline import FINE_TUNE
 from orion_triage.progress import silent
-from orion_triage.settings import load_settings
+from orion_triage.settings import FineTuneSettings, load_settings
 from orion_triage.train import fine_tune
 from orion_triage.train.augment import Augmentation
 from orion_triage.train.trainer import collator
 from tests.conftest import MISSION, structured_picture
-from tests.train.test_fine_tune import QUICK, InterruptionError, largest_difference, tensors_of
+from tests.train.trainings import QUICK, InterruptionError, largest_difference, stop_at, tensors_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*checkpointing.* is deprecated:FutureWarning"),
@@ -97,7 +97,7 @@ def test_a_batch_has_the_changed_frames_and_encodes_each_once(small_base: Path, 
 
 
 def test_a_resumed_training_sees_what_a_straight_one_sees(
-    small_base: Path, small_dataset: Path, small_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_base: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, str]] = []
     frame = Augmentation.frame
@@ -107,29 +107,27 @@ def test_a_resumed_training_sees_what_a_straight_one_sees(
         return frame(self, name)
 
     monkeypatch.setattr(Augmentation, "frame", watched)
-    settings = QUICK.model_copy(update={"augment": ("haze", "partial")})
+    plain = QUICK.model_copy(update={"micro_batch_size": 4})
+    changed = plain.model_copy(update={"augment": ("haze", "partial")})
 
-    def train(out: str, work: str, progress: Any = silent) -> list[float]:
+    def train(out: str, work: str, progress: Any = silent, settings: FineTuneSettings = changed) -> list[float]:
         figures = fine_tune.run(
-            small_base, Dataset(small_dataset, MISSION), tmp_path / out, tmp_path / work, settings, 256, progress
+            small_base, Dataset(few, MISSION), tmp_path / out, tmp_path / work, settings, 256, progress
         )
         return list(figures["eval_losses"])
-
-    def stop(description: str, done: int, total: int) -> None:
-        if (description, done) == ("fine-tuning", 5):  # in the second epoch
-            raise InterruptionError
 
     straight = train("a", "straight")
     assert {epoch for epoch, _ in seen} == {0, 1}
     of_second = {name for epoch, name in seen if epoch == 1 and name.startswith("orion")}
     with pytest.raises(InterruptionError):
-        train("b", "cut", stop)
+        train("b", "cut", stop_at(3))  # in the second epoch
     seen.clear()
     resumed = train("b", "cut")
     assert {name for epoch, name in seen if epoch == 1} >= of_second
     assert {epoch for epoch, name in seen if name in of_second} <= {0, 1}
     assert resumed == pytest.approx(straight, abs=1e-4)
-    assert largest_difference(tensors_of(tmp_path / "a"), tensors_of(small_adapter)) > 1e-3, "it was trained without"
+    train("without", "plain", settings=plain)
+    assert largest_difference(tensors_of(tmp_path / "a"), tensors_of(tmp_path / "without")) > 1e-3
     assert largest_difference(tensors_of(tmp_path / "a"), tensors_of(tmp_path / "b")) < 1e-4
 
 

@@ -17,28 +17,22 @@ from orion_triage.mission.prompt import Coordinates
 from orion_triage.mission.verdict import Verdict
 from orion_triage.models.adapter import WEIGHTS_FILE
 from orion_triage.pipeline import FINE_TUNE
+from orion_triage.progress import silent
 from orion_triage.runs.manifest import hash_inputs
 from orion_triage.runs.run import Run
 from orion_triage.safe.files import sha256_of_file
-from orion_triage.settings import FineTuneSettings, load_settings
+from orion_triage.settings import load_settings
 from orion_triage.train import fine_tune
 from orion_triage.train.remote import training_of
 from tests.conftest import MISSION, orion, structured_picture
+from tests.train.trainings import QUICK, InterruptionError, largest_difference, stop_at, tensors_of
 
-QUICK = FineTuneSettings(
-    micro_batch_size=8, gradient_accumulation_steps=1, epochs=1, learning_rate=1e-2, gradient_checkpointing=False
-)
+ONE_EPOCH = QUICK.model_copy(update={"epochs": 1})
 
 
 def frame(number: int, category: str = "LOW", where: Coordinates | None = None) -> Labelled:
     verdict = Verdict(f"Frame {number}.", category)
     return Labelled(f"{number}.png", verdict, where, Path(f"{number}.png"), structured_picture(500 + number))
-
-
-def tensors_of(folder: Path) -> dict[str, Any]:
-    from safetensors.torch import load_file
-
-    return load_file(folder / WEIGHTS_FILE)
 
 
 def test_a_frame_is_trained_in_its_eight_orientations() -> None:
@@ -70,7 +64,7 @@ def test_replay_draws_frames_of_each_category_with_both_records(small_dataset: P
 def continued(
     base: Path, dataset: Path, out: Path, parent: Path | None, labelled: list[Labelled], **changes: Any
 ) -> dict[str, Any]:
-    settings = QUICK.model_copy(update=changes)
+    settings = ONE_EPOCH.model_copy(update=changes)
     data = Dataset(dataset, MISSION)
     return fine_tune.run(
         base, data, out, out.with_name(f"{out.name}-work"), settings, 256, labelled=labelled, parent=parent
@@ -106,27 +100,22 @@ def test_an_interrupted_continuation_goes_on_from_its_own_checkpoint(
 ) -> None:
     frames = [frame(0), frame(1, "HIGH")]
 
-    def train(name: str, stop: int | None = None) -> dict[str, Any]:
-        def progress(what: str, done: int, total: int) -> None:
-            if what == "fine-tuning" and done == stop:
-                raise KeyboardInterrupt
-
+    def train(name: str, progress: Any = silent) -> dict[str, Any]:
         data, work = Dataset(small_dataset, MISSION), tmp_path / ("straight" if name == "straight" else "work")
         return fine_tune.run(
-            small_base, data, tmp_path / name, work, QUICK.model_copy(update={"epochs": 2, "replay": 0.3}), 256,
+            small_base, data, tmp_path / name, work, QUICK.model_copy(update={"replay": 0.3}), 256,
             progress, labelled=frames, parent=small_adapter,
         )  # fmt: skip
 
     straight = train("straight")
     half = straight["steps"] // 2
-    with pytest.raises(KeyboardInterrupt):
-        train("resumed", half + 1)
+    with pytest.raises(InterruptionError):
+        train("resumed", stop_at(half + 1))
     assert train("resumed")["resumed_from_step"] == half
-    one, other = tensors_of(tmp_path / "straight"), tensors_of(tmp_path / "resumed")
-    assert max(float((one[key] - other[key]).abs().max()) for key in one) < 1e-4
+    assert largest_difference(*(tensors_of(tmp_path / name) for name in ("straight", "resumed"))) < 1e-4
     frames = frames[:1]
-    with pytest.raises(KeyboardInterrupt):  # before the first step: other frames are another training
-        train("fewer", 0)
+    with pytest.raises(InterruptionError):  # before the first step: other frames are another training
+        train("fewer", stop_at(0))
 
 
 @pytest.mark.parametrize(
@@ -158,7 +147,7 @@ def test_an_adapter_of_another_base_or_frame_size_is_refused(
         continued(small_base, small_dataset, tmp_path / "out", small_dataset, [])
     with pytest.raises(OrionError, match="was trained on frames of 256 px"):
         data = Dataset(small_dataset, MISSION)
-        fine_tune.run(small_base, data, tmp_path / "out", tmp_path / "w", QUICK, 384, parent=small_adapter)
+        fine_tune.run(small_base, data, tmp_path / "out", tmp_path / "w", ONE_EPOCH, 384, parent=small_adapter)
 
 
 def test_frames_of_val_and_test_are_refused_in_any_orientation(small_dataset: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from orion_triage.dataset.dataset import Dataset
-from orion_triage.dataset.records import read_split, split_path, write_split
+from orion_triage.dataset.records import read_split, split_path
 from orion_triage.errors import OrionError
 from orion_triage.mission.mission import FieldOfAnswer
 from orion_triage.mission.verdict import category_alone
@@ -23,40 +23,13 @@ from orion_triage.train.device import Device
 from orion_triage.train.grouping import groupings
 from orion_triage.train.trainer import collator, make_trainer, warmup_steps
 from tests.conftest import MISSION
+from tests.train.trainings import QUICK, InterruptionError, largest_difference, stop_at, tensors_of
 
 # Spoken by PEFT and by a CPU's paged optimizer; `run` filters them, its parts do not.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*checkpointing.* is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Paged optimizers:UserWarning"),
 ]
-
-QUICK = FineTuneSettings(
-    micro_batch_size=8,
-    gradient_accumulation_steps=1,
-    epochs=2,
-    learning_rate=1e-2,
-    gradient_checkpointing=False,
-)
-
-
-@pytest.fixture(scope="module")
-def few(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four training targets twice, two to validate."""
-    folder = shutil.copytree(small_dataset, tmp_path_factory.mktemp("few") / "dataset")
-    for split, count in (("train", 8), ("val", 2)):
-        write_split(folder, split, read_split(small_dataset, split, MISSION)[:count])
-    return folder
-
-
-def tensors_of(folder: Path) -> dict[str, Any]:
-    from safetensors.torch import load_file
-
-    return load_file(folder / "adapter_model.safetensors")
-
-
-def largest_difference(first: dict[str, Any], second: dict[str, Any]) -> float:
-    assert set(first) == set(second)
-    return max(float((first[key] - second[key]).abs().max()) for key in first)
 
 
 def test_a_share_of_the_records_is_trained_without_a_reason(
@@ -410,10 +383,6 @@ def test_ways_to_share_out_a_base_that_do_not_train_right_are_refused_by_name(
     assert not list(tmp_path.iterdir())
 
 
-class InterruptionError(Exception):
-    """An interruption, as far as a run is concerned."""
-
-
 @pytest.mark.slow
 def test_an_interrupted_run_ends_like_a_straight_one(
     small_base: Path, small_adapter: Path, small_dataset: Path, tmp_path: Path
@@ -423,13 +392,6 @@ def test_an_interrupted_run_ends_like_a_straight_one(
 
     def train(out: str, settings: FineTuneSettings = QUICK, progress: Any = silent) -> dict[str, Any]:
         return fine_tune.run(small_base, Dataset(small_dataset, MISSION), tmp_path / out, work, settings, 256, progress)
-
-    def stop_at(step: int) -> Any:
-        def progress(description: str, done: int, total: int) -> None:
-            if (description, done) == ("fine-tuning", step):
-                raise InterruptionError
-
-        return progress
 
     with pytest.raises(InterruptionError):
         train("a", progress=stop_at(5))  # in the second epoch

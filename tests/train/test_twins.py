@@ -23,6 +23,7 @@ from orion_triage.train.device import Device
 from orion_triage.train.trainer import collator, make_trainer
 from orion_triage.train.twins import TwinsSampler, check_shared_prefix, costliest_first, twins_of
 from tests.conftest import MISSION
+from tests.train.trainings import InterruptionError, largest_difference, stop_at, tensors_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*checkpointing.* is deprecated:FutureWarning"),
@@ -317,10 +318,8 @@ def test_a_cache_that_loses_something_is_refused(
 
 @pytest.mark.slow
 def test_a_training_of_twins_keeps_its_steps_and_resumes_to_the_same_adapter(
-    small_base: Path, small_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_base: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from safetensors.torch import load_file
-
     asked: list[tuple[int, int]] = []
     forward = Lfm2VlForConditionalGeneration.forward
 
@@ -331,26 +330,20 @@ def test_a_training_of_twins_keeps_its_steps_and_resumes_to_the_same_adapter(
 
     monkeypatch.setattr(Lfm2VlForConditionalGeneration, "forward", watched)
 
-    class InterruptionError(Exception):
-        pass
-
-    def stop(description: str, done: int, total: int) -> None:
-        if (description, done) == ("fine-tuning", 5):  # in the middle of the second epoch
-            raise InterruptionError
+    settings = TOGETHER.model_copy(update={"micro_batch_size": 2})
 
     def train(name: str, work: str, progress: Any = silent) -> dict[str, Any]:
         return fine_tune.run(
-            small_base, Dataset(small_dataset, MISSION), tmp_path / name, tmp_path / work, TOGETHER, 256, progress
+            small_base, Dataset(few, MISSION), tmp_path / name, tmp_path / work, settings, 256, progress
         )
 
     straight = train("straight", "work")
-    assert straight["steps"] == 6
-    assert asked == [(4, 2)] * 12
+    assert straight["steps"] == 4
+    assert asked == [(2, 1)] * 8
     with pytest.raises(InterruptionError):
-        train("resumed", "interrupted", stop)
-    assert train("resumed", "interrupted")["resumed_from_step"] == 3
-    one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("straight", "resumed"))
-    assert max(float((one[key] - other[key]).abs().max()) for key in one) < 1e-4
+        train("resumed", "interrupted", stop_at(3))  # in the middle of the second epoch
+    assert train("resumed", "interrupted")["resumed_from_step"] == 2
+    assert largest_difference(*(tensors_of(tmp_path / name) for name in ("straight", "resumed"))) < 1e-4
     logs = [json.loads((tmp_path / name / "loss_log.json").read_text()) for name in ("straight", "resumed")]
     assert [entry.get("loss") for entry in logs[0]] == pytest.approx([entry.get("loss") for entry in logs[1]], abs=1e-4)
 
