@@ -4,7 +4,9 @@ The defaults are the mission document's two tables for the 1.6B model. A preset 
 beside each value, and `overrides` lists the differences for the report.
 """
 
+import json
 import tomllib
+from collections.abc import Sequence
 from datetime import date
 from importlib import resources
 from pathlib import Path
@@ -258,6 +260,9 @@ class Settings(Strict):
     verdict: VerdictSettings = VerdictSettings()
 
 
+STAGES = ("base", "fine_tune", "fuse", "quantize", "evaluate", "variants")  # what a model is made and asked with
+
+
 def preset_names() -> list[str]:
     return sorted(
         entry.name.removesuffix(".toml")
@@ -266,18 +271,25 @@ def preset_names() -> list[str]:
     )
 
 
-def load_settings(
-    preset: str = "tiny", assignments: tuple[str, ...] | list[str] = (), mission: Path | None = None
-) -> Settings:
+def load_settings(preset: str = "tiny", assignments: Sequence[str] = (), mission: Path | None = None) -> Settings:
     """The settings of a preset (a shipped name or a TOML file) with `stage.key=value` assignments applied.
 
     `mission` is a mission file; without it, the mission is the preset's or the published one. Raises OrionError that
     lists all mistakes: unknown keys, wrong types, values out of range.
     """
     values, source = _read_preset(preset)
+    values.setdefault("preset", Path(preset).stem if preset.endswith(".toml") else preset)
+    return _filled(values, source, assignments, mission)
+
+
+def changed(settings: Settings, assignments: Sequence[str], mission: Path | None = None) -> Settings:
+    """The settings with `stage.key=value` assignments applied; raises OrionError as `load_settings` does."""
+    return _filled(settings.model_dump(), "a changed setting", assignments, mission)
+
+
+def _filled(values: dict[str, Any], source: str, assignments: Sequence[str], mission: Path | None) -> Settings:
     if mission:
         values["mission"] = load_mission(mission).model_dump()
-    values.setdefault("preset", Path(preset).stem if preset.endswith(".toml") else preset)
     for assignment in assignments:
         _assign(values, assignment)
     try:
@@ -344,6 +356,19 @@ def _assign(values: dict[str, Any], assignment: str) -> None:
         section[parts[1]] = tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):
         section[parts[1]] = text  # a bare word is a string
+
+
+def differences(settings: Settings, other: Settings, stages: Sequence[str]) -> dict[str, Any]:
+    """`stage.key` -> value of `settings`, for every setting of these stages that differs from `other`'s."""
+    mine, others = settings.model_dump(mode="json"), other.model_dump(mode="json")
+    return {
+        f"{stage}.{key}": value for stage in stages for key, value in mine[stage].items() if value != others[stage][key]
+    }
+
+
+def as_assignment(key: str, value: Any) -> str:
+    """The `stage.key=value` that `--set` takes."""
+    return f"{key}={','.join(value) if isinstance(value, list) else json.dumps(value)}"
 
 
 def overrides(settings: Settings) -> dict[str, tuple[Any, Any]]:

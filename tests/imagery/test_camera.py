@@ -366,6 +366,7 @@ def test_a_server_gets_no_camera_that_it_cannot_have_and_applies_none_twice() ->
     from orion_triage.train.remote import training_of
 
     with pytest.raises(OrionError, match=r"fine_tune\.camera=own\.toml is a file of this machine"):
-        training_of("tiny", ["fine_tune.camera=own.toml"], "run", "own.toml")
-    sent = training_of("tiny", ["fine_tune.camera=wide", "dataset.camera=own.toml"], "run", "wide")
+        training_of("tiny", [], "run", load_settings("tiny", ["fine_tune.camera=own.toml"]))
+    sets = ["fine_tune.camera=wide", "dataset.camera=own.toml"]
+    sent = training_of("tiny", sets, "run", load_settings("tiny", sets))
     assert sent.assignments == ("fine_tune.camera=wide",), "the frames that are sent were seen through it"

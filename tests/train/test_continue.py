@@ -182,7 +182,7 @@ def test_settings_name_the_adapter_and_the_frames(small_adapter: Path, tmp_path:
         load_settings("tiny", ["fine_tune.replay=0"])
     for setting in ("fine_tune.frames=mine", "fine_tune.continue_from=runs/tiny"):
         with pytest.raises(OrionError, match="is a folder of this machine"):
-            training_of("tiny", [setting], "run")
+            training_of("tiny", [setting], "run", load_settings("tiny", [setting]))
 
 
 def with_labelled_frames(two_seeds: Path, copy: Path) -> Path:

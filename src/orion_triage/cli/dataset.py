@@ -15,8 +15,8 @@ from orion_triage.cli.terminal import (
     JsonOption,
     MissionOption,
     NewestRunOption,
-    PresetOption,
     RunOption,
+    RunPresetOption,
     SetOption,
     SourceOption,
     TestSizeOption,
@@ -49,7 +49,7 @@ _PLACES_SHOWN = 3  # findings printed of each kind, so that all kinds fit a scre
 @dataset_app.callback(invoke_without_command=True)
 def dataset(
     context: typer.Context,
-    preset: PresetOption = "tiny",
+    preset: RunPresetOption = "",
     assignments: SetOption = [],  # noqa: B006
     folder: RunOption = None,
     source: SourceOption = None,

@@ -18,8 +18,8 @@ from orion_triage.cli.terminal import (
     ForceOption,
     JsonOption,
     NewestRunOption,
-    PresetOption,
     RunOption,
+    RunPresetOption,
     SetOption,
     SplitName,
     do_stage,
@@ -41,7 +41,7 @@ command = partial(app.command, rich_help_panel="Evaluation")
     "Example: orion ablation --preset lfm2.5-vl-450m --set evaluate.batch_size=8"
 )
 def ablation(
-    preset: PresetOption = "tiny",
+    preset: RunPresetOption = "",
     assignments: SetOption = [],  # noqa: B006
     folder: RunOption = None,
     file: FileOption = SplitName.test,
@@ -75,7 +75,7 @@ def evaluate(
             "(default: all). With --controls, variants (default: quantized).",
         ),
     ] = "",
-    preset: PresetOption = "tiny",
+    preset: RunPresetOption = "",
     assignments: SetOption = [],  # noqa: B006
     folder: RunOption = None,
     file: FileOption = SplitName.test,

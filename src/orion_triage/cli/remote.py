@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from orion_triage.cli.app import app
-from orion_triage.cli.terminal import PresetOption, RunOption, SetOption, messages, run_of
+from orion_triage.cli.terminal import RunOption, RunPresetOption, SetOption, messages, run_of
 
 remote_app = typer.Typer(add_completion=False, no_args_is_help=True)
 app.add_typer(
@@ -42,7 +42,7 @@ def train(
             help="Folder on the server for dataset and repository. Default: orion in your home folder there.",
         ),
     ] = "",
-    preset: PresetOption = "tiny",
+    preset: RunPresetOption = "",
     assignments: SetOption = [],  # noqa: B006
     folder: RunOption = None,
     dataset: Annotated[
@@ -81,7 +81,7 @@ def train(
     try:
         remote.train(
             remote.server_of(server, os.environ, server_folder),
-            remote.training_of(preset, assignments, run.folder.name, run.settings.fine_tune.camera),
+            remote.training_of(preset, assignments, run.folder.name, run.settings),
             dataset or run.dataset,
             run.adapter,
             keep_remote=keep_remote,

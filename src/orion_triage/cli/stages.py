@@ -21,6 +21,7 @@ from orion_triage.cli.terminal import (
     MissionOption,
     PresetOption,
     RunOption,
+    RunPresetOption,
     SetOption,
     SourceOption,
     TestSizeOption,
@@ -45,7 +46,7 @@ command = partial(app.command, rich_help_panel="Pipeline")
     "Example: orion run --seeds 3"
 )
 def run(
-    preset: PresetOption = "tiny",
+    preset: RunPresetOption = "",
     assignments: SetOption = [],  # noqa: B006
     folder: RunOption = None,
     source: SourceOption = None,
@@ -169,7 +170,7 @@ def _single(name: str, help_text: str, odd_example: str) -> None:
 
     @command(name, help=help_text, epilog="\n\n".join(f"Example: orion {name}{words}" for words in options))
     def stage_command(
-        preset: PresetOption = "tiny",
+        preset: RunPresetOption = "",
         assignments: SetOption = [],  # noqa: B006
         folder: RunOption = None,
         force: ForceOption = False,
@@ -185,7 +186,7 @@ def _single(name: str, help_text: str, odd_example: str) -> None:
     "Example: orion fine-tune --run runs/mine --from runs/tiny --frames my-frames --set fine_tune.epochs=1",
 )
 def fine_tune(
-    preset: PresetOption = "tiny",
+    preset: RunPresetOption = "",
     assignments: SetOption = [],  # noqa: B006
     folder: RunOption = None,
     parent: Annotated[
@@ -228,7 +229,7 @@ _single("quantize", "Convert the merged model to a GGUF pair and quantize it.", 
     "Example: orion fuse --run runs/tiny --set fuse.dtype=bfloat16"
 )
 def fuse(
-    preset: PresetOption = "tiny",
+    preset: RunPresetOption = "",
     assignments: SetOption = [],  # noqa: B006
     folder: RunOption = None,
     adapter: Annotated[

@@ -35,7 +35,16 @@ class SourceName(StrEnum):
     sentinel2 = "sentinel2"
 
 
+DEFAULT_PRESET = "tiny"
 PresetOption = Annotated[str, typer.Option("--preset", help="Name of a shipped preset, or path of a TOML file.")]
+RunPresetOption = Annotated[
+    str,
+    typer.Option(
+        "--preset",
+        help="Name of a shipped preset, or path of a TOML file. Default: the run's settings, or tiny.",
+        show_default=False,
+    ),
+]
 SetOption = Annotated[list[str], typer.Option("--set", help="Change one setting: stage.key=value. Repeatable.")]
 MissionOption = Annotated[
     Path | None,
@@ -148,31 +157,92 @@ def run_of(
     mission: Path | None = None,
     **sources: str,
 ) -> Any:
-    """The run that a command changes. Its settings come from the preset and are saved in its folder."""
-    from orion_triage.mission.contract import differences
-    from orion_triage.runs.run import Run, prepare, with_its_dataset, with_its_judging
-    from orion_triage.settings import has_section, load_settings
+    """The run that a command changes, with its settings, which are saved in its folder.
+
+    A run keeps its settings until a command names others. What a command changes without naming it, or keeps although
+    the preset has another value, is printed.
+    """
+    from orion_triage.runs.run import SETTINGS_FILE, Run, prepare, settings_in
+    from orion_triage.settings import load_settings
 
     if source and dataset:
         raise typer.BadParameter("cannot be combined with --dataset. Remove one of them.", param_hint="'--source'")
     named = [f"dataset.folder={json.dumps(dataset)}"] if dataset else []
     named += [f"dataset.source={source.value}"] if source else []
     named += [f"dataset.test_size={test_size}"] if test_size else []
-    settings = load_settings(preset, [*assignments, *named], mission)
-    run = Run(folder or default_folder(settings), settings, split, **sources)
-    if not named and not any(assignment.startswith("dataset.") for assignment in assignments):
+    named = [*assignments, *named]
+    before = settings_in(folder) if folder else None
+    settings = load_settings(preset or _shipped_preset_of(before), named, mission)
+    folder = folder or default_folder(settings)
+    before = before or settings_in(folder)
+    if before is None and (folder / SETTINGS_FILE).is_file():
+        said = f"{folder / SETTINGS_FILE} is of another version: its settings are those of the preset {settings.preset}"
+        messages().print(said, soft_wrap=True)
+    run = Run(folder, settings, split, **sources)
+    if before and not preset.endswith(".toml") and preset in ("", before.preset):
+        run = _with_own_settings(run, before, named, mission)
+    else:
+        run = _with_settings_of_preset(run, preset, named, mission)
+    if before:
+        _say_what_changed(run.settings, before, named)
+    if run.folder.exists():  # a command that is refused leaves no new folder
+        prepare(run)
+    return run
+
+
+def _shipped_preset_of(before: Any) -> str:
+    from orion_triage.settings import preset_names
+
+    return before.preset if before and before.preset in preset_names() else DEFAULT_PRESET
+
+
+def _with_own_settings(run: Any, before: Any, named: list[str], mission: Path | None) -> Any:
+    """The run with its settings of before and what is named. Another source of frames has none of the last one's."""
+    from orion_triage.settings import STAGES, as_assignment, changed, differences
+
+    keys, dataset = _keys(named), run.settings.dataset
+    asked = {f"dataset.{key}": getattr(dataset, key) != getattr(before.dataset, key) for key in ("source", "folder")}
+    if any(differs and key in keys for key, differs in asked.items()):
+        before = before.model_copy(update={"dataset": type(before.dataset)()})
+    settings = changed(before, named, mission)
+    kept = differences(settings, run.settings, STAGES) if before.preset == run.settings.preset else {}
+    if lines := [as_assignment(key, value) for key, value in kept.items() if key not in keys]:
+        said = f"settings of {run.folder}, where the preset {before.preset} has others: {', '.join(lines)}"
+        messages().print(said, soft_wrap=True)
+    return replace(run, settings=settings)
+
+
+def _with_settings_of_preset(run: Any, preset: str, named: list[str], mission: Path | None) -> Any:
+    """The run with the preset's settings, except its dataset and how it is judged, unless these are named."""
+    from orion_triage.mission.contract import differences
+    from orion_triage.runs.run import with_its_dataset, with_its_judging
+    from orion_triage.settings import has_section
+
+    settings = run.settings
+    if not any(assignment.startswith("dataset.") for assignment in named):
         run = with_its_dataset(run)
-    changed = [assignment.partition("=")[0].strip() for assignment in assignments]
-    changed += ["mission"] if mission or has_section(preset, "mission") else []
+    changed = [*_keys(named), *(["mission"] if mission or (preset and has_section(preset, "mission")) else [])]
     own = preset.endswith(".toml")
     kept = with_its_judging(run, [*changed, *(["verdict"] if own else [])])
     # A file of the user's own says its limits and values each time; the mission that a run was made for stays.
     run = run if own and not differences(kept.settings.mission, settings.mission) else kept
-    if "mission" not in changed:
-        run = _with_mission_of_dataset(run)
-    if run.folder.exists():  # a command that is refused leaves no new folder
-        prepare(run)
-    return run
+    return run if "mission" in changed else _with_mission_of_dataset(run)
+
+
+def _keys(assignments: list[str]) -> list[str]:
+    return [assignment.partition("=")[0].strip() for assignment in assignments]
+
+
+def _say_what_changed(settings: Any, before: Any, named: list[str]) -> None:
+    """A setting that is another one now, although this command does not name it."""
+    from orion_triage.settings import STAGES, as_assignment, differences
+
+    keys, stages = _keys(named), (*STAGES, "dataset")
+    now = {key: value for key, value in differences(settings, before, stages).items() if key not in keys}
+    if now:
+        earlier = differences(before, settings, stages)
+        lines = ", ".join(f"{as_assignment(key, value)} (was {earlier[key]})" for key, value in now.items())
+        messages().print(f"settings that change although they are not named: {lines}", soft_wrap=True)
 
 
 def _with_mission_of_dataset(run: Any) -> Any:

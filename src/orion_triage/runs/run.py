@@ -177,6 +177,14 @@ def with_its_dataset(run: Run) -> Run:
     return replace(run, settings=run.settings.model_copy(update={"dataset": dataset}))
 
 
+def settings_in(folder: Path) -> Settings | None:
+    """The settings stored in a run's folder; None if there are none, or those of a version with others."""
+    try:
+        return Settings.model_validate_json((folder / SETTINGS_FILE).read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None
+
+
 JUDGING = ("mission", "verdict")  # the settings that change no answer, only how answers are judged
 
 

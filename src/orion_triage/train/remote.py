@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from orion_triage.errors import OrionError
 from orion_triage.imagery.camera import SHIPPED
+from orion_triage.settings import Settings, as_assignment, differences, load_settings, preset_names
 
 Report = Callable[[str], None]  # takes one line for the user
 Write = Callable[[bytes], None]  # takes a piece of the training's log
@@ -134,24 +135,31 @@ def server_of(host: str, environment: Mapping[str, str], folder: str = "") -> Se
     )
 
 
-def training_of(preset: str, assignments: Sequence[str], run_name: str, camera: str | None = None) -> Training:
-    """The training with these settings; includes the text of a TOML preset.
+def training_of(preset: str, assignments: Sequence[str], run_name: str, settings: Settings) -> Training:
+    """The training of a run with these settings; includes the text of a TOML preset.
 
-    `camera` is that of the training. A camera of the dataset is left out: the frames that are sent were seen through
-    it, and would be a second time. Raises OrionError for a camera in a file, an adapter to continue
-    and labelled frames, which the server does not have.
+    `assignments` are those of this command; settings that the run has from earlier ones are added. A camera of the
+    dataset is left out: the frames that are sent were seen through it, and would be a second time. Raises OrionError
+    for a camera in a file, an adapter to continue, labelled frames, and a preset in a file that is not named: the
+    server has none of them.
     """
+    preset = preset or settings.preset
+    if not preset.endswith(".toml") and preset not in preset_names():
+        raise OrionError(f"the run's preset {preset} is not a shipped one.", "Pass its file: --preset FILE.toml.")
+    camera = settings.fine_tune.camera
     if camera and camera != SHIPPED:
         raise OrionError(
             f"fine_tune.camera={camera} is a file of this machine.",
             f"Use the shipped camera {SHIPPED!r}, or train on the server itself, with the file beside it.",
         )
-    for one in assignments:
+    kept = differences(settings, load_settings(preset, assignments), ("base", "fine_tune"))
+    sets = [*assignments, *(as_assignment(key, value) for key, value in kept.items() if value is not None)]
+    for one in sets:
         if (key := one.partition("=")[0].strip()) in ("fine_tune.continue_from", "fine_tune.frames"):
             raise OrionError(f"{one} is a folder of this machine.", f"Leave {key} out, or train on the server itself.")
-    assignments = [one for one in assignments if one.partition("=")[0].strip() != "dataset.camera"]
+    sets = [one for one in sets if one.partition("=")[0].strip() != "dataset.camera"]
     text = Path(preset).read_text(encoding="utf-8") if preset.endswith(".toml") else ""
-    return Training(preset, tuple(assignments), run_name, text)
+    return Training(preset, tuple(sets), run_name, text)
 
 
 def train(
