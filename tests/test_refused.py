@@ -69,7 +69,7 @@ def test_a_pair_flies_only_with_the_settings_that_it_was_made_with(finished: Pat
     assert "base.frame_size 256, now 384" in refused.stderr
     assert orion("report", cwd=folder).returncode == 0
     report = (folder / "runs" / "small" / "report.md").read_text()
-    assert "Made with other settings (base.frame_size 256, now 384): fine-tune, fuse," in report
+    assert "Outdated (base.frame_size 256, now 384): fine-tune, fuse," in report
 
 
 def test_settings_of_an_unfinished_run_are_those_of_the_last_command(tmp_path: Path) -> None:

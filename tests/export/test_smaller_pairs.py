@@ -1,6 +1,7 @@
 """export/calibrate.py and quantize.py: pairs of other types, what their files are, and the importance matrix."""
 
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from orion_triage.pipeline import QUANTIZE, clean, is_current, run_stage, stage_
 from orion_triage.runs import manifest
 from orion_triage.runs.run import Run, changed_settings, prepare
 from orion_triage.settings import BackboneType, QuantizeSettings, Settings, load_settings
-from tests.conftest import MISSION
+from tests.conftest import MISSION, orion
 
 IMAGE_TOKENS = 64  # of a frame of 256 px
 # The shipped base: 44 matrices; 26 norms and short-conv kernels stay F32.
@@ -365,3 +366,32 @@ def test_a_lower_divergence_is_one_on_the_same_frames() -> None:
     noisy = {name: value + (-1) ** int(name[2:]) * 0.002 for name, value in first.items()}
     found = smaller_pairs.less_than(first, noisy)
     assert found["low"] < 0 < found["high"]
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.slow
+def test_answers_of_the_pair_before_are_not_those_of_the_new_pair(finished: Path, tmp_path: Path) -> None:
+    """Another tower in a copy of a run: its evaluations are left out by name until they are made again."""
+    shutil.copytree(finished / "runs" / "small", tmp_path / "old")
+    shutil.copytree(tmp_path / "old", tmp_path / "new")
+    made = orion("quantize", "--run", "new", "--set", "quantize.tower=Q8_0", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    told = orion("compare", "old", "new", "--json", cwd=tmp_path)
+    compared = json.loads(told.stdout)
+    stale = {"F16", "Q8_0", "quantized", "constrained"}
+    assert compared["left_out"] == {"new": {name: ["another gguf"] for name in stale}}
+    assert stale.isdisjoint(compared["against"]["new"])
+    assert "left out: constrained of new is outdated (another gguf). 'orion run --run new' renews it" in told.stderr
+    evaluated = orion("evaluate", "--gguf", "--run", "new", cwd=tmp_path)
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert re.search(r'^settings of new, where .*, quantize\.tower="Q8_0"$', evaluated.stderr, re.MULTILINE)
+    compared = json.loads(orion("compare", "old", "new", "--json", cwd=tmp_path).stdout)
+    assert "quantized" in compared["against"]["new"]
+    assert set(compared["left_out"]["new"]) == stale - {"quantized"}
+    verdict = json.loads(orion("verdict", "new", "--json", cwd=tmp_path).stdout)
+    (row,) = [row for row in verdict["criteria"] if row["name"] == "evaluated as it flies"]
+    assert row["met"] == "open"
+    assert row["measured"].startswith(
+        "of other settings or products: evaluate F16, evaluate Q8_0, evaluate constrained"
+    )
+    assert "Outdated (another gguf): " in orion("report", "--run", "new", cwd=tmp_path).stdout

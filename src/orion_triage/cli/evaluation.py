@@ -403,12 +403,13 @@ def compare(
 ) -> None:
     """Compare runs frame by frame with the first one (paired test).
 
-    All runs must have been evaluated on the same frames and prompts.
+    All runs must have been evaluated on the same frames and prompts. Leaves out
+    and names evaluations of another pair or of other settings than a run's own.
     With three runs or more, also prints the lowest, median and highest accuracy.
     """
     from rich.table import Table
 
-    from orion_triage.evaluate.seeds import spread
+    from orion_triage.evaluate.seeds import outdated_evaluations, spread
     from orion_triage.report.compare import compare_runs
     from orion_triage.report.render import change_in_words
     from orion_triage.runs.run import open_run
@@ -417,11 +418,16 @@ def compare(
     if len(folders) < 2:
         raise typer.BadParameter("give at least two run folders.", param_hint="'RUN RUN...'")
     first, *others = runs = [open_run(folder, file.value) for folder in folders]
+    outdated = {str(one.folder): found for one in runs if (found := outdated_evaluations(one))}
+    for name, found in outdated.items():
+        for variant, why in found.items():
+            said = f"left out: {variant} of {name} is outdated ({'; '.join(why)}). 'orion run --run {name}' renews it"
+            messages().print(styled("yellow", said), soft_wrap=True)
     compared = {str(other.folder): compare_runs(first, other) for other in others}
     accuracies = spread(runs)
     if as_json:
         value = {"first": str(first.folder), "split": file.value, "against": compared, "accuracies": accuracies}
-        typer.echo(json.dumps(value, indent=2))
+        typer.echo(json.dumps({**value, "left_out": outdated}, indent=2))
         return
     for name, models in compared.items():
         table = Table("model", "", title=f"{name} compared with {first.folder}, {file.value} split")

@@ -27,7 +27,7 @@ from orion_triage.imagery.stress import STRESSES
 from orion_triage.mission.decide import Rules, is_unlike
 from orion_triage.mission.mission import Mission
 from orion_triage.runs.manifest import Manifest, read_manifest
-from orion_triage.runs.run import EVALUATE, MAKING, SETTINGS_FILE, WORK_FOLDER, Run, changed_settings
+from orion_triage.runs.run import EVALUATE, MAKING, SETTINGS_FILE, WORK_FOLDER, Run, outdated
 from orion_triage.safe.files import sha256_of_file, sha256_of_text
 from orion_triage.safe.reading import read_object
 from orion_triage.settings import overrides
@@ -91,7 +91,7 @@ def build_results(run: Run, *, with_others: bool = True) -> dict[str, Any]:
         "settings": settings.model_dump(mode="json"),
         "overrides": {key: list(pair) for key, pair in overrides(settings).items()},
         "missing": [n for n, made in manifests.items() if made is None and not (failed and n == "evaluate F16")],
-        "outdated": {name: changed for name, made in finished.items() if (changed := changed_settings(run, made))},
+        "outdated": {name: why for name, made in finished.items() if (why := outdated(run, made))},
         "read_otherwise": {n: len(ids) for n, rows in answers.items() if (ids := read_otherwise(rows, mission))},
         "frames": {"count": len(records), "places": len(set(places.values()))},
         "models": models,

@@ -11,16 +11,25 @@ from orion_triage.evaluate.conditions import CONDITIONS
 from orion_triage.evaluate.metrics import Prediction, places_of, under
 from orion_triage.evaluate.run import predictions_in
 from orion_triage.runs.manifest import read_manifest
-from orion_triage.runs.run import SETTINGS_FILE, Run, open_run
+from orion_triage.runs.run import SETTINGS_FILE, Run, open_run, outdated
 
 Answers = dict[str, dict[str, list[list[Prediction]]]]  # model -> condition -> those of each run
 _SEED = 42
 
 
 def evaluated(run: Run) -> list[str]:
-    """The variants whose evaluation on the run's split has finished, in the order of the table."""
-    names = [variant.name for variant in variants.table(run.settings)]
-    return [name for name in names if read_manifest(run.evaluation(name)) is not None]
+    """The variants whose evaluation on the run's split is finished and up to date, in the order of the table."""
+    return [name for name, why in _finished(run).items() if not why]
+
+
+def outdated_evaluations(run: Run) -> dict[str, list[str]]:
+    """Variant -> why its finished evaluation is not that of the run as it is now."""
+    return {name: why for name, why in _finished(run).items() if why}
+
+
+def _finished(run: Run) -> dict[str, list[str]]:
+    made = {variant.name: read_manifest(run.evaluation(variant.name)) for variant in variants.table(run.settings)}
+    return {name: outdated(run, one) for name, one in made.items() if one}
 
 
 def spread(runs: Sequence[Run]) -> dict[str, dict[str, list[float]]]:

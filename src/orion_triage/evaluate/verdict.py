@@ -121,7 +121,7 @@ def complete(results: Mapping[str, Any], flight: str) -> Criterion:
     if unfinished := list(results["missing"]):
         said = f"not finished: {', '.join(unfinished)}"
     elif outdated := list(results["outdated"]):
-        said = f"made with other settings: {', '.join(outdated)}"
+        said = f"of other settings or products: {', '.join(outdated)}"
     elif flight not in results["models"]:
         said = "the flight's decoding was not evaluated"
         return Criterion(

@@ -251,7 +251,7 @@ def notes(results: dict[str, Any]) -> list[str]:
     for stage, changed in results["outdated"].items():
         by_change.setdefault("; ".join(changed), []).append(stage)
     for changes, stages in by_change.items():
-        found.append(f"Made with other settings ({changes}): {', '.join(stages)}. 'orion run' makes them again.")
+        found.append(f"Outdated ({changes}): {', '.join(stages)}. 'orion run' makes them again.")
     if server := results["foreign_server"]:
         found.append(
             f'"server" is {server["served_model"]}, as served by {server["server"]} ({server["server_build"]}).'

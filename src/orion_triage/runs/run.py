@@ -249,6 +249,29 @@ def changed_settings(run: Run, made: manifest.Manifest) -> list[str]:
     ]
 
 
+def changed_inputs(run: Run, made: manifest.Manifest) -> list[str]:
+    """The run's products that a product was made from and that are others now: "another gguf"."""
+    now = {"dataset": run.dataset, "merged": run.merged, "gguf": run.gguf, "F16": run.gguf}
+    return [
+        f"another {folder.name}"
+        for name, folder in now.items()
+        if (before := made.inputs.get(name)) and manifest.read_manifest(folder) and not _is_still(folder, before)
+    ]
+
+
+def _is_still(folder: Path, sha256: str) -> bool:
+    """Whether a product is that of a manifest's input. By its own manifest; its files are read only if that differs."""
+    made = manifest.read_manifest(folder)
+    if made and manifest.sha256_of_listing(made.outputs) == sha256:
+        return True
+    return manifest.hash_inputs({"folder": folder})["folder"] == sha256
+
+
+def outdated(run: Run, made: manifest.Manifest) -> list[str]:
+    """Why a product is no longer that of the run: other settings, or inputs that were made again. Empty: it is."""
+    return [*changed_settings(run, made), *changed_inputs(run, made)]
+
+
 def require_settings_of_pair(run: Run) -> None:
     """Raise OrionError if the run's settings are no longer those of its flight pair.
 
