@@ -390,7 +390,7 @@ def test_answers_of_the_pair_before_are_not_those_of_the_new_pair(finished: Path
     assert set(compared["left_out"]["new"]) == stale - {"quantized"}
     verdict = json.loads(orion("verdict", "new", "--json", cwd=tmp_path).stdout)
     (row,) = [row for row in verdict["criteria"] if row["name"] == "evaluated as it flies"]
-    assert row["met"] == "open"
+    assert row["outcome"] == "open"
     assert row["measured"].startswith(
         "of other settings or products: evaluate F16, evaluate Q8_0, evaluate constrained"
     )
