@@ -156,7 +156,7 @@ def main() -> None:
     app(["adapt", *words], standalone_mode=False)
     beside = continued.run_beside(run, arguments.frames).folder / continued.FIGURES_FILE
     figures = read_object(run.folder / head.FILE_NAME)["figures"] if arguments.no_training else read_object(beside)
-    frames, left_out = read_labelled(arguments.frames, run.settings.mission, stretch_of(run.settings.dataset))
+    frames, notes = read_labelled(arguments.frames, run.settings.mission, stretch_of(run.settings.dataset))
     features = probe_features(run, frames)
     with_probe(figures, run, frames, features, arguments.folds)
     states = adapt.states_of(run, [frame.image for frame in frames])
@@ -169,7 +169,7 @@ def main() -> None:
             "adapter_sha256": sha256_of_file(run.adapter / "adapter_model.safetensors"),
         },
         "frames": len(frames),
-        "left_out": left_out,
+        "notes": notes,
         "continuation": {
             "learning_rate_share": continued.LEARNING_RATE_SHARE, "epochs": continued.EPOCHS,
             "replay": continued.REPLAY,

@@ -80,7 +80,7 @@ def _fine_tune(run: Run, progress: Progress) -> Figures:
 
     found = require_sound(run.dataset, run.settings.mission, progress=progress) if processes.is_main() else None
     settings, dataset = run.settings, Dataset(run.dataset, run.settings.mission)
-    labelled, left_out = labelled_frames(settings)
+    labelled, notes = labelled_frames(settings)
     refuse_leaks(labelled, dataset)
     figures = fine_tune.run(
         _base(run),
@@ -93,19 +93,19 @@ def _fine_tune(run: Run, progress: Progress) -> Figures:
         labelled=labelled,
         parent=_parent(run),
     )
-    return figures | {"warnings": [*(found.summary() if found else []), *left_out]}
+    return figures | {"warnings": [*(found.summary() if found else []), *notes]}
 
 
 def labelled_frames(settings: Settings) -> "tuple[list[Labelled], list[str]]":
-    """(The labelled frames that the settings train with, what is left out of their folder in words.)"""
+    """(The labelled frames that the settings train with, what of their folder is left out or converted in words.)"""
     from orion_triage.dataset.labelled import read_labelled
     from orion_triage.imagery.stretch import stretch_of
 
     if not settings.fine_tune.frames:
         return [], []
     folder = Path(settings.fine_tune.frames)
-    frames, left_out = read_labelled(folder, settings.mission, stretch_of(settings.dataset))
-    return frames, [f"left out of {folder}: {said}" for said in left_out]
+    frames, notes = read_labelled(folder, settings.mission, stretch_of(settings.dataset))
+    return frames, [f"{folder}: {note}" for note in notes]
 
 
 def _parent(run: Run) -> Path | None:

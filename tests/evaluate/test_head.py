@@ -207,9 +207,22 @@ def test_blank_frames_and_copies_are_left_out_and_said(tmp_path: Path) -> None:
     pictures = [((H, M, L)[n % 3], structured_picture(n)) for n in range(9)]
     blank = Image.new("RGB", (512, 512), (3, 3, 3))
     folder = labelled(tmp_path / "mine", *pictures, (L, blank), (H, structured_picture(0)))
-    frames, left_out = read_labelled(folder, MISSION)
+    frames, notes = read_labelled(folder, MISSION)
     assert len(frames) == 9
-    assert left_out == ["1 blank frames, which the blank rule decides", "1 pictures that are there already"]
+    assert notes == [
+        "left out: 1 blank frame, which the blank rule decides", "left out: 1 picture that the folder has already",
+    ]  # fmt: skip
+
+
+def test_pictures_that_no_row_names_and_conversions_are_said(tmp_path: Path) -> None:
+    folder = labelled(tmp_path / "mine", *(((H, M, L)[n % 3], structured_picture(n)) for n in range(9)))
+    structured_picture(20).convert("L").save(folder / H / "grey.png")
+    rows = [f"{path.relative_to(folder)},{path.parent.name}" for path in sorted(folder.rglob("*.png"))]
+    (folder / "metadata.csv").write_text("file_name,category\n" + "\n".join(rows[:-2]) + "\n")
+    frames, notes = read_labelled(folder, MISSION)
+    assert len(frames) == 8
+    assert any(note.startswith("2 pictures in ") and "are in no row and are not used" in note for note in notes), notes
+    assert any("1 of 8 pictures were converted: " in note and "grey.png" in note for note in notes), notes
 
 
 def test_plain_tiffs_need_no_position(tmp_path: Path) -> None:
@@ -221,8 +234,8 @@ def test_plain_tiffs_need_no_position(tmp_path: Path) -> None:
     for path in folder.rglob("*.png"):
         (as_tiff / path.parent.name).mkdir(parents=True, exist_ok=True)
         Image.open(path).save(as_tiff / path.parent.name / f"{path.stem}.tif")
-    (of_png, _), (of_tiff, left_out) = read_labelled(folder, MISSION), read_labelled(as_tiff, MISSION)
-    assert left_out == []
+    (of_png, _), (of_tiff, notes) = read_labelled(folder, MISSION), read_labelled(as_tiff, MISSION)
+    assert notes == []
     assert [(one.category, one.image.tobytes()) for one in of_tiff] == [
         (one.category, one.image.tobytes()) for one in of_png
     ]
@@ -237,9 +250,10 @@ def test_it_helps_only_if_it_beats_the_pair_and_the_commonest_category() -> None
     def said(pair: float, constant: float) -> str:
         change = {"gained": 9, "lost": 0, "points": 30.0, "mid_p": 0.5, "frames_to_resolve": None, "low": 0, "high": 1}
         changes = {"zero_shot": change | {"exact_p": pair}, "constant": change | {"exact_p": constant}}
-        return adapted_in_words(
-            {"change": changes, "curve": {}, "repeats": [5, 6], "frames": 10, "of_category": {H: 0, M: 5, L: 5}}
-        )[0]
+        more = {"head": {"balanced": 0.5}, "zero_shot": {"balanced": 0.77}, "of_category": {H: 0, M: 5, L: 5}}
+        found = adapted_in_words({"change": changes, "curve": {}, "repeats": [5, 6], "frames": 10, **more})
+        assert "mean recall falls from 77.0 % to 50.0 %" in found[1]
+        return found[0]
 
     assert said(0.01, 0.01).startswith("It helps")
     assert said(0.01, 0.5).startswith("It is not shown that it helps")

@@ -270,9 +270,9 @@ def adapt(
     run = finished_run(folder, "quantize")
     flown, mission = triage.of_run(run), run.settings.mission
     require_category_alone(mission)  # before anything is trained
-    labelled, left_out = read_labelled(source, mission, flown.stretch)
-    for said in left_out:
-        messages().print(f"left out: {said}")
+    labelled, notes_of_frames = read_labelled(source, mission, flown.stretch)
+    for note in notes_of_frames:
+        messages().print(one_line(note), soft_wrap=True)
     zero_shot: list[str | None] = []
     answers = None
     with progress_bar("adapt") as progress:

@@ -10,6 +10,7 @@ from orion_triage.dataset.check.facts import Entry, facts_of, looks_at
 from orion_triage.dataset.check.facts import Picture as Facts
 from orion_triage.dataset.check.leakage import leaks
 from orion_triage.dataset.check.soundness import made_with
+from orion_triage.dataset.collect import Conversions
 from orion_triage.dataset.dataset import Dataset
 from orion_triage.dataset.records import Record
 from orion_triage.dataset.sources.directory import Directory
@@ -47,18 +48,20 @@ class Labelled:
 
 
 def read_labelled(folder: Path, mission: Mission, stretch: Stretch | None = None) -> tuple[list[Labelled], list[str]]:
-    """(The frames of a folder in any layout of `orion run --dataset FOLDER`, what is left out in words.)
+    """(The frames of a folder in any layout of `orion run --dataset FOLDER`, what is left out and converted in words.)
 
     Blank frames are left out if the mission has a rule for them: no model is asked about them. The same picture twice
     counts once. Raises OrionError that lists mistakes, and for too few frames or categories.
     """
     source = Directory(folder, mission)
     found: dict[bytes, Labelled] = {}
-    again = 0
+    again, conversions = 0, Conversions()
     for target, answer in zip(source.targets, source.pictures([Shot(one) for one in source.targets]), strict=True):
         assert isinstance(answer, Picture)
         assert isinstance(answer.data, Path)
-        image = read_frame(answer.data, CAMERA_SIZE, resize=True, stretch=stretch).image
+        read = read_frame(answer.data, CAMERA_SIZE, resize=True, stretch=stretch)
+        conversions.add(str(answer.data), read)
+        image = read.image
         verdict = Verdict(target.reason, target.category, target.fields)
         own = Labelled(target.file or target.name, verdict, target.coordinates, answer.data, image)
         first = found.setdefault(hashlib.sha256(image.tobytes()).digest(), own)
@@ -78,8 +81,9 @@ def read_labelled(folder: Path, mission: Mission, stretch: Stretch | None = None
         raise OrionError(f"all labelled frames are {frames[0].category}.", "Add frames of another category.")
     if len({frame.place for frame in frames}) < 2:
         raise OrionError("all labelled frames are of one place.", "Add frames of other places.")
-    left_out = [f"{blank} blank frames, which the blank rule decides"] if blank else []
-    return frames, left_out + ([f"{again} pictures that are there already"] if again else [])
+    notes = [f"left out: {blank} blank frame{'s' * (blank > 1)}, which the blank rule decides"] if blank else []
+    notes += [f"left out: {again} picture{'s' * (again > 1)} that the folder has already"] if again else []
+    return frames, [*notes, *source.left_out, *conversions.in_words()]
 
 
 def turned(image: "Image.Image") -> "list[Image.Image]":

@@ -504,6 +504,12 @@ def _points(change: dict[str, Any] | None) -> str:
 def adapted_in_words(figures: dict[str, Any]) -> list[str]:
     """Whether the head and the continued adapter help, and what fewer frames would have given."""
     found = [_whether_it_helps("the head", figures["change"])]
+    before, after = (figures[key]["balanced"] for key in ("zero_shot", "head"))
+    if after < before:
+        found.append(
+            f"With the head, the mean recall falls from {percent(before)} to {percent(after)}: it finds less of the "
+            "categories with few frames."
+        )
     low, high = figures["repeats"][0], figures["repeats"][-1]
     times, frames = len(figures["repeats"]), figures["frames"]
     found.append(

@@ -35,7 +35,8 @@ class Directory:
             raise _refusal(contents)
         self.targets = contents.targets
         self._files = contents.files
-        self.warnings = _warnings(contents)
+        self.left_out = _left_out(contents)
+        self.warnings = [*_warnings(contents), *self.left_out]
 
     def pictures(self, shots: Sequence[Shot]) -> Iterator[Picture | Absent]:
         for shot in shots:
@@ -77,6 +78,12 @@ def _warnings(contents: Contents) -> list[str]:
         if table.columns.unused and table.rows
     ]
     said += [finding.message.removesuffix(".") for finding in contents.findings if finding.check.startswith("no-")]
+    return said
+
+
+def _left_out(contents: Contents) -> list[str]:
+    """The pictures of the folder that are not used."""
+    said = []
     if left := contents.unlisted:
         example = contents.relative(left[0])
         said.append(f"{len(left)} pictures in {contents.folder} are in no row and are not used, for example {example}")
