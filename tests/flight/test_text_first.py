@@ -266,7 +266,7 @@ def test_a_damaged_or_foreign_state_is_not_restored(flown: Path, tmp_path: Path)
 
 
 def test_a_verdict_comes_before_its_reason_and_the_flight_answers_as_the_ground(small: Run, tmp_path: Path) -> None:
-    with pytest.raises(OrionError, match="Run 'orion evaluate --variants verdict-only' first"):
+    with pytest.raises(OrionError, match=f"Run 'orion evaluate --variants verdict-only --run {small.folder}' first"):
         bundle.run(small, tmp_path / "bundle", accepted_risk="a test", verdict_only=True)
     run_stage(stage_named("evaluate verdict-only", small.settings), small)
     # The base calls nearly everything by one name; of that category, frames get a reason.
@@ -283,11 +283,20 @@ def test_a_verdict_comes_before_its_reason_and_the_flight_answers_as_the_ground(
     own = Run(small.folder, small.settings.model_copy(update={"mission": reasoned}))
     made = bundle.run(own, tmp_path / "bundle", accepted_risk="a test", time_out=60, verdict_only=True)
     assert made["notes"][-1].startswith("Verdict only: ")
+    assert made["verdict"]["measured_on"].startswith("answers with the reason first")
+    assert (
+        bundle.decides(made)
+        == f"the pair, verdict first, blank rule, no answer, no verdict, threshold {limit:.3f}, model"
+    )
+    readme = (tmp_path / "bundle" / "README.txt").read_text()
+    assert f"If that is {common}, the server then writes the reason, with {common}_grammar.gbnf." in readme
+    assert "It was measured on answers with the reason first" in readme
     steps = ["blank rule", "no answer", "no verdict", "threshold", "model"]
     assert [step["step"] for step in made["decision"]] == steps
     assert made["decision"][3]["drop_probability_at_least"] == limit
     report = check(tmp_path / "bundle")
     assert report["go"], report["why"]
+    assert report["verdict"]["measured_on"] == made["verdict"]["measured_on"]
     assert all(image["same_answer"] for image in report["images"])
     for one in made["golden"]:
         if one["answer"]:

@@ -101,6 +101,10 @@ def bundle(
         )
     console = messages()
     console.print(f"bundle: {made['bytes'] / 1e6:,.1f} MB  ->  {where}", soft_wrap=True)
+    console.print(f"  decides: {(now := bundle.decides(made))}", soft_wrap=True)
+    if made["decided_before"] not in ("", now):
+        said = f"  it replaces a bundle that decided otherwise: {made['decided_before']}"
+        console.print(styled("yellow", said), soft_wrap=True)
     console.print(f"  {bundle.verdict_line(made)}", soft_wrap=True)
     for note in made["notes"]:
         console.print(f"  note: {note}", soft_wrap=True)

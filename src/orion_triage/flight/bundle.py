@@ -43,6 +43,7 @@ from orion_triage.models.licence import base_of, licence_files
 from orion_triage.progress import Progress, silent
 from orion_triage.runs import manifest
 from orion_triage.safe.files import locked, replaced_folder, require_free_space, sha256_of_file, write_text
+from orion_triage.safe.reading import read_object
 
 if TYPE_CHECKING:
     from orion_triage.runs.run import Run
@@ -71,10 +72,11 @@ def run(
 ) -> dict[str, Any]:
     """Write the bundle of a run's GGUF pair into the folder `out`.
 
-    Returns its bundle.json, its size in `bytes`, and the `seconds_per_frame` of the golden frames, which are not in the
-    bundle: two bundles of one run are equal to the byte as long as they have the same time-out. The golden frames are
-    of the test split; their expected answers come from a server with the flight options. `time_out` are the most
-    seconds per frame in flight; by default, it is derived from the golden frames' (`time_out_of`).
+    Returns its bundle.json, its size in `bytes`, the `seconds_per_frame` of the golden frames, and what decided in the
+    bundle that it replaces (`decided_before`; empty without one). These three are not in the bundle: two bundles of one
+    run are equal to the byte as long as they have the same time-out. The golden frames are of the test split; their
+    expected answers come from a server with the flight options. `time_out` are the most seconds per frame in flight; by
+    default, it is derived from the golden frames' (`time_out_of`).
 
     With `head`, the run's head decides in flight. What it needs is under `head` in bundle.json, with names that stand
     for the pair's beside it: whoever flies the head takes them instead (`flown` in check_flight.py).
@@ -89,6 +91,7 @@ def run(
     out = out.resolve()
     if out.exists() and not (out / LIST).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise OrionError(f"{out} exists and is not a bundle.", "Choose another folder with --out.")
+    before = _decided_before(out)
     flown = quantize.check_pair(run.gguf)
     if head and verdict_only:
         raise OrionError("a head has no reason to leave out.", "Leave out one of --head and --verdict-only.")
@@ -101,6 +104,8 @@ def run(
     of_head = threshold.rules_of(run, "head") if own else None
     rows = _evaluated(run, VERDICT_ONLY if verdict_only else "quantized")
     verdict = _may_fly(run, accepted_risk)
+    if verdict_only:
+        verdict["measured_on"] = "answers with the reason first; this bundle decides before a reason is written"
     if second_tower and not any(run.merged.glob("*.safetensors")):
         raise OrionError(
             f"{run.merged} has no weights, of which a Q8_0 vision tower is made.",
@@ -172,7 +177,8 @@ def run(
         write_text(folder / LIST, json.dumps(record, indent=2) + "\n")
         write_text(folder / LIST_HASH, f"{sha256_of_file(folder / LIST)}  {LIST}\n")
         total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return record | {"bytes": total, "seconds_per_frame": seconds, "seconds_per_frame_of_head": of_its_frames}
+    made = {"bytes": total, "seconds_per_frame": seconds, "seconds_per_frame_of_head": of_its_frames}
+    return record | made | {"decided_before": before}
 
 
 def _head(run: "Run", head: heads.Head, rules: Rules, golden: list[dict[str, Any]], limit: float) -> dict[str, Any]:
@@ -205,8 +211,26 @@ def verdict_line(bundle: dict[str, Any]) -> str:
     """The ground's verdict on the bundle's model, and the reason for flying it nevertheless."""
     verdict = bundle["verdict"]
     because = f" ({', '.join(verdict['because'])})" if verdict["because"] else ""
+    measured = f", measured on {verdict['measured_on']}" if "measured_on" in verdict else ""
     risk = f"; risk accepted: {verdict['accepted_risk']}" if verdict["accepted_risk"] else ""
-    return f"the ground's verdict: {verdict['verdict']}{because}{risk}"
+    return f"the ground's verdict: {verdict['verdict']}{because}{measured}{risk}"
+
+
+def decides(bundle: dict[str, Any]) -> str:
+    """What decides in flight, in words, to compare a new bundle with the one that it replaces."""
+    first = "verdict_only" in bundle["request"]
+    who = "the head" if "head" in bundle else "the pair, verdict first" if first else "the pair, reason first"
+    decision = bundle["head"]["decision"] if "head" in bundle else bundle["decision"]
+    at = (f" {step['drop_probability_at_least']:.3f}" if step["step"] == "threshold" else "" for step in decision)
+    return ", ".join([who, *(step["step"] + value for step, value in zip(decision, at, strict=True))])
+
+
+def _decided_before(out: Path) -> str:
+    """What decides in the bundle that is in `out`; empty without one, or for one of another version."""
+    try:
+        return decides(read_object(out / LIST))
+    except (OrionError, FileNotFoundError, KeyError, TypeError):
+        return ""
 
 
 def head_line(bundle: dict[str, Any]) -> str:
@@ -244,6 +268,7 @@ def _evaluated(run: "Run", variant: str) -> list[dict[str, Any]]:
 
     folder = run.evaluation(variant)
     command = "evaluate --gguf" if variant == "quantized" else f"evaluate --variants {variant}"
+    command += f" --run {run.folder}"
     stage_manifest = _manifest(folder, command)
     if stage_manifest.inputs.get("gguf") != manifest.hash_inputs({"gguf": run.gguf})["gguf"]:
         raise OrionError(f"{folder} is the evaluation of another pair.", f"Run 'orion {command}' again.")
@@ -258,7 +283,7 @@ def _against_reason_first(run: "Run", rows: list[dict[str, Any]]) -> str:
     before, after = (sum(pair[side]["category"] == pair[side]["truth"] for pair in pairs) for side in (0, 1))
     return (
         f"Verdict only: {after} of {len(pairs)} test frames are right without coordinates; with the reason first, "
-        f"{before} (McNemar's exact p = {change.exact_p:.2f}). The verdict on the run is on those."
+        f"{before} (McNemar's exact p = {change.exact_p:.2f})."
     )
 
 

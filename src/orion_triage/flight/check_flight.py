@@ -853,6 +853,8 @@ def _verdict_lines(verdict: dict[str, Any]) -> Iterator[str]:
     """What the ground says of the model; GO and NO-GO only say whether this machine answers like the ground."""
     because = f" ({', '.join(verdict['because'])})" if verdict["because"] else ""
     yield f"the ground's verdict on this model: {verdict['verdict']}{because}"
+    if verdict.get("measured_on"):
+        yield f"that verdict was measured on {verdict['measured_on']}"
     if verdict["accepted_risk"]:
         yield f"risk accepted by the ground: {verdict['accepted_risk']}"
     yield "this installation answers like the ground (GO) or does not (NO-GO):"
