@@ -142,6 +142,23 @@ def test_a_folder_means_its_pictures_by_name_and_what_is_left_out_is_said(tmp_pa
     assert "--recursive" in caught.value.fix
 
 
+@pytest.mark.parametrize("recursive", [False, True])
+def test_a_link_that_cannot_be_followed_is_refused_alone(tmp_path: Path, recursive: bool) -> None:
+    structured_picture(1).save(tmp_path / "a.png")
+    (tmp_path / "here").mkdir()
+    links = {"b.png": "b.png", "c.png": "gone.png", "d.png": "a.png/x", "e.png": "here/e", "loop": "loop"}
+    for name, target in (*links.items(), ("here/e", "../e.png")):
+        (tmp_path / name).symlink_to(target)
+    frames, left_out = frames_in([tmp_path], recursive=recursive)
+    assert f"{tmp_path}: {2 if recursive else 1} file" in left_out[-1]
+    said = [outcome.error for outcome in triage_files(frames, Saying(answer_text(MISSION, HIGH)), MISSION, 256)]
+    reasons = ["does not exist", "cannot be read: Not a directory", "cannot be read: Too many levels of symbolic links"]
+    expected = ["", reasons[2], reasons[0], reasons[1], reasons[2]]
+    assert [path.name for path in frames] == ["a.png", "b.png", "c.png", "d.png", "e.png"]
+    assert all(reason in error for reason, error in zip(expected, said, strict=True)), said
+    assert said[0] == ""
+
+
 def test_a_geotiff_is_read_as_the_dataset_reads_it(tmp_path: Path) -> None:
     rasterio = pytest.importorskip("rasterio")
     from rasterio.transform import from_origin
