@@ -17,6 +17,7 @@ from orion_triage.cli import app
 from orion_triage.dataset import build, example
 from orion_triage.dataset.check.own_folder import check_own_folder
 from orion_triage.dataset.check.soundness import require_sound
+from orion_triage.dataset.labelled import read_labelled
 from orion_triage.dataset.records import split_path
 from orion_triage.dataset.sources.columns import choose
 from orion_triage.dataset.sources.directory import Directory
@@ -467,6 +468,30 @@ def test_a_snapshot_of_the_hub_links_into_its_repository(tmp_path: Path) -> None
     touched(tmp_path, "blobs/abc")
     with pytest.raises(OrionError, match="is outside the folder"):
         Directory(shutil.copytree(folder, tmp_path / "plain" / "0123", symlinks=True), MISSION)
+
+
+def test_a_link_to_itself_is_a_missing_picture_as_a_dangling_link_is(tmp_path: Path) -> None:
+    touched(tmp_path, "HIGH/p0.png", "LOW/p1.png")
+    for name, target in (("loop.png", "loop.png"), ("dangling.png", "gone.png"), ("of-a-file.png", "p1.png/x")):
+        (tmp_path / "LOW" / name).symlink_to(target)
+    (tmp_path / "loop").symlink_to("loop")
+    missing = [f"LOW/{name}.png: picture 'LOW/{name}.png' does not exist" for name in ("dangling", "loop", "of-a-file")]
+    for read in (Directory, read_labelled):
+        with pytest.raises(OrionError) as caught:
+            read(tmp_path, MISSION)
+        assert all(said in str(caught.value) for said in missing)
+    checked = check(tmp_path)
+    assert checked.exit_code == 1
+    assert all(said in checked.output for said in missing)
+    assert "1 file with other suffixes (1 no suffix)" in checked.output
+
+
+def test_a_link_to_itself_that_no_row_names_is_not_used(tmp_path: Path) -> None:
+    touched(tmp_path, "p0.png")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    (tmp_path / "labels.csv").write_text(HEADER + "p0.png,LOW\n")
+    assert len(Directory(tmp_path, MISSION).targets) == 1
+    assert kinds(tmp_path, "warning")["picture-in-no-row"] == 1
 
 
 # An example to start from

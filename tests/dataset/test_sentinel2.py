@@ -286,8 +286,8 @@ def test_a_damaged_cache_file_is_fetched_again(stac: Stac) -> None:
     stac.add("scene", PRAGUE, epsg=UTM33N)
     first = picture(stac)
     (path,) = (stac.folder.parent / "cache").iterdir()
-    half = first.data[: len(first.data) // 2]
-    for damaged in (b"", half, first.data[:20], png(256, captured_at="2024-06-01T10:20:30Z"), png(512, item="scene")):
+    cut = [first.data[:length] for length in (0, 20, len(first.data) // 2, len(first.data) - 6)]
+    for damaged in (*cut, png(256, captured_at="2024-06-01T10:20:30Z"), png(512, item="scene")):
         path.write_bytes(damaged)
         assert picture(stac) == first
         assert path.read_bytes() == first.data

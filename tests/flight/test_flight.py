@@ -12,11 +12,13 @@ import pytest
 from PIL import Image
 
 from orion_triage.errors import OrionError
-from orion_triage.flight.triage import frames_in, left_to_do, triage_files
+from orion_triage.export.quantize import PAIR
+from orion_triage.flight.triage import frames_in, read_earlier, triage_files
 from orion_triage.mission.answer import Answer
 from orion_triage.mission.decide import BLANK_REASON, Rules
 from orion_triage.mission.prompt import user_text
 from orion_triage.mission.verdict import Verdict, answer_text
+from orion_triage.review.choose import read_log
 from orion_triage.safe.files import appending
 from tests.conftest import MISSION, structured_picture
 
@@ -140,6 +142,23 @@ def test_a_folder_means_its_pictures_by_name_and_what_is_left_out_is_said(tmp_pa
     assert "--recursive" in caught.value.fix
 
 
+@pytest.mark.parametrize("recursive", [False, True])
+def test_a_link_that_cannot_be_followed_is_refused_alone(tmp_path: Path, recursive: bool) -> None:
+    structured_picture(1).save(tmp_path / "a.png")
+    (tmp_path / "here").mkdir()
+    links = {"b.png": "b.png", "c.png": "gone.png", "d.png": "a.png/x", "e.png": "here/e", "loop": "loop"}
+    for name, target in (*links.items(), ("here/e", "../e.png")):
+        (tmp_path / name).symlink_to(target)
+    frames, left_out = frames_in([tmp_path], recursive=recursive)
+    assert f"{tmp_path}: {2 if recursive else 1} file" in left_out[-1]
+    said = [outcome.error for outcome in triage_files(frames, Saying(answer_text(MISSION, HIGH)), MISSION, 256)]
+    reasons = ["does not exist", "cannot be read: Not a directory", "cannot be read: Too many levels of symbolic links"]
+    expected = ["", reasons[2], reasons[0], reasons[1], reasons[2]]
+    assert [path.name for path in frames] == ["a.png", "b.png", "c.png", "d.png", "e.png"]
+    assert all(reason in error for reason, error in zip(expected, said, strict=True)), said
+    assert said[0] == ""
+
+
 def test_a_geotiff_is_read_as_the_dataset_reads_it(tmp_path: Path) -> None:
     rasterio = pytest.importorskip("rasterio")
     from rasterio.transform import from_origin
@@ -187,21 +206,93 @@ def test_computed_verdicts_are_printed_when_a_later_frame_fails(tmp_path: Path) 
         assert len({len(line) for line in said.splitlines()}) == 1  # the columns are in line
 
 
+def left_of(asked: list[Path], out: Path, pair: str) -> list[str]:
+    return [path.name for path in read_earlier(out, pair).left_of(asked)]
+
+
 def test_what_a_stopped_triage_wrote_is_not_done_again(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
+    out.touch()
     asked = [Path(name) for name in ("a.png", "b.png", "a.png", "c.png", "a.png")]
-    assert left_to_do(asked, out, "p") == asked
+    assert left_of(asked, out, "p") == [path.name for path in asked]
     whole = '{"file": "a.png", "pair": "p"}\n{"file": "b.png", "pair": "p"}\n{"file": "a.png", "pair": "p"}\n'
     out.write_text(whole + '{"file": "c.p')
-    assert [path.name for path in left_to_do(asked, out, "p")] == ["c.png", "a.png"]  # two lines, asked three times
+    assert left_of(asked, out, "p") == ["c.png", "a.png"]  # two lines, asked three times
     assert out.read_text() == whole
     with pytest.raises(OrionError, match=r"out\.jsonl:1 was made by another pair"):
-        left_to_do(asked, out, "q")
-    out.write_text(whole + "x\n")
-    with pytest.raises(OrionError, match=r"out\.jsonl:4 is not a result of 'orion triage'"):
-        left_to_do(asked, out, "p")
-    assert out.read_text() == whole + "x\n"
+        read_earlier(out, "q")
+    for other in ("x", "[]", '{"file": "a.png"}'):
+        out.write_text(f"{whole}{other}\n")
+        with pytest.raises(OrionError, match=r"out\.jsonl:4 is not a result of 'orion triage'"):
+            read_earlier(out, "p")
+        assert out.read_text() == f"{whole}{other}\n"
     out.write_text(whole)
     with appending(out) as write:
         write({"file": "c.png", "pair": "p"})
         assert out.read_text().endswith('{"file": "c.png", "pair": "p"}\n')  # at once
+
+
+def triage_into(out: Path, *names: str, answers: int = 99) -> subprocess.CompletedProcess[str]:
+    """'orion triage --out' in the folder of `out`, with a model that says HIGH to each frame."""
+    (out.parent / PAIR).touch()
+    return subprocess.run(
+        [sys.executable, "-c", DYING, str(answers), "triage", "--out", out.name, *names],
+        cwd=out.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def states(out: Path) -> list[tuple[str, str | None]]:
+    """File and category of each line."""
+    return [(row["file"], row["category"]) for row in map(json.loads, out.read_text().splitlines())]
+
+
+def test_a_refused_frame_is_asked_about_again_until_it_is_decided(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    for name in ("a.png", "b.png", "c.png"):
+        structured_picture(1).save(tmp_path / name)
+    whole = (tmp_path / "b.png").read_bytes()
+    (tmp_path / "b.png").write_bytes(whole[:-6])
+    names = ("a.png", "b.png", "c.png", "gone.png")
+    assert triage_into(out, *names, answers=1).returncode == 1  # the server dies at c.png
+    assert states(out) == [("a.png", "HIGH"), ("b.png", None)]
+    refused = [("b.png", None), ("gone.png", None)]
+    for done in (1, 2, 2):
+        result = triage_into(out, *names)
+        assert result.returncode == 1
+        assert "refused: b.png is damaged" in result.stderr
+        assert "refused: gone.png does not exist" in result.stderr
+        assert f"2 refused, {done} already done" in result.stderr
+        # A refusal that the file has already is not written again.
+        assert states(out) == [("a.png", "HIGH"), refused[0], ("c.png", "HIGH"), refused[1]]
+    (tmp_path / "b.png").write_bytes(whole)
+    structured_picture(2).save(tmp_path / "gone.png")
+    result = triage_into(out, *names)
+    assert (result.returncode, "2 HIGH, 2 already done" in result.stderr) == (0, True), result.stderr
+    assert states(out)[4:] == [("b.png", "HIGH"), ("gone.png", "HIGH")]
+    result = triage_into(out, *names)
+    assert (result.returncode, "no new frames, 4 already done" in result.stderr) == (0, True)
+    assert len(states(out)) == 6
+    # People choose frames by the newest line of each.
+    assert [(frame.file, frame.category) for frame in read_log(out, MISSION)] == [
+        (name, "HIGH") for name in ("a.png", "b.png", "c.png", "gone.png")
+    ]
+
+
+def test_a_second_triage_into_the_same_file_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    structured_picture(1).save(tmp_path / "a.png")
+    (tmp_path / "link.jsonl").symlink_to(out)
+    with appending(out) as write:
+        write({"file": "other.png", "category": "LOW", "pair": "p"})
+        for name in (out.name, "link.jsonl"):
+            result = triage_into(tmp_path / name, "a.png")
+            assert result.returncode == 1
+            assert f"error: {name} is in use by another command.\n" in result.stderr
+            assert "Wait until it ends, or write to another file." in result.stderr
+    assert states(out) == [("other.png", "LOW")]
+    out.unlink()
+    assert triage_into(out, "a.png").returncode == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"a.png", "out.jsonl", "link.jsonl", PAIR}

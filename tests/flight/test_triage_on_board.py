@@ -27,6 +27,7 @@ from orion_triage.flight import triage_on_board
 from orion_triage.flight.bundle import BLANK_LIMITS, PROGRAMS
 from orion_triage.flight.check_flight import SCHEMA_VERSION, NoGoError
 from orion_triage.flight.decide_frame import RAW_BYTES
+from orion_triage.flight.triage import PICTURES
 from orion_triage.mission.decide import Rules, as_steps
 from orion_triage.mission.verdict import CATEGORY_CUE
 from tests.conftest import MISSION
@@ -242,6 +243,51 @@ def test_an_incomplete_frame_waits_and_one_of_another_size_is_kept(bundle: Path,
     assert line["error"] == "the file has 786433 bytes, not 786432 (512x512x3)"
     assert (tmp_path / "done" / "long.raw").exists()
     assert (tmp_path / "short.raw").exists()
+
+
+def test_names_in_capitals_are_frames_and_what_is_left_out_is_said(bundle: Path, tmp_path: Path) -> None:
+    assert {*PICTURES} <= {*triage_on_board.OTHER_PICTURES, triage_on_board.RAW}  # the ground takes these
+    frames = {name: frame(number) for number, name in enumerate(("UPPER.RAW", "Mixed.Raw", "a.raw"))}
+    for name, data in frames.items():
+        put(tmp_path, name, data)
+    for name in ("b.png", "c.png", "d.PNG", "e.TIF", "notes.txt", "f.raw.part"):
+        (tmp_path / name).write_bytes(b"x")
+    for name, target in (("link.raw", "a.raw"), ("loop.RAW", "loop.RAW"), ("dangling.raw", "gone")):
+        (tmp_path / name).symlink_to(target)
+    (tmp_path / "folder.raw").mkdir()
+    stay = {path.name for path in tmp_path.iterdir()} - frames.keys()
+    with stub() as url:
+        told = run_once(bundle, tmp_path, "--url", url)
+    assert told.returncode == 0, told.stderr
+    assert [line for line in told.stderr.splitlines() if line.startswith("left out")] == [
+        "left out: b.png and 2 more: .png is not read here. Write raw RGB of 512x512x3 bytes as *.raw",
+        "left out: dangling.raw and 2 more: a link is not moved. Move the frame itself into the folder",
+        "left out: e.TIF: .tif is not read here. Write raw RGB of 512x512x3 bytes as *.raw",
+        "left out: folder.raw: it is not a regular file",
+    ]
+    assert told.stderr.splitlines()[-1] == "3 LOW"
+    assert sorted(line["file"] for line in lines_of(tmp_path)) == sorted(frames)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "done").iterdir()} == frames
+    assert {path.name for path in tmp_path.iterdir()} == stay | {"done", "triage.jsonl"}
+
+
+def test_a_kind_is_said_once_however_long_the_folder_is_watched(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "0.png").write_bytes(b"x")
+    deadline = time.monotonic() + 60
+    with stub() as url:
+        process = subprocess.Popen(
+            command(bundle, tmp_path, "--url", url, "--poll", "0.01"), stderr=subprocess.PIPE, text=True, env={}
+        )
+        for number in range(1, 4):
+            (tmp_path / f"{number}.png").write_bytes(b"x")
+            put(tmp_path, f"{number}.raw", frame(number))
+            while not (tmp_path / "done" / f"{number}.raw").exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+        time.sleep(0.2)  # twenty looks at a folder in which nothing happens
+        process.send_signal(signal.SIGTERM)
+        _, told = process.communicate(timeout=60)
+    assert told.count("left out: ") == told.count("left out: 0.png") == 1
 
 
 def test_without_a_server_frames_wait(bundle: Path, tmp_path: Path) -> None:

@@ -77,11 +77,52 @@ def test_a_cut_picture_is_refused_unless_every_pixel_is_there(length: int, whole
         assert found.image.tobytes() == decode_frame(whole, "a.png", 256).image.tobytes()
 
 
-@pytest.mark.parametrize("whole", [WHOLE_PNG, WHOLE_JPEG])
 @pytest.mark.parametrize("missing", [1, 2, 4, 8, 12, 13, 100])
-def test_the_last_bytes_may_not_be_missing_unseen(whole: bytes, missing: int) -> None:
-    found = frame_of(whole[:-missing])
-    assert isinstance(found, FrameError) or found.image.tobytes() == decode_frame(whole, "", 256).image.tobytes()
+def test_the_last_bytes_of_a_jpeg_may_not_be_missing_unseen(missing: int) -> None:
+    found = frame_of(WHOLE_JPEG[:-missing])
+    assert isinstance(found, FrameError) or found.image.tobytes() == decode_frame(WHOLE_JPEG, "", 256).image.tobytes()
+
+
+MOVING_PNG = encoded(PIXELS, save_all=True, append_images=[PIXELS.rotate(90), PIXELS.rotate(180)])
+PLAIN_PNG = encoded(PIXELS, compress_level=0)  # a changed byte is a changed pixel, which no decoder notices
+
+
+def chunks_of(data: bytes) -> list[tuple[bytes, int, int]]:
+    """Name, start and end of each chunk of a PNG."""
+    found, start = [], 8
+    while start < len(data):
+        end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+        found.append((data[start + 4 : start + 8], start, end))
+        start = end
+    return found
+
+
+@pytest.mark.parametrize("whole", [PLAIN_PNG, MOVING_PNG, WHOLE_PNG[:-12] + chunk(b"tEXt", b"a\0b") + WHOLE_PNG[-12:]])
+def test_a_png_with_a_changed_byte_in_any_chunk_is_damaged(whole: bytes) -> None:
+    assert isinstance(frame_of(whole), Frame)
+    for name, start, end in chunks_of(whole):
+        for place in (start + 4, (start + 8 + end - 4) // 2, end - 1):  # its name, its middle, its checksum
+            found = frame_of(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+            assert isinstance(found, FrameError), name
+            assert found.message == f"a.png is damaged: the checksum of its chunk at byte {start:,} is wrong."
+            assert found.fix == "Fetch the file again."
+
+
+def test_a_16_bit_png_with_a_wrong_checksum_is_damaged() -> None:
+    _, start, end = chunks_of(DEEP_PNG)[1]
+    changed = DEEP_PNG[: end - 1] + bytes([DEEP_PNG[end - 1] ^ 1]) + DEEP_PNG[end:]
+    found = outcome(decode_frame, changed, "a.png", 256, resize=True, stretch=Stretch(0, 4095), named="a.png")
+    assert isinstance(found, FrameError)
+    assert f"is damaged: the checksum of its chunk at byte {start:,}" in found.message
+
+
+@pytest.mark.parametrize("missing", [1, 6, 11, 12, 13, 5000])
+def test_a_png_without_its_end_is_damaged_and_bytes_after_it_are_no_fault(missing: int) -> None:
+    for whole in (PLAIN_PNG, MOVING_PNG):
+        found = frame_of(whole[:-missing])
+        assert isinstance(found, FrameError)
+        assert f"a.png is damaged: it is cut: after {len(whole) - missing:,} bytes" in found.message
+        assert same(whole + bytes(missing), PIXELS)
 
 
 @given(mutated(SMALL_PNG))

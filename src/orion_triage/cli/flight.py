@@ -158,7 +158,10 @@ def triage(
     ] = False,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Append one JSON line per frame. Run the same command again to resume."),
+        typer.Option(
+            "--out",
+            help="Append one JSON line per frame. Run the same command again to resume; it reads refused frames again.",
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -188,33 +191,36 @@ def triage(
         messages().print(f"left out of {one_line(said)}", soft_wrap=True)
     rules = replace(flown.rules, blank=blank_rule)
     pair = triage.asked_by(flown, rules, resize) if out else ""
-    left = triage.left_to_do(paths, out, pair) if out else paths
     counts: Counter[str] = Counter()
     conversions: Counter[str] = Counter()
     shown: list[Any] = []
-    try:
-        with progress_bar() as progress, appending(out) as write:
-            outcomes = triage.triage_with_pair(
-                left,
-                flown,
-                keep_log=bundle is None,
-                rules=rules,
-                resize=resize,
-                progress=progress,
-            )
-            for done, outcome in enumerate(outcomes if left else (), start=len(paths) - len(left) + 1):
-                counts[outcome.verdict.category if outcome.verdict else "refused"] += 1
-                conversions.update(outcome.changes)
-                if out:
-                    write(triage.to_json(outcome, flown.mission) | {"error": outcome.error, "pair": pair})
-                elif outcome.verdict:
-                    shown.append(outcome)
-                if outcome.error:
-                    messages().print(styled("bold red", "refused:", f" {one_line(outcome.error)}"), soft_wrap=True)
-                progress("classifying frames", done, len(paths))
-    finally:  # verdicts that were computed are shown, also if a server dies or the user interrupts
-        if out is None and (shown or not left or counts):
-            _show_verdicts(shown, flown.mission, as_json)
+    with appending(out) as write:  # before the results are read: another command may be writing them
+        earlier = triage.read_earlier(out, pair) if out else triage.Earlier()
+        left = earlier.left_of(paths)
+        try:
+            with progress_bar() as progress:
+                outcomes = triage.triage_with_pair(
+                    left,
+                    flown,
+                    keep_log=bundle is None,
+                    rules=rules,
+                    resize=resize,
+                    progress=progress,
+                )
+                for done, outcome in enumerate(outcomes if left else (), start=len(paths) - len(left) + 1):
+                    counts[outcome.verdict.category if outcome.verdict else "refused"] += 1
+                    conversions.update(outcome.changes)
+                    row = triage.to_json(outcome, flown.mission) | {"error": outcome.error, "pair": pair}
+                    if not earlier.says(row):
+                        write(row)
+                    if outcome.verdict and not out:
+                        shown.append(outcome)
+                    if outcome.error:
+                        messages().print(styled("bold red", "refused:", f" {one_line(outcome.error)}"), soft_wrap=True)
+                    progress("classifying frames", done, len(paths))
+        finally:  # verdicts that were computed are shown, also if a server dies or the user interrupts
+            if out is None and (shown or not left or counts):
+                _show_verdicts(shown, flown.mission, as_json)
     for change, count in sorted(conversions.items()):
         messages().print(f"note: {count} of {len(left)} frames: {change}")
     if out:

@@ -58,11 +58,11 @@ def run(
     hashes = {path: sha256_of_file(path) for path in paths}
     pair = triage.asked_by(flown, flown.rules, resize)
     log = of.folder / "logs" / f"false-alarms-{pair}.jsonl"
-    triage.left_to_do([], log, pair)  # checks the log, and removes an incomplete last line
-    before = _decided(log)
-    # By its bytes: another downlink has other pictures under the same names.
-    left = list({hashes[path]: path for path in paths if hashes[path] not in before}.values())
     with appending(log) as write:
+        triage.read_earlier(log, pair)  # checks the log, and removes an incomplete last line
+        before = _decided(log)
+        # By its bytes: another downlink has other pictures under the same names.
+        left = list({hashes[path]: path for path in paths if hashes[path] not in before}.values())
         outcomes = triage.triage_with_pair(left, flown, rules=flown.rules, resize=resize, progress=progress)
         for done, (path, outcome) in enumerate(zip(left, outcomes if left else (), strict=True), start=1):
             if outcome.error and not outcome.answer:

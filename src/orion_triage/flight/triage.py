@@ -5,8 +5,8 @@ import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -190,28 +190,37 @@ def asked_by(flown: Flown, rules: Rules, resize: bool) -> str:
     return sha256_of_text(json.dumps(parts))[:12]
 
 
-def left_to_do(paths: Iterable[Path], out: Path, pair: str) -> list[Path]:
-    """The frames without a line in `out`, the results of an interrupted triage; a file named twice has two lines.
+@dataclass(frozen=True)
+class Earlier:
+    """What a results file has: how many lines decide each file, and the last line of each file that it leaves refused.
+
+    Lines are only appended. Of several lines of one file the last one counts, unless the file was named several times.
+    """
+
+    decided: Counter[str] = field(default_factory=Counter)
+    refused: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def left_of(self, paths: Iterable[Path]) -> list[Path]:
+        """The frames that are to be decided: without a line, or refused; a file named twice needs two lines."""
+        before = self.decided.copy()
+        left = []
+        for path in paths:
+            before[str(path)] -= 1
+            if before[str(path)] < 0:
+                left.append(path)
+        return left
+
+    def says(self, row: Mapping[str, Any]) -> bool:
+        """Whether the row is a refusal that the results have already."""
+        return self.refused.get(row["file"]) == row
+
+
+def read_earlier(out: Path, pair: str) -> Earlier:
+    """The results of earlier calls in `out`; removes an incomplete last line, so call it in `appending(out)`.
 
     Raises OrionError if another pair wrote `out`, or if it is not a results file.
     """
-    before = _finished_before(out, pair)
-    left = []
-    for path in paths:
-        before[str(path)] -= 1
-        if before[str(path)] < 0:
-            left.append(path)
-    return left
-
-
-def _finished_before(out: Path, pair: str) -> Counter[str]:
-    """The number of lines per file in the results of an interrupted triage; removes an incomplete last line.
-
-    Raises OrionError if another pair wrote `out`, or if it is not a results file.
-    """
-    files: Counter[str] = Counter()
-    if not out.exists():
-        return files
+    earlier = Earlier()
     whole = 0
     with out.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -220,7 +229,8 @@ def _finished_before(out: Path, pair: str) -> Counter[str]:
             try:
                 row = json.loads(line)
                 name, other = row["file"], row["pair"]
-            except (ValueError, TypeError, KeyError, RecursionError):
+                is_refused = bool(row.get("error"))
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 raise OrionError(
                     f"{out}:{number} is not a result of 'orion triage'.", "Choose another file with --out."
                 ) from None
@@ -229,10 +239,14 @@ def _finished_before(out: Path, pair: str) -> Counter[str]:
                     f"{out}:{number} was made by another pair or with other settings ({other}, now {pair}).",
                     "Choose another file with --out.",
                 )
-            files[name] += 1
+            if is_refused:
+                earlier.refused[name] = row
+            else:
+                earlier.decided[name] += 1
+                earlier.refused.pop(name, None)
             whole += len(line)
     os.truncate(out, whole)
-    return files
+    return earlier
 
 
 def triage_files(

@@ -8,7 +8,8 @@ at every moment a frame is still to be decided, or in the log and about to move,
 moves frames that are in the log already, and cuts off a line that was not finished. A frame that is refused, or not
 answered in time, is logged with `decided_by` "no answer" and kept like the others. This program deletes no frame.
 
-Write a frame under another name, and rename it to *.raw when it is complete.
+Write a frame under another name, and rename it to *.raw (or *.RAW) when it is complete. Links and pictures of other
+formats are left out; each kind is said once.
 Exit status with --once: 0, 1 if a frame got no decision or is incomplete. 2 for a wrong command line.
 """
 
@@ -38,6 +39,8 @@ else:
 ATTEMPTS = 2  # a frame is asked about again after a new start of the server, which may have died of something else
 START_SECONDS = 300  # until the model is loaded; a slow card reads 1.6 GB in a minute or two
 RETRY_SECONDS = 10  # after a server that did not start
+RAW = ".raw"  # in any case, as on the ground
+OTHER_PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".jp2", ".webp")
 
 
 class Stopped(BaseException):
@@ -251,12 +254,27 @@ class Frames:
             )
         sync_folder(done.parent)
         self._folder, self._done, self.log = folder, done, Log(log)
+        self._said: set[str] = set()
 
     def waiting(self) -> tuple[list[Path], list[Path]]:
         """The complete frames by name, and the incomplete ones: those that are smaller than a frame."""
-        files = sorted(path for path in self._folder.glob("*.raw") if path.is_file() and not path.is_symlink())
+        named = (path for path in self._folder.iterdir() if path.suffix.lower() == RAW)
+        files = sorted(path for path in named if path.is_file() and not path.is_symlink())
         complete = [path for path in files if path.stat().st_size >= decide_frame.RAW_BYTES]
         return complete, [path for path in files if path not in complete]
+
+    def left_out(self) -> list[str]:
+        """What is not decided, in words; each reason once, because the folder is looked at every second."""
+        found: dict[str, list[str]] = {}
+        for path in sorted(self._folder.iterdir()):
+            if reason := why_left_out(path):
+                found.setdefault(reason, []).append(path.name)
+        new = {reason: names for reason, names in found.items() if reason not in self._said}
+        self._said.update(new)
+        return [
+            f"left out: {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {reason}"
+            for reason, names in new.items()
+        ]
 
     def finish(self, path: Path, model: Model, bundle: dict[str, Any], seconds: float) -> dict[str, Any] | None:
         """Decide, log and move one frame; returns its new line, None if the log had one already.
@@ -294,6 +312,18 @@ class Frames:
         return name
 
 
+def why_left_out(path: Path) -> str:
+    """Why a link or a picture in the folder is not decided; empty for a frame, and for what is no picture."""
+    ending = path.suffix.lower()
+    if ending in OTHER_PICTURES:
+        return f"{ending} is not read here. Write raw RGB of 512x512x3 bytes as *.raw"
+    if ending == RAW and path.is_symlink():
+        return "a link is not moved. Move the frame itself into the folder"
+    if ending == RAW and path.exists() and not path.is_file():
+        return "it is not a regular file"
+    return ""
+
+
 def sha256_of(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -311,6 +341,8 @@ def watch(frames: Frames, model: Model, bundle: dict[str, Any], options: argpars
     counts: dict[str, int] = {}
     while True:
         complete, incomplete = frames.waiting()
+        for said in frames.left_out():
+            say(said)
         for path in complete:
             try:
                 row = frames.finish(path, model, bundle, seconds)
@@ -334,7 +366,7 @@ def watch(frames: Frames, model: Model, bundle: dict[str, Any], options: argpars
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Decide every raw frame (512x512x3 bytes) that appears in a folder.")
-    parser.add_argument("folder", type=Path, help="where frames appear as *.raw")
+    parser.add_argument("folder", type=Path, help="where frames appear as *.raw or *.RAW")
     parser.add_argument("--log", type=Path, help="log of decisions (default: triage.jsonl in the folder)")
     parser.add_argument("--done", type=Path, help="folder of finished frames (default: done in the folder)")
     parser.add_argument("--state", type=Path, help="folder of the saved prompt (default: state in the folder)")

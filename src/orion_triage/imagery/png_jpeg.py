@@ -1,6 +1,7 @@
 """PNG and JPEG from outside: what their headers say of the pixels, and 8-bit RGB by the rules of `opened.py`."""
 
 import io
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,6 +50,8 @@ def is_png_or_jpeg(data: bytes) -> bool:
 
 def open_png_or_jpeg(data: bytes, name: str, *, resize: bool, stretch: Stretch | None) -> Opened:
     """Decode the bytes of a PNG or JPEG; raises FrameError that names `name`."""
+    if damage := png_damage(data) if data.startswith(PNG) else "":
+        raise _damaged(name, damage)
     start, reader = next(one for one in _READERS.items() if data.startswith(one[0]))
     header = _png_header(data) if start == PNG else _jpeg_header(data)
     if header.bits not in (1, 2, 4, 8, 16) or (start == JPEG and header.bits != 8):
@@ -67,11 +70,30 @@ def open_png_or_jpeg(data: bytes, name: str, *, resize: bool, stretch: Stretch |
     except OrionError:
         raise
     except Exception as error:  # Pillow's readers raise struct.error, KeyError, MemoryError, ...
-        raise _damaged(name, error) from None
+        raise _damaged(name, str(error) or type(error).__name__) from None
 
 
-def _damaged(name: str, error: Exception) -> FrameError:
-    return FrameError(f"{name} is damaged: {str(error)[:80] or type(error).__name__}.", "Fetch the file again.")
+def png_damage(data: bytes) -> str:
+    """What is wrong with the chunks of a PNG, in words; empty if all are there and have the right checksums.
+
+    Pillow checks no checksum of pixels, and reads a file that has lost its last chunk. Bytes after that are no fault.
+    """
+    view, start = memoryview(data), len(PNG)
+    while start + 12 <= len(data):
+        length, name = int.from_bytes(view[start : start + 4], "big"), data[start + 4 : start + 8]
+        end = start + 8 + length
+        if end + 4 > len(data):
+            break
+        if zlib.crc32(view[start + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
+            return f"the checksum of its chunk at byte {start:,} is wrong"
+        if name == b"IEND":
+            return ""
+        start = end + 4
+    return f"it is cut: after {len(data):,} bytes, its last chunk (IEND) is missing"
+
+
+def _damaged(name: str, how: str) -> FrameError:
+    return FrameError(f"{name} is damaged: {how[:80]}.", "Fetch the file again.")
 
 
 def _check_form(name: str, header: _Header, picture: Image.Image, stretch: Stretch | None) -> None:
@@ -134,12 +156,12 @@ def _exif(picture: Image.Image) -> Any:
 
 
 def _png_header(data: bytes) -> _Header:
-    """The form of a PNG; of damaged chunks, those before the damage: Pillow reports the rest."""
+    """The form of a PNG."""
     chunks: dict[bytes, bytes] = {}
     start = len(PNG)
     while start + 8 <= len(data):
         length, name = int.from_bytes(data[start : start + 4], "big"), data[start + 4 : start + 8]
-        if name == b"IDAT" or length > len(data):
+        if name == b"IDAT":
             break
         chunks.setdefault(name, data[start + 8 : start + 8 + length])
         start += 12 + length

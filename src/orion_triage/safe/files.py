@@ -92,12 +92,22 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def appending(out: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Appends and flushes one JSON line a call, so an interruption loses only the current one; no-op without a file."""
+    """Appends and flushes one JSON line a call, so an interruption loses only the current one; no-op without a file.
+
+    The file is locked during the block; the system releases it when the process ends. Raises OrionError when another
+    command has it.
+    """
     if out is None:
         yield lambda row: None
         return
     out.parent.mkdir(parents=True, exist_ok=True)
     with naming(out), out.open("a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the file itself: a lock file beside it would stay there
+        except BlockingIOError:
+            raise OrionError(
+                f"{out} is in use by another command.", "Wait until it ends, or write to another file."
+            ) from None
 
         def write(row: dict[str, Any]) -> None:
             file.write(json.dumps(row) + "\n")

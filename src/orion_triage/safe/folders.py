@@ -60,7 +60,8 @@ def _counted(things: Sequence[object], name: str) -> str:
 def listing(folder: Path, *, recursive: bool) -> Listing:
     """The content of a folder, with `recursive` also of its folders; links to folders are followed, each folder once.
 
-    Raises OSError for a folder that cannot be read.
+    A link that leads nowhere, or to itself, is one of the files: reading it fails, which names it. Raises OSError for a
+    folder that cannot be read.
     """
     files: list[Path] = []
     hidden: list[Path] = []
@@ -74,7 +75,7 @@ def listing(folder: Path, *, recursive: bool) -> Listing:
             path = Path(entry.path)
             if is_hidden(entry.name):
                 hidden.append(path)
-            elif not entry.is_dir():
+            elif not _is_folder(entry):
                 files.append(path)
             elif not recursive:
                 folders.append(path)
@@ -82,6 +83,13 @@ def listing(folder: Path, *, recursive: bool) -> Listing:
                 entered.add(real)
                 waiting.append(path)
     return Listing(folder, _sorted(files), _sorted(hidden), folders)
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # of a link: a loop, a file taken for a folder, a folder without permission
+        return False
 
 
 def _sorted(paths: Iterable[Path]) -> list[Path]:

@@ -8,6 +8,7 @@ GeoTIFF is read from the file. Hidden files are left out and counted.
 The dataset stage (`Directory`) and `orion dataset check` both start from `read_contents`, so that they agree.
 """
 
+import os
 import re
 import shlex
 from collections import Counter, defaultdict
@@ -103,8 +104,8 @@ class Contents:
     @property
     def unlisted(self) -> list[Path]:
         """The pictures that are in no row, and in no folder of a category."""
-        named = {path.resolve() for path in self.looked_at}
-        return [path for path in self.pictures if path.resolve() not in named]
+        named = {os.path.realpath(path) for path in self.looked_at}  # Path.resolve raises for a link to itself
+        return [path for path in self.pictures if os.path.realpath(path) not in named]
 
     def add(self, severity: Severity, check: str, place: str, message: str, fix: str) -> None:
         self.findings.append(Finding(severity, check, place, message, fix))

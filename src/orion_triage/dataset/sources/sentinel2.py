@@ -25,6 +25,7 @@ from PIL.PngImagePlugin import PngInfo
 from orion_triage.dataset.sources.source import Absent, Picture, Shot
 from orion_triage.errors import OrionError
 from orion_triage.imagery.frames import CAMERA_SIZE
+from orion_triage.imagery.png_jpeg import png_damage
 from orion_triage.safe.files import sha256_of_text, write_bytes
 from orion_triage.safe.proxies import proxy_for
 
@@ -329,13 +330,13 @@ def _is_http(href: str) -> bool:
 
 
 def _from_cache(path: Path) -> Picture | None:
-    """The picture in a cache file, or None if the file is missing or incomplete."""
+    """The picture in a cache file, or None if the file is missing or damaged."""
     try:
         data = path.read_bytes()
         with Image.open(io.BytesIO(data), formats=("PNG",)) as picture:
             picture.load()
             captured_at = picture.info["captured_at"]
-            if picture.size != (CAMERA_SIZE, CAMERA_SIZE):
+            if picture.size != (CAMERA_SIZE, CAMERA_SIZE) or png_damage(data):
                 return None
     except (OSError, SyntaxError, KeyError, ValueError):
         return None
