@@ -64,7 +64,9 @@ def new(
     said = ", ".join(f"{number} {why}" for why, number in sorted(counts.items()))
     messages().print(f"review new: {len(chosen)} frames ({said})  ->  {out}", soft_wrap=True)
     messages().print(f"next: open {out / PAGE_FILE} in a browser; then", soft_wrap=True)
-    messages().print(f"  {shlex.join(['orion', 'review', 'read', str(out), 'LABELS.json', '--dataset', 'labelled'])}", soft_wrap=True)
+    messages().print(
+        f"  {shlex.join(['orion', 'review', 'read', str(out), 'LABELS.json', '--dataset', 'labelled'])}", soft_wrap=True
+    )
 
 
 @review_app.command(

@@ -202,8 +202,8 @@ def fine_tune(
     """Train the LoRA adapter on the dataset.
 
     Resumes from the last complete checkpoint. With --from, training begins with
-    the weights of a finished adapter; a new run takes the dataset of the run that
-    it continues. With --frames, labelled frames are trained in their eight
+    the weights of a finished adapter; a new run takes the settings and the dataset
+    of the run that it continues. With --frames, labelled frames are trained in their eight
     orientations beside the dataset's ('orion adapt' does both, and measures).
     """
     from orion_triage.pipeline import take_dataset
@@ -211,9 +211,13 @@ def fine_tune(
 
     named = {"continue_from": parent, "frames": frames}
     sets = [f"fine_tune.{key}={json.dumps(value)}" for key, value in named.items() if value]
-    current = run_of(preset, [*assignments, *sets], folder)
-    if (Path(parent) / SETTINGS_FILE).is_file() and parent and not current.dataset.exists():
-        before = open_run(Path(parent))
+    before = open_run(Path(parent)) if parent and (Path(parent) / SETTINGS_FILE).is_file() else None
+    like = None
+    if before:  # but for what that run was trained with in addition
+        training = before.settings.fine_tune.model_copy(update={"continue_from": None, "frames": None})
+        like = before.settings.model_copy(update={"fine_tune": training})
+    current = run_of(preset, [*assignments, *sets], folder, like=like)
+    if before and not current.dataset.exists():
         take_dataset(before, current)
         dataset = {"dataset": before.settings.dataset}
         current = replace(current, settings=current.settings.model_copy(update=dataset))

@@ -155,12 +155,13 @@ def run_of(
     dataset: str = "",
     test_size: int = 0,
     mission: Path | None = None,
+    like: Any = None,
     **sources: str,
 ) -> Any:
     """The run that a command changes, with its settings, which are saved in its folder.
 
-    A run keeps its settings until a command names others. What a command changes without naming it, or keeps although
-    the preset has another value, is printed.
+    A run keeps its settings until a command names others; a new one begins with those of `like`. What a command changes
+    without naming it, or keeps although the preset has another value, is printed.
     """
     from orion_triage.runs.run import SETTINGS_FILE, Run, prepare, settings_in
     from orion_triage.settings import load_settings
@@ -174,7 +175,7 @@ def run_of(
     before = settings_in(folder) if folder else None
     settings = load_settings(preset or _shipped_preset_of(before), named, mission)
     folder = folder or default_folder(settings)
-    before = before or settings_in(folder)
+    before = before or settings_in(folder) or like
     if before is None and (folder / SETTINGS_FILE).is_file():
         said = f"{folder / SETTINGS_FILE} is of another version: its settings are those of the preset {settings.preset}"
         messages().print(said, soft_wrap=True)
