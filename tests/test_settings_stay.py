@@ -81,6 +81,14 @@ def test_another_source_of_frames_has_no_settings_of_the_last_one(
     assert "not named: dataset.split_seed=42 (was 7), dataset.split_distance_km=100.0 (was 20.0)\n" in said
 
 
+def test_a_catalogue_is_of_another_source_than_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    settings(run, "dataset.folder=mine", "dataset.source=directory")
+    found = settings(run, "dataset.catalogue=places.csv").dataset
+    assert (found.source, found.folder, found.catalogue) == ("synthetic", "", "places.csv")
+    assert 'dataset.source="synthetic" (was directory)' in capsys.readouterr().err
+
+
 def test_settings_of_another_version_are_not_kept_without_a_word(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

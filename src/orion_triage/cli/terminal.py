@@ -203,6 +203,7 @@ def _with_own_settings(run: Any, before: Any, named: list[str], mission: Path | 
 
     keys, dataset = _keys(named), run.settings.dataset
     asked = {f"dataset.{key}": getattr(dataset, key) != getattr(before.dataset, key) for key in ("source", "folder")}
+    asked["dataset.catalogue"] = bool(before.dataset.folder)  # a folder has no use for one
     if any(differs and key in keys for key, differs in asked.items()):
         before = before.model_copy(update={"dataset": type(before.dataset)()})
     settings = changed(before, named, mission)
