@@ -398,7 +398,13 @@ def test_an_operating_point_is_chosen_on_val_kept_and_flown(finished: Path, tmp_
     assert report["settings"]["fine_tune"]["epochs"] == 2  # of this run
     (run / "operating_point.json").write_text(json.dumps(record | {"pair_sha256": "0"}))
     assert_refused(orion("triage", "good.png", cwd=folder), "was chosen for another GGUF pair", "orion threshold")
+    (run / "operating_point.json").write_text("{")
+    damaged = orion("triage", "good.png", cwd=folder)
+    assert_refused(damaged, "operating_point.json is not JSON", "fix: Run 'orion threshold' again.")
     (run / "operating_point.json").write_text(json.dumps(record))
+    again = orion("threshold", "--max-irrecoverable-loss", "0", cwd=folder)
+    assert "This is no promise for other frames: it was chosen on val" in again.stdout
+    assert json.loads((run / "operating_point.json").read_text()) == record  # the same choice: no second entry
     assert orion("threshold", "--undo", cwd=folder).stdout.startswith("threshold: a frame is dropped if P(LOW) is ")
     assert orion("threshold", "--undo", cwd=folder).stdout == "threshold: none; the model decides\n"
     assert_refused(orion("threshold", "--undo", cwd=folder), "has no threshold", "orion threshold")

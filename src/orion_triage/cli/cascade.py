@@ -46,7 +46,6 @@ def cascade(
     """
     from orion_triage.evaluate.cascade import effect, lowest_threshold
     from orion_triage.evaluate.threshold import parse_share
-
     from orion_triage.evaluate.variants import CONSTRAINED, frame_size, named
 
     largest, both = parse_share(limit), _seconds(seconds)
@@ -81,7 +80,7 @@ def _seconds(text: str) -> tuple[float, float] | None:
         cheap, full = (float(part) for part in text.split(","))
     except ValueError:
         cheap = full = 0.0
-    if not (0 < min(cheap, full) and math.isfinite(cheap + full)):
+    if not (min(cheap, full) > 0 and math.isfinite(cheap + full)):
         raise OrionError(
             f"--seconds {text} is not two times in seconds.", "Write it as 0.9,3.6: first look, full look."
         )

@@ -165,8 +165,9 @@ def named(settings: Settings, name: str) -> Variant:
 def chosen(settings: Settings, names: Sequence[str], folder: str = "RUN") -> list[Variant]:
     """The variants of the run with these names ("all": each), in the table's order; raises OrionError for others.
 
-    `folder` is the run's, for the command in an error. "all" leaves the head out, which a run has only after 'orion adapt', the category alone where the mission's fields
-    must have a value, and the first look where it is not smaller than the model's. By name, these are then refused.
+    `folder` is the run's, for the command in an error. "all" leaves the head out, which a run has only after 'orion
+    adapt', the category alone where the mission's fields must have a value, and the first look where it is not smaller
+    than the model's. By name, these are then refused.
     """
     own = [variant for variant in table(settings) if variant.role != "other"]
     if any(variant.name in names for variant in own if variant.decoding.verdict_only):

@@ -205,7 +205,7 @@ def tuned(run: "Run", *, minutes: float = tune.MINUTES, progress: Progress = sil
     """The report of tune.py for a temporary bundle of the run on this machine; its results stay in the run's folder.
 
     With the vision tower as Q8_0, too, unless that flies already or the merged weights are missing. Raises OrionError
-    if the run cannot be bundled, or today's flags already fail on its golden frames.
+    if the run cannot be bundled, or the default flags already fail on its golden frames.
     """
     toolchain = find_toolchain(progress)
     has_weights = any(run.merged.glob("*.safetensors"))
