@@ -52,7 +52,8 @@ def cascade(
     if both and both[0] >= both[1]:
         messages().print(
             f"warning: the first look ({_shown(both[0])}) is not faster than the full look ({_shown(both[1])}). "
-            "--seconds names the first look first."
+            "--seconds names the first look first.",
+            soft_wrap=True,
         )
     run = finished_run(folder, "quantize", "val")
     looks = {one.split: _looks(one, first) for one in (run, replace(run, split="test"))}
