@@ -348,13 +348,28 @@ def test_an_operating_point_is_chosen_on_val_kept_and_flown(finished: Path, tmp_
             assert re.search(r"val: 0 more HIGH and MEDIUM frames lost, [0-4] saved", result.stdout)
     told = orion("cascade", "--max-loss", "100%", "--seconds", "0.5,2", "--json", cwd=folder)
     assert told.returncode == 0, told.stderr
+    assert "not faster" not in told.stderr
     cascade = json.loads(told.stdout)
+    assert cascade["frame_sizes"] == {"first_look": 256, "full_look": 256}
     assert cascade["chosen_on"] == {"split": "val", "largest_loss": 1.0, "frames": 6}
     assert cascade["effects"]["val"]["spared"] == {"count": 6, "total": 6}  # all may be lost, so all are dropped
     spared = cascade["effects"]["test"]["spared_in_orbit"]["value"]
     assert cascade["effects"]["test"]["seconds_per_frame"]["expected"] == pytest.approx(0.5 + 2 * (1 - spared))
     assert_refused(orion("cascade", "--first", "sampled", cwd=folder), "--first sampled is not a cheap look")
-    assert_refused(orion("cascade", "--seconds", "2", cwd=folder), "--seconds 2 is not two times")
+    for seconds in ("2", "nan,1", "inf,inf", "1,-1", "1,2,3"):
+        refused = orion("cascade", "--seconds", seconds, cwd=folder)
+        assert_refused(refused, f"--seconds {seconds} is not two times")
+    swapped = orion("cascade", "--max-loss", "100%", "--seconds", "0.227,0.185", cwd=folder)
+    assert "the first look (0.227 s) is not faster than the full look (0.185 s)" in swapped.stderr
+    assert "first look: verdict-only, frames of 256 px; full look: 256 px" in swapped.stdout
+    line = r"expected per frame in orbit: \d\.\d{2,3} s instead of 0\.185 s \(the first look alone: 0\.227 s\)"
+    assert re.search(line, swapped.stdout), swapped.stdout
+    refused = orion("cascade", "--first", "first-look", cwd=folder)
+    assert_refused(
+        refused,
+        "a first look at 256 px is not smaller",
+        "Run 'orion evaluate --run runs/small --variants first-look --set variants.first_look_size=SIZE'",
+    )
     guarded = orion("threshold", "--max-irrecoverable-loss", "100%", "--loosen", "--keep-unlike", cwd=folder)
     assert guarded.returncode == 0, guarded.stderr
     assert re.search(r"frames unlike those of train and val are kept: 0 of val, \d of test\n", guarded.stdout)
@@ -383,7 +398,13 @@ def test_an_operating_point_is_chosen_on_val_kept_and_flown(finished: Path, tmp_
     assert report["settings"]["fine_tune"]["epochs"] == 2  # of this run
     (run / "operating_point.json").write_text(json.dumps(record | {"pair_sha256": "0"}))
     assert_refused(orion("triage", "good.png", cwd=folder), "was chosen for another GGUF pair", "orion threshold")
+    (run / "operating_point.json").write_text("{")
+    damaged = orion("triage", "good.png", cwd=folder)
+    assert_refused(damaged, "operating_point.json is not JSON", "fix: Run 'orion threshold' again.")
     (run / "operating_point.json").write_text(json.dumps(record))
+    again = orion("threshold", "--max-irrecoverable-loss", "0", cwd=folder)
+    assert "This is no promise for other frames: it was chosen on val" in again.stdout
+    assert json.loads((run / "operating_point.json").read_text()) == record  # the same choice: no second entry
     assert orion("threshold", "--undo", cwd=folder).stdout.startswith("threshold: a frame is dropped if P(LOW) is ")
     assert orion("threshold", "--undo", cwd=folder).stdout == "threshold: none; the model decides\n"
     assert_refused(orion("threshold", "--undo", cwd=folder), "has no threshold", "orion threshold")

@@ -30,6 +30,14 @@ def test_presets_and_assignments_are_listed_as_departures() -> None:
     assert changed["base.model"][1] == "orion-tiny"
 
 
+def test_a_first_look_has_a_size_that_the_model_can_take() -> None:
+    for size in (128, 288, 480):
+        assert load_settings("tiny", [f"variants.first_look_size={size}"]).variants.first_look_size == size
+    for size in (1, 96, 250, 512):
+        with pytest.raises(OrionError, match=r"variants\.first_look_size: input should be "):
+            load_settings("tiny", [f"variants.first_look_size={size}"])
+
+
 def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:
     path = tmp_path / "own.toml"
     path.write_text("[fine_tune]\nepochz = 3\nrank = 0\n[moon]\nphase = 1\n", encoding="utf-8")

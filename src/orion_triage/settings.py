@@ -31,6 +31,8 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 BackboneType = Literal["Q4_K_M", "Q3_K_M", "IQ4_XS", "Q4_0", "Q8_0"]
 TowerType = Literal["F16", "Q8_0"]
 
+FIRST_LOOK_SIZES = range(128, 512, 32)
+
 StretchedSamples = Literal["uint16", "int16", "uint32", "int32", "float32", "float64"]
 STRETCHED_SAMPLES: tuple[str, ...] = get_args(StretchedSamples)
 
@@ -213,9 +215,9 @@ class VariantSettings(Strict):
     all: bool = True  # five more evaluations; the report shows the effect of each step
     # Quantizations between F16 and that of the flight: any type of llama-quantize.
     quantizations: tuple[Annotated[str, Field(pattern=r"^(I|T)?Q[0-9][A-Z0-9_]*$")], ...] = ("Q8_0",)
-    # Pixels of the frames of the variant first-look (`orion cascade --first first-look`). Smaller ones cost no less:
-    # llama.cpp enlarges them to 64 tokens, this family's least.
-    first_look_size: Count = 256
+    # Pixels of the frames of the variant first-look (`orion cascade --first first-look`): whole tokens of 32 pixels,
+    # fewer than the camera's 512. Below 256 they cost no less: llama.cpp enlarges them to 64 tokens, LFM2-VL's least.
+    first_look_size: int = Field(default=256, ge=min(FIRST_LOOK_SIZES), le=max(FIRST_LOOK_SIZES), multiple_of=32)
     parity_records: Count = 4  # records on which llama.cpp's F16 must give the same probabilities as transformers
 
 

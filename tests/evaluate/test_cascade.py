@@ -1,13 +1,16 @@
 """The cascade: what the first look drops, what that loses, and what it spares."""
 
+from dataclasses import replace
+
 import pytest
 
 from orion_triage.errors import OrionError
 from orion_triage.evaluate.cascade import Looks, effect, lowest_threshold
 from orion_triage.evaluate.metrics import Prediction
 from orion_triage.evaluate.threshold import NEVER
-from orion_triage.mission.decide import Rules, first_look
+from orion_triage.mission.decide import Decision, Rules, first_look
 from tests.conftest import MISSION
+from tests.mission.test_fields import SMOKE, mission
 
 
 def row(name: str, truth: str, low: float, said: str = "", *, blank: bool = False) -> Prediction:
@@ -89,4 +92,22 @@ def test_looks_at_different_frames_are_refused() -> None:
 
 
 def test_a_cheap_look_without_scores_decides_nothing() -> None:
-    assert first_look(MISSION, None, 0.0) is None
+    assert first_look(MISSION, None, 0.0, rules=Rules()) is None
+
+
+def test_a_frame_that_is_unlike_the_training_gets_the_full_look() -> None:
+    """`orion threshold --keep-unlike` promises that it is never dropped by scores."""
+    guarded = Rules(0.5, appearance={"dark": [10, 20]})
+    cheap, full = ([replace(one, unlike=one.name in ("sea", "farm")) for one in seen] for seen in (CHEAP, FULL))
+    kept = Looks(cheap, full, guarded, MISSION)
+    assert kept.spared(0.9) == [False, True, False, False, False, False]
+    assert kept.together(0.9)[0] == kept.alone()[0] == "MEDIUM"
+    assert lowest_threshold(kept, 0.0) == 0.9  # the farm is safe by the rule
+    assert Looks(cheap, full, Rules(0.5), MISSION).spared(0.9)[0] is True  # nobody asked for the rule
+
+
+def test_no_first_look_passes_by_the_rule_of_a_field() -> None:
+    """The first look sees no field, so only the full look can know whether the rule holds."""
+    ruled, scores = mission(SMOKE | {"when": "yes", "then": "SHIP"}), (0.01, 0.99)
+    assert first_look(mission(SMOKE), scores, 0.5, rules=Rules()) == Decision("SEA", "first look")
+    assert first_look(ruled, scores, 0.5, rules=Rules()) is None

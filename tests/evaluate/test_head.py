@@ -380,6 +380,28 @@ def test_the_heads_threshold_is_chosen_on_frames_that_it_has_not_seen(tmp_path: 
     assert threshold.rules_of(run, of="head") == Rules()
 
 
+def test_the_same_threshold_again_is_no_second_entry(tmp_path: Path) -> None:
+    run = run_with_a_head(tmp_path, spread=3.0)
+    first = threshold.choose(run, 0.1, (), of="head", loosen=True)
+    path = run.folder / threshold.FILES["head"]
+    written = path.read_text()
+    assert threshold.choose(run, 0.1, (), of="head", loosen=True)["drop_threshold"] == first["drop_threshold"]
+    assert path.read_text() == written
+    threshold.choose(run, 0.2, (), of="head", loosen=True)
+    assert threshold.undo(run, of="head") == first["drop_threshold"]
+    assert threshold.undo(run, of="head") is None
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\xff"])
+def test_a_damaged_threshold_is_chosen_again(tmp_path: Path, text: str) -> None:
+    """It is made here, so nothing of it can be fetched."""
+    run = run_with_a_head(tmp_path)
+    (run.folder / threshold.FILES["head"]).write_bytes(text.encode("latin-1"))
+    with pytest.raises(OrionError, match=r"head_operating_point\.json is not ") as error:
+        threshold.rules_of(run, of="head")
+    assert error.value.fix == "Run 'orion threshold --head' again."
+
+
 def test_a_threshold_is_of_one_head(tmp_path: Path) -> None:
     run = run_with_a_head(tmp_path)
     threshold.choose(run, 0.1, (), of="head", loosen=True)

@@ -305,7 +305,7 @@ def test_a_smaller_pair_is_made_evaluated_bundled_and_cleaned_under_its_own_name
     assert (made_bundle["model"], made_bundle["mmproj"]) == pair.names
     assert {path.name for path in (tmp_path / "bundle").glob("*.gguf")} == set(pair.names)
     assert pair.backbone.name in (tmp_path / "bundle" / "serve.sh").read_text()
-    with pytest.raises(OrionError, match="flags of today were not measured"):  # a tower in Q8_0 is no second one
+    with pytest.raises(OrionError, match="default flags were not measured"):  # a tower in Q8_0 is no second one
         bench_frame.tuned(run, minutes=1e-4)
 
     clean(run)

@@ -30,7 +30,7 @@ from orion_triage.mission.prompt import user_text
 from orion_triage.models import lfm2_vl
 from orion_triage.runs import manifest
 from orion_triage.runs.run import Run, open_run, prepare
-from orion_triage.settings import load_settings
+from orion_triage.settings import FIRST_LOOK_SIZES, load_settings
 from tests.conftest import MISSION, orion, structured_picture
 
 
@@ -104,6 +104,20 @@ def test_what_a_cleaned_run_lacks_is_said_and_the_rest_measured(run: Run) -> Non
         "Q8_0: orion-f16.gguf does not exist (removed by 'orion clean'?). Run 'orion quantize --force' to make it "
         "again.",
     ]
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.slow
+def test_a_type_that_cannot_be_made_costs_no_other_row(run: Run) -> None:
+    """IQ1_S needs an importance matrix; there is no Q9_Z."""
+    measured = bench_frame.run(
+        [run], sizes=[288], mmprojs=["F16"], quantizations=["IQ1_S", "Q9_Z"], reason_tokens=[], repeats=1
+    )
+    rows = by_change(measured)
+    assert list(rows) == ["flight configuration", "verdict-only", "288 px", "flash attention"]
+    assert rows["288 px"]["prompt_tokens"] - rows["flight configuration"]["prompt_tokens"] == 9 * 9 - 8 * 8
+    notes = [note.partition(": ")[2] for note in measured["left_out"]]
+    assert [note.partition(": llama-quantize failed (exit status 1): ")[0] for note in notes] == ["IQ1_S", "Q9_Z"]
 
 
 @pytest.mark.llama_cpp
@@ -271,3 +285,5 @@ def test_what_cannot_be_measured_is_refused(text: str, what: str, message: str) 
         parse_list(text, what)
     assert parse_list("", what) == []
     assert parse_list("Q8_0, F16", "mmproj") == ["Q8_0", "F16"]
+    every_first_look = ",".join(map(str, FIRST_LOOK_SIZES))  # whatever a first look can be, its seconds are measured
+    assert len(parse_list(every_first_look, "input size")) == len(FIRST_LOOK_SIZES) == 12

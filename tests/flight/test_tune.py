@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ def one_core(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """For this process and its servers: threads that wait for each other are slow beside other tests."""
     monkeypatch.setattr(tune, "PLENTY", float("inf"))
     monkeypatch.setattr(tune, "BUSY_SECONDS", 0.1)
+    monkeypatch.setattr(tune, "BUSY", float("inf"))  # other tests use the cores
     monkeypatch.setattr(tune, "CHANGES", ({"--no-repack": ""},))
     for name in ("OMP_NUM_THREADS", "ORION_THREADS"):
         monkeypatch.delenv(name, raising=False)
@@ -72,6 +73,13 @@ def program(folder: Path, before: str = "") -> Path:
     path.write_text(f'#!/bin/sh\necho "$*" >>"{folder}/started"\n{before}\nexec "{real}" "$@"\n')
     path.chmod(0o755)
     return path
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], object], *, seal: bool = True) -> None:
+    """Change the results in their file, with the hash of the new content unless `seal` is false."""
+    record = json.loads(path.read_text())
+    change(record)
+    server_flags.write(path, server_flags.sealed(record) if seal else record)
 
 
 def started(folder: Path) -> list[str]:
@@ -160,7 +168,7 @@ def test_nothing_is_measured_where_the_flags_of_today_move_a_verdict(folder: Pat
     )  # fmt: skip
     assert (told.returncode, told.stdout) == (1, "")
     last = told.stderr.splitlines()[-1]
-    assert last.startswith("error: the flags of today fail already: verdict moved: golden/1-")
+    assert last.startswith("error: the default flags fail already: verdict moved: golden/1-")
     assert "Every change is rejected" in last
     assert len(started(tmp_path)) == 1
     assert not (folder / server_flags.FILE).exists()
@@ -190,9 +198,7 @@ def test_after_a_kill_only_what_is_missing_is_measured(folder: Path, tmp_path: P
     assert "flash-attn off" not in " ".join(started(tmp_path)[known : known + 1])
     assert {row["change"] for row in report["rows"]} >= {tune.TODAY, "--flash-attn on", "--no-repack"}
     # Another machine: nothing of it counts.
-    record = json.loads((folder / tune.RESULTS).read_text())
-    record["identity"]["machine"]["processor"] = "another"
-    (folder / tune.RESULTS).write_text(json.dumps(record))
+    rewrite(folder / tune.RESULTS, lambda record: record["identity"]["machine"].update(processor="another"))
     assert "is of another machine: everything is measured anew" in " ".join(
         tune.Tuning(folder, server, folder / tune.RESULTS).notes
     )
@@ -201,9 +207,9 @@ def test_after_a_kill_only_what_is_missing_is_measured(folder: Path, tmp_path: P
 def test_without_time_the_changes_are_listed_as_not_measured(folder: Path, tmp_path: Path) -> None:
     server = program(tmp_path)
     tune.Tuning(folder, server, folder / tune.RESULTS)._measured(tune.TODAY, None, None)
-    record = json.loads((folder / tune.RESULTS).read_text())
-    record["measured"][tune.TODAY]["start_seconds"] = 400.0  # a slow card: ten minutes are too short for two starts
-    (folder / tune.RESULTS).write_text(json.dumps(record))
+    rewrite(  # a slow card: ten minutes are too short for two starts
+        folder / tune.RESULTS, lambda record: record["measured"][tune.TODAY].update(start_seconds=400.0)
+    )
     report = tune.Tuning(folder, server, folder / tune.RESULTS).run()
     assert [one["change"] for one in report["not_measured"]] == [
         "--flash-attn on", "--mmproj orion-mmproj-q8_0.gguf", "--no-repack",
@@ -267,6 +273,19 @@ def test_serve_sh_uses_only_flags_of_this_place(
         assert "ORION_THREADS=2 replaces the measured threads" in other[1]
 
 
+def test_serve_sh_uses_all_cores_whatever_the_shell_says_of_openmp(folder: Path, tmp_path: Path) -> None:
+    """nproc obeys these variables; llama-server would run with one thread."""
+    show = tmp_path / "show"
+    show.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    show.chmod(0o755)
+    environment = {"PATH": os.environ["PATH"], "LLAMA_SERVER": str(show), "LLAMA_API_KEY": "k"}
+    other = {"OMP_NUM_THREADS": "7", "OMP_THREAD_LIMIT": "5"}  # this test has one core
+    ran = subprocess.run(
+        ["sh", str(folder / "serve.sh")], capture_output=True, text=True, env=environment | other, check=True
+    )
+    assert " --threads 1 " in " ".join(ran.stdout.splitlines())
+
+
 def test_a_damaged_or_forbidden_file_is_no_go_and_no_end_of_the_flight(folder: Path) -> None:
     """Of a running server; in flight the same is a warning, because serve.sh's own flags are as good."""
     me = Path(f"/proc/{os.getpid()}")
@@ -300,19 +319,10 @@ def test_a_damaged_or_forbidden_file_is_no_go_and_no_end_of_the_flight(folder: P
     assert told.stdout.splitlines()[-1].startswith("NO-GO: server_flags.json: '--port' is not an allowed flag")
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "checked", "flags", "why"),
-    [
-        (10.0, 8.0, 8, TUNED[:4], ""),
-        (10.0, 5.0, 8, None, "within the noise (flags of today took 5 s the second time)"),
-        (5.0, 5.0, 8, None, "within the noise"),
-        (10.0, 8.0, 3, None, "not confirmed: not every golden frame was asked. Delete the results and measure again"),
-    ],
-)
-def test_a_gain_is_confirmed_by_a_second_measurement(
-    folder: Path, tmp_path: Path, first: float, second: float, checked: int, flags: list[str] | None, why: str
-) -> None:
-    """Of results that are there already: no server starts."""
+def planted(
+    folder: Path, tmp_path: Path, first: float, second: float, checked: int, *, busy: float = 0.0, **options: Any
+) -> tune.Tuning:
+    """A search with all its results: flash attention takes 5 s, the default flags `first` and then `second` seconds."""
     server = program(tmp_path)
     tuning = tune.Tuning(folder, server, folder / tune.RESULTS)
 
@@ -329,9 +339,102 @@ def test_a_gain_is_confirmed_by_a_second_measurement(
     rows = {" ".join(server_flags.words_of(server_flags.flags_of(words))): measured(words, 20.0) for words in changed}
     rows |= {tune.TODAY: measured(TODAYS, first), " ".join(TUNED[:4]): measured(TUNED[:4], 5.0, every)}
     rows[f"{tune.TODAY}, again, after {' '.join(TUNED[:4])}"] = measured(TODAYS, second)
-    record = {**tuning._record, "plan": {"frames": 2, "rounds": 2}, "build": "b1", "measured": rows}
-    server_flags.write(folder / tune.RESULTS, record)
-    tuning = tune.Tuning(folder, server, folder / tune.RESULTS)
+    plan = {"frames": 2, "rounds": 2}
+    record = {**tuning._record, "plan": plan, "build": "b1", "busy_cores": busy, "measured": rows}
+    server_flags.write(folder / tune.RESULTS, server_flags.sealed(record))
+    return tune.Tuning(folder, server, folder / tune.RESULTS, **options)
+
+
+def test_figures_of_a_busy_machine_are_shown_and_not_used(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As where nothing else runs: results that say 1.4 cores are beyond it.
+    monkeypatch.setattr(tune, "BUSY", 0.5)
+    (folder / server_flags.FILE).write_text("{}")
+    tuning = planted(folder, tmp_path, 10.0, 8.0, 8, busy=1.4)
+    report = tuning.run()
+    tuning.write_flags(report)
+    assert (folder / server_flags.FILE).read_text() == "{}"  # of an earlier tuning, on an idle machine
+    assert (report["usable"], report["busy_cores"], report["flags"]) == (False, 1.4, TUNED[:4])
+    last = list(tune.lines_of(report))[-1]
+    assert last.startswith("not to be used: other programs used 1.4 cores while this was measured.")
+    assert f"delete {folder / tune.RESULTS} and run again" in last
+    assert " s per frame instead of " not in "\n".join(tune.lines_of(report))
+    results = [line[-1] for line in tune.table(report)]
+    assert ("fastest under load" in results, "best" in results) == (True, False)
+
+    tuning = planted(folder, tmp_path, 10.0, 8.0, 8, busy=1.4, busy_anyway=True)
+    report = tuning.run()
+    tuning.write_flags(report)
+    assert json.loads((folder / server_flags.FILE).read_text())["flags"] == TUNED[:4]
+    assert list(tune.lines_of(report))[-1].startswith("5.000 s per frame instead of 8.000: ")
+
+
+def test_cores_that_others_use_at_the_end_stay_with_the_results(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuning = tune.Tuning(folder, program(tmp_path), folder / tune.RESULTS)
+    tuning._measured(tune.TODAY, None, None)
+    tuning._record["busy_cores"] = 0.0  # whatever other tests used at the start
+    # Long enough that a program that always runs is seen beside a busy test machine.
+    monkeypatch.setattr(tune, "BUSY_SECONDS", 0.5)
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as spinning:
+        try:
+            assert tuning._busy_since_the_start() > 0.5
+        finally:
+            spinning.kill()
+    assert json.loads((folder / tune.RESULTS).read_text())["busy_cores"] > 0.5
+    assert tune.Tuning(folder, tmp_path / "llama-server", folder / tune.RESULTS)._busy_since_the_start() > 0.5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: record["measured"][tune.TODAY].update(seconds_per_frame=-5),
+        lambda record: record["measured"].update({tune.TODAY: {}}),
+        lambda record: record.update(plan={"frames": "x"}),
+        lambda record: record.pop("sha256"),  # of an earlier version
+        lambda record: record.pop("identity"),
+    ],
+)
+def test_damaged_results_are_refused(folder: Path, tmp_path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    planted(folder, tmp_path, 10.0, 8.0, 8)
+    rewrite(folder / tune.RESULTS, change, seal=False)
+    with pytest.raises(tune.TuneError, match=r"tuning\.json is damaged, or of an earlier version.*: delete it"):
+        tune.Tuning(folder, tmp_path / "llama-server", folder / tune.RESULTS)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "\xff"])
+def test_results_that_are_no_object_are_refused(folder: Path, tmp_path: Path, text: str) -> None:
+    (folder / tune.RESULTS).write_bytes(text.encode("latin-1"))
+    with pytest.raises(tune.TuneError, match="delete it"):
+        tune.Tuning(folder, program(tmp_path), folder / tune.RESULTS)
+
+
+def test_the_table_shows_a_spread_only_of_several_rounds(folder: Path, tmp_path: Path) -> None:
+    report = planted(folder, tmp_path, 10.0, 8.0, 8).run()
+    hopeless = next(row for row in report["rows"] if row["change"] == "--no-repack")
+    hopeless["spread_seconds"] = None  # stopped after its first round
+    lines = {line[0]: dict(zip(tune.COLUMNS, line, strict=True)) for line in tune.table(report)}
+    assert (lines["--no-repack"]["spread"], lines[tune.TODAY]["spread"]) == ("-", "0.100")
+    assert lines[tune.TODAY]["verdicts"] == "2 of 2 unchanged"
+    assert f"default flags: {' '.join(TODAYS)}" in tune.lines_of(report)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "checked", "flags", "why"),
+    [
+        (10.0, 8.0, 8, TUNED[:4], ""),
+        (10.0, 5.0, 8, None, "within the noise (default flags took 5 s the second time)"),
+        (5.0, 5.0, 8, None, "within the noise"),
+        (10.0, 8.0, 3, None, "not confirmed: not every golden frame was asked. Delete the results and measure again"),
+    ],
+)
+def test_a_gain_is_confirmed_by_a_second_measurement(
+    folder: Path, tmp_path: Path, first: float, second: float, checked: int, flags: list[str] | None, why: str
+) -> None:
+    """Of results that are there already: no server starts."""
+    tuning = planted(folder, tmp_path, first, second, checked)
     (folder / server_flags.FILE).write_text("{}")
     report = tuning.run()
     tuning.write_flags(report)

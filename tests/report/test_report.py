@@ -103,9 +103,12 @@ def test_sentences_say_significant_or_how_many_frames_are_needed() -> None:
         "within": {"quantized": differences(answers("LLLLLLLLLL"), answers("HHHHHHHHHH"))},
     }
     said = sentences(results)
-    assert said[0].startswith("quantization, A: -20.0 points (0 gained, 2 lost), no significant difference (p = 1, mid")
+    assert said[0].startswith(
+        "quantization, A: -20.0 points (0 gained, 2 lost), no significant difference (Holm-corrected p = 1, "
+        "uncorrected mid-p "
+    )
     assert said[0].endswith(", 10 frames); a difference of this size needs about 37 frames.")
-    assert said[4] == "quantized, A: +100.0 points (10 gained, 0 lost), significant (p = 0.0078)."
+    assert said[4] == "quantized, A: +100.0 points (10 gained, 0 lost), significant (Holm-corrected p = 0.0078)."
     results["deltas"]["quantization"] = differences(answers("HHHHH"), answers("HHHHH"))
     assert sentences(results)[0] == "quantization, A; B; C; D: no change, the same frames are correct."
 
@@ -144,8 +147,8 @@ def test_tables_show_every_model_and_a_dash_for_what_is_missing(results: dict[st
     assert "Not finished: fine-tune, fuse, quantize, vision features, evaluate adapter-4bit" in markdown
     assert "| A full system | 0.0 % | 33.3 % | - | +33.3 | - |" in markdown
     assert (
-        "- fine-tuning, A: +33.3 points (2 gained, 0 lost), no significant difference (p = 1, mid-p 0.25, 6 frames);"
-        in markdown
+        "- fine-tuning, A: +33.3 points (2 gained, 0 lost), no significant difference (Holm-corrected p = 1, "
+        "uncorrected mid-p 0.25, 6 frames);" in markdown
     )
     assert "6 frames at 6 places." in markdown
     assert "| fine-tuned | B | 2/2 = 100.0 % (34-100) | 0/4 = 0.0 % (0-49) |" in markdown

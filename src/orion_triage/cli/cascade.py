@@ -1,13 +1,15 @@
 """The cascade command: what a cheap first look saves and loses."""
 
 import json
+import math
+import shlex
 from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
 
 from orion_triage.cli.app import app
-from orion_triage.cli.terminal import FinishedRunOption, JsonOption, do_stage, finished_run, output
+from orion_triage.cli.terminal import FinishedRunOption, JsonOption, do_stage, finished_run, messages, output
 from orion_triage.errors import OrionError
 
 
@@ -36,19 +38,32 @@ def cascade(
 ) -> None:
     """Measure a cheap first look that drops what is surely to be dropped.
 
+    A measurement on the ground: no bundle can fly a cascade.
+
     The full look, the flight's, is spent on the other frames. The probability
     from which the first look drops is chosen on val; the effect is shown on val
     and test, against the full look on everything. Evaluates what is missing.
     """
     from orion_triage.evaluate.cascade import effect, lowest_threshold
     from orion_triage.evaluate.threshold import parse_share
+    from orion_triage.evaluate.variants import CONSTRAINED, frame_size, named
 
     largest, both = parse_share(limit), _seconds(seconds)
+    if both and both[0] >= both[1]:
+        messages().print(
+            f"warning: the first look ({_shown(both[0])}) is not faster than the full look ({_shown(both[1])}). "
+            "--seconds names the first look first.",
+            soft_wrap=True,
+        )
     run = finished_run(folder, "quantize", "val")
     looks = {one.split: _looks(one, first) for one in (run, replace(run, split="test"))}
     drop_threshold = lowest_threshold(looks["val"], largest)
     record = {
         "first_look": first,
+        "frame_sizes": {
+            look: frame_size(named(run.settings, variant), run.settings)
+            for look, variant in (("first_look", first), ("full_look", CONSTRAINED))
+        },
         "drop_threshold": drop_threshold,
         "chosen_on": {"split": "val", "largest_loss": largest, "frames": len(looks["val"].full)},
         "effects": {split: effect(one, drop_threshold, both) for split, one in looks.items()},
@@ -66,11 +81,16 @@ def _seconds(text: str) -> tuple[float, float] | None:
         cheap, full = (float(part) for part in text.split(","))
     except ValueError:
         cheap = full = 0.0
-    if min(cheap, full) <= 0:
+    if not (min(cheap, full) > 0 and math.isfinite(cheap + full)):
         raise OrionError(
             f"--seconds {text} is not two times in seconds.", "Write it as 0.9,3.6: first look, full look."
         )
     return cheap, full
+
+
+def _shown(seconds: float) -> str:
+    """The seconds with three significant digits, or more before the point."""
+    return f"{seconds:.{max(0, 2 - math.floor(math.log10(seconds)))}f} s"
 
 
 def _looks(run: Any, first: str) -> Any:
@@ -84,7 +104,7 @@ def _looks(run: Any, first: str) -> Any:
 
     if first not in (VERDICT_ONLY, FIRST_LOOK, HEAD):
         raise OrionError(f"--first {first} is not a cheap look.", f"Use {VERDICT_ONLY}, {FIRST_LOOK} or {HEAD}.")
-    chosen(run.settings, [first])
+    chosen(run.settings, [first], shlex.quote(str(run.folder)))
     mission = run.settings.mission
     rules = rules_of(run)
     blank, unlike = blank_frames(run), unlike_frames(run, rules)
@@ -109,7 +129,11 @@ def _print(record: dict[str, Any], mission: Any) -> None:
         typer.echo(f"the first look ({record['first_look']}) cannot drop a frame without losing more than allowed")
     else:
         typer.echo(f"first look: {record['first_look']}; drops a frame if P({dropped}) is {threshold:.3f} or more")
-    table = Table("split", "full looks spared", "in orbit*", f"{kept} lost", "without first look", "p")
+    sizes = record["frame_sizes"]
+    title = (
+        f"first look: {record['first_look']}, frames of {sizes['first_look']} px; full look: {sizes['full_look']} px"
+    )
+    table = Table("split", "full looks spared", "in orbit*", f"{kept} lost", "without first look", "p", title=title)
     for split, measured in record["effects"].items():
         spared, orbit = measured["spared"], measured["spared_in_orbit"]
         shown = f"{percent(orbit['value'])} ({percent(orbit['low'])} to {percent(orbit['high'])})" if orbit else "-"
@@ -124,4 +148,7 @@ def _print(record: dict[str, Any], mission: Any) -> None:
     output().print(table)
     typer.echo("*: share of the frames in orbit, with the mission's prior")
     if times := record["effects"]["test"]["seconds_per_frame"]:
-        typer.echo(f"expected per frame in orbit: {times['expected']:.2f} s instead of {times['full_look']:.2f} s")
+        typer.echo(
+            f"expected per frame in orbit: {_shown(times['expected'])} instead of {_shown(times['full_look'])} "
+            f"(the first look alone: {_shown(times['first_look'])})"
+        )

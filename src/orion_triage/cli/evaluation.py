@@ -98,7 +98,7 @@ def evaluate(
             metavar="NAME,NAME",
             help="Evaluate these variants and print the changes between them. Names: base, adapter-4bit, "
             "adapter-16bit, fine-tuned, F16, a quantization such as Q8_0, quantized, constrained, sampled, "
-            "sampled-constrained, verdict-only, head (after 'orion adapt'); or all.",
+            "sampled-constrained, verdict-only, first-look (a smaller frame), head (after 'orion adapt'); or all.",
         ),
     ] = "",
     stressed: Annotated[

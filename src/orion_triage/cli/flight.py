@@ -422,7 +422,8 @@ def bench_frame_command(
         typer.Option(
             "--sizes",
             metavar="PX,PX",
-            help="More input sizes to measure. Default: 512,384,256 for one run, none for several runs.",
+            help="More input sizes to measure: multiples of 32 from 128 to 512. Default: 512,384,256 for one run, none "
+            "for several runs.",
         ),
     ] = "",
     mmprojs: Annotated[

@@ -45,7 +45,11 @@ class Looks:
 
     def early(self, drop_threshold: float) -> list[Decision | None]:
         """For each frame the first look's decision; None where a full look is taken, and for a blank frame: neither."""
-        return [None if row.blank else first_look(self.mission, row.scores, drop_threshold) for row in self.cheap]
+
+        def look(row: Prediction) -> Decision | None:
+            return first_look(self.mission, row.scores, drop_threshold, rules=self.rules, unlike=row.unlike)
+
+        return [None if row.blank else look(row) for row in self.cheap]
 
     def spared(self, drop_threshold: float) -> list[bool]:
         """For each frame whether the first look drops it, so that no full look is taken."""

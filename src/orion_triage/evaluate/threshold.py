@@ -80,7 +80,8 @@ def choose(
 
     Returns the written values: the threshold, its effect on the frames of val with the decisions before beside it, the
     temperature that calibrates the scores best (it keeps their order, so it changes no decision). The file also has
-    the thresholds before it (`history`, the latest first). `blank_frames` are the names of the split's blank frames.
+    the thresholds before it (`history`, the latest first); it stays as it is if the same was chosen last.
+    `blank_frames` are the names of the split's blank frames.
 
     With `appearance`, frames outside these ranges are kept from then on; `unlike_frames` are those of the split.
 
@@ -124,8 +125,15 @@ def choose(
         **_made_for(run, of),
         "there": change,
     }
-    _write(run, [record, *earlier], of)
+    if not (earlier and _is_same_choice(record, earlier[0])):  # else --undo would put the same threshold back
+        _write(run, [record, *earlier], of)
     return record
+
+
+def _is_same_choice(record: dict[str, Any], earlier: dict[str, Any]) -> bool:
+    """Whether two thresholds differ at most in `there`, the effect against what decided before."""
+    one, other = ({key: kept for key, kept in each.items() if key != "there"} for each in (record, earlier))
+    return bool(json.loads(json.dumps(one)) == other)
 
 
 def _answered(run: Run, of: Of) -> list[Prediction]:
@@ -397,6 +405,8 @@ def _read(path: Path, gguf: Path, of: Of) -> tuple[float, float] | None:
             raise ValueError("history is not a list of thresholds")
     except FileNotFoundError:
         return None
+    except OrionError as error:
+        raise OrionError(error.message, f"Run '{command}' again.") from None
     except (ValueError, KeyError, TypeError) as error:
         raise OrionError(f"{path} is damaged: {error!r}.", f"Run '{command}' again.") from None
     if pair != _pair(gguf):

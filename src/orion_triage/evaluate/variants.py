@@ -24,7 +24,7 @@ from orion_triage.runs import manifest
 from orion_triage.safe.files import sha256_of_text, write_text
 from orion_triage.safe.proxies import without_credentials
 from orion_triage.safe.reading import read_object
-from orion_triage.settings import Settings
+from orion_triage.settings import FIRST_LOOK_SIZES, Settings
 
 if TYPE_CHECKING:
     from orion_triage.evaluate.backends import Backend, TransformersBackend
@@ -162,11 +162,12 @@ def named(settings: Settings, name: str) -> Variant:
     raise OrionError(f"there is no variant {name!r}.", f"Use one or more of {names}, or all.")
 
 
-def chosen(settings: Settings, names: Sequence[str]) -> list[Variant]:
+def chosen(settings: Settings, names: Sequence[str], folder: str = "RUN") -> list[Variant]:
     """The variants of the run with these names ("all": each), in the table's order; raises OrionError for others.
 
-    "all" leaves the head out, which a run has only after 'orion adapt', the category alone where the mission's fields
-    must have a value, and the first look where it is not smaller than the model's. By name, these are then refused.
+    `folder` is the run's, for the command in an error. "all" leaves the head out, which a run has only after 'orion
+    adapt', the category alone where the mission's fields must have a value, and the first look where it is not smaller
+    than the model's. By name, these are then refused.
     """
     own = [variant for variant in table(settings) if variant.role != "other"]
     if any(variant.name in names for variant in own if variant.decoding.verdict_only):
@@ -178,7 +179,9 @@ def chosen(settings: Settings, names: Sequence[str]) -> list[Variant]:
         if FIRST_LOOK in names:
             raise OrionError(
                 f"a first look at {first} px is not smaller than the model's frames of {size} px.",
-                "Set variants.first_look_size, or train with a larger base.frame_size.",
+                f"Run 'orion evaluate --run {folder} --variants {FIRST_LOOK} --set variants.first_look_size=SIZE' with "
+                f"a SIZE of {min(FIRST_LOOK_SIZES)} to {size - 32}, a multiple of 32 (below 256, it costs no less), "
+                "or train with a larger base.frame_size.",
             )
         own = [variant for variant in own if variant.name != FIRST_LOOK]
     asked = (

@@ -39,6 +39,7 @@ from orion_triage.models.family import turn_of
 from orion_triage.progress import Progress, silent
 from orion_triage.runs import manifest
 from orion_triage.safe.files import locked, sha256_of_file, temporary_folder, write_text
+from orion_triage.settings import FIRST_LOOK_SIZES
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -52,7 +53,7 @@ REASON_TOKENS = (20, 40)  # in addition to the model's median length; the catalo
 REPEATS, LOG = 3, "bench-frame-server.log"
 CONDITIONS = ("A", "B")  # with coordinates, and without (as in flight)
 _WORDS = {  # option -> allowed values, and the fix in an error
-    "input size": (r"256|384|512", "Use 256, 384 or 512 (pixels)."),
+    "input size": ("|".join(map(str, (*FIRST_LOOK_SIZES, 512))), "Use a multiple of 32 from 128 to 512 (pixels)."),
     "mmproj": (r"F16|Q8_0", "Use F16 or Q8_0."),
     "quantization": (r"F16|[IT]?Q\d[A-Z0-9_]*", "Use F16 or a type of llama-quantize, such as Q8_0 or Q3_K_M."),
     "length": (r"[1-9]\d?\d?", "Use 1 to 999 (tokens of a reason)."),
@@ -165,6 +166,9 @@ def run(
                 except FileNotFoundError as error:
                     left_out.append(f"{one.folder}: {change}: {error}")
                     continue
+                except OrionError as error:  # such as a type that llama-quantize does not make
+                    left_out.append(f"{one.folder}: {change}: {error.message}")
+                    continue
                 with serve(one, toolchain, backbone, mmproj, setup) as server:
                     asked = Asked(server, one, setup, repeats)
                     tokens = tokens or _own_answer_tokens(one, server.client)
@@ -201,7 +205,7 @@ def tuned(run: "Run", *, minutes: float = tune.MINUTES, progress: Progress = sil
     """The report of tune.py for a temporary bundle of the run on this machine; its results stay in the run's folder.
 
     With the vision tower as Q8_0, too, unless that flies already or the merged weights are missing. Raises OrionError
-    if the run cannot be bundled, or today's flags already fail on its golden frames.
+    if the run cannot be bundled, or the default flags already fail on its golden frames.
     """
     toolchain = find_toolchain(progress)
     has_weights = any(run.merged.glob("*.safetensors"))

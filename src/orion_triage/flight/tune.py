@@ -3,14 +3,16 @@
 
 `orion bundle` copies this file into every bundle. It needs only Python 3.9 or newer, and Linux.
 
-The flags of today are measured first, then one change at a time, the most valuable ones first; each faster one is kept
-for the changes after it. Flags are kept only if they are faster by more than the noise, and every golden frame passes
-the check before flight with them. Then the flags before the change are measured once more, so that a machine that
-became quieter or cooler is not taken for a gain.
+The default flags (those of serve.sh) are measured first, then one change at a time, the most valuable ones first; each
+faster one is kept for the changes after it. Flags are kept only if they are faster by more than the noise, and every
+golden frame passes the check before flight with them. Then the flags before the change are measured once more, so that
+a machine that became quieter or cooler is not taken for a gain.
 
 Each measurement is in tuning.json before the next one starts. Run the same command again after a power loss to measure
 what is missing. Exit status: 0, 1 if nothing could be measured (the last line gives the reason), 2 for a wrong command
 line.
+
+While other programs use the cores, no flags are written (--busy-anyway writes them all the same).
 """
 
 from __future__ import annotations
@@ -39,10 +41,10 @@ else:
 
 RESULTS = "tuning.json"
 MINUTES = 10.0
-TODAY, AGAIN = "flags of today", ", again"
+TODAY, AGAIN = "default flags", ", again"
 PLENTY = 120  # frames that the time allows: with fewer, a measurement has two frames twice instead of three three times
 LEAST_GAIN = 0.02  # of the seconds per frame; less is noise whatever the spread
-BUSY = 0.5  # busy cores of other programs from which the measured times are unreliable
+BUSY = 0.5  # busy cores of other programs from which the measured times are not to be used
 BUSY_SECONDS = 1.0  # for which they are counted
 HOPELESS = 1.25  # times as slow in its first round: the other rounds are left out
 START_SECONDS = 300
@@ -74,7 +76,7 @@ def thread_counts(cores: int) -> list[int]:
 
 
 def changes(today: dict[str, str], cores: int, towers: list[str]) -> list[dict[str, str]]:
-    """The changes to try, the most valuable ones first; `towers` are the bundle's, first the one of today."""
+    """The changes to try, the most valuable ones first; `towers` are the bundle's, first the default one."""
     threads = [
         {server_flags.THREADS: str(count)}
         for count in thread_counts(cores)
@@ -123,7 +125,8 @@ class Tuning:
 
     def __init__(
         self, folder: Path, program: Path, results: Path, *, variant: str | None = None, minutes: float = MINUTES,
-        time_out: float | None = None, progress: Progress = lambda text, done, total: None,
+        time_out: float | None = None, busy_anyway: bool = False,
+        progress: Progress = lambda text, done, total: None,
     ) -> None:  # fmt: skip
         if not sys.platform.startswith("linux"):
             raise TuneError("the server's memory and command line are read from /proc: run this on Linux")
@@ -139,25 +142,29 @@ class Tuning:
         self._towers = server_flags.mmprojs_of(self._bundle)
         own = identity(self._bundle, program, self._variant)
         self.notes: list[str] = []
-        self._record = self._earlier(own) or {"identity": own, "plan": None, "build": None, "measured": {}}
+        self._record = self._earlier(own) or {
+            "identity": own, "plan": None, "build": None, "busy_cores": 0.0, "measured": {},
+        }  # fmt: skip
         if known := len(self._record["measured"]):
             self.notes.append(f"{known} measurements are in {results} already and are not repeated")
+        self._busy_anyway, self._measures = busy_anyway, False
         if (busy := busy_cores(BUSY_SECONDS)) > BUSY:
-            self.notes.append(f"warning: other programs used {busy:.1f} cores. The measured times are too long")
+            self.notes.append(f"warning: other programs use {busy:.1f} cores. What is measured now is not to be used")
+        self._busy = busy
         self.not_measured: list[dict[str, str]] = []
         self._rows: list[dict[str, Any]] = []
 
     def _earlier(self, own: dict[str, Any]) -> dict[str, Any] | None:
-        """The results file, if it is of the same identity."""
+        """The results file, if it is of the same identity; raises TuneError if it is damaged or was changed."""
         try:
             record = json.loads(self._results.read_bytes())
-            other = [key for key in own if record["identity"].get(key) != own[key]]
-            record["plan"], record["measured"].items(), record["build"]
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise TuneError(f"{self._results} cannot be read ({error}): delete it") from None
-        if other:
+        if not isinstance(record, dict) or server_flags.sealed(record) != record:
+            raise TuneError(f"{self._results} is damaged, or of an earlier version of tune.py: delete it")
+        if other := [key for key in own if record["identity"].get(key) != own[key]]:
             self.notes.append(f"{self._results} is of another {', '.join(other)}: everything is measured anew")
             return None
         return dict(record)
@@ -165,17 +172,19 @@ class Tuning:
     def run(self) -> dict[str, Any]:
         """Search, and return the report: `rows`, fastest first, what was `not_measured`, and the `flags` to use.
 
-        `flags` is None, and `why` says so, if none are faster than those of today.
-        Raises TuneError if the flags of today cannot be measured, or move a golden verdict.
+        `flags` is None, and `why` says so, if none are faster than the default ones. `usable` is false, and `why` says
+        so, if other programs used the cores. Raises TuneError if the default flags cannot be measured, or move a golden
+        verdict.
         """
         today = self._measured(TODAY, None, None)
         if today is None:
-            raise TuneError(f"the flags of today were not measured within {self._budget / 60:g} minutes: allow more")
+            raise TuneError(f"the default flags were not measured within {self._budget / 60:g} minutes: allow more")
         if today["why"]:
             raise TuneError(
-                f"the flags of today fail already: {today['why']}. Every change is rejected. Run check_flight.py"
+                f"the default flags fail already: {today['why']}. Every change is rejected. Run check_flight.py"
             )
         best = self._search(today)
+        busy = self._busy_since_the_start()
         flags = best["flags"] if best["flags"] != today["flags"] else None
         same = [row for row in self._rows if row["flags"] == today["flags"] and not row["why"]]
         today = min(same, key=lambda row: row["seconds_per_frame"])
@@ -184,14 +193,37 @@ class Tuning:
             row["gain"] = round(1 - took / today["seconds_per_frame"], 4) if took else None
         return {
             **{key: self._record[key] for key in ("identity", "build", "plan")},
+            "busy_cores": busy,
+            "usable": busy <= BUSY or self._busy_anyway,
+            "default_flags": server_flags.words_of(today["flags"]),
             "rows": sorted(self._rows, key=lambda row: (bool(row["why"]), row["seconds_per_frame"])),
             "not_measured": self.not_measured,
             "flags": server_flags.words_of(flags) if flags else None,
             "seconds_per_frame": best["seconds_per_frame"] if flags else today["seconds_per_frame"],
             "seconds_per_frame_before": today["seconds_per_frame"],
-            "why": "" if flags else "no change is faster by more than the noise: the flags of today stay",
+            "why": self._why(flags is not None, busy),
             "notes": self.notes,
         }
+
+    def _busy_since_the_start(self) -> float:
+        """The most cores that other programs used while one of the rows was measured, in an earlier search, too."""
+        if self._measures:
+            self._note_busy(busy_cores(BUSY_SECONDS))
+        return float(self._record["busy_cores"])
+
+    def _note_busy(self, cores: float) -> None:
+        """Keep the number with the results, which are no better when they are read again on an idle machine."""
+        self._record["busy_cores"] = max(self._record["busy_cores"], round(cores, 2))
+        server_flags.write(self._results, server_flags.sealed(self._record))
+
+    def _why(self, faster: bool, busy: float) -> str:
+        """Why the fastest flags are not to be used; empty if they are."""
+        if busy > BUSY and not self._busy_anyway:
+            return (
+                f"not to be used: other programs used {busy:.1f} cores while this was measured. Stop them, delete "
+                f"{self._results} and run again"
+            )
+        return "" if faster else "no change is faster by more than the noise: the default flags stay"
 
     def _search(self, today: dict[str, Any]) -> dict[str, Any]:
         """The best row by a greedy search along the changes."""
@@ -238,7 +270,7 @@ class Tuning:
     def _measured(
         self, name: str, flags: dict[str, str] | None, best: dict[str, Any] | None, key: str = ""
     ) -> dict[str, Any] | None:
-        """The row of flags, measured now or earlier; None if no time is left. Without flags, those of today."""
+        """The row of flags, measured now or earlier; None if no time is left. Without flags, the default."""
         key = key or (_text(flags) if flags else TODAY)
         row = self._record["measured"].get(key)
         if row is None:
@@ -246,8 +278,8 @@ class Tuning:
                 row = self._measure(flags, best)
             except OutOfTimeError:
                 return None
-            self._record["measured"][key] = row
-            server_flags.write(self._results, self._record)
+            self._record["measured"][key], self._measures = row, True
+            self._note_busy(self._busy)
         row = {"change": name, **row}
         self._rows.append(row)
         return row
@@ -257,8 +289,8 @@ class Tuning:
         if best and time.monotonic() + self._cost(best) > self._deadline:
             raise OutOfTimeError
         row: dict[str, Any] = {
-            "flags": flags or {}, "seconds_per_frame": 0.0, "spread_seconds": 0.0, "seconds": {}, "start_seconds": None,
-            "peak_bytes": None, "frames_checked": 0, "why": "",
+            "flags": flags or {}, "seconds_per_frame": 0.0, "spread_seconds": None, "seconds": {},
+            "start_seconds": None, "peak_bytes": None, "frames_checked": 0, "why": "",
         }  # fmt: skip
         with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
             file = server_flags.NONE
@@ -299,7 +331,8 @@ class Tuning:
             if not number and best and _median(times) > HOPELESS * best["seconds_per_frame"]:
                 break
         row["seconds"], row["seconds_per_frame"] = times, round(_median(times), 4)
-        row["spread_seconds"] = round(statistics.median(max(one) - min(one) for one in times.values()), 4)
+        if min(map(len, times.values())) > 1:
+            row["spread_seconds"] = round(statistics.median(max(one) - min(one) for one in times.values()), 4)
         row["peak_bytes"] = own.peak_bytes()
         if best and _is_faster(row, best):
             for golden in self._asked[plan["frames"] :]:
@@ -356,8 +389,13 @@ class Tuning:
         )
 
     def write_flags(self, report: dict[str, Any]) -> None:
-        """Write the report's flags for serve.sh; without any, remove the file of an earlier tuning."""
+        """Write the report's flags for serve.sh; without any, remove the file of an earlier tuning.
+
+        Of figures that are not to be used, nothing follows.
+        """
         path = self._folder / server_flags.FILE
+        if not report["usable"]:
+            return
         if report["flags"]:
             seconds = report["seconds_per_frame"], report["seconds_per_frame_before"]
             server_flags.write(path, self._flags_file(server_flags.flags_of(report["flags"]), *seconds))
@@ -382,7 +420,7 @@ def _is_faster(row: dict[str, Any], best: dict[str, Any]) -> bool:
     """
     gain = best["seconds_per_frame"] - row["seconds_per_frame"]
     apart = all(max(row["seconds"][image]) < min(times) for image, times in best["seconds"].items())
-    noise = max(row["spread_seconds"], best["spread_seconds"])
+    noise = max(row["spread_seconds"] or 0.0, best["spread_seconds"] or 0.0)
     return bool(gain > LEAST_GAIN * best["seconds_per_frame"] and (gain > noise or apart))
 
 
@@ -398,17 +436,31 @@ def table(report: dict[str, Any]) -> list[tuple[str, ...]]:
         (
             row["change"],
             f"{row['seconds_per_frame']:.3f}" if row["seconds_per_frame"] else "-",
-            f"{row['spread_seconds']:.3f}" if row["seconds_per_frame"] else "-",
+            "-" if row["spread_seconds"] is None else f"{row['spread_seconds']:.3f}",
             f"{100 * row['gain']:+.1f} %" if row["seconds_per_frame"] else "-",
             f"{row['peak_bytes'] / 1e6:.0f}" if row["peak_bytes"] else "-",
-            "MOVED" if row["why"].startswith("verdict moved") else f"{row['frames_checked']} unmoved",
-            row["why"]
-            or (
-                "best" if row.get("best") else "" if row["change"] == TODAY or row["change"].endswith(AGAIN) else "kept"
-            ),
+            _verdicts(row),
+            _result(row, report["usable"]),
         )
         for row in report["rows"]
     ]
+
+
+def _verdicts(row: dict[str, Any]) -> str:
+    """What became of the golden verdicts, in the table."""
+    if row["why"].startswith("verdict moved"):
+        return "MOVED"
+    checked = row["frames_checked"]
+    return f"{checked} of {checked} unchanged" if checked else "-"
+
+
+def _result(row: dict[str, Any], usable: bool) -> str:
+    """What the search made of the row, in the table."""
+    if row["why"]:
+        return str(row["why"])
+    if row.get("best"):
+        return "best" if usable else "fastest under load"
+    return "" if row["change"] == TODAY or row["change"].endswith(AGAIN) else "kept"
 
 
 def lines_of(report: dict[str, Any]) -> Iterator[str]:
@@ -421,10 +473,11 @@ def lines_of(report: dict[str, Any]) -> Iterator[str]:
         f"medians of {plan['frames']} golden frames, each {plan['rounds']} times after a warm-up, on "
         f"{here['processor']} ({here['cores']} cores), llama-server {report['build']}"
     )
-    if report["flags"]:
+    yield f"{TODAY}: {' '.join(report['default_flags'])}"
+    if report["flags"] and report["usable"]:
         before, now = report["seconds_per_frame_before"], report["seconds_per_frame"]
         yield f"{now:.3f} s per frame instead of {before:.3f}: {' '.join(report['flags'])}"
-    else:
+    if report["why"]:
         yield report["why"]
 
 
@@ -454,6 +507,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--minutes", type=float, default=MINUTES, help="most minutes; run again to resume (default: %(default)g)"
+    )
+    parser.add_argument(
+        "--busy-anyway", action="store_true", help="write flags although other programs used the cores meanwhile"
     )
     check_flight.add_time_out(parser)
     check_flight.add_variant(parser)
@@ -485,7 +541,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         tuning = Tuning(
             folder, options.llama_server, folder / RESULTS, variant=options.variant, minutes=options.minutes,
-            time_out=options.time_out, progress=_say,
+            time_out=options.time_out, busy_anyway=options.busy_anyway, progress=_say,
         )  # fmt: skip
         for note in tuning.notes:
             _say(note)

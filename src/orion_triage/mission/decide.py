@@ -82,12 +82,18 @@ def decide(
     return decision
 
 
-def first_look(mission: Mission, scores: Sequence[float] | None, drop_threshold: float) -> Decision | None:
+def first_look(
+    mission: Mission, scores: Sequence[float] | None, drop_threshold: float, *, rules: Rules, unlike: bool = False
+) -> Decision | None:
     """The decision by a cheap look before the full one: dropped, if it is sure enough; else None, for the full look.
 
     `scores` are the cheap look's probabilities of the mission's categories, `drop_threshold` the probability of the
-    categories that are dropped from which no full look is taken. Without scores, the full look decides.
+    categories that are dropped from which no full look is taken. `rules` are those of the full look, which decides
+    whatever they speak of: an unlike frame, and every frame of a mission whose fields have a rule, because the cheap
+    look sees no field. Without scores, the full look decides.
     """
+    if (unlike and rules.appearance) or any(field.when for field in mission.fields):
+        return None
     if scores is None or drop_probability(mission, scores) < drop_threshold:
         return None
     return Decision(_likeliest(mission, mission.that("drop"), scores), "first look")

@@ -141,7 +141,7 @@ def columns_of_orbit(orbit: dict[str, Any], mission: Mission) -> list[dict[str, 
 def promised(promise: dict[str, Any] | None, mission: Mission, split: str = "val") -> str:
     """What a threshold that was chosen on a split promises, in a sentence."""
     if promise is None:
-        return f"It promises nothing: its loss on {split} is too low, because it was chosen there."
+        return f"This is no promise for other frames: it was chosen on {split}, and looks better there than elsewhere."
     return (
         f"Promise, with {promise['confidence']:.0%} confidence, for frames like those of {split}: at most "
         f"{promise['largest_loss']:.1%} of the {listed(mission.that('send', 'store'))} frames are dropped (upper bound "
@@ -313,22 +313,26 @@ def against_linear_probe(results: dict[str, Any]) -> list[str]:
     if change is None:
         return []
     verdict = "has a higher" if change["lost"] > change["gained"] else "does not have a higher"
-    words = change_in_words(change | {"holm_p": change["exact_p"]}, results["frames"]["count"])
+    words = change_in_words(change, results["frames"]["count"], corrected=False)
     return [
         f"{LOGISTIC_REGRESSION} (linear probe) {verdict} accuracy than the fine-tuned model without coordinates (B). "
         f"Change from the probe to the model: {words}."
     ]
 
 
-def change_in_words(change: dict[str, Any], frames: int | None = None) -> str:
-    """Frames gained and lost, and the significance of the difference; `frames` is the number compared."""
+def change_in_words(change: dict[str, Any], frames: int | None = None, *, corrected: bool = True) -> str:
+    """Frames gained and lost, and the significance of the difference; `frames` is the number compared.
+
+    With `corrected`, p is that after Holm's correction for several comparisons; without, the change is the only one.
+    """
     if not change["gained"] + change["lost"]:
         return "no change, the same frames are correct"
     counts = f"{change['points']:+.1f} points ({change['gained']} gained, {change['lost']} lost)"
-    if change["holm_p"] < SIGNIFICANT:
-        return f"{counts}, significant (p = {change['holm_p']:.2g})"
+    p, name = (change["holm_p"], "Holm-corrected p") if corrected else (change["exact_p"], "uncorrected p")
+    if p < SIGNIFICANT:
+        return f"{counts}, significant ({name} = {p:.2g})"
     compared = f", {frames:,} frames" if frames else ""
-    words = f"{counts}, no significant difference (p = {change['holm_p']:.2g}, mid-p {change['mid_p']:.2g}{compared})"
+    words = f"{counts}, no significant difference ({name} = {p:.2g}, uncorrected mid-p {change['mid_p']:.2g}{compared})"
     if change["frames_to_resolve"] is None:
         return words
     return f"{words}; a difference of this size needs about {change['frames_to_resolve']:,} frames"
@@ -468,7 +472,7 @@ def controls_rows(controls: dict[str, Any]) -> list[list[str]]:
 
 def change_of_control(change: dict[str, Any]) -> str:
     """A paired change between two conditions, not corrected for others."""
-    return change_in_words(change | {"holm_p": change["exact_p"]})
+    return change_in_words(change, corrected=False)
 
 
 def adapted_table(figures: dict[str, Any]) -> "Table":
