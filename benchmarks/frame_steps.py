@@ -234,50 +234,57 @@ def table(rows: Sequence[Figures], known: Ways) -> str:
     return "\n".join(lines) + "\n"
 
 
+LOOKS = {  # colour, marker, name and place of the labels of a way of asking
+    (FIRST, True): ("#66707f", "s", "image first, reason", (7, -3)),
+    (FIRST, False): ("#a84605", "D", "image first, verdict only", (-8, -14)),
+    (AFTER, True): ("#1558c0", "^", "text first, reason", (4, 8)),
+    (AFTER, False): ("#0a6e4d", "o", "text first, verdict only", (-6, -15)),
+}
+
+
 def charts(ways: Ways, beside: Ways, known: Ways, path: Path) -> None:
     """Loss against seconds, and against frames of an eclipse; a way of asking has a colour, a size its label.
 
-    The points of `beside`, of another preset, are hollow.
+    The line is the front: no way is faster and loses less. The points of `beside`, of another preset, are hollow.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    figure = Figure(figsize=(11, 5), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    looks = {
-        (FIRST, True): ("#66707f", "s", "image first, reason"),
-        (FIRST, False): ("#a84605", "D", "image first, verdict only"),
-        (AFTER, True): ("#1558c0", "^", "text first, reason"),
-        (AFTER, False): ("#0a6e4d", "o", "text first, verdict only"),
-    }
-    for look, (colour, marker, label) in looks.items():
-        own = sorted((way, ways[way]["seconds"]) for way in ways if way[1:] == look and way in known)
-        if not own:
-            continue
-        losses = [known[way]["loss"]["rate"] for way, _ in own]
-        tops = [known[way]["loss"]["high"] - known[way]["loss"]["rate"] for way, _ in own]
-        for axes, values in (
-            (left, [seconds for _, seconds in own]),
-            (right, [power.ECLIPSE_SECONDS / seconds for _, seconds in own]),
-        ):
-            axes.errorbar(values, losses, [[0] * len(tops), tops], color=colour, marker=marker, label=label, capsize=3)
-            for (way, _), value, loss in zip(own, values, losses, strict=True):
-                axes.annotate(f"{way[0]} px", (value, loss), textcoords="offset points", xytext=(5, 5), fontsize=9)
-        others = [(beside[way]["seconds"], known[way]["loss"]["rate"]) for way, _ in own if way in beside]
-        for axes, of_seconds in ((left, float), (right, lambda seconds: power.ECLIPSE_SECONDS / seconds)):
-            values = [of_seconds(seconds) for seconds, _ in others]
-            axes.plot(values, [loss for _, loss in others], color=colour, marker=marker, mfc="none", ls="none")
-    left.set_ylabel("valuable frames dropped (bar: at most, 95 %)")
-    left.set_xlabel("seconds per frame")
-    right.set_xlabel(f"frames in an eclipse of {power.ECLIPSE_SECONDS // 60} minutes")
-    for axes in (left, right):
+    axes_and_values = ((left, float), (right, lambda seconds: power.ECLIPSE_SECONDS / seconds))
+    for axes, value in axes_and_values:
+        for way in [way for way in known if way in ways]:
+            colour, marker, label, place = LOOKS[way[1:]]
+            loss, at = known[way]["loss"], value(ways[way]["seconds"])
+            axes.plot([at, at], [loss["rate"], loss["high"]], color=colour, alpha=0.3, lw=1.2)
+            axes.plot(at, loss["rate"], marker, color=colour, ms=7, label=label)
+            axes.annotate(str(way[0]), (at, loss["rate"]), textcoords="offset points", xytext=place, color=colour)
+            if way in beside:
+                axes.plot(value(beside[way]["seconds"]), loss["rate"], marker, color=colour, ms=7, mfc="none")
+        front = front_of([(ways[way]["seconds"], known[way]["loss"]["rate"]) for way in known if way in ways])
+        axes.plot([value(at) for at, _ in front], [loss for _, loss in front], color="black", lw=0.8, ls=":", zorder=0)
         axes.set_xlim(0, 1.12 * axes.get_xlim()[1])
-        axes.set_ylim(bottom=-0.01)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+        axes.set_ylim(bottom=-0.02)
+        axes.set_yticks([0, 0.05, 0.1, 0.15, 0.2], ["0 %", "5 %", "10 %", "15 %", "20 %"])
         axes.grid(alpha=0.3)
-    left.legend(frameon=False, fontsize=9)
+    left.set_ylabel("valuable frames dropped, of 40 (bar: at most, 95 %)")
+    left.set_xlabel("seconds per frame; numbers: frame size in pixels")
+    right.set_xlabel(f"frames in an eclipse of {power.ECLIPSE_SECONDS // 60} minutes")
+    handles, labels = left.get_legend_handles_labels()
+    named = dict(zip(labels, handles, strict=True))
+    figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=len(named), frameon=False)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)
     write_bytes(path, picture.getvalue())
+
+
+def front_of(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that no other one beats in both numbers, of which less is better."""
+    found: list[tuple[float, float]] = []
+    for point in sorted(set(points)):
+        if not found or point[1] < found[-1][1]:
+            found.append(point)
+    return found
 
 
 def run_of(asked: argparse.Namespace) -> Run:

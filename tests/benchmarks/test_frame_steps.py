@@ -49,7 +49,17 @@ def test_each_row_is_compared_with_the_first_and_a_cascade_spares_full_looks(ste
 
 def test_charts_are_drawn_of_what_was_measured_and_evaluated(steps: Any, tmp_path: Path) -> None:
     ways = {(size, order, False): figures(size / 100) for size in (256, 512) for order in (steps.FIRST, steps.AFTER)}
-    steps.charts(ways, {way: known(0) for way in list(ways)[:3]}, tmp_path / "charts.png")
-    with Image.open(tmp_path / "charts.png") as picture:
-        assert picture.size == (1210, 484)
-        assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 100
+    evaluated = {way: known(0) for way in list(ways)[:3]}
+    looks = set()
+    for beside in ({}, {way: figures(1.0) for way in ways}):
+        steps.charts(ways, beside, evaluated, tmp_path / "charts.png")
+        with Image.open(tmp_path / "charts.png") as picture:
+            assert picture.size == (1210, 550)
+            assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 100
+            looks.add(picture.tobytes())
+    assert len(looks) == 2, "the points of another preset are drawn"
+
+
+def test_the_front_is_of_what_nothing_beats(steps: Any) -> None:
+    points = [(4.0, 0.1), (2.0, 0.3), (3.0, 0.3), (5.0, 0.1), (9.0, 0.0), (8.0, 0.2)]
+    assert steps.front_of(points) == [(2.0, 0.3), (4.0, 0.1), (9.0, 0.0)]

@@ -32,7 +32,7 @@ from orion_triage.report.render import (
     terminal_tables,
     verdict_table,
 )
-from orion_triage.runs.manifest import remove_outputs, write_manifest
+from orion_triage.runs.manifest import hash_inputs, remove_outputs, write_manifest
 from orion_triage.runs.run import Run, open_run, prepare
 from orion_triage.settings import load_settings
 from tests.conftest import MISSION
@@ -232,10 +232,9 @@ def test_runs_that_differ_in_the_training_seed_only_are_reported_together(run: R
         other = Run(tmp_path / name, settings)
         shutil.copytree(run.folder, other.folder)
         prepare(other)
+        inputs = hash_inputs({"dataset": other.dataset})
         for stage_manifest in other.folder.rglob("evaluation/*/*/manifest.json"):
-            stage_manifest.write_text(
-                json.dumps(json.loads(stage_manifest.read_text()) | {"inputs": {"dataset": "the same"}})
-            )
+            stage_manifest.write_text(json.dumps(json.loads(stage_manifest.read_text()) | {"inputs": inputs}))
         return other.folder
 
     beside("longer", seed=45, epochs=9)
