@@ -250,20 +250,13 @@ def small_frames() -> list[Image.Image]:
 @pytest.fixture(scope="session")
 def small_adapter(tmp_path_factory: pytest.TempPathFactory, small_base: Path, small_dataset: Path) -> Path:
     """An adapter trained for six steps on `small_base`: it moves every verdict, and knows nothing."""
-    from orion_triage.settings import FineTuneSettings
     from orion_triage.train import fine_tune
+    from tests.train.trainings import QUICK
 
-    settings = FineTuneSettings(
-        micro_batch_size=8,
-        gradient_accumulation_steps=1,
-        epochs=2,
-        learning_rate=1e-2,
-        gradient_checkpointing=False,
-    )
     work = tmp_path_factory.mktemp("small-adapter")
     return made_once(
         "small-adapter",
-        lambda out: fine_tune.run(small_base, Dataset(small_dataset, MISSION), out, work, settings, 256),
+        lambda out: fine_tune.run(small_base, Dataset(small_dataset, MISSION), out, work, QUICK, 256),
     )
 
 

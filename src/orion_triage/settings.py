@@ -360,12 +360,10 @@ def _assign(values: dict[str, Any], assignment: str) -> None:
         section[parts[1]] = text  # a bare word is a string
 
 
-def differences(settings: Settings, other: Settings, stages: Sequence[str]) -> dict[str, Any]:
-    """`stage.key` -> value of `settings`, for every setting of these stages that differs from `other`'s."""
-    mine, others = settings.model_dump(mode="json"), other.model_dump(mode="json")
-    return {
-        f"{stage}.{key}": value for stage in stages for key, value in mine[stage].items() if value != others[stage][key]
-    }
+def differences(settings: Settings, other: Settings, stages: Sequence[str]) -> dict[str, tuple[Any, Any]]:
+    """`stage.key` -> (`other`'s value, that of `settings`), as in JSON, where they differ in these stages."""
+    dumps = (one.model_dump(mode="json") for one in (other, settings))
+    return _differing(*({stage: dump[stage] for stage in stages} for dump in dumps))
 
 
 def as_assignment(key: str, value: Any) -> str:
@@ -375,13 +373,17 @@ def as_assignment(key: str, value: Any) -> str:
 
 def overrides(settings: Settings) -> dict[str, tuple[Any, Any]]:
     """`stage.key` -> (default, value) for every setting that differs from the mission document's."""
-    default, actual = (one.model_dump() | {"mission": _in_short(one.mission)} for one in (Settings(), settings))
+    return _differing(*(one.model_dump() | {"mission": _in_short(one.mission)} for one in (Settings(), settings)))
+
+
+def _differing(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """`stage.key` -> (value before, value now) of dumped settings."""
     return {
-        f"{stage}.{key}": (default[stage][key], value)
-        for stage, section in actual.items()
+        f"{stage}.{key}": (before[stage][key], value)
+        for stage, section in now.items()
         if isinstance(section, dict)
         for key, value in section.items()
-        if value != default[stage][key]
+        if value != before[stage][key]
     }
 
 

@@ -23,21 +23,14 @@ from orion_triage.train.device import Device
 from orion_triage.train.trainer import collator, make_trainer
 from orion_triage.train.twins import TwinsSampler, check_shared_prefix, costliest_first, twins_of
 from tests.conftest import MISSION
-from tests.train.trainings import InterruptionError, largest_difference, stop_at, tensors_of
+from tests.train.trainings import QUICK, InterruptionError, largest_difference, stop_at, tensors_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*checkpointing.* is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Paged optimizers:UserWarning"),
 ]
 
-TOGETHER = FineTuneSettings(
-    micro_batch_size=4,
-    gradient_accumulation_steps=2,
-    epochs=2,
-    learning_rate=1e-2,
-    gradient_checkpointing=False,
-    twins_together=True,
-)
+TOGETHER = QUICK.model_copy(update={"micro_batch_size": 4, "gradient_accumulation_steps": 2, "twins_together": True})
 
 
 def record(name: str, *, coordinates: bool = True) -> Record:

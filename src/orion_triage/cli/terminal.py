@@ -208,7 +208,7 @@ def _with_own_settings(run: Any, before: Any, named: list[str], mission: Path | 
         before = before.model_copy(update={"dataset": type(before.dataset)()})
     settings = changed(before, named, mission)
     kept = differences(settings, run.settings, STAGES) if before.preset == run.settings.preset else {}
-    if lines := [as_assignment(key, value) for key, value in kept.items() if key not in keys]:
+    if lines := [as_assignment(key, value) for key, (_, value) in kept.items() if key not in keys]:
         said = f"settings of {run.folder}, where the preset {before.preset} has others: {', '.join(lines)}"
         messages().print(said, soft_wrap=True)
     return replace(run, settings=settings)
@@ -239,12 +239,9 @@ def _say_what_changed(settings: Any, before: Any, named: list[str]) -> None:
     """A setting that is another one now, although this command does not name it."""
     from orion_triage.settings import STAGES, as_assignment, differences
 
-    keys, stages = _keys(named), (*STAGES, "dataset")
-    now = {key: value for key, value in differences(settings, before, stages).items() if key not in keys}
-    if now:
-        earlier = differences(before, settings, stages)
-        lines = ", ".join(f"{as_assignment(key, value)} (was {earlier[key]})" for key, value in now.items())
-        messages().print(f"settings that change although they are not named: {lines}", soft_wrap=True)
+    keys, found = _keys(named), differences(settings, before, (*STAGES, "dataset"))
+    if lines := [f"{as_assignment(key, now)} (was {was})" for key, (was, now) in found.items() if key not in keys]:
+        messages().print(f"settings that change although they are not named: {', '.join(lines)}", soft_wrap=True)
 
 
 def _with_mission_of_dataset(run: Any) -> Any:

@@ -91,7 +91,7 @@ def build_results(run: Run, *, with_others: bool = True) -> dict[str, Any]:
         "settings": settings.model_dump(mode="json"),
         "overrides": {key: list(pair) for key, pair in overrides(settings).items()},
         "missing": [n for n, made in manifests.items() if made is None and not (failed and n == "evaluate F16")],
-        "outdated": {name: why for name, made in finished.items() if (why := outdated(run, made))},
+        "outdated": outdated(run, finished),
         "read_otherwise": {n: len(ids) for n, rows in answers.items() if (ids := read_otherwise(rows, mission))},
         "frames": {"count": len(records), "places": len(set(places.values()))},
         "models": models,

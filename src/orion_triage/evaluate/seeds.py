@@ -10,7 +10,7 @@ from orion_triage.evaluate import variants
 from orion_triage.evaluate.conditions import CONDITIONS
 from orion_triage.evaluate.metrics import Prediction, places_of, under
 from orion_triage.evaluate.run import predictions_in
-from orion_triage.runs.manifest import read_manifest
+from orion_triage.runs.manifest import Manifest, read_manifest
 from orion_triage.runs.run import SETTINGS_FILE, Run, open_run, outdated
 
 Answers = dict[str, dict[str, list[list[Prediction]]]]  # model -> condition -> those of each run
@@ -19,17 +19,19 @@ _SEED = 42
 
 def evaluated(run: Run) -> list[str]:
     """The variants whose evaluation on the run's split is finished and up to date, in the order of the table."""
-    return [name for name, why in _finished(run).items() if not why]
+    finished = _finished(run)
+    left_out = outdated(run, finished)
+    return [name for name in finished if name not in left_out]
 
 
 def outdated_evaluations(run: Run) -> dict[str, list[str]]:
     """Variant -> why its finished evaluation is not that of the run as it is now."""
-    return {name: why for name, why in _finished(run).items() if why}
+    return outdated(run, _finished(run))
 
 
-def _finished(run: Run) -> dict[str, list[str]]:
+def _finished(run: Run) -> dict[str, Manifest]:
     made = {variant.name: read_manifest(run.evaluation(variant.name)) for variant in variants.table(run.settings)}
-    return {name: outdated(run, one) for name, one in made.items() if one}
+    return {name: one for name, one in made.items() if one}
 
 
 def spread(runs: Sequence[Run]) -> dict[str, dict[str, list[float]]]:
@@ -49,7 +51,8 @@ def _accuracies(answers: Answers) -> dict[str, dict[str, list[float]]]:
 
 def _answers(runs: Sequence[Run]) -> Answers:
     """The answers of these runs, for models that all of them evaluated and conditions that all have."""
-    common = [name for name in evaluated(runs[0]) if all(name in evaluated(run) for run in runs[1:])]
+    names, *others = (evaluated(run) for run in runs)
+    common = [name for name in names if all(name in other for other in others)]
     found: Answers = {}
     for model in common:
         sides = [predictions_in(run.evaluation(model), run.settings.mission) for run in runs]

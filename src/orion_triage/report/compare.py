@@ -23,7 +23,8 @@ def compare_runs(first: Run, second: Run) -> dict[str, dict[str, dict[str, Any]]
             f"{first.folder} and {second.folder} are of different missions: {'; '.join(differing)}.",
             "Compare runs of one mission.",
         )
-    both = [name for name in evaluated(first) if name in evaluated(second)]
+    names, others = evaluated(first), evaluated(second)
+    both = [name for name in names if name in others]
     if not both:
         raise OrionError(
             f"no model evaluated in both {first.folder} and {second.folder} on the {first.split} split.",

@@ -1,9 +1,10 @@
 """One run: its folder, its settings, and the location of each stage's product in it."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -249,27 +250,28 @@ def changed_settings(run: Run, made: manifest.Manifest) -> list[str]:
     ]
 
 
-def changed_inputs(run: Run, made: manifest.Manifest) -> list[str]:
-    """The run's products that a product was made from and that are others now: "another gguf"."""
-    now = {"dataset": run.dataset, "merged": run.merged, "gguf": run.gguf, "F16": run.gguf}
-    return [
-        f"another {folder.name}"
-        for name, folder in now.items()
-        if (before := made.inputs.get(name)) and manifest.read_manifest(folder) and not _is_still(folder, before)
-    ]
+def outdated(run: Run, finished: Mapping[str, manifest.Manifest]) -> dict[str, list[str]]:
+    """Which of these products are no longer those of the run, and why: other settings, or inputs that were made again.
 
+    An input is known by its own manifest. Its files, gigabytes of the real model, are read only if that differs, once.
+    """
+    made_from = {"dataset": run.dataset, "merged": run.merged, "gguf": run.gguf, "F16": run.gguf}
+    manifests = {folder: manifest.read_manifest(folder) for folder in made_from.values()}
 
-def _is_still(folder: Path, sha256: str) -> bool:
-    """Whether a product is that of a manifest's input. By its own manifest; its files are read only if that differs."""
-    made = manifest.read_manifest(folder)
-    if made and manifest.sha256_of_listing(made.outputs) == sha256:
-        return True
-    return manifest.hash_inputs({"folder": folder})["folder"] == sha256
+    @cache
+    def hash_of(folder: Path) -> str:
+        return manifest.hash_inputs({"folder": folder})["folder"]
 
+    def is_another(folder: Path, before: str) -> bool:
+        now = manifests[folder]
+        return now is not None and manifest.sha256_of_listing(now.outputs) != before and hash_of(folder) != before
 
-def outdated(run: Run, made: manifest.Manifest) -> list[str]:
-    """Why a product is no longer that of the run: other settings, or inputs that were made again. Empty: it is."""
-    return [*changed_settings(run, made), *changed_inputs(run, made)]
+    def changes(made: manifest.Manifest) -> list[str]:
+        inputs = [(folder, made.inputs[name]) for name, folder in made_from.items() if made.inputs.get(name)]
+        others = [f"another {folder.name}" for folder, before in inputs if is_another(folder, before)]
+        return [*changed_settings(run, made), *others]
+
+    return {name: why for name, made in finished.items() if (why := changes(made))}
 
 
 def require_settings_of_pair(run: Run) -> None:

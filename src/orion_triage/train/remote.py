@@ -153,7 +153,7 @@ def training_of(preset: str, assignments: Sequence[str], run_name: str, settings
             f"Use the shipped camera {SHIPPED!r}, or train on the server itself, with the file beside it.",
         )
     kept = differences(settings, load_settings(preset, assignments), ("base", "fine_tune"))
-    sets = [*assignments, *(as_assignment(key, value) for key, value in kept.items() if value is not None)]
+    sets = [*assignments, *(as_assignment(key, value) for key, (_, value) in kept.items() if value is not None)]
     for one in sets:
         if (key := one.partition("=")[0].strip()) in ("fine_tune.continue_from", "fine_tune.frames"):
             raise OrionError(f"{one} is a folder of this machine.", f"Leave {key} out, or train on the server itself.")
