@@ -121,6 +121,25 @@ with open(sys.argv[1], "w") as output:
     assert wait_for(lambda: is_gone(tool))
 
 
+def test_the_cost_of_a_tool_is_that_of_its_children_too(tmp_path: Path) -> None:
+    """Measured from a small process: what it is started from counts, too (fork), and these tests take a gigabyte."""
+    code = """
+import json, os, sys
+from orion_triage.llama_cpp.tools import run_measured
+child = "import time; block = b'x' * 300_000_000; time.sleep(0.3)"
+parent = f"import subprocess, sys; subprocess.run([sys.executable, '-I', '-S', '-c', {child!r}], check=True)"
+with open(sys.argv[1], "w") as output:
+    status, use = run_measured([sys.executable, "-I", "-S", "-c", parent], dict(os.environ), output)
+print(json.dumps([status, use.peak_memory_bytes, use.seconds]))
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "output")]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    status, peak_memory_bytes, seconds = json.loads(said)
+    assert status == 0
+    assert 300e6 < peak_memory_bytes < 400e6
+    assert seconds > 0.3
+
+
 def test_workers_of_ours_die_with_their_parent(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text("""

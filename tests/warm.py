@@ -29,6 +29,7 @@ import threading
 import time
 import traceback
 import types
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -176,6 +177,8 @@ def _serve(path: Path, owner: int) -> dict[str, object]:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     gc.collect()
     gc.freeze()  # a collection in a fork would touch, and so copy, every page
+    for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+        finalizer.atexit = False  # torch takes its operators apart at the end of every fork: half a second
     while True:
         if not select.select([listener], [], [], 1.0)[0]:
             if not Path(f"/proc/{owner}").exists():

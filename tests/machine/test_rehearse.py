@@ -1,7 +1,6 @@
 """rehearse.py, budgets.py and doctor.py: the real commands on a small shape, and the published shapes' counts."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from orion_triage.models.checkpoint import count_parameters
 from orion_triage.runs.run import Run
 from orion_triage.settings import load_settings
 from orion_triage.train.device import gpu_fault
-from tests import warm
 from tests.conftest import MISSION, orion
 
 PUBLISHED = {"lfm2.5-vl-1.6b": 1_596_625_904, "lfm2.5-vl-450m": 450_816_512}
@@ -41,25 +39,20 @@ def test_the_shapes_have_the_published_number_of_parameters(preset: str) -> None
 @pytest.mark.slow
 @pytest.mark.llama_cpp
 def test_a_rehearsal_measures_every_stage(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_of_its_own: Path
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_of_its_own: Path, warm_python: None
 ) -> None:
     preset = "lfm2.5-vl-450m"
     # The same stages at a size of seconds.
     monkeypatch.setitem(rehearse.SHAPES, preset, SMALL)
-
-    def begin(stage: str, done: int, total: int) -> None:
-        """As an ordinary process where a stage's memory is compared with its tools'; else with its libraries loaded."""
-        monkeypatch.setattr(sys, "executable", warm.PYTHON if stage == "rehearsing: quantize" else warm.python())
-
-    figures = rehearse.run(preset, tmp_path / "rehearsal", steps=1, progress=begin)
+    figures = rehearse.run(preset, tmp_path / "rehearsal", steps=1)
     stages = {stage["stage"]: stage for stage in figures["stages"]}
     expected = ["fine-tune", "fuse", "convert", "convert mmproj", "quantize", "all of quantize", "answer"]
     assert list(stages) == expected
     for stage in stages.values():
         assert stage["seconds"] > 0
-        assert stage["peak_memory_bytes"] > 10_000_000
+        # Of the process that asks the tests' server; what is counted is tested in test_reliability.py.
+        assert stage["peak_memory_bytes"] > 1_000_000
         assert stage["peak_disk_bytes"] > figures["bytes"]["adapter"]
-    assert stages["all of quantize"]["peak_memory_bytes"] >= stages["convert"]["peak_memory_bytes"]
     assert all(size > 0 for size in figures["bytes"].values())
     assert 0 <= figures["parity"] <= 0.01
     assert figures["answer"]["category"] in MISSION.names

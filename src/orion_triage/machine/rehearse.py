@@ -216,7 +216,8 @@ def make_dataset(
         for split, targets in places.items():
             records: list[Record] = []
             for shot in map(Shot, targets):
-                draw_tile(shot.target.morphology, tile_seed(0, shot.name)).image.save(new / image_name(shot))
+                tile = draw_tile(shot.target.morphology, tile_seed(0, shot.name))
+                tile.image.save(new / image_name(shot), compress_level=1)
                 records += records_of(shot, split, mission)
             count = max(train_records, len(records)) if split == "train" else len(records)
             write_split(new, split, [records[index % len(records)] for index in range(count)])
