@@ -192,6 +192,10 @@ def by_other_tower(frames: Frames) -> Thought:
     return lambda image, where: (known.get(image.tobytes(), H), 0.02)
 
 
+# What a model that is in every run answers to a dataset, asked once.
+_ANSWERS: dict[tuple[Thought, Path], Path] = {}
+
+
 def run_of(folder: Path, frames: Frames, thought: Thought, quantized: Thought | None = None) -> Run:
     """A finished run of a planted model; `quantized` is what it thinks from the quantization on."""
     run = Run(folder, load_settings("tiny", ["evaluate.batch_size=16", f"dataset.folder={frames.folder}"]))
@@ -209,14 +213,13 @@ def run_of(folder: Path, frames: Frames, thought: Thought, quantized: Thought | 
     write_manifest(run.vision_features, stage="vision features", settings={}, inputs={}, seconds=1)
     of_models = {"base": always_high, "quantized": quantized or thought, "constrained": quantized or thought}
     parity = {"parity": {"frames": 4, "largest_difference": 0.003, "agreement": 1.0}}
-    made: dict[Thought, Path] = {}
     for variant in wanted(run.settings):
         thinks, out = of_models.get(variant.name, thought), run.evaluation(variant.name)
-        if thinks in made:
-            shutil.copytree(made[thinks], out, ignore=shutil.ignore_patterns("manifest.json"))
+        if known := _ANSWERS.get((thinks, frames.folder)):
+            shutil.copytree(known, out, ignore=shutil.ignore_patterns("manifest.json"))
         else:
             ask(run, thinks, out)
-            made[thinks] = out
+            _ANSWERS[thinks, frames.folder] = shutil.copytree(out, folder.with_name(f"{folder.name}-{variant.name}"))
         measured = parity if variant.name == "F16" else {}
         write_manifest(out, stage=f"evaluate {variant.name}", settings={}, inputs={}, seconds=1, figures=measured)
     return run
