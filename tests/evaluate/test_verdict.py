@@ -219,7 +219,8 @@ def run_of(folder: Path, frames: Frames, thought: Thought, quantized: Thought | 
             shutil.copytree(known, out, ignore=shutil.ignore_patterns("manifest.json"))
         else:
             ask(run, thinks, out)
-            _ANSWERS[thinks, frames.folder] = shutil.copytree(out, folder.with_name(f"{folder.name}-{variant.name}"))
+            kept = frames.folder.with_name(f"answers-{len(_ANSWERS)}")
+            _ANSWERS[thinks, frames.folder] = shutil.copytree(out, kept)
         measured = parity if variant.name == "F16" else {}
         write_manifest(out, stage=f"evaluate {variant.name}", settings={}, inputs={}, seconds=1, figures=measured)
     return run

@@ -365,8 +365,11 @@ def test_the_dataset_has_what_all_agree_on_and_lists_the_rest(tmp_path: Path) ->
 
 
 def test_the_commands(tmp_path: Path) -> None:
-    names = frames_in(tmp_path / "frames", 9)
-    rows = [row(Path(name).name, (0.2, 0.5, 0.3)) for name in names]
+    """On frames of the flight client, which are raw; the dataset has the same pixels with a header."""
+    (tmp_path / "frames").mkdir()
+    for number in range(9):
+        (tmp_path / "frames" / f"{number:02d}.RAW").write_bytes(structured_picture(number).tobytes())
+    rows = [row(f"{number:02d}.RAW", (0.2, 0.5, 0.3)) for number in range(9)]
     log_of(tmp_path / "log.jsonl", rows)
     made = orion("review", "new", "log.jsonl", "task", "--frames", "frames", "--count", "8", cwd=tmp_path)
     assert made.returncode == 0, made.stderr
@@ -376,6 +379,9 @@ def test_the_commands(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "7 of 8 frames labelled by Anna" in done.stdout
     assert "7 frames  ->  labelled" in done.stderr
+    found, _ = read_labelled(tmp_path / "labelled", MISSION)
+    assert len(found) == 7
+    assert {one.image.tobytes() for one in found} < {structured_picture(number).tobytes() for number in range(9)}
     told = json.loads(orion("review", "read", "task", "labels.json", "--json", cwd=tmp_path).stdout)
     assert (told["frames"], told["not_labelled"]) == (8, 1)
     again = orion("review", "new", "log.jsonl", "task", cwd=tmp_path)

@@ -239,6 +239,13 @@ def test_adapt_continues_a_run_and_says_what_it_is_worth(two_seeds: Path, tmp_pa
     assert made["settings"]["fine_tune"]["continue_from"] == "runs/small"
     triaged = orion("triage", "mine", "--recursive", "--run", "runs/small-continued", "--json", cwd=copy)
     assert len(json.loads(triaged.stdout)) == 6
+    again = orion("adapt", "mine", "--how", "continue", cwd=copy)  # the newest run is the one that this made
+    assert again.returncode == 1
+    assert (
+        "the newest run, runs/small-continued, was made by continuing runs/small with the frames of mine"
+        in again.stderr
+    )
+    assert "--run runs/small, or --run runs/small-continued" in again.stderr
     folds = {path: path.stat().st_mtime_ns for path in (copy / "runs/small/adapt_folds").iterdir()}
     assert [path.name for path in sorted(folds)] == ["fold-0.json", "fold-1.json"]
     both = orion(*words, "--how", "both", cwd=copy)

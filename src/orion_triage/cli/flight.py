@@ -25,7 +25,7 @@ from orion_triage.cli.terminal import (
     progress_bar,
     styled,
 )
-from orion_triage.errors import one_line
+from orion_triage.errors import OrionError, one_line
 
 command = partial(app.command, rich_help_panel="Flight")
 REST_COLUMNS = 64  # width of the table without the file column: enough to read a reason
@@ -278,6 +278,12 @@ def adapt(
     if source is None or (frames and named):
         raise typer.BadParameter("name one folder of labelled frames.", param_hint="'FOLDER'")
     run = finished_run(folder, "quantize")
+    before = run.settings.fine_tune
+    if folder is None and before.frames and Path(before.frames).resolve() == source.resolve():
+        raise OrionError(
+            f"the newest run, {run.folder}, was made by continuing {before.continue_from} with the frames of {source}.",
+            f"Name the run to adapt: --run {before.continue_from}, or --run {run.folder} to adapt it once more.",
+        )
     flown, mission = triage.of_run(run), run.settings.mission
     require_category_alone(mission)  # before anything is trained
     labelled, notes_of_frames = read_labelled(source, mission, flown.stretch)

@@ -16,7 +16,15 @@ from orion_triage.evaluate.backends import Backend, LlamaCppBackend, VerdictOnly
 from orion_triage.evaluate.head import EMBEDDING, Head, HeadBackend
 from orion_triage.evaluate.head import read as read_head
 from orion_triage.export import quantize
-from orion_triage.imagery.frames import CAMERA_SIZE, PICTURE_SUFFIXES, appearance, looks_blank, read_frame, shrink
+from orion_triage.imagery.frames import (
+    CAMERA_SIZE,
+    PICTURE_SUFFIXES,
+    RAW_SUFFIX,
+    appearance,
+    looks_blank,
+    read_frame,
+    shrink,
+)
 from orion_triage.imagery.stretch import Stretch, stretch_of
 from orion_triage.llama_cpp.server import OPTIONS, Server
 from orion_triage.llama_cpp.toolchain import find_toolchain
@@ -34,7 +42,7 @@ if TYPE_CHECKING:
     from orion_triage.runs.run import Run
 
 RULES = Rules()  # a blank frame has its category; otherwise the answer's category counts
-PICTURES = (*PICTURE_SUFFIXES, ".raw")
+PICTURES = (*PICTURE_SUFFIXES, RAW_SUFFIX)
 PROMPT_LOST = "the server had lost the prompt, and read it again"
 
 

@@ -28,7 +28,8 @@ from orion_triage.safe.reading import opened, read_bytes
 RAW_BYTES = CAMERA_SIZE * CAMERA_SIZE * 3
 BLANK_ROWS = (16, 479)  # the first and the last row that the blank rule reads
 BLANK_ENTROPY_BITS, BLANK_GRADIENT = 4.0, 1.0  # a frame is blank below both
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", *GEOTIFF_SUFFIXES)  # of pictures with a header; raw frames: .raw
+RAW_SUFFIX = ".raw"  # of the camera's bytes without a header
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", *GEOTIFF_SUFFIXES)  # of pictures with a header
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def decode_frame(data: bytes, name: str, size: int, *, resize: bool = False, str
     central square and scaled; without it, such a picture is refused. With `stretch`, exactly the pictures that it is
     for are accepted; without it, those with 8 bits or fewer. Raises FrameError that names `name`.
     """
-    if name.lower().endswith(".raw"):
+    if name.lower().endswith(RAW_SUFFIX):
         check_samples(name, "uint8", 8, stretch)
         return Frame(shrink(_decode_raw(data, name), size), (CAMERA_SIZE, CAMERA_SIZE))
     if not is_png_or_jpeg(data):
@@ -82,7 +83,7 @@ def read_frame(path: Path, size: int, *, resize: bool = False, stretch: Stretch 
     try:
         with opened(path) as file:
             start = file.read(4)
-        if is_tiff(start) and not path.name.lower().endswith(".raw"):
+        if is_tiff(start) and not path.name.lower().endswith(RAW_SUFFIX):
             return _framed(read_tiff(path, resize=resize, stretch=stretch), size)
         data = read_bytes(path, LARGEST_BYTES)
     except FileNotFoundError:

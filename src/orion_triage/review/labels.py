@@ -19,6 +19,7 @@ import numpy as np
 from orion_triage.dataset.collect import csv_text
 from orion_triage.errors import OrionError
 from orion_triage.evaluate import clusters
+from orion_triage.imagery.frames import CAMERA_SIZE, RAW_SUFFIX, read_frame
 from orion_triage.mission.mission import Mission
 from orion_triage.review.choose import RANDOM
 from orion_triage.review.task import FRAMES_FILE, Said, Suggestion, file_of, suggestions
@@ -306,7 +307,7 @@ def write_dataset(folder: Path, merged: Merged, task: Mapping[str, dict[str, Any
     with replaced_folder(folder) as new:
         (new / "pictures").mkdir()
         for cells in rows:
-            shutil.copyfile(cells.pop("path"), new / "pictures" / cells["file_name"])
+            _copy_picture(cells.pop("path"), new / "pictures" / cells["file_name"])
         write_text(new / "metadata.csv", csv_text(COLUMNS, rows))
         if conflicts:
             as_text = [{key: str(value) for key, value in cells.items()} for cells in conflicts]
@@ -314,12 +315,24 @@ def write_dataset(folder: Path, merged: Merged, task: Mapping[str, dict[str, Any
     return len(rows)
 
 
+def _is_raw(path: Path) -> bool:
+    return path.suffix.lower() == RAW_SUFFIX
+
+
+def _copy_picture(path: Path, out: Path) -> None:
+    """The same bytes; a raw frame of the flight client as a PNG of the same pixels, which every reader takes."""
+    if _is_raw(path):
+        read_frame(path, CAMERA_SIZE).image.save(out, "PNG", compress_level=1)
+    else:
+        shutil.copyfile(path, out)
+
+
 def _cells(frame: str, labels: Sequence[Label], row: Mapping[str, Any], path: Path) -> dict[str, Any]:
     said = [f"{label.labeller}: {label.category}" for label in labels]
     reason = next((label.reason for label in labels if label.reason), "")
     return {
         "path": path,
-        "file_name": f"{frame}{path.suffix.lower()}",
+        "file_name": f"{frame}{'.png' if _is_raw(path) else path.suffix.lower()}",
         "category": agreed(labels),
         "reason": reason,
         "labelled_by": "; ".join(label.labeller for label in labels),
