@@ -109,6 +109,14 @@ def test_a_stretch_gives_the_right_pixels_and_is_recorded(run: Run) -> None:
     assert not check_dataset(run.dataset).errors
 
 
+def test_values_are_rounded_to_the_nearest_level() -> None:
+    values = np.arange(2**16, dtype=np.uint16)
+    exact = np.clip((values.astype(np.float64) - 1000) * 255 / 60_000, 0, 255)
+    off = Stretch(1000, 61_000).apply(values) - exact
+    assert np.abs(off).max() <= 0.5
+    assert abs(off.mean()) < 1e-3, "darker or brighter on average"
+
+
 def test_the_flight_stretches_like_the_dataset(run: Run, own: Path, tmp_path: Path) -> None:
     """Through what 'orion triage' calls: the model is asked about the pixels that training saw."""
     stretch = stretch_of(run.settings.dataset)
