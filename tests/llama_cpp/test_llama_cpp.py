@@ -198,6 +198,10 @@ def test_the_flight_grammar_gives_verdicts_and_the_server_stops(
     ) as running:
         assert parse_verdict(MISSION, running.client.complete(record.user_text, png, 250, grammar(MISSION))) is not None
         assert quantize.check_tokenization(running.client, TINY_BASE_FOLDER, TEXTS) == len(TEXTS)
+        # The server shows what it was asked without the spaces that a tokenizer cleans up; it is the same question.
+        began = '{"reason": "A town , it \'s here ! with a few , at extreme scale .", "category": "'
+        reply = running.client.completion(record.user_text, png, 1, start=began)
+        assert reply["prompt"].endswith('with a few, at extreme scale.", "category": "')
         process, client = running._process, running.client
         assert process is not None
         assert os.getpgid(process.pid) != os.getpgid(0)  # Ctrl-C in a terminal goes to a whole group
