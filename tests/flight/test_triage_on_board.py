@@ -27,7 +27,7 @@ from orion_triage.flight import triage_on_board
 from orion_triage.flight.bundle import BLANK_LIMITS, PROGRAMS
 from orion_triage.flight.check_flight import SCHEMA_VERSION, NoGoError
 from orion_triage.flight.decide_frame import RAW_BYTES
-from orion_triage.flight.triage import PICTURES
+from orion_triage.imagery.frames import FRAME_SUFFIXES
 from orion_triage.mission.decide import Rules, as_steps
 from orion_triage.mission.verdict import CATEGORY_CUE
 from tests.conftest import MISSION
@@ -246,7 +246,7 @@ def test_an_incomplete_frame_waits_and_one_of_another_size_is_kept(bundle: Path,
 
 
 def test_names_in_capitals_are_frames_and_what_is_left_out_is_said(bundle: Path, tmp_path: Path) -> None:
-    assert {*PICTURES} <= {*triage_on_board.OTHER_PICTURES, triage_on_board.RAW}  # the ground takes these
+    assert {*FRAME_SUFFIXES} <= {*triage_on_board.OTHER_PICTURES, triage_on_board.RAW}  # the ground takes these
     frames = {name: frame(number) for number, name in enumerate(("UPPER.RAW", "Mixed.Raw", "a.raw"))}
     for name, data in frames.items():
         put(tmp_path, name, data)

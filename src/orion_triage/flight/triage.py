@@ -18,8 +18,7 @@ from orion_triage.evaluate.head import read as read_head
 from orion_triage.export import quantize
 from orion_triage.imagery.frames import (
     CAMERA_SIZE,
-    PICTURE_SUFFIXES,
-    RAW_SUFFIX,
+    FRAME_SUFFIXES,
     appearance,
     looks_blank,
     read_frame,
@@ -42,7 +41,6 @@ if TYPE_CHECKING:
     from orion_triage.runs.run import Run
 
 RULES = Rules()  # a blank frame has its category; otherwise the answer's category counts
-PICTURES = (*PICTURE_SUFFIXES, RAW_SUFFIX)
 PROMPT_LOST = "the server had lost the prompt, and read it again"
 
 
@@ -156,12 +154,12 @@ def frames_in(paths: Iterable[Path], *, recursive: bool = False) -> tuple[list[P
             frames.append(path)
             continue
         content = listing(path, recursive=recursive)
-        pictures = [file for file in content.files if file.suffix.lower() in PICTURES]
-        others = content.left_out(PICTURES)
+        pictures = [file for file in content.files if file.suffix.lower() in FRAME_SUFFIXES]
+        others = content.left_out(FRAME_SUFFIXES)
         if not pictures:
             found = f" Found: {'; '.join(others)}." if others else ""
             raise OrionError(
-                f"{path} has no picture ({', '.join(PICTURES)}).{found}",
+                f"{path} has no picture ({', '.join(FRAME_SUFFIXES)}).{found}",
                 "Add --recursive to read its folders." if content.folders else "Pass picture files or another folder.",
             )
         frames += pictures

@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from orion_triage.errors import OrionError
 from orion_triage.imagery.camera import Camera, drawn, seen_through
-from orion_triage.imagery.frames import CAMERA_SIZE, PICTURE_SUFFIXES, RAW_SUFFIX, read_frame, shrink
+from orion_triage.imagery.frames import CAMERA_SIZE, FRAME_SUFFIXES, read_frame, shrink
 from orion_triage.imagery.stretch import Stretch
 from orion_triage.progress import Progress, silent
 from orion_triage.safe.folders import listing
@@ -20,10 +20,9 @@ def pictures_in(folder: Path, most: int) -> list[Path]:
     """At most so many pictures of a folder and the folders in it, spread evenly over their sorted names."""
     if not folder.is_dir():
         raise OrionError(f"{folder} is not a folder.", "Pass a folder with pictures.")
-    suffixes = (*PICTURE_SUFFIXES, RAW_SUFFIX)
-    found = [path for path in listing(folder, recursive=True).files if path.suffix.lower() in suffixes]
+    found = [path for path in listing(folder, recursive=True).files if path.suffix.lower() in FRAME_SUFFIXES]
     if not found:
-        raise OrionError(f"{folder} has no picture ({', '.join(suffixes)}).", "Pass another folder.")
+        raise OrionError(f"{folder} has no picture ({', '.join(FRAME_SUFFIXES)}).", "Pass another folder.")
     count = min(most, len(found))
     return [found[index * len(found) // count] for index in range(count)]
 

@@ -30,6 +30,7 @@ BLANK_ROWS = (16, 479)  # the first and the last row that the blank rule reads
 BLANK_ENTROPY_BITS, BLANK_GRADIENT = 4.0, 1.0  # a frame is blank below both
 RAW_SUFFIX = ".raw"  # of the camera's bytes without a header
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", *GEOTIFF_SUFFIXES)  # of pictures with a header
+FRAME_SUFFIXES = (*PICTURE_SUFFIXES, RAW_SUFFIX)  # of all that read_frame reads
 
 
 @dataclass(frozen=True)
