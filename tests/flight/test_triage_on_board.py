@@ -255,11 +255,13 @@ def test_names_in_capitals_are_frames_and_what_is_left_out_is_said(bundle: Path,
     for name, target in (("link.raw", "a.raw"), ("loop.RAW", "loop.RAW"), ("dangling.raw", "gone")):
         (tmp_path / name).symlink_to(target)
     (tmp_path / "folder.raw").mkdir()
+    (tmp_path / ".g.raw").write_bytes(frame(9))  # of full length from its start, as a camera may write it
     stay = {path.name for path in tmp_path.iterdir()} - frames.keys()
     with stub() as url:
         told = run_once(bundle, tmp_path, "--url", url)
     assert told.returncode == 0, told.stderr
     assert [line for line in told.stderr.splitlines() if line.startswith("left out")] == [
+        "left out: .g.raw: a hidden file may still be written. Rename it when it is complete",
         "left out: b.png and 2 more: .png is not read here. Write raw RGB of 512x512x3 bytes as *.raw",
         "left out: dangling.raw and 2 more: a link is not moved. Move the frame itself into the folder",
         "left out: e.TIF: .tif is not read here. Write raw RGB of 512x512x3 bytes as *.raw",

@@ -8,8 +8,8 @@ at every moment a frame is still to be decided, or in the log and about to move,
 moves frames that are in the log already, and cuts off a line that was not finished. A frame that is refused, or not
 answered in time, is logged with `decided_by` "no answer" and kept like the others. This program deletes no frame.
 
-Write a frame under another name, and rename it to *.raw (or *.RAW) when it is complete. Links and pictures of other
-formats are left out; each kind is said once.
+Write a frame under another name, and rename it to *.raw (or *.RAW) when it is complete. Links, hidden files and pictures
+of other formats are left out; each kind is said once.
 Exit status with --once: 0, 1 if a frame got no decision or is incomplete. 2 for a wrong command line.
 """
 
@@ -258,7 +258,7 @@ class Frames:
 
     def waiting(self) -> tuple[list[Path], list[Path]]:
         """The complete frames by name, and the incomplete ones: those that are smaller than a frame."""
-        named = (path for path in self._folder.iterdir() if path.suffix.lower() == RAW)
+        named = (path for path in self._folder.iterdir() if path.suffix.lower() == RAW and path.name[0] != ".")
         files = sorted(path for path in named if path.is_file() and not path.is_symlink())
         complete = [path for path in files if path.stat().st_size >= decide_frame.RAW_BYTES]
         return complete, [path for path in files if path not in complete]
@@ -317,6 +317,8 @@ def why_left_out(path: Path) -> str:
     ending = path.suffix.lower()
     if ending in OTHER_PICTURES:
         return f"{ending} is not read here. Write raw RGB of 512x512x3 bytes as *.raw"
+    if ending == RAW and path.name[0] == ".":
+        return "a hidden file may still be written. Rename it when it is complete"
     if ending == RAW and path.is_symlink():
         return "a link is not moved. Move the frame itself into the folder"
     if ending == RAW and path.exists() and not path.is_file():
