@@ -29,6 +29,7 @@ from orion_triage.evaluate.backends import TransformersBackend
 from orion_triage.export import fuse
 from orion_triage.mission.mission import default_mission
 from orion_triage.models.encode import encode
+from orion_triage.models.family import family_in
 from orion_triage.models.load import (
     _keep_gradients_on_cpu,
     hush_kernel_advice,
@@ -72,10 +73,11 @@ RECIPES = (
 
 def load_blind(base: Path) -> Any:
     """The base as `load_in_4bit` gives it when nothing is left out: the patch embedding holds bytes."""
-    from transformers import BitsAndBytesConfig, Lfm2VlForConditionalGeneration
+    from transformers import BitsAndBytesConfig
 
+    kind: Any = family_in(base).model_class()  # with the arguments of the trainer's batches
     with no_progress_bars():
-        model = Lfm2VlForConditionalGeneration.from_pretrained(
+        model = kind.from_pretrained(
             base,
             dtype=torch.float32,
             device_map={"": "cpu"},
