@@ -1,5 +1,6 @@
 """flight.py: what happens to each file of a triage, whoever answers."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -226,10 +227,36 @@ def test_what_a_stopped_triage_wrote_is_not_done_again(tmp_path: Path) -> None:
         with pytest.raises(OrionError, match=r"out\.jsonl:4 is not a result of 'orion triage'"):
             read_earlier(out, "p")
         assert out.read_text() == f"{whole}{other}\n"
+    for another in ('{"flight plan": 1}', "key", '{"file": 3}'):
+        out.write_text(another)
+        with pytest.raises(OrionError, match=r"out\.jsonl is not a result of 'orion triage'"):
+            read_earlier(out, "p")
+        assert out.read_text() == another
+    for left in ("", '{"fi', '{"file": "a.png", "pa', "\0" * 99):  # of a first line, after a kill or a power loss
+        out.write_text(left)
+        read_earlier(out, "p")
+        assert out.read_text() == ""
     out.write_text(whole)
     with appending(out) as write:
         write({"file": "c.png", "pair": "p"})
         assert out.read_text().endswith('{"file": "c.png", "pair": "p"}\n')  # at once
+
+
+def test_a_frame_with_other_bytes_is_decided_again(tmp_path: Path) -> None:
+    out, names = tmp_path / "out.jsonl", ("a.png", "b.png")
+    for number, name in enumerate(names):
+        structured_picture(number).save(tmp_path / name)
+    assert triage_into(out, *names).returncode == 0
+    hashes = [hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in names]
+    assert [row["sha256"] for row in map(json.loads, out.read_text().splitlines())] == hashes
+    structured_picture(2).save(tmp_path / "a.png")
+    result = triage_into(out, *names)
+    assert "note: decided again, because their bytes have changed: 1 of 1 frames" in result.stderr
+    assert "1 HIGH, 1 already done" in result.stderr
+    (tmp_path / "b.png").unlink()  # moved away since: its line stays
+    for _ in range(2):
+        assert "no new frames, 2 already done" in triage_into(out, *names).stderr
+    assert states(out) == [("a.png", "HIGH"), ("b.png", "HIGH"), ("a.png", "HIGH")]
 
 
 def triage_into(out: Path, *names: str, answers: int = 99) -> subprocess.CompletedProcess[str]:

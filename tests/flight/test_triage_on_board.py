@@ -4,6 +4,7 @@ The server is a stub: what a model answers is not the matter of these tests, and
 half an hour. The client, its files and its signals are real.
 """
 
+import ctypes
 import hashlib
 import json
 import os
@@ -30,6 +31,7 @@ from orion_triage.flight.decide_frame import RAW_BYTES
 from orion_triage.imagery.frames import FRAME_SUFFIXES
 from orion_triage.mission.decide import Rules, as_steps
 from orion_triage.mission.verdict import CATEGORY_CUE
+from orion_triage.safe.files import sha256_of_file
 from tests.conftest import MISSION
 
 TOKENS = {"HIGH": 10, "MEDIUM": 11, "LOW": 12}
@@ -220,7 +222,9 @@ def test_a_folder_is_emptied_once(bundle: Path, tmp_path: Path) -> None:
         # Another frame under the name of an earlier one is another frame; the same pixels again are not.
         put(tmp_path, "1.raw", frame(7))
         put(tmp_path, "2.raw", frame(2))
-        assert run_once(bundle, tmp_path, "--url", url).stderr.splitlines()[-1] == "1 LOW"
+        told = run_once(bundle, tmp_path, "--url", url)
+    assert told.stderr.splitlines()[-2:] == ["1 in the log already, moved without a new decision", "1 LOW"]
+    assert {line["bundle"] for line in lines_of(tmp_path)} == {sha256_of_file(bundle / "bundle.json")}
     assert [line["file"] for line in lines_of(tmp_path)] == ["0.raw", "1.raw", "2.raw", "1.raw"]
     assert lines_of(tmp_path)[-1]["moved_to"] == "1-2.raw"
     finished = {path.name: path.read_bytes() for path in (tmp_path / "done").iterdir()}
@@ -317,17 +321,72 @@ def test_two_at_a_time_are_refused(tmp_path: Path) -> None:
         triage_on_board.Log(tmp_path / "log")
     first.close()
     triage_on_board.Log(tmp_path / "log").close()
+    there = triage_on_board.Frames(tmp_path, tmp_path / "log", tmp_path / "done", "of a bundle")
+    with pytest.raises(NoGoError, match=r"another triage_on_board\.py decides the frames in"):
+        triage_on_board.Frames(tmp_path, tmp_path / "another log", tmp_path / "done", "of a bundle")
+    there.log.close()
+
+
+def held_by_permissions() -> None:
+    """In a new process, before its program begins: root, too, may not read then what permissions do not allow."""
+    drop_from_bounding_set, passing_over_all, passing_over_reading = 24, 1, 2
+    for capability in (passing_over_all, passing_over_reading):
+        ctypes.CDLL(None).prctl(drop_from_bounding_set, capability, 0, 0, 0)
+
+
+def test_a_frame_that_cannot_be_read_stays_and_holds_up_no_other(bundle: Path, tmp_path: Path) -> None:
+    for number in range(3):
+        put(tmp_path, f"{number}.raw", frame(number))
+    (tmp_path / "0.raw").chmod(0)
+    with stub() as url:
+        words = command(bundle, tmp_path, "--once", "--url", url)
+        told = subprocess.run(
+            words, capture_output=True, text=True, timeout=600, check=False, env={}, preexec_fn=held_by_permissions
+        )
+        assert told.returncode == 1
+        said = f"left where it is: {tmp_path}/0.raw cannot be read: Permission denied"
+        assert (told.stderr.splitlines()[0], told.stderr.splitlines()[-1]) == (said, "2 LOW")
+        assert [line["file"] for line in lines_of(tmp_path)] == ["1.raw", "2.raw"]
+        (tmp_path / "0.raw").chmod(0o644)
+        assert run_once(bundle, tmp_path, "--url", url).returncode == 0
+    assert_each_once(tmp_path, {f"{number}.raw": frame(number) for number in range(3)})
+
+
+def test_the_longest_names_may_come_twice(bundle: Path, tmp_path: Path) -> None:
+    name = "\u00e9" * 125 + "1.raw"  # 255 bytes
+    with stub() as url:
+        for number in range(2):
+            put(tmp_path, "0.raw", frame(number))
+            (tmp_path / "0.raw").rename(tmp_path / name)
+            assert run_once(bundle, tmp_path, "--url", url).returncode == 0
+    names = ["\u00e9" * 125 + "1.raw", "\u00e9" * 124 + "-2.raw"]
+    assert [line["moved_to"] for line in lines_of(tmp_path)] == names
+    assert [(tmp_path / "done" / name).read_bytes() for name in names] == [frame(0), frame(1)]
+
+
+def test_another_file_is_not_cut_off_as_a_log(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    for text in (b'{"flight plan": 1}', b"key"):
+        log.write_bytes(text)
+        with pytest.raises(NoGoError, match=r"log is not a log of this program\. Name another file with --log"):
+            triage_on_board.Log(log)
+        assert log.read_bytes() == text
+    for left in (b"", b'{"fi', b'{"file": "a.raw", "sha', b"\0" * 500):  # of a first line, after a power loss
+        log.write_bytes(left)
+        triage_on_board.Log(log).close()
+        assert log.read_bytes() == b""
 
 
 def test_a_torn_log_is_repaired(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole = json.dumps({"file": "a.raw", "sha256": "1", "moved_to": "a.raw"}) + "\n"
+    damage = "[" * 200_000  # too deep for a parser
     for tail in ("", '{"file": "b.r', "\0" * 4096):
-        (tmp_path / "log").write_text(whole + "damaged\n" + whole + tail)
+        (tmp_path / "log").write_text(f"{whole}{damage}\n{whole}{tail}")
         log = triage_on_board.Log(tmp_path / "log")
         assert log.moved_to == {("a.raw", "1"): "a.raw"}
         log.append({"file": "c.raw", "sha256": "3", "moved_to": "c.raw"})
         log.close()
-        assert (tmp_path / "log").read_text().splitlines()[:3] == [whole.strip(), "damaged", whole.strip()]
+        assert (tmp_path / "log").read_text().splitlines()[:3] == [whole.strip(), damage, whole.strip()]
         assert json.loads((tmp_path / "log").read_text().splitlines()[3])["file"] == "c.raw"
         assert "line 2 of" in capsys.readouterr().err
 
@@ -370,7 +429,7 @@ def test_power_may_fail_at_every_step(tmp_path: Path, unsynced_is_lost: bool) ->
 def run_in_process(folder: Path) -> int:
     """Finish the folder; returns how many frames the model was asked about."""
     model, bundle = Constant(), {"decision": as_steps(MISSION, Rules(), {}), "mission": {}}
-    frames = triage_on_board.Frames(folder, folder / "triage.jsonl", folder / "done")
+    frames = triage_on_board.Frames(folder, folder / "triage.jsonl", folder / "done", "of a bundle")
     for path in frames.waiting()[0]:
         frames.finish(path, model, bundle, 1.0)  # type: ignore[arg-type]
     frames.log.close()

@@ -197,6 +197,7 @@ def triage(
     with appending(out) as write:  # before the results are read: another command may be writing them
         earlier = triage.read_earlier(out, pair) if out else triage.Earlier()
         left = earlier.left_of(paths)
+        changed = sum(earlier.has_changed(path) for path in left)
         try:
             with progress_bar() as progress:
                 outcomes = triage.triage_with_pair(
@@ -210,7 +211,7 @@ def triage(
                 for done, outcome in enumerate(outcomes if left else (), start=len(paths) - len(left) + 1):
                     counts[outcome.verdict.category if outcome.verdict else "refused"] += 1
                     conversions.update(outcome.changes)
-                    row = triage.to_json(outcome, flown.mission) | {"error": outcome.error, "pair": pair}
+                    row = triage.to_row(outcome, flown.mission, pair)
                     if not earlier.says(row):
                         write(row)
                     if outcome.verdict and not out:
@@ -223,6 +224,8 @@ def triage(
                 _show_verdicts(shown, flown.mission, as_json)
     for change, count in sorted(conversions.items()):
         messages().print(f"note: {count} of {len(left)} frames: {change}")
+    if changed:
+        messages().print(f"note: decided again, because their bytes have changed: {changed} of {len(left)} frames")
     if out:
         summary = ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "no new frames"
         skipped = f", {len(paths) - len(left)} already done" if len(left) < len(paths) else ""

@@ -67,8 +67,7 @@ def run(
         for done, (path, outcome) in enumerate(zip(left, outcomes if left else (), strict=True), start=1):
             if outcome.error and not outcome.answer:
                 raise OrionError(outcome.error, "Remove the frame or correct it; what is decided stays decided.")
-            row = triage.to_json(outcome, flown.mission) | {"error": outcome.error, "pair": pair}
-            write(row | {"sha256": hashes[path]})
+            write(triage.to_row(outcome, flown.mission, pair) | {"sha256": hashes[path]})
             progress("classifying frames", done, len(left))
     decided = _decided(log)
     record = {

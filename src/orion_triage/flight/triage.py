@@ -198,27 +198,65 @@ def asked_by(flown: Flown, rules: Rules, resize: bool) -> str:
 
 @dataclass(frozen=True)
 class Earlier:
-    """What a results file has: how many lines decide each file, and the last line of each file that it leaves refused.
+    """What a results file has: which contents of each file its lines decide, and the last line of each refused file.
 
+    A content is the SHA-256 of the file's bytes; lines of earlier versions have none, and stand for any content.
     Lines are only appended. Of several lines of one file the last one counts, unless the file was named several times.
     """
 
-    decided: Counter[str] = field(default_factory=Counter)
+    decided: dict[str, Counter[str]] = field(default_factory=dict)
     refused: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def left_of(self, paths: Iterable[Path]) -> list[Path]:
-        """The frames that are to be decided: without a line, or refused; a file named twice needs two lines."""
-        before = self.decided.copy()
+        """The frames to be decided: without a line, changed since, or refused; a file named twice needs two lines."""
+        before = {name: lines.copy() for name, lines in self.decided.items()}
         left = []
         for path in paths:
-            before[str(path)] -= 1
-            if before[str(path)] < 0:
+            lines = before.get(str(path), Counter())
+            deciding = _deciding(lines, path) if lines else None
+            if deciding is None:
                 left.append(path)
+            else:
+                lines[deciding] -= 1
         return left
+
+    def has_changed(self, path: Path) -> bool:
+        """Whether lines decide this file, with other bytes than it has now."""
+        lines = self.decided.get(str(path), Counter())
+        return bool(lines) and _deciding(lines, path) is None
 
     def says(self, row: Mapping[str, Any]) -> bool:
         """Whether the row is a refusal that the results have already."""
         return self.refused.get(row["file"]) == row
+
+
+NO_CONTENT = ""
+_LINE_BEGINS = b'{"file": "'
+
+
+def content_of(path: Path) -> str:
+    """The SHA-256 of a file's bytes; none if it cannot be read, which is said when it is to be decided."""
+    try:
+        return sha256_of_file(path)
+    except OSError:
+        return NO_CONTENT
+
+
+def _deciding(lines: Counter[str], path: Path) -> str | None:
+    """The content in a line that decides the file as it is; in any line, if the file cannot be read any more."""
+    content = content_of(path)
+    contents = (content, NO_CONTENT) if content else tuple(lines)
+    return next((one for one in contents if lines[one] > 0), None)
+
+
+def to_row(outcome: FrameVerdict, mission: Mission, pair: str) -> dict[str, Any]:
+    """The line of a results file: the outcome, and what it is about and by whom."""
+    return {
+        **to_json(outcome, mission),
+        "error": outcome.error,
+        "sha256": content_of(Path(outcome.file)),
+        "pair": pair,
+    }
 
 
 def read_earlier(out: Path, pair: str) -> Earlier:
@@ -231,6 +269,9 @@ def read_earlier(out: Path, pair: str) -> Earlier:
     with out.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.endswith(b"\n"):
+                # Without a line of ours, it may be another file: what a kill leaves is the beginning of one, or zeros.
+                if not whole and line[: len(_LINE_BEGINS)] != _LINE_BEGINS[: len(line)] and line.strip(b"\0"):
+                    raise OrionError(f"{out} is not a result of 'orion triage'.", "Choose another file with --out.")
                 break
             try:
                 row = json.loads(line)
@@ -248,7 +289,7 @@ def read_earlier(out: Path, pair: str) -> Earlier:
             if is_refused:
                 earlier.refused[name] = row
             else:
-                earlier.decided[name] += 1
+                earlier.decided.setdefault(name, Counter())[row.get("sha256", NO_CONTENT)] += 1
                 earlier.refused.pop(name, None)
             whole += len(line)
     os.truncate(out, whole)

@@ -8,9 +8,10 @@ at every moment a frame is still to be decided, or in the log and about to move,
 moves frames that are in the log already, and cuts off a line that was not finished. A frame that is refused, or not
 answered in time, is logged with `decided_by` "no answer" and kept like the others. This program deletes no frame.
 
-Write a frame under another name, and rename it to *.raw (or *.RAW) when it is complete. Links, hidden files and pictures
-of other formats are left out; each kind is said once.
-Exit status with --once: 0, 1 if a frame got no decision or is incomplete. 2 for a wrong command line.
+Write a frame under another name, and rename it to *.raw (or *.RAW) when it is complete. Links, hidden files and
+pictures of other formats are left out; each kind is said once. A frame that cannot be read stays where it is, and is
+tried again at each look.
+Exit status with --once: 0, 1 if a frame got no decision, is incomplete or cannot be read. 2 for a wrong command line.
 """
 
 from __future__ import annotations
@@ -40,11 +41,17 @@ ATTEMPTS = 2  # a frame is asked about again after a new start of the server, wh
 START_SECONDS = 300  # until the model is loaded; a slow card reads 1.6 GB in a minute or two
 RETRY_SECONDS = 10  # after a server that did not start
 RAW = ".raw"  # in any case, as on the ground
+LONGEST_NAME = 255  # bytes of a file's name, on all common file systems
+LINE_BEGINS = b'{"file": "'  # every line of a log
 OTHER_PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".jp2", ".webp")
 
 
 class Stopped(BaseException):
     """SIGTERM or Ctrl-C. Ends the program between two steps; the frame in work is decided after the next start."""
+
+
+class UnreadableError(Exception):
+    """A frame that this program may not or cannot read."""
 
 
 def say(text: str) -> None:
@@ -58,7 +65,7 @@ def say(text: str) -> None:
 class Log:
     """The log of decisions, opened by one process at a time; a line is on the disk when `append` returns.
 
-    Raises NoGoError if another process has it open.
+    Raises NoGoError if another process has it open, or if the file is something else.
     """
 
     def __init__(self, path: Path) -> None:
@@ -71,24 +78,33 @@ class Log:
         sync_folder(path.parent)
         self.moved_to: dict[tuple[str, str], str] = {}  # (file, sha256) -> name among the finished frames
         self._names: set[str] = set()
-        self._size = self._read(path)
+        try:
+            self._size = self._read(path)
+        except check_flight.NoGoError:
+            os.close(self._file)
+            raise
         os.ftruncate(self._file, self._size)  # a line that a power loss cut off
         os.fsync(self._file)
         os.lseek(self._file, 0, os.SEEK_END)
 
     def _read(self, path: Path) -> int:
         """Read the finished frames; returns the bytes of the complete lines."""
-        size = 0
+        size, cut_off = 0, b""
         with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.endswith(b"\n"):
+                    cut_off = line
                     break
                 size += len(line)
                 try:
                     row = json.loads(line)
                     self._remember(row["file"], row["sha256"], row["moved_to"])
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, RecursionError):
                     say(f"warning: line {number} of {path} is damaged and was skipped")
+        # What a power loss leaves of a line: its beginning, or zeros. Without any line, it may be another file.
+        begun = cut_off[: len(LINE_BEGINS)] == LINE_BEGINS[: len(cut_off)] or not cut_off.strip(b"\0")
+        if not (self.moved_to or begun):
+            raise check_flight.NoGoError(f"{path} is not a log of this program. Name another file with --log")
         return size
 
     def _remember(self, name: str, sha256: str, moved_to: str) -> None:
@@ -244,9 +260,18 @@ class Model:
 
 
 class Frames:
-    """The folder of raw frames, its log, and the folder of finished frames."""
+    """The folder of raw frames, its log, and the folder of finished frames; for one process at a time.
 
-    def __init__(self, folder: Path, log: Path, done: Path) -> None:
+    `decided_with` is the SHA-256 of the bundle's list, which stands in each new line of the log.
+    """
+
+    def __init__(self, folder: Path, log: Path, done: Path, decided_with: str) -> None:
+        self._lock = os.open(folder, os.O_RDONLY)  # two clients with a log each would decide every frame twice
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            raise check_flight.NoGoError(f"another triage_on_board.py decides the frames in {folder}") from None
         done.mkdir(exist_ok=True)
         if folder.stat().st_dev != done.stat().st_dev:
             raise check_flight.NoGoError(
@@ -254,7 +279,9 @@ class Frames:
             )
         sync_folder(done.parent)
         self._folder, self._done, self.log = folder, done, Log(log)
+        self._decided_with = decided_with
         self._said: set[str] = set()
+        self.known_before = 0  # frames that were in the log already, and were only moved
 
     def waiting(self) -> tuple[list[Path], list[Path]]:
         """The complete frames by name, and the incomplete ones: those that are smaller than a frame."""
@@ -279,14 +306,20 @@ class Frames:
     def finish(self, path: Path, model: Model, bundle: dict[str, Any], seconds: float) -> dict[str, Any] | None:
         """Decide, log and move one frame; returns its new line, None if the log had one already.
 
-        Raises NoGoError without a server: the frame stays where it is.
+        Raises NoGoError without a server, UnreadableError without its bytes: the frame stays where it is.
         """
-        began, sha256 = time.monotonic(), sha256_of(path)
+        began = time.monotonic()
+        try:
+            sha256, size = sha256_of(path), path.stat().st_size
+            frame = path.read_bytes() if size == decide_frame.RAW_BYTES else b""
+        except OSError as why:  # its permissions, a bad sector, or it is gone
+            raise UnreadableError(f"{path} cannot be read: {why.strerror}") from None
         key, row = (path.name, sha256), None
-        if key not in self.log.moved_to:
-            size = path.stat().st_size
-            if size == decide_frame.RAW_BYTES:
-                outcome = model.outcome_of(path.read_bytes(), seconds)
+        if key in self.log.moved_to:
+            self.known_before += 1
+        else:
+            if frame:
+                outcome = model.outcome_of(frame, seconds)
             else:
                 error = f"the file has {size} bytes, not {decide_frame.RAW_BYTES} (512x512x3)"
                 outcome = decide_frame.without_model(bundle, blank=False, error=error)
@@ -296,6 +329,7 @@ class Frames:
                 "moved_to": self._free_name(path),
                 "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 "seconds": round(time.monotonic() - began, 3),
+                "bundle": self._decided_with,
                 **check_flight.named(bundle),
                 **outcome,
             }
@@ -305,10 +339,13 @@ class Frames:
 
     def _free_name(self, path: Path) -> str:
         """The file's name, or with a number if an earlier frame had it: no frame replaces another one."""
-        name, number = path.name, 1
+        name, stem, number = path.name, path.stem, 1
         while self.log.has_moved(name) or (self._done / name).exists():
             number += 1
-            name = f"{path.stem}-{number}{path.suffix}"
+            ending = f"-{number}{path.suffix}"
+            while len(os.fsencode(stem + ending)) > LONGEST_NAME:
+                stem = stem[:-1]
+            name = stem + ending
         return name
 
 
@@ -341,13 +378,21 @@ def watch(frames: Frames, model: Model, bundle: dict[str, Any], options: argpars
     """Finish the frames in the folder, for ever or with `once` until none is left; returns the exit status."""
     seconds = options.time_out or bundle["seconds_per_frame_at_most"]
     counts: dict[str, int] = {}
+    unreadable: set[str] = set()  # what was said of them
     while True:
         complete, incomplete = frames.waiting()
         for said in frames.left_out():
             say(said)
+        stay = 0
         for path in complete:
             try:
                 row = frames.finish(path, model, bundle, seconds)
+            except UnreadableError as error:
+                stay += 1
+                if str(error) not in unreadable:
+                    say(f"left where it is: {error}")
+                unreadable.add(str(error))
+                continue
             except check_flight.NoGoError as error:
                 if options.once:
                     raise
@@ -357,12 +402,14 @@ def watch(frames: Frames, model: Model, bundle: dict[str, Any], options: argpars
             if row:
                 decided = row["category"] or "without a decision"
                 counts[decided] = counts.get(decided, 0) + 1
-        if options.once and not complete:
+        if options.once and stay == len(complete):
             for path in incomplete:
                 say(f"incomplete: {path} has {path.stat().st_size} of {decide_frame.RAW_BYTES} bytes")
+            if frames.known_before:
+                say(f"{frames.known_before} in the log already, moved without a new decision")
             say(", ".join(f"{count} {decided}" for decided, count in sorted(counts.items())) or "no new frame")
-            return int(bool(incomplete) or "without a decision" in counts)
-        if not complete:
+            return int(bool(incomplete) or bool(stay) or "without a decision" in counts)
+        if stay == len(complete):
             time.sleep(options.poll)
 
 
@@ -406,7 +453,10 @@ def main(arguments: list[str] | None = None) -> int:
         if bundle.get("variant") == "head":
             say("the head decides: its answers have no reason")
         frames = Frames(
-            options.folder, options.log or options.folder / "triage.jsonl", options.done or options.folder / "done"
+            options.folder,
+            options.log or options.folder / "triage.jsonl",
+            options.done or options.folder / "done",
+            sha256_of(folder / check_flight.LIST),
         )
         model = Model(folder, bundle, options)
         return watch(frames, model, bundle, options)
