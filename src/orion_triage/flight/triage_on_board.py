@@ -269,9 +269,11 @@ class Frames:
         self._lock = os.open(folder, os.O_RDONLY)  # two clients with a log each would decide every frame twice
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             os.close(self._lock)
             raise check_flight.NoGoError(f"another triage_on_board.py decides the frames in {folder}") from None
+        except OSError:  # a network file system that locks no folder: the log's lock is left
+            pass
         done.mkdir(exist_ok=True)
         if folder.stat().st_dev != done.stat().st_dev:
             raise check_flight.NoGoError(
