@@ -46,7 +46,7 @@ def make_task(folder: Path) -> Path:
         rows.append({"file": str(path), "category": MISSION.names[1], "reason": ODD, "scores": scores})
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     chosen = choose(read_log(folder / "log.jsonl", MISSION), FRAMES, random_share=0.2, blind_share=0.25, seed=1)
-    write(folder / "task", chosen, None, MISSION, "log.jsonl")
+    write(folder / "task", chosen, MISSION, "log.jsonl")
     return folder / "task"
 
 

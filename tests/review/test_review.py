@@ -5,6 +5,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from sklearn.metrics import cohen_kappa_score
 
 from orion_triage.dataset.labelled import read_labelled
 from orion_triage.errors import OrionError
-from orion_triage.review.choose import RANDOM, UNLIKE, Logged, choose, margin, read_log, why_of
+from orion_triage.review.choose import RANDOM, UNLIKE, LeftOut, Logged, choose, margin, read_log, why_of
 from orion_triage.review.labels import CONFLICTS, merge, read_labels, read_task, write_dataset
-from orion_triage.review.task import CONFIG_FILE, FRAMES_FILE, PAGE_FILE, TASKS_FILE, found_in, write
+from orion_triage.review.task import CONFIG_FILE, FRAMES_FILE, PAGE_FILE, TASKS_FILE, found_in, usable, write
 from orion_triage.safe.files import sha256_of_file
 from tests.chromium import Chromium
 from tests.conftest import MISSION, orion, structured_picture
@@ -47,7 +48,7 @@ def frames_in(folder: Path, count: int) -> list[str]:
 def logged(number: int, sure: float = 0.9, **changed: Any) -> Logged:
     scores = {H: sure, M: 1 - sure, L: 0.0}
     values = {"category": H, "model_category": H, "reason": "", "scores": scores, "decided_by": "model"}
-    return Logged(f"{number:04d}", **(values | changed))
+    return Logged(**({"file": f"{number:04d}"} | values | changed))
 
 
 def test_a_log_is_read_with_the_last_line_of_each_frame(tmp_path: Path) -> None:
@@ -64,9 +65,101 @@ def test_a_log_is_read_with_the_last_line_of_each_frame(tmp_path: Path) -> None:
     ):  # fmt: skip
         (tmp_path / "log").write_text(line + "\n" if line else "")
         with pytest.raises(OrionError, match=re.escape(said)):
-            read_log(tmp_path / "log", MISSION)
+            read_log(tmp_path / "log", MISSION, LeftOut())
     with pytest.raises(OrionError, match="does not exist"):
         read_log(tmp_path / "gone", MISSION)
+
+
+def test_damaged_lines_of_a_log_are_left_out_and_said(tmp_path: Path) -> None:
+    """A power loss may leave one in the middle; the flight client tolerates it."""
+    whole = [json.dumps(row(name, (0.8, 0.1, 0.1))).encode() for name in ("a.png", "b.png")]
+    for damage in (
+        b'{"file": "c.p',
+        b"\xff\x00",
+        b"[]",
+        b'{"file": "c.png"}',
+        b'{"file": "c", "category": null, "sha256": 5}',
+    ):
+        (tmp_path / "log").write_bytes(b"\n".join([whole[0], damage, whole[1], damage]) + b"\n")
+        left_out = LeftOut()
+        assert [frame.file for frame in read_log(tmp_path / "log", MISSION, left_out)] == ["a.png", "b.png"]
+        (said,) = left_out.in_words()
+        assert said.startswith(f"left out: 2 lines that cannot be used, for example {tmp_path}/log:2 is not a line")
+        with pytest.raises(OrionError, match="log:2 is not a line"):
+            read_log(tmp_path / "log", MISSION)
+    log_of(tmp_path / "log", [row("a.png", (0.8, 0.1, 0.1)), {"file": "b", "category": "FIRE"}])
+    with pytest.raises(OrionError, match="log:2: 'FIRE' is not a category of the mission"):
+        read_log(tmp_path / "log", MISSION, LeftOut())
+
+
+def test_a_frame_is_shown_only_with_its_own_picture(tmp_path: Path) -> None:
+    paths = [Path(name) for name in frames_in(tmp_path / "frames", 3)]
+    hashes = [sha256_of_file(path) for path in paths]
+    frames = [replace(logged(n, file=str(path)), sha256=hashes[n].upper()) for n, path in enumerate(paths)]
+    log_of(tmp_path / "log", [row(one.file, (0.8, 0.1, 0.1), sha256=one.sha256) for one in frames])
+    for folder in (None, tmp_path / "frames"):
+        structured_picture(1).save(paths[1], compress_level=1)
+        left_out = LeftOut()
+        found = usable(read_log(tmp_path / "log", MISSION, left_out), folder, left_out)
+        assert [(one.file, left_out.in_words()) for one in found] == [(str(path), []) for path in paths]
+        structured_picture(9).save(paths[1])
+        found = usable(read_log(tmp_path / "log", MISSION, left_out), folder, left_out)
+        assert [one.file for one in found] == [str(paths[0]), str(paths[2])]
+        assert left_out.in_words() == [
+            f"left out: 1 frame whose file is not the logged one, for example {paths[1]}: its SHA-256 begins "
+            f"with {sha256_of_file(paths[1])[:12]}, in the log with {hashes[1][:12]}"
+        ]
+
+
+def test_two_frames_of_a_log_are_never_one_picture(tmp_path: Path) -> None:
+    (own,) = frames_in(tmp_path / "flat", 1)
+    (tmp_path / "flat" / "f.png").write_bytes(Path(own).read_bytes())
+    sha256 = sha256_of_file(Path(own))
+    one, two = (logged(n, file=f"two/{name}/f.png") for n, name in enumerate("ab"))
+    other = logged(2, file="00.png")
+
+    def found(*frames: Logged) -> tuple[list[str], list[str]]:
+        left_out = LeftOut()
+        return [frame.reason for frame in usable(frames, tmp_path / "flat", left_out)], left_out.in_words()
+
+    one, two, other = (replace(frame, reason=name) for frame, name in ((one, "one"), (two, "two"), (other, "other")))
+    names, (said,) = found(one, two, other)
+    assert names == ["other"]
+    assert said == (
+        "left out: 2 frames with the same file as another one, and no hash that decides, for example two/a/f.png and "
+        f"two/b/f.png: both would be {tmp_path}/flat/f.png"
+    )
+    assert found(one, replace(two, sha256=sha256), other)[0] == ["two", "other"]
+    assert found(replace(one, sha256="0" * 64), two, other)[0] == ["two", "other"]
+    assert found(replace(one, sha256=sha256), replace(two, sha256=sha256), other)[0] == ["other"]
+    assert found(one)[0] == ["one"], "the only frame of a name"
+    left_out = LeftOut()
+    again = [replace(other, file=own), replace(other, file=f"{tmp_path}/flat/../flat/00.png", reason="last")]
+    assert [frame.reason for frame in usable(again, None, left_out)] == ["last"], "one file under two names"
+
+
+def test_frames_that_cannot_be_read_do_not_block_the_others(tmp_path: Path) -> None:
+    paths = frames_in(tmp_path / "frames", 6)
+    Path(paths[1]).write_bytes(Path(paths[1]).read_bytes()[:200])
+    Path(paths[2]).unlink()
+    rows = [row(path, (0.2, 0.5, 0.3)) for path in paths]
+    rows[1] |= {"category": None, "scores": None, "error": "damaged"}
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows) + "half a li\n")
+    made = orion("review", "new", "log.jsonl", "task", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert "4 frames (" in made.stderr
+    for said in (
+        "left out: 1 frame that cannot be read, for example", "frames/01.png",
+        "left out: 1 frame without a file, for example", "frames/02.png does not exist",
+        "left out: 1 line that cannot be used, for example log.jsonl:7 is not a line",
+    ):  # fmt: skip
+        assert said in made.stderr
+    for path in paths:
+        Path(path).unlink(missing_ok=True)
+    none = orion("review", "new", "log.jsonl", "other", cwd=tmp_path)
+    assert (none.returncode, (tmp_path / "other").exists()) == (1, False)
+    assert "no frame of the log can be used: left out: 1 line" in none.stderr
+    assert "6 frames without a file" in none.stderr
 
 
 def test_what_teaches_most_comes_first_beside_an_even_share() -> None:
@@ -112,7 +205,7 @@ def make_task(folder: Path, count: int) -> Path:
     rows[5]["reason"] = HOSTILE
     frames = read_log(log_of(folder / "log.jsonl", rows), MISSION)
     chosen = choose(frames, count, random_share=0.2, blind_share=0.2, seed=3)
-    write(folder / "task", chosen, None, MISSION, "log.jsonl")
+    write(folder / "task", chosen, MISSION, "log.jsonl")
     return folder / "task"
 
 
@@ -140,7 +233,7 @@ def test_a_task_says_what_belongs_to_each_frame(task: Path) -> None:
     config = (task / CONFIG_FILE).read_text()
     assert all(f'value="{name}"' in config for name in MISSION.names)
     with pytest.raises(OrionError, match="exists"):
-        write(task, [], None, MISSION, "x")
+        write(task, [], MISSION, "x")
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ def task(tmp_path: Path) -> Path:
     rows = [row(name, (0.2, 0.5, 0.3)) for name in frames_in(tmp_path / "frames", COUNT)]
     frames = read_log(log_of(tmp_path / "log.jsonl", rows), MISSION)
     chosen = choose(frames, COUNT, random_share=0.2, blind_share=0.3, seed=3)
-    write(tmp_path / "task", chosen, None, MISSION, "log.jsonl")
+    write(tmp_path / "task", chosen, MISSION, "log.jsonl")
     return tmp_path / "task"
 
 

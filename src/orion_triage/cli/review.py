@@ -54,13 +54,19 @@ def new(
     """
     from orion_triage.mission.load import load_mission
     from orion_triage.mission.mission import default_mission
-    from orion_triage.review.choose import choose, read_log
-    from orion_triage.review.task import PAGE_FILE, write
+    from orion_triage.review.choose import LeftOut, choose, read_log
+    from orion_triage.review.task import PAGE_FILE, require_new, usable, write
 
     mission = load_mission(mission_file) if mission_file else default_mission()
-    chosen = choose(read_log(log, mission), count, random_share=random_share, blind_share=blind_share, seed=seed)
+    require_new(out)  # before the frames are read
+    left_out = LeftOut()
+    logged = read_log(log, mission, left_out)
     with progress_bar() as progress:
-        counts = write(out, chosen, frames, mission, log.name, progress=progress)
+        found = usable(logged, frames, left_out, progress)
+        chosen = choose(found, count, random_share=random_share, blind_share=blind_share, seed=seed)
+        counts = write(out, chosen, mission, log.name, progress=progress)
+    for text in left_out.in_words():
+        _say(text)
     said = ", ".join(f"{number} {why}" for why, number in sorted(counts.items()))
     messages().print(f"review new: {len(chosen)} frames ({said})  ->  {out}", soft_wrap=True)
     messages().print(f"next: open {out / PAGE_FILE} in a browser; then", soft_wrap=True)

@@ -8,21 +8,24 @@ least certain ones.
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from orion_triage.errors import OrionError
 from orion_triage.mission.mission import Mission
-from orion_triage.safe.tables import json_lines
+from orion_triage.safe.reading import shown
+from orion_triage.safe.tables import numbered_lines
 
 RANDOM, NO_VERDICT, UNLIKE, OVERRULED, UNCERTAIN = "random", "no verdict", "unlike training", "overruled", "uncertain"
+_OTHER_LOG = "Pass such a log, with --mission for a mission of your own."
 
 
 @dataclass(frozen=True)
 class Logged:
-    """A frame of a log: its file as the log names it, and what was said of it."""
+    """A frame of a log: its file, what was said of it, and the SHA-256 of the file; empty if the log has none."""
 
     file: str
     category: str | None
@@ -30,6 +33,7 @@ class Logged:
     reason: str
     scores: Mapping[str, float] | None
     decided_by: str
+    sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -41,35 +45,65 @@ class Chosen:
     blind: bool
 
 
-def read_log(path: Path, mission: Mission) -> list[Logged]:
+@dataclass
+class LeftOut:
+    """What of a log is not used: (what it is, why) -> an example of each."""
+
+    examples: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+
+    def add(self, what: str, why: str, example: str) -> None:
+        self.examples.setdefault((what, why), []).append(example.removesuffix("."))
+
+    def in_words(self) -> list[str]:
+        """A sentence for each reason, with the number and the first example."""
+        return [
+            f"left out: {len(found)} {what}{'s' * (len(found) > 1)} {why}, for example {found[0]}"
+            for (what, why), found in self.examples.items()
+        ]
+
+
+def read_log(path: Path, mission: Mission, left_out: LeftOut | None = None) -> list[Logged]:
     """The frames of a log of `orion triage --out` or of the flight client, each once: the last line of a file counts.
 
-    Raises OrionError for a line that is none of theirs, or of another mission.
+    Damaged lines are added to `left_out`. Raises OrionError for a line of another mission, for a log without a line
+    that can be used, and for a damaged line if nobody collects them.
     """
     found: dict[str, Logged] = {}
-    number = 0
+    faults: list[OrionError] = []
     try:
-        for number, line in json_lines(path):  # noqa: B007
-            row = json.loads(line)
-            name = str(row.get("moved_to") or row["file"])
-            scores = row.get("scores")
-            said = row["category"], row.get("model_category", row["category"])
-            if any(one is not None and one not in mission.names for one in (*said, *(scores or ()))):
-                raise ValueError(f"{said[0]!r} is not a category of the mission {mission.name}")
-            values = {str(key): float(value) for key, value in scores.items()} if scores else None
-            if values and (len(values) != len(mission.names) or not all(map(math.isfinite, values.values()))):
-                raise ValueError("scores should have a number for each category")
-            found[name] = Logged(name, *said, str(row.get("reason") or ""), values, str(row.get("decided_by") or ""))
+        for number, line in numbered_lines(path):
+            try:
+                frame = _logged(json.loads(line.decode()), mission, f"{path}:{number}")
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                kinds = "'orion triage --out' or of the flight's log"
+                faults.append(OrionError(f"{path}:{number} is not a line of {kinds}: {error}.", _OTHER_LOG))
+                continue
+            found[frame.file] = frame
     except FileNotFoundError:
         raise OrionError(f"{path} does not exist.", "Make one with 'orion triage FOLDER --out FILE'.") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise OrionError(
-            f"{path}:{number} is not a line of 'orion triage --out' or of the flight's log: {error}.",
-            "Pass such a log, with --mission for a mission of your own.",
-        ) from None
+    if faults and (left_out is None or not found):
+        raise faults[0]
     if not found:
         raise OrionError(f"{path} has no frame.", "Pass a log with frames.")
+    for fault in faults:
+        assert left_out is not None
+        left_out.add("line", "that cannot be used", fault.message)
     return list(found.values())
+
+
+def _logged(row: Mapping[str, Any], mission: Mission, where: str) -> Logged:
+    """The frame of a line; raises OrionError for a category of another mission, other errors for a damaged line."""
+    scores, sha256 = row.get("scores"), row.get("sha256") or ""
+    said = row["category"], row.get("model_category", row["category"])
+    if wrong := [one for one in (*said, *(scores or ())) if one is not None and one not in mission.names]:
+        raise OrionError(f"{where}: {shown(wrong[0])} is not a category of the mission {mission.name}.", _OTHER_LOG)
+    values = {str(key): float(value) for key, value in scores.items()} if scores else None
+    if values and (len(values) != len(mission.names) or not all(map(math.isfinite, values.values()))):
+        raise ValueError("scores should have a number for each category")
+    if not isinstance(sha256, str):
+        raise TypeError("sha256 should be text")
+    name, reason, by = str(row.get("moved_to") or row["file"]), str(row.get("reason") or ""), row.get("decided_by")
+    return Logged(name, *said, reason, values, str(by or ""), sha256.lower())
 
 
 def choose(frames: Sequence[Logged], count: int, *, random_share: float, blind_share: float, seed: int) -> list[Chosen]:

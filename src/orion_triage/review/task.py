@@ -10,18 +10,18 @@ import json
 import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 from xml.sax.saxutils import quoteattr
 
 from orion_triage import templates
-from orion_triage.errors import OrionError
+from orion_triage.errors import FrameError, OrionError
 from orion_triage.imagery.frames import CAMERA_SIZE, read_frame
 from orion_triage.imagery.stretch import Stretch
 from orion_triage.mission.mission import Mission, colours
 from orion_triage.progress import Progress, silent
-from orion_triage.review.choose import Chosen
+from orion_triage.review.choose import Chosen, LeftOut, Logged
 from orion_triage.safe.files import replaced_folder, sha256_of_file, write_text
 
 FRAMES_FILE, PAGE_FILE = "frames.json", "review.html"
@@ -44,10 +44,63 @@ class Suggestion:
 Said = Mapping[str, Sequence[Suggestion]]  # id of a frame -> what models said of it beside the task's own log
 
 
+def require_new(folder: Path) -> None:
+    """Raise OrionError if the folder of a new task exists."""
+    if folder.exists():
+        raise OrionError(f"{folder} exists.", "Name a folder that does not exist yet: labels belong to their task.")
+
+
+def usable(
+    frames: Sequence[Logged], folder: Path | None, left_out: LeftOut, progress: Progress = silent
+) -> list[Logged]:
+    """The frames that people can look at, with the absolute path of their file; in `folder`, if it is not where logged.
+
+    A file of another hash than the logged one is another picture. Frames that `folder` leads to one file are left out,
+    unless a single one has its hash; without a folder, they are one frame under two names, and the newer name counts.
+    Raises OrionError if no frame can be used.
+    """
+    of_file: dict[Path, list[Logged]] = {}  # as logged
+    found: list[Logged] = []
+
+    def path_of(frame: Logged) -> Path:
+        return found_in(folder, frame.file) if folder else Path(frame.file).absolute()
+
+    for done, frame in enumerate(frames, start=1):
+        progress("checking frames", done, len(frames))
+        path = path_of(frame)
+        if not path.is_file():
+            left_out.add("frame", "without a file", f"{path} does not exist")
+            continue
+        try:
+            read_frame(path, CAMERA_SIZE, resize=True)
+        except FrameError as error:
+            left_out.add("frame", "that cannot be read", error.message)
+            continue
+        if frame.sha256 and (own := sha256_of_file(path)) != frame.sha256:
+            said = f"{path}: its SHA-256 begins with {own[:12]}, in the log with {frame.sha256[:12]}"
+            left_out.add("frame", "whose file is not the logged one", said)
+            continue
+        of_file.setdefault(path.resolve(), []).append(frame)
+    for path, logged in of_file.items():
+        kept = logged[-1:]
+        if folder and len(logged) > 1:
+            sure = [frame for frame in logged if frame.sha256]
+            kept = sure if len(sure) == 1 else []
+            said = f"{logged[0].file} and {logged[1].file}: both would be {path}"
+            for _ in range(len(logged) - len(kept)):
+                left_out.add("frame", "with the same file as another one, and no hash that decides", said)
+        found += [replace(frame, file=str(path_of(frame))) for frame in kept]
+    if not found:
+        raise OrionError(
+            f"no frame of the log can be used: {'; '.join(left_out.in_words())}.",
+            "Pass the folder that has these frames with --frames.",
+        )
+    return found
+
+
 def write(
     folder: Path,
     chosen: Sequence[Chosen],
-    frames_folder: Path | None,
     mission: Mission,
     model: str,
     *,
@@ -55,14 +108,12 @@ def write(
     progress: Progress = silent,
 ) -> dict[str, int]:
     """Write the task into `folder`, which must not exist; returns the number of frames by why they were chosen.
-
     `model` names who made the suggestions. Raises OrionError for a frame that cannot be read.
     """
-    if folder.exists():
-        raise OrionError(f"{folder} exists.", "Name a folder that does not exist yet: labels belong to their task.")
+    require_new(folder)
     rows, pictures = [], []
     for done, one in enumerate(chosen, start=1):
-        path = (found_in(frames_folder, one.frame.file) if frames_folder else Path(one.frame.file)).absolute()
+        path = Path(one.frame.file).absolute()
         sha256 = sha256_of_file(path) if path.is_file() else ""
         pictures.append(_picture(path, stretch))
         rows.append(_row(done, path, sha256, one, model))
@@ -125,8 +176,8 @@ def _picture(path: Path, stretch: Stretch | None = None) -> str:
 def found_in(folder: Path, logged: str) -> Path:
     """The frame of a log in this folder: by as much of its logged path as is found there, at least its name."""
     parts = PurePosixPath(logged).parts
-    candidates = [folder.joinpath(*parts[start:]) for start in range(parts[0] == "/", len(parts))]
-    return next((path for path in candidates if path.is_file()), folder / parts[-1]).absolute()
+    candidates = [folder.joinpath(*parts[start:]) for start in range(parts[:1] == ("/",), len(parts))]
+    return next((path for path in candidates if path.is_file()), folder.joinpath(*parts[-1:])).absolute()
 
 
 def _row(number: int, path: Path, sha256: str, chosen: Chosen, model: str) -> Row:
