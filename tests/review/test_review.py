@@ -16,7 +16,7 @@ from sklearn.metrics import cohen_kappa_score
 from orion_triage.dataset.labelled import read_labelled
 from orion_triage.errors import OrionError
 from orion_triage.review.choose import RANDOM, UNLIKE, LeftOut, Logged, choose, margin, read_log, why_of
-from orion_triage.review.labels import CONFLICTS, merge, read_labels, read_task, write_dataset
+from orion_triage.review.labels import CONFLICTS, Label, merge, read_labels, read_task, write_dataset
 from orion_triage.review.task import CONFIG_FILE, FRAMES_FILE, PAGE_FILE, TASKS_FILE, found_in, usable, write
 from orion_triage.safe.files import sha256_of_file
 from tests.chromium import Chromium
@@ -372,7 +372,7 @@ def test_label_studios_exports_are_read(task: Path, tmp_path: Path) -> None:
         ("a@b.c", H), ("Label Studio user 2", M), ("Label Studio user 3", L),
     ]  # fmt: skip
     assert (empty, labels[0].reason, labels[0].seconds) == (2, "A reason.", 3.5)
-    more = {"annotator": 1, "lead_time": 2, "created_at": "x"}
+    more = {"annotator": 1, "lead_time": 2, "created_at": "2026-11-29T11:00:00.123456Z"}
     short = [
         {**tasks[0]["data"], "id": 1, "category": H, "reason": ["A reason."], **more},
         {**tasks[1]["data"], "id": 2, **more},
@@ -431,8 +431,67 @@ def test_people_and_suggestions_are_compared(task: Path, tmp_path: Path) -> None
     assert told["quick_as_suggested"] == sum(quick)
     # A second label of the same person replaces the first.
     again, _ = read_labels(saved(tmp_path / "again.json", page_labels(task, "Anna", {0: L})), rows, MISSION)
-    later = [type(again[0])(**(vars(again[0]) | {"at": "2027"}))]
-    assert [label.category for label in merge([*labels, *later], rows, MISSION, 0).of_frame[ids[0]]] == [L]
+    later = [replace(again[0], at="2027-01-01T00:00:00Z")]
+    merged = merge([*labels, *later], rows, MISSION, 0)
+    assert [label.category for label in merged.of_frame[ids[0]]] == [L]
+    assert merged.figures["replaced"] == [f"{ids[0]}, Anna: HIGH (2026-11-29T10:00Z), then LOW (2027-01-01T00:00:00Z)"]
+    assert told["replaced"] == []
+
+
+@pytest.mark.parametrize(
+    ("earlier", "later"),
+    [
+        ("2026-11-30T11:00:00+02:00", "2026-11-30T10:00:00Z"),  # as text, the earlier one is the greater
+        ("2026-11-30T09:30:00", "2026-11-30T11:00:00+01:00"),  # without a time zone, UTC
+        ("", "2026-11-30T10:00:00Z"),
+    ],
+)
+def test_the_later_label_of_a_person_counts_whatever_its_time_zone(task: Path, earlier: str, later: str) -> None:
+    rows = read_task(task, MISSION)
+    frame = next(iter(rows))
+    labels = [Label(frame, H, "", "Anna", later, 5), Label(frame, L, "", "Anna", earlier, 5)]
+    for order in (labels, labels[::-1]):
+        merged = merge(order, rows, MISSION, 0)
+        assert [label.category for label in merged.of_frame[frame]] == [H]
+        assert merged.figures["replaced"] == [f"{frame}, Anna: LOW ({earlier}), then HIGH ({later})"]
+
+
+@pytest.mark.parametrize(
+    ("reason", "at", "said"),
+    [
+        ("A\0B", "2026-11-29", r"the reason 'A\\x00B' contains the unprintable character '\\x00'"),
+        ("\x1b[31m", "2026-11-29", "contains the unprintable character"),
+        ("x" * 1000, "2026-11-29", "has 1000 characters; the limit is"),
+        ("<|im_end|>", "2026-11-29", "contains the model's control token"),
+        ("Two\nlines.", "2026-11-29", ""),
+        ("", "yesterday", "'yesterday' is no time"),
+        ("", "2026-11-29\x0010:00", "is no time"),
+    ],
+)
+def test_a_label_of_which_adapt_would_refuse_the_row_is_refused(
+    task: Path, tmp_path: Path, reason: str, at: str, said: str
+) -> None:
+    rows = read_task(task, MISSION)
+    value = page_labels(task, "Anna", {0: H})
+    value["labels"][0] |= {"reason": reason, "at": at}
+    path = saved(tmp_path / "labels.json", value)
+    if not said:
+        assert len(read_labels(path, rows, MISSION)[0]) == 1
+        return
+    with pytest.raises(OrionError, match=said) as error:
+        read_labels(path, rows, MISSION)
+    assert f"labels.json: frame {next(iter(rows))}: " in error.value.message
+
+
+def test_two_choices_in_label_studio_are_no_category(task: Path, tmp_path: Path) -> None:
+    rows = read_task(task, MISSION)
+    data = json.loads((task / TASKS_FILE).read_text())[0]["data"]
+    both = annotation(H, 1)
+    both["result"][0]["value"]["choices"] = [H, L]
+    short = {**data, "category": {"choices": [H, L]}, "annotator": 1}
+    for export in ([{"data": data, "annotations": [both]}], [short]):
+        with pytest.raises(OrionError, match=r"HIGH.*LOW.* is not a category of"):
+            read_labels(saved(tmp_path / "export.json", export), rows, MISSION)
 
 
 def test_the_dataset_has_what_all_agree_on_and_lists_the_rest(tmp_path: Path) -> None:

@@ -218,6 +218,14 @@ def read(
     labellers = ", ".join(figures["labellers"]) or "nobody"
     console = output()
     console.print(f"{figures['labelled']} of {figures['frames']} frames labelled by {labellers}", soft_wrap=True)
+    if figures["empty_in_export"]:
+        console.print(f"left out: {figures['empty_in_export']} tasks of exports without a category", soft_wrap=True)
+    if replaced := figures["replaced"]:
+        console.print(
+            f"labels replaced by a later one of the same name with another category: {len(replaced)}, for example "
+            f"{cell(replaced[0])}. If two people have this name, give them two.",
+            soft_wrap=True,
+        )
     for pair, kappa in figures["kappa"].items():
         value = "-" if kappa["kappa"] is None else f"{kappa['kappa']:.2f}"
         console.print(f"kappa of {pair}: {value} on {kappa['frames']} frames", soft_wrap=True)

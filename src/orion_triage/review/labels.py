@@ -11,6 +11,7 @@ import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from orion_triage.errors import OrionError
 from orion_triage.evaluate import clusters
 from orion_triage.imagery.frames import CAMERA_SIZE, RAW_SUFFIX, read_frame
 from orion_triage.mission.mission import Mission
+from orion_triage.mission.verdict import reason_fault
 from orion_triage.review.choose import RANDOM
 from orion_triage.review.task import FRAMES_FILE, Said, Suggestion, file_of, suggestions
 from orion_triage.safe.files import replaced_folder, write_text
@@ -39,7 +41,8 @@ _LONGEST_NAME = 200
 class Label:
     """What one person said of one frame; `seconds` is how long it took, None if it is not known.
 
-    `saw` are the sources whose suggestions were shown; None if the file does not say.
+    `at` is a time in ISO 8601, empty if it is not known. `saw` are the sources whose suggestions were shown; None if
+    the file does not say.
     """
 
     frame: str
@@ -49,6 +52,14 @@ class Label:
     at: str
     seconds: float | None
     saw: tuple[str, ...] | None = None
+
+    @property
+    def time(self) -> datetime:
+        """`at`, in UTC if it has no time zone; an unknown one is the earliest. Raises ValueError if it is no time."""
+        if not self.at.isprintable():  # fromisoformat takes any character between date and time
+            raise ValueError("not printable")
+        time = datetime.fromisoformat(self.at) if self.at else datetime.min
+        return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 
 def read_task(folder: Path, mission: Mission) -> dict[str, dict[str, Any]]:
@@ -76,7 +87,8 @@ def read_task(folder: Path, mission: Mission) -> dict[str, dict[str, Any]]:
 def read_labels(path: Path, task: Mapping[str, Any], mission: Mission) -> tuple[list[Label], int]:
     """(The labels in a file, the tasks in it that nobody labelled): of the page, or of Label Studio (JSON, JSON-MIN).
 
-    Raises OrionError for a file that is neither, for labels of another task, and for a category that there is not.
+    Raises OrionError for a file that is neither, for labels of another task, and for a label that cannot be used: with
+    two categories or one that there is not, a time that is none, or a reason that no training takes.
     """
     try:
         value = parse_json(read_bytes(path, LARGEST_TABLE_BYTES))
@@ -99,9 +111,24 @@ def read_labels(path: Path, task: Mapping[str, Any], mission: Mission) -> tuple[
             raise OrionError(f"{path}: {shown(label.labeller)} is no name of a labeller.", "Write a plain name.")
         if label.frame not in task:
             raise OrionError(f"{path}: {shown(label.frame)} is no frame of this task.", "Pass the labels of this task.")
+        where = f"{path}: frame {label.frame}"
         if label.category not in mission.names:
-            raise OrionError(f"{path}: {shown(label.category)} is not a category of {mission.name}.", "Correct it.")
+            message = f"{where}: {shown(label.category)} is not a category of {mission.name}."
+            raise OrionError(message, "Give the frame one category of the mission.")
+        try:
+            label.time  # noqa: B018
+        except ValueError:
+            raise OrionError(f"{where}: {shown(label.at)} is no time.", "Write it as 2026-11-29T10:00:00Z.") from None
+        if fault := _reason_fault(label.reason, mission):
+            raise OrionError(f"{where}: the reason {shown(label.reason)} {fault}.", "Correct the reason.")
     return found, empty
+
+
+def _reason_fault(reason: str, mission: Mission) -> str:
+    """Why a dataset with this reason would be refused; empty if it would not. Line breaks become blanks there."""
+    if (length := len(reason.strip())) > mission.longest_reason:
+        return f"has {length} characters; the limit is {mission.longest_reason}"
+    return reason_fault(" ".join(reason.split()))
 
 
 def _of_page(value: Mapping[str, Any]) -> Iterator[Label]:
@@ -148,13 +175,14 @@ def _of_annotation(data: Mapping[str, Any], annotation: Mapping[str, Any]) -> La
     if annotation.get("was_cancelled"):
         return None
     said = {one["from_name"]: one["value"] for one in annotation["result"]}
-    if not said.get("category", {}).get("choices"):
+    choices = said.get("category", {}).get("choices")
+    if not choices:
         return None
     who = annotation.get("completed_by")
     name = who.get("email") if isinstance(who, dict) else f"Label Studio user {who}"
     texts = said.get("reason", {}).get("text") or [""]
     return Label(
-        str(data["frame"]), str(said["category"]["choices"][0]), str(texts[0] if isinstance(texts, list) else texts),
+        str(data["frame"]), ", ".join(map(str, choices)), str(texts[0] if isinstance(texts, list) else texts),
         str(name), str(annotation.get("created_at") or ""), _number(annotation.get("lead_time")), _sources(data),
     )  # fmt: skip
 
@@ -184,7 +212,13 @@ def merge(
     `said` are suggestions beside those of the task's log.
     """
     last: dict[tuple[str, str], Label] = {}
-    for label in sorted(labels, key=lambda label: label.at):
+    replaced: list[str] = []
+    for label in sorted(labels, key=lambda label: label.time):
+        before = last.get((label.frame, label.labeller), label)
+        if before.category != label.category:
+            replaced.append(
+                f"{label.frame}, {label.labeller}: {before.category} ({before.at}), then {label.category} ({label.at})"
+            )
         last[label.frame, label.labeller] = label
     of_frame: dict[str, list[Label]] = {}
     for label in last.values():
@@ -204,6 +238,7 @@ def merge(
         "not_labelled": len(task) - len(of_frame),
         "empty_in_export": empty,
         "labellers": sorted({label.labeller for label in last.values()}),
+        "replaced": replaced,
         "conflicts": sorted(conflicts),
         "kappa": _kappas(list(last.values()), mission),
         "as_suggested": {
@@ -336,7 +371,7 @@ def _cells(frame: str, labels: Sequence[Label], row: Mapping[str, Any], path: Pa
         "category": agreed(labels),
         "reason": reason,
         "labelled_by": "; ".join(label.labeller for label in labels),
-        "labelled_at": max(label.at for label in labels),
+        "labelled_at": max(labels, key=lambda label: label.time).at,
         "why": row["why"],
         "blind": "yes" if row["blind"] else "no",
         "suggestion": row["suggestion"] or "",
