@@ -225,6 +225,32 @@ def test_pictures_that_no_row_names_and_conversions_are_said(tmp_path: Path) -> 
     assert any("1 of 8 pictures were converted: " in note and "grey.png" in note for note in notes), notes
 
 
+def test_frames_of_the_test_split_are_left_out_and_splits_and_unused_columns_are_said(tmp_path: Path) -> None:
+    """They are for judging. A table says it with a column, category folders with folders of splits around them."""
+    splits = ["train", "val", "test", "train", "train"] * 3
+    for number, split in enumerate(splits):
+        path = tmp_path / "folders" / split / (H, M, L)[number % 3] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        structured_picture(number).save(path, compress_level=1)
+    table = tmp_path / "table"
+    shutil.copytree(tmp_path / "folders", table / "images")
+    rows = [(path.relative_to(table), path) for path in sorted(table.rglob("*.png"))]
+    cells = [f"{name},{path.parent.name},{path.parent.parent.name},me" for name, path in rows]
+    (table / "labels.csv").write_text("file_name,category,split,labelled_by\n" + "\n".join(cells) + "\n")
+    said = "labelled rows used: 9 of train, 3 of val; left out: 3 of test, which are for judging"
+    for folder, more in (
+        (tmp_path / "folders", [said]),
+        (table, [said, "columns of labels.csv that are not used: labelled_by"]),
+    ):
+        frames, notes = read_labelled(folder, MISSION)
+        assert sorted(int(frame.path.stem) for frame in frames) == [n for n in range(15) if splits[n] != "test"]
+        assert notes == more
+    (tmp_path / "folders" / "val").rename(tmp_path / "val")
+    (tmp_path / "folders" / "train").rename(tmp_path / "train")
+    with pytest.raises(OrionError, match="has 0 labelled frames beside 3 of the split test"):
+        read_labelled(tmp_path / "folders", MISSION)
+
+
 def test_plain_tiffs_need_no_position(tmp_path: Path) -> None:
     """As PNGs, the same pictures are the same frames; a TIFF that cannot be read is refused by name."""
     pytest.importorskip("rasterio")

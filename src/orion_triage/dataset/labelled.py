@@ -1,6 +1,7 @@
 """A few labelled frames of a camera: read once, to fit a head on them or to train with them."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from orion_triage.imagery.stretch import Stretch
 from orion_triage.mission.mission import Mission
 from orion_triage.mission.prompt import Coordinates
 from orion_triage.mission.verdict import Verdict
+from orion_triage.settings import Split
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -50,13 +52,16 @@ class Labelled:
 def read_labelled(folder: Path, mission: Mission, stretch: Stretch | None = None) -> tuple[list[Labelled], list[str]]:
     """(The frames of a folder in any layout of `orion run --dataset FOLDER`, what is left out and converted in words.)
 
-    Blank frames are left out if the mission has a rule for them: no model is asked about them. The same picture twice
-    counts once. Raises OrionError that lists mistakes, and for too few frames or categories.
+    Frames of the split test are left out: they are for judging what is made of the others. So are blank frames if the
+    mission has a rule for them: no model is asked about them. The same picture twice counts once. Raises OrionError
+    that lists mistakes, and for too few frames or categories.
     """
     source = Directory(folder, mission)
+    splits = Counter(target.split for target in source.targets)
+    targets = [target for target in source.targets if target.split != "test"]
     found: dict[bytes, Labelled] = {}
     again, conversions = 0, Conversions()
-    for target, answer in zip(source.targets, source.pictures([Shot(one) for one in source.targets]), strict=True):
+    for target, answer in zip(targets, source.pictures([Shot(one) for one in targets]), strict=True):
         assert isinstance(answer, Picture)
         assert isinstance(answer.data, Path)
         read = read_frame(answer.data, CAMERA_SIZE, resize=True, stretch=stretch)
@@ -76,14 +81,25 @@ def read_labelled(folder: Path, mission: Mission, stretch: Stretch | None = None
     frames = [frame for frame in ordered if not (mission.blank and is_blank(frame.image))]
     blank = len(found) - len(frames)
     if len(frames) < FEWEST:
-        raise OrionError(f"{folder} has {len(frames)} labelled frames.", f"Add frames: at least {FEWEST} are needed.")
+        beside = f" beside {splits['test']} of the split test, which is for judging" if splits["test"] else ""
+        raise OrionError(
+            f"{folder} has {len(frames)} labelled frames{beside}.", f"Add frames: at least {FEWEST} are needed."
+        )
     if len({frame.category for frame in frames}) < 2:
         raise OrionError(f"all labelled frames are {frames[0].category}.", "Add frames of another category.")
     if len({frame.place for frame in frames}) < 2:
         raise OrionError("all labelled frames are of one place.", "Add frames of other places.")
-    notes = [f"left out: {blank} blank frame{'s' * (blank > 1)}, which the blank rule decides"] if blank else []
+    notes = [_splits_in_words(splits)] if splits.keys() - {None} else []
+    notes += [f"left out: {blank} blank frame{'s' * (blank > 1)}, which the blank rule decides"] if blank else []
     notes += [f"left out: {again} picture{'s' * (again > 1)} that the folder has already"] if again else []
-    return frames, [*notes, *source.left_out, *conversions.in_words()]
+    return frames, [*notes, *source.unused_columns, *source.left_out, *conversions.in_words()]
+
+
+def _splits_in_words(splits: Counter[Split | None]) -> str:
+    """How many rows of which split are used, and how many not."""
+    used = [f"{splits[split]} of {split or 'no split'}" for split in ("train", "val", None) if splits[split]]
+    left = f"; left out: {splits['test']} of test, which are for judging" if splits["test"] else ""
+    return f"labelled rows used: {', '.join(used)}{left}"
 
 
 def turned(image: "Image.Image") -> "list[Image.Image]":

@@ -36,7 +36,8 @@ class Directory:
         self.targets = contents.targets
         self._files = contents.files
         self.left_out = _left_out(contents)
-        self.warnings = [*_warnings(contents), *self.left_out]
+        self.unused_columns = _unused_columns(contents)
+        self.warnings = [*self.unused_columns, *_warnings(contents), *self.left_out]
 
     def pictures(self, shots: Sequence[Shot]) -> Iterator[Picture | Absent]:
         for shot in shots:
@@ -70,15 +71,17 @@ def _refusal(contents: Contents) -> OrionError:
     return OrionError(f"{contents.folder}: {'; '.join(said)}{more}.", fix)
 
 
-def _warnings(contents: Contents) -> list[str]:
-    """The warnings of the dataset stage: findings of the same kind about single files are one sentence."""
-    said = [
+def _unused_columns(contents: Contents) -> list[str]:
+    return [
         f"columns of {table.name} that are not used: {listed(table.columns.unused)}"
         for table in contents.tables
         if table.columns.unused and table.rows
     ]
-    said += [finding.message.removesuffix(".") for finding in contents.findings if finding.check.startswith("no-")]
-    return said
+
+
+def _warnings(contents: Contents) -> list[str]:
+    """The warnings of the dataset stage: findings of the same kind about single files are one sentence."""
+    return [finding.message.removesuffix(".") for finding in contents.findings if finding.check.startswith("no-")]
 
 
 def _left_out(contents: Contents) -> list[str]:
