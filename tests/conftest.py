@@ -2,6 +2,7 @@
 
 import csv
 import gc
+import hashlib
 import json
 import os
 import shutil
@@ -30,6 +31,7 @@ from orion_triage.mission.mission import default_mission
 from orion_triage.mission.prompt import Coordinates, render_prompt, user_text
 from orion_triage.mission.verdict import Verdict, answer_text
 from orion_triage.models.load import TINY_BASE_FOLDER
+from orion_triage.runs.manifest import FILE_NAME
 
 from . import warm
 
@@ -239,6 +241,20 @@ def make_dataset(folder: Path) -> None:
             records += [record, record.without_coordinates()] if split == "train" else [record]
             number += 1
         write_split(folder, split, records)
+
+
+def as_made(path: Path, folder: Path) -> None:
+    """Write a changed file's hash into the manifest of its stage's folder, as if the stage had made it so."""
+    stage_manifest = folder / FILE_NAME
+    value = json.loads(stage_manifest.read_text())
+    value["outputs"][path.relative_to(folder).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
+    stage_manifest.write_text(json.dumps(value))
+
+
+def rewrite(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write these lines of an evaluation, and their hash into its manifest."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    as_made(path, path.parent)
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ from orion_triage.runs.manifest import read_manifest
 from orion_triage.runs.run import open_run
 from orion_triage.settings import Settings
 
-from .conftest import ORION, SHARED, orion, run_command, structured_picture
+from .conftest import ORION, SHARED, orion, rewrite, run_command, structured_picture
 
 STAGES = stages(Settings())
 REAL_FRAMES = SHARED / "frames"
@@ -483,6 +483,9 @@ def test_runs_are_compared_frame_by_frame(finished: Path, tmp_path: Path) -> Non
     for row in rows:
         row["category"] = row["truth"] if row["condition"] == "B" else row["category"]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changed = orion("compare", "runs/small", other, cwd=finished)
+    assert_refused(changed, f"{path} was changed", f"orion evaluate --variants base --run {other} --force")
+    rewrite(path, rows)
     result = orion("compare", "runs/small", other, "--json", cwd=finished)
     assert result.returncode == 0, result.stderr
     models = json.loads(result.stdout)["against"][str(other)]
@@ -505,7 +508,7 @@ def test_runs_are_compared_frame_by_frame(finished: Path, tmp_path: Path) -> Non
     assert "Accuracy over 3 runs" in orion("compare", "runs/small", other, other, cwd=finished).stdout
     assert_refused(orion("compare", "runs/small", other, "--file", "val", cwd=finished), "no model evaluated in both")
     assert_refused(orion("compare", "runs/small", cwd=finished), "at least two run folders", status=2)
-    path.write_text("".join(json.dumps(row | {"prompt_sha256": "0"}) + "\n" for row in rows))
+    rewrite(path, [row | {"prompt_sha256": "0"} for row in rows])
     assert_refused(orion("compare", "runs/small", other, cwd=finished), "24 of 24 questions differ", "A/")
 
 

@@ -371,6 +371,8 @@ def _do(stage: Stage, run: Run, inputs: dict[str, str], progress: Progress) -> m
         for name in ("dataset", "adapter", "merged", "gguf") if stage is not DATASET else ():
             if path := stage.inputs(run).get(name):
                 require_mission(path, run.settings.mission)
+                if name == "dataset":
+                    Dataset(path, run.settings.mission).require_as_made()
         figures = stage.run(run, progress)
         if stage.card and processes.is_main():
             _write_card(stage.card, run, folder)

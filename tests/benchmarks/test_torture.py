@@ -13,6 +13,7 @@ import pytest
 
 from orion_triage.runs.run import Run, open_run
 from tests import warm
+from tests.conftest import rewrite
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -98,17 +99,6 @@ def test_what_a_kill_would_have_spoiled_is_found(finished: Path, tmp_path: Path,
     assert "fuse has no manifest" in found
     assert "evaluate quantized: predictions.jsonl differs" in found
     assert ".half.partial was left behind" in found
-
-
-def rewrite(rows: Path, lines: list[dict[str, Any]]) -> None:
-    """The file, and its hash in the manifest."""
-    from orion_triage.safe.files import sha256_of_text
-
-    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    stage_manifest = rows.parent / "manifest.json"
-    value = json.loads(stage_manifest.read_text())
-    value["outputs"][rows.name] = sha256_of_text(rows.read_text())
-    stage_manifest.write_text(json.dumps(value))
 
 
 @pytest.mark.slow

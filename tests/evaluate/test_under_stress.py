@@ -36,7 +36,7 @@ from orion_triage.report.render import stress_rows, worst_under_stress
 from orion_triage.runs.manifest import hash_inputs, write_manifest
 from orion_triage.runs.run import Run
 from orion_triage.settings import load_settings
-from tests.conftest import MISSION, REASONS, orion, structured_picture
+from tests.conftest import MISSION, REASONS, as_made, orion, rewrite, structured_picture
 
 H, M, L = MISSION.names
 SIZE = 256
@@ -181,7 +181,7 @@ def test_the_blank_rule_sees_the_stressed_frame(run: Run) -> None:
     for row in rows:
         if row["strength"] == "mild" and row["truth"] == H:
             row["blank"] = True  # as after a white-out
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rewrite(path, rows)
     results = stress_results(run)
     assert results is not None
     mild = next(row for row in results["rows"] if (row["stress"], row["strength"]) == ("partial", "mild"))
@@ -196,6 +196,7 @@ def test_a_white_out_is_blank(tmp_path: Path, made: Run) -> None:
         flat[:64] = np.asarray(structured_picture(1))[:64]  # not blank: only rows from 16 on count
         flat[256:] = np.asarray(structured_picture(2))[256:]
         Image.fromarray(flat).save(path, compress_level=1)
+        as_made(path, run.dataset)
     stress.ask(PARTIAL, run, AfraidOfTheDark(), "x")
     blank = {row["strength"]: row["blank"] for row in read_predictions(run.evaluation("stress/partial"), MISSION)}
     assert blank == {"mild": False, "medium": True, "strong": True}

@@ -22,7 +22,7 @@ from orion_triage.report.render import render_markdown
 from orion_triage.runs.manifest import write_manifest
 from orion_triage.runs.run import Run, prepare
 from tests.chromium import Chromium
-from tests.conftest import MISSION, orion
+from tests.conftest import MISSION, as_made, orion
 
 HOSTILE = ("<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "' onload='alert(1)", "{{ 7 * 7 }}")
 BLOCKS = {"td", "th", "tr", "br", "div", "small", "p", "li", "dt", "dd", "caption"}  # apart from the text before them
@@ -247,7 +247,9 @@ def test_frames_that_are_gone_are_said(flown: Run, wrong_results: dict[str, Any]
 
 
 def test_a_blank_frame_is_low_by_rule_in_the_gallery_too(flown: Run) -> None:
-    Image.new("RGB", (512, 512), (9, 9, 30)).save(flown.dataset / "orion_dataset/images/high_place_18.png")
+    blank = flown.dataset / "orion_dataset/images/high_place_18.png"
+    Image.new("RGB", (512, 512), (9, 9, 30)).save(blank)
+    as_made(blank, flown.dataset)
     for model in ("base", "fine-tuned"):  # a report of fewer models takes less time
         shutil.rmtree(flown.evaluation(model))
     document = _document(flown)

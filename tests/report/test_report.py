@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,15 +14,18 @@ from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
+from orion_triage.dataset.dataset import Dataset
 from orion_triage.dataset.records import read_split
 from orion_triage.errors import OrionError
 from orion_triage.evaluate.baselines import LOGISTIC_REGRESSION
 from orion_triage.evaluate.metrics import Prediction
-from orion_triage.evaluate.results import as_flown, build_results, differences, steps
+from orion_triage.evaluate.results import as_flown, blank_frames, build_results, current_results, differences, steps
+from orion_triage.evaluate.run import read_predictions
 from orion_triage.evaluate.seeds import over_training_seeds
 from orion_triage.evaluate.variants import table
 from orion_triage.mission.decide import Rules
-from orion_triage.report import plot
+from orion_triage.pipeline import run_stage, stage_named
+from orion_triage.report import plot, write
 from orion_triage.report.compare import compare_runs
 from orion_triage.report.render import (
     accuracy_rows,
@@ -35,7 +39,7 @@ from orion_triage.report.render import (
 from orion_triage.runs.manifest import hash_inputs, remove_outputs, write_manifest
 from orion_triage.runs.run import Run, open_run, prepare
 from orion_triage.settings import load_settings
-from tests.conftest import MISSION
+from tests.conftest import MISSION, rewrite
 
 H, M, L = "HIGH", "MEDIUM", "LOW"
 
@@ -242,11 +246,7 @@ def test_runs_that_differ_in_the_training_seed_only_are_reported_together(run: R
     assert over_training_seeds(open_run(first))["seeds"] == [42, 44]
     predictions = second / "evaluation/test/fine-tuned/predictions.jsonl"
     rows = [json.loads(line) for line in predictions.read_text().splitlines()]
-    predictions.write_text(
-        "".join(
-            json.dumps(row | ({"category": row["truth"]} if row["condition"] == "A" else {})) + "\n" for row in rows
-        )
-    )
+    rewrite(predictions, [row | ({"category": row["truth"]} if row["condition"] == "A" else {}) for row in rows])
     results = build_results(open_run(first))
     alone = results["models"]["fine-tuned"]["A"]["accuracy"]
     assert alone < 1
@@ -267,7 +267,7 @@ def test_questions_that_differ_are_counted_over_both_runs(run: Run, tmp_path: Pa
         shutil.rmtree(other.evaluation("fine-tuned"))
         path = other.evaluation("base") / "predictions.jsonl"
         rows = [row for line in path.read_text().splitlines() for row in change(json.loads(line))]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rewrite(path, rows)
         return other
 
     def renamed(row: dict[str, Any]) -> dict[str, Any]:
@@ -288,6 +288,82 @@ def test_questions_that_differ_are_counted_over_both_runs(run: Run, tmp_path: Pa
     assert list(compare_runs(run, fewer)["base"]) == ["A", "B"]
 
 
+def edit(path: Path, old: str, new: str) -> None:
+    """Replace the first `old`, of the same length, and keep the time of change: as bits that changed on a disk."""
+    text, state = path.read_text(), path.stat()
+    assert len(old) == len(new)
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+
+def test_answers_that_changed_after_the_evaluation_are_refused(run: Run, tmp_path: Path) -> None:
+    other = Run(shutil.copytree(run.folder, tmp_path / "other"), run.settings)
+    write.run(run)
+    path = run.evaluation("base") / "predictions.jsonl"
+    edit(path, '"truth": "HIGH"', '"truth": "HIGh"')
+    for what in (current_results, build_results, write.run, lambda run: compare_runs(other, run)):
+        with pytest.raises(OrionError, match=r"base/predictions\.jsonl was changed after the evaluation") as refused:
+            what(run)
+        assert f"'orion evaluate --variants base --run {run.folder} --force'" in refused.value.fix
+
+
+@pytest.mark.parametrize(
+    ("folder", "command"),
+    [
+        ("val/F16", "--variants F16 --file val --run {} --force"),
+        ("test/stress/haze", "--stress haze --run {} --force"),
+        ("test/controls/quantized", "--controls quantized --run {} --force"),
+        ("test/server", "--quantized-model URL --run {} --force"),
+        ("test/other-pair", "--gguf PAIR --run {} --force"),
+    ],
+)
+def test_the_command_that_repeats_an_evaluation_is_named(folder: str, command: str, tmp_path: Path) -> None:
+    path = tmp_path / "evaluation" / folder / "predictions.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text("")
+    write_manifest(path.parent, stage=f"evaluate {folder.partition('/')[2]}", settings={}, inputs={}, seconds=1)
+    assert read_predictions(path.parent, MISSION) == []
+    path.write_text("\n")
+    with pytest.raises(OrionError) as refused:
+        read_predictions(path.parent, MISSION)
+    assert f"'orion evaluate {command.format(tmp_path)}'" in refused.value.fix
+
+
+def test_evaluations_of_other_frames_are_named(run: Run) -> None:
+    path = run.evaluation("fine-tuned") / "predictions.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rewrite(path, [row for row in rows if row["id"] != "B/low_place_20"])
+    said = r"predictions of base and fine-tuned under B .* 6 and 5; 1 are of one only, the first is low_place_20"
+    with pytest.raises(OrionError, match=said):
+        build_results(run)
+
+
+def test_a_dataset_that_changed_after_it_was_made_is_refused(run: Run) -> None:
+    write.run(run)
+    split = run.dataset / "test_dataset.jsonl"
+    kept = split.read_bytes()
+    edit(split, r"\"LOW\"", r"\"LoW\"")
+    base = stage_named("evaluate base", run.settings)
+    for what in (current_results, blank_frames, lambda run: run_stage(base, run)):
+        with pytest.raises(OrionError, match=r"test_dataset\.jsonl was changed after the dataset was made") as refused:
+            what(run)
+        assert f"'orion dataset --run {run.folder} --force'" in refused.value.fix
+    split.write_bytes(kept)
+    picture = Dataset(run.dataset, MISSION).path(read_split(run.dataset, "test", MISSION)[0])
+    Image.new("RGB", (512, 512)).save(picture)
+    with pytest.raises(OrionError, match=f"{picture.name} was changed"):
+        blank_frames(run)
+
+
+def test_a_verdict_that_was_edited_is_not_read(run: Run) -> None:
+    results, _ = write.run(run)
+    assert current_results(run) == (json.loads(json.dumps(results)), True)
+    edit(run.folder / "results.json", '"verdict": "NOT ENOUGH EVIDENCE"', '"verdict": "FLY"'.ljust(32))
+    found, is_last = current_results(run)
+    assert (found["verdict"], is_last) == (results["verdict"], False)
+
+
 def test_figures_of_another_version_are_not_taken_over(run: Run) -> None:
     shutil.rmtree(run.folder / "evaluation")  # a report without models takes less time
     results = build_results(run)
@@ -295,6 +371,9 @@ def test_figures_of_another_version_are_not_taken_over(run: Run) -> None:
     path = run.folder / "results.json"
     path.write_text(json.dumps(results))
     assert build_results(run)["baselines"] == results["baselines"]
+    path.write_text(json.dumps(results | {"content_sha256": "of others"}))
+    with pytest.raises(OrionError, match=r"results\.json was changed"):
+        build_results(run)
     path.write_text(json.dumps(results | {"schema_version": 2}))
     with pytest.raises(OrionError, match="schema version 2 instead of 8"):
         build_results(run)

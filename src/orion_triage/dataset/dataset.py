@@ -1,14 +1,16 @@
 """An opened dataset: its records by split and its frames, each read and decoded once."""
 
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orion_triage.dataset.records import Record, image_path, read_split
+from orion_triage.dataset.records import Record, image_path, read_split, split_path
 from orion_triage.errors import OrionError
 from orion_triage.imagery.frames import CAMERA_SIZE, appearance, is_blank, looks_blank, read_frame
 from orion_triage.mission.decide import Rules, is_unlike
 from orion_triage.mission.mission import Mission
+from orion_triage.runs.manifest import FILE_NAME, read_manifest
+from orion_triage.safe.files import sha256_of_file
 from orion_triage.settings import SPLITS, Split
 
 if TYPE_CHECKING:
@@ -20,23 +22,51 @@ KEPT_FRAMES = 512  # decoded frames in the cache (least recently used go): 0.4 G
 class Dataset:
     """The dataset of a mission in a folder. Each split is read at its first use and cached.
 
-    Raises the errors of `read_split`, `image_path` and `read_frame`, which name the file and line.
+    Raises the errors of `read_split`, `image_path` and `read_frame`, which name the file and line, and OrionError for a
+    split or a frame that was changed after the dataset was made.
     """
 
     def __init__(self, folder: Path, mission: Mission) -> None:
         self.folder, self.mission = folder, mission
         self._records: dict[Split, list[Record]] = {}
-        self._frame = lru_cache(KEPT_FRAMES)(lambda path, size: read_frame(path, size).image)
+        self._frame = lru_cache(KEPT_FRAMES)(self._read_frame)
 
     def records(self, split: Split) -> list[Record]:
         """The split's records, in the file's order."""
         if split not in self._records:
+            self._require_as_made(split_path(self.folder, split))
             self._records[split] = read_split(self.folder, split, self.mission)
         return self._records[split]
 
     def every_record(self) -> list[Record]:
         """The records of train, val and test, in this order."""
         return [record for split in SPLITS for record in self.records(split)]
+
+    @cached_property
+    def _made(self) -> dict[str, str]:
+        """Path in the folder -> sha256, as the stage wrote it; empty for a dataset that no stage made."""
+        made = read_manifest(self.folder)
+        return made.outputs if made else {}
+
+    def _require_as_made(self, path: Path) -> None:
+        expected = self._made.get(path.relative_to(self.folder).as_posix())
+        if expected and path.is_file() and (found := sha256_of_file(path)) != expected:
+            raise OrionError(
+                f"{path} was changed after the dataset was made: its sha256 is {found[:12]}, in {FILE_NAME} it is "
+                f"{expected[:12]}.",
+                f"Put the file back, or make the dataset again: 'orion dataset --run {self.folder.parent} --force'. "
+                "Correct labels and pictures in what the dataset is made from.",
+            )
+
+    def require_as_made(self) -> None:
+        """Raise OrionError for a split that was changed after the dataset was made, before a stage costs time."""
+        for split in SPLITS:
+            self._require_as_made(split_path(self.folder, split))
+
+    def _read_frame(self, path: Path, size: int) -> "Image.Image":
+        image = read_frame(path, size).image
+        self._require_as_made(path)
+        return image
 
     def path(self, record: Record) -> Path:
         """The record's image file."""

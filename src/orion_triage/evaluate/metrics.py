@@ -64,16 +64,21 @@ class Change:
     high: float
 
 
-def compare(first: Sequence[Prediction], second: Sequence[Prediction]) -> Change:
+def compare(
+    first: Sequence[Prediction], second: Sequence[Prediction], named: str = "the two models under one condition"
+) -> Change:
     """Compare two sets of predictions frame by frame, each of one model and condition.
 
-    Raises OrionError unless both are of the same frames.
+    Raises OrionError, with what is compared (`named`), unless both are of the same frames.
     """
     before, after = ({p.name: p.predicted == p.truth for p in predictions} for predictions in (first, second))
     places = {p.name: p.place or p.name for p in second}
     if set(before) != set(after) or not before:
+        alone = sorted(set(before) ^ set(after))
+        example = f", the first is {alone[0]}" if alone else ""
         raise OrionError(
-            "the predictions of the two models under one condition are of different frames.",
+            f"the predictions of {named} are of different frames: {len(before)} and {len(after)}; {len(alone)} are of "
+            f"one only{example}.",
             "Evaluate both again on the same split.",
         )
     names = sorted(before)

@@ -38,6 +38,7 @@ FLIGHT = "flight"  # constrained answers with the blank rule and the threshold i
 NO_THRESHOLD = "no-threshold"  # the same without the threshold; only if one was chosen
 SHOWN = (*variants.MODELS, NO_THRESHOLD, FLIGHT)  # in the tables of the report, as far as they were evaluated
 BENCH_FILE = "bench_frame.json"  # of `orion bench-frame`, in the run's folder
+CONTENT = "content_sha256"  # key of the results with the hash of the others
 SERVER_FIGURES = ("server", "served_model", "server_build")  # in the manifest if a third-party server answered
 _NO_PRODUCTS = ("logs", "bundle", WORK_FOLDER)  # in the run's folder, without effect on the results
 ARTIFACTS = (
@@ -64,9 +65,10 @@ def build_results(run: Run, *, with_others: bool = True) -> dict[str, Any]:
             wanted.append(other)
     vision = features.read(run.vision_features) if "vision features" in finished else None
     of_pair = [f"gguf/{path.name}" for path in sorted(run.gguf.glob("*.gguf"))]
-    of_frames = _of_frames(run, dataset, finished.get("dataset"), vision)
     mission = settings.mission
+    # Before the baselines, which take seconds: a changed file is refused.
     answers = {name: read_predictions(run.evaluation(name), mission) for name in wanted if EVALUATE + name in finished}
+    of_frames = _of_frames(run, dataset, finished.get("dataset"), vision)
     predictions = {name: predictions_of(rows, mission) for name, rows in answers.items()}
     rules = threshold.rules_of(run) if "constrained" in predictions else Rules()
     of_frames["unlike_frames"] = unlike_frames(run, rules)
@@ -96,13 +98,13 @@ def build_results(run: Run, *, with_others: bool = True) -> dict[str, Any]:
         "frames": {"count": len(records), "places": len(set(places.values()))},
         "models": models,
         "deltas": {
-            name: differences(predictions[first], predictions[second])
+            name: differences(predictions[first], predictions[second], f"{first} and {second}")
             for name, (first, second) in DELTAS.items()
             if first in predictions and second in predictions
         },
         "linear_probe": _against_linear_probe(of_frames["baselines"], predictions.get("fine-tuned")),
         "training_seeds": over_training_seeds(run),
-        "within": {model: between_conditions(rows) for model, rows in predictions.items()},
+        "within": {model: between_conditions(rows, model) for model, rows in predictions.items()},
         "variants": steps(predictions, variants.table(settings)),
         "parity": f16.figures["parity"] if f16 else None,
         "failed_gate": failed,
@@ -278,19 +280,27 @@ def as_flown(
     ]
 
 
-def differences(first: list[Prediction], second: list[Prediction]) -> dict[str, dict[str, Any]]:
+def differences(
+    first: list[Prediction], second: list[Prediction], named: str = "the two models"
+) -> dict[str, dict[str, Any]]:
     """Condition -> paired comparison of `second` with `first`; `holm_p` is corrected for the number of conditions.
 
-    Only conditions that both evaluations have are compared, so that older evaluations stay comparable.
+    Only conditions that both evaluations have are compared, so that older evaluations stay comparable. `named` are the
+    two in an error.
     """
     both = {c: (under(first, c), under(second, c)) for c in CONDITIONS}
-    return _corrected({c: compare(*rows) for c, rows in both.items() if all(rows)})
+    return _corrected({c: compare(*rows, f"{named} under {c}") for c, rows in both.items() if all(rows)})
 
 
-def between_conditions(predictions: list[Prediction]) -> dict[str, dict[str, Any]]:
+def between_conditions(predictions: list[Prediction], model: str = "the model") -> dict[str, dict[str, Any]]:
     """The effect of the coordinates (A against B) and of a conflict (A, B against D) on one model."""
     pairs = (("B", "A"), ("A", "D"), ("B", "D"))
-    return _corrected({f"{a} to {b}": compare(under(predictions, a), under(predictions, b)) for a, b in pairs})
+    return _corrected(
+        {
+            f"{a} to {b}": compare(under(predictions, a), under(predictions, b), f"{model} under {a} and {b}")
+            for a, b in pairs
+        }
+    )
 
 
 def _corrected(changes: Mapping[str, Change]) -> dict[str, dict[str, Any]]:
@@ -322,7 +332,11 @@ def steps(predictions: dict[str, list[Prediction]], table: Sequence[Variant]) ->
         step = changes if other else ", then ".join([*skipped, changes])
         skipped = []
         against = (other or found[-1]["model"]) if found else None
-        change = differences(predictions[against], predictions[name]) if against in predictions else None
+        change = (
+            differences(predictions[against], predictions[name], f"{against} and {name}")
+            if against in predictions
+            else None
+        )
         found.append({"model": name, "step": step, "compared_with": against, "change": change})
     return found
 
@@ -366,15 +380,22 @@ def current_results(run: Run) -> tuple[dict[str, Any], bool]:
     if path.is_file():
         with suppress(OrionError, FileNotFoundError):
             last = read_object(path)
-            if last.get("made_from") == key:
+            if last.get("made_from") == key and last.get(CONTENT) == _content_sha256(last):
                 return last, True
-    return build_results(run) | {"made_from": key}, False
+    results = build_results(run) | {"made_from": key}
+    return results | {CONTENT: _content_sha256(results)}, False
+
+
+def _content_sha256(results: Mapping[str, Any]) -> str:
+    """A hash of the results: who edits the file does not change the verdict by it."""
+    return sha256_of_text(json.dumps({key: value for key, value in results.items() if key != CONTENT}))
 
 
 def made_from(run: Run) -> str:
     """A hash of all that the results depend on: this code, the settings, the run's products, and runs of other seeds.
 
-    Of a product's files, names, sizes and times of change count; 'orion verify' compares bytes with the manifests.
+    Of a product's small files (JSON: answers, splits, manifests), the content counts; of its others, sizes and times of
+    change. 'orion verify' compares all bytes with the manifests.
     """
     code, own = Path(str(resources.files("orion_triage"))), run.folder.resolve()
     products = [path for path in own.glob("*/*") if path.parent.name not in _NO_PRODUCTS]
@@ -391,7 +412,9 @@ def made_from(run: Run) -> str:
     for folder, found in files.items():  # without the folder: a copy that keeps the times is current
         for path in sorted({path for path in found if path.is_file()}):
             state = path.stat()
-            parts.append(f"{path.relative_to(folder)} {state.st_size} {state.st_mtime_ns}")
+            is_read = path.suffix in (".json", ".jsonl")
+            content = sha256_of_file(path) if is_read else f"{state.st_size} {state.st_mtime_ns}"
+            parts.append(f"{path.relative_to(folder)} {content}")
     parts += [(other / SETTINGS_FILE).read_text(encoding="utf-8", errors="replace") for other in sorted(others)]
     return sha256_of_text("\n".join(parts))
 
@@ -444,6 +467,11 @@ def _of_last_report(run: Run) -> dict[str, Any]:
             raise OrionError(
                 f"{results_path(run)} has schema version {version} instead of {SCHEMA_VERSION}.",
                 "Run 'orion dataset --force' to make the frames again.",
+            )
+        if value.get(CONTENT, _content_sha256(value)) != _content_sha256(value):  # older ones have none
+            raise OrionError(
+                f"{results_path(run)} was changed after 'orion report' wrote it.",
+                "Put the file back, or run 'orion dataset --force' to make the frames again.",
             )
         names = ("baselines", "blank_frames", "unlike_frames", "size_ranking", "ideal_ranking")
         return {name: value[name] for name in names}

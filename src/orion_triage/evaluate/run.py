@@ -25,7 +25,10 @@ from orion_triage.mission.fields import Fields, value_fault
 from orion_triage.mission.mission import Mission
 from orion_triage.mission.scoring import FieldScores
 from orion_triage.progress import Progress, silent
-from orion_triage.safe.files import naming, replaced_folder, sha256_of_text, write_text
+from orion_triage.runs.manifest import FILE_NAME as MANIFEST
+from orion_triage.runs.manifest import read_manifest
+from orion_triage.runs.run import EVALUATE
+from orion_triage.safe.files import naming, replaced_folder, sha256_of_file, sha256_of_text, write_text
 from orion_triage.safe.tables import json_lines
 from orion_triage.settings import EvaluateSettings, Split
 
@@ -128,8 +131,12 @@ def _works(out_folder: Path) -> list[Path]:
 
 
 def read_predictions(folder: Path, mission: Mission) -> list[Row]:
-    """The rows of a finished evaluation; raises OrionError if the file is missing or damaged."""
+    """The rows of an evaluation; raises OrionError if the file is missing, damaged, or not what its manifest says.
+
+    Without a manifest, the evaluation is being made.
+    """
     path = folder / PREDICTIONS_FILE
+    _require_as_made(path)
     rows: list[Row] = []
     last = 0
     try:
@@ -144,8 +151,33 @@ def read_predictions(folder: Path, mission: Mission) -> list[Row]:
     return rows
 
 
+def _require_as_made(path: Path) -> None:
+    """Raise OrionError if the predictions are not those that the evaluation wrote."""
+    if (made := read_manifest(path.parent)) is None or not path.is_file():
+        return
+    expected, found = made.outputs.get(path.name, "none"), sha256_of_file(path)
+    if found != expected:
+        raise OrionError(
+            f"{path} was changed after the evaluation: its sha256 is {found[:12]}, in {MANIFEST} it is "
+            f"{expected[:12]}.",
+            f"Evaluate again: '{_command_of(path.parent, made.stage)}'. Or put the file back.",
+        )
+
+
+def _command_of(folder: Path, stage: str) -> str:
+    """The command that makes the evaluation in RUN/evaluation/SPLIT/NAME again; of controls and stresses, NAME is two.
+
+    A changed file makes the evaluation be repeated without --force, too; with it, the command says what it does.
+    """
+    kind, _, name = stage.removeprefix(EVALUATE).rpartition("/")
+    at = folder.parent if kind else folder
+    asked = {"server": "--quantized-model URL", "other-pair": "--gguf PAIR"}.get(name, f"--{kind or 'variants'} {name}")
+    split = "" if at.parent.name == "test" else f" --file {at.parent.name}"
+    return f"orion evaluate {asked}{split} --run {at.parent.parent.parent} --force"
+
+
 def predictions_in(folder: Path, mission: Mission) -> list[Prediction]:
-    """The counted answers of a finished evaluation; raises OrionError if the file is missing or damaged."""
+    """The counted answers of an evaluation; raises OrionError as `read_predictions`."""
     return predictions_of(read_predictions(folder, mission), mission)
 
 

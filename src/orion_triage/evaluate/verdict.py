@@ -265,7 +265,7 @@ def _rate(value: Mapping[str, Any]) -> str:
 def looks(answers: Sequence[Prediction], needed: VerdictSettings) -> Criterion:
     """Whether the image helps: A (image and coordinates) against C (noise and the same coordinates)."""
     with_image, blind = under(answers, "A"), under(answers, "C")
-    change = compare(blind, with_image)
+    change = compare(blind, with_image, "the flight's model under C and A")
     right = [sum(row.predicted == row.truth for row in rows) for rows in (with_image, blind)]
     return _difference(
         "looks at the image", f"{right[0]}/{len(blind)} with it, {right[1]}/{len(blind)} with noise (C)",
@@ -306,7 +306,7 @@ def _trust(row: Prediction, without: str | None) -> int:
 def quantization(predictions: Predictions, needed: VerdictSettings) -> Criterion:
     """The quantized model against the fused one, in flight's condition."""
     before, after = (under(predictions[model], CONDITION) for model in ("fine-tuned", "quantized"))
-    change = compare(before, after)
+    change = compare(before, after, f"fine-tuned and quantized under {CONDITION}")
     low, high = change.low, change.high
     limit = needed.largest_quantization_loss_points
     name, wanted = "quantization", f"lower end above -{limit:g}"

@@ -35,7 +35,7 @@ def compare_runs(first: Run, second: Run) -> dict[str, dict[str, dict[str, Any]]
         before, after = (read_predictions(run.evaluation(model), run.settings.mission) for run in (first, second))
         _check_asked_alike(first, second, before, after)
         rows = [[prediction_of(row, first.settings.mission) for row in rows] for rows in (before, after)]
-        changes = differences(*rows)
+        changes = differences(rows[0], rows[1], f"{model} of {first.folder} and {second.folder}")
         compared[model] = {
             condition: {
                 "right": [sum(p.predicted == p.truth for p in under(side, condition)) for side in rows],
