@@ -15,6 +15,7 @@ from PIL import Image
 
 from orion_triage.errors import OrionError
 from orion_triage.evaluate import head, threshold
+from orion_triage.evaluate.results import current_results
 from orion_triage.export import quantize
 from orion_triage.flight import bundle, check_flight, decide_frame, golden_frames
 from orion_triage.imagery.frames import appearance, is_blank, shrink
@@ -178,6 +179,36 @@ def test_a_half_made_bundle_is_never_left(
     assert check_flight.read_bundle(kept)
     assert {path.name for path in tmp_path.iterdir()} == {"mine", "run", "kept"}
     assert (mine / "thesis.txt").read_text() == "all of it"
+
+
+@pytest.mark.llama_cpp
+def test_a_flight_in_the_folder_of_a_bundle_is_not_deleted(small_run: Run, copied: Path) -> None:
+    for name in ("tuning.json", "server_flags.json", "server_flags.json.part", "__pycache__/check_flight.pyc"):
+        (copied / name).parent.mkdir(exist_ok=True)
+        (copied / name).write_text("made on board")
+    with pytest.raises(OrionError, match="is DO NOT FLY"):  # these are the bundle's: it goes on to the verdict
+        bundle.run(small_run, copied)
+    flown = ["frames/done/1.raw", "frames/done/2.raw", "frames/state", "frames/triage.jsonl", "key.txt", "zero"]
+    for name in flown:
+        (copied / name).parent.mkdir(parents=True, exist_ok=True)
+        (copied / name).write_text("flown")
+    with pytest.raises(OrionError, match=rf"would delete them: {', '.join(flown[:5])} and 1 more") as refused:
+        bundle.run(small_run, copied, accepted_risk=RISK)
+    assert "--out" in refused.value.fix
+    assert [(copied / name).read_text() for name in flown] == ["flown"] * len(flown)
+
+
+@pytest.mark.llama_cpp
+def test_a_verdict_that_was_edited_makes_no_bundle(small_run: Run, tmp_path: Path) -> None:
+    path = small_run.folder / "results.json"
+    results, _ = current_results(small_run)
+    assert results["verdict"]["verdict"] == "DO NOT FLY"
+    path.write_text(json.dumps({**results, "verdict": {**results["verdict"], "verdict": "FLY"}}))
+    try:
+        with pytest.raises(OrionError, match="is DO NOT FLY"):
+            bundle.run(small_run, tmp_path / "out")
+    finally:
+        path.unlink()
 
 
 @pytest.mark.parametrize("size", [256, 384, 512])

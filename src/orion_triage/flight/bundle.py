@@ -20,7 +20,7 @@ from orion_triage.evaluate.variants import VERDICT_ONLY
 from orion_triage.evaluate.verdict import DO_NOT_FLY
 from orion_triage.export import quantize
 from orion_triage.export.convert import convert
-from orion_triage.flight import golden_frames
+from orion_triage.flight import golden_frames, server_flags, tune
 from orion_triage.flight.check_flight import SCHEMA_VERSION
 from orion_triage.flight.server_flags import ALLOWED, FLASH_ATTENTION
 from orion_triage.imagery.frames import BLANK_ENTROPY_BITS, BLANK_GRADIENT, BLANK_ROWS
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
 LIST, LIST_HASH = "bundle.json", "bundle.json.sha256"
 SECOND_TOWER = quantize.tower_name("Q8_0")
+_SHOWN = 5  # names of files in an error
 CONDITION = "B"  # in flight, the prompt has no coordinates
 # These need only Python's standard library.
 PROGRAMS = ("check_flight.py", "decide_frame.py", "ask_frame.py", "triage_on_board.py", "server_flags.py", "tune.py")
@@ -76,7 +77,8 @@ def run(
     bundle that it replaces (`decided_before`; empty without one). These three are not in the bundle: two bundles of one
     run are equal to the byte as long as they have the same time-out. The golden frames are of the test split; their
     expected answers come from a server with the flight options. `time_out` are the most seconds per frame in flight; by
-    default, it is derived from the golden frames' (`time_out_of`).
+    default, it is derived from the golden frames' (`time_out_of`). A bundle in `out` is replaced, with the flags that
+    tune.py measured for it.
 
     With `head`, the run's head decides in flight. What it needs is under `head` in bundle.json, with names that stand
     for the pair's beside it: whoever flies the head takes them instead (`flown` in check_flight.py).
@@ -86,11 +88,12 @@ def run(
 
     Raises OrionError if the pair is incomplete, changed or not evaluated, if its verdict is DO NOT FLY and
     `accepted_risk` does not say why it flies nevertheless, if the frames are missing, or if `out` is a folder that is
-    not a bundle.
+    not a bundle, or has files that are not the bundle's: frames and logs of a flight.
     """
     out = out.resolve()
     if out.exists() and not (out / LIST).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise OrionError(f"{out} exists and is not a bundle.", "Choose another folder with --out.")
+    _require_no_others(out)
     before = _decided_before(out)
     flown = quantize.check_pair(run.gguf)
     if head and verdict_only:
@@ -177,6 +180,7 @@ def run(
         write_text(folder / LIST, json.dumps(record, indent=2) + "\n")
         write_text(folder / LIST_HASH, f"{sha256_of_file(folder / LIST)}  {LIST}\n")
         total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        _require_no_others(out)  # a flight may have begun there in the meantime
     made = {"bytes": total, "seconds_per_frame": seconds, "seconds_per_frame_of_head": of_its_frames}
     return record | made | {"decided_before": before}
 
@@ -223,6 +227,31 @@ def decides(bundle: dict[str, Any]) -> str:
     decision = bundle["head"]["decision"] if "head" in bundle else bundle["decision"]
     at = (f" {step['drop_probability_at_least']:.3f}" if step["step"] == "threshold" else "" for step in decision)
     return ", ".join([who, *(step["step"] + value for step, value in zip(decision, at, strict=True))])
+
+
+def _require_no_others(out: Path) -> None:
+    """Raise OrionError if the bundle in `out` has files besides its own, which a new bundle would delete.
+
+    Its own are those in its list, and what tune.py measured for it, which another bundle does not use.
+    """
+    own = {LIST, LIST_HASH}
+    for name in (server_flags.FILE, tune.RESULTS):
+        own |= {name, f"{name}.part"}
+    try:
+        own |= read_object(out / LIST)["files"].keys()
+    except FileNotFoundError:
+        return
+    except (OrionError, KeyError, AttributeError):
+        pass  # a damaged list names no file
+    found = {path.relative_to(out) for path in out.rglob("*") if path.is_symlink() or not path.is_dir()}
+    others = sorted(path.as_posix() for path in found if path.as_posix() not in own and "__pycache__" not in path.parts)
+    if others:
+        more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
+        raise OrionError(
+            f"{out} has files that are not of the bundle in it, and a new bundle would delete them: "
+            f"{', '.join(others[:_SHOWN])}{more}.",
+            "Move them to another folder, or choose another folder with --out.",
+        )
 
 
 def _decided_before(out: Path) -> str:
@@ -279,7 +308,8 @@ def _against_reason_first(run: "Run", rows: list[dict[str, Any]]) -> str:
     """The right answers of the category alone beside those with the reason first, on the same frames."""
     reason_first = {row["name"]: row for row in _evaluated(run, "quantized")}
     pairs = [(reason_first[row["name"]], row) for row in rows]
-    change = compare(*([prediction_of(pair[side], run.settings.mission) for pair in pairs] for side in (0, 1)))
+    first, second = ([prediction_of(pair[side], run.settings.mission) for pair in pairs] for side in (0, 1))
+    change = compare(first, second, f"quantized and {VERDICT_ONLY}")
     before, after = (sum(pair[side]["category"] == pair[side]["truth"] for pair in pairs) for side in (0, 1))
     return (
         f"Verdict only: {after} of {len(pairs)} test frames are right without coordinates; with the reason first, "
