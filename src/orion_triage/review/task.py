@@ -108,6 +108,7 @@ def write(
     progress: Progress = silent,
 ) -> dict[str, int]:
     """Write the task into `folder`, which must not exist; returns the number of frames by why they were chosen.
+
     `model` names who made the suggestions. Raises OrionError for a frame that cannot be read.
     """
     require_new(folder)
