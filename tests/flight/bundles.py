@@ -89,7 +89,7 @@ class Stub(BaseHTTPRequestHandler):
     broken, how = "", ""
     answer = '{"reason": "Sand.", "category": "LOW"}'
     log_probabilities: object = -1.0
-    model_path = "stub.gguf"
+    model_path, build_info = "stub.gguf", "b1-stub"
     keeps_to_grammars, broken_picture = True, False
     seconds = 0.0  # of a request about a picture
     seen: list[tuple[str, dict[str, Any]]]
@@ -121,7 +121,7 @@ class Stub(BaseHTTPRequestHandler):
             "tokens_evaluated": 30,
             "stopping_word": CATEGORY_CUE,
             "completion_probabilities": [{"top_logprobs": listed}],
-            "build_info": "b1-stub",
+            "build_info": self.build_info,
             "media_marker": "<__media_x__>",
             "model_path": self.model_path,
         }

@@ -19,7 +19,7 @@ from orion_triage.llama_cpp.toolchain import Toolchain
 from orion_triage.runs.run import Run
 from orion_triage.safe.files import sha256_of_file
 from tests.conftest import orion, structured_picture
-from tests.flight.bundles import RISK, assert_no_go, check, checked, key_of, sign, tinted
+from tests.flight.bundles import RISK, assert_no_go, check, checked, key_of, program_at, sign, stub, tinted
 
 
 @pytest.mark.llama_cpp
@@ -86,13 +86,17 @@ def test_flight_run_and_bundle_decide_alike_by_the_head(
 
 @pytest.mark.llama_cpp
 def test_the_check_is_of_the_pair_and_of_the_head(headed: Path, toolchain: Toolchain, tmp_path: Path) -> None:
-    told = check(headed, "--llama-server", toolchain.llama_server, "--json")
+    server = program_at(tmp_path, f'echo "$*" >>{tmp_path}/started; exec {toolchain.llama_server} "$@"')
+    told = check(headed, "--llama-server", server, "--json")
     report = json.loads(told.stdout)
+    assert ["--embedding" in line for line in (tmp_path / "started").read_text().splitlines()] == [False, True]
     assert (told.returncode, report["why"], report["notes"]) == (0, "", [])
     assert [image["variant"] for image in report["images"]] == ["quantized"] * 6 + ["head"] * 6
     assert report["images"][-1]["decision"] == {"category": "LOW", "decided_by": "blank rule"}
     assert max(image["off_category"] for image in report["images"] if image["log_probabilities"]) < 1e-4
     assert any(line.startswith("golden/1-low.png (head)") for line in check_flight.lines_of(report))
+    told = check(headed, "--llama-server", server, "--variant", "quantized", "--json")
+    assert {image["variant"] for image in json.loads(told.stdout)["images"]} == {"quantized"}
 
     pair = (headed / quantize.QUANTIZED, headed / quantize.MMPROJ)
     with Server(toolchain, *pair, log=tmp_path / "log", threads=1) as server:
@@ -103,6 +107,14 @@ def test_the_check_is_of_the_pair_and_of_the_head(headed: Path, toolchain: Toolc
         key, at = key_of(server.client), ("--url", server.client.base_url)
         go = check(headed, *at, "--json", LLAMA_API_KEY=key)
         assert (go.returncode, {image["variant"] for image in json.loads(go.stdout)["images"]}) == (0, {"head"})
+        # As if no frame were like those of the training.
+        step = {"step": "unlike training", "ranges": {"dark": [255, 255]}, "instead": ["MEDIUM"]}
+        step["dropped"] = ["HIGH", "MEDIUM", "LOW"]
+        sign(headed, lambda record: record["head"]["decision"].insert(-2, step))
+        assert_no_go(
+            check(headed, *at, LLAMA_API_KEY=key), "the decision is MEDIUM (decided by: unlike training)", "(head)"
+        )
+        sign(headed, lambda record: record["head"]["decision"].remove(step))
         value = json.loads((headed / "head.json").read_text())
         other = value | {"bias": [value["bias"][0] + 0.2, *value["bias"][1:]]}
         (headed / "head.json").write_text(json.dumps(other))
@@ -123,7 +135,29 @@ def test_a_head_is_asked_for_by_name(made: Path, small_run: Run, tmp_path: Path)
     assert_no_go(checked(made, "--variant", "head"), "the bundle has no head")
 
 
-@pytest.mark.parametrize("reply", [b"{}", b"[]", b'[{"embedding": [[]]}]', b'[{"embedding": [["x"]]}]', b"html"])
+@pytest.mark.llama_cpp
+def test_a_frame_that_is_blank_here_alone_is_no_go_of_the_head(headed: Path) -> None:
+    """Though on the ground its decision was too close to another one to be compared."""
+
+    def blank(record: dict[str, Any]) -> None:
+        golden = record["head"]["golden"][0]
+        record["head"]["golden"] = [golden | {"image": "golden/6-blank.png", "decision": None}]
+
+    sign(headed, blank)
+    with stub() as url:
+        assert_no_go(checked(headed, "--url", url), "the decision is LOW (decided by: blank rule) instead of None")
+
+
+@pytest.mark.llama_cpp
+def test_a_server_that_stalls_is_no_go_of_the_head_within_the_limit(headed: Path) -> None:
+    with stub(broken="/embeddings", how="stalls") as url:
+        assert_no_go(checked(headed, "--url", url, "--time-out", "2"), "golden/1-low.png took longer than 2 s")
+
+
+NO_NUMBER = (b'[{"embedding": [[1, NaN]]}]', b'[{"embedding": [[-Infinity]]}]', b'[{"embedding": [["x"]]}]')
+
+
+@pytest.mark.parametrize("reply", [b"{}", b"[]", b'[{"embedding": [[]]}]', *NO_NUMBER, b"html"])
 def test_a_reply_without_a_hidden_state_is_refused(reply: bytes) -> None:
     class Odd(check_flight.Connection):
         def _request(self, path: str, body: dict[str, Any] | None) -> tuple[int, bytes]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -32,6 +33,12 @@ def test_the_stub_itself_is_go_with_a_warning_about_its_build(stubbed: Path) -> 
         result = check(stubbed, "--url", url)
     assert (result.returncode, result.stdout.splitlines()[-1]) == (0, "GO"), result.stdout
     assert "warning: llama.cpp build 1, but the bundle was made with 10605" in result.stdout
+    for says, build in (("b99999-newer", "99999"), ("main", "None")):
+        with stub(build_info=says) as url:
+            result = checked(stubbed, "--url", url)
+        assert f"warning: llama.cpp build {build}, but the bundle was made with 10605" in result.stdout
+    with stub(build_info="b10605-same") as url:
+        assert "warning" not in checked(stubbed, "--url", url).stdout
 
 
 @pytest.mark.llama_cpp
@@ -40,7 +47,10 @@ def test_other_words_are_scored_after_the_words_of_the_ground(for_stub: Path) ->
     sign(for_stub, lambda record: record["golden"][0].update(answer=ground))
     seen: list[tuple[str, dict[str, Any]]] = []
     with stub(seen=seen) as url:
-        assert checked(for_stub, "--url", url).returncode == 0
+        result = checked(for_stub, "--url", url)
+    assert result.returncode == 0
+    rows = [line.split() for line in result.stdout.splitlines() if line.startswith("golden/")]
+    assert [row[-2] for row in rows] == ["no", "yes", "yes", "-"]  # same words
     assert [body["prompt"] for _, body in seen[:1]] == ["The"]
     starts = [body["prompt"]["prompt_string"].partition("assistant\n")[2] for _, body in seen[1:]]
     said, of_ground = '{"reason": "Sand.", "category": "', '{"reason": "Dust.", "category": "'
@@ -80,6 +90,7 @@ def test_a_broken_server_is_no_go_within_the_limit(stubbed: Path, how: str, word
             )
         if broken == "/completion":
             assert_no_go(result, words)
+            assert len(result.stdout.splitlines()[-1]) < 200  # of a long reply, the beginning
         elif how == "503" and broken == "/health":
             assert_no_go(result, "took longer than 0.5 s")  # it is waited for
         elif how == "empty" or (how in ("html", "half", "nested") and broken == "/health"):
@@ -114,10 +125,15 @@ def test_a_wrong_answer_is_no_go(stubbed: Path, says: dict[str, Any], words: str
 
 
 @pytest.mark.llama_cpp
-def test_other_image_settings_are_noticed_by_the_tokens_read(for_stub: Path) -> None:
-    sign(for_stub, lambda record: record["request"].update(prompt_tokens=31))
+@pytest.mark.parametrize("tokens", [29, 31])
+def test_other_image_settings_are_noticed_by_the_tokens_read(for_stub: Path, tokens: int) -> None:
+    sign(for_stub, lambda record: record["request"].update(prompt_tokens=tokens))
     with stub() as url:
-        assert_no_go(checked(for_stub, "--url", url), "reads 30 tokens instead of 31")
+        assert_no_go(checked(for_stub, "--url", url), f"reads 30 tokens instead of {tokens}")
+        as_json = checked(for_stub, "--url", url, "--json")
+    report = json.loads(as_json.stdout)
+    assert (as_json.returncode, report["go"]) == (1, False)
+    assert f"reads 30 tokens instead of {tokens}" in report["why"]
 
 
 @pytest.mark.llama_cpp
@@ -141,6 +157,60 @@ def test_the_checker_asks_with_the_bytes_of_the_flight(stubbed: Path) -> None:
     assert flown == (asked[0], [list(asked[1].values())], {})
     assert len(seen) == 4
     assert seen[:2] == seen[2:]
+
+
+def verdict_first(record: dict[str, Any]) -> None:
+    """As in a bundle of --verdict-only: the category comes first, and no category has a reason."""
+    answers = {label: f'{{"category": "{label}", "reason": ""}}' for label in LABELS}
+    record["request"]["verdict_only"] = {"start": '{"category": "', "answers": answers, "reasons": {}}
+    for image in record["golden"][:3]:
+        image["answer"] = answers["LOW"]
+
+
+@pytest.mark.llama_cpp
+def test_other_image_settings_are_noticed_where_the_verdict_comes_first(for_stub: Path) -> None:
+    sign(for_stub, verdict_first)
+    with stub() as url:
+        result = checked(for_stub, "--url", url)
+        assert (result.returncode, result.stdout.splitlines()[-1]) == (0, "GO"), result.stdout
+        sign(for_stub, lambda record: record["request"].update(prompt_tokens=29))
+        assert_no_go(checked(for_stub, "--url", url), "golden/1-low.png: the server reads 30 tokens instead of 29")
+
+
+def text_first(tokens: int) -> Callable[[dict[str, Any]], None]:
+    """As in a bundle whose prompt of so many tokens stands before the image, so that the server keeps its state."""
+    return lambda record: record["request"].update(kept_tokens=tokens, printable='root ::= "x"')
+
+
+@pytest.mark.llama_cpp
+def test_a_prompt_of_another_length_is_no_go(for_stub: Path) -> None:
+    sign(for_stub, text_first(29))
+    with stub() as url:
+        assert_no_go(checked(for_stub, "--url", url), "the server reads 30 tokens of the prompt instead of 29")
+
+
+@pytest.mark.llama_cpp
+def test_a_prompt_that_the_server_loses_is_read_again_before_each_frame(for_stub: Path) -> None:
+    """This one says of no token that it kept it."""
+    sign(for_stub, text_first(30))
+    seen: list[tuple[str, dict[str, Any]]] = []
+    with stub(seen=seen) as url:
+        assert checked(for_stub, "--url", url).returncode == 0
+    texts = [body["prompt"] for _, body in seen if isinstance(body["prompt"], str)]
+    assert texts[0] == "The"  # whether it keeps to a grammar
+    assert len(texts) == 1 + 3
+
+
+@pytest.mark.parametrize(("reply", "restored"), [({"n_restored": 29}, True), ({"n_restored": 28}, False), ({}, False)])
+def test_a_saved_state_of_another_length_is_not_restored(reply: dict[str, Any], restored: bool) -> None:
+    class Restoring(check_flight.Connection):
+        def _request(self, path: str, body: dict[str, Any] | None) -> tuple[int, bytes]:
+            return 200, json.dumps(reply).encode()
+
+    questions = check_flight.Questions.__new__(check_flight.Questions)
+    questions._connection, questions._request = Restoring("http://127.0.0.1:1", ""), {"kept_tokens": 29}
+    questions._kept = False
+    assert questions.restore_prompt("prompt.bin") is restored
 
 
 # --- planted faults: each is NO-GO, with its reason --------------------------------------------------------------
@@ -213,6 +283,23 @@ def other_threshold(folder: Path, tmp_path: Path) -> Iterator[str]:
 
 
 @contextmanager
+def other_ranges(folder: Path, tmp_path: Path) -> Iterator[str]:
+    """As if no frame were like those of the training: what would be dropped is kept."""
+    step = {"step": "unlike training", "ranges": {"dark": [255, 255]}, "dropped": ["LOW"], "instead": ["MEDIUM"]}
+    sign(folder, lambda record: record["decision"].insert(-1, step))
+    with stub() as url:
+        yield url
+
+
+@contextmanager
+def unknown_step(folder: Path, tmp_path: Path) -> Iterator[str]:
+    """An error of the check itself."""
+    sign(folder, lambda record: record["decision"].insert(0, {"step": "guess"}))
+    with stub() as url:
+        yield url
+
+
+@contextmanager
 def wrong_key(folder: Path, tmp_path: Path) -> Iterator[str]:
     with stub(broken="/props", how="401") as url:
         yield url
@@ -233,6 +320,11 @@ def wrong_key(folder: Path, tmp_path: Path) -> Iterator[str]:
             other_threshold,
             "golden/1-low.png: the decision is HIGH (decided by: threshold 0.900) instead of LOW (decided by: model)",
         ),
+        (
+            other_ranges,
+            "golden/1-low.png: the decision is MEDIUM (decided by: unlike training) instead of LOW (decided by: model)",
+        ),
+        (unknown_step, "the check itself failed: ValueError the step guess is not known"),
         (wrong_key, "refused the key (401)"),
     ],
 )
@@ -261,11 +353,56 @@ def test_a_frame_may_take_longer_where_the_operator_says_so(for_stub: Path) -> N
 
 
 @pytest.mark.llama_cpp
-def test_a_bundle_of_another_version_is_refused(for_stub: Path) -> None:
-    sign(for_stub, lambda record: record.update(schema_version=3))
-    assert_no_go(checked(for_stub), "bundle.json has schema version 3 instead of 4: use the check_flight.py of that")
-    with pytest.raises(OrionError, match=r"has schema version 3 instead of 4.*Run 'orion bundle' again"):
+@pytest.mark.parametrize("version", [3, 5])
+def test_a_bundle_of_another_version_is_refused(for_stub: Path, version: int) -> None:
+    sign(for_stub, lambda record: record.update(schema_version=version))
+    said = f"has schema version {version} instead of 4"
+    assert_no_go(checked(for_stub), f"bundle.json {said}: use the check_flight.py of that")
+    with pytest.raises(OrionError, match=rf"{said}.*Run 'orion bundle' again"):
         of_bundle(for_stub)
+
+
+@pytest.mark.llama_cpp
+def test_a_file_that_takes_too_long_to_read_is_no_go(for_stub: Path) -> None:
+    os.truncate(for_stub / "prompt.txt", 16 << 30)  # it takes no place on the disk
+    assert_no_go(checked(for_stub, "--limit", "0.5"), "reading the bundle's files took longer than 0.5 s")
+
+
+def test_no_alarm_is_left_after_a_limit_that_was_kept() -> None:
+    """It would end the program later, in the middle of something else."""
+    with check_flight.time_limit(100, "this"):
+        assert signal.getitimer(signal.ITIMER_REAL)[0] > 0
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+@pytest.mark.llama_cpp
+def test_a_relative_path_of_a_server_is_not_looked_up_from_here(stubbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(stubbed)
+    with stub(model_path=quantize.QUANTIZED) as url:
+        result = checked(stubbed, "--url", url)
+    assert "the served model cannot be seen from here; only its answers were checked" in result.stdout
+
+
+def test_a_server_on_another_machine_is_not_looked_for_on_this_one() -> None:
+    with stub() as url:
+        assert check_flight._process_at(url) == Path(f"/proc/{os.getpid()}")
+        assert check_flight._process_at(url.replace("127.0.0.1", "192.0.2.1")) is None
+
+
+@pytest.mark.parametrize("option", ["--mmproj", "-mm"])
+@pytest.mark.parametrize("relative", [True, False])
+def test_the_mmproj_is_that_of_the_servers_command_line(option: str, relative: bool, tmp_path: Path) -> None:
+    (tmp_path / "tower.gguf").write_text("tower")
+    words = [option, "tower.gguf" if relative else str(tmp_path / "tower.gguf")]
+    command = [sys.executable, "-c", "import time; print(flush=True); time.sleep(60)", *words]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout
+            process.stdout.readline()  # it runs
+            found = [path.read_text() for path in check_flight._mmproj_of(Path(f"/proc/{process.pid}"))]
+        finally:
+            process.kill()
+    assert found == ["tower"]
 
 
 @pytest.mark.llama_cpp

@@ -46,10 +46,11 @@ def test_what_flies_is_python_3_9_and_the_standard_library(name: str) -> None:
 
 
 @pytest.mark.llama_cpp
-def test_go_with_a_server_of_its_own(copied: Path, toolchain: Toolchain) -> None:
+def test_go_with_a_server_of_its_own(copied: Path, toolchain: Toolchain, tmp_path: Path) -> None:
     before = {path.name for path in copied.iterdir()}
     # A proxy in the environment must not see the frames, nor a key of the user's be used.
-    elsewhere = {"http_proxy": "http://127.0.0.1:1", "LLAMA_API_KEY": "mine"}
+    (tmp_path / "key").write_text("mine as well")
+    elsewhere = {"http_proxy": "http://127.0.0.1:1", "LLAMA_API_KEY": "mine", "ORION_KEY_FILE": str(tmp_path / "key")}
     told = check(copied, "--llama-server", toolchain.llama_server, "--json", **elsewhere)
     assert told.stderr == ""
     report = json.loads(told.stdout)
@@ -60,7 +61,7 @@ def test_go_with_a_server_of_its_own(copied: Path, toolchain: Toolchain) -> None
     assert (blank["category"], blank["decision"]["decided_by"]) == (None, "blank rule")
     assert all(image["same_answer"] and image["seconds"] > 0 for image in report["images"])
     assert report["peak_bytes"] > 10_000_000
-    assert any("peak memory" in line for line in check_flight.lines_of(report))
+    assert f"the server's peak memory: {report['peak_bytes'] / 1e6:.0f} MB" in check_flight.lines_of(report)
     assert {path.name for path in copied.iterdir()} == before
 
 
@@ -234,8 +235,10 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])
 
 @pytest.mark.llama_cpp
 def test_a_server_that_dies_or_never_loads_is_stopped_and_said(copied: Path, tmp_path: Path) -> None:
-    dead = program_at(tmp_path, "echo out of memory >&2; exit 3")
-    assert_no_go(check(copied, "--llama-server", dead), "llama-server ended (3): out of memory")
+    dead = program_at(tmp_path, "seq 9; echo out of memory >&2; exit 3")
+    assert_no_go(check(copied, "--llama-server", dead), "llama-server ended (3): 8 | 9 | out of memory")
+    another = program_at(tmp_path, "echo version 1")  # a program that serves nothing, and ends well
+    assert_no_go(check(copied, "--llama-server", another, "--limit", "60"), "llama-server ended (0): version 1")
     script = tmp_path / "dies.py"
     script.write_text(_DIES)
     midway = program_at(tmp_path, f'exec {sys.executable} {script} "$@"')
@@ -244,6 +247,17 @@ def test_a_server_that_dies_or_never_loads_is_stopped_and_said(copied: Path, tmp
     result = check(copied, "--llama-server", hanging, "--limit", "2")
     assert_no_go(result, "waiting for the server took longer than 2 s")  # after 60 s it would have ended by itself
     assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()
+
+
+@pytest.mark.llama_cpp
+def test_a_server_that_ignores_its_end_is_killed(copied: Path, tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    program = program_at(tmp_path, f"trap '' TERM; echo $$ > {pid}; exec sleep 60")
+    with check_flight.OwnServer(copied, program) as own:
+        while not (pid.exists() and pid.read_text().strip()):
+            assert own.is_alive()
+            time.sleep(0.05)
+    assert not Path(f"/proc/{pid.read_text().strip()}").exists()
 
 
 @pytest.mark.llama_cpp

@@ -8,7 +8,7 @@ import pytest
 
 from orion_triage.runs.manifest import write_manifest
 from tests.remote.place import Place, Tree, commit, git, make_dataset, make_repository, make_weights, tree
-from tests.remote.sshd import Server
+from tests.remote.sshd import Server, program
 
 IGNORED = "/runs/\n__pycache__/\n.venv/\n*.egg-info/\n.ruff_cache/\n/secrets/\n"
 
@@ -191,6 +191,37 @@ def test_weights_elsewhere_do_not_make_the_rest_of_a_run_expendable(there: Place
         make_weights(weights, 1)
     there.download()
     assert [path.name for path in there.there.iterdir()] == (["orion_lora_weights"] if where == "outside" else [])
+
+
+def test_the_name_of_the_fetched_run_is_no_pattern(there: Place) -> None:
+    run = there.repository / "runs" / "*"
+    (there.repository / "runs" / "tiny").rename(run)
+    put(there.repository, "runs/b/settings.json")
+    there.variables["ORION_SERVER_WEIGHTS_PATH"] = str(run / "orion_lora_weights")
+    there.refused("download_weights.sh", "(1 in all)", "1 runs/b/settings.json")
+    (there.repository / "runs" / "b" / "settings.json").unlink()
+    there.download()
+    assert list(there.there.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("added", "says"),
+    [
+        ("runs/tiny/orion_lora_weights/README.md", "has changed since it was downloaded"),
+        ("runs/tiny/notes.txt", "were not fetched and may exist nowhere else (1 in all)"),
+    ],
+)
+def test_what_comes_while_the_weights_are_fetched_is_not_deleted(there: Place, added: str, says: str) -> None:
+    shim = there.server.tools / "rsync"
+    shim.write_text(f'#!/bin/sh\n{program("rsync")} "$@"\necho mine >{there.repository}/{added}\n')
+    shim.chmod(0o755)
+    there.refused("download_weights.sh", says)
+    assert (there.repository / added).read_text() == "mine\n"
+    assert there.data.is_dir()
+    shim.unlink()
+    (there.repository / added).unlink()
+    there.download()
+    assert list(there.there.iterdir()) == []
 
 
 def test_weights_that_changed_after_a_first_download_are_fetched_again(there: Place) -> None:

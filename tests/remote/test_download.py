@@ -1,5 +1,6 @@
 """download_weights.sh against a real sshd: cut off anywhere, it loses nothing, and the same command goes on."""
 
+import json
 import resource
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 
 from tests.remote.cutting import CUTS, calls_to_interrupt, cuts, interrupt_before, run_and_cut
 from tests.remote.place import SCRIPTS, Place, Tree, tree
+from tests.remote.sshd import program
 
 
 def test_a_download_fetches_keeps_the_previous_and_scorches(place: Place) -> None:
@@ -86,6 +88,43 @@ def test_a_download_can_be_cut_off_before_any_rename_and_within_any_deletion(pla
         assert_downloaded(place, old, new)
 
 
+def test_what_an_earlier_attempt_left_is_not_among_the_weights(place: Place) -> None:
+    new = tree(place.trained().weights)
+    incoming = place.here / ".orion_lora_weights.incoming"
+    incoming.mkdir()
+    (incoming / "adapter_model.bin").write_bytes(b"of another training")
+    place.download()
+    assert tree(place.local_weights) == new
+
+
+def test_weights_that_change_while_they_are_fetched_are_not_taken(place: Place) -> None:
+    place.trained()
+    shim = place.server.tools / "rsync"
+    shim.write_text(f'#!/bin/sh\necho measured >{place.weights}/README.md\nexec {program("rsync")} "$@"\n')
+    shim.chmod(0o755)
+    place.refused("download_weights.sh", "changed during the download")
+    assert not place.local_weights.exists()
+    assert place.data.is_dir()
+    shim.unlink()
+    place.download()
+    assert (place.local_weights / "README.md").read_text() == "measured\n"
+
+
+def test_the_receipt_of_one_download_is_not_that_of_another(place: Place) -> None:
+    place.trained()
+    shim = place.server.tools / "mv"
+    shim.write_text("#!/bin/sh\nexit 1\n")
+    shim.chmod(0o755)
+    place.refused("download_weights.sh", "the operation 'scorch' failed on the server")
+    shim.unlink()
+    place.variables["ORION_SERVER_HDD_PATH"] = str(place.there / "other")
+    place.refused("download_weights.sh", "there are no weights in")
+    place.variables.clear()
+    assert "the weights are already in" in place.download()
+    assert list(place.there.iterdir()) == []
+    place.assert_nothing_partial()
+
+
 def test_a_full_disk_here_keeps_the_old_weights_and_the_server(place: Place) -> None:
     old = tree(place.trained(1).weights)
     place.download()
@@ -108,6 +147,13 @@ def test_a_full_disk_here_keeps_the_old_weights_and_the_server(place: Place) -> 
     assert tree(place.local_weights) == new
 
 
+def _rewrite_outputs(weights: Path) -> None:
+    """A manifest that has a file of the weights that are here already."""
+    record = json.loads((weights / "manifest.json").read_text())
+    record["outputs"]["../orion_lora_weights/adapter_config.json"] = record["outputs"].pop("adapter_config.json")
+    (weights / "manifest.json").write_text(json.dumps(record))
+
+
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "adapter_config.json is missing": lambda weights: (weights / "adapter_config.json").unlink(),
     "does not have the sha256 in the manifest": lambda weights: (weights / "adapter_model.safetensors").write_bytes(
@@ -116,6 +162,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "is not finished": lambda weights: (weights / "manifest.json").unlink(),
     "manifest.json is damaged": lambda weights: (weights / "manifest.json").write_text("{"),
     "manifest of fuse": lambda weights: (weights / "manifest.json").write_text('{"stage": "fuse", "outputs": {}}'),
+    "is outside the folder": lambda weights: _rewrite_outputs(weights),
     "there are no weights": lambda weights: shutil.rmtree(weights),
 }
 

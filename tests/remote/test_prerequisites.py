@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from tests.remote.place import Place
+from tests.remote.place import Place, tree
 
 COMPILERS = ("c++", "g++", "clang++")
 
@@ -80,6 +80,16 @@ def test_an_old_python_is_refused_and_a_newer_one_is_named(prepared: Place) -> N
         prepared,
         "apt install python3.12-venv on the server. Then set ORION_SERVER_SETUP='make setup PYTHON=python3.12'",
     )
+
+
+def test_a_server_without_zstd_gets_a_gz(prepared: Place) -> None:
+    add_python(without(prepared, "zstd"), "python3")
+    prepared.variables["ORION_ARCHIVE_NAME"] = "data.tar.zst"
+    prepared.refused("upload_to_server.sh", "the server has no zstd", "end ORION_ARCHIVE_NAME in .gz")
+    assert not prepared.data.exists()
+    del prepared.variables["ORION_ARCHIVE_NAME"]
+    prepared.upload()
+    assert tree(prepared.data) == tree(prepared.local_data)
 
 
 def test_an_environment_that_is_there_already_needs_no_other_python(prepared: Place) -> None:

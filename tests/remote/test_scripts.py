@@ -1,5 +1,6 @@
 """The two scripts against a real sshd: what they refuse and print. What they do: test_upload.py, test_download.py."""
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -56,6 +57,12 @@ def _in_a_home(place: Place) -> str:
     return str(place.server.home)
 
 
+def _with_a_link(folder: Path, part: str) -> str:
+    (folder / part).rename(folder.with_name("elsewhere"))
+    (folder / part).symlink_to(folder.with_name("elsewhere"))
+    return str(folder)
+
+
 def _also_a_dataset(place: Place, folder: Path) -> str:
     shutil.copytree(place.data, folder, dirs_exist_ok=True)
     return str(folder)
@@ -88,6 +95,7 @@ REFUSALS: list[tuple[str, str, Callable[[Place], str], str]] = [
     ("repository is a dataset", REPOSITORY, lambda p: str(p.data), "not a checkout of ORION"),
     ("dataset is a repository", DATA, lambda p: str(p.repository), "not an ORION dataset"),
     ("no git", REPOSITORY, lambda p: (p.repository / ".git").rename(p.there / "git") and str(p.repository), "checkout"),
+    ("git behind a link", REPOSITORY, lambda p: _with_a_link(p.repository, ".git"), "not a checkout"),
     ("another project", REPOSITORY, lambda p: _dirty(p, "pyproject.toml", 'name = "orion"\n'), "not a checkout"),
     ("changed", REPOSITORY, lambda p: _dirty(p, "pyproject.toml", 'name = "orion-triage"\n#'), "uncommitted changes"),
     ("untracked", REPOSITORY, lambda p: _dirty(p, "notes.txt", "mine"), "uncommitted changes"),
@@ -96,6 +104,7 @@ REFUSALS: list[tuple[str, str, Callable[[Place], str], str]] = [
     ("other weights", REPOSITORY, _other_weights, "runs/other/orion_lora_weights"),
     ("half a dataset", DATA, lambda p: (p.data / "val_dataset.jsonl").unlink() or str(p.data), "not an ORION dataset"),
     ("no frames", DATA, lambda p: shutil.rmtree(p.data / "orion_dataset") or str(p.data), "not an ORION dataset"),
+    ("frames behind a link", DATA, lambda p: _with_a_link(p.data, "orion_dataset/images"), "not an ORION dataset"),
     ("more than a dataset", DATA, lambda p: (p.data / "thesis.tex").write_text("x") and str(p.data), "thesis.tex"),
     ("hidden in a dataset", DATA, lambda p: (p.data / ".ssh").mkdir() or str(p.data), ".ssh"),
     ("dataset holds the repository", REPOSITORY, lambda p: _moved_into(p.repository, _images(p)), "contains"),
@@ -161,6 +170,28 @@ def test_an_upload_replaces_only_a_dataset(place: Place) -> None:
     place.refused("upload_to_server.sh", "contains")
     place.variables = {"ORION_SERVER_HDD_PATH": _link(place, "link", place.there)}
     place.refused("upload_to_server.sh", "reached through a link", str(place.data))
+
+
+@pytest.mark.parametrize(
+    ("script", "folder", "says"),
+    [
+        ("upload_to_server.sh", "cache/upload", "another upload is running on this machine"),
+        ("download_weights.sh", "", "another download to"),
+    ],
+)
+def test_a_second_script_at_a_time_is_refused(place: Place, script: str, folder: str, says: str) -> None:
+    place.trained()
+    make_dataset(place.local_data, 2)
+    (place.here / folder).mkdir(parents=True, exist_ok=True)
+    before = tree(place.there)
+    held = os.open(place.here / folder, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    try:
+        place.refused(script, says)
+    finally:
+        os.close(held)
+    assert tree(place.there) == before
+    assert place.call(script)[0] == 0
 
 
 def test_folders_here_that_are_no_weights_are_left_alone(place: Place) -> None:

@@ -109,6 +109,36 @@ def test_a_full_disk_on_the_server_leaves_the_old_dataset(place: Place, tool: st
     place.assert_nothing_partial()
 
 
+def test_a_frame_that_changes_while_it_is_packed_is_not_taken(prepared: Place) -> None:
+    old = tree(prepared.local_data)
+    prepared.upload()
+    new = make_dataset(prepared.local_data, 2)
+    shim = prepared.here / "tools" / "tar"
+    shim.parent.mkdir()
+    shim.write_text(f"#!/bin/sh\necho changed >>'{new}/val_dataset.jsonl'\nexec {program('tar')} \"$@\"\n")
+    shim.chmod(0o755)
+    status, output = prepared.call("upload_to_server.sh", first_on_path=shim.parent)
+    assert (status, output.count("error: ")) == (1, 1)
+    assert "the old dataset is unchanged" in output
+    assert tree(prepared.data) == old
+    prepared.upload()
+    assert tree(prepared.data) == tree(new)
+
+
+def test_what_arrived_before_a_cut_is_verified(prepared: Place) -> None:
+    shim = prepared.server.tools / "tar"
+    shim.write_text("#!/bin/sh\nexit 1\n")
+    shim.chmod(0o755)
+    prepared.refused("upload_to_server.sh", "could not be unpacked")
+    shim.unlink()
+    archive = prepared.there / ".orion_data.orion-incoming" / "orion_data.tar.zst"
+    arrived = bytearray(archive.read_bytes())
+    arrived[100] ^= 1
+    archive.write_bytes(arrived[: len(arrived) // 2])
+    prepared.upload()
+    assert tree(prepared.data) == tree(prepared.local_data)
+
+
 def test_what_the_server_loses_is_sent_again(place: Place) -> None:
     make_repository(place.source)
     new = tree(make_dataset(place.local_data, 1))
