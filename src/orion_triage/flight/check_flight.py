@@ -395,7 +395,7 @@ class Questions:
         self._until_image = self._chat.partition(marker)[0] + marker
         of_head = bundle.get("variant") == HEAD
         self.head = json.loads((folder / bundle["weights"]).read_text(encoding="utf-8")) if of_head else None
-        # Whether the prompt stands before the image, and is read; a head's server refuses /completion.
+        # Whether the prompt stands before the image, and is read; a head looks at no text.
         self._keeps = "kept_tokens" in self._request and not of_head
         self._kept = False  # whether the server has the state after the prompt
         self.reused_tokens: int | None = None  # of the last frame's prompt; None if its whole prompt is read anew
