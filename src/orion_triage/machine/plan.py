@@ -106,14 +106,14 @@ AVX2 = "2 cores of an AMD EPYC with AVX2 only, 24 GB, no GPU"
 
 # `orion run` as shipped (preset tiny, 360 frames, 60 of them test frames) on AVX512, in seconds: docs/measurements.md.
 TINY_SECONDS: dict[str, tuple[float, float]] = {
-    "dataset": (46, 46),
-    "evaluate base": (19, 19),
-    "fine-tune": (255, 300),
-    "fuse": (5, 5),
-    "quantize": (4, 4),
-    "evaluate fine-tuned": (11, 11),
-    "evaluate quantized": (14, 14),
-    "the other variants": (82, 82),
+    "dataset": (40, 60),
+    "evaluate base": (25, 27),
+    "fine-tune": (365, 377),
+    "fuse": (8, 8),
+    "quantize": (4, 5),
+    "evaluate fine-tuned": (14, 15),
+    "evaluate quantized": (13, 14),
+    "the other variants": (94, 96),
 }
 TINY_SECONDS_AVX2 = 967.0  # the sum of the stages of one `make run`, 2026-11-29
 TINY_FRAMES = 360
