@@ -69,7 +69,9 @@ def test_a_fresh_machine_knows_nothing_and_says_so(tmp_path: Path) -> None:
     assert "to skip, because they are current (0 of 13): none" in said
     assert "to do (13): dataset (not known), evaluate base (not known)" in said
     assert f"how long: not known yet, no run like this one in {tmp_path / 'runs'} was measured here" in said
-    assert f"for orientation, not measured here: all stages of the preset tiny took 9 to 10 min on {plan.AVX512}" in said
+    assert (
+        f"for orientation, not measured here: all stages of the preset tiny took 9 to 10 min on {plan.AVX512}" in said
+    )
     assert not (tmp_path / "runs").exists()
     large = replace(run, settings=load_settings("lfm2.5-vl-1.6b"))
     said = "\n".join(announcement(large, [Forecast("fuse", False)]))
