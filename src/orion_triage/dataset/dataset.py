@@ -9,8 +9,7 @@ from orion_triage.errors import OrionError
 from orion_triage.imagery.frames import CAMERA_SIZE, appearance, is_blank, looks_blank, read_frame
 from orion_triage.mission.decide import Rules, is_unlike
 from orion_triage.mission.mission import Mission
-from orion_triage.runs.manifest import FILE_NAME, read_manifest
-from orion_triage.safe.files import sha256_of_file
+from orion_triage.runs.manifest import change_of, read_manifest
 from orion_triage.settings import SPLITS, Split
 
 if TYPE_CHECKING:
@@ -50,10 +49,9 @@ class Dataset:
 
     def _require_as_made(self, path: Path) -> None:
         expected = self._made.get(path.relative_to(self.folder).as_posix())
-        if expected and path.is_file() and (found := sha256_of_file(path)) != expected:
+        if expected and (change := change_of(path, expected)):
             raise OrionError(
-                f"{path} was changed after the dataset was made: its sha256 is {found[:12]}, in {FILE_NAME} it is "
-                f"{expected[:12]}.",
+                f"{path} was changed after the dataset was made: {change}.",
                 f"Put the file back, or make the dataset again: 'orion dataset --run {self.folder.parent} --force'. "
                 "Correct labels and pictures in what the dataset is made from.",
             )

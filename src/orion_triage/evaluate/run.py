@@ -25,10 +25,9 @@ from orion_triage.mission.fields import Fields, value_fault
 from orion_triage.mission.mission import Mission
 from orion_triage.mission.scoring import FieldScores
 from orion_triage.progress import Progress, silent
-from orion_triage.runs.manifest import FILE_NAME as MANIFEST
-from orion_triage.runs.manifest import read_manifest
+from orion_triage.runs.manifest import change_of, read_manifest
 from orion_triage.runs.run import EVALUATE
-from orion_triage.safe.files import naming, replaced_folder, sha256_of_file, sha256_of_text, write_text
+from orion_triage.safe.files import naming, replaced_folder, sha256_of_text, write_text
 from orion_triage.safe.tables import json_lines
 from orion_triage.settings import EvaluateSettings, Split
 
@@ -153,13 +152,10 @@ def read_predictions(folder: Path, mission: Mission) -> list[Row]:
 
 def _require_as_made(path: Path) -> None:
     """Raise OrionError if the predictions are not those that the evaluation wrote."""
-    if (made := read_manifest(path.parent)) is None or not path.is_file():
-        return
-    expected, found = made.outputs.get(path.name, "none"), sha256_of_file(path)
-    if found != expected:
+    made = read_manifest(path.parent)
+    if made and (change := change_of(path, made.outputs.get(path.name, "none"))):
         raise OrionError(
-            f"{path} was changed after the evaluation: its sha256 is {found[:12]}, in {MANIFEST} it is "
-            f"{expected[:12]}.",
+            f"{path} was changed after the evaluation: {change}.",
             f"Evaluate again: '{_command_of(path.parent, made.stage)}'. Or put the file back.",
         )
 

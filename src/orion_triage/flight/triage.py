@@ -16,6 +16,7 @@ from orion_triage.evaluate.backends import Backend, LlamaCppBackend, VerdictOnly
 from orion_triage.evaluate.head import EMBEDDING, Head, HeadBackend
 from orion_triage.evaluate.head import read as read_head
 from orion_triage.export import quantize
+from orion_triage.flight.triage_on_board import may_be_cut_off
 from orion_triage.imagery.frames import (
     CAMERA_SIZE,
     FRAME_SUFFIXES,
@@ -231,7 +232,6 @@ class Earlier:
 
 
 NO_CONTENT = ""
-_LINE_BEGINS = b'{"file": "'
 
 
 def content_of(path: Path) -> str:
@@ -269,8 +269,7 @@ def read_earlier(out: Path, pair: str) -> Earlier:
     with out.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.endswith(b"\n"):
-                # Without a line of ours, it may be another file: what a kill leaves is the beginning of one, or zeros.
-                if not whole and line[: len(_LINE_BEGINS)] != _LINE_BEGINS[: len(line)] and line.strip(b"\0"):
+                if not whole and not may_be_cut_off(line):  # without a line of ours, it may be another file
                     raise OrionError(f"{out} is not a result of 'orion triage'.", "Choose another file with --out.")
                 break
             try:

@@ -54,6 +54,11 @@ class UnreadableError(Exception):
     """A frame that this program may not or cannot read."""
 
 
+def may_be_cut_off(line: bytes) -> bool:
+    """Whether a kill or a power loss may leave this of a log's line: its beginning, or zeros."""
+    return line[: len(LINE_BEGINS)] == LINE_BEGINS[: len(line)] or not line.strip(b"\0")
+
+
 def say(text: str) -> None:
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
@@ -101,9 +106,7 @@ class Log:
                     self._remember(row["file"], row["sha256"], row["moved_to"])
                 except (ValueError, KeyError, TypeError, RecursionError):
                     say(f"warning: line {number} of {path} is damaged and was skipped")
-        # What a power loss leaves of a line: its beginning, or zeros. Without any line, it may be another file.
-        begun = cut_off[: len(LINE_BEGINS)] == LINE_BEGINS[: len(cut_off)] or not cut_off.strip(b"\0")
-        if not (self.moved_to or begun):
+        if not (self.moved_to or may_be_cut_off(cut_off)):  # without a line of ours, it may be another file
             raise check_flight.NoGoError(f"{path} is not a log of this program. Name another file with --log")
         return size
 
@@ -312,8 +315,9 @@ class Frames:
         """
         began = time.monotonic()
         try:
-            sha256, size = sha256_of(path), path.stat().st_size
+            size = path.stat().st_size
             frame = path.read_bytes() if size == decide_frame.RAW_BYTES else b""
+            sha256 = hashlib.sha256(frame).hexdigest() if frame else sha256_of(path)
         except OSError as why:  # its permissions, a bad sector, or it is gone
             raise UnreadableError(f"{path} cannot be read: {why.strerror}") from None
         key, row = (path.name, sha256), None

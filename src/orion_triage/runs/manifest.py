@@ -193,6 +193,13 @@ def damaged(folder: Path) -> list[str]:
     return lines
 
 
+def change_of(path: Path, expected: str) -> str:
+    """How a file differs from its sha256 in a manifest, in words; empty if it does not, or is not there."""
+    if not path.is_file() or (found := sha256_of_file(path)) == expected:
+        return ""
+    return f"its sha256 is {found[:12]}, in {FILE_NAME} it is {expected[:12]}"
+
+
 def remove_outputs(folder: Path, unwanted: Callable[[str], bool]) -> int:
     """Delete the outputs whose relative path is `unwanted` and list them in the manifest; returns the bytes freed.
 
