@@ -16,10 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-import hypothesis
 import numpy as np
 import pytest
-from hypothesis import HealthCheck
 from PIL import Image
 
 from orion_triage.dataset.catalogue import COLUMNS, Target, load_catalogue
@@ -39,16 +37,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the tests may reach a
 if "PYTEST_XDIST_WORKER" in os.environ:  # each has a core of its own: threads that wait for each other spin
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("LLAMA_ARG_THREADS", "1")
-
-# Hostile input (tests/hostile.py): the same cases every time in the suite; HYPOTHESIS_PROFILE=torture draws others,
-# many more of them.
-hypothesis.settings.register_profile(
-    "suite", max_examples=60, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
-)
-hypothesis.settings.register_profile(
-    "torture", hypothesis.settings.get_profile("suite"), max_examples=500, derandomize=False, print_blob=True
-)
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 MISSION = default_mission()  # of most tests; the mission of one's own is that of test_mission.py
 

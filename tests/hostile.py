@@ -1,6 +1,7 @@
 """What hostile input may end in, and what it is made of."""
 
 import json
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -8,9 +9,21 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from orion_triage.errors import OrionError
+
+# The same cases every time in the suite; HYPOTHESIS_PROFILE=torture draws others, many more of them. Not in conftest.py:
+# the tests for a GPU also run where hypothesis is not installed.
+hypothesis_settings.register_profile(
+    "suite", max_examples=60, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+)
+hypothesis_settings.register_profile(
+    "torture", hypothesis_settings.get_profile("suite"), max_examples=500, derandomize=False, print_blob=True
+)
+hypothesis_settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 COMPUTING_SECONDS = 5.0  # of one input; the machine's other work does not count
 WAITING_SECONDS = 120  # after which something waits for what never comes
