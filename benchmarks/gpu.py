@@ -14,6 +14,7 @@ data                a checkpoint of random weights in the preset's published sha
 training            'orion fine-tune' (train.fine_tune.run), one epoch of a few steps
 reference training  the published recipe (benchmarks/reference.py) on the same records
 profile             where the time of a training step goes
+twins training      the same with fine_tune.twins_together: what two records of a frame share is computed once
 evaluation          questions per second with transformers, each question with a picture of its own
 fuse                adapter and base to the merged model, with its check
 """
@@ -97,13 +98,13 @@ class Bench:
     def dataset(self) -> Path:
         return self.folder / "dataset"
 
-    def settings(self) -> Any:
+    def settings(self, *more_sets: str) -> Any:
         """The preset's; a CPU is asked for by name, which a large base is refused without."""
         import torch
 
         from orion_triage.settings import load_settings
 
-        sets = [f"base.model={self.base}", "fine_tune.epochs=1", *self.size.sets]
+        sets = [f"base.model={self.base}", "fine_tune.epochs=1", *self.size.sets, *more_sets]
         if not torch.cuda.is_available():
             sets.append("fine_tune.device=cpu")
         return load_settings(self.size.preset, sets)
@@ -310,12 +311,12 @@ class Clock:
         self.report(validation_seconds_per_record=round(metrics["eval_runtime"] / records, 5))
 
 
-def fine_tune(bench: Bench, name: str) -> Figures:
+def fine_tune(bench: Bench, name: str, *more_sets: str) -> Figures:
     """This project's training in an empty folder; returns its measurements."""
     from orion_triage.dataset.dataset import Dataset
     from orion_triage.train import fine_tune
 
-    folder, settings = bench.folder / name, bench.settings()
+    folder, settings = bench.folder / name, bench.settings(*more_sets)
     shutil.rmtree(folder, ignore_errors=True)
     return fine_tune.run(
         bench.base,
@@ -327,14 +328,18 @@ def fine_tune(bench: Bench, name: str) -> Figures:
     )
 
 
-def training(bench: Bench, report: Report) -> None:
+def training(bench: Bench, report: Report, *more_sets: str) -> None:
     Clock(bench, report)
-    figures = fine_tune(bench, "training")
+    figures = fine_tune(bench, "training", *more_sets)
     kept = (
         "first_loss", "last_loss", "eval_losses", "micro_batch_size", "gradient_checkpointing", "precision_used",
         "attention", "short_convolution", "trained_parameters", "steps",
     )  # fmt: skip
     report(**{name: figures.get(name) for name in kept}, peak_gpu_memory_bytes=figures.get("peak_vram_bytes"))
+
+
+def twins_training(bench: Bench, report: Report) -> None:
+    training(bench, report, "fine_tune.twins_together=true")
 
 
 def reference_training(bench: Bench, report: Report) -> None:
@@ -577,6 +582,7 @@ STEPS = {
     "training": Step(training, 30, 150),
     "reference training": Step(reference_training, 40, 180),
     "profile": Step(profile, 30, 120),
+    "twins training": Step(twins_training, 30, 120),
     "evaluation": Step(evaluation, 25, 120),
     "fuse": Step(fuse, 25, 120),
 }
@@ -711,6 +717,8 @@ def summary(steps: dict[str, Figures]) -> Figures:
     rates = [measured(step, "seconds_per_record") for step in sides.values()]
     if all(rates):
         found |= {"times_as_fast_as_the_reference": round(rates[1] / rates[0], 2), "goal": GOAL}
+        if twins := measured("twins training", "seconds_per_record"):
+            found["times_as_fast_with_twins_together"] = round(rates[1] / twins, 2)
     losses = [measured(step, "first_loss") for step in sides.values()]
     if None not in losses:
         difference = abs(losses[0] - losses[1]) / abs(losses[1])

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from orion_triage.errors import OrionError
 
-# The same cases every time in the suite; HYPOTHESIS_PROFILE=torture draws others, many more of them. Not in conftest.py:
-# the tests for a GPU also run where hypothesis is not installed.
+# The same cases every time in the suite; HYPOTHESIS_PROFILE=torture draws others, many more of them. Not in
+# conftest.py: the tests for a GPU also run where hypothesis is not installed.
 hypothesis_settings.register_profile(
     "suite", max_examples=60, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
 )

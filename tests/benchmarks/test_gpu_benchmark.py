@@ -17,7 +17,7 @@ from tests.benchmarks.test_speed_benchmark import SCRIPT as BESIDE
 
 GPU, KIT = (BESIDE.with_name(name) for name in ("gpu.py", "gpu_kit.py"))
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # two tests at a time on two cores
-STEPS = ["card", "tests", "data", "training", "reference training", "profile", "evaluation", "fuse"]
+STEPS = ["card", "tests", "data", "training", "reference training", "profile", "twins training", "evaluation", "fuse"]
 
 
 def command(folder: Path, *words: str) -> list[str]:
@@ -67,7 +67,7 @@ def test_every_step_is_measured(measured: Path) -> None:
     assert set(values["card"]["imports"].values()) == {"ok"}
     assert values["card"]["four_bit_cosine"] > 0.99
     assert values["data"]["training_records"] == 6
-    for side in ("training", "reference training"):
+    for side in ("training", "reference training", "twins training"):
         seconds = values[side]["step_seconds"]
         assert len(seconds) == 3
         assert values[side]["steps_counted"] == 2  # the first is warm-up
@@ -100,6 +100,9 @@ def test_both_sides_are_compared(measured: Path) -> None:
     assert summary["first_loss_difference"] < 1e-3
     ratio = reference["seconds_per_record"] / ours["seconds_per_record"]
     assert summary["times_as_fast_as_the_reference"] == pytest.approx(ratio, abs=0.01)
+    twins = figures["steps"]["twins training"]["measured"]["seconds_per_record"]
+    with_twins = reference["seconds_per_record"] / twins
+    assert summary["times_as_fast_with_twins_together"] == pytest.approx(with_twins, abs=0.01)
     seconds = 1440 * ours["seconds_per_record"] + 180 * ours["validation_seconds_per_record"]
     assert summary["projected_seconds_for_1440_records_ours"] == pytest.approx(seconds, abs=0.1)
     assert 0 < summary["share_of_peak_reference"] < 1
