@@ -205,6 +205,20 @@ def test_a_whole_run_by_hub_ids(hub: Hub, small_base: Path, small_dataset: Path,
     refused = orion(hub, tmp_path, "push", "someone-else/x", "--product", "adapter")
     assert refused.returncode == 1
     assert "answered 403" in refused.stderr
+    weights = run / "orion_lora_weights" / "adapter_model.safetensors"
+    as_made = weights.read_bytes()
+    for path, content, found in (
+        (weights, as_made[:-1] + b"x", "adapter_model.safetensors has sha256 "),
+        (run / "orion_lora_weights" / "notes.txt", b"mine", "notes.txt was added after the stage finished"),
+    ):
+        path.write_bytes(content)
+        refused = orion(hub, tmp_path, "push", "me/adapter", "--product", "adapter")
+        assert refused.returncode == 1
+        assert found in refused.stderr
+        assert "orion fine-tune --run" in refused.stderr
+        assert "me/adapter" not in hub.repositories
+        path.unlink()
+        weights.write_bytes(as_made)
     for product in ("adapter", "merged", "gguf"):
         if product == "gguf":  # a card with figures, from here on
             for command in (("ablation",), ("evaluate",), ("evaluate", "--gguf")):

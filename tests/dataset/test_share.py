@@ -16,7 +16,7 @@ from orion_triage.dataset import build
 from orion_triage.dataset.catalogue import load_catalogue
 from orion_triage.dataset.records import FRAMES_TABLE, read_split
 from orion_triage.dataset.split import given_splits
-from orion_triage.runs.manifest import write_manifest
+from orion_triage.runs.manifest import read_manifest, write_manifest
 from orion_triage.runs.run import Run, prepare
 from orion_triage.settings import SPLITS, DatasetSettings, load_settings
 from tests.conftest import MISSION
@@ -113,6 +113,8 @@ def test_card_and_croissant_say_what_is_in_it(shared: Path) -> None:
 
 def test_pixels_of_unknown_terms_or_mapboxs_stay_here_and_their_places_can_go(run: Run, tmp_path: Path) -> None:
     run = Run(shutil.copytree(run.folder, tmp_path / "runs" / "own"), run.settings)
+    made = read_manifest(run.dataset)
+    assert made is not None
     with serve() as hub:
         refused = push(hub, run)
         assert refused.returncode == 1
@@ -120,6 +122,10 @@ def test_pixels_of_unknown_terms_or_mapboxs_stay_here_and_their_places_can_go(ru
         table = run.dataset / FRAMES_TABLE
         text = table.read_text().replace(",directory,", ",simsat,")
         table.write_text(text.replace(",unknown,,unknown,", ",Mapbox,© Mapbox,no,"))
+        refused = push(hub, run, "--licence", "cc-by-4.0")  # a table in which another hand could write "yes"
+        assert refused.returncode == 1
+        assert f"{FRAMES_TABLE} has sha256 " in refused.stderr
+        write_manifest(run.dataset, stage="dataset", settings={}, inputs={}, seconds=1, figures=made.figures)
         refused = push(hub, run, "--licence", "cc-by-4.0")
         assert refused.returncode == 1
         assert "18 of 18 frames come from simsat (Mapbox), whose terms forbid" in refused.stderr

@@ -258,7 +258,7 @@ def push(
     """
     from orion_triage.dataset import share
     from orion_triage.errors import OrionError
-    from orion_triage.runs.manifest import read_manifest
+    from orion_triage.runs.manifest import read_manifest, refuse_damaged
 
     run = finished_run(folder, "dataset")
     stage_manifest = read_manifest(run.dataset)
@@ -267,6 +267,7 @@ def push(
             f"{run.dataset} does not exist, or 'orion clean' deleted its frames.",
             "Build it again: 'orion dataset --force'.",
         )
+    refuse_damaged(run.dataset, f"orion dataset --run {run.folder} --force")
     report = _checked(run.dataset, run.dataset)
     if report.errors:
         raise OrionError(

@@ -12,7 +12,7 @@ from orion_triage.export import quantize
 from orion_triage.models.licence import README, base_of, licence_of
 from orion_triage.publish import card
 from orion_triage.report import plot
-from orion_triage.runs.manifest import FILE_NAME, read_manifest
+from orion_triage.runs.manifest import FILE_NAME, read_manifest, refuse_damaged
 from orion_triage.runs.run import Run
 from orion_triage.safe.files import sha256_of_file
 from orion_triage.train.fine_tune import read_losses
@@ -28,11 +28,13 @@ _PUBLISHED = (
 def push(run: Run, product: card.Product, repository: str, *, private: bool = True) -> str:
     """Push one finished product of the run; returns the commit's URL.
 
-    Raises OrionError if the product is not finished or the base's licence is unknown.
+    Raises OrionError if the product is not finished, was changed since, or the base's licence is unknown.
     """
     folder = {"adapter": run.adapter, "merged": run.merged, "gguf": run.gguf}[product]
+    stage = {"adapter": "fine-tune", "merged": "fuse", "gguf": "quantize"}[product]
     if read_manifest(folder) is None:
         raise OrionError(f"{folder} is not finished.", "Run 'orion run' first, or pass another run with --run.")
+    refuse_damaged(folder, f"orion {stage} --run {run.folder} --force")
     # Files beside the pair are not published: they can be made from the merged model, and have three times its size.
     pair = quantize.check_pair(folder).names if product == "gguf" else ()
     licence = licence_of(folder)

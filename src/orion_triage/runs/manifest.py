@@ -193,6 +193,13 @@ def damaged(folder: Path) -> list[str]:
     return lines
 
 
+def refuse_damaged(folder: Path, make_again: str) -> None:
+    """Raise OrionError for files that were changed, added or lost after the stage finished."""
+    if lines := damaged(folder):
+        more = f", and {len(lines) - 1} more (orion verify)" if len(lines) > 1 else ""
+        raise OrionError(f"{lines[0]}{more}.", f"Put the files back, move away what was added, or run '{make_again}'.")
+
+
 def change_of(path: Path, expected: str) -> str:
     """How a file differs from its sha256 in a manifest, in words; empty if it does not, or is not there."""
     if not path.is_file() or (found := sha256_of_file(path)) == expected:
