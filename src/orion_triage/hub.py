@@ -42,11 +42,16 @@ def locate(name: str, kind: Kind) -> Path:
     if folder.is_file():
         raise OrionError(f"{kind} {name!r} is a file, not a folder.", f"Pass its folder: {folder.parent}.")
     match = _ID.fullmatch(name)
-    if match is None or name.startswith((".", "/", "~")):
+    if match is None or not is_id(name):
         raise OrionError(
             f"{kind} {name!r} is neither a folder nor a Hub id.", "Pass a folder, or owner/name or owner/name@revision."
         )
     return _snapshot(match[1], match[2] or "main", kind)
+
+
+def is_id(name: str) -> bool:
+    """Whether the name is written like "owner/name" or "owner/name@revision"."""
+    return bool(_ID.fullmatch(name)) and not name.startswith((".", "/", "~"))
 
 
 def id_of(folder: Path) -> str | None:

@@ -326,6 +326,7 @@ def take_dataset(source: Run, target: Run) -> None:
             shutil.copytree(source.dataset, folder, dirs_exist_ok=True)
 
 
+@processes.naming_lost_peer()
 def run_stage(
     stage: Stage, run: Run, *, progress: Progress = silent, force: bool = False
 ) -> tuple[manifest.Manifest, bool]:

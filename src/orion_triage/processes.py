@@ -4,6 +4,8 @@ Also the variables that change the numbers of torch, CUDA and accelerate: record
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from orion_triage.errors import OrionError
 
@@ -38,11 +40,24 @@ def settle_environment() -> None:
 
 def count() -> int:
     """Number of processes that run this command together; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _number("WORLD_SIZE", 1)
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    return _number("RANK", 0)
+
+
+def on_this_machine() -> int:
+    """Number of the processes that run here."""
+    return _number("LOCAL_WORLD_SIZE", count())
+
+
+def _number(name: str, default: int) -> int:
+    """A launcher's variable; raises OrionError if it is no number."""
+    text = os.environ.get(name) or str(default)
+    if not (text.isascii() and text.isdigit()):
+        raise OrionError(f"{name}={text} is not a number of processes.", f"Unset {name}, or start with a launcher.")
+    return int(text)
 
 
 def is_main() -> bool:
@@ -65,15 +80,44 @@ def sleep_while_waiting() -> None:
 
 
 def local_device() -> str:
-    """The torch device of this process: its GPU, or the CPU."""
+    """The torch device of this process: its GPU, or the CPU.
+
+    Raises OrionError if more processes were started here than there are GPUs.
+    """
     import torch
 
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    if not torch.cuda.is_available():
+        return "cpu"
+    number, gpus = _number("LOCAL_RANK", 0), torch.cuda.device_count()
+    if number >= gpus:
+        raise OrionError(
+            f"process {number} of this machine has no GPU: {gpus} can be used here.",
+            f"Start at most {gpus} processes on this machine (num_processes in the configuration of accelerate).",
+        )
+    return f"cuda:{number}"
 
 
 def are_sharded() -> bool:
     """Whether the launcher configured FSDP: each process then holds a part of every weight."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+# What gloo and NCCL say when the process at the other end is gone.
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "remote process exited", "Broken pipe")
+
+
+@contextmanager
+def naming_lost_peer() -> Iterator[None]:
+    """Turn torch's error for a process that has ended into an OrionError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if count() == 1 or not any(words in str(error) for words in _LOST_PEER):
+            raise
+        raise OrionError(
+            f"another process of this command has ended ({str(error).strip().splitlines()[0]}).",
+            "Its own error says why. Start all processes again: they resume from what is complete.",
+        ) from None
 
 
 def wait() -> None:

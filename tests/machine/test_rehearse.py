@@ -146,6 +146,43 @@ def test_the_doctor_names_what_is_missing(tmp_path: Path, monkeypatch: pytest.Mo
         assert orion("doctor", "--preset", "lfm2.5-vl-1.6b").returncode == 1
 
 
+def test_the_doctor_says_of_a_base_that_it_is_not_here(tmp_path: Path) -> None:
+    settings = load_settings("tiny", [f"base.model={tmp_path / 'nowhere'}"])
+    found = {finding.what: finding for finding in doctor.examine(settings, tmp_path)}
+    assert found["base"].state == "missing"
+    assert found["base"].found == f"{tmp_path / 'nowhere'} is neither a folder on this machine nor a Hub id"
+    unknown = doctor._base(load_settings("tiny", ["base.model=someone/else"]))
+    assert unknown.state == "note"
+    assert "its size is not known, and taken as 1,597 M parameters" in unknown.found
+
+
+def test_a_cached_base_is_counted(small_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    config = str(small_base / "config.json")
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: config)
+    assert doctor._parameters(load_settings("tiny", ["base.model=someone/else"])) == count_parameters(small_base)
+
+
+def test_a_gpu_with_too_little_memory_is_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's answers about a GPU are replaced: there is none here."""
+    import torch
+
+    monkeypatch.setattr(doctor, "gpu_fault", lambda: None)
+    monkeypatch.setattr("orion_triage.train.device.gpu_fault", lambda: None)
+    answers = {"is_available": True, "device_count": 1, "is_bf16_supported": True, "get_device_name": "A card"}
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+    settings = load_settings("lfm2.5-vl-1.6b")
+    needs = doctor.needs_of(settings, doctor._parameters(settings))
+    for free, state in ((6_000_000_000, "missing"), (12_000_000_000, "ok")):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_, free=free: (free, 16_000_000_000))
+        finding = doctor._gpu(settings, doctor._parameters(settings), needs)[0]
+        assert (finding.what, finding.state) == ("GPU", state)
+        assert ("6.0 GB free of about 8 needed" in finding.found) is (state == "missing")
+        assert "trains in bfloat16" in finding.found
+
+
 def test_what_a_run_needs_follows_from_its_settings_and_not_from_its_presets_name(
     small_base: Path, tmp_path: Path
 ) -> None:
@@ -169,5 +206,18 @@ def test_what_a_run_needs_follows_from_its_settings_and_not_from_its_presets_nam
     assert gpu_memory("lfm2.5-vl-1.6b", "base.frame_size=256") < full - 2
     assert gpu_memory("lfm2.5-vl-450m") < full / 3
     assert gpu_memory("lfm2.5-vl-1.6b", "base.model=someone/else@main") == pytest.approx(8)  # unknown: as the mission's
+    assert gpu_memory("lfm2.5-vl-1.6b", "fine_tune.precision=float32") > full * 1.5
+    assert gpu_memory("lfm2.5-vl-1.6b", "fine_tune.gradient_checkpointing=false") > full + 5
+    assert gpu_memory("lfm2.5-vl-1.6b", "fine_tune.micro_batch_size=4") > full + 15
+
+    def needs(*sets: str) -> doctor.Needs:
+        settings = load_settings("lfm2.5-vl-1.6b", sets)
+        return doctor.needs_of(settings, doctor._parameters(settings))
+
+    assert needs("fine_tune.device=cpu").memory == pytest.approx(10.2e9, rel=0.02)  # measured: docs/performance.md
+    assert needs("fine_tune.device=cpu").gpu_memory is None
+    assert needs("fine_tune.epochs=100").disk == needs().disk + int(
+        97 * 0.05 * 2 * PUBLISHED["LiquidAI/LFM2.5-VL-1.6B"]
+    )
     for preset, count in PUBLISHED.items():
         assert doctor._parameters(load_settings(preset)) == count

@@ -73,6 +73,10 @@ def test_a_quantized_base_is_refused_by_name(more: Any, said: str, small_base: P
         ({"vision_config": {"patch_size": 14}}, "vision_config.patch_size is 14, not 16: a frame of 512 pixels"),
         ({"downsample_factor": 4}, "downsample_factor is 4, not 2: a frame of 512 pixels"),
         ({"text_config": {"layer_types": ["conv", "sliding_attention"]}}, "layer_types has 'sliding_attention'"),
+        ({"text_config": {"conv_bias": True}}, "text_config.conv_bias is True, not False: llama.cpp's short conv"),
+        ({"projector_hidden_act": "relu"}, "projector_hidden_act is 'relu', not gelu: llama.cpp computes GELU"),
+        ({"vision_config": {"hidden_act": "quick_gelu"}}, "vision_config.hidden_act is 'quick_gelu', not gelu_py"),
+        ({"vision_feature_layer": -2}, "vision_feature_layer is -2, not -1: llama.cpp takes the last layer"),
     ],
 )
 def test_a_base_that_is_built_otherwise_is_refused_before_training(
@@ -83,6 +87,22 @@ def test_a_base_that_is_built_otherwise_is_refused_before_training(
         resolve_base(str(folder))
     assert said in refused.value.message
     assert doctor._base(load_settings("tiny", [f"base.model={folder}"])).state == "missing"
+
+
+def test_a_base_with_a_head_of_its_own_is_refused_before_training(small_base: Path, tmp_path: Path) -> None:
+    """The merged model and the pair have the token embedding for a head, so they would answer otherwise."""
+    from safetensors.torch import load_file, save_file
+
+    folder = changed(small_base, tmp_path / "base", {"tie_word_embeddings": False})
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["tie_word_embeddings"] = False
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.language_model.embed_tokens.weight"] * 1.5
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(OrionError, match=r"lm_head\.weight is not the token embedding") as refused:
+        load_model(folder, dtype="float32")
+    assert "tie_word_embeddings=true" in refused.value.fix
 
 
 # Unlike the shipped base's and the 1.6B's: heads, feed-forward and tower in the proportions of the 450M; more and other

@@ -2,11 +2,14 @@
 
 import json
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from orion_triage import processes
 from orion_triage.dataset.dataset import Dataset
 from orion_triage.dataset.records import read_split
 from orion_triage.errors import OrionError
@@ -16,7 +19,7 @@ from orion_triage.progress import silent
 from orion_triage.settings import FineTuneSettings
 from orion_triage.train import fine_tune
 from orion_triage.train.device import Device, choose_device, driver_fault, gpu_fault, needs_gpu
-from orion_triage.train.trainer import collator, fault_of, make_trainer
+from orion_triage.train.trainer import collator, fault_of, losses_of, make_trainer
 from tests.conftest import MISSION, orion
 
 pytestmark = [
@@ -57,6 +60,93 @@ def test_the_reason_why_a_gpu_is_not_usable(
     found = driver_fault("13.2", cuda, driver, has_devices)
     assert re.search(fault, found[0]), found
     assert fix in found[1]
+
+
+def test_a_list_of_visible_gpus_that_names_none_is_the_fault_and_not_the_driver() -> None:
+    found, fix = driver_fault("13.2", 13000, "595.10", True, "7")
+    assert found == "CUDA_VISIBLE_DEVICES=7 names no GPU that can be used"
+    assert "nvidia-smi -L" in fix
+    assert "driver 550.90.07 serves" in driver_fault("13.2", 12040, "550.90.07", True, "7")[0]  # first of all
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Device]:
+    """The device that is chosen with so many GPUs; torch's answers about them are replaced, there are none here."""
+    import torch
+
+    monkeypatch.setattr("orion_triage.train.device.gpu_fault", lambda: None)
+
+    def chosen(count: int, bfloat16: bool = True, precision: str = "auto", **launcher: str) -> Device:
+        answers = {"is_available": True, "device_count": count, "is_bf16_supported": bfloat16}
+        for name, answer in answers.items():
+            monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+        for name, value in launcher.items():
+            monkeypatch.setenv(name, value)
+        return choose_device(AUTO.model_copy(update={"precision": precision}), 1_596_625_904)
+
+    return chosen
+
+
+def test_idle_gpus_are_named_with_the_way_to_use_them(gpus: Callable[..., Device]) -> None:
+    assert gpus(1) == Device("cuda:0", "bfloat16")
+    assert gpus(2).notes[0].startswith("cuda:1 is idle: one process trains on one GPU. Use them with accelerate launch")
+    assert gpus(3).notes[0].startswith("cuda:1 and cuda:2 are idle: one process")
+    assert gpus(8).notes[0].startswith("cuda:1 to cuda:7 are idle: one process")
+    two = gpus(8, WORLD_SIZE="4", LOCAL_WORLD_SIZE="2", RANK="3", LOCAL_RANK="1")  # two machines
+    assert two.name == "cuda:1"
+    assert two.notes[0].startswith("cuda:2 to cuda:7 are idle: 2 processes train on 2 GPUs.")
+    assert gpus(2, WORLD_SIZE="4", LOCAL_WORLD_SIZE="2", LOCAL_RANK="1").notes == ()
+    with pytest.raises(OrionError, match="process 3 of this machine has no GPU: 2 can be used here") as refused:
+        gpus(2, WORLD_SIZE="4", LOCAL_WORLD_SIZE="4", LOCAL_RANK="3")
+    assert "at most 2 processes" in refused.value.fix
+
+
+def test_bfloat16_is_chosen_where_the_gpu_has_it(gpus: Callable[..., Device]) -> None:
+    assert gpus(1).precision == "bfloat16"
+    assert gpus(1, bfloat16=False).precision == "float16"
+    assert gpus(1, precision="float32").precision == "float32"
+    by_name = gpus(1, bfloat16=False, precision="bfloat16")
+    assert by_name.precision == "bfloat16"
+    assert "emulates it: fine_tune.precision=float16 is faster" in by_name.notes[0]
+
+
+@pytest.mark.parametrize("value", ["two", "-1", "1.5"])
+def test_a_number_of_processes_that_is_none_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", value)
+    with pytest.raises(OrionError, match=f"WORLD_SIZE={value} is not a number of processes"):
+        processes.count()
+    monkeypatch.setenv("WORLD_SIZE", "")  # set and empty, as in a script: as if it were not set
+    assert processes.count() == 1
+
+
+def test_a_skipped_step_has_no_gradient_norm_in_the_log() -> None:
+    history = [
+        {"step": 1, "epoch": 0.5, "loss": 2.0, "grad_norm": float("inf"), "learning_rate": 1e-3},
+        {"step": 2, "epoch": 1.0, "loss": 1.5, "grad_norm": 0.5, "learning_rate": 5e-4},
+        {"step": 2, "eval_loss": 1.4, "eval_loss_category": 0.3, "eval_runtime": 3.0},
+        {"train_runtime": 9.0},
+    ]
+    log = losses_of(cast(Any, SimpleNamespace(state=SimpleNamespace(log_history=history))))
+    assert [entry.get("grad_norm", "none") for entry in log] == [None, 0.5, "none"]
+    assert json.loads(json.dumps(log, allow_nan=False)) == log
+    assert log[2] == {"step": 2, "eval_loss": 1.4, "eval_loss_category": 0.3}
+
+
+def test_the_rate_rises_over_the_steps_that_all_processes_make(
+    small_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(small_base, dtype="float32")
+    records = [None] * 64
+    settings = AUTO.model_copy(update={"warmup_fraction": 0.5, "epochs": 2, "micro_batch_size": 2})
+    steps = {}
+    for count in (1, 2):
+        monkeypatch.setattr(processes, "count", lambda count=count: count)
+        trainer = make_trainer(
+            model, None, cast(Any, None), cast(Any, records), [], settings, Device("cpu", "float32"),
+            tmp_path / str(count), silent,
+        )  # fmt: skip
+        steps[count] = trainer.args.warmup_steps
+    assert steps == {1: 2, 2: 1}  # 4 and 2 steps of 16 records times the processes, half of them
 
 
 def test_a_base_that_takes_days_on_a_cpu_is_not_trained_there_unless_it_is_asked_for() -> None:
@@ -107,7 +197,7 @@ def test_the_number_of_gpus_in_the_box_changes_nothing(
     device = TrainingArguments._setup_devices.func
     adapters: dict[int, dict[str, Any]] = {}
     logs: dict[int, list[float]] = {}
-    for visible in (1, 8):
+    for visible in (1, 2, 8):
 
         def counted(arguments: Any, visible: int = visible) -> Any:
             found = device(arguments)
@@ -129,9 +219,10 @@ def test_the_number_of_gpus_in_the_box_changes_nothing(
         logs[visible] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         adapters[visible] = {name: value for name, value in model.named_parameters() if value.requires_grad}
     assert len(logs[1]) == 4
-    assert logs[8] == pytest.approx(logs[1], rel=1e-5)
-    for name, value in adapters[1].items():
-        assert torch.allclose(adapters[8][name], value, atol=1e-6), name
+    for visible in (2, 8):
+        assert logs[visible] == pytest.approx(logs[1], rel=1e-5)
+        for name, value in adapters[1].items():
+            assert torch.allclose(adapters[visible][name], value, atol=1e-6), name
 
 
 def test_float16_that_overflows_again_and_again_ends_in_a_clear_word() -> None:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from orion_triage import processes
+from orion_triage import hub, processes
 from orion_triage.errors import OrionError
 from orion_triage.llama_cpp.toolchain import existing_tools
 from orion_triage.models.lfm2_vl_shapes import PUBLISHED
 from orion_triage.settings import Settings
+from orion_triage.train.checkpoints import CHECKPOINT_SHARE
 from orion_triage.train.device import (
     choose_device,
     driver_version,
@@ -46,28 +47,38 @@ class Needs:
 
 
 _MISSION = PUBLISHED["LiquidAI/LFM2.5-VL-1.6B"]  # parameters of the model of the mission document's limits
-# Per parameter of a base in 4 bits: the language model's layers, 0.65 of it, take 0.55 bytes; the others take 2.
-_BYTES_IN_4_BIT = 0.65 * 0.55 + 0.35 * 2
+_LAYERS_SHARE = 0.65  # of a base's parameters are in the language model's layers, which NF4 stores in 0.55 bytes each
+_ALL_ACTIVATIONS = 2  # times what a record needs with checkpointing
 
 
 def needs_of(settings: Settings, parameters: int | None) -> Needs:
     """What a run with these settings needs, for a base of so many parameters (None: unknown, taken as the mission's).
 
     From the mission document's limits for the 1.6B in 4 bits at 512 pixels (8 GB of memory, 8 GB on the GPU, 11 GB of
-    disk): the weights are counted, and the rest grows with parameters and pixels. Nothing was measured on a GPU.
+    disk for 3 epochs): the weights are counted, and the rest grows with parameters, pixels, records at a time and the
+    bytes of a value. Nothing was measured on a GPU. On a CPU, in float32, a training of these shapes took 10.2 GB.
     """
-    count = parameters or _MISSION
+    tuning, count = settings.fine_tune, parameters or _MISSION
     share = count / _MISSION
-    four_bits, sixteen_bits = _BYTES_IN_4_BIT * count, 2.0 * count
     pixels = (settings.base.frame_size / 512) ** 2
-    activations = (8 * GB - _BYTES_IN_4_BIT * _MISSION) * share * pixels
-    weights = four_bits if settings.fine_tune.base_weights == "nf4" else sixteen_bits
-    gpu = max(weights + activations, sixteen_bits)  # the 16-bit base is loaded once, for the preflight
+    at_a_time = tuning.micro_batch_size * (1 if tuning.gradient_checkpointing else _ALL_ACTIVATIONS)
+    width = 4 if tuning.precision == "float32" else 2  # bytes of a value
+    layers = 0.55 if tuning.base_weights == "nf4" else width
+    rest = (8 * GB - _MISSION * _bytes_per_parameter(0.55, 2)) * share * pixels * at_a_time * width / 2
+    gpu = max(count * _bytes_per_parameter(layers, width) + rest, 2.0 * count)  # 16 bits once, for the preflight
+    memory = 2.5 * GB + 5.5 * GB * share
+    if tuning.device == "cpu":
+        memory = max(memory, 4.0 * count + 3.8 * GB * share * pixels * at_a_time)
+    checkpoints = max(0, tuning.epochs - 3) * CHECKPOINT_SHARE * 2 * count
     return Needs(
-        memory=int(2.5 * GB + 5.5 * GB * share),
-        disk=int(1 * GB + 10 * GB * share),
-        gpu_memory=int(gpu) if needs_gpu(settings.fine_tune, parameters) else None,
+        memory=int(memory),
+        disk=int(1 * GB + 10 * GB * share + checkpoints),
+        gpu_memory=int(gpu) if needs_gpu(tuning, parameters) else None,
     )
+
+
+def _bytes_per_parameter(of_layers: float, of_others: float) -> float:
+    return _LAYERS_SHARE * of_layers + (1 - _LAYERS_SHARE) * of_others
 
 
 def examine(settings: Settings, folder: Path, *, only_fine_tune: bool = False) -> list[Finding]:
@@ -195,7 +206,11 @@ def _parameters(settings: Settings) -> int | None:
     model = settings.base.model
     folder = TINY_BASE_FOLDER if model == TINY_BASE else Path(model).expanduser()
     if not folder.is_dir():
-        return PUBLISHED.get(model.partition("@")[0])
+        if published := PUBLISHED.get(model.partition("@")[0]):
+            return published
+        if (cached := _cached_config(model)) is None:
+            return None
+        folder = cached.parent
     try:
         return count_parameters(folder) or None
     except Exception:  # a damaged file, which `_base` reports
@@ -211,17 +226,33 @@ def _base(settings: Settings) -> Finding:
         return Finding("base", "ok", "shipped with the project")
     if (folder := Path(model).expanduser()).is_dir():
         return _usable(f"folder {model}", check_base, folder)
-    from huggingface_hub import constants, try_to_load_from_cache
+    if not hub.is_id(model):
+        return Finding(
+            "base", "missing", f"{model} is neither a folder on this machine nor a Hub id",
+            "Set base.model to a folder that is here, or to owner/name or owner/name@revision.",
+        )  # fmt: skip
+    from huggingface_hub import constants
 
+    if cached := _cached_config(model):
+        return _usable(f"{model} in the cache", check_config, cached.parent)
+    published = PUBLISHED.get(model.partition("@")[0])
+    size = f"{2 * published / GB:.1f} GB" if published else "its weights"
+    as_mission = "" if published else f"; its size is not known, and taken as {in_millions(_MISSION)}"
+    return Finding(
+        "base", "note", f"{model} is not in the cache{as_mission}",
+        f"The first run fetches {size} from {constants.ENDPOINT}.",
+    )  # fmt: skip
+
+
+def _cached_config(model: str) -> Path | None:
+    """config.json of a Hub id in the user's cache, if it is there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if not hub.is_id(model):
+        return None
     repository, _, revision = model.partition("@")
     cached = try_to_load_from_cache(repository, "config.json", revision=revision or None)
-    if isinstance(cached, str):
-        return _usable(f"{model} in the cache", check_config, Path(cached).parent)
-    published = PUBLISHED.get(repository)
-    size = f"{2 * published / GB:.1f} GB" if published else "its weights"
-    return Finding(
-        "base", "note", f"{model} is not in the cache", f"The first run fetches {size} from {constants.ENDPOINT}."
-    )
+    return Path(cached) if isinstance(cached, str) else None
 
 
 def _usable(found: str, check: Callable[[Path], object], folder: Path) -> Finding:

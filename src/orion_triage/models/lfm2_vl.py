@@ -87,6 +87,14 @@ _FIXED: tuple[tuple[str, str, tuple[Any, ...], str], ...] = (
     ("vision_config", "model_type", ("siglip2_vision_model",), "llama.cpp's mmproj is that of SigLIP2"),
     ("vision_config", "patch_size", (16,), "a frame of 512 pixels is 1,024 patches and 256 image tokens"),
     ("", "downsample_factor", (2,), "a frame of 512 pixels is 1,024 patches and 256 image tokens"),
+    ("vision_config", "num_channels", (3,), "frames are RGB"),
+    # llama.cpp reads no such key: it would compute as usual, and answer otherwise than transformers without an error
+    # (ReLU in the projector: 0.11 of a token's log-probability; the pair's files say nothing).
+    ("", "projector_hidden_act", ("gelu",), "llama.cpp computes GELU there"),
+    ("", "projector_bias", (True,), "llama.cpp adds biases there"),
+    ("", "vision_feature_layer", (-1,), "llama.cpp takes the last layer"),
+    ("vision_config", "hidden_act", ("gelu_pytorch_tanh",), "llama.cpp computes GELU by its tanh form there"),
+    ("text_config", "conv_bias", (False,), "llama.cpp's short convolutions have no biases"),
 )
 _LAYERS = ("conv", "full_attention")
 _PIXELS_PER_TOKEN = 32  # of each side: patches of 16 pixels, merged 2x2

@@ -154,7 +154,8 @@ def load_model(folder: Path, *, dtype: str, four_bit: bool = False, device: str 
     With "auto", a CPU maps the file into memory instead of copying it.
 
     With `four_bit`, the language model's linear layers are NF4 with double quantization and compute in `dtype`;
-    tower, projector and head stay in `dtype`. Raises OrionError if weights are missing or unexpected.
+    tower, projector and head stay in `dtype`. Raises OrionError if weights are missing or unexpected, or if the model
+    has a head of its own where its family has the token embedding.
     """
     hush_kernel_advice()
     import torch
@@ -190,6 +191,12 @@ def load_model(folder: Path, *, dtype: str, four_bit: bool = False, device: str 
                 f"for example {names[0]}.",
                 "Fetch the checkpoint again.",
             )
+    if family.has_tied_head(read_config(folder)) and not _has_tied_head(model):
+        raise OrionError(
+            f"{folder}: lm_head.weight is not the token embedding, which is the head of {family.NAME}; the merged "
+            "model and llama.cpp's file would have the wrong one.",
+            "Use a base with tie_word_embeddings=true and without an lm_head.weight of its own.",
+        )
     own = model.generation_config  # its sampling settings would change greedy answers
     model.generation_config = GenerationConfig(
         bos_token_id=own.bos_token_id,
@@ -200,6 +207,11 @@ def load_model(folder: Path, *, dtype: str, four_bit: bool = False, device: str 
     if device == "cpu":
         _keep_gradients_on_cpu(model)
     return model.eval()
+
+
+def _has_tied_head(model: Any) -> bool:
+    head, embedding = (module.weight for module in (model.get_output_embeddings(), model.get_input_embeddings()))
+    return bool(head is embedding or head.data_ptr() == embedding.data_ptr())
 
 
 @contextmanager

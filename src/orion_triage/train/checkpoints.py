@@ -10,6 +10,8 @@ from orion_triage.runs.manifest import hash_outputs
 from orion_triage.safe.files import sha256_of_text, write_text
 
 CHECKPOINTS = "checkpoints"
+# An adapter of rank 16 has about 1 % of the model's size. A checkpoint adds two optimizer states; all are kept.
+CHECKPOINT_SHARE = 0.05
 HASHES_FILE = "sha256.json"  # hashes of a checkpoint's files; written last
 
 

@@ -65,16 +65,19 @@ def _on_gpu(settings: FineTuneSettings) -> Device:
     import torch
 
     notes = []
-    idle = torch.cuda.device_count() - 1
-    if idle > 0 and processes.count() == 1:
-        what = "another GPU is" if idle == 1 else f"{idle} more GPUs are"
-        notes.append(f"{what} idle: one process trains on one GPU. {HOW_TO_USE_ALL}")
+    name, here = processes.local_device(), processes.on_this_machine()
+    used = {f"cuda:{number}" for number in range(here)} if here > 1 else {name}
+    idle = [gpu for number in range(torch.cuda.device_count()) if (gpu := f"cuda:{number}") not in used]
+    if idle:
+        which = idle[0] if len(idle) == 1 else f"{idle[0]} to {idle[-1]}" if len(idle) > 2 else " and ".join(idle)
+        what = "one process trains on one GPU" if here == 1 else f"{here} processes train on {here} GPUs"
+        notes.append(f"{which} {'is' if len(idle) == 1 else 'are'} idle: {what}. {HOW_TO_USE_ALL}")
     precision = settings.precision
     if precision == "auto":
         precision = "bfloat16" if has_bfloat16() else "float16"
     elif precision == "bfloat16" and not has_bfloat16():
         notes.append("this GPU has no bfloat16 arithmetic and emulates it: fine_tune.precision=float16 is faster")
-    return Device(processes.local_device(), precision, tuple(notes))
+    return Device(name, precision, tuple(notes))
 
 
 def has_bfloat16() -> bool:
@@ -104,15 +107,18 @@ def gpu_fault() -> tuple[str, str] | None:
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if hidden is not None and (not hidden.strip() or hidden.strip().startswith("-")):
         return f"CUDA_VISIBLE_DEVICES={hidden} hides all GPUs", f"Unset CUDA_VISIBLE_DEVICES. {by_name}"
-    found, fix = driver_fault(wanted, _driver_cuda(), driver_version(), bool(list(Path("/dev").glob("nvidia[0-9]*"))))
+    devices = bool(list(Path("/dev").glob("nvidia[0-9]*")))
+    found, fix = driver_fault(wanted, _driver_cuda(), driver_version(), devices, hidden)
     return found, f"{fix} {by_name}"
 
 
-def driver_fault(wanted: str, cuda: int, driver: str | None, has_devices: bool) -> tuple[str, str]:
+def driver_fault(
+    wanted: str, cuda: int, driver: str | None, has_devices: bool, visible: str | None = None
+) -> tuple[str, str]:
     """What is wrong with the driver, and what to do.
 
     `wanted` is torch's CUDA ("13.0"), `cuda` what the driver serves (12040 for 12.4, 0: none), `driver` its version,
-    `has_devices` whether /dev has a GPU.
+    `has_devices` whether /dev has a GPU, `visible` CUDA_VISIBLE_DEVICES.
     """
     major = int(wanted.split(".")[0])
     oldest = _OLDEST_DRIVER.get(major)
@@ -124,6 +130,11 @@ def driver_fault(wanted: str, cuda: int, driver: str | None, has_devices: bool) 
         return (
             f"there is a driver ({driver}), and no GPU in /dev: a container started without its devices",
             "Start the container with --gpus all.",
+        )
+    if driver and visible:
+        return (
+            f"CUDA_VISIBLE_DEVICES={visible} names no GPU that can be used",
+            "Unset CUDA_VISIBLE_DEVICES, or name GPUs that 'nvidia-smi -L' lists.",
         )
     if driver or cuda:
         return f"the NVIDIA driver {driver or ''} does not start: {_complaint()}", "Run nvidia-smi."

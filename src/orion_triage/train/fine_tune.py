@@ -63,7 +63,13 @@ from orion_triage.safe.files import (
 )
 from orion_triage.settings import FineTuneSettings
 from orion_triage.train.augment import Augmentation
-from orion_triage.train.checkpoints import CHECKPOINTS, last_checkpoint, prepare_work_folder, remove_damaged
+from orion_triage.train.checkpoints import (
+    CHECKPOINT_SHARE,
+    CHECKPOINTS,
+    last_checkpoint,
+    prepare_work_folder,
+    remove_damaged,
+)
 from orion_triage.train.device import choose_device
 from orion_triage.train.grouping import CPU_MEMORY_FULL, advice_for_less_memory, fill_gpu
 from orion_triage.train.preflight import preflight
@@ -78,10 +84,6 @@ if TYPE_CHECKING:
 CENSUS_FILE = "census.json"
 LOSS_FILE = "loss_log.json"
 PREFLIGHT_FRAMES = 8
-# What gloo and NCCL say when the process at the other end is gone.
-LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "remote process exited", "Broken pipe")
-# An adapter of rank 16 has about 1 % of the model's size. A checkpoint adds two optimizer states; all are kept.
-_CHECKPOINT_SHARE = 0.05
 
 
 def run(
@@ -116,11 +118,11 @@ def run(
     replayed_records = replayed(own_records, settings.replay, settings.seed)
     more_records, more_frames = to_train(labelled, dataset.mission, frame_size)
     train_records = without_reasons([*replayed_records, *more_records], settings.empty_reasons, settings.seed)
-    if processes.are_sharded():
-        _check_sharding(settings)
     device = choose_device(settings, count_parameters(base))
+    if processes.are_sharded():
+        _check_sharding(settings, device.precision)
     weights = sum(path.stat().st_size for path in base.glob("*.safetensors"))
-    require_free_space(work_folder, int(weights * _CHECKPOINT_SHARE * settings.epochs) + 50_000_000, "fine-tuning")
+    require_free_space(work_folder, int(weights * CHECKPOINT_SHARE * settings.epochs) + 50_000_000, "fine-tuning")
     base_sha256 = fingerprint(base)
     warnings_of_parent = check_base(base, parent, frame_size) if parent else []
     parent_tensors = read_adapter(parent) if parent else {}
@@ -140,6 +142,8 @@ def run(
     progress("loading the base", 1, 2)
     four_bit = settings.base_weights == "nf4"
     model = load_model(base, dtype=device.precision, four_bit=four_bit, device=device.name)
+    if processes.are_sharded():
+        _check_layers(model)
     sees = preflight(model, reference, processor, looked_at, user_text(dataset.mission, None))
     progress("loading the base", 2, 2)
     looks_once = not settings.trains_tower and augmentation is None
@@ -194,11 +198,6 @@ def run(
         try:
             trained = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
         except RuntimeError as error:
-            if processes.count() > 1 and any(words in str(error) for words in LOST_PEER):
-                raise OrionError(
-                    f"fine-tuning: another process of this training has ended ({str(error).strip().splitlines()[0]}).",
-                    "Its own error says why. Start all processes again: they resume from the last checkpoint.",
-                ) from None
             if not isinstance(error, torch.OutOfMemoryError) and CPU_MEMORY_FULL not in str(error):
                 raise
             raise OrionError(
@@ -327,7 +326,7 @@ def _seconds_per_sample(seconds: float, state: Any, resumed_step: int, settings:
     return round(seconds / records, 4) if records else None
 
 
-def _check_sharding(settings: FineTuneSettings) -> None:
+def _check_sharding(settings: FineTuneSettings, precision: str) -> None:
     """Raise OrionError for a kind of FSDP that does not train right or was never run, before a model is loaded."""
     if settings.base_weights != "16-bit":
         raise OrionError(
@@ -339,6 +338,11 @@ def _check_sharding(settings: FineTuneSettings) -> None:
             f"fine_tune.optimizer={settings.optimizer}: FSDP cannot shard the optimizer state of bitsandbytes.",
             "Set fine_tune.optimizer=adamw_torch_fused, as in docs/accelerate/fsdp.yaml.",
         )
+    if precision == "float16":
+        raise OrionError(
+            "fine_tune.precision=float16: FSDP with scaled losses was never run.",
+            "Set fine_tune.precision=bfloat16 (Ampere and later), or use docs/accelerate/ddp.yaml.",
+        )
     for name, value, why in _FSDP:
         if (found := os.environ.get(name, "")).lower() not in value:
             raise OrionError(
@@ -346,12 +350,28 @@ def _check_sharding(settings: FineTuneSettings) -> None:
             )
 
 
+def _check_layers(model: Any) -> None:
+    """Raise OrionError unless FSDP shards the layers of both towers: accelerate fails on a class that there is not."""
+    from torch import nn
+
+    layers = {type(child[0]).__name__ for child in model.modules() if isinstance(child, nn.ModuleList) and len(child)}
+    asked = os.environ.get(_FSDP_LAYERS, "")
+    if {name.strip() for name in asked.split(",")} != layers:
+        raise OrionError(
+            f"{_FSDP_LAYERS}={asked}: the layers of this base are {', '.join(sorted(layers))}.",
+            f"Set fsdp_transformer_layer_cls_to_wrap: {','.join(sorted(layers))} in the configuration of accelerate.",
+        )
+
+
+_FSDP_LAYERS = "FSDP_TRANSFORMER_CLS_TO_WRAP"
 # (accelerate's variable, the values that were run, what another does)
 _FSDP = (
     ("FSDP_VERSION", ("2",), "version 1 flattens frozen and trained weights together"),
     ("FSDP_STATE_DICT_TYPE", ("full_state_dict",), "a checkpoint would lack the adapter as one file"),
     ("FSDP_CPU_RAM_EFFICIENT_LOADING", ("false", ""), "all processes but one would check an empty base"),
     ("FSDP_OFFLOAD_PARAMS", ("false", ""), "offloading was never run"),
+    ("FSDP_AUTO_WRAP_POLICY", ("transformer_based_wrap",), "other ways to divide the model were never run"),
+    ("FSDP_ACTIVATION_CHECKPOINTING", ("false", ""), "fine_tune.gradient_checkpointing does it"),
 )
 
 
