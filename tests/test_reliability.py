@@ -301,7 +301,7 @@ def test_our_server_answers_nobody_else(tiny_pair: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.llama_cpp
-def test_threads_that_wait_sleep_in_torch_and_spin_in_llama_cpp(
+def test_threads_that_wait_soon_sleep_in_torch_and_spin_in_llama_cpp(
     tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
@@ -309,16 +309,18 @@ def test_threads_that_wait_sleep_in_torch_and_spin_in_llama_cpp(
     code = """
 import os
 from orion_triage import cli
-cli.app = lambda: print(os.environ.get("OMP_WAIT_POLICY"), flush=True)
+cli.app = lambda: print(os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT"), flush=True)
 cli.main()
 """
-    assert started(code).first_line == "PASSIVE"  # type: ignore[attr-defined]
+    assert started(code).first_line == "PASSIVE 2000"  # type: ignore[attr-defined]
     monkeypatch.setenv("GOMP_SPINCOUNT", "1000")
-    assert started(code).first_line == "None"  # type: ignore[attr-defined]
+    assert started(code).first_line == "None 1000"  # type: ignore[attr-defined]
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
     with Server(find_toolchain(), tiny_pair / quantize.QUANTIZED, None, log=tmp_path / "log") as server:
         assert server._process is not None
-        assert b"OMP_WAIT_POLICY" not in Path(f"/proc/{server._process.pid}/environ").read_bytes()
+        environment = Path(f"/proc/{server._process.pid}/environ").read_bytes()
+        assert b"OMP_WAIT_POLICY" not in environment
+        assert b"GOMP_SPINCOUNT" not in environment
 
 
 # --- training -------------------------------------------------------------------------------------------------------

@@ -191,7 +191,7 @@ def test_a_shared_out_base_trains_is_killed_goes_on_and_fuses(
     second.communicate()
     said, _ = first.communicate(timeout=600)  # without a launcher that would end it
     assert first.returncode == 1, said
-    assert "another process of this training has ended" in said
+    assert "another process of this command has ended" in said
     assert "Traceback" not in said
     assert not (tmp_path / "two" / "orion_lora_weights").exists()
 

@@ -40,7 +40,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a file's name may have letters that the terminal's encoding lacks
             stream.reconfigure(errors="backslashreplace")
-    processes.sleep_while_waiting()
+    processes.wait_briefly()
     proxies.spare_loopback()
     try:
         app()
