@@ -48,7 +48,9 @@ class Needs:
 
 _MISSION = PUBLISHED["LiquidAI/LFM2.5-VL-1.6B"]  # parameters of the model of the mission document's limits
 _LAYERS_SHARE = 0.65  # of a base's parameters are in the language model's layers, which NF4 stores in 0.55 bytes each
-_ALL_ACTIVATIONS = 2  # times what a record needs with checkpointing
+# What one more record in a micro batch keeps for the backward pass at the 1.6B's shapes and 512 pixels, in values:
+# every activation (counted with torch's saved_tensors_hooks: 3.7 GB in float32), or the layers' inputs and one layer.
+_VALUES_OF_A_RECORD, _VALUES_WITH_CHECKPOINTING = 3.7e9 / 4, 0.3e9 / 4
 
 
 def needs_of(settings: Settings, parameters: int | None) -> Needs:
@@ -56,19 +58,22 @@ def needs_of(settings: Settings, parameters: int | None) -> Needs:
 
     From the mission document's limits for the 1.6B in 4 bits at 512 pixels (8 GB of memory, 8 GB on the GPU, 11 GB of
     disk for 3 epochs): the weights are counted, and the rest grows with parameters, pixels, records at a time and the
-    bytes of a value. Nothing was measured on a GPU. On a CPU, in float32, a training of these shapes took 10.2 GB.
+    bytes of a value. Nothing was measured on a GPU. On a CPU, in float32, a training of these shapes took 10.2 GB. The
+    limits are those of one record at a time with checkpointing.
     """
     tuning, count = settings.fine_tune, parameters or _MISSION
     share = count / _MISSION
     pixels = (settings.base.frame_size / 512) ** 2
-    at_a_time = tuning.micro_batch_size * (1 if tuning.gradient_checkpointing else _ALL_ACTIVATIONS)
+    more = _VALUES_WITH_CHECKPOINTING * (tuning.micro_batch_size - 1)
+    if not tuning.gradient_checkpointing:
+        more = _VALUES_OF_A_RECORD * tuning.micro_batch_size
     width = 4 if tuning.precision == "float32" else 2  # bytes of a value
     layers = 0.55 if tuning.base_weights == "nf4" else width
-    rest = (8 * GB - _MISSION * _bytes_per_parameter(0.55, 2)) * share * pixels * at_a_time * width / 2
+    rest = ((8 * GB - _MISSION * _bytes_per_parameter(0.55, 2)) * width / 2 + more * width) * share * pixels
     gpu = max(count * _bytes_per_parameter(layers, width) + rest, 2.0 * count)  # 16 bits once, for the preflight
     memory = 2.5 * GB + 5.5 * GB * share
     if tuning.device == "cpu":
-        memory = max(memory, 4.0 * count + 3.8 * GB * share * pixels * at_a_time)
+        memory = max(memory, 4.0 * count + (3.8 * GB + more * 4) * share * pixels)
     checkpoints = max(0, tuning.epochs - 3) * CHECKPOINT_SHARE * 2 * count
     return Needs(
         memory=int(memory),
