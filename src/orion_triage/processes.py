@@ -61,8 +61,20 @@ def _number(name: str, default: int) -> int:
 
 
 def is_main() -> bool:
-    """Whether this is rank 0, the process that writes files and prints."""
-    return rank() == 0
+    """Whether this is rank 0, the process that writes files and prints, also of its variables (`require_launcher`)."""
+    try:
+        return not 0 < rank() < count()
+    except OrionError:
+        return True
+
+
+def require_launcher() -> None:
+    """Raise OrionError if a launcher's variables do not say which of how many processes this is."""
+    if not 0 <= rank() < count() or on_this_machine() > count():
+        raise OrionError(
+            f"RANK={rank()}, WORLD_SIZE={count()} and LOCAL_WORLD_SIZE={on_this_machine()} do not belong together.",
+            "Unset them, or start with a launcher (docs/training.md, More than one GPU).",
+        )
 
 
 # For libgomp, which torch has on Linux, the second takes precedence over the first, which other runtimes follow.

@@ -115,8 +115,21 @@ def test_a_number_of_processes_that_is_none_is_refused(value: str, monkeypatch: 
     monkeypatch.setenv("WORLD_SIZE", value)
     with pytest.raises(OrionError, match=f"WORLD_SIZE={value} is not a number of processes"):
         processes.count()
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        refused = orion("settings", **{"RANK": "0", "WORLD_SIZE": "2", name: value})
+        assert refused.returncode == 1
+        assert refused.stderr.startswith(f"error: {name}={value} is not a number of processes")
     monkeypatch.setenv("WORLD_SIZE", "")  # set and empty, as in a script: as if it were not set
     assert processes.count() == 1
+
+
+def test_a_rank_beyond_the_number_of_processes_is_refused() -> None:
+    """Rank 2 alone would train, and write nothing."""
+    refused = orion("settings", RANK="2", WORLD_SIZE="2")
+    assert refused.returncode == 1
+    assert "RANK=2, WORLD_SIZE=2 and LOCAL_WORLD_SIZE=2 do not belong together" in refused.stderr
+    alone = orion("settings", RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="2")
+    assert "RANK=0, WORLD_SIZE=1 and LOCAL_WORLD_SIZE=2 do not belong together" in alone.stderr
 
 
 def test_a_skipped_step_has_no_gradient_norm_in_the_log() -> None:

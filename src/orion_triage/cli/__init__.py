@@ -43,6 +43,7 @@ def main() -> None:
     processes.wait_briefly()
     proxies.spare_loopback()
     try:
+        processes.require_launcher()
         app()
     except BaseException as error:
         if _signals_received:  # a library may have replaced the KeyboardInterrupt by another exception

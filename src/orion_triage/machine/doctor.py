@@ -109,10 +109,11 @@ def _gpu(settings: Settings, parameters: int | None, needs: Needs) -> list[Findi
         ]
     if fault := gpu_fault():
         if not needs_gpu(tuning, parameters):
-            return [Finding("GPU", "ok", f"not needed for {in_millions(parameters)}; {fault[0]}")]
+            return [Finding("GPU", "ok", f"not needed for a base of {in_millions(parameters)}; {fault[0]}")]
         return [
             Finding(
-                "GPU", "missing", f"needed to train {in_millions(parameters)}, and none is usable: {fault[0]}",
+                "GPU", "missing",
+                f"needed to train a base of {in_millions(parameters)}, and none is usable: {fault[0]}",
                 f"{fault[1]} Fusing, quantizing and serving run without one.",
             )
         ]  # fmt: skip
