@@ -111,6 +111,20 @@ require_checkout() { # VARIABLE PATH
         grep -q -x 'name = "orion-triage"' "$2/pyproject.toml" && git -C "$2" rev-parse --git-dir >/dev/null; } ||
         refuse "$1=$2 is not a checkout of ORION: a git repository whose pyproject.toml has name = \"orion-triage\"." \
             "Correct $1."
+    ! git -C "$2" config core.worktree >/dev/null ||
+        refuse "$1=$2 is a repository whose files lie elsewhere (core.worktree)." "Correct $1."
+}
+
+exact_git() { # ARGUMENT...: git, which looks at every file, whatever the server's settings let it skip
+    git --no-optional-locks -c core.fsmonitor=false -c core.ignoreCase=false "$@"
+}
+
+require_seen() { # VARIABLE REPOSITORY: git was not told to overlook changes of a file
+    hidden=$(git -C "$2" -c core.quotePath=false ls-files -v) ||
+        refuse "git cannot read $1=$2." "Check the repository on the server."
+    hidden=$(printf '%s\n' "$hidden" | sed -n 's/^[a-zS] //p' | head -n 1)
+    [ -z "$hidden" ] || refuse "$1=$2 has a file whose changes git was told to overlook: $hidden" \
+        "Run git update-index --no-assume-unchanged FILE (or --no-skip-worktree), or git sparse-checkout disable, there."
 }
 
 require_idle() { # VARIABLE PATH: no training that `start` started is at work there
@@ -164,8 +178,8 @@ unfetched() { # REPOSITORY WEIGHTS: the ignored files that were not fetched and 
         set -- "$@" ":(exclude,literal)$expendable"
         shift
     done
-    git -C "$repository" -c core.quotePath=false ls-files --others --ignored --exclude-standard -- \
-        . ':(exclude,glob)**/__pycache__/**' ':(exclude,glob)**/*.egg-info/**' "$@"
+    exact_git -C "$repository" -c core.quotePath=false ls-files --others --ignored --exclude-standard -- \
+        . ':(exclude,glob)**/__pycache__/*.pyc' ':(exclude,glob)src/*.egg-info/**' "$@"
 }
 
 require_expendable() { # VARIABLE REPOSITORY WEIGHTS: nothing is in the checkout that exists nowhere else
@@ -177,13 +191,23 @@ require_expendable() { # VARIABLE REPOSITORY WEIGHTS: nothing is in the checkout
     directory=$(busy "$2")
     [ -z "$directory" ] || refuse "a process works in $directory." \
         "Wait until it ends (an interrupted rsync ends within two minutes), or leave that folder."
+    require_seen "$1" "$2"
     # The server's own git may be set to list no untracked files.
-    changed=$(git -C "$2" --no-optional-locks status --porcelain --untracked-files=normal --ignore-submodules=none) ||
+    changed=$(exact_git -C "$2" status --porcelain --untracked-files=normal --ignore-submodules=none) ||
         refuse "git cannot read $1=$2." "Check the repository on the server."
     [ -z "$changed" ] || refuse "$1=$2 has uncommitted changes: $(printf '%s' "$changed" | head -n 1)" \
         "Commit and push them, discard them, or add --keep-remote."
     own=$(git -C "$2" rev-list -n 1 HEAD --all --not --remotes) || own=HEAD
     [ -z "$own" ] || refuse "$1=$2 has commits that exist nowhere else: $own" "Push them, or add --keep-remote."
+    # What an upload brought and a later one replaced is in the reflogs too: also in those of the remote branches.
+    own=$(git -C "$2" rev-list -g --remotes | sed 's/^/^/' |
+        git -C "$2" rev-list -n 1 --ignore-missing --reflog --not --remotes --stdin) || own=HEAD
+    [ -z "$own" ] || refuse "$1=$2 has commits that only its reflog still names: $own" \
+        "Push them, discard them (git reflog expire --expire=now --all), or add --keep-remote."
+    for name in worktrees modules rebase-merge rebase-apply MERGE_AUTOSTASH; do
+        [ ! -e "$2/.git/$name" ] || refuse "$1=$2 has .git/$name: work that may exist nowhere else." \
+            "End it (git worktree remove, git rebase --continue or the like), or add --keep-remote."
+    done
     # What a nested repository holds, git lists nowhere. It may lie in a folder that could go.
     nested=$(cd "$2" && find . -path ./.git -prune -o -name .git -print) ||
         refuse "$1=$2 cannot be read." "Correct the permissions on the server, or add --keep-remote."
@@ -366,7 +390,8 @@ checkout() { # DATA REPOSITORY ADDRESS REVISION: clone or pull; no address: from
     if [ -e "$place" ]; then
         rm -f "$folder/.git/index.lock"
     elif [ "$folder" = "$2" ]; then
-        changed=$(git -C "$folder" --no-optional-locks status --porcelain --untracked-files=no)
+        require_seen ORION_REPO_DIR "$folder"
+        changed=$(exact_git -C "$folder" status --porcelain --untracked-files=no)
         [ -z "$changed" ] || refuse "$2 has uncommitted changes: $(printf '%s' "$changed" | head -n 1)" \
             "Commit or discard them on the server, then run the same command again."
     fi

@@ -97,6 +97,68 @@ def hide_untracked(place: Place) -> None:
     put(place.repository, "notes.txt")
 
 
+def hide(place: Place, how: str) -> None:
+    (place.repository / "pyproject.toml").write_text('name = "orion-triage"\nedited')
+    git(place.repository, "update-index", how, "pyproject.toml")
+
+
+def hide_by_a_monitor(place: Place) -> None:
+    """A program that watches the files for git, and missed a change."""
+    monitor = place.here / "monitor"
+    monitor.write_text("#!/bin/sh\nprintf 'now\\0'\n")
+    monitor.chmod(0o755)
+    git(place.repository, "config", "core.fsmonitor", str(monitor))
+    git(place.repository, "update-index", "--fsmonitor")
+    for _ in "ab":  # until git trusts it
+        git(place.repository, "status")
+    (place.repository / "pyproject.toml").write_text('name = "orion-triage"\nedited')
+
+
+def hide_by_case(place: Place) -> None:
+    git(place.repository, "config", "core.ignoreCase", "true")
+    put(place.repository, "CODE.py")
+
+
+def look_elsewhere(place: Place) -> None:
+    shutil.copytree(place.repository, place.here / "other", ignore=shutil.ignore_patterns(".git"))
+    git(place.repository, "config", "core.worktree", str(place.here / "other"))
+    put(place.repository, "notes.txt")
+
+
+def step_back(place: Place) -> None:
+    commit(place.repository, "mine")
+    git(place.repository, "reset", "-q", "--hard", "HEAD~1")
+
+
+def stash(place: Place) -> None:
+    (place.repository / "code.py").write_text("mine")
+    git(place.repository, "stash", "-q")
+
+
+def stage_elsewhere(place: Place) -> None:
+    other = place.here / "other"
+    git(place.repository, "worktree", "add", "-q", "--detach", str(other))
+    put(other, "staged")
+    git(other, "add", "staged")
+    (other / "staged").write_text("again")
+
+
+def leave_a_submodule(place: Place) -> None:
+    """Once part of it, with commits of its own, which git keeps for the next time."""
+    inner = make_repository(place.here / "inner")
+    git(place.repository, "-c", "protocol.file.allow=always", "submodule", "add", "-q", str(inner), "inner")
+    commit(place.repository / "inner", "mine")
+    git(place.repository, "submodule", "deinit", "-q", "-f", "inner")
+    git(place.repository, "rm", "-q", "-f", "inner", ".gitmodules")
+    assert git(place.repository, "status", "--porcelain") == ""
+
+
+def stop_a_rebase(place: Place) -> None:
+    (place.repository / "code.py").write_text("mine")
+    git(place.repository, "-c", "sequence.editor=echo break >", "rebase", "-q", "-i", "--autostash", "HEAD")
+    assert git(place.repository, "status", "--porcelain") == ""
+
+
 def many(place: Place) -> None:
     put(place.repository, *(f"runs/{number}/gguf/pair.gguf" for number in range(12)))
 
@@ -153,6 +215,27 @@ ONLY_COPIES: dict[str, tuple[Callable[[Place], object], tuple[str, ...]]] = {
     "the run's dataset, made there": (drawn_dataset, ("8 runs/tiny/dataset",)),
     "a file in the run's dataset": (lambda p: put(p.repository, "runs/tiny/dataset/notes"), ("9 runs/tiny/dataset",)),
     "untracked, where git is set to list none": (hide_untracked, ("uncommitted changes: ?? notes.txt",)),
+    "an edit that git was told not to expect": (
+        lambda p: hide(p, "--assume-unchanged"),
+        ("a file whose changes git was told to overlook: pyproject.toml",),
+    ),
+    "an edit that git was told to skip": (lambda p: hide(p, "--skip-worktree"), ("to overlook: pyproject.toml",)),
+    "an edit that a monitor missed": (hide_by_a_monitor, ("uncommitted changes:  M pyproject.toml",)),
+    "a name that differs by case": (hide_by_case, ("uncommitted changes: ?? CODE.py",)),
+    "files that git does not look at": (look_elsewhere, ("whose files lie elsewhere (core.worktree)",)),
+    "a run that is named like build products": (
+        lambda p: put(p.repository, "runs/b.egg-info/w.safetensors", "x.egg-info/PKG-INFO"),
+        ("(2 in all)", "1 runs/b.egg-info/w.safetensors"),
+    ),
+    "a file among compiled ones": (
+        lambda p: put(p.repository, "x/__pycache__/a.pyc", "x/__pycache__/notes.txt"),
+        ("(1 in all)", "1 x/__pycache__/notes.txt"),
+    ),
+    "a commit that was stepped back from": (step_back, ("commits that only its reflog still names",)),
+    "a stash": (stash, ("commits that exist nowhere else",)),
+    "what is staged in another worktree": (stage_elsewhere, (".git/worktrees",)),
+    "commits of a former submodule": (leave_a_submodule, (".git/modules",)),
+    "what a rebase has put away": (stop_a_rebase, (".git/rebase-merge",)),
     "a tag on commits of its own": (tag, ("commits that exist nowhere else",)),
     "more than fit on the screen": (many, ("(12 in all)", "1 runs/10/gguf", "  ...")),
     "a file added to the dataset": (lambda p: put(p.data, "labels.csv"), ("DATA_PATH", "(1 in all)", " labels.csv")),
@@ -230,6 +313,29 @@ def test_weights_that_changed_after_a_first_download_are_fetched_again(there: Pl
     there.download()
     assert (there.local_weights / "README.md").read_text() == "measured on the server"
     assert list(there.there.iterdir()) == []
+
+
+def test_commits_that_a_later_upload_replaced_do_not_keep_the_checkout(place: Place) -> None:
+    """They are in the reflog of the checkout; but an upload brought them."""
+    make_repository(place.source)
+    make_dataset(place.local_data, 1)
+    for text in ("first", "rewritten"):
+        git(place.source, "commit", "-q", "--amend", "-m", text)
+        place.upload()
+    make_weights(place.weights, 1)
+    place.download()
+    assert list(place.there.iterdir()) == []
+
+
+def test_a_new_revision_does_not_overwrite_edits_that_git_was_told_to_overlook(prepared: Place) -> None:
+    prepared.upload()
+    hide(prepared, "--assume-unchanged")
+    (prepared.source / "pyproject.toml").write_text('name = "orion-triage"\n')
+    commit(prepared.source, "newer")
+    prepared.refused("upload_to_server.sh", "ORION_REPO_DIR", "told to overlook: pyproject.toml")
+    assert "edited" in (prepared.repository / "pyproject.toml").read_text()
+    git(prepared.repository, "update-index", "--no-assume-unchanged", "pyproject.toml")
+    prepared.refused("upload_to_server.sh", "uncommitted changes:  M pyproject.toml")
 
 
 def test_a_new_dataset_does_not_replace_what_was_added_to_the_old_one(place: Place) -> None:
