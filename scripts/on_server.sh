@@ -470,6 +470,14 @@ scorch() { # WEIGHTS REPOSITORY DATA SHA256_OF_WEIGHTS: delete dataset, then rep
 
 # --- orion remote train ----------------------------------------------------------------------------------------
 
+require_base() { # FOLDER: base.model
+    folder=$1
+    # shellcheck disable=SC2088 # a ~ that is to be expanded here, as Python will
+    case "$1" in '~/'*) folder=$HOME/${1#??} ;; esac
+    [ -d "$folder" ] || refuse "base.model=$1 is no folder on the server." \
+        "Copy the base there, to the same path, or set base.model to its Hub id: it is fetched there."
+}
+
 home() { # the login folder, without links
     answer home "$(cd && pwd -P)"
 }

@@ -19,10 +19,11 @@ from orion_triage.errors import OrionError
 from orion_triage.pipeline import FINE_TUNE, run_stage
 from orion_triage.runs.manifest import read_manifest
 from orion_triage.runs.run import open_run
+from orion_triage.settings import load_settings
 from orion_triage.train import remote
 from tests import warm
 from tests.conftest import orion
-from tests.remote.place import Place, make_repository, make_weights, tree
+from tests.remote.place import SCRIPTS, Place, make_repository, make_weights, tree
 
 ORION = [sys.executable, "-c", "import orion_triage.cli.remote; from orion_triage.cli import main; main()"]
 INSTALLED = Path(sys.executable).with_name("orion")
@@ -274,6 +275,31 @@ def test_mistakes_are_named_before_anything_is_sent(prepared: Place) -> None:
     assert "Permission denied" in train(prepared, status=1)[1]
     assert not prepared.there.exists()
     assert not (prepared.here / "x").exists()
+
+
+def test_a_base_in_a_relative_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def base_folder(model: str) -> str:
+        sets = [f"base.model={model}"]
+        return remote.training_of("tiny", sets, "run", load_settings("tiny", sets)).base_folder
+
+    assert [base_folder(name) for name in ("orion-tiny", "owner/base", "owner/base@v1")] == ["", "", ""]
+    assert [base_folder(path) for path in ("/data/base", "~/base")] == ["/data/base", "~/base"]
+    (tmp_path / "owner" / "base").mkdir(parents=True)  # the server would take its name for a Hub id
+    for relative in ("owner/base", "./owner/base", "base"):
+        with pytest.raises(OrionError, match=f"base.model={relative} is a folder of this machine"):
+            base_folder(relative)
+
+
+def test_a_base_that_the_server_has_not_is_named_before_anything_is_sent(prepared: Place) -> None:
+    said = train(prepared, "--set", f"base.model={prepared.here}/base", setup=stand_in(prepared), status=1)[1]
+    assert f"base.model={prepared.here}/base is no folder on the server" in said
+    assert not prepared.there.exists()
+    (prepared.here / "at home").mkdir()
+    for name, status in (("at home", 0), ("nowhere", 3)):
+        call = ["sh", "-c", '. "$1"; operate require_base "$2"', "sh", str(SCRIPTS / "on_server.sh"), f"~/{name}"]
+        assert subprocess.run(call, env={**os.environ, "HOME": str(prepared.here)}, check=False).returncode == status
 
 
 def test_the_server_folder_must_be_absolute() -> None:

@@ -19,8 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from orion_triage import hub
 from orion_triage.errors import OrionError
 from orion_triage.imagery.camera import SHIPPED
+from orion_triage.models.load import TINY_BASE
 from orion_triage.settings import Settings, as_assignment, differences, load_settings, preset_names
 
 Report = Callable[[str], None]  # takes one line for the user
@@ -67,6 +69,7 @@ class Training:
     assignments: tuple[str, ...]
     run_name: str
     preset_text: str = ""
+    base_folder: str = ""  # base.model, if it is no name: the server must have it at the same path
 
     def preset_file(self, server: Server) -> str:
         """The path of a TOML preset on the server; empty for a shipped one."""
@@ -140,8 +143,8 @@ def training_of(preset: str, assignments: Sequence[str], run_name: str, settings
 
     `assignments` are those of this command; settings that the run has from earlier ones are added. A camera of the
     dataset is left out: the frames that are sent were seen through it, and would be a second time. Raises OrionError
-    for a camera in a file, an adapter to continue, labelled frames, and a preset in a file that is not named: the
-    server has none of them.
+    for a camera in a file, an adapter to continue, labelled frames, a base in a relative folder, and a preset in a file
+    that is not named: the server has none of them.
     """
     preset = preset or settings.preset
     if not preset.endswith(".toml") and preset not in preset_names():
@@ -159,7 +162,19 @@ def training_of(preset: str, assignments: Sequence[str], run_name: str, settings
             raise OrionError(f"{one} is a folder of this machine.", f"Leave {key} out, or train on the server itself.")
     sets = [one for one in sets if one.partition("=")[0].strip() != "dataset.camera"]
     text = Path(preset).read_text(encoding="utf-8") if preset.endswith(".toml") else ""
-    return Training(preset, tuple(sets), run_name, text)
+    return Training(preset, tuple(sets), run_name, text, _base_folder(settings.base.model))
+
+
+def _base_folder(model: str) -> str:
+    """The folder of a base that is one, as it is written; raises OrionError if it begins in this folder."""
+    if model.startswith(("/", "~/")):
+        return model
+    if model == TINY_BASE or (hub.is_id(model) and not Path(model).is_dir()):
+        return ""
+    raise OrionError(
+        f"base.model={model} is a folder of this machine, or none at all.",
+        "Write the path that it has on the server, beginning with / or ~/, or a Hub id.",
+    )
 
 
 def train(
@@ -200,6 +215,8 @@ def train(
     else:
         if job.state == "lost":
             report("the last training ended without an exit status; resuming from its last checkpoint")
+        if training.base_folder:
+            _call(server, "require_base", training.base_folder)
         _run_script("upload_to_server.sh", environment)
         pid = start(server, training)
         report(f"training on {server.host} (to stop it, run on the server: kill -- -{pid})")
