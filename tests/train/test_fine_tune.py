@@ -362,7 +362,9 @@ def test_ways_to_share_out_a_base_that_do_not_train_right_are_refused_by_name(
     small_base: Path, small_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The variables that accelerate's launcher sets from a configuration."""
+    layers = "FSDP_TRANSFORMER_CLS_TO_WRAP"
     right = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
+    right["FSDP_AUTO_WRAP_POLICY"] = "TRANSFORMER_BASED_WRAP"
     sharded = QUICK.model_copy(update={"base_weights": "16-bit", "optimizer": "adamw_torch_fused"})
     for settings, more, said in (
         (QUICK, {}, "base_weights=nf4: FSDP shards 4-bit weights not"),
@@ -371,6 +373,10 @@ def test_ways_to_share_out_a_base_that_do_not_train_right_are_refused_by_name(
         (sharded, {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, "SHARDED_STATE_DICT: a checkpoint would lack"),
         (sharded, {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "LOADING=true: all processes but one would check"),
         (sharded, {"FSDP_OFFLOAD_PARAMS": "true"}, "OFFLOAD_PARAMS=true: offloading was never run"),
+        (sharded, {"FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}, "WRAP_POLICY=NO_WRAP: other ways to divide the model were"),
+        (sharded, {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "ING=true: fine_tune.gradient_checkpointing does it"),
+        (sharded, {layers: "Qwen2DecoderLayer"}, "=Qwen2DecoderLayer: the layers of this base are Lfm2D.*, Siglip2E"),
+        (sharded, {layers: "Lfm2DecoderLayer"}, "=Lfm2DecoderLayer: the layers of this base are Lfm2D.*, Siglip2E"),
     ):
         for name, value in (right | more).items():
             monkeypatch.setenv(name, value)
@@ -381,6 +387,9 @@ def test_ways_to_share_out_a_base_that_do_not_train_right_are_refused_by_name(
         for name in more:
             monkeypatch.delenv(name)
     assert not list(tmp_path.iterdir())
+    with pytest.raises(OrionError, match="precision=float16: FSDP with scaled losses was never run"):
+        fine_tune._check_sharding(sharded, "float16")  # a precision of GPUs
+    fine_tune._check_sharding(sharded, "bfloat16")
 
 
 @pytest.mark.slow

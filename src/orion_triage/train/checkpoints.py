@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from orion_triage import processes
 from orion_triage.runs.manifest import hash_outputs
 from orion_triage.safe.files import sha256_of_text, write_text
 
@@ -13,6 +14,19 @@ CHECKPOINTS = "checkpoints"
 # An adapter of rank 16 has about 1 % of the model's size. A checkpoint adds two optimizer states; all are kept.
 CHECKPOINT_SHARE = 0.05
 HASHES_FILE = "sha256.json"  # hashes of a checkpoint's files; written last
+
+
+def settle_checkpoints(work_folder: Path, inputs: Mapping[str, Any]) -> Path | None:
+    """The last checkpoint of a training with these inputs, None without; damaged ones and those of others are deleted.
+
+    The main process deletes, while the other processes wait: one that looks into a folder while it is deleted fails.
+    """
+    checkpoints = work_folder / CHECKPOINTS
+    if processes.is_main():
+        prepare_work_folder(work_folder, inputs)
+        remove_damaged(checkpoints)
+    processes.wait()
+    return last_checkpoint(checkpoints)
 
 
 def prepare_work_folder(work_folder: Path, inputs: Mapping[str, Any]) -> None:
@@ -48,10 +62,7 @@ def last_checkpoint(checkpoints: Path) -> Path | None:
 
 
 def remove_damaged(checkpoints: Path) -> None:
-    """Delete incomplete checkpoints and those with changed bits; their steps are trained again.
-
-    For one process only: another that looks into a folder while it is deleted fails.
-    """
+    """Delete incomplete checkpoints and those with changed bits; their steps are trained again."""
     for folder in _checkpoints_in(checkpoints):
         if not _is_whole(folder):
             shutil.rmtree(folder)

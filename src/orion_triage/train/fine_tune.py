@@ -63,13 +63,7 @@ from orion_triage.safe.files import (
 )
 from orion_triage.settings import FineTuneSettings
 from orion_triage.train.augment import Augmentation
-from orion_triage.train.checkpoints import (
-    CHECKPOINT_SHARE,
-    CHECKPOINTS,
-    last_checkpoint,
-    prepare_work_folder,
-    remove_damaged,
-)
+from orion_triage.train.checkpoints import CHECKPOINT_SHARE, CHECKPOINTS, settle_checkpoints
 from orion_triage.train.device import choose_device
 from orion_triage.train.grouping import CPU_MEMORY_FULL, advice_for_less_memory, fill_gpu
 from orion_triage.train.preflight import preflight
@@ -159,25 +153,21 @@ def run(
         if parent:
             load_weights(model, parent, parent_tensors)
         # Only here, where base, dataset and targets have proved usable: it deletes checkpoints of another training.
-        if processes.is_main():
-            prepare_work_folder(
-                work_folder,
-                {
-                    "settings": settings.model_dump(mode="json"),
-                    "frame_size": frame_size,
-                    "base": base_sha256,
-                    "dataset": hash_inputs({"dataset": dataset.folder})["dataset"],
-                    "precision": device.precision,
-                    "processes": processes.count(),
-                    "chosen_by": CHOSEN_BY,  # the best epoch so far is in the checkpoint
-                    **({"augmentation": augmentation.to_json()} if augmentation else {}),
-                    **({"labelled": identity(more_records, more_frames)} if labelled else {}),
-                    **continued,
-                },
-            )
-            remove_damaged(checkpoints)
-        processes.wait()
-        resume_from = last_checkpoint(checkpoints)
+        resume_from = settle_checkpoints(
+            work_folder,
+            {
+                "settings": settings.model_dump(mode="json"),
+                "frame_size": frame_size,
+                "base": base_sha256,
+                "dataset": hash_inputs({"dataset": dataset.folder})["dataset"],
+                "precision": device.precision,
+                "processes": processes.count(),
+                "chosen_by": CHOSEN_BY,  # the best epoch so far is in the checkpoint
+                **({"augmentation": augmentation.to_json()} if augmentation else {}),
+                **({"labelled": identity(more_records, more_frames)} if labelled else {}),
+                **continued,
+            },
+        )
         resumed_step = int(resume_from.name.rsplit("-", 1)[1]) if resume_from else 0
         trainable = _trainable_by_tower(model)
         # With FSDP not: a layer that runs twice in a pass would be gathered and reduced twice, which was never tried.
