@@ -90,7 +90,8 @@ def _make_python(path: Path) -> Path:
     """The program of `python` for the server at `path`; beside it what lies beside Python itself and is looked for."""
     program = _program(
         _python(path),
-        f"""case "$1 $2" in
+        f"""[ "$1" = -u ] && shift  # unbuffered, which torch's launcher asks for
+case "$1 $2" in
 "{" ".join(ORION)}" | "-c "* | [!-]*.py\\ *) exec {PYTHON} -I -S {__file__} call {path} "$@" ;;
 *) exec {PYTHON} "$@" ;;
 esac""",

@@ -1,7 +1,8 @@
 """Several processes: the same training and the same answers as one, over gloo.
 
-accelerate's own launcher starts several CPU processes through MPI only, so the tests set the variables that it, and
-torch's launcher, give their processes.
+Trainings are started by `accelerate launch` with the configurations in docs/accelerate, which on a machine without GPUs
+starts CPU processes. Where processes end at different moments, which a launcher does not allow, and where several
+commands follow each other, the tests set the variables that the launcher gives its processes.
 """
 
 import functools
@@ -11,7 +12,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -26,6 +26,7 @@ from tests import warm
 from tests.conftest import MISSION, orion_with
 
 HERE = Path(__file__).parents[1]
+CONFIGURATIONS = HERE.parent / "docs" / "accelerate"
 
 
 def orion(cwd: Path, *words: object, processes: int = 1) -> list[subprocess.CompletedProcess[str]]:
@@ -40,6 +41,24 @@ def orion(cwd: Path, *words: object, processes: int = 1) -> list[subprocess.Comp
             for rank in range(processes)
         ]
     return [one.result() for one in started]
+
+
+def accelerate_launch(
+    cwd: Path, configuration: str, program: Sequence[str], words: Sequence[object]
+) -> subprocess.CompletedProcess[str]:
+    """The program with these words in the two processes of a shipped configuration, and what both said."""
+    command = [warm.python(), "-c", "from accelerate.commands.accelerate_cli import main; main()", "launch"]
+    command += ["--config_file", str(CONFIGURATIONS / configuration), "--main_process_port", "0", *program]
+    return subprocess.run(
+        [*command, *map(str, words)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+        check=False,
+    )
 
 
 def free_port() -> int:
@@ -85,14 +104,18 @@ def begun(small_base: Path, few: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.mark.slow
 def test_two_processes_train_and_answer_as_one_does(small_base: Path, few: Path, begun: Path, tmp_path: Path) -> None:
+    """With a resume and a fused model, both from the adapter of two processes."""
     from safetensors.torch import load_file
 
-    for name, accumulation, processes in (("one", 2, 1), ("two", 1, 2)):
-        options = words(small_base, few, name, accumulation)
+    for name in ("one", "two"):
         shutil.copytree(begun, tmp_path / name)
-        results = orion(tmp_path, "fine-tune", *options, processes=processes)
-        assert [result.returncode for result in results] == [0] * processes, [result.stderr for result in results]
-        assert [result.stderr.count("fine-tune: done") for result in results] == [1, 0][:processes]
+    straight = orion(tmp_path, "fine-tune", *words(small_base, few, "one", 2))[0]
+    assert straight.returncode == 0, straight.stderr
+    options = words(small_base, few, "two", 1)
+    module = ["-m", "orion_triage.cli", "fine-tune"]
+    launched = accelerate_launch(tmp_path, "ddp.yaml", module, options)
+    assert launched.returncode == 0, launched.stdout
+    assert launched.stdout.count("fine-tune: done") == 1
     logs = [json.loads((tmp_path / name / "orion_lora_weights/loss_log.json").read_text()) for name in ("one", "two")]
     for kind, count, tolerance in (("loss", 4, 1e-3), ("eval_loss", 2, 1e-4), ("eval_loss_category", 2, 1e-4)):
         one, two = ([entry[kind] for entry in log if kind in entry] for log in logs)
@@ -102,8 +125,17 @@ def test_two_processes_train_and_answer_as_one_does(small_base: Path, few: Path,
     assert adapters[0].keys() == adapters[1].keys()
     for key, tensor in adapters[0].items():
         assert float((tensor - adapters[1][key]).abs().max()) < 5e-3, key  # a step moves a value by 1e-3
-    stage_manifest = json.loads((tmp_path / "two/orion_lora_weights/manifest.json").read_text())
-    assert stage_manifest["figures"]["processes"] == 2
+    assert figures_of(tmp_path / "two")["processes"] == 2
+
+    shutil.rmtree(tmp_path / "two/orion_lora_weights")
+    shutil.rmtree(tmp_path / "two/fine_tune_work/checkpoints/checkpoint-4")
+    again = accelerate_launch(tmp_path, "ddp.yaml", module, options)
+    assert again.returncode == 0, again.stdout
+    assert (figures_of(tmp_path / "two")["resumed_from_step"], figures_of(tmp_path / "two")["steps"]) == (2, 4)
+    resumed = load_file(tmp_path / "two/orion_lora_weights/adapter_model.safetensors")
+    assert resumed.keys() == adapters[1].keys()
+    for key, tensor in adapters[1].items():
+        assert float((tensor - resumed[key]).abs().max()) < 1e-6, key
 
     for name, accumulation, processes in (("one", 2, 1), ("two", 1, 2)):
         options = words(small_base, few, name, accumulation)
@@ -125,9 +157,14 @@ def test_two_processes_train_and_answer_as_one_does(small_base: Path, few: Path,
     assert all(result.returncode != 0 for result in refused)
     assert "fuse runs in one process, but 2 were launched" in refused[0].stderr
     assert not list(tmp_path.glob("two/orion_merged*"))
+    fused = orion(tmp_path, "fuse", *options)[0]
+    assert fused.returncode == 0, fused.stderr
 
 
-CONFIGURATIONS = sorted((HERE.parent / "docs" / "accelerate").glob("*.yaml"))
+def figures_of(run: Path) -> dict[str, Any]:
+    """The figures of a finished training."""
+    figures: dict[str, Any] = json.loads((run / "orion_lora_weights" / "manifest.json").read_text())["figures"]
+    return figures
 
 
 def launched(path: Path) -> tuple[Any, dict[str, str]]:
@@ -140,7 +177,7 @@ def launched(path: Path) -> tuple[Any, dict[str, str]]:
     return arguments, prepare_multi_gpu_env(arguments)
 
 
-@pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(CONFIGURATIONS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_accelerate_reads_each_configuration_as_it_is_meant(path: Path) -> None:
     arguments, environment = launched(path)
     assert arguments.num_processes == (4 if path.stem == "nodes" else 2)
@@ -153,36 +190,53 @@ def test_accelerate_reads_each_configuration_as_it_is_meant(path: Path) -> None:
         assert set(named) == _layer_classes()
 
 
-def shared_out(cwd: Path, launcher: Sequence[str], words: Sequence[object], **more: str) -> "subprocess.Popen[str]":
-    _, launcher_environment = launched(HERE.parent / "docs" / "accelerate" / "fsdp.yaml")
-    fsdp = {n: v for n, v in launcher_environment.items() if n.startswith(("FSDP_", "ACCELERATE_USE_FSDP"))}
-    environment = {**os.environ, **fsdp, "OMP_NUM_THREADS": "1", **more}
-    command = [*launcher, warm.python(), str(HERE / "fsdp_on_cpu.py"), *map(str, words)]
-    return subprocess.Popen(
-        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+SHARDED = ["--set", "fine_tune.base_weights=16-bit", "--set", "fine_tune.optimizer=adamw_torch_fused"]
+
+
+def two_that_share_a_base(cwd: Path, words: Sequence[object], **of_second: str) -> "list[subprocess.Popen[str]]":
+    """`orion fine-tune` with FSDP in two processes that nobody ends; the second has these variables besides."""
+    _, of_launcher = launched(CONFIGURATIONS / "fsdp.yaml")
+    fsdp = {n: v for n, v in of_launcher.items() if n.startswith(("FSDP_", "ACCELERATE_USE_FSDP"))}
+    environment = {**os.environ, **fsdp, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [
+        subprocess.Popen(
+            [warm.python(), str(HERE / "fsdp_on_cpu.py"), "fine-tune", *map(str, words)],
+            cwd=cwd,
+            env={**environment, "RANK": rank, "LOCAL_RANK": rank, **more},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank, more in (("0", {}), ("1", of_second))
+    ]
 
 
 @pytest.mark.slow
 def test_a_shared_out_base_trains_is_killed_goes_on_and_fuses(
     small_base: Path, few: Path, begun: Path, tmp_path: Path
 ) -> None:
-    """FSDP2 end to end: the adapter is that of one process, although one of two was killed after the first epoch."""
+    """FSDP2 end to end on a bfloat16 base: the adapter is that of one process, although one of two was killed after the
+    first epoch."""
+    import torch
     from safetensors.torch import load_file
 
-    sharded = ["--set", "fine_tune.base_weights=16-bit", "--set", "fine_tune.optimizer=adamw_torch_fused"]
-    sharded += ["--set", "fine_tune.learning_rate=1e-2"]
-    options = [*words(small_base, few, "one", 2), *sharded]
+    sharded = [*SHARDED, "--set", "fine_tune.learning_rate=1e-2"]
+    program = [str(HERE / "fsdp_on_cpu.py"), "fine-tune"]
     shutil.copytree(begun, tmp_path / "one")
-    straight = orion(tmp_path, "fine-tune", *options)[0]
+    straight = subprocess.run(
+        [warm.python(), *program, *map(str, words(small_base, few, "one", 2)), *sharded],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert straight.returncode == 0, straight.stderr
 
     options = [*words(small_base, few, "two", 1), *sharded]
     shutil.copytree(begun, tmp_path / "two")
-    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    first, second = (
-        shared_out(tmp_path, [], ["fine-tune", *options], **meeting, RANK=rank, LOCAL_RANK=rank) for rank in "01"
-    )
+    first, second = two_that_share_a_base(tmp_path, options)
     whole = tmp_path / "two" / "fine_tune_work" / "checkpoints" / "checkpoint-2" / HASHES_FILE
     while not whole.exists():
         assert first.poll() is None, first.stdout and first.stdout.read()
@@ -195,32 +249,53 @@ def test_a_shared_out_base_trains_is_killed_goes_on_and_fuses(
     assert "Traceback" not in said
     assert not (tmp_path / "two" / "orion_lora_weights").exists()
 
-    for number in range(1000, 1400):  # damaged ones, which the processes must not delete under each other's hands
-        damaged = whole.parents[1] / f"checkpoint-{number}"
-        damaged.mkdir()
-        for name in "abc":
-            (damaged / name).touch()
-    # torch's launcher, which accelerate's uses; without --, it takes --run for an option of its own
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
-    again = shared_out(tmp_path, [*launcher, "--"], ["fine-tune", *options])
-    said, _ = again.communicate(timeout=600)
-    assert again.returncode == 0, said
-    adapters = [tmp_path / name / "orion_lora_weights" for name in ("one", "two")]
-    figures = json.loads((adapters[1] / "manifest.json").read_text())["figures"]
+    again = accelerate_launch(tmp_path, "fsdp.yaml", program, options)
+    assert again.returncode == 0, again.stdout
+    assert again.stdout.count("fine-tune: done") == 1
+    figures = figures_of(tmp_path / "two")
     assert figures["resumed_from_step"] == 2
     assert figures["processes"] == 2
+    assert figures["precision_used"] == figures_of(tmp_path / "one")["precision_used"] == "bfloat16"
+    adapters = [tmp_path / name / "orion_lora_weights" for name in ("one", "two")]
     one, two = (load_file(folder / "adapter_model.safetensors") for folder in adapters)
     assert one.keys() == two.keys()
     for key, tensor in one.items():
         assert tensor.shape == two[key].shape, key  # whole, not one process's part
-        assert float((tensor - two[key]).abs().max()) < 1e-3, key
         assert float(two[key].abs().max()) > 0, key
+    # Sums in another order round bfloat16 (8 bits) otherwise, and Adam enlarges it where a gradient is near 0. Measured
+    # 0.022; with both processes on the same records 0.61, with the optimizer's state lost at the resume 0.55.
+    names = [name for name in one if "lora_B" in name]  # from 0: lora_A is mostly what it began with
+    difference, size = (
+        torch.stack(values).norm()
+        for values in ([(one[name] - two[name]).norm() for name in names], [one[name].norm() for name in names])
+    )
+    assert float(difference / size) < 0.05
     logs = [json.loads((folder / "loss_log.json").read_text()) for folder in adapters]
-    for kind in ("loss", "eval_loss", "eval_loss_category"):
+    # Measured 0.0023, 0.0005 and 0.0010; accelerate rounds a step's loss to bfloat16, by up to 0.002 here.
+    for kind, tolerance in (("loss", 5e-3), ("eval_loss", 2e-3), ("eval_loss_category", 3e-3)):
         losses = [[entry[kind] for entry in log if kind in entry] for log in logs]
-        assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+        assert losses[1] == pytest.approx(losses[0], rel=tolerance)
     fused = orion(tmp_path, "fuse", *options)[0]
     assert fused.returncode == 0, fused.stderr
+
+
+@pytest.mark.slow
+def test_a_process_that_is_refused_ends_the_other_and_both_say_why(
+    small_base: Path, few: Path, begun: Path, tmp_path: Path
+) -> None:
+    """Before the training, where no launcher ends the one that waits."""
+    shutil.copytree(begun, tmp_path / "two")
+    options = [*words(small_base, few, "two", 1), *SHARDED]
+    first, second = two_that_share_a_base(tmp_path, options, FSDP_TRANSFORMER_CLS_TO_WRAP="Qwen2DecoderLayer")
+    said, _ = second.communicate(timeout=600)
+    assert second.returncode == 1, said
+    assert "process 1: error: FSDP_TRANSFORMER_CLS_TO_WRAP=Qwen2DecoderLayer: the layers of this base are" in said
+    assert "Traceback" not in said
+    said, _ = first.communicate(timeout=60)
+    assert first.returncode == 1, said
+    assert "another process of this command has ended" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "two" / "orion_lora_weights").exists()
 
 
 @pytest.mark.slow

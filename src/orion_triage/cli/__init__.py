@@ -1,6 +1,7 @@
 """The command line: parse options, load settings, call one function, print. Only this package prints or exits."""
 
 import io
+import os
 import signal
 import sys
 from typing import Any, NoReturn
@@ -8,7 +9,7 @@ from typing import Any, NoReturn
 from orion_triage import processes
 from orion_triage.cli import camera, cascade, dataset, evaluation, flight, machine, mission, remote, review, stages
 from orion_triage.cli.app import app
-from orion_triage.cli.terminal import messages, styled
+from orion_triage.cli.terminal import errors, messages, styled
 from orion_triage.errors import OrionError, obstacle
 from orion_triage.safe import proxies
 
@@ -78,6 +79,8 @@ def _hide_lost_interrupt(unraisable: "sys.UnraisableHookArgs") -> None:
 
 
 def _print_error(error: OrionError) -> None:
-    messages().print(styled("bold red", "error:", f" {error.message}"), soft_wrap=True)
+    rank = os.environ.get("RANK") or "0"  # as text: the error may be that it is no number
+    heading = "error:" if rank == "0" else f"process {rank}: error:"
+    errors().print(styled("bold red", heading, f" {error.message}"), soft_wrap=True)
     if error.fix:
-        messages().print(styled("bold", "  fix:", f" {error.fix}"), soft_wrap=True)
+        errors().print(styled("bold", "  fix:", f" {error.fix}"), soft_wrap=True)

@@ -86,6 +86,13 @@ def messages() -> Any:
     return Console(stderr=True, quiet=not processes.is_main(), **_PLAIN)
 
 
+def errors() -> Any:
+    """Console for what ends this process, on standard error: every launched process prints its own."""
+    from rich.console import Console
+
+    return Console(stderr=True, **_PLAIN)
+
+
 WIDE = 10_000  # columns of output to a file or a pipe, so that no line is wrapped
 
 
