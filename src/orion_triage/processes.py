@@ -61,11 +61,8 @@ def _number(name: str, default: int) -> int:
 
 
 def is_main() -> bool:
-    """Whether this is rank 0, the process that writes files and prints, also of its variables (`require_launcher`)."""
-    try:
-        return not 0 < rank() < count()
-    except OrionError:
-        return True
+    """Whether this is rank 0, the process that writes files and prints."""
+    return rank() == 0
 
 
 def require_launcher() -> None:

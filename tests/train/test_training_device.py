@@ -118,7 +118,7 @@ def test_a_number_of_processes_that_is_none_is_refused(value: str, monkeypatch: 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         refused = orion("settings", **{"RANK": "0", "WORLD_SIZE": "2", name: value})
         assert refused.returncode == 1
-        assert refused.stderr.startswith(f"error: {name}={value} is not a number of processes")
+        assert f"error: {name}={value} is not a number of processes" in refused.stderr
     monkeypatch.setenv("WORLD_SIZE", "")  # set and empty, as in a script: as if it were not set
     assert processes.count() == 1
 
@@ -130,6 +130,13 @@ def test_a_rank_beyond_the_number_of_processes_is_refused() -> None:
     assert "RANK=2, WORLD_SIZE=2 and LOCAL_WORLD_SIZE=2 do not belong together" in refused.stderr
     alone = orion("settings", RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="2")
     assert "RANK=0, WORLD_SIZE=1 and LOCAL_WORLD_SIZE=2 do not belong together" in alone.stderr
+
+
+def test_an_error_is_told_by_every_process() -> None:
+    for rank, heading in (("0", "error:"), ("1", "process 1: error:")):
+        refused = orion("settings", "--preset", "none", WORLD_SIZE="2", RANK=rank)
+        assert refused.returncode == 1
+        assert refused.stderr.startswith(f"{heading} there is no preset 'none'.\n  fix: "), refused.stderr
 
 
 def test_a_skipped_step_has_no_gradient_norm_in_the_log() -> None:
