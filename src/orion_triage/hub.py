@@ -26,7 +26,7 @@ _FILES: dict[Kind, list[str]] = {
     "GGUF pair": ["*.gguf", *_TEXTS],  # where the listing is known, only the pair: see `pair_among`
     "dataset": ["*.jsonl", "*.csv", "*.geojson", "*.png", "*.jpg", "*.jpeg", *_TEXTS],
 }
-_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+_ID = re.compile(r"(?!\.)([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")  # a point begins the path of a folder
 
 
 def locate(name: str, kind: Kind) -> Path:
@@ -42,7 +42,7 @@ def locate(name: str, kind: Kind) -> Path:
     if folder.is_file():
         raise OrionError(f"{kind} {name!r} is a file, not a folder.", f"Pass its folder: {folder.parent}.")
     match = _ID.fullmatch(name)
-    if match is None or not is_id(name):
+    if match is None:
         raise OrionError(
             f"{kind} {name!r} is neither a folder nor a Hub id.", "Pass a folder, or owner/name or owner/name@revision."
         )
@@ -51,7 +51,7 @@ def locate(name: str, kind: Kind) -> Path:
 
 def is_id(name: str) -> bool:
     """Whether the name is written like "owner/name" or "owner/name@revision"."""
-    return bool(_ID.fullmatch(name)) and not name.startswith((".", "/", "~"))
+    return bool(_ID.fullmatch(name))
 
 
 def id_of(folder: Path) -> str | None:

@@ -67,7 +67,7 @@ def is_main() -> bool:
 
 def require_launcher() -> None:
     """Raise OrionError if a launcher's variables do not say which of how many processes this is."""
-    if not 0 <= rank() < count() or on_this_machine() > count():
+    if rank() >= count() or on_this_machine() > count():
         raise OrionError(
             f"RANK={rank()}, WORLD_SIZE={count()} and LOCAL_WORLD_SIZE={on_this_machine()} do not belong together.",
             "Unset them, or start with a launcher (docs/training.md, More than one GPU).",

@@ -224,12 +224,12 @@ def make_kit(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(KIT), str(folder), *words], capture_output=True, text=True, check=False)
 
 
+ABSENT = ("datasets", "gguf", "hypothesis", "rasterio", "ruff")  # in neither a bare machine nor the kit
 # An interpreter that sees the standard library and links to every installed package but those of the kit and some more.
 BARE = """
 import importlib, importlib.metadata, importlib.util, sys
-site, benchmarks, kit = sys.argv[1:]
+site, benchmarks, kit, *absent = sys.argv[1:]
 sys.path.append(site)
-absent = ("datasets", "gguf", "hypothesis", "rasterio", "ruff")  # in neither a bare machine nor the kit
 missing = ("bitsandbytes", "pydantic", "pydantic_core", "annotated_types", "typing_inspection", "imagehash", "tenacity")
 assert not any(map(importlib.util.find_spec, (*absent, *missing)))
 sys.path.insert(0, benchmarks)
@@ -256,12 +256,12 @@ def test_with_the_kit_a_machine_without_its_packages_can_train(tmp_path: Path) -
     assert f"{size / 1e6:.1f} MB" in made.stdout
     (tmp_path / "site").mkdir()
     left_out = {path.name for path in (tmp_path / "kit" / "packages").iterdir()}
-    left_out |= {"datasets", "gguf", "hypothesis", "rasterio", "ruff"}
+    left_out.update(ABSENT)
     site = Path(str(importlib.metadata.distribution("torch").locate_file("")))
     for path in site.iterdir():
         if path.name not in left_out and path.suffix != ".pth":
             (tmp_path / "site" / path.name).symlink_to(path)
-    words = [str(tmp_path / "site"), str(GPU.parent), str(tmp_path / "kit")]
+    words = [str(tmp_path / "site"), str(GPU.parent), str(tmp_path / "kit"), *ABSENT]
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-c", BARE, *words], capture_output=True, text=True, check=False
     )  # fmt: skip

@@ -267,7 +267,7 @@ def push(
             f"{run.dataset} does not exist, or 'orion clean' deleted its frames.",
             "Build it again: 'orion dataset --force'.",
         )
-    refuse_damaged(run.dataset, f"orion dataset --run {run.folder} --force")
+    refuse_damaged(run.dataset)
     report = _checked(run.dataset, run.dataset)
     if report.errors:
         raise OrionError(

@@ -31,10 +31,9 @@ def push(run: Run, product: card.Product, repository: str, *, private: bool = Tr
     Raises OrionError if the product is not finished, was changed since, or the base's licence is unknown.
     """
     folder = {"adapter": run.adapter, "merged": run.merged, "gguf": run.gguf}[product]
-    stage = {"adapter": "fine-tune", "merged": "fuse", "gguf": "quantize"}[product]
     if read_manifest(folder) is None:
         raise OrionError(f"{folder} is not finished.", "Run 'orion run' first, or pass another run with --run.")
-    refuse_damaged(folder, f"orion {stage} --run {run.folder} --force")
+    refuse_damaged(folder)
     # Files beside the pair are not published: they can be made from the merged model, and have three times its size.
     pair = quantize.check_pair(folder).names if product == "gguf" else ()
     licence = licence_of(folder)

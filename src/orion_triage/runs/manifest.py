@@ -193,11 +193,15 @@ def damaged(folder: Path) -> list[str]:
     return lines
 
 
-def refuse_damaged(folder: Path, make_again: str) -> None:
-    """Raise OrionError for files that were changed, added or lost after the stage finished."""
-    if lines := damaged(folder):
+def refuse_damaged(folder: Path) -> None:
+    """Raise OrionError for files of a run's stage that were changed, added or lost after it finished."""
+    made = read_manifest(folder)
+    if made and (lines := damaged(folder)):
         more = f", and {len(lines) - 1} more (orion verify)" if len(lines) > 1 else ""
-        raise OrionError(f"{lines[0]}{more}.", f"Put the files back, move away what was added, or run '{make_again}'.")
+        raise OrionError(
+            f"{lines[0]}{more}.",
+            f"Put the files back, move away what was added, or run 'orion {made.stage} --run {folder.parent} --force'.",
+        )
 
 
 def change_of(path: Path, expected: str) -> str:
